@@ -1,5 +1,21 @@
-"""Environments to train on: Atari games and small test environments, all built by factories."""
+"""Environments to train on: Atari games and small ones, each built by a picklable factory.
+
+A factory is called with a batch size and a seed and returns a Stable-Baselines3 vector environment.
+Importing this package does not load ale-py; naming a game does.
+"""
 
 from envs.atari import AtariFactory, AtariVecEnv, atari, game_name
+from envs.player import AtariPlayer
+from envs.small import GymFactory, light, masked_cartpole, remember
 
-__all__ = ["AtariFactory", "AtariVecEnv", "atari", "game_name"]
+__all__ = [
+    "AtariFactory",
+    "AtariPlayer",
+    "AtariVecEnv",
+    "GymFactory",
+    "atari",
+    "game_name",
+    "light",
+    "masked_cartpole",
+    "remember",
+]

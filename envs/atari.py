@@ -87,7 +87,7 @@ def game_name(env: str) -> str:
         near = difflib.get_close_matches(letters, _games())
         near = near or difflib.get_close_matches(letters, _games(), n=1, cutoff=0)
         names = ", ".join(_games()[key].title().replace("_", "") for key in near)
-        raise ValueError(f"unknown Atari game {env!r}; the nearest are {names}")
+        raise ValueError(f"unknown Atari game {env!r}, nearest: {names}")
     return _games()[letters]
 
 
@@ -140,14 +140,17 @@ class AtariFactory:
         object.__setattr__(self, "game", game_name(self.game))
         if self.protocol not in PROTOCOLS:
             near = difflib.get_close_matches(str(self.protocol), PROTOCOLS, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown protocol {self.protocol!r}; the nearest is {near!r}")
+            raise ValueError(f"unknown protocol {self.protocol!r}, nearest: {near!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
 
     def __call__(self, n_envs: int, seed: int) -> "AtariVecEnv":
-        """`n_envs` games in this process; game i plays from seed `seed + i`."""
+        """`n_envs` games in this process; game i plays from seed `seed + i`.
+
+        Raises ValueError if `n_envs` is below 1.
+        """
         return AtariVecEnv(self, n_envs, seed)
 
     @property
@@ -217,6 +220,8 @@ class AtariVecEnv(VecEnv):
     def __init__(self, factory: AtariFactory, n_envs: int, seed: int):
         from ale_py import AtariVectorEnv
 
+        if n_envs < 1:  # a segmentation fault in ale-py
+            raise ValueError(f"n_envs must be at least 1, got {n_envs}")
         rules = factory.rules
         self.factory = factory
         self._games = AtariVectorEnv(
