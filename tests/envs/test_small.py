@@ -1,0 +1,135 @@
+"""`envs.small`: exact seeds, rewards that mean what they say, and observations that hide enough."""
+
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3 import A2C
+from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
+
+from envs import light, masked_cartpole, remember
+
+FACTORIES = [masked_cartpole(), remember(delay=3, n_cues=3), light(max_steps=10)]
+
+
+def play(env, n_steps):
+    """Random actions: observations [n_steps + 1, n_envs, ...] and rewards [n_steps, n_envs]."""
+    rng = np.random.default_rng(0)
+    observations, rewards = [env.reset()], []
+    for _ in range(n_steps):
+        observation, reward, *_ = env.step(rng.integers(env.action_space.n, size=env.num_envs))
+        observations.append(observation)
+        rewards.append(reward)
+    return np.stack(observations), np.stack(rewards)
+
+
+def play_with(env, policy, n_episodes):
+    """Infos of the first `n_episodes` finished episodes of one environment under a policy."""
+    observation, finished = env.reset(), []
+    while len(finished) < n_episodes:
+        observation, _, dones, infos = env.step(np.array([policy(observation[0])]))
+        finished += [infos[0]] if dones[0] else []
+    return finished
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_seeds_are_exact_and_factories_pickle(factory):
+    copy = pickle.loads(pickle.dumps(factory))
+    observations, rewards = play(factory(3, 1), 60)
+    again, rewards_again = play(copy(3, 1), 60)
+    np.testing.assert_array_equal(observations, again)
+    np.testing.assert_array_equal(rewards, rewards_again)
+    assert (observations != play(factory(3, 11), 60)[0]).any()
+    assert (observations[:, 0] != observations[:, 1]).any()
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_spaces_hold_what_is_observed_and_episodes_are_monitored(factory):
+    env = factory(2, 0)
+    assert env.observation_space == factory.observation_space
+    assert env.action_space == factory.action_space
+    assert is_vecenv_wrapped(env, VecMonitor)
+    for observation in play(env, 30)[0][:, 0]:
+        assert env.observation_space.contains(observation)
+    with pytest.raises(ValueError, match="n_envs"):
+        factory(0, 0)
+
+
+def test_masked_cartpole_shows_position_and_angle_only():
+    env, full = masked_cartpole()(1, 5), gym.make("CartPole-v1")
+    observation, expected = env.reset(), full.reset(seed=5)[0]
+    for action in [0, 1, 1, 0, 1]:
+        assert observation.shape == (1, 2)
+        np.testing.assert_array_equal(observation[0], expected[[0, 2]])
+        observation, expected = env.step(np.array([action]))[0], full.step(action)[0]
+
+
+def test_masked_cartpole_is_truncated_at_max_steps():
+    (info,) = play_with(masked_cartpole(max_steps=5)(1, 0), lambda _: 0, 1)
+    assert info["TimeLimit.truncated"] is True
+    assert (info["episode"]["r"], info["episode"]["l"]) == (5, 5)
+    (info,) = play_with(masked_cartpole()(1, 0), lambda _: 0, 1)
+    assert info["TimeLimit.truncated"] is False
+    assert 5 < info["episode"]["l"] < 20
+
+
+@pytest.mark.parametrize("delay", [1, 4])
+def test_remember_rewards_the_cue_alone(delay):
+    class Memory:
+        """Answers with the cue last seen, plus an offset."""
+
+        def __init__(self, offset):
+            self.offset, self.cue = offset, 0
+
+        def __call__(self, observation):
+            if observation[:3].any():
+                self.cue = int(observation[:3].argmax())
+            return (self.cue + self.offset) % 3 if observation[3] else 0
+
+    for offset, score in [(0, 1), (1, 0), (2, 0)]:
+        infos = play_with(remember(delay=delay, n_cues=3)(1, 0), Memory(offset), 10)
+        assert [info["episode"]["r"] for info in infos] == [score] * 10
+        assert {info["episode"]["l"] for info in infos} == {delay + 1}
+
+
+def test_remember_shows_the_cue_once_and_asks_once():
+    observations = play(remember(delay=3, n_cues=2)(1, 0), 7)[0][:, 0]  # two episodes of 4
+    np.testing.assert_array_equal(observations[:, :2].sum(1), [1, 0, 0, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(observations[:, 2], [0, 0, 0, 1, 0, 0, 0, 1])
+
+
+def test_light_rewards_naming_the_lit_stripe():
+    def name(offset):
+        return lambda image: (int(image[0, 0].argmax()) // (84 // 3) + offset) % 3
+
+    factory = light(n_actions=3, max_steps=20)
+    (right,) = play_with(factory(1, 0), name(0), 1)
+    (wrong,) = play_with(factory(1, 0), name(1), 1)
+    assert (right["episode"]["r"], wrong["episode"]["r"]) == (20, 0)
+    assert right["TimeLimit.truncated"] is True
+    assert right["terminal_observation"].shape == (1, 84, 84)
+
+
+def test_light_trains_a_cnn_policy():
+    model = A2C("CnnPolicy", light()(2, 0), seed=0, n_steps=4)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(16)
+    after = list(model.policy.parameters())
+    assert any((a != b).any() for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (masked_cartpole, {"max_steps": 0}),
+        (remember, {"delay": 0}),
+        (remember, {"n_cues": 1.5}),
+        (light, {"n_actions": 85}),
+        (light, {"max_steps": -1}),
+    ],
+)
+def test_unusable_options_are_refused(make, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        make(**options)
