@@ -1,0 +1,296 @@
+"""Losses and returns against loops from the definitions, values by hand, gradients by hand."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents.losses import (
+    entropy_loss,
+    explained_variance,
+    gae,
+    policy_gradient_loss,
+    value_loss,
+    vtrace,
+)
+from tests.reference import gae_reference, n_step_return_reference, vtrace_reference
+
+
+class Rollouts(NamedTuple):
+    log_rhos: Tensor  # [T, B]
+    discounts: Tensor  # [T, B], gamma * (1 - done)
+    rewards: Tensor  # [T, B]
+    values: Tensor  # [T, B]
+    bootstrap_value: Tensor  # [B]
+
+
+def make_rollouts(num_times: int, batch: int, *, seed: int = 0, gamma: float = 0.9) -> Rollouts:
+    """Random rollouts in which about a quarter of the rows end an episode."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    done = (torch.rand(num_times, batch, generator=generator) < 0.25).double()
+    return Rollouts(
+        normal(num_times, batch),
+        gamma * (1 - done),
+        normal(num_times, batch),
+        normal(num_times, batch),
+        normal(batch),
+    )
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+SHAPES = [(1, 1), (2, 3), (8, 2), (13, 1)]
+LAMBDAS = [0.0, 0.6, 0.95, 1.0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gae_lambda", LAMBDAS)
+@pytest.mark.parametrize(("rho_clip", "c_clip"), [(1.0, 1.0), (2.5, 0.7), (0.5, 1.8)])
+def test_vtrace_equals_the_explicit_sum(
+    shape: tuple[int, int], gae_lambda: float, rho_clip: float, c_clip: float
+) -> None:
+    rollouts = make_rollouts(*shape, seed=1)
+    actual = vtrace(*rollouts, gae_lambda=gae_lambda, rho_clip=rho_clip, c_clip=c_clip)
+    returns, advantages = vtrace_reference(
+        *rollouts, gae_lambda=gae_lambda, rho_clip=rho_clip, c_clip=c_clip
+    )
+    assert_equal(actual.returns, returns)
+    assert_equal(actual.advantages, advantages)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gae_lambda", LAMBDAS)
+def test_gae_equals_the_mean_of_n_step_returns(shape: tuple[int, int], gae_lambda: float) -> None:
+    _, *rollouts = make_rollouts(*shape, seed=2)
+    actual = gae(*rollouts, gae_lambda=gae_lambda)
+    returns, advantages = gae_reference(*rollouts, gae_lambda=gae_lambda)
+    assert_equal(actual.returns, returns)
+    assert_equal(actual.advantages, advantages)
+
+
+def test_the_default_of_gae_is_the_n_step_return_of_a3c() -> None:
+    _, *rollouts = make_rollouts(5, 3, seed=3)
+    discounts, rewards, values, bootstrap_value = rollouts
+    expected = n_step_return_reference(discounts, rewards, values, bootstrap_value, 5)
+    assert_equal(gae(*rollouts).returns, expected)
+
+
+@pytest.mark.parametrize("gae_lambda", LAMBDAS)
+def test_vtrace_on_policy_is_gae(gae_lambda: float) -> None:
+    rollouts = make_rollouts(9, 4, seed=4)
+    rollouts = rollouts._replace(log_rhos=torch.zeros_like(rollouts.log_rhos))
+    on_policy = vtrace(*rollouts, gae_lambda=gae_lambda)
+    expected = gae(*rollouts[1:], gae_lambda=gae_lambda)
+    assert_equal(on_policy.returns, expected.returns)
+    assert_equal(on_policy.advantages, expected.advantages)
+
+
+def column(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)[:, None]
+
+
+def test_gae_by_hand() -> None:
+    """delta = (1 + .5*4 - 2, 3 + .5*8 - 4) = (1, 3); with lambda .5: A_1 = 3, A_0 = 1 + .25*3."""
+    actual = gae(
+        column(0.5, 0.5),
+        column(1.0, 3.0),
+        column(2.0, 4.0),
+        torch.tensor([8.0], dtype=torch.float64),
+        gae_lambda=0.5,
+    )
+    assert_equal(actual.advantages, column(1.75, 3.0))
+    assert_equal(actual.returns, column(3.75, 7.0))
+
+
+def test_vtrace_by_hand() -> None:
+    """Ratios 2 (cut to 1) and .5, deltas 1 and 3 as above.
+
+    v_1 = 4 + .5*3 = 5.5; v_0 = 2 + 1*1 + .5*1*(.5*3) = 3.75;
+    A_1 = .5*(3 + .5*8 - 4) = 1.5; A_0 = 1*(1 + .5*5.5 - 2) = 1.75.
+    """
+    actual = vtrace(
+        column(math.log(2.0), math.log(0.5)),
+        column(0.5, 0.5),
+        column(1.0, 3.0),
+        column(2.0, 4.0),
+        torch.tensor([8.0], dtype=torch.float64),
+    )
+    assert_equal(actual.returns, column(3.75, 5.5))
+    assert_equal(actual.advantages, column(1.75, 1.5))
+
+
+@pytest.mark.parametrize("with_lag", [False, True])
+def test_nothing_after_the_end_of_an_episode_counts(with_lag: bool) -> None:
+    rollouts = make_rollouts(6, 1, seed=5)
+    discounts = torch.full_like(rollouts.discounts, 0.9)
+    discounts[2] = 0.0
+    before = rollouts._replace(discounts=discounts)
+    after = before._replace(
+        rewards=torch.cat([before.rewards[:3], before.rewards[3:] + 7]),
+        values=torch.cat([before.values[:3], before.values[3:] - 5]),
+        bootstrap_value=before.bootstrap_value + 11,
+    )
+    first, second = (
+        vtrace(*rows) if with_lag else gae(*rows[1:], gae_lambda=0.9) for rows in (before, after)
+    )
+    assert torch.equal(first.returns[:3], second.returns[:3])
+    assert torch.equal(first.advantages[:3], second.advantages[:3])
+    assert not torch.equal(first.returns[3:], second.returns[3:])
+
+
+def test_returns_and_advantages_carry_no_gradient() -> None:
+    rollouts = Rollouts(*(tensor.requires_grad_() for tensor in make_rollouts(4, 2, seed=6)))
+    for result in (vtrace(*rollouts), gae(*rollouts[1:])):
+        assert not result.returns.requires_grad
+        assert not result.advantages.requires_grad
+
+
+def test_arguments_are_not_changed() -> None:
+    rollouts = make_rollouts(5, 2, seed=7)
+    copies = [tensor.clone() for tensor in rollouts]
+    vtrace(*rollouts)
+    gae(*rollouts[1:])
+    for tensor, copy in zip(rollouts, copies, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
+    rollouts = Rollouts(*(tensor.to(dtype) for tensor in make_rollouts(3, 2)))
+    for result in (vtrace(*rollouts), gae(*rollouts[1:])):
+        assert result.returns.dtype == dtype
+        assert result.advantages.dtype == dtype
+
+
+def test_a_very_large_ratio_stays_finite() -> None:
+    """exp overflows float32 at 89; a clipped ratio must not."""
+    rollouts = Rollouts(*(tensor.float() for tensor in make_rollouts(4, 2, seed=8)))
+    large = vtrace(*rollouts._replace(log_rhos=torch.full((4, 2), 200.0)))
+    on_policy = vtrace(*rollouts._replace(log_rhos=torch.zeros(4, 2)))
+    assert torch.equal(large.returns, on_policy.returns)
+    assert torch.equal(large.advantages, on_policy.advantages)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def test_policy_gradient_loss_value_and_gradient() -> None:
+    """d/dlog_prob of -(log_prob * A).mean() is -A / (T*B), and none through A."""
+    log_probs = normal(3, 2, seed=10).requires_grad_()
+    advantages = normal(3, 2, seed=11).requires_grad_()
+    loss = policy_gradient_loss(log_probs, advantages)
+    expected = -sum(
+        log_probs[t, b].item() * advantages[t, b].item() for t in range(3) for b in range(2)
+    )
+    assert loss.item() == pytest.approx(expected / 6)
+    loss.backward()
+    assert log_probs.grad is not None
+    assert_equal(log_probs.grad, -advantages.detach() / 6)
+    assert advantages.grad is None
+
+
+def test_policy_gradient_of_logits() -> None:
+    """Through a softmax the gradient is A (pi - onehot(a)): the hand derivation of REINFORCE."""
+    logits = normal(4, 3, seed=12).requires_grad_()
+    actions = torch.tensor([0, 2, 1, 2])
+    advantages = normal(4, seed=13)
+    log_probs = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
+    policy_gradient_loss(log_probs[:, None], advantages[:, None]).backward()
+    one_hot = torch.eye(3, dtype=torch.float64)[actions]
+    expected = advantages[:, None] * (logits.detach().softmax(-1) - one_hot) / 4
+    assert logits.grad is not None
+    assert_equal(logits.grad, expected)
+
+
+def test_value_loss_value_and_gradient() -> None:
+    """d/dV of mean (V - R)^2 is 2 (V - R) / (T*B), and none through R."""
+    values = normal(3, 2, seed=14).requires_grad_()
+    returns = normal(3, 2, seed=15).requires_grad_()
+    loss = value_loss(values, returns)
+    expected = sum(
+        (values[t, b].item() - returns[t, b].item()) ** 2 for t in range(3) for b in range(2)
+    )
+    assert loss.item() == pytest.approx(expected / 6)
+    loss.backward()
+    assert values.grad is not None
+    assert_equal(values.grad, 2 * (values - returns).detach() / 6)
+    assert returns.grad is None
+
+
+def test_entropy_loss_value_and_gradient() -> None:
+    entropy = normal(3, 2, seed=16).requires_grad_()
+    loss = entropy_loss(entropy)
+    assert loss.item() == pytest.approx(-sum(entropy.flatten().tolist()) / 6)
+    loss.backward()
+    assert entropy.grad is not None
+    assert_equal(entropy.grad, torch.full((3, 2), -1 / 6, dtype=torch.float64))
+
+
+def test_explained_variance_by_hand() -> None:
+    """Returns 0, 2, 4, 6 vary by 5; the residuals -1, 1, -1, 1 vary by 1: 1 - 1/5."""
+    returns = column(0.0, 2.0, 4.0, 6.0)
+    values = column(1.0, 1.0, 5.0, 5.0)
+    assert float(explained_variance(values, returns)) == pytest.approx(0.8)
+    assert float(explained_variance(returns, returns)) == pytest.approx(1.0)
+    assert float(explained_variance(returns + 3, returns)) == pytest.approx(1.0)
+    assert float(explained_variance(torch.zeros_like(returns), returns)) == pytest.approx(0.0)
+    assert float(explained_variance(-returns, returns)) == pytest.approx(-3.0)
+
+
+def test_explained_variance_of_constant_returns_is_no_number() -> None:
+    """Sparse rewards make returns constant for long; like SB3, NaN then and never an infinity."""
+    assert torch.isnan(explained_variance(column(0.0, 1.0, 2.0), column(1.0, 1.0, 1.0)))
+
+
+VTRACE_NAMES = Rollouts._fields
+
+
+@pytest.mark.parametrize("name", VTRACE_NAMES)
+def test_vtrace_names_both_shapes_that_disagree(name: str) -> None:
+    rollouts = make_rollouts(5, 3)
+    wrong = torch.zeros(7) if name == "bootstrap_value" else torch.zeros(7, 3)
+    with pytest.raises(ValueError, match="7") as error:
+        vtrace(*rollouts._replace(**{name: wrong}))
+    assert "5" in str(error.value) or name == "bootstrap_value"
+    assert "3" in str(error.value)
+
+
+@pytest.mark.parametrize("name", VTRACE_NAMES[1:])
+def test_gae_names_both_shapes_that_disagree(name: str) -> None:
+    rollouts = make_rollouts(5, 3)
+    wrong = torch.zeros(7) if name == "bootstrap_value" else torch.zeros(7, 3)
+    with pytest.raises(ValueError, match="7") as error:
+        gae(*rollouts._replace(**{name: wrong})[1:])
+    assert "5" in str(error.value) or name == "bootstrap_value"
+    assert "3" in str(error.value)
+
+
+def test_a_bootstrap_value_that_would_broadcast_is_refused() -> None:
+    rollouts = make_rollouts(5, 3)
+    for wrong in (torch.zeros(1), torch.zeros(1, 3), torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="3"):
+            vtrace(*rollouts._replace(bootstrap_value=wrong))
+        with pytest.raises(ValueError, match="3"):
+            gae(*rollouts._replace(bootstrap_value=wrong)[1:])
+
+
+@pytest.mark.parametrize("loss", [policy_gradient_loss, value_loss, explained_variance])
+def test_losses_refuse_shapes_that_would_broadcast(
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """[T, B] against [T, B, 1] would broadcast to [T, B, B]-like nonsense without an error."""
+    with pytest.raises(ValueError, match=r"5, 3\D.*5, 3, 1|5, 3, 1.*5, 3\D"):
+        loss(torch.zeros(5, 3), torch.zeros(5, 3, 1))
+    with pytest.raises(ValueError, match=r"5, 3.*5, 1|5, 1.*5, 3"):
+        loss(torch.zeros(5, 3), torch.zeros(5, 1))

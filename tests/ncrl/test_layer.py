@@ -1,0 +1,980 @@
+"""NeurocoderLinear against the literal loops of tests/reference.py, and by property.
+
+Shape letters: B batch, P slots, K key, H heads, J steps, R = J*H components.
+"""
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ncrl import NeurocoderConfig, NeurocoderLinear
+from ncrl.neurocoder.integration import active_program, apply_active_program, singular_values
+from tests.reference import Sizes, neurocoder_reference
+
+
+class Case(NamedTuple):
+    """One configuration; the defaults are those of a small but complete layer."""
+
+    in_features: int = 5
+    out_features: int = 4
+    num_slots: int = 7
+    key_dim: int = 3
+    num_heads: int = 3
+    num_steps: int = 3
+    num_least_used: int = 2
+    controller_size: int = 6
+    sharpness: float = 1.0
+    residual: bool = True
+    bias: bool = True
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(
+            self.num_slots,
+            self.key_dim,
+            self.num_heads,
+            self.num_steps,
+            self.num_least_used,
+            self.sharpness,
+        )
+
+    @property
+    def num_components(self) -> int:
+        return self.num_steps * self.num_heads
+
+
+CASES = {
+    "default": Case(),
+    "one-step": Case(num_steps=1),
+    "one-step-without-usage": Case(num_steps=1, num_least_used=0),
+    "one-of-everything": Case(num_heads=1, num_steps=1, num_least_used=0, key_dim=1),
+    "five-steps": Case(num_steps=5),
+    "five-steps-one-head": Case(num_steps=5, num_heads=1, residual=False),
+    "without-usage": Case(num_least_used=0, bias=False),
+    "sharp": Case(sharpness=10.0, num_steps=5),
+    "sharp-without-usage": Case(sharpness=10.0, num_least_used=0, residual=False),
+    "bare": Case(residual=False, bias=False),
+    "few-slots": Case(in_features=9, out_features=8, num_slots=3, num_least_used=2),
+    "many-slots": Case(in_features=3, out_features=2, num_slots=13, num_heads=2),
+    "one-output": Case(out_features=1, num_slots=6, num_heads=2),
+    "one-input": Case(in_features=1, out_features=6, num_steps=1),
+    "one-least-used": Case(num_least_used=1, num_heads=1, num_steps=5),
+    "all-but-one-least-used": Case(num_slots=4, num_least_used=3, num_heads=2),
+}
+all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def empty_layer(case: Case, dtype: torch.dtype = torch.float64) -> NeurocoderLinear:
+    return NeurocoderLinear(**case._asdict(), dtype=dtype)
+
+
+def make_layer(case: Case, seed: int = 0) -> NeurocoderLinear:
+    """A float64 layer whose parameters are all random, so that no bias or gate is at its start."""
+    layer = empty_layer(case)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.7 * noise)
+    return layer
+
+
+def random_input(*shape: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def parameters_of(layer: nn.Module) -> dict[str, Tensor]:
+    """Float64 copies that carry their own gradients."""
+    return {
+        name: parameter.detach().double().clone().requires_grad_()
+        for name, parameter in layer.named_parameters()
+    }
+
+
+def reference_output(layer: nn.Module, case: Case, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return neurocoder_reference(parameters_of(layer), case.sizes, x)["output"]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    scale = float(expected.detach().abs().max())
+    return float((actual - expected).detach().abs().max()) / max(scale, 1e-30)
+
+
+# Values
+
+
+@all_cases
+def test_everything_equals_the_reference(case: Case) -> None:
+    layer = make_layer(case)
+    x = random_input(3, case.in_features)
+    with torch.no_grad():
+        expected = neurocoder_reference(parameters_of(layer), case.sizes, x)
+    attention = layer.attend(x)
+    assert attention.u.shape == (3, case.num_components, case.num_slots)
+    assert relative_error(attention.u, expected["u"]) < 1e-9
+    assert relative_error(attention.v, expected["v"]) < 1e-9
+    assert relative_error(attention.s, expected["s"]) < 1e-9
+    assert relative_error(layer.singular_values(x), expected["sigma"]) < 1e-9
+    assert relative_error(layer.program(x), expected["program"]) < 1e-9
+    assert relative_error(layer(x), expected["output"]) < 1e-9
+
+
+@all_cases
+def test_no_grad_equals_the_reference(case: Case) -> None:
+    layer = make_layer(case).eval()
+    x = random_input(2, case.in_features)
+    expected = reference_output(layer, case, x)
+    with torch.no_grad():
+        assert relative_error(layer(x), expected) < 1e-9
+        assert relative_error(layer(x), expected) < 1e-9
+    with torch.inference_mode():
+        assert relative_error(layer(x), expected) < 1e-9
+
+
+@all_cases
+def test_fresh_layer_equals_the_reference(case: Case) -> None:
+    """At its own initialisation, which `make_layer` overwrites."""
+    torch.manual_seed(3)
+    layer = empty_layer(case)
+    x = random_input(2, case.in_features)
+    assert relative_error(layer(x), reference_output(layer, case, x)) < 1e-9
+
+
+@all_cases
+def test_program_applied_is_forward(case: Case) -> None:
+    layer = make_layer(case)
+    x = random_input(4, case.in_features)
+    applied = torch.einsum("bi,bio->bo", x, layer.program(x))
+    if layer.bias is not None:
+        applied = applied + layer.bias
+    assert relative_error(layer(x), applied) < 1e-9
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (4,), (3, 2), (2, 1, 2), (0,), (3, 0)])
+def test_leading_dimensions_are_free(leading: tuple[int, ...]) -> None:
+    case = CASES["default"]
+    layer = make_layer(case)
+    x = random_input(*leading, case.in_features)
+    rows = x.reshape(-1, case.in_features)
+    attention = layer.attend(x)
+    pairs = [
+        (layer(x), layer(rows)),
+        (layer.program(x), layer.program(rows)),
+        (layer.singular_values(x), layer.singular_values(rows)),
+        (attention.u, layer.attend(rows).u),
+        (attention.v, layer.attend(rows).v),
+        (attention.s, layer.attend(rows).s),
+    ]
+    trailing = [
+        (case.out_features,),
+        (case.in_features, case.out_features),
+        (case.num_components,),
+        *[(case.num_components, case.num_slots)] * 3,
+    ]
+    for (actual, flat), shape in zip(pairs, trailing, strict=True):
+        assert actual.shape == (*leading, *shape)
+        torch.testing.assert_close(actual.reshape(-1, *shape), flat, rtol=1e-10, atol=1e-12)
+
+
+def test_backward_of_an_empty_batch() -> None:
+    layer = make_layer(CASES["default"])
+    layer(torch.zeros(0, 5, dtype=torch.float64)).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+
+
+def test_input_need_not_be_contiguous() -> None:
+    case = CASES["default"]
+    layer = make_layer(case)
+    x = random_input(case.in_features, 6).T
+    assert not x.is_contiguous()
+    assert relative_error(layer(x), layer(x.contiguous())) < 1e-12
+
+
+def test_samples_do_not_see_each_other() -> None:
+    case = CASES["five-steps"]
+    layer = make_layer(case)
+    x = random_input(4, case.in_features)
+    others = random_input(4, case.in_features, seed=9)
+    others[2] = x[2]
+    first, second = layer.attend(x), layer.attend(others)
+    for before, after in [
+        (first.u, second.u),
+        (first.v, second.v),
+        (first.s, second.s),
+        (layer(x), layer(others)),
+    ]:
+        torch.testing.assert_close(before[2], after[2], rtol=1e-12, atol=1e-13)
+        assert not torch.allclose(before[1], after[1])
+
+
+@all_cases
+def test_singular_values_decrease_and_are_positive(case: Case) -> None:
+    sigma = make_layer(case).singular_values(random_input(5, case.in_features))
+    assert (sigma > 0).all()
+    assert (sigma[:, 1:] < sigma[:, :-1]).all()
+
+
+def test_singular_values_of_very_negative_memory_in_float32() -> None:
+    """softplus(-80) = 1.8e-35 is a float32; softplus(-200) is 0 there, and sigma may be 0 too."""
+    layer = empty_layer(CASES["sharp-without-usage"], torch.float32)
+    x = random_input(3, 5).float()
+    with torch.no_grad():
+        layer.memory.s.fill_(-80.0)
+        sigma = layer.singular_values(x)
+        assert (sigma > 0).all()
+        assert (sigma[:, 1:] < sigma[:, :-1]).all()
+        layer.memory.s.fill_(-200.0)
+        sigma = layer.singular_values(x)
+        assert (sigma >= 0).all()
+        assert (sigma[:, 1:] <= sigma[:, :-1]).all()
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(6, 4), (3, 7), (5, 5), (4, 1)])
+def test_any_matrix_can_be_stored_exactly(in_features: int, out_features: int) -> None:
+    """One slot per singular triple of W and one-hot attention: y = x W.
+
+    Eq. 4 sums softplus(M_S) from component n on, so M_S holds softplus^-1 of the differences.
+    Softmax cannot be one-hot, hence the functions behind the layer.
+    """
+    rank = min(in_features, out_features)
+    matrix = random_input(in_features, out_features, seed=11)
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    differences = sigma - torch.cat([sigma[1:], torch.zeros(1, dtype=sigma.dtype)])
+    memory_s = differences.expm1().log()[:, None]  # [P, 1]
+    x = random_input(3, in_features)
+    one_hot = torch.eye(rank, dtype=torch.float64)[:, :, None].expand(-1, -1, 3)  # [P, R, B]
+    stored = singular_values(one_hot, memory_s)  # [R, B]
+    torch.testing.assert_close(stored, sigma[:, None].expand(-1, 3), rtol=1e-10, atol=1e-10)
+    y = apply_active_program(x, one_hot, one_hot, stored, left.T, right)
+    torch.testing.assert_close(y, x @ matrix, rtol=1e-10, atol=1e-10)
+    program = active_program(one_hot, one_hot, stored, left.T, right)
+    torch.testing.assert_close(program, matrix.expand(3, -1, -1), rtol=1e-10, atol=1e-10)
+
+
+# Attention
+
+
+def constant_head(
+    layer: NeurocoderLinear, case: Case, query: list[float], gate_logits: list[float]
+) -> None:
+    """The same query and gates for every memory, head and step, whatever the input."""
+    head = query + gate_logits if case.num_least_used else query
+    with torch.no_grad():
+        layer.composition.head.weight.zero_()
+        layer.composition.head.bias.copy_(torch.tensor(head).repeat(3 * case.num_heads))
+
+
+def sign_keys(layer: NeurocoderLinear) -> None:
+    """Keys [1] that are +1 for slot 0 and -1 for the others (key_dim 1)."""
+    with torch.no_grad():
+        layer.memory.s.fill_(-1.0)
+        layer.memory.s[0] = 1.0
+        layer.memory.key_net.weight.zero_()
+        layer.memory.key_net.weight[:, -1] = 1.0
+        layer.memory.key_net.bias.zero_()
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 3.0])
+@pytest.mark.parametrize("num_slots", [2, 5, 30])
+def test_largest_possible_attention_by_hand(sharpness: float, num_slots: int) -> None:
+    """Cosines +1 and -1: e^b / (e^b + (P-1) e^-b), whatever the length of the query."""
+    case = Case(num_slots=num_slots, key_dim=1, num_steps=1, num_least_used=0, sharpness=sharpness)
+    layer = make_layer(case)
+    sign_keys(layer)
+    constant_head(layer, case, [50.0], [])
+    bound = math.exp(sharpness) / (math.exp(sharpness) + (num_slots - 1) * math.exp(-sharpness))
+    rest = (1 - bound) / (num_slots - 1)
+    expected = torch.full((2, 3, num_slots), rest, dtype=torch.float64)
+    expected[..., 0] = bound
+    attention = layer.attend(random_input(2, 5))
+    for weights in (attention.u, attention.v, attention.s):
+        torch.testing.assert_close(weights, expected, rtol=1e-9, atol=0.0)
+
+
+@all_cases
+def test_attention_lies_between_zero_and_the_bound(case: Case) -> None:
+    layer = make_layer(case)
+    with torch.no_grad():
+        layer.composition.head.weight.mul_(100)
+        layer.memory.key_net.weight.mul_(100)
+    b, P = case.sharpness, case.num_slots
+    bound = math.exp(b) / (math.exp(b) + (P - 1) * math.exp(-b))
+    attention = layer.attend(10 * random_input(20, case.in_features))
+    for weights in (attention.u, attention.v, attention.s):
+        assert (weights >= 0).all()
+        assert weights.max() <= bound + 1e-12
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_without_usage_attention_sums_to_one(num_steps: int) -> None:
+    case = Case(num_steps=num_steps, num_least_used=0)
+    attention = make_layer(case).attend(random_input(3, case.in_features))
+    for weights in (attention.u, attention.v, attention.s):
+        total = weights.sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-12, atol=0.0)
+
+
+def test_first_step_has_no_usage_term() -> None:
+    """At j = 1 w = sig(g) * c: closed gates leave nothing, and l_I makes no difference."""
+    closed = Case(num_steps=1, num_least_used=2)
+    layer = make_layer(closed)
+    constant_head(layer, closed, [1.0, 0.5, -0.3], [-1000.0] * closed.num_slots)
+    assert not layer.attend(random_input(2, closed.in_features)).u.any()
+
+    two, four = make_layer(closed), make_layer(closed._replace(num_least_used=4))
+    x = random_input(2, closed.in_features)
+    assert torch.equal(two.attend(x).u, four.attend(x).u)
+    assert torch.equal(two(x), four(x))
+
+
+def test_open_gates_are_a_layer_without_usage() -> None:
+    """sig(1000) is exactly 1, so only the content term is left at every step."""
+    case = Case(num_steps=4)
+    P, K, H = case.num_slots, case.key_dim, case.num_heads
+    gated, free = make_layer(case), empty_layer(case._replace(num_least_used=0))
+    with torch.no_grad():
+        weight = gated.composition.head.weight.view(3, H, K + P, case.controller_size)
+        bias = gated.composition.head.bias.view(3, H, K + P)
+        weight[:, :, K:] = 0.0
+        bias[:, :, K:] = 1000.0
+        state = dict(gated.state_dict())
+        state["composition.head.weight"] = weight[:, :, :K].reshape(3 * H * K, -1)
+        state["composition.head.bias"] = bias[:, :, :K].reshape(-1)
+        free.load_state_dict(state)
+    x = random_input(3, case.in_features)
+    assert relative_error(gated(x), free(x)) < 1e-12
+
+
+@pytest.mark.parametrize("num_least_used", [1, 2, 4])
+def test_second_step_adds_the_least_used_slots_by_hand(num_least_used: int) -> None:
+    """Gates of 1/2 and one constant query: w_1 = m = c/2 and w_2 = c/2 + (max m - m)/2.
+
+    The usage term is on exactly the l_I slots of least content, all contents being different.
+    """
+    case = Case(num_steps=2, num_heads=2, num_least_used=num_least_used)
+    layer = make_layer(case)
+    constant_head(layer, case, [0.4, -1.0, 0.7], [0.0] * case.num_slots)
+    attention = layer.attend(random_input(2, case.in_features))
+    for weights in (attention.u, attention.v, attention.s):
+        for sample in range(2):
+            for head in range(case.num_heads):
+                first = weights[sample, head].tolist()
+                assert len(set(first)) == case.num_slots
+                least = sorted(first)[:num_least_used]
+                expected = [m + 0.5 * (max(first) - m) if m in least else m for m in first]
+                second = weights[sample, case.num_heads + head].tolist()
+                assert second == pytest.approx(expected, rel=1e-9)
+
+
+def test_ties_at_the_threshold_are_all_selected() -> None:
+    """Slot 0 open, the others closed: m = (c_0, 0, .., 0), so l_2 = c_0 on every closed slot."""
+    case = Case(num_steps=3, num_heads=1, num_least_used=2)
+    layer = make_layer(case)
+    constant_head(layer, case, [0.4, -1.0, 0.7], [1000.0] + [-1000.0] * (case.num_slots - 1))
+    attention = layer.attend(random_input(1, case.in_features))
+    for weights in (attention.u, attention.v, attention.s):
+        first, second, third = weights[0]
+        assert first[0] > 0
+        assert not first[1:].any()
+        torch.testing.assert_close(second, first[0].expand_as(second), rtol=1e-9, atol=0.0)
+        # Now all slots are used alike, up to rounding: the usage term is gone again.
+        torch.testing.assert_close(third, first, rtol=1e-9, atol=1e-12)
+
+
+def test_zero_query_attends_to_all_slots_alike() -> None:
+    case = Case(num_least_used=0)
+    layer = make_layer(case)
+    constant_head(layer, case, [0.0] * case.key_dim, [])
+    x = random_input(2, case.in_features)
+    attention = layer.attend(x)
+    torch.testing.assert_close(attention.u, torch.full_like(attention.u, 1 / 7))
+    layer(x).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("length", [1e-9, 3e-7, 1e-5])
+def test_short_queries_and_keys_are_divided_by_the_floor(length: float) -> None:
+    """Below 1e-6 a query or a key fades instead of keeping unit length."""
+    case = Case(num_steps=1, num_least_used=0, sharpness=4.0)
+    short_query, short_keys = make_layer(case), make_layer(case)
+    constant_head(short_query, case, [length, -length, 0.0], [])
+    with torch.no_grad():
+        short_keys.memory.key_net.weight.mul_(length)
+        short_keys.memory.key_net.bias.mul_(length)
+    x = random_input(2, case.in_features)
+    for layer in (short_query, short_keys):
+        with torch.no_grad():
+            expected = neurocoder_reference(parameters_of(layer), case.sizes, x)
+        assert relative_error(layer.attend(x).u, expected["u"]) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["default", "one-step-without-usage"])
+def test_zero_input_and_zero_parameters_are_finite(name: str) -> None:
+    case = CASES[name]
+    x = torch.zeros(2, case.in_features, dtype=torch.float64, requires_grad=True)
+    zero = make_layer(case)
+    with torch.no_grad():
+        for parameter in zero.parameters():
+            parameter.zero_()
+    for layer in (make_layer(case), zero):
+        y = layer(x)
+        assert y.isfinite().all()
+        y.square().sum().add(y.sum()).backward()
+        gradients = [("x", x.grad), *((n, p.grad) for n, p in layer.named_parameters())]
+        for parameter_name, gradient in gradients:
+            assert gradient is not None, parameter_name
+            assert gradient.isfinite().all(), parameter_name
+
+
+# Gradients
+
+GRADIENT_CASES = [
+    "default",
+    "one-step",
+    "five-steps-one-head",
+    "without-usage",
+    "sharp",
+    "many-slots",
+    "all-but-one-least-used",
+]
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+def test_gradients_equal_those_of_the_reference(name: str) -> None:
+    """The reference reads keys from detached memories, so an extra or a missing path shows."""
+    case = CASES[name]
+    layer = make_layer(case)
+    x = random_input(2, case.in_features).requires_grad_()
+    target = random_input(2, case.out_features, seed=5)
+    layer(x).mul(target).sum().backward()
+
+    state = parameters_of(layer)
+    reference_x = x.detach().clone().requires_grad_()
+    neurocoder_reference(state, case.sizes, reference_x)["output"].mul(target).sum().backward()
+    assert x.grad is not None
+    assert reference_x.grad is not None
+    assert relative_error(x.grad, reference_x.grad) < 1e-9
+    for parameter_name, parameter in layer.named_parameters():
+        expected = state[parameter_name].grad
+        assert parameter.grad is not None, parameter_name
+        assert expected is not None, parameter_name
+        assert relative_error(parameter.grad, expected) < 1e-9, parameter_name
+
+
+GRADCHECK = Case(3, 2, 4, 2, 2, 3, 1, 3)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        GRADCHECK,
+        GRADCHECK._replace(num_least_used=0, residual=False),
+        GRADCHECK._replace(num_steps=1, sharpness=10.0, bias=False),
+    ],
+    ids=["usage", "no-usage", "one-step"],
+)
+def test_gradcheck(case: Case) -> None:
+    """Finite differences in x and in each parameter but the memories.
+
+    Finite differences in the memories would see the keys, which are detached: they come next.
+    """
+    layer = make_layer(case, seed=2)
+    state = parameters_of(layer)
+    names = [name for name in state if name not in ("memory.u", "memory.v", "memory.s")]
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        changed = state | dict(zip(names, values, strict=True))
+        return torch.func.functional_call(layer, changed, (x,))
+
+    x = random_input(2, case.in_features).requires_grad_()
+    assert torch.autograd.gradcheck(function, (x, *(state[name] for name in names)))
+
+
+def test_gradcheck_of_the_memories() -> None:
+    """With a key network that ignores the memories there is no detached path."""
+    layer = make_layer(GRADCHECK, seed=2)
+    with torch.no_grad():
+        layer.memory.key_net.weight.zero_()
+    state = parameters_of(layer)
+    names = ["memory.u", "memory.v", "memory.s"]
+    x = random_input(2, GRADCHECK.in_features)
+
+    def function(*values: Tensor) -> Tensor:
+        changed = state | dict(zip(names, values, strict=True))
+        return torch.func.functional_call(layer, changed, (x,))
+
+    assert torch.autograd.gradcheck(function, tuple(state[name] for name in names))
+
+
+@all_cases
+def test_each_parameter_receives_a_gradient(case: Case) -> None:
+    """At J = 1 the recurrent weight multiplies h_0 = 0: its gradient is exactly zero, not None."""
+    layer = make_layer(case)
+    weights = random_input(6, case.out_features, seed=4)
+    layer(random_input(6, case.in_features)).mul(weights).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        inert = case.num_steps == 1 and name == "composition.lstm.weight_hh"
+        # One key dimension leaves only the sign of a query or a key: its gradient is zero, too.
+        flat = case.key_dim == 1 and name.startswith(("memory.key_net", "composition"))
+        if inert:
+            assert not parameter.grad.any(), name
+        elif not flat:
+            assert parameter.grad.any(), name
+
+
+def test_no_gradient_reaches_the_memories_through_the_keys() -> None:
+    """Attention depends on the memories through the keys alone."""
+    layer = make_layer(CASES["default"])
+    attention = layer.attend(random_input(3, 5))
+    weights = random_input(*attention.u.shape, seed=6)
+    loss = (attention.u + 2 * attention.v + 3 * attention.s).mul(weights).sum()
+    loss.backward()
+    for name, parameter in layer.memory.named_parameters():
+        if name.startswith("key_net"):
+            assert parameter.grad is not None and parameter.grad.any(), name
+        else:
+            assert parameter.grad is None or not parameter.grad.any(), name
+
+
+def test_backward_twice_needs_no_retained_graph() -> None:
+    """Nothing of one training forward may be reused by the next."""
+    layer = make_layer(CASES["default"])
+    x = random_input(2, 5)
+    layer(x).sum().backward()
+    once = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    layer(x).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 2 * once[name], rtol=1e-12, atol=1e-14)
+
+
+# State
+
+
+@all_cases
+def test_state_dict_names_and_shapes(case: Case) -> None:
+    i, o, P, K, H, _, least_used, h, *_ = case
+    expected = {
+        "memory.u": (P, i),
+        "memory.v": (P, o),
+        "memory.s": (P, 1),
+        "memory.key_net.weight": (3 * K, i + o + 1),
+        "memory.key_net.bias": (3 * K,),
+        "composition.lstm.weight_ih": (4 * h, i),
+        "composition.lstm.weight_hh": (4 * h, h),
+        "composition.lstm.bias_ih": (4 * h,),
+        "composition.lstm.bias_hh": (4 * h,),
+        "composition.head.weight": (3 * H * (K + (P if least_used else 0)), h),
+        "composition.head.bias": (3 * H * (K + (P if least_used else 0)),),
+    }
+    if case.residual:
+        expected["integration.residual"] = (i, o)
+        expected["integration.gate.weight"] = (1, i)
+        expected["integration.gate.bias"] = (1,)
+    if case.bias:
+        expected["bias"] = (o,)
+    layer = empty_layer(case)
+    shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
+    assert shapes == expected
+    assert {name for name, _ in layer.named_parameters()} == set(expected)
+    with torch.no_grad():
+        layer(torch.zeros(1, i, dtype=torch.float64))
+    assert set(layer.state_dict()) == set(expected)
+
+
+def test_parameter_count_formula() -> None:
+    """Section 6 of the specification: 4h(in+h) + 8h + (h+1)(3HK+3HP) + 3K(in+out+2) + ..."""
+    i, o, P, K, H, _, _, h, *_ = case = Case(12, 5, 9, 3, 2, 4, 2, 6)
+    expected = 4 * h * (i + h) + 8 * h + (h + 1) * (3 * H * K + 3 * H * P)
+    expected += 3 * K * (i + o + 2) + P * (i + o + 1) + i * o + i + 1 + o
+    assert sum(p.numel() for p in empty_layer(case).parameters()) == expected
+
+
+def by_state_dict(layer: NeurocoderLinear) -> NeurocoderLinear:
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = empty_layer(CASES["default"])
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    return fresh
+
+
+COPIES: dict[str, Callable[[NeurocoderLinear], NeurocoderLinear]] = {
+    "state-dict": by_state_dict,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+}
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("used_before", [False, True])
+def test_copies_give_bit_equal_outputs(
+    make_copy: Callable[[NeurocoderLinear], NeurocoderLinear], used_before: bool
+) -> None:
+    case = CASES["default"]
+    layer = make_layer(case).eval()
+    x = random_input(4, case.in_features)
+    if used_before:
+        with torch.no_grad():
+            layer(x)
+    duplicate = make_copy(layer).eval()
+    assert torch.equal(layer(x), duplicate(x))
+    with torch.no_grad():
+        assert torch.equal(layer(x), duplicate(x))
+        # The copy lives on its own: what changes the layer does not change it.
+        before = duplicate(x)
+        for parameter in layer.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(duplicate(x), before)
+        for parameter in duplicate.parameters():
+            parameter.mul_(0.5)
+        assert relative_error(duplicate(x), reference_output(duplicate, case, x)) < 1e-9
+
+
+def test_a_pickle_does_not_grow_with_use() -> None:
+    layer = make_layer(CASES["default"]).eval()
+    before = len(pickle.dumps(layer))
+    with torch.no_grad():
+        layer(random_input(4, 5))
+    assert len(pickle.dumps(layer)) == before
+
+
+def optimiser_step(layer: NeurocoderLinear, optimiser: torch.optim.Optimizer) -> None:
+    with torch.enable_grad():
+        optimiser.zero_grad()
+        layer(random_input(4, 5, seed=8)).square().sum().backward()
+        optimiser.step()
+
+
+def load(layer: NeurocoderLinear, *, assign: bool) -> None:
+    layer.load_state_dict(make_layer(CASES["default"], seed=7).state_dict(), assign=assign)
+
+
+def copy_in_place(layer: NeurocoderLinear) -> None:
+    other = make_layer(CASES["default"], seed=7)
+    with torch.no_grad():
+        for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+
+
+def replace_memory(layer: NeurocoderLinear) -> None:
+    layer.memory.u = nn.Parameter(random_input(7, 5, seed=7))
+
+
+def change_key_network(layer: NeurocoderLinear) -> None:
+    with torch.no_grad():
+        layer.memory.key_net.weight.add_(1.0)
+
+
+def round_to_float32(layer: NeurocoderLinear) -> None:
+    layer.to(torch.float32).to(torch.float64)
+
+
+CHANGES: dict[str, Callable[[NeurocoderLinear], Any]] = {
+    "sgd": lambda layer: optimiser_step(layer, torch.optim.SGD(layer.parameters(), lr=0.1)),
+    "adam-foreach": lambda layer: optimiser_step(
+        layer, torch.optim.Adam(layer.parameters(), lr=0.1, foreach=True)
+    ),
+    "adam-fused": lambda layer: optimiser_step(
+        layer, torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+    ),
+    "load": lambda layer: load(layer, assign=False),
+    "load-assign": lambda layer: load(layer, assign=True),
+    "copy-in-place": copy_in_place,
+    "new-parameter": replace_memory,
+    "key-network": change_key_network,
+    "round": round_to_float32,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("training", [False, True])
+def test_no_grad_results_are_never_stale(
+    change: Callable[[NeurocoderLinear], Any], training: bool
+) -> None:
+    case = CASES["default"]
+    layer = make_layer(case).train(training)
+    x = random_input(3, case.in_features)
+    with torch.no_grad():
+        before = layer(x)
+    for _ in range(2):
+        change(layer)
+        with torch.no_grad():
+            after = layer(x)
+        assert relative_error(after, reference_output(layer, case, x)) < 1e-9
+    assert not torch.equal(before, after)
+
+
+def test_dtype_change_after_use() -> None:
+    layer = make_layer(CASES["default"]).eval()
+    x = random_input(3, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        single = layer.to(torch.float32)(x.float())
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_forward_never_uses_a_no_grad_result() -> None:
+    layer = make_layer(CASES["default"])
+    x = random_input(3, 5)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            layer(x)
+        layer.zero_grad()
+        layer(x).sum().backward()
+        gradient = layer.memory.key_net.weight.grad
+        assert gradient is not None
+        assert gradient.any()
+
+
+def test_frozen_layer_still_carries_the_gradient_of_its_input() -> None:
+    """Frozen weights may be cached, also from inference mode, whose tensors autograd refuses."""
+    case = CASES["default"]
+    layer = make_layer(case).eval().requires_grad_(False)
+    values = random_input(3, case.in_features)
+    with torch.inference_mode():
+        layer(values)
+    x = values.clone().requires_grad_()
+    layer(x).sum().backward()
+    free = make_layer(case)
+    expected = values.clone().requires_grad_()
+    free(expected).sum().backward()
+    assert x.grad is not None
+    assert expected.grad is not None
+    assert relative_error(x.grad, expected.grad) < 1e-12
+
+
+def test_other_parameters_by_functional_call() -> None:
+    case = CASES["default"]
+    layer = make_layer(case).eval()
+    other = make_layer(case, seed=7)
+    x = random_input(3, case.in_features)
+    with torch.no_grad():
+        own = layer(x)
+        called = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
+        assert relative_error(called, reference_output(other, case, x)) < 1e-9
+        assert torch.equal(layer(x), own)
+
+
+# Precision and cost
+
+
+@pytest.mark.parametrize("name", ["default", "sharp", "without-usage", "many-slots"])
+def test_float32_is_close_to_float64(name: str) -> None:
+    case = CASES[name]
+    layer = make_layer(case)
+    single = copy.deepcopy(layer).float()
+    x = random_input(16, case.in_features)
+    y = single(x.float())
+    assert y.dtype == torch.float32
+    assert relative_error(y.double(), layer(x)) < 1e-4
+
+
+AUTOCAST_CASES = ["default", "one-step", "without-usage", "bare"]
+
+
+@pytest.mark.parametrize("name", AUTOCAST_CASES)
+def test_autocast_is_finite_and_close(name: str) -> None:
+    case = CASES[name]
+    layer = make_layer(case).float()
+    x = random_input(16, case.in_features).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert relative_error(y.float(), layer(x)) < 0.1
+    y.float().square().sum().backward()
+    for parameter_name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", AUTOCAST_CASES)
+def test_autocast_leaves_attention_and_cumulative_sums_in_float32(name: str) -> None:
+    """Eight bits cannot hold usage, whose ties matter, nor a sum that must strictly decrease."""
+    case = CASES[name]
+    layer = make_layer(case).float()
+    x = random_input(16, case.in_features).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention = layer.attend(x)
+        sigma = layer.singular_values(x)
+    for label, tensor in [*attention._asdict().items(), ("sigma", sigma)]:
+        assert tensor.dtype == torch.float32, label
+    assert (sigma[:, 1:] < sigma[:, :-1]).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for item in result:
+            yield from tensors_in(item)
+
+
+WIDE = Case(64, 64, 4, 3, 2, 2, 1, 4, residual=False)
+"""So few slots and units that B*R*in exceeds every tensor that the folded form needs."""
+
+
+def test_neither_programs_nor_vectors_are_built() -> None:
+    """Not W [B, in, out], and not even u_n [B, R, in], forward or backward."""
+    batch = 8
+    x = random_input(batch, WIDE.in_features)
+    layer = make_layer(WIDE)
+    with LargestTensor() as seen:
+        layer(x).sum().backward()
+    assert 0 < seen.largest < batch * WIDE.num_components * WIDE.in_features
+    with LargestTensor() as seen:
+        layer.program(x)
+    assert seen.largest >= batch * WIDE.in_features * WIDE.out_features
+
+
+def test_the_residual_is_applied_to_the_output() -> None:
+    batch = 8
+    layer = make_layer(WIDE._replace(residual=True))
+    with LargestTensor() as seen:
+        layer(random_input(batch, WIDE.in_features)).sum().backward()
+    # The residual matrix itself and its gradient are shared by the batch.
+    assert seen.largest <= WIDE.in_features * WIDE.out_features
+
+
+def test_cost_grows_with_the_sum_of_the_widths() -> None:
+    def flops(width: int) -> int:
+        layer = make_layer(WIDE._replace(in_features=width, out_features=width))
+        with FlopCounterMode(display=False) as counter:
+            layer(random_input(8, width))
+        return counter.get_total_flops()
+
+    assert 0 < flops(256) <= 2 * flops(128)
+
+
+# Construction
+
+
+BAD_SIZES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"num_slots": 4, "num_least_used": 4}, ["num_least_used", "4"]),
+    ({"num_slots": 4, "num_least_used": 9}, ["num_least_used", "4", "9"]),
+    ({"num_least_used": -1}, ["num_least_used", "-1"]),
+    ({"num_slots": 0, "num_least_used": 0}, ["num_slots", "0"]),
+    ({"num_slots": -3, "num_least_used": 0}, ["num_slots", "-3"]),
+    ({"num_heads": 0}, ["num_heads", "0"]),
+    ({"num_heads": -2}, ["num_heads", "-2"]),
+    ({"num_steps": 0}, ["num_steps", "0"]),
+    ({"num_steps": -5}, ["num_steps", "-5"]),
+    ({"key_dim": 0}, ["key_dim", "0"]),
+    ({"key_dim": -1}, ["key_dim", "-1"]),
+    ({"controller_size": 0}, ["controller_size", "0"]),
+    ({"controller_size": -8}, ["controller_size", "-8"]),
+    ({"in_features": -6}, ["in_features", "-6"]),
+    ({"out_features": -6}, ["out_features", "-6"]),
+    ({"sharpness": 0.0}, ["sharpness", "0"]),
+    ({"sharpness": -1.0}, ["sharpness", "-1"]),
+    ({"sharpness": math.nan}, ["sharpness", "nan"]),
+    ({"sharpness": math.inf}, ["sharpness", "inf"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD_SIZES, ids=lambda value: str(value))
+def test_impossible_sizes_are_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        empty_layer(Case()._replace(**changes))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_impossible_config_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_least_used") as error:
+        NeurocoderConfig(num_slots=4, num_least_used=9)
+    assert "4" in str(error.value)
+    assert "9" in str(error.value)
+    assert NeurocoderConfig(num_slots=4, num_least_used=3).num_slots == 4
+
+
+def test_a_config_is_the_same_as_its_fields() -> None:
+    i, o, *_, bias = case = Case()
+    fields = {name: value for name, value in case._asdict().items() if name in CONFIG_FIELDS}
+    config = NeurocoderConfig(**fields | {"num_heads": 9})
+    layer = NeurocoderLinear(i, o, config, num_heads=3, bias=bias, dtype=torch.float64)
+    full = make_layer(case)
+    layer.load_state_dict(full.state_dict())
+    x = random_input(2, i)
+    assert torch.equal(layer(x), full(x))
+    with pytest.raises(TypeError, match="num_head"):
+        NeurocoderLinear(i, o, num_head=3)
+
+
+CONFIG_FIELDS = set(Case._fields) - {"in_features", "out_features", "bias"}
+
+
+@pytest.mark.parametrize("method", ["__call__", "attend", "singular_values", "program"])
+@pytest.mark.parametrize("shape", [(2, 13), (13,), (3, 2, 13)])
+def test_wrong_input_width_names_both(method: str, shape: tuple[int, ...]) -> None:
+    layer = make_layer(Case(in_features=11))
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        getattr(layer, method)(random_input(*shape))
+    assert "11" in str(error.value)
+    assert "13" in str(error.value)
+
+
+def test_same_seed_same_layer() -> None:
+    layers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        layers.append(empty_layer(Case()))
+    x = random_input(2, 5)
+    assert torch.equal(layers[0](x), layers[1](x))
+    assert not torch.equal(layers[0](x), layers[2](x))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_initial_values(reset: bool) -> None:
+    """Memories Xavier uniform, gates half open, bias zero, residual within nn.Linear's range."""
+    case = Case(in_features=40, out_features=30, num_slots=50)
+    layer = make_layer(case) if reset else empty_layer(case)
+    if reset:
+        layer.reset_parameters()
+    for memory in (layer.memory.u, layer.memory.v, layer.memory.s):
+        limit = math.sqrt(6 / sum(memory.shape))
+        assert memory.abs().max() <= limit
+        assert memory.abs().max() > 0.8 * limit
+        assert abs(float(memory.mean())) < 0.3 * limit
+    gates = layer.composition.head.bias.view(3, case.num_heads, -1)[..., case.key_dim :]
+    assert not gates.any()
+    assert layer.bias is not None
+    assert not layer.bias.any()
+    residual = dict(layer.named_parameters())["integration.residual"]
+    limit = 1 / math.sqrt(case.in_features)
+    assert 0.8 * limit < float(residual.abs().max()) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_and_device_arguments(dtype: torch.dtype) -> None:
+    layer = NeurocoderLinear(**Case()._asdict(), device="cpu", dtype=dtype)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    assert layer(torch.zeros(2, 5, dtype=dtype)).dtype == dtype
