@@ -963,14 +963,14 @@ def test_initial_values(reset: bool) -> None:
         limit = math.sqrt(6 / sum(memory.shape))
         assert memory.abs().max() <= limit
         assert memory.abs().max() > 0.8 * limit
-        assert abs(float(memory.mean())) < 0.3 * limit
+        assert abs(memory.mean().item()) < 0.3 * limit
     gates = layer.composition.head.bias.view(3, case.num_heads, -1)[..., case.key_dim :]
     assert not gates.any()
     assert layer.bias is not None
     assert not layer.bias.any()
     residual = dict(layer.named_parameters())["integration.residual"]
     limit = 1 / math.sqrt(case.in_features)
-    assert 0.8 * limit < float(residual.abs().max()) <= limit
+    assert 0.8 * limit < residual.abs().max().item() <= limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
