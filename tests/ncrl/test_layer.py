@@ -956,6 +956,7 @@ def test_same_seed_same_layer() -> None:
 def test_initial_values(reset: bool) -> None:
     """Memories Xavier uniform, gates half open, bias zero, residual within nn.Linear's range."""
     case = Case(in_features=40, out_features=30, num_slots=50)
+    torch.manual_seed(0)
     layer = make_layer(case) if reset else empty_layer(case)
     if reset:
         layer.reset_parameters()
