@@ -1,0 +1,6 @@
+"""Agents: A3C, its workers and its learner."""
+
+from agents.a3c import A3C, NonFiniteError
+from agents.supervision import Limits, WorkerError
+
+__all__ = ["A3C", "Limits", "NonFiniteError", "WorkerError"]

@@ -1,0 +1,533 @@
+"""`A3C`: asynchronous advantage actor-critic with an LSTM, as a Stable-Baselines3 algorithm."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import LinearSchedule
+from torch import Tensor
+
+from agents.buffers import Rollout, RolloutBatch, RolloutShape, RolloutSlots, first_rows
+from agents.collector import Collector, Outcome
+from agents.environments import (
+    EnvFactory,
+    RecordedEnv,
+    RemoteEnvs,
+    as_factory,
+    build,
+    is_factory,
+)
+from agents.learner import CORRECTIONS, Loss, Objective, actor_critic_loss, apply_gradient
+from agents.supervision import Limits, WorkerPool, check_shared_memory
+from agents.weights import SharedWeights
+from agents.worker import PolicySpec
+from ncrl import NeurocoderLinear
+from ncrl.diagnostics import describe
+from ncrl.layers import nearest
+from ncrl.sb3 import (
+    CnnLstmPolicy,
+    LstmPolicy,
+    MlpLstmPolicy,
+    NeurocoderCnnLstmPolicy,
+    NeurocoderMlpLstmPolicy,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_UPDATES = 10
+"""Updates in a row whose gradient is not finite before training stops."""
+
+DIAGNOSTIC_SAMPLES = 256
+"""LSTM outputs of the latest batch on which the heads are described."""
+
+SelfA3C = TypeVar("SelfA3C", bound="A3C")
+
+
+class NonFiniteError(RuntimeError):
+    """Training stopped because the gradient was not finite for many updates in a row."""
+
+
+class A3C(OnPolicyAlgorithm):
+    """Actor-critic with an LSTM, played by worker processes and trained by one learner.
+
+    Mnih et al. 2016 ("Asynchronous methods for deep reinforcement learning") for the algorithm and
+    its hyper-parameters; Espeholt et al. 2018 ("IMPALA") for the learner and V-trace. Workers play
+    on the CPU with weights that are whole versions of the learner's, at most a few updates old.
+
+    Args:
+        policy: a name in `policy_aliases` or a subclass of `ncrl.sb3.LstmPolicy`.
+        env: where it plays. A factory `factory(n_envs, seed) -> VecEnv` (such as
+            `envs.atari("Pong")`) or a Gymnasium id is built inside the worker processes. An
+            environment object is played in this process, serially and reproducibly.
+        learning_rate: a number, or a schedule of the remaining progress; 7e-4 falling linearly
+            to 0 by default.
+        n_steps: T, timesteps per rollout.
+        gamma: discount.
+        gae_lambda: 1 gives n-step returns.
+        ent_coef: weight of the entropy.
+        vf_coef: weight of the value loss.
+        max_grad_norm: limit on the gradient's norm.
+        rms_prop_eps: epsilon of RMSProp, inside the square root.
+        orth_coef: weight of the orthogonality loss of Neurocoder layers (paper: a).
+        correction: `vtrace`, or `none` for plain returns whatever the age of the rollouts.
+        reward_clip: limit on rewards in the loss; "env" asks the environment or factory for its
+            attribute `reward_clip` (Atari: 1), None does not clip.
+        n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
+            per core.
+        n_envs: environments of all workers together; a multiple of `n_workers`.
+        limits: time-outs and restarts of the workers.
+        stats_window_size: whole games that means of scores are taken over.
+        tensorboard_log: folder of TensorBoard runs.
+        policy_kwargs: further arguments of the policy, such as `head`, `head_kwargs`, `encoder`.
+        verbose: 0 nothing, 1 information, 2 debugging.
+        seed: of everything; serial runs with equal seeds give bit-equal weights.
+        device: of the learner.
+
+    Raises:
+        ValueError: for impossible arguments.
+        TypeError: for a policy that is no `LstmPolicy`.
+    """
+
+    policy: LstmPolicy  # type: ignore[assignment]
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpLstmPolicy": MlpLstmPolicy,
+        "CnnLstmPolicy": CnnLstmPolicy,
+        "NeurocoderMlpLstmPolicy": NeurocoderMlpLstmPolicy,
+        "NeurocoderCnnLstmPolicy": NeurocoderCnnLstmPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[LstmPolicy],
+        env: GymEnv | str | EnvFactory | None,
+        learning_rate: float | Schedule = LinearSchedule(7e-4, 0.0, 1.0),  # noqa: B008
+        n_steps: int = 20,
+        gamma: float = 0.99,
+        gae_lambda: float = 1.0,
+        ent_coef: float = 0.01,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 40.0,
+        rms_prop_eps: float = 0.1,
+        orth_coef: float = 0.1,
+        correction: str = "vtrace",
+        reward_clip: float | str | None = "env",
+        n_workers: int | None = None,
+        n_envs: int = 16,
+        limits: Limits | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        self.n_workers = 0
+        self.limits = limits or Limits()
+        self.orth_coef = orth_coef
+        self.correction = correction
+        self.games_seed = _fresh_seed() if seed is None else seed
+        self.env_factory: EnvFactory | None = None
+        played: GymEnv | None
+        if is_factory(env):
+            self.env_factory = as_factory(env)  # type: ignore[arg-type]
+            self.n_workers = default_workers(n_envs) if n_workers is None else n_workers
+            _check_workers(self.n_workers, n_envs)
+            if self.n_workers:
+                played = RemoteEnvs.like(self.env_factory, n_envs)
+            else:
+                played = RecordedEnv(build(self.env_factory, n_envs, self.games_seed))
+        elif n_workers:
+            raise ValueError(
+                f"n_workers={n_workers} needs an env that workers can build: a Gymnasium id or a "
+                f"factory, got {type(env).__name__}; with an environment object use n_workers=0"
+            )
+        else:
+            played = env  # type: ignore[assignment]
+        source = self.env_factory or env
+        self.reward_clip = getattr(source, "reward_clip", None) if reward_clip == "env" else (
+            reward_clip
+        )
+        self.frames_per_timestep = int(getattr(source, "frame_skip", 1))
+        policy_kwargs = dict(policy_kwargs or {})
+        if "optimizer_class" not in policy_kwargs:
+            policy_kwargs["optimizer_class"] = RMSpropTFLike
+            policy_kwargs["optimizer_kwargs"] = {"alpha": 0.99, "eps": rms_prop_eps}
+        super().__init__(
+            policy,
+            played,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=False,
+            sde_sample_freq=-1,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+            supported_action_spaces=(
+                spaces.Box,
+                spaces.Discrete,
+                spaces.MultiDiscrete,
+                spaces.MultiBinary,
+            ),
+        )
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        """Build what is not saved, from the attributes alone: `load` calls this too."""
+        self._check_arguments()
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        policy = self.policy_class(
+            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
+        )
+        if not isinstance(policy, LstmPolicy):
+            raise TypeError(
+                f"A3C needs a policy derived from ncrl.sb3.LstmPolicy, got "
+                f"{self.policy_class.__name__}; choose one of {', '.join(self.policy_aliases)}"
+            )
+        self.policy = policy.to(self.device)
+        self._batch_stage = RolloutBatch(self._rollout_shape(self.n_envs), self.device)
+        self._batch: Rollout | None = None
+        self._collector: Collector | None = None
+        self._pool: WorkerPool | None = None
+        self._latent: Tensor | None = None
+        self._stop_requested = False
+        self._skipped_updates = 0
+        self._skipped_in_a_row = 0
+
+    def _check_arguments(self) -> None:
+        for name, low, high in (
+            ("n_steps", 1, math.inf),
+            ("gamma", 0, 1),
+            ("gae_lambda", 0, 1),
+            ("ent_coef", 0, math.inf),
+            ("vf_coef", 0, math.inf),
+            ("max_grad_norm", 0, math.inf),
+            ("orth_coef", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"{name} must lie in {low} .. {high}, got {value}")
+        if isinstance(self.learning_rate, (int, float)) and not (
+            math.isfinite(self.learning_rate) and self.learning_rate >= 0
+        ):
+            raise ValueError(f"learning_rate must be at least 0, got {self.learning_rate}")
+        if self.correction not in CORRECTIONS:
+            hint = nearest(self.correction, list(CORRECTIONS))
+            raise ValueError(f"unknown correction {self.correction!r}; {hint}")
+        if isinstance(self.observation_space, spaces.Dict):
+            raise ValueError("A3C does not support Dict observations; flatten them first")
+
+    # Learning.
+
+    def learn(
+        self: SelfA3C,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 100,
+        tb_log_name: str = "A3C",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfA3C:
+        """Train until `total_timesteps`, exact to one row of `n_envs` timesteps.
+
+        Callbacks are called once per row, `n_envs` timesteps, also where workers play: in this
+        process, as their rollouts arrive.
+
+        Raises:
+            WorkerError: if the workers cannot be kept running.
+            NonFiniteError: if the gradient stays not finite.
+        """
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        self._stop_requested = False
+        with self._player() as player:
+            callback.on_training_start(locals(), globals())
+            iteration = 0
+            while self.num_timesteps < total_timesteps and not self._stop_requested:
+                rows = math.ceil((total_timesteps - self.num_timesteps) / self.n_envs)
+                callback.on_rollout_start()
+                self._batch = player.collect(min(rows, self.n_steps), callback)
+                if self._batch is None:
+                    break
+                callback.update_locals(locals())
+                callback.on_rollout_end()
+                iteration += 1
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                self._current_progress_remaining = max(0.0, self._current_progress_remaining)
+                if log_interval is not None and iteration % log_interval == 0:
+                    self.dump_logs(iteration)
+                self.train()
+                player.publish()
+            callback.on_training_end()
+        return self
+
+    def request_stop(self) -> None:
+        """Let `learn` return after the update it is in; safe to call from a signal handler."""
+        self._stop_requested = True
+
+    def train(self) -> None:
+        """One update from the rollouts collected last."""
+        assert self._batch is not None, "train() follows a rollout"
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        loss = actor_critic_loss(self.policy, self._batch, self._objective())
+        stepped, grad_norm = apply_gradient(
+            self.policy, self.policy.optimizer, loss.total, self.max_grad_norm
+        )
+        self._n_updates += 1
+        self._skipped_in_a_row = 0 if stepped else self._skipped_in_a_row + 1
+        if not stepped:
+            self._skipped_updates += 1
+            if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
+                raise NonFiniteError(
+                    f"the gradient was not finite for {MAX_SKIPPED_UPDATES} updates in a row; "
+                    f"the learning rate is {self.policy.optimizer.param_groups[0]['lr']:g}"
+                )
+            logger.warning("update %d skipped: its gradient is not finite", self._n_updates)
+        self._latent = loss.evaluation.latent.detach()
+        self._record_update(loss, grad_norm)
+
+    def _objective(self) -> Objective:
+        return Objective(
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            ent_coef=self.ent_coef,
+            vf_coef=self.vf_coef,
+            orth_coef=self.orth_coef,
+            reward_clip=self.reward_clip,  # type: ignore[arg-type]
+            correction=self.correction,
+        )
+
+    # Logging.
+
+    def _record_update(self, loss: Loss, grad_norm: float) -> None:
+        """Means over the updates since the last dump."""
+        self.logger.record_mean("train/policy_loss", loss.policy.item())
+        self.logger.record_mean("train/value_loss", loss.value.item())
+        self.logger.record_mean("train/entropy_loss", loss.entropy.item())
+        self.logger.record_mean("train/orthogonality_loss", loss.orthogonality.item())
+        if not math.isnan(variance := loss.explained_variance.item()):
+            self.logger.record_mean("train/explained_variance", variance)
+        if math.isfinite(grad_norm):
+            self.logger.record_mean("train/grad_norm", grad_norm)
+        self.logger.record("train/skipped_updates", self._skipped_updates)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if (log_std := getattr(self.policy, "log_std", None)) is not None:
+            self.logger.record("train/std", log_std.exp().mean().item())
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Write SB3's log keys, and those that only this toolkit has."""
+        self.logger.record("time/frames", self.num_timesteps * self.frames_per_timestep)
+        if self._pool is not None:
+            self.logger.record("time/worker_restarts", self._pool.worker_restarts)
+            self.logger.record("time/env_restarts", self._pool.env_restarts)
+        self._record_heads()
+        super().dump_logs(iteration)
+
+    def _record_heads(self) -> None:
+        heads = {"actor": self.policy.action_net, "critic": self.policy.value_net}
+        coded = {name: m for name, m in heads.items() if isinstance(m, NeurocoderLinear)}
+        if not coded or self._latent is None:
+            return
+        latent = self._latent.flatten(0, 1)[:DIAGNOSTIC_SAMPLES]
+        reports = {name: describe(layer, latent) for name, layer in coded.items()}
+        for key in ("attention_entropy", "max_attention", "effective_rank", "orthogonality"):
+            values = {name: getattr(report, key) for name, report in reports.items()}
+            self.logger.record(f"neurocoder/{key}", sum(values.values()) / len(values))
+            for name, value in values.items():
+                self.logger.record(f"neurocoder/{key}/{name}", value)
+        for name, report in reports.items():
+            self.logger.record(
+                f"neurocoder/slot_usage/{name}",
+                report.slot_usage.cpu(),
+                exclude=("stdout", "log", "json", "csv"),
+            )
+
+    # Playing.
+
+    @contextmanager
+    def _player(self) -> Iterator[_Player]:
+        """Whoever collects rollouts: the workers, or this process."""
+        if not self.n_workers:
+            yield _SerialPlayer(self)
+            return
+        assert self.env_factory is not None, "only factories are played by workers"
+        shape = self._rollout_shape(self.n_envs // self.n_workers)
+        weights = SharedWeights(self.policy)
+        slots = 3 * self.n_workers * sum(t.nbytes for t in shape.allocate())
+        check_shared_memory(slots + weights.nbytes)
+        spec = PolicySpec(
+            self.policy_class,  # type: ignore[arg-type]
+            self.observation_space,
+            self.action_space,
+            self.policy_kwargs,
+        )
+        weights.publish(self.policy, 0)
+        pool = WorkerPool(
+            self.env_factory,
+            spec,
+            shape,
+            weights,
+            n_workers=self.n_workers,
+            # Games that go on after an earlier `learn` do not repeat those played before.
+            seed=self.games_seed + 7_919 * self.num_timesteps,
+            limits=self.limits,
+        )
+        with pool:
+            self._pool = pool
+            try:
+                yield _WorkersPlayer(self, pool, weights)
+            finally:
+                self._pool = None
+
+    def _rollout_shape(self, n_envs: int) -> RolloutShape:
+        layers, _, width = self.policy.lstm_hidden_state_shape
+        return RolloutShape(
+            self.n_steps, n_envs, self.observation_space, self.action_space, layers, width
+        )
+
+    def _after_step(self, callback: BaseCallback, outcome: Outcome) -> bool:
+        """SB3's bookkeeping for one row of `n_envs` timesteps."""
+        self.num_timesteps += self.n_envs
+        infos, dones, rewards = outcome.infos, outcome.dones, outcome.rewards
+        callback.update_locals({"infos": infos, "dones": dones, "rewards": rewards, "self": self})
+        if not callback.on_step():
+            return False
+        self._update_info_buffer(infos, dones)
+        return True
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "env_factory",
+            "_batch",
+            "_batch_stage",
+            "_collector",
+            "_pool",
+            "_latent",
+        ]
+
+
+class _Player(Protocol):
+    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
+        """A batch of `n_steps` timesteps in every environment; None if a callback said stop."""
+
+    def publish(self) -> None:
+        """The learner has new weights."""
+
+
+class _SerialPlayer:
+    """Plays in this process, with the learner's own policy."""
+
+    def __init__(self, model: A3C) -> None:
+        self.model = model
+        self.slots = RolloutSlots(model._rollout_shape(model.n_envs), 1, shared=False)
+        collector = model._collector
+        # SB3 replaces `_last_obs` where a training starts anew or gets another environment.
+        if collector is None or collector.obs is not model._last_obs:
+            assert model.env is not None
+            collector = Collector(model.env, model.policy, model._last_obs)
+        self.collector = model._collector = collector
+
+    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
+        model, rollout = self.model, self.slots[0]
+        complete = self.collector.collect(
+            rollout, n_steps, lambda outcome: model._after_step(callback, outcome)
+        )
+        model._last_obs = self.collector.obs
+        model._last_episode_starts = self.collector.episode_start
+        if not complete:
+            return None
+        model.logger.record_mean("train/policy_lag", 0.0)
+        return first_rows(model._batch_stage.gather([rollout]), n_steps)
+
+    def publish(self) -> None:
+        """The policy that plays is the one that learns."""
+
+
+class _WorkersPlayer:
+    """Receives what the workers play, and sends them weights."""
+
+    def __init__(self, model: A3C, pool: WorkerPool, weights: SharedWeights) -> None:
+        self.model = model
+        self.pool = pool
+        self.weights = weights
+
+    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
+        model = self.model
+        deliveries = self.pool.take(model.n_workers)
+        batch = model._batch_stage.gather([delivery.rollout for delivery in deliveries])
+        rewards = torch.cat([d.rollout.rewards for d in deliveries], dim=1).numpy()
+        dones = torch.cat([d.rollout.dones for d in deliveries], dim=1).numpy()
+        self.pool.release(deliveries)
+
+        width = model.n_envs // model.n_workers
+        infos: list[list[dict[str, Any]]] = [
+            [{} for _ in range(model.n_envs)] for _ in range(model.n_steps)
+        ]
+        for place, delivery in enumerate(deliveries):
+            for row, i, info in delivery.played.infos:
+                infos[row][place * width + i] = info
+        for row in range(n_steps):
+            if not model._after_step(callback, Outcome(row, rewards[row], dones[row], infos[row])):
+                return None
+
+        lags = [self.weights.version - delivery.played.version for delivery in deliveries]
+        model.logger.record_mean("train/policy_lag", sum(lags) / len(lags))
+        model.logger.record("train/policy_lag_max", max(lags))
+        return first_rows(batch, n_steps)
+
+    def publish(self) -> None:
+        self.weights.publish(self.model.policy, self.weights.version + 1)
+
+
+def default_workers(n_envs: int) -> int:
+    """One worker per core, or the next smaller number that divides `n_envs`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(n for n in range(1, max(1, min(cores or 1, n_envs)) + 1) if n_envs % n == 0)
+
+
+def _check_workers(n_workers: int, n_envs: int) -> None:
+    if n_envs < 1 or n_workers < 0:
+        raise ValueError(
+            f"n_envs must be at least 1 and n_workers at least 0, "
+            f"got n_envs={n_envs} with n_workers={n_workers}"
+        )
+    if n_workers and n_envs % n_workers:
+        near = max(1, round(n_envs / n_workers)) * n_workers
+        raise ValueError(
+            f"n_envs must be a multiple of n_workers, got n_envs={n_envs} with "
+            f"n_workers={n_workers}; nearest: n_envs={near}"
+        )
+
+
+def _fresh_seed() -> int:
+    return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
+
+
+__all__: list[str] = ["A3C", "NonFiniteError", "default_workers"]

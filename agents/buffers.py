@@ -1,0 +1,159 @@
+"""Rollout slots: where workers write what they saw and did, and the learner reads it.
+
+Shapes: S slots, T timesteps, E environments of one worker, B = environments of a whole batch,
+L LSTM layers, h LSTM width. Row t holds what the worker saw at t and did at t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+
+class Rollout(NamedTuple):
+    """A rollout of T timesteps in E (or, in a batch, B) environments."""
+
+    obs: Tensor
+    """[T + 1, E, ...] observation at t; the last row is where the next rollout goes on."""
+
+    episode_start: Tensor
+    """[T + 1, E] bool: obs[t] is the first of an episode, so the LSTM starts from zero there."""
+
+    actions: Tensor
+    """[T, E, ...] action taken at t."""
+
+    log_prob: Tensor
+    """[T, E] its log-probability under the weights that chose it."""
+
+    rewards: Tensor
+    """[T, E] raw reward that followed it."""
+
+    dones: Tensor
+    """[T, E] bool: it ended the episode, or the return is cut there."""
+
+    truncation_value: Tensor
+    """[T, E] value of the observation behind a time limit, 0 where there was none."""
+
+    lstm_h: Tensor
+    """[L, E, h] hidden state before row 0."""
+
+    lstm_c: Tensor
+    """[L, E, h] cell state before row 0."""
+
+
+class RolloutShape(NamedTuple):
+    """Everything that fixes the layout of one rollout."""
+
+    n_steps: int
+    n_envs: int
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
+    lstm_layers: int
+    lstm_size: int
+
+    def allocate(self, *leading: int) -> Rollout:
+        """A rollout of conspicuous values, with `leading` dimensions in front of every tensor.
+
+        Reading what nobody wrote gives NaN or the largest integer, not a plausible zero.
+        """
+        steps, envs = self.n_steps, self.n_envs
+        obs_shape, obs_dtype = _layout(self.observation_space)
+        action_shape, action_dtype = _layout(self.action_space)
+        state = (self.lstm_layers, envs, self.lstm_size)
+
+        def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if dtype.is_floating_point:
+                return torch.full((*leading, *shape), float("nan"), dtype=dtype)
+            largest = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+            return torch.full((*leading, *shape), largest, dtype=dtype)
+
+        return Rollout(
+            obs=poisoned((steps + 1, envs, *obs_shape), obs_dtype),
+            episode_start=poisoned((steps + 1, envs), torch.bool),
+            actions=poisoned((steps, envs, *action_shape), action_dtype),
+            log_prob=poisoned((steps, envs), torch.float32),
+            rewards=poisoned((steps, envs), torch.float32),
+            dones=poisoned((steps, envs), torch.bool),
+            truncation_value=poisoned((steps, envs), torch.float32),
+            lstm_h=poisoned(state, torch.float32),
+            lstm_c=poisoned(state, torch.float32),
+        )
+
+
+class RolloutSlots:
+    """S rollouts in one block per key, allocated once; processes exchange slot numbers only."""
+
+    def __init__(self, shape: RolloutShape, num_slots: int, *, shared: bool) -> None:
+        self.num_slots = num_slots
+        self._tensors = shape.allocate(num_slots)
+        if shared:
+            for tensor in self._tensors:
+                tensor.share_memory_()
+
+    def __getitem__(self, slot: int) -> Rollout:
+        """View of one slot."""
+        return Rollout(*(tensor[slot] for tensor in self._tensors))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all slots in bytes."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+
+class RolloutBatch:
+    """Staging area in which the learner lays rollouts side by side, then moves them to its device.
+
+    On CUDA the staging tensors are pinned, so the copies run while the host goes on.
+    """
+
+    def __init__(self, shape: RolloutShape, device: torch.device) -> None:
+        self.device = device
+        self._host = shape.allocate()
+        if device.type == "cuda":
+            self._host = Rollout(*(tensor.pin_memory() for tensor in self._host))
+
+    def gather(self, rollouts: Sequence[Rollout]) -> Rollout:
+        """Copy rollouts into one batch along the axis of environments.
+
+        The result lives on the learner's device and is overwritten by the next call; the slots may
+        be reused at once.
+        """
+        column = 0
+        for rollout in rollouts:
+            width = rollout.rewards.shape[1]
+            for target, source in zip(self._host, rollout, strict=True):
+                target[:, column : column + width].copy_(source)
+            column += width
+        assert column == self._host.rewards.shape[1], "a batch holds every environment once"
+        if self.device.type == "cpu":
+            return self._host
+        return Rollout(*(tensor.to(self.device, non_blocking=True) for tensor in self._host))
+
+
+def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
+    """The first `n_steps` timesteps of a rollout, with the observation that follows them."""
+    return rollout._replace(
+        obs=rollout.obs[: n_steps + 1],
+        episode_start=rollout.episode_start[: n_steps + 1],
+        actions=rollout.actions[:n_steps],
+        log_prob=rollout.log_prob[:n_steps],
+        rewards=rollout.rewards[:n_steps],
+        dones=rollout.dones[:n_steps],
+        truncation_value=rollout.truncation_value[:n_steps],
+    )
+
+
+def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and torch type of one element of a space."""
+    if space.shape is None:
+        raise ValueError(
+            f"spaces of type {type(space).__name__} are not supported; "
+            "use Box, Discrete, MultiDiscrete or MultiBinary"
+        )
+    dtype = space.dtype or np.dtype(np.float32)
+    return space.shape, torch.from_numpy(np.empty(0, dtype=dtype)).dtype

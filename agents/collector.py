@@ -1,0 +1,120 @@
+"""Playing: one vector environment, one policy, one rollout at a time.
+
+The same code runs in a worker process and, without workers, in the learner's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from agents.buffers import Rollout
+from ncrl.sb3 import LstmPolicy
+
+
+class Outcome(NamedTuple):
+    """What the environments answered to one row of actions."""
+
+    row: int
+    rewards: np.ndarray
+    dones: np.ndarray
+    infos: list[dict[str, Any]]
+
+
+class Collector:
+    """Holds where a vector environment stands between rollouts, and plays on from there."""
+
+    def __init__(self, env: VecEnv, policy: LstmPolicy, first_obs: Any) -> None:
+        self.env = env
+        self.policy = policy
+        self.obs = first_obs
+        self.episode_start = np.ones(env.num_envs, dtype=bool)
+        self.lstm_state = policy.initial_state(env.num_envs)
+        self.env_seconds = 0.0
+        """Time that the latest rollout spent inside the environments."""
+
+    def collect(
+        self, rollout: Rollout, n_steps: int, after_step: Callable[[Outcome], bool]
+    ) -> bool:
+        """Play `n_steps` timesteps into the first rows of `rollout`.
+
+        Args:
+            rollout: on the host; written in place.
+            n_steps: at most the rollout's T.
+            after_step: called after every step; returning False ends the rollout early.
+
+        Returns:
+            Whether the rollout is complete.
+
+        Raises:
+            ValueError: if the environment answers with a reward or observation that is not finite.
+        """
+        self.policy.set_training_mode(False)
+        self.env_seconds = 0.0
+        rollout.lstm_h.copy_(self.lstm_state[0])
+        rollout.lstm_c.copy_(self.lstm_state[1])
+        for t in range(n_steps):
+            rollout.obs[t] = torch.from_numpy(self.obs)
+            rollout.episode_start[t] = torch.from_numpy(self.episode_start)
+            outcome = self._step(rollout, t)
+            if not after_step(outcome):
+                return False
+        rollout.obs[n_steps] = torch.from_numpy(self.obs)
+        rollout.episode_start[n_steps] = torch.from_numpy(self.episode_start)
+        return True
+
+    @torch.no_grad()
+    def _step(self, rollout: Rollout, t: int) -> Outcome:
+        """Choose, play and record the actions of row t."""
+        device = self.policy.device
+        step = self.policy.act(
+            rollout.obs[t].to(device), self.lstm_state, rollout.episode_start[t].to(device)
+        )
+        self.lstm_state = step.lstm_state
+        rollout.actions[t] = step.actions
+        rollout.log_prob[t] = step.log_prob
+        started = time.monotonic()
+        obs, rewards, dones, infos = self.env.step(self._for_env(step.actions))
+        self.env_seconds += time.monotonic() - started
+        self._check_finite(obs, rewards, t)
+        rollout.rewards[t] = torch.from_numpy(np.asarray(rewards, dtype=np.float32))
+        rollout.dones[t] = torch.from_numpy(dones)
+        rollout.truncation_value[t] = 0.0
+        for i in np.flatnonzero(dones).tolist():
+            if infos[i].get("TimeLimit.truncated") and "terminal_observation" in infos[i]:
+                terminal = infos[i]["terminal_observation"]
+                rollout.truncation_value[t, i] = self._value_after(terminal, i)
+        self.obs, self.episode_start = obs, dones
+        return Outcome(t, rewards, dones, infos)
+
+    def _value_after(self, terminal_observation: np.ndarray, i: int) -> Tensor:
+        """Value of the observation environment i was cut off at (SB3 issue 633)."""
+        obs = torch.as_tensor(terminal_observation, device=self.policy.device).unsqueeze(0)
+        h, c = self.lstm_state
+        state = h[:, i : i + 1].contiguous(), c[:, i : i + 1].contiguous()
+        going_on = torch.zeros(1, dtype=torch.bool, device=self.policy.device)
+        return self.policy.predict_values(obs, state, going_on).squeeze()
+
+    def _for_env(self, actions: Tensor) -> np.ndarray:
+        """Actions as the environment takes them: Gaussian samples are clipped to the bounds."""
+        array: np.ndarray = actions.cpu().numpy()
+        if isinstance(self.env.action_space, spaces.Box):
+            return np.clip(array, self.env.action_space.low, self.env.action_space.high)
+        return array
+
+    def _check_finite(self, obs: np.ndarray, rewards: np.ndarray, t: int) -> None:
+        # Images are integers and cannot be anything but finite.
+        per_env = obs.reshape(len(obs), -1) if obs.dtype.kind == "f" else np.zeros((len(obs), 1))
+        for name, values in (("reward", np.reshape(rewards, (-1, 1))), ("observation", per_env)):
+            bad = ~np.isfinite(values).all(axis=1)
+            if bad.any():
+                i = int(bad.argmax())
+                value = values[i][~np.isfinite(values[i])][0]
+                raise ValueError(f"environment {i} returned {name} {value} at step {t} of a rollout")

@@ -1,0 +1,124 @@
+"""The learner: from a batch of rollouts to one step of the optimiser.
+
+Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from agents.buffers import Rollout
+from agents.losses import (
+    Returns,
+    entropy_loss,
+    explained_variance,
+    gae,
+    policy_gradient_loss,
+    value_loss,
+    vtrace,
+)
+from ncrl import orthogonal_loss
+from ncrl.sb3 import LstmPolicy, RolloutEvaluation
+
+CORRECTIONS = ("vtrace", "none")
+"""Ways to treat rollouts played by older weights: V-trace, or plain n-step returns as in A3C."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Coefficients of the loss; the names are Stable-Baselines3's."""
+
+    gamma: float
+    gae_lambda: float
+    ent_coef: float
+    vf_coef: float
+    orth_coef: float
+    """Weight of the orthogonality loss of Neurocoder layers (paper: a)."""
+    reward_clip: float | None
+    """Rewards are clipped to plus or minus this in the loss, never in what is logged."""
+    correction: str
+    """One of `CORRECTIONS`."""
+
+
+class Loss(NamedTuple):
+    """The total to minimise and the terms it is made of, all scalars."""
+
+    total: Tensor
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    orthogonality: Tensor
+    explained_variance: Tensor
+    evaluation: RolloutEvaluation
+
+
+def actor_critic_loss(policy: LstmPolicy, batch: Rollout, objective: Objective) -> Loss:
+    """Loss of a batch of rollouts under the policy's present weights.
+
+    As in A3C and IMPALA the total is a sum over the T * B timesteps of the batch, not a mean:
+    RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
+    logged are means, as in Stable-Baselines3.
+    """
+    evaluation = policy.evaluate_rollout(
+        batch.obs, batch.actions, (batch.lstm_h, batch.lstm_c), batch.episode_start
+    )
+    values = evaluation.values[:-1]  # V(x_t); the last row is V(x_T)
+    returns = _returns(batch, evaluation, objective)
+    terms = {
+        "policy": policy_gradient_loss(evaluation.log_prob, returns.advantages),
+        "value": value_loss(values, returns.returns),
+        "entropy": entropy_loss(evaluation.entropy),
+        "orthogonality": orthogonal_loss(policy),
+    }
+    total = values.numel() * (
+        terms["policy"]
+        + objective.vf_coef * terms["value"]
+        + objective.ent_coef * terms["entropy"]
+    ) + objective.orth_coef * terms["orthogonality"].to(values.device)
+    return Loss(
+        total=total,
+        **terms,
+        explained_variance=explained_variance(values.detach(), returns.returns),
+        evaluation=evaluation,
+    )
+
+
+def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Returns:
+    rewards = batch.rewards
+    if objective.reward_clip is not None:
+        rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
+    # Behind a time limit the return goes on with the value of what was cut off.
+    rewards = rewards + objective.gamma * batch.truncation_value
+    discounts = objective.gamma * (~batch.dones).to(rewards.dtype)
+    values = evaluation.values.detach()
+    if objective.correction == "none":
+        return gae(discounts, rewards, values[:-1], values[-1], gae_lambda=objective.gae_lambda)
+    return vtrace(
+        evaluation.log_prob.detach() - batch.log_prob,
+        discounts,
+        rewards,
+        values[:-1],
+        values[-1],
+        gae_lambda=objective.gae_lambda,
+    )
+
+
+def apply_gradient(
+    policy: LstmPolicy, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float
+) -> tuple[bool, float]:
+    """One optimiser step, unless the gradient is not finite.
+
+    Returns:
+        Whether the step was made, and the gradient's norm before it was limited.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
+    finite = norm == norm and norm not in (float("inf"), float("-inf"))
+    if finite:
+        optimizer.step()
+    return finite, norm

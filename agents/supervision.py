@@ -1,0 +1,356 @@
+"""The pool of worker processes: started, watched, replaced, and always ended.
+
+One pipe per worker, thrown away with it: a worker killed in the middle of a message harms nobody
+else. Slot numbers are the only thing that is handed round, and the pool knows where each one is:
+free, at a worker, or played and waiting for the learner. Nothing here waits without a time-out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, NamedTuple
+
+import torch
+from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
+
+from agents.buffers import Rollout, RolloutShape, RolloutSlots
+from agents.environments import EnvFactory
+from agents.weights import SharedWeights
+from agents.worker import (
+    THREAD_VARIABLES,
+    EnvFailed,
+    Failed,
+    Message,
+    Played,
+    PolicySpec,
+    Ready,
+    WorkerSpec,
+    worker_main,
+)
+
+logger = logging.getLogger(__name__)
+
+SLOTS_PER_WORKER = 2
+"""Rollouts a worker may hold: the one it plays and the one it goes on with, so that it never waits
+for a learner that is in the middle of an update."""
+
+POLL_SECONDS = 0.2
+"""Longest the pool waits before it looks at its workers again."""
+
+SHM = "/dev/shm"
+
+
+class WorkerError(RuntimeError):
+    """The workers cannot go on; the message carries the reason of the one that failed last."""
+
+
+class Delivery(NamedTuple):
+    """One played rollout."""
+
+    rollout: Rollout
+    """View of its slot; valid until `release`."""
+    played: Played
+    worker: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the pool gives up on a worker, and on itself."""
+
+    heartbeat_timeout: float = 60.0
+    """Seconds a worker with work to do may go without finishing a timestep."""
+    startup_timeout: float = 180.0
+    """Seconds a worker may take to build its environments."""
+    max_restarts: int = 5
+    """Deaths, or environment failures, of one worker without a rollout between them."""
+    first_pause: float = 0.5
+    """Seconds before a first replacement; doubles with each further death."""
+
+
+@dataclass
+class _Worker:
+    """The parent's view of one worker."""
+
+    index: int
+    process: SpawnProcess | None = None
+    connection: Connection | None = None
+    ready: bool = False
+    slots: deque[int] = field(default_factory=deque)
+    """Slots it holds, the one it plays first."""
+    failures: int = 0
+    """In a row, without a rollout between them."""
+    incarnation: int = 0
+    restart_at: float | None = None
+    last_sign: float = 0.0
+    """Monotonic time of its latest heartbeat, message or task."""
+    last_beat: int = 0
+    traceback: str = ""
+
+
+class WorkerPool:
+    """Runs `n_workers` processes of `n_envs` environments each; used as a context manager.
+
+    Raises:
+        WorkerError: from any method, when workers cannot be kept running.
+    """
+
+    def __init__(
+        self,
+        factory: EnvFactory,
+        policy: PolicySpec,
+        shape: RolloutShape,
+        weights: SharedWeights,
+        *,
+        n_workers: int,
+        seed: int,
+        limits: Limits,
+    ) -> None:
+        self.limits = limits
+        self.worker_restarts = 0
+        self.env_restarts = 0
+        self._factory = CloudpickleWrapper(factory)
+        self._policy = CloudpickleWrapper(policy)
+        self._shape = shape
+        self._weights = weights
+        self._seed = seed
+        # One batch may be in the learner's hands while every worker is fully supplied.
+        self._slots = RolloutSlots(shape, (SLOTS_PER_WORKER + 1) * n_workers, shared=True)
+        self._free = deque(range(self._slots.num_slots))
+        self._played: deque[Delivery] = deque()
+        self._heartbeats = torch.zeros(n_workers, dtype=torch.int64).share_memory_()
+        self._workers = [_Worker(index) for index in range(n_workers)]
+        self._context = multiprocessing.get_context("spawn")
+        self._last_look = time.monotonic()
+
+    def __enter__(self) -> WorkerPool:
+        try:
+            for worker in self._workers:
+                self._start(worker)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the living workers."""
+        processes = [worker.process for worker in self._workers]
+        return [p.pid for p in processes if p is not None and p.pid is not None and p.is_alive()]
+
+    def take(self, count: int) -> list[Delivery]:
+        """Wait for `count` played rollouts, the oldest first. Give them back with `release`."""
+        while len(self._played) < count:
+            self._look(POLL_SECONDS)
+        return [self._played.popleft() for _ in range(count)]
+
+    def release(self, deliveries: list[Delivery]) -> None:
+        """Free the slots of rollouts the learner has copied, and hand them out again."""
+        self._free.extend(delivery.played.slot for delivery in deliveries)
+        self._look(0.0)
+
+    def close(self) -> None:
+        """End every worker: asked first, then killed. Never raises, never leaves one behind."""
+        for worker in self._workers:
+            if worker.connection is not None:
+                with contextlib.suppress(OSError):
+                    worker.connection.send(None)
+        deadline = time.monotonic() + 1.0
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+        for worker in self._workers:
+            self._bury(worker)
+
+    # What happens in one look: messages, deaths, silence, replacements, new tasks.
+
+    def _look(self, timeout: float) -> None:
+        connections = {w.connection: w for w in self._workers if w.connection is not None}
+        for connection in wait(list(connections), timeout):
+            self._receive(connections[connection])  # type: ignore[index]
+        self._check_silence()
+        now = time.monotonic()
+        for worker in self._workers:
+            if worker.restart_at is not None and now >= worker.restart_at:
+                self._start(worker)
+            self._supply(worker)
+
+    def _receive(self, worker: _Worker) -> None:
+        """Handle all that a worker has sent; the end of its pipe is its death."""
+        assert worker.connection is not None
+        try:
+            while worker.connection.poll():
+                self._handle(worker, worker.connection.recv())
+        except (EOFError, OSError):
+            self._replace(worker, "died")
+
+    def _handle(self, worker: _Worker, message: Message) -> None:
+        worker.last_sign = time.monotonic()
+        if isinstance(message, Ready):
+            worker.ready = True
+        elif isinstance(message, Played):
+            assert worker.slots[0] == message.slot, "a slot is in exactly one place"
+            worker.slots.popleft()
+            worker.failures = 0
+            self._played.append(Delivery(self._slots[message.slot], message, worker.index))
+        elif isinstance(message, EnvFailed):
+            self.env_restarts += 1
+            worker.failures += 1
+            logger.warning(
+                "worker %d (pid %s): its environments failed and were built anew: %s",
+                worker.index,
+                worker.process.pid if worker.process else None,
+                message.reason.strip().splitlines()[-1],
+            )
+            if worker.failures > self.limits.max_restarts:
+                raise WorkerError(
+                    f"the environments of worker {worker.index} fail again and again:\n"
+                    f"{message.reason}"
+                )
+        elif isinstance(message, Failed):
+            worker.traceback = message.traceback
+
+    def _check_silence(self) -> None:
+        """Replace workers whose environments hang."""
+        now = time.monotonic()
+        # This process was busy or stopped: nobody could have been heard meanwhile.
+        grace = now - self._last_look
+        self._last_look = now
+        for worker in self._workers:
+            if worker.process is None:
+                continue
+            beat = int(self._heartbeats[worker.index].item())
+            if beat != worker.last_beat or (worker.ready and not worker.slots):
+                worker.last_beat, worker.last_sign = beat, now
+            elif grace > 5 * POLL_SECONDS:
+                worker.last_sign += grace
+            limit = (
+                self.limits.heartbeat_timeout if worker.ready else self.limits.startup_timeout
+            )
+            if now - worker.last_sign > limit:
+                self._replace(worker, f"gave no sign of life for {limit:g} s")
+
+    def _replace(self, worker: _Worker, what: str) -> None:
+        """Bury a worker and set the time at which its successor starts."""
+        pid = worker.process.pid if worker.process else None
+        # What fails at the first start fails at every other one.
+        hopeless = worker.incarnation == 1 and not worker.ready and bool(worker.traceback)
+        self._bury(worker)
+        worker.failures += 1
+        if hopeless or worker.failures > self.limits.max_restarts:
+            reason = f":\n{worker.traceback}" if worker.traceback else ""
+            times = "at its start" if hopeless else f"{worker.failures} times in a row"
+            raise WorkerError(f"worker {worker.index} (pid {pid}) {what} {times}{reason}")
+        pause = self.limits.first_pause * 2 ** (worker.failures - 1)
+        last = worker.traceback.strip().splitlines()[-1:] or ["no traceback"]
+        logger.warning(
+            "worker %d (pid %s) %s (%s); a new one starts in %.1f s",
+            worker.index,
+            pid,
+            what,
+            last[0],
+            pause,
+        )
+        self.worker_restarts += 1
+        worker.restart_at = time.monotonic() + pause
+
+    def _bury(self, worker: _Worker) -> None:
+        """Kill the process, drop its pipe, and take back its slots."""
+        if worker.process is not None:
+            if worker.process.is_alive():
+                worker.process.kill()
+            worker.process.join(5.0)
+            worker.process = None
+        if worker.connection is not None:
+            worker.connection.close()
+            worker.connection = None
+        worker.ready = False
+        self._free.extend(worker.slots)
+        worker.slots.clear()
+
+    def _start(self, worker: _Worker) -> None:
+        parent_end, child_end = self._context.Pipe()
+        spec = WorkerSpec(
+            index=worker.index,
+            # A prime stride keeps the seeds of workers and of their successors apart.
+            seed=self._seed + 1_000_003 * (worker.index + len(self._workers) * worker.incarnation),
+            n_envs=self._shape.n_envs,
+            n_steps=self._shape.n_steps,
+            parent_pid=os.getpid(),
+            factory=self._factory,
+            policy=self._policy,
+            slots=self._slots,
+            weights=self._weights,
+            heartbeats=self._heartbeats,
+        )
+        process = self._context.Process(
+            target=worker_main,
+            args=(child_end, spec),
+            name=f"ncrl-worker-{worker.index}",
+            daemon=True,
+        )
+        with _one_thread_for_children():
+            process.start()
+        child_end.close()
+        worker.process, worker.connection = process, parent_end
+        worker.ready, worker.restart_at, worker.traceback = False, None, ""
+        worker.incarnation += 1
+        worker.last_sign = time.monotonic()
+
+    def _supply(self, worker: _Worker) -> None:
+        if worker.connection is None or not worker.ready:
+            return
+        while self._free and len(worker.slots) < SLOTS_PER_WORKER:
+            slot = self._free.popleft()
+            worker.slots.append(slot)
+            try:
+                worker.connection.send(slot)
+            except OSError:
+                return  # it died; the next look finds the end of its pipe
+
+
+def check_shared_memory(needed: int) -> None:
+    """Refuse to allocate more shared memory than there is: exceeding it kills the process later.
+
+    Raises:
+        ValueError: naming the size needed and the size found, in MB.
+    """
+    if not os.path.isdir(SHM):
+        return
+    free = shutil.disk_usage(SHM).free
+    if needed > free:
+        raise ValueError(
+            f"the workers need {needed / 1e6:.0f} MB of shared memory but {SHM} has "
+            f"{free / 1e6:.0f} MB free; lower n_envs or n_steps, or give the container a larger "
+            "one (docker run --shm-size)"
+        )
+
+
+@contextlib.contextmanager
+def _one_thread_for_children() -> Iterator[None]:
+    """Processes started inside see thread limits of 1 before they import anything."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update({name: "1" for name in THREAD_VARIABLES})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+__all__: list[Any] = ["Delivery", "Limits", "WorkerError", "WorkerPool", "check_shared_memory"]

@@ -1,0 +1,79 @@
+"""Versioned weights in shared memory: one writer, any number of readers, no lock.
+
+A reader never blocks the writer and takes nothing with it when it is killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+VERSIONS = 2
+"""Copies kept: the writer fills one while readers copy the other."""
+
+
+class SharedWeights:
+    """Parameters and floating-point buffers of a module, published whole under a version number.
+
+    Version v lies in copy v % 2. The writer announces v in `_started` before it touches that copy,
+    and in `_version` when the copy is complete, so a reader that finds `_started` still below
+    v + 2 after copying has read nothing of a later version.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        size = sum(tensor.numel() for tensor in _floats(module))
+        self._copies = torch.zeros(VERSIONS, size).share_memory_()
+        self._version = torch.full((1,), -1, dtype=torch.int64).share_memory_()
+        self._started = torch.full((1,), -1, dtype=torch.int64).share_memory_()
+
+    @property
+    def version(self) -> int:
+        """The newest complete version; -1 before the first."""
+        return int(self._version.item())
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self._copies.nbytes
+
+    def publish(self, module: nn.Module, version: int) -> None:
+        """Make the module's present weights version `version`, which must be the next one."""
+        self._started.fill_(version)
+        _flatten_into(self._copies[version % VERSIONS], module)
+        self._version.fill_(version)
+
+    def read_into(self, module: nn.Module) -> int:
+        """Copy the newest version into the module and return its number.
+
+        The copy into the module is a local in-place one, so caches keyed on tensor versions notice.
+        """
+        while True:
+            version = self.version
+            copy = self._copies[version % VERSIONS].clone()
+            if int(self._started.item()) < version + VERSIONS:
+                break
+            time.sleep(0)  # overtaken twice while copying: there is a newer version to read
+        offset = 0
+        with torch.no_grad():
+            for tensor in _floats(module):
+                tensor.copy_(copy[offset : offset + tensor.numel()].view_as(tensor))
+                offset += tensor.numel()
+        return version
+
+
+def _floats(module: nn.Module) -> Iterable[Tensor]:
+    yield from module.parameters()
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            yield buffer
+
+
+def _flatten_into(target: Tensor, module: nn.Module) -> None:
+    offset = 0
+    with torch.no_grad():
+        for tensor in _floats(module):
+            target[offset : offset + tensor.numel()].copy_(tensor.reshape(-1))
+            offset += tensor.numel()

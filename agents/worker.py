@@ -1,0 +1,180 @@
+"""The worker process: plays its environments with the newest weights, rollout after rollout."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
+from torch import Tensor
+
+from agents.buffers import RolloutSlots
+from agents.collector import Collector, Outcome
+from agents.environments import EnvFactory, build
+from agents.weights import SharedWeights
+from ncrl.sb3 import LstmPolicy
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "OPENCV_FOR_THREADS_NUM",
+)
+"""Set to 1 before a worker imports torch: cores are shared out by processes, not threads."""
+
+
+class PolicySpec(NamedTuple):
+    """What it takes to build the policy again in another process."""
+
+    policy_class: type[LstmPolicy]
+    observation_space: Any
+    action_space: Any
+    policy_kwargs: dict[str, Any]
+
+    def build(self) -> LstmPolicy:
+        """A policy on the CPU with fresh weights, which the first published version replaces."""
+        return self.policy_class(
+            self.observation_space, self.action_space, _no_learning, **self.policy_kwargs
+        )
+
+
+def _no_learning(_progress_remaining: float) -> float:
+    return 0.0
+
+
+@dataclass
+class WorkerSpec:
+    """Everything a worker process is given at its start."""
+
+    index: int
+    seed: int
+    """Seed of this incarnation; no other worker and no earlier incarnation had it."""
+    n_envs: int
+    n_steps: int
+    parent_pid: int
+    factory: CloudpickleWrapper
+    """Of an `EnvFactory`; notebooks and scripts define theirs where pickle cannot find them."""
+    policy: CloudpickleWrapper
+    """Of a `PolicySpec`."""
+    slots: RolloutSlots
+    weights: SharedWeights
+    heartbeats: Tensor
+    """[n_workers] int64 in shared memory: steps played; a worker counts up its own entry."""
+
+
+class Ready(NamedTuple):
+    """The worker's environments are built."""
+
+
+class Played(NamedTuple):
+    """A slot is full."""
+
+    slot: int
+    version: int
+    """Version of the weights that chose every action in it."""
+    infos: list[tuple[int, int, dict[str, Any]]]
+    """(row, environment, info) wherever an environment reported something."""
+    env_seconds: float
+    """Time spent inside the environments."""
+    seconds: float
+    """Time from the first step to the last."""
+
+
+class EnvFailed(NamedTuple):
+    """The environments raised, were built anew, and the unfinished rollout was thrown away."""
+
+    reason: str
+
+
+class Failed(NamedTuple):
+    """The worker ends; the reason is its traceback."""
+
+    traceback: str
+
+
+Message = Ready | Played | EnvFailed | Failed
+
+
+def worker_main(connection: Connection, spec: WorkerSpec) -> None:
+    """Entry point of the process. Receives slot numbers, answers with `Message`s, ends on None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with_parent(spec.parent_pid)
+    try:
+        _work(connection, spec)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone
+    except Exception:
+        connection.send(Failed(traceback.format_exc()))
+        sys.exit(1)
+
+
+def _work(connection: Connection, spec: WorkerSpec) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(spec.seed)
+    np.random.seed(spec.seed % 2**32)
+    seeds = np.random.SeedSequence(spec.seed)
+    factory: EnvFactory = spec.factory.var
+    policy: LstmPolicy = spec.policy.var.build()
+    policy.set_training_mode(False)
+    collector = _start_games(factory, spec, seeds, policy)
+    connection.send(Ready())
+    while (slot := connection.recv()) is not None:
+        while True:
+            version = spec.weights.read_into(policy)
+            try:
+                connection.send(_play(collector, spec, slot, version))
+                break
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception:
+                reason = traceback.format_exc()
+            collector.env.close()
+            collector = _start_games(factory, spec, seeds, policy)
+            connection.send(EnvFailed(reason))
+
+
+def _start_games(
+    factory: EnvFactory, spec: WorkerSpec, seeds: np.random.SeedSequence, policy: LstmPolicy
+) -> Collector:
+    env = build(factory, spec.n_envs, _env_seed(seeds))
+    return Collector(env, policy, env.reset())
+
+
+def _play(collector: Collector, spec: WorkerSpec, slot: int, version: int) -> Played:
+    infos: list[tuple[int, int, dict[str, Any]]] = []
+
+    def after_step(outcome: Outcome) -> bool:
+        spec.heartbeats[spec.index] += 1
+        for i, info in enumerate(outcome.infos):
+            if "episode" in info or outcome.dones[i]:
+                small = {k: v for k, v in info.items() if k != "terminal_observation"}
+                infos.append((outcome.row, i, small))
+        return True
+
+    started = time.monotonic()
+    collector.collect(spec.slots[slot], spec.n_steps, after_step)
+    return Played(slot, version, infos, collector.env_seconds, time.monotonic() - started)
+
+
+def _env_seed(seeds: np.random.SeedSequence) -> int:
+    """The next seed for a set of environments: rebuilt ones do not repeat their games."""
+    return int(seeds.spawn(1)[0].generate_state(1)[0] >> 1)
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Ask Linux to kill this process when the thread that started it ends."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the request; elsewhere the pipe tells us
+        os._exit(1)

@@ -1,0 +1,5 @@
+"""ncrl: Neurocoder layers, and reinforcement-learning agents built with them."""
+
+from ncrl.neurocoder import Attention, NeurocoderConfig, NeurocoderLinear, orthogonal_loss
+
+__all__ = ["Attention", "NeurocoderConfig", "NeurocoderLinear", "orthogonal_loss"]

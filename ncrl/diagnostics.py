@@ -1,0 +1,63 @@
+"""What a Neurocoder layer does on a batch of inputs, as numbers for curves and histograms."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncrl.neurocoder import NeurocoderLinear
+
+RANK_SAMPLES = 16
+"""Inputs whose programs are built in full to measure their rank."""
+
+
+class LayerReport(NamedTuple):
+    """See the paper's section 2 for the quantities; P slots."""
+
+    attention_entropy: float
+    """Mean entropy of a component's attention over slots, in units of log P: 1 is uniform."""
+
+    max_attention: float
+    """Largest attention weight of any input, component and memory."""
+
+    effective_rank: float
+    """Mean participation ratio (sum s^2)^2 / sum s^4 of the active programs' singular values s."""
+
+    orthogonality: float
+    """Orthogonality loss above the least value that the memories' shapes allow."""
+
+    slot_usage: Tensor
+    """Mean share of the attention that each slot receives, [P]."""
+
+
+@torch.no_grad()
+def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
+    """Measure `layer` on inputs x [B, in], B >= 1."""
+    weights = torch.stack(layer.attend(x))  # [3, B, R, P]
+    shares = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
+    entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1).mean()
+    uniform = torch.tensor(max(layer.config.num_slots, 2)).log()
+    floor = layer.memory.orthogonality_floor()
+    return LayerReport(
+        attention_entropy=float(entropy / uniform),
+        max_attention=float(weights.max()),
+        effective_rank=float(participation_ratio(_active_programs(layer, x[:RANK_SAMPLES])).mean()),
+        orthogonality=float(layer.memory.orthogonality()) - floor,
+        slot_usage=shares.mean(dim=(0, 1, 2)),
+    )
+
+
+def participation_ratio(matrices: Tensor) -> Tensor:
+    """(sum s^2)^2 / sum s^4 over the singular values s of matrices [..., m, n]: [...], 1 to n."""
+    squares = torch.linalg.svdvals(matrices.float()).square()
+    return squares.sum(-1).square() / squares.square().sum(-1).clamp_min(1e-30)
+
+
+def _active_programs(layer: NeurocoderLinear, x: Tensor) -> Tensor:
+    programs = layer.program(x)  # [B, in, out]
+    if layer.integration is not None:
+        scale = layer.integration.scale(x, layer.singular_values(x).T)  # [B, 1]
+        programs = programs - scale.unsqueeze(-1) * layer.integration.residual
+    return programs

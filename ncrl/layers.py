@@ -1,0 +1,41 @@
+"""The registry of layers that can take a linear layer's seat, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from ncrl.neurocoder import NeurocoderLinear
+
+
+class LayerFactory(Protocol):
+    """What every entry of the registry is called like: `nn.Linear`'s first arguments."""
+
+    def __call__(self, in_features: int, out_features: int, **options: Any) -> nn.Module: ...
+
+
+LAYERS: Mapping[str, LayerFactory] = {"linear": nn.Linear, "neurocoder": NeurocoderLinear}
+"""Layer constructors by the name that flags and `policy_kwargs` use."""
+
+
+def make_layer(name: str, in_features: int, out_features: int, **options: Any) -> nn.Module:
+    """Build the layer called `name`.
+
+    Raises:
+        ValueError: for an unknown name (the nearest one is offered) or an option it has not got.
+    """
+    if name not in LAYERS:
+        raise ValueError(f"unknown layer {name!r}; {nearest(name, LAYERS)}")
+    try:
+        return LAYERS[name](in_features, out_features, **options)
+    except TypeError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+
+
+def nearest(name: str, choices: Mapping[str, Any] | list[str]) -> str:
+    """'did you mean ...' or the list of choices, for error messages."""
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"

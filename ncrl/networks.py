@@ -1,0 +1,120 @@
+"""Encoders of Atari frames, and an LSTM over whole rollouts.
+
+Shapes: T timesteps, B environments, L LSTM layers, h LSTM width. Rollouts are time-major.
+"""
+
+from __future__ import annotations
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from ncrl.layers import nearest
+
+LstmState = tuple[Tensor, Tensor]
+"""Hidden and cell state of an LSTM, each [L, B, h]."""
+
+
+def a3c_encoder(channels: int) -> list[nn.Module]:
+    """The trunk of A3C (Mnih et al. 2016): 16@8x8/4, 32@4x4/2, 256 units."""
+    return [
+        nn.Conv2d(channels, 16, 8, stride=4),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(256),
+        nn.ReLU(),
+    ]
+
+
+def nature_encoder(channels: int) -> list[nn.Module]:
+    """The trunk of DQN (Mnih et al. 2015): 32@8x8/4, 64@4x4/2, 64@3x3/1, 512 units."""
+    return [
+        nn.Conv2d(channels, 32, 8, stride=4),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 4, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(512),
+        nn.ReLU(),
+    ]
+
+
+def paper_encoder(channels: int) -> list[nn.Module]:
+    """The trunk whose parameter count is the Neurocoder paper's (Table 9): 1024 features.
+
+    80x80 and 84x84 frames both end in 64 maps of 4x4.
+    """
+    layers: list[nn.Module] = []
+    for width, kernel, padding in ((32, 5, 2), (32, 5, 1), (64, 4, 1), (64, 3, 1)):
+        layers += [nn.Conv2d(channels, width, kernel, padding=padding), nn.MaxPool2d(2), nn.ReLU()]
+        channels = width
+    return [*layers, nn.Flatten()]
+
+
+ENCODERS = {"a3c": a3c_encoder, "nature": nature_encoder, "paper": paper_encoder}
+"""Convolutional trunks by name; each takes the number of input channels."""
+
+
+class AtariEncoder(BaseFeaturesExtractor):
+    """An SB3 features extractor over one of `ENCODERS`.
+
+    Args:
+        observation_space: images, channel first.
+        encoder: `a3c`, `nature` or `paper`.
+
+    Raises:
+        ValueError: for an unknown encoder, or for images that are too small for it.
+    """
+
+    def __init__(self, observation_space: spaces.Box, encoder: str = "a3c") -> None:
+        if encoder not in ENCODERS:
+            raise ValueError(f"unknown encoder {encoder!r}; {nearest(encoder, ENCODERS)}")
+        network = nn.Sequential(*ENCODERS[encoder](observation_space.shape[0]))
+        image = torch.zeros(1, *observation_space.shape)
+        try:
+            with torch.no_grad():
+                features = int(network(image).shape[1])
+        except RuntimeError as error:
+            raise ValueError(
+                f"images of shape {observation_space.shape} (channels, height, width) are too "
+                f"small for the encoder {encoder!r}, which is made for 84x84"
+            ) from error
+        super().__init__(observation_space, features)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, height, width] of numbers in [0, 1] -> [B, features]."""
+        features: Tensor = self.network(images)
+        return features
+
+
+def unroll_lstm(
+    lstm: nn.LSTM, inputs: Tensor, state: LstmState, episode_start: Tensor
+) -> tuple[Tensor, LstmState]:
+    """Run an LSTM over time, from a zero state wherever an episode starts.
+
+    One call per stretch between rows in which some episode starts, never one per timestep.
+
+    Args:
+        lstm: time-major.
+        inputs: [T, B, features].
+        state: before row 0.
+        episode_start: [T, B] bool; row t is the first observation of an episode.
+
+    Returns:
+        Outputs [T, B, h] and the state after row T - 1.
+    """
+    starts = episode_start.any(dim=1).nonzero().flatten().tolist()  # rows with a start
+    bounds = sorted({0, *starts, inputs.shape[0]})
+    outputs = []
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        keep = ~episode_start[first].unsqueeze(1)  # [B, 1]
+        state = (state[0] * keep, state[1] * keep)
+        output, state = lstm(inputs[first:last], state)
+        outputs.append(output)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), state

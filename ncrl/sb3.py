@@ -1,0 +1,321 @@
+"""Stable-Baselines3 policies whose policy and value outputs can be Neurocoder layers.
+
+Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+
+from ncrl.layers import make_layer
+from ncrl.networks import AtariEncoder, LstmState, unroll_lstm
+
+
+class Step(NamedTuple):
+    """One decision for each of B environments."""
+
+    actions: Tensor
+    """[B, ...] in the shape of the action space."""
+
+    log_prob: Tensor
+    """Log-probability of each action, [B]."""
+
+    lstm_state: LstmState
+    """State after the step."""
+
+
+class RolloutEvaluation(NamedTuple):
+    """What the current weights say about a rollout of T actions and T + 1 observations."""
+
+    values: Tensor
+    """V(x_t), [T + 1, B]; the last row is the bootstrap value."""
+
+    log_prob: Tensor
+    """Log-probability of the actions taken, [T, B]."""
+
+    entropy: Tensor
+    """Entropy of the policy, [T, B]."""
+
+    latent: Tensor
+    """LSTM output, which the heads read, [T + 1, B, h]."""
+
+
+class _ChosenHeads(ActorCriticPolicy):
+    """Mixin: the last layer of actor and critic comes from `ncrl.layers.LAYERS`."""
+
+    head = "neurocoder"
+    head_kwargs: dict[str, Any]
+
+    def _choose_head(self, head: str | None, head_kwargs: dict[str, Any] | None) -> None:
+        """To be called before `ActorCriticPolicy.__init__`, which builds the network."""
+        if head is not None:
+            self.head = head
+        self.head_kwargs = head_kwargs or {}
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        if self.head == "linear" and not self.head_kwargs:
+            return  # SB3's own layers, with its orthogonal initialisation
+        actions: nn.Linear = self.action_net  # type: ignore[assignment]
+        values: nn.Linear = self.value_net  # type: ignore[assignment]
+        self.action_net = self._make_head(actions)
+        self.value_net = self._make_head(values)
+        self.optimizer = self.optimizer_class(
+            self.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+
+    def _make_head(self, linear: nn.Linear) -> nn.Module:
+        return make_layer(self.head, linear.in_features, linear.out_features, **self.head_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | {
+            "head": self.head,
+            "head_kwargs": self.head_kwargs,
+        }
+
+
+class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
+    """Encoder and LSTM shared by actor and critic; the gradients of both flow into them.
+
+    Differs from sb3-contrib's policies in that the critic's gradient is not cut off the shared
+    LSTM, in the LSTM running over whole rollouts (`ncrl.networks.unroll_lstm`), and in the heads,
+    which sit directly on the LSTM unless `net_arch` puts layers between.
+
+    Args:
+        observation_space: any but Dict.
+        action_space: Discrete, MultiDiscrete, MultiBinary or Box.
+        lr_schedule: learning rate by remaining progress.
+        net_arch: layers between LSTM and heads, as in SB3; none by default.
+        head: name of the output layers in `ncrl.layers.LAYERS`.
+        head_kwargs: options of the output layers, such as `num_slots`.
+        lstm_hidden_size: h.
+        n_lstm_layers: L.
+        kwargs: further arguments of `RecurrentActorCriticPolicy`.
+
+    Raises:
+        ValueError: for an unknown head or option, or for `use_sde`, which reads the inside of a
+            linear output layer.
+    """
+
+    head = "linear"
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        *,
+        head: str | None = None,
+        head_kwargs: dict[str, Any] | None = None,
+        lstm_hidden_size: int = 256,
+        n_lstm_layers: int = 1,
+        use_sde: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if use_sde:
+            raise ValueError("use_sde=True is not supported by ncrl's policies; use use_sde=False")
+        self._choose_head(head, head_kwargs)
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            [] if net_arch is None else net_arch,
+            lstm_hidden_size=lstm_hidden_size,
+            n_lstm_layers=n_lstm_layers,
+            shared_lstm=True,
+            enable_critic_lstm=False,
+            **kwargs,
+        )
+
+    # The engine's interface: time-major, one network pass for actor and critic.
+
+    def initial_state(self, num_envs: int) -> LstmState:
+        """Zero LSTM state for `num_envs` environments, [L, B, h] twice."""
+        layers, _, width = self.lstm_hidden_state_shape
+        zeros = torch.zeros(layers, num_envs, width, device=self.device)
+        return zeros, zeros.clone()
+
+    def act(self, obs: Tensor, lstm_state: LstmState, episode_start: Tensor) -> Step:
+        """Sample one action per environment.
+
+        Args:
+            obs: [B, ...].
+            lstm_state: before the step, [L, B, h] twice.
+            episode_start: [B] bool.
+        """
+        latent, lstm_state = self._unroll(obs.unsqueeze(0), lstm_state, episode_start[None])
+        distribution = self._distribution(latent[0])
+        actions = distribution.get_actions()
+        return Step(actions, distribution.log_prob(actions), lstm_state)
+
+    def evaluate_rollout(
+        self, obs: Tensor, actions: Tensor, lstm_state: LstmState, episode_start: Tensor
+    ) -> RolloutEvaluation:
+        """Evaluate T actions under the current weights.
+
+        Args:
+            obs: [T + 1, B, ...].
+            actions: [T, B, ...].
+            lstm_state: before row 0, [L, B, h] twice.
+            episode_start: [T + 1, B] bool.
+        """
+        latent, _ = self._unroll(obs, lstm_state, episode_start)
+        num_steps, num_envs = actions.shape[:2]
+        distribution = self._distribution(latent[:-1].flatten(0, 1))
+        entropy = distribution.entropy()
+        assert entropy is not None  # only squashed Gaussians, which need gSDE, have none
+        values = self.value_net(self.mlp_extractor.forward_critic(latent)).squeeze(-1)
+        return RolloutEvaluation(
+            values=values,
+            log_prob=distribution.log_prob(actions.flatten(0, 1)).view(num_steps, num_envs),
+            entropy=entropy.view(num_steps, num_envs),
+            latent=latent,
+        )
+
+    def _unroll(
+        self, obs: Tensor, lstm_state: LstmState, episode_start: Tensor
+    ) -> tuple[Tensor, LstmState]:
+        """Encoder and LSTM: obs [T, B, ...] -> latent [T, B, h]."""
+        features = self._features(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
+        return unroll_lstm(self.lstm_actor, features, lstm_state, episode_start)
+
+    def _features(self, obs: PyTorchObs) -> Tensor:
+        features: Tensor = super(ActorCriticPolicy, self).extract_features(
+            obs, self.features_extractor
+        )
+        return features
+
+    def _distribution(self, latent: Tensor) -> Distribution:
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
+
+    # sb3-contrib's interface, batch-major, with the critic's gradient kept.
+
+    def forward(  # type: ignore[override]
+        self,
+        obs: PyTorchObs,
+        lstm_states: RNNStates,
+        episode_starts: Tensor,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, RNNStates]:
+        """Actions, values, log-probabilities and next states, as in sb3-contrib."""
+        latent, state = self._latent(obs, lstm_states.pi, episode_starts)
+        distribution = self._distribution(latent)
+        actions = distribution.get_actions(deterministic=deterministic)
+        log_prob = distribution.log_prob(actions)
+        actions = actions.reshape((-1, *self.action_space.shape))  # type: ignore[misc]
+        return actions, self._values(latent), log_prob, RNNStates(state, state)
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: Tensor, actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, log-probabilities and entropy, as in sb3-contrib."""
+        latent, _ = self._latent(obs, lstm_states.pi, episode_starts)
+        distribution = self._distribution(latent)
+        return self._values(latent), distribution.log_prob(actions), distribution.entropy()
+
+    def predict_values(  # type: ignore[override]
+        self, obs: PyTorchObs, lstm_states: LstmState, episode_starts: Tensor
+    ) -> Tensor:
+        """Values [B, 1], as in sb3-contrib."""
+        return self._values(self._latent(obs, lstm_states, episode_starts)[0])
+
+    def _latent(
+        self, obs: PyTorchObs, lstm_state: LstmState, episode_starts: Tensor
+    ) -> tuple[Tensor, LstmState]:
+        return self._process_sequence(
+            self._features(obs), lstm_state, episode_starts, self.lstm_actor
+        )
+
+    def _values(self, latent: Tensor) -> Tensor:
+        values: Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return values
+
+    @staticmethod
+    def _process_sequence(  # type: ignore[override]
+        features: Tensor, lstm_states: LstmState, episode_starts: Tensor, lstm: nn.LSTM
+    ) -> tuple[Tensor, LstmState]:
+        """[B * T, features], sequence by sequence -> [B * T, h]."""
+        num_sequences = lstm_states[0].shape[1]
+        inputs = features.unflatten(0, (num_sequences, -1)).transpose(0, 1)
+        starts = episode_starts.reshape(num_sequences, -1).transpose(0, 1).bool()
+        outputs, state = unroll_lstm(lstm, inputs, lstm_states, starts)
+        return outputs.transpose(0, 1).flatten(0, 1), state
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        layers, _, width = self.lstm_hidden_state_shape
+        return super()._get_constructor_parameters() | {
+            "lstm_hidden_size": width,
+            "n_lstm_layers": layers,
+        }
+
+
+class MlpLstmPolicy(LstmPolicy):
+    """Vector observations -> LSTM -> linear heads."""
+
+
+class CnnLstmPolicy(LstmPolicy):
+    """Images -> one of `ncrl.networks.ENCODERS` -> LSTM -> linear heads.
+
+    Args:
+        encoder: `a3c`, `nature` or `paper`.
+        kwargs: further arguments of `LstmPolicy`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        *,
+        encoder: str | None = None,
+        lstm_hidden_size: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("features_extractor_class", AtariEncoder)
+        if encoder is not None:
+            options = kwargs.get("features_extractor_kwargs") or {}
+            kwargs["features_extractor_kwargs"] = options | {"encoder": encoder}
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            lstm_hidden_size=lstm_hidden_size,
+            **kwargs,
+        )
+
+
+class NeurocoderMlpLstmPolicy(MlpLstmPolicy):
+    """Vector observations -> LSTM -> Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+class NeurocoderCnnLstmPolicy(CnnLstmPolicy):
+    """Images -> encoder -> LSTM -> Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+__all__ = [
+    "CnnLstmPolicy",
+    "LstmPolicy",
+    "MlpLstmPolicy",
+    "NeurocoderCnnLstmPolicy",
+    "NeurocoderMlpLstmPolicy",
+    "RolloutEvaluation",
+    "Step",
+]
