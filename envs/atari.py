@@ -270,7 +270,12 @@ class AtariVecEnv(VecEnv):
         return np.asarray(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Sends the actions, integers [n_envs]; ValueError for any that the games do not have."""
+        """Sends the actions, integers [n_envs]; ValueError for any that the games do not have.
+
+        The emulator thread plays on while the caller computes. RuntimeError before `step_wait`.
+        """
+        if self._stepping:
+            raise RuntimeError("a step is under way: call step_wait first")
         actions = np.asarray(actions)
         if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
             raise ValueError(
@@ -283,6 +288,8 @@ class AtariVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Observations, rewards, dones and infos of the step that `step_async` began."""
+        if not self._stepping:  # ale-py would wait for ever
+            raise RuntimeError("no step is under way: call step_async first")
         observations, rewards, terminated, truncated, info = self._games.recv()
         self._stepping = False
         self._scores += rewards

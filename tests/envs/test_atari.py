@@ -233,6 +233,31 @@ def test_lost_life_goes_on_without_a_reset():
     np.testing.assert_array_equal(after[0, :3], before[0, 1:])  # the stack was not cleared
 
 
+def test_which_drops_in_lives_end_the_return(monkeypatch):
+    """A life lost; the last one lost before the game is over; a game with bonus lives, cut."""
+    env = atari(QUICK, protocol="classic")(3, 0)
+    env.reset()
+    observations, no = np.zeros((3, 1, 84, 84), np.uint8), np.zeros(3, bool)
+    cut = np.array([False, False, True])
+
+    def step(lives, truncated):
+        info = {"lives": np.array(lives), "final_obs": observations}
+        received = (observations, np.zeros(3, np.int32), no, truncated, info)
+        monkeypatch.setattr(env._games, "recv", lambda: received)
+        return env.step(np.zeros(3, np.int64))
+
+    monkeypatch.setattr(env._games, "send", lambda _: None)
+    step([3, 1, 4], no)
+    _, _, dones, infos = step([2, 0, 3], cut)  # the third row already counts the next game's
+    assert dones.tolist() == [True, False, True]
+    assert infos[:2] == [{"life_lost": True}, {}]
+    assert infos[2]["TimeLimit.truncated"] is True
+    assert "life_lost" not in infos[2]
+    _, _, dones, infos = step([2, 0, 2], no)
+    assert dones.tolist() == [False, False, True]
+    assert infos == [{}, {}, {"life_lost": True}]
+
+
 def test_truncation_reports_the_last_frame_of_the_old_game():
     env = atari("Pong", stack=4, max_frames=80)(2, 0)
     before = env.reset()
@@ -277,6 +302,17 @@ def test_reset_drops_a_step_in_flight():
     env.step_async(np.ones(2, np.int64))
     env.seed(3)
     np.testing.assert_array_equal(play(env, 30), play(factory(2, 3), 30))
+
+
+def test_steps_begin_and_end_in_turn():
+    env = atari("Pong")(1, 0)
+    env.reset()
+    with pytest.raises(RuntimeError, match="step_async"):
+        env.step_wait()
+    env.step_async(np.array([0]))
+    with pytest.raises(RuntimeError, match="step_wait"):
+        env.step_async(np.array([0]))
+    env.step_wait()
 
 
 def test_attributes_for_sb3():

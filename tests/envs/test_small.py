@@ -61,6 +61,7 @@ def test_masked_cartpole_shows_position_and_angle_only():
     observation, expected = env.reset(), full.reset(seed=5)[0]
     for action in [0, 1, 1, 0, 1]:
         assert observation.shape == (1, 2)
+        assert env.observation_space.high.tolist() == full.observation_space.high[[0, 2]].tolist()
         np.testing.assert_array_equal(observation[0], expected[[0, 2]])
         observation, expected = env.step(np.array([action]))[0], full.step(action)[0]
 
