@@ -15,7 +15,6 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
@@ -31,6 +30,7 @@ from agents.environments import (
     is_factory,
 )
 from agents.learner import CORRECTIONS, Loss, Objective, actor_critic_loss, apply_gradient
+from agents.optim import SharedRMSProp
 from agents.supervision import Limits, WorkerPool, check_shared_memory
 from agents.weights import SharedWeights
 from agents.worker import PolicySpec
@@ -158,13 +158,13 @@ class A3C(OnPolicyAlgorithm):
         else:
             played = env  # type: ignore[assignment]
         source = self.env_factory or env
-        self.reward_clip = getattr(source, "reward_clip", None) if reward_clip == "env" else (
-            reward_clip
+        self.reward_clip = (
+            getattr(source, "reward_clip", None) if reward_clip == "env" else (reward_clip)
         )
         self.frames_per_timestep = int(getattr(source, "frame_skip", 1))
         policy_kwargs = dict(policy_kwargs or {})
         if "optimizer_class" not in policy_kwargs:
-            policy_kwargs["optimizer_class"] = RMSpropTFLike
+            policy_kwargs["optimizer_class"] = SharedRMSProp
             policy_kwargs["optimizer_kwargs"] = {"alpha": 0.99, "eps": rms_prop_eps}
         super().__init__(
             policy,

@@ -109,7 +109,7 @@ class Collector:
             return np.clip(array, self.env.action_space.low, self.env.action_space.high)
         return array
 
-    def _check_finite(self, obs: np.ndarray, rewards: np.ndarray, t: int) -> None:
+    def _check_finite(self, obs: Any, rewards: np.ndarray, t: int) -> None:
         # Images are integers and cannot be anything but finite.
         per_env = obs.reshape(len(obs), -1) if obs.dtype.kind == "f" else np.zeros((len(obs), 1))
         for name, values in (("reward", np.reshape(rewards, (-1, 1))), ("observation", per_env)):
@@ -117,4 +117,6 @@ class Collector:
             if bad.any():
                 i = int(bad.argmax())
                 value = values[i][~np.isfinite(values[i])][0]
-                raise ValueError(f"environment {i} returned {name} {value} at step {t} of a rollout")
+                raise ValueError(
+                    f"environment {i} returned {name} {value} at step {t} of a rollout"
+                )

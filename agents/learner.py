@@ -75,9 +75,7 @@ def actor_critic_loss(policy: LstmPolicy, batch: Rollout, objective: Objective) 
         "orthogonality": orthogonal_loss(policy),
     }
     total = values.numel() * (
-        terms["policy"]
-        + objective.vf_coef * terms["value"]
-        + objective.ent_coef * terms["entropy"]
+        terms["policy"] + objective.vf_coef * terms["value"] + objective.ent_coef * terms["entropy"]
     ) + objective.orth_coef * terms["orthogonality"].to(values.device)
     return Loss(
         total=total,

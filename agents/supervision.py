@@ -236,9 +236,7 @@ class WorkerPool:
                 worker.last_beat, worker.last_sign = beat, now
             elif grace > 5 * POLL_SECONDS:
                 worker.last_sign += grace
-            limit = (
-                self.limits.heartbeat_timeout if worker.ready else self.limits.startup_timeout
-            )
+            limit = self.limits.heartbeat_timeout if worker.ready else self.limits.startup_timeout
             if now - worker.last_sign > limit:
                 self._replace(worker, f"gave no sign of life for {limit:g} s")
 

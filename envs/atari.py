@@ -154,6 +154,11 @@ class AtariFactory:
         return AtariVecEnv(self, n_envs, seed)
 
     @property
+    def reward_clip(self) -> float:
+        """The limit that learners of Atari games put on rewards; the environment never does."""
+        return 1.0
+
+    @property
     def rules(self) -> Protocol:
         """The protocol's settings."""
         return PROTOCOLS[self.protocol]
@@ -224,6 +229,8 @@ class AtariVecEnv(VecEnv):
             raise ValueError(f"n_envs must be at least 1, got {n_envs}")
         rules = factory.rules
         self.factory = factory
+        self.reward_clip = factory.reward_clip
+        self.frame_skip = factory.frame_skip
         self._games = AtariVectorEnv(
             factory.game,
             n_envs,

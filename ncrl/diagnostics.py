@@ -51,7 +51,7 @@ def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
 
 def participation_ratio(matrices: Tensor) -> Tensor:
     """(sum s^2)^2 / sum s^4 over the singular values s of matrices [..., m, n]: [...], 1 to n."""
-    squares = torch.linalg.svdvals(matrices.float()).square()
+    squares: Tensor = torch.linalg.svdvals(matrices.float()).square()
     return squares.sum(-1).square() / squares.square().sum(-1).clamp_min(1e-30)
 
 

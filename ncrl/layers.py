@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import nn
 
@@ -17,7 +17,10 @@ class LayerFactory(Protocol):
     def __call__(self, in_features: int, out_features: int, **options: Any) -> nn.Module: ...
 
 
-LAYERS: Mapping[str, LayerFactory] = {"linear": nn.Linear, "neurocoder": NeurocoderLinear}
+LAYERS: Mapping[str, LayerFactory] = {
+    "linear": cast(LayerFactory, nn.Linear),
+    "neurocoder": NeurocoderLinear,
+}
 """Layer constructors by the name that flags and `policy_kwargs` use."""
 
 

@@ -5,6 +5,8 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width. Rollouts are t
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -112,7 +114,7 @@ def unroll_lstm(
     starts = episode_start.any(dim=1).nonzero().flatten().tolist()  # rows with a start
     bounds = sorted({0, *starts, inputs.shape[0]})
     outputs = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         keep = ~episode_start[first].unsqueeze(1)  # [B, 1]
         state = (state[0] * keep, state[1] * keep)
         output, state = lstm(inputs[first:last], state)

@@ -65,17 +65,16 @@ class _ChosenHeads(ActorCriticPolicy):
         super()._build(lr_schedule)
         if self.head == "linear" and not self.head_kwargs:
             return  # SB3's own layers, with its orthogonal initialisation
-        actions: nn.Linear = self.action_net  # type: ignore[assignment]
-        values: nn.Linear = self.value_net  # type: ignore[assignment]
-        self.action_net = self._make_head(actions)
-        self.value_net = self._make_head(values)
+        self.action_net = self._make_head(self.action_net)
+        self.value_net = self._make_head(self.value_net)  # type: ignore[assignment]
         self.optimizer = self.optimizer_class(
             self.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
 
-    def _make_head(self, linear: nn.Linear) -> nn.Module:
+    def _make_head(self, linear: nn.Module) -> nn.Module:
+        assert isinstance(linear, nn.Linear)  # SB3's output layer for every supported space
         return make_layer(self.head, linear.in_features, linear.out_features, **self.head_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -188,7 +187,8 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
         self, obs: Tensor, lstm_state: LstmState, episode_start: Tensor
     ) -> tuple[Tensor, LstmState]:
         """Encoder and LSTM: obs [T, B, ...] -> latent [T, B, h]."""
-        features = self._features(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
+        features = self._features(obs.flatten(0, 1))  # [T * B, features]
+        features = features.view(*obs.shape[:2], -1)
         return unroll_lstm(self.lstm_actor, features, lstm_state, episode_start)
 
     def _features(self, obs: PyTorchObs) -> Tensor:
@@ -210,7 +210,7 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, RNNStates]:
         """Actions, values, log-probabilities and next states, as in sb3-contrib."""
-        latent, state = self._latent(obs, lstm_states.pi, episode_starts)
+        latent, state = self._latent(obs, _pair(lstm_states.pi), episode_starts)
         distribution = self._distribution(latent)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
@@ -221,7 +221,7 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
         self, obs: Tensor, actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values, log-probabilities and entropy, as in sb3-contrib."""
-        latent, _ = self._latent(obs, lstm_states.pi, episode_starts)
+        latent, _ = self._latent(obs, _pair(lstm_states.pi), episode_starts)
         distribution = self._distribution(latent)
         return self._values(latent), distribution.log_prob(actions), distribution.entropy()
 
@@ -248,7 +248,7 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
     ) -> tuple[Tensor, LstmState]:
         """[B * T, features], sequence by sequence -> [B * T, h]."""
         num_sequences = lstm_states[0].shape[1]
-        inputs = features.unflatten(0, (num_sequences, -1)).transpose(0, 1)
+        inputs = features.view(num_sequences, -1, lstm.input_size).transpose(0, 1)
         starts = episode_starts.reshape(num_sequences, -1).transpose(0, 1).bool()
         outputs, state = unroll_lstm(lstm, inputs, lstm_states, starts)
         return outputs.transpose(0, 1).flatten(0, 1), state
@@ -259,6 +259,11 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
             "lstm_hidden_size": width,
             "n_lstm_layers": layers,
         }
+
+
+def _pair(state: tuple[Tensor, ...]) -> LstmState:
+    h, c = state
+    return h, c
 
 
 class MlpLstmPolicy(LstmPolicy):

@@ -27,7 +27,7 @@ def content_attention(queries: Tensor, keys: Tensor, sharpness: float) -> Tensor
     """
     _, _, num_heads, batch = queries.shape
     cosine = keys @ unit(queries, dim=1).flatten(2)  # [3, P, H * B]
-    return (sharpness * cosine).softmax(dim=1).unflatten(2, (num_heads, batch))
+    return (sharpness * cosine).softmax(dim=1).view(*keys.shape[:2], num_heads, batch)
 
 
 def unit(vectors: Tensor, dim: int) -> Tensor:

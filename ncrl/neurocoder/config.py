@@ -42,9 +42,10 @@ class NeurocoderConfig:
     def __post_init__(self) -> None:
         for name in ("num_slots", "key_dim", "num_heads", "num_steps", "controller_size"):
             require_positive(name, getattr(self, name))
-        if not 0 <= self.num_least_used < self.num_slots:
+        least = self.num_least_used
+        if not isinstance(least, int) or not 0 <= least < self.num_slots:
             raise ValueError(
-                f"num_least_used must lie in 0 .. num_slots - 1, got "
+                f"num_least_used must be an integer in 0 .. num_slots - 1, got "
                 f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"
             )
         if not (math.isfinite(self.sharpness) and self.sharpness > 0):

@@ -30,7 +30,8 @@ class IntegrationNetwork(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The residual program's share of y, [B, out], from x [B, in] and sigma [R, B]."""
-        return self.scale(x, sigma) * (x @ self.residual)
+        y: Tensor = self.scale(x, sigma) * (x @ self.residual)
+        return y
 
     def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
         """sig(gate(x)) * sigma_R, the factor in front of Rho, [B, 1]."""
@@ -49,7 +50,8 @@ def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
     """
     num_slots, num_components, batch = weight_s.shape
     raw = (memory_s.T @ weight_s.reshape(num_slots, -1)).view(num_components, batch)
-    return F.softplus(raw).flip(0).cumsum(0).flip(0)
+    sigma: Tensor = F.softplus(raw).flip(0).cumsum(0).flip(0)
+    return sigma
 
 
 def apply_active_program(

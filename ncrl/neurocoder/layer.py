@@ -95,8 +95,7 @@ class NeurocoderLinear(nn.Module):
             ValueError: if the last dimension of x is not `in_features`.
         """
         flat = self._flatten(x)  # [B, in]
-        weight_u, weight_v, weight_s = self._attend(flat)  # [P, R, B] each
-        sigma = singular_values(weight_s, self.memory.s)  # [R, B]
+        (weight_u, weight_v, _), sigma = self._compose(flat)
         y = apply_active_program(flat, weight_u, weight_v, sigma, self.memory.u, self.memory.v)
         if self.integration is not None:
             y = y + self.integration(flat, sigma)
@@ -106,30 +105,34 @@ class NeurocoderLinear(nn.Module):
 
     def attend(self, x: Tensor) -> Attention:
         """Attention weights behind `forward(x)`, for x of shape [..., in]."""
-        weights = self._attend(self._flatten(x))  # [3, P, R, B]
+        weights, _ = self._compose(self._flatten(x))  # [3, P, R, B]
         per_input = weights.permute(0, 3, 2, 1)  # [3, B, R, P]
-        return Attention(*per_input.unflatten(1, x.shape[:-1]) if x.dim() > 1 else per_input[:, 0])
+        return Attention(*per_input.reshape(3, *x.shape[:-1], *per_input.shape[2:]))
 
     def singular_values(self, x: Tensor) -> Tensor:
         """Singular values sigma_n of the active program for x [..., in]: [..., R], decreasing."""
-        sigma = singular_values(self._attend(self._flatten(x))[2], self.memory.s)  # [R, B]
+        _, sigma = self._compose(self._flatten(x))  # [R, B]
         return sigma.T.reshape(*x.shape[:-1], self.config.num_components)
 
     def program(self, x: Tensor) -> Tensor:
         """The working program W for x [..., in]: [..., in, out]. Costly; for inspection."""
         flat = self._flatten(x)
-        weight_u, weight_v, weight_s = self._attend(flat)
-        sigma = singular_values(weight_s, self.memory.s)
+        (weight_u, weight_v, _), sigma = self._compose(flat)
         program = active_program(weight_u, weight_v, sigma, self.memory.u, self.memory.v)
         if self.integration is not None:
             scale = self.integration.scale(flat, sigma)  # [B, 1]
             program = program + scale.unsqueeze(2) * self.integration.residual
         return program.view(*x.shape[:-1], self.in_features, self.out_features)
 
-    def _attend(self, flat: Tensor) -> Tensor:
-        """[B, in] -> [3, P, R, B]."""
-        weights: Tensor = self.composition(flat, self.memory.keys())
-        return weights
+    def _compose(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention weights [3, P, R, B] and singular values [R, B] for inputs [B, in].
+
+        Always in the parameters' own precision: under autocast, half-precision attention would be
+        off by percents and its usage by more.
+        """
+        with torch.autocast(flat.device.type, enabled=False):
+            weights = self.composition(flat.to(self.memory.u.dtype), self.memory.keys())
+            return weights, singular_values(weights[2], self.memory.s)
 
     def _flatten(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
