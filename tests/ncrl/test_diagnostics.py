@@ -1,0 +1,120 @@
+"""`ncrl.diagnostics.describe` against the formulas, written out one number at a time."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncrl import NeurocoderLinear
+from ncrl.diagnostics import RANK_SAMPLES, describe, participation_ratio
+
+SIZES = [
+    {"num_slots": 6, "key_dim": 2, "num_heads": 2, "num_steps": 3, "num_least_used": 2},
+    {"num_slots": 4, "key_dim": 3, "num_heads": 3, "num_steps": 1, "num_least_used": 0},
+    {"num_slots": 9, "key_dim": 2, "num_heads": 2, "num_steps": 2, "residual": False},
+]
+
+
+def make_layer(seed: int, **options: object) -> NeurocoderLinear:
+    torch.manual_seed(seed)
+    layer = NeurocoderLinear(7, 5, **options)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+def active_programs(layer: NeurocoderLinear, x: Tensor) -> list[Tensor]:
+    """sum_n sigma_n u_n^T v_n of every input, composed from attention and memory alone."""
+    attention, sigma = layer.attend(x), layer.singular_values(x)
+    programs = []
+    for b in range(len(x)):
+        program = torch.zeros(layer.in_features, layer.out_features)
+        for n in range(sigma.shape[1]):
+            u = attention.u[b, n] @ layer.memory.u
+            v = attention.v[b, n] @ layer.memory.v
+            program += sigma[b, n] * torch.outer(u, v)
+        programs.append(program)
+    return programs
+
+
+@pytest.mark.parametrize("options", SIZES)
+def test_report_equals_the_formulas(options: dict) -> None:
+    layer = make_layer(0, **options)
+    x = torch.randn(RANK_SAMPLES - 5, 7)
+    num_slots = layer.config.num_slots
+    with torch.no_grad():
+        report = describe(layer, x)
+        rows = [
+            row for weights in layer.attend(x) for row in weights.reshape(-1, num_slots).tolist()
+        ]
+        ranks = []
+        for program in active_programs(layer, x):
+            squares = [s * s for s in torch.linalg.svdvals(program).tolist()]
+            ranks.append(sum(squares) ** 2 / sum(s * s for s in squares))
+        memories = (layer.memory.u, layer.memory.v)
+        distance = sum(float((m @ m.T - torch.eye(num_slots)).norm()) for m in memories)
+    floor = math.sqrt(max(0, num_slots - 7)) + math.sqrt(max(0, num_slots - 5))
+
+    entropies, usage = [], [0.0] * num_slots
+    for row in rows:
+        shares = [w / sum(row) for w in row]
+        entropies.append(-sum(p * math.log(p) for p in shares if p > 0) / math.log(num_slots))
+        usage = [total + p / len(rows) for total, p in zip(usage, shares, strict=True)]
+    assert report.attention_entropy == pytest.approx(sum(entropies) / len(rows), rel=1e-4)
+    assert report.max_attention == pytest.approx(max(map(max, rows)))
+    assert report.effective_rank == pytest.approx(sum(ranks) / len(ranks), rel=1e-3)
+    assert report.orthogonality == pytest.approx(distance - floor, rel=1e-4, abs=1e-4)
+    assert report.slot_usage.tolist() == pytest.approx(usage, rel=1e-4)
+
+
+def test_rank_is_measured_on_the_first_inputs_only() -> None:
+    layer = make_layer(1, num_slots=5)
+    x = torch.randn(3 * RANK_SAMPLES, 7)
+    assert describe(layer, x).effective_rank == describe(layer, x[:RANK_SAMPLES]).effective_rank
+    assert describe(layer, x).max_attention >= describe(layer, x[:RANK_SAMPLES]).max_attention
+
+
+def test_uniform_attention_has_entropy_1_and_equal_usage() -> None:
+    layer = make_layer(2, num_slots=8, num_least_used=0)
+    with torch.no_grad():
+        layer.memory.key_net.weight.zero_()  # every slot has the same key
+        layer.memory.key_net.bias.fill_(1.0)
+    report = describe(layer, torch.randn(4, 7))
+    assert report.attention_entropy == pytest.approx(1, abs=1e-5)
+    assert report.slot_usage.tolist() == pytest.approx([1 / 8] * 8, abs=1e-5)
+    assert report.max_attention == pytest.approx(1 / 8, abs=1e-5)
+
+
+def test_a_single_component_has_rank_1_and_orthonormal_memories_loss_0() -> None:
+    layer = make_layer(3, num_slots=5, num_heads=1, num_steps=1)
+    with torch.no_grad():
+        for memory in (layer.memory.u, layer.memory.v):
+            memory.copy_(torch.linalg.qr(memory.T)[0].T)
+    report = describe(layer, torch.randn(4, 7))
+    assert report.effective_rank == pytest.approx(1, abs=1e-3)
+    assert report.orthogonality == pytest.approx(0, abs=1e-4)
+
+
+def test_one_slot_one_input_and_the_layer_is_left_as_it_was() -> None:
+    layer = make_layer(4, num_slots=1, num_least_used=0)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    report = describe(layer, torch.randn(1, 7))
+    assert report.slot_usage.tolist() == [1.0]
+    assert report.attention_entropy == pytest.approx(0, abs=1e-6)
+    assert all(math.isfinite(number) for number in report[:4])
+    assert not report.slot_usage.requires_grad
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("values", "ratio"), [([1.0, 0, 0], 1), ([2.0, 2.0, 2.0], 3), ([3.0, 1.0, 0], 100 / 82)]
+)
+def test_participation_ratio_by_hand(values: list[float], ratio: float) -> None:
+    assert float(participation_ratio(torch.diag(torch.tensor(values)))) == pytest.approx(ratio)
+
+
+def test_participation_ratio_of_zero_is_finite() -> None:
+    assert float(participation_ratio(torch.zeros(3, 3))) == 0

@@ -1,0 +1,193 @@
+"""`ncrl.networks`: the LSTM over whole rollouts against a loop, and the encoders' sizes."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from ncrl.networks import ENCODERS, AtariEncoder, unroll_lstm
+from ncrl.sb3 import CnnLstmPolicy, NeurocoderCnnLstmPolicy
+from tests.reference import lstm_over_time_reference
+
+SIZES = [(1, 1, 1), (1, 5, 2), (2, 3, 1), (7, 1, 1), (9, 4, 1), (6, 3, 3)]  # T, B, L
+INPUTS, HIDDEN = 3, 4
+PAPER_HEADS = {
+    "num_slots": 80,
+    "num_steps": 1,
+    "num_heads": 15,
+    "key_dim": 3,
+    "num_least_used": 5,
+    "controller_size": 8,
+    "residual": True,
+}
+
+
+def images(*shape: int) -> spaces.Box:
+    return spaces.Box(0, 255, shape, np.uint8)
+
+
+def slow_unroll(
+    lstm: nn.LSTM, inputs: Tensor, state: tuple[Tensor, Tensor], episode_start: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Layer after layer, row after row, environment after environment."""
+    last_hidden, last_cell = [], []
+    for layer in range(lstm.num_layers):
+        suffix = f"_l{layer}"
+        weights = {
+            name.removesuffix(suffix): value
+            for name, value in lstm.named_parameters()
+            if name.endswith(suffix)
+        }
+        inputs, hidden, cell = lstm_over_time_reference(
+            weights, inputs, episode_start, state[0][layer], state[1][layer]
+        )
+        last_hidden.append(hidden)
+        last_cell.append(cell)
+    return inputs, (torch.stack(last_hidden), torch.stack(last_cell))
+
+
+def random_starts(num_times: int, batch: int, share: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(num_times, batch, generator=generator) < share
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
+def test_unroll_equals_the_loop_in_values_and_gradients(
+    size: tuple[int, int, int], share: float
+) -> None:
+    num_times, batch, layers = size
+    torch.manual_seed(num_times + 10 * batch)
+    generator = torch.Generator().manual_seed(7)
+    lstm = nn.LSTM(INPUTS, HIDDEN, layers).double()
+    starts = random_starts(num_times, batch, share, generator)
+    direction = torch.randn(num_times, batch, HIDDEN, dtype=torch.float64)
+    results = []
+    for unroll in (unroll_lstm, slow_unroll):
+        torch.manual_seed(1)
+        inputs = torch.randn(num_times, batch, INPUTS, dtype=torch.float64, requires_grad=True)
+        state = tuple(
+            torch.randn(layers, batch, HIDDEN, dtype=torch.float64, requires_grad=True)
+            for _ in range(2)
+        )
+        outputs, last = unroll(lstm, inputs, state, starts)
+        loss = (outputs * direction).sum() + last[0].sin().sum() + last[1].cos().sum()
+        gradients = torch.autograd.grad(loss, [inputs, *state, *lstm.parameters()])
+        results.append([outputs, *last, *gradients])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_no_gradient_and_no_state_crosses_an_episode_start() -> None:
+    lstm = nn.LSTM(INPUTS, HIDDEN).double()
+    inputs = torch.randn(4, 2, INPUTS, dtype=torch.float64, requires_grad=True)
+    state = (torch.ones(1, 2, HIDDEN).double(), torch.ones(1, 2, HIDDEN).double())
+    starts = torch.zeros(4, 2, dtype=torch.bool)
+    starts[2, 0] = True
+    outputs, _ = unroll_lstm(lstm, inputs, state, starts)
+    (gradient,) = torch.autograd.grad(outputs[2:].sum(), inputs)
+    assert (gradient[:2, 0] == 0).all() and (gradient[:2, 1] != 0).all()
+    alone, _ = unroll_lstm(
+        lstm, inputs[2:, :1], (torch.zeros(1, 1, HIDDEN).double(),) * 2, starts[:2, :1]
+    )
+    torch.testing.assert_close(outputs[2:, :1], alone)
+
+
+def test_a_rollout_in_two_parts_equals_the_whole() -> None:
+    generator = torch.Generator().manual_seed(3)
+    lstm = nn.LSTM(INPUTS, HIDDEN, 2).double()
+    inputs = torch.randn(8, 3, INPUTS, dtype=torch.float64, generator=generator)
+    starts = random_starts(8, 3, 0.3, generator)
+    zero = (torch.zeros(2, 3, HIDDEN).double(), torch.zeros(2, 3, HIDDEN).double())
+    whole, last = unroll_lstm(lstm, inputs, zero, starts)
+    first, state = unroll_lstm(lstm, inputs[:5], zero, starts[:5])
+    second, state = unroll_lstm(lstm, inputs[5:], state, starts[5:])
+    torch.testing.assert_close(torch.cat([first, second]), whole)
+    torch.testing.assert_close(state, last)
+
+
+def test_the_lstm_is_called_once_per_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    forward: Callable = nn.LSTM.forward
+
+    def counted(self: nn.LSTM, inputs: Tensor, state: tuple[Tensor, Tensor]) -> object:
+        lengths.append(len(inputs))
+        return forward(self, inputs, state)
+
+    monkeypatch.setattr(nn.LSTM, "forward", counted)
+    starts = torch.zeros(10, 3, dtype=torch.bool)
+    starts[0, 1] = starts[4, 0] = starts[4, 2] = starts[7, 1] = True
+    zero = (torch.zeros(1, 3, HIDDEN), torch.zeros(1, 3, HIDDEN))
+    unroll_lstm(nn.LSTM(INPUTS, HIDDEN), torch.zeros(10, 3, INPUTS), zero, starts)
+    assert lengths == [4, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "shape", "width"),
+    [
+        ("a3c", (4, 84, 84), 256),
+        ("nature", (4, 84, 84), 512),
+        ("paper", (1, 80, 80), 1024),
+        ("paper", (4, 84, 84), 1024),
+    ],
+)
+def test_width_of_the_features(encoder: str, shape: tuple[int, ...], width: int) -> None:
+    network = AtariEncoder(images(*shape), encoder)
+    assert network.features_dim == width
+    assert network(torch.rand(3, *shape)).shape == (3, width)
+    assert not any(isinstance(p, nn.UninitializedParameter) for p in network.parameters())
+
+
+def conv(inputs: int, outputs: int, kernel: int) -> int:
+    return (inputs * kernel * kernel + 1) * outputs
+
+
+@pytest.mark.parametrize(
+    ("encoder", "count"),
+    [
+        ("a3c", conv(4, 16, 8) + conv(16, 32, 4) + (32 * 9 * 9 + 1) * 256),
+        ("nature", conv(4, 32, 8) + conv(32, 64, 4) + conv(64, 64, 3) + (64 * 7 * 7 + 1) * 512),
+        ("paper", conv(4, 32, 5) + conv(32, 32, 5) + conv(32, 64, 4) + conv(64, 64, 3)),
+    ],
+)
+def test_parameters_of_the_encoders(encoder: str, count: int) -> None:
+    network = AtariEncoder(images(4, 84, 84), encoder)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("policy", "head_kwargs", "count"),
+    [
+        (CnnLstmPolicy, None, 3_255_795),
+        # The paper counts no biases on the two Neurocoder heads: 18 actions and 1 value.
+        (NeurocoderCnnLstmPolicy, PAPER_HEADS, 3_450_463 + 19),
+        (NeurocoderCnnLstmPolicy, PAPER_HEADS | {"bias": False}, 3_450_463),
+    ],
+)
+def test_parameters_of_the_papers_networks(
+    policy: type[CnnLstmPolicy], head_kwargs: dict | None, count: int
+) -> None:
+    network = policy(
+        images(1, 80, 80),
+        spaces.Discrete(18),
+        lambda _: 0.0,
+        encoder="paper",
+        lstm_hidden_size=512,
+        head_kwargs=head_kwargs,
+    )
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+def test_images_that_are_too_small_are_refused(encoder: str) -> None:
+    with pytest.raises(ValueError, match=rf"\(1, 8, 8\).*{encoder}"):
+        AtariEncoder(images(1, 8, 8), encoder)
+
+
+def test_an_unknown_encoder_offers_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="'natur'.*did you mean 'nature'"):
+        AtariEncoder(images(4, 84, 84), "natur")
+    with pytest.raises(ValueError, match="a3c, nature, paper"):
+        AtariEncoder(images(4, 84, 84), "zzz")
