@@ -1,0 +1,62 @@
+"""A time-out for every test of the engine, and proof that none leaves a process behind."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import psutil
+import pytest
+
+SECONDS = 90
+"""No test waits longer than this, whatever hangs."""
+
+
+@pytest.fixture(autouse=True)
+def watchdog() -> Iterator[None]:
+    def alarm(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"the test did not end within {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def living_children(pid: int | None = None) -> list[psutil.Process]:
+    """Descendants that are no zombies, without multiprocessing's own resource tracker."""
+    children = []
+    for child in psutil.Process(pid or os.getpid()).children(recursive=True):
+        try:
+            tracker = any("resource_tracker" in word for word in child.cmdline())
+            if not tracker and child.status() != psutil.STATUS_ZOMBIE:
+                children.append(child)
+        except psutil.NoSuchProcess:
+            pass
+    return children
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether the condition came true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def shared_memory_of(pids: set[int]) -> list[str]:
+    """Entries of /dev/shm that torch made in one of these processes: torch_PID_..."""
+    found = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
+    return [name for name in found if any(f"_{pid}_" in name for pid in pids)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(watchdog: None) -> Iterator[None]:
+    """After a test: no child process and no shared memory of this one."""
+    yield
+    assert wait_until(lambda: not living_children(), 5.0), living_children()
+    assert shared_memory_of({os.getpid()}) == []

@@ -1,0 +1,129 @@
+"""`agents.buffers`: layout, poison, slots that share memory, batches that keep columns apart."""
+
+import multiprocessing
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from agents.buffers import Rollout, RolloutBatch, RolloutShape, RolloutSlots, first_rows
+
+VECTORS = spaces.Box(-1, 1, (3,), np.float32)
+CPU = torch.device("cpu")
+
+
+def make_shape(n_steps: int = 4, n_envs: int = 2, **options: Any) -> RolloutShape:
+    spaces_of = {"observation_space": VECTORS, "action_space": spaces.Discrete(5)} | options
+    return RolloutShape(n_steps, n_envs, **spaces_of, lstm_layers=2, lstm_size=6)
+
+
+def numbered(shape: RolloutShape, first: int) -> Rollout:
+    """Every element has its own number; bools are its parity."""
+    rollout = shape.allocate()
+    for tensor in rollout:
+        count = torch.arange(first, first + tensor.numel()).reshape(tensor.shape)
+        tensor.copy_(count % 2 == 1 if tensor.dtype == torch.bool else count % 100)
+    return rollout
+
+
+@pytest.mark.parametrize(
+    ("space", "tail", "dtype"),
+    [
+        (spaces.Box(0, 255, (1, 8, 8), np.uint8), (1, 8, 8), torch.uint8),
+        (spaces.Box(-1, 1, (3,), np.float32), (3,), torch.float32),
+        (spaces.Box(-1, 1, (3,), np.float64), (3,), torch.float64),
+        (spaces.Discrete(5), (), torch.int64),
+        (spaces.MultiDiscrete([3, 2]), (2,), torch.int64),
+        (spaces.MultiBinary(3), (3,), torch.int8),
+    ],
+)
+def test_layout_follows_the_spaces(space: Any, tail: tuple[int, ...], dtype: torch.dtype) -> None:
+    rollout = make_shape(7, 3, observation_space=space, action_space=space).allocate()
+    assert rollout.obs.shape == (8, 3, *tail) and rollout.obs.dtype == dtype
+    assert rollout.actions.shape == (7, 3, *tail) and rollout.actions.dtype == dtype
+    assert rollout.episode_start.shape == (8, 3)
+    for name in ("log_prob", "rewards", "dones", "truncation_value"):
+        assert getattr(rollout, name).shape == (7, 3), name
+    assert rollout.lstm_h.shape == rollout.lstm_c.shape == (2, 3, 6)
+    assert rollout.dones.dtype == rollout.episode_start.dtype == torch.bool
+
+
+def test_what_nobody_wrote_is_conspicuous() -> None:
+    for tensor in make_shape(observation_space=spaces.Box(0, 255, (2,), np.uint8)).allocate():
+        if tensor.dtype.is_floating_point:
+            assert tensor.isnan().all()
+        elif tensor.dtype == torch.bool:
+            assert tensor.all()
+        else:
+            assert (tensor == torch.iinfo(tensor.dtype).max).all()
+
+
+def test_a_space_without_a_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="Dict"):
+        make_shape(observation_space=spaces.Dict({"a": VECTORS})).allocate()
+
+
+def test_slots_are_views_that_do_not_overlap() -> None:
+    slots = RolloutSlots(make_shape(), 3, shared=False)
+    for index in range(3):
+        for tensor in slots[index]:
+            tensor.fill_(index)
+    for index in range(3):
+        for tensor in slots[index]:
+            expected = index > 0 if tensor.dtype == torch.bool else index
+            assert (tensor == expected).all()
+    assert slots.nbytes == 3 * sum(tensor.nbytes for tensor in make_shape().allocate())
+
+
+def write_slot(slots: RolloutSlots, index: int) -> None:
+    for tensor in slots[index]:
+        tensor.fill_(1)
+
+
+def test_shared_slots_are_written_by_another_process() -> None:
+    slots = RolloutSlots(make_shape(), 2, shared=True)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=write_slot, args=(slots, 1), daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    for tensor in slots[1]:
+        assert (tensor == 1).all()
+    assert slots[0].rewards.isnan().all()
+
+
+def columns(tensor: Tensor, place: int) -> Tensor:
+    return tensor[:, 2 * place : 2 * place + 2]
+
+
+def test_gather_lays_rollouts_side_by_side_and_copies() -> None:
+    shape = make_shape(n_envs=2)
+    batch = RolloutBatch(make_shape(n_envs=6), CPU)
+    rollouts = [numbered(shape, first) for first in (0, 7, 31)]
+    gathered = batch.gather(rollouts)
+    kept = [Rollout(*(tensor.clone() for tensor in rollout)) for rollout in rollouts]
+    for rollout in rollouts:  # the slots are played again at once
+        for tensor in rollout:
+            tensor.zero_()
+    for place, rollout in enumerate(kept):
+        for name, expected in rollout._asdict().items():
+            assert torch.equal(columns(getattr(gathered, name), place), expected), name
+
+
+def test_a_batch_with_an_environment_missing_is_our_own_mistake() -> None:
+    with pytest.raises(AssertionError):
+        RolloutBatch(make_shape(n_envs=4), CPU).gather([numbered(make_shape(n_envs=2), 0)])
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, 4])
+def test_first_rows_keeps_the_observation_that_follows(n_steps: int) -> None:
+    rollout = numbered(make_shape(), 3)
+    short = first_rows(rollout, n_steps)
+    for name, tensor in short._asdict().items():
+        whole = getattr(rollout, name)
+        rows = n_steps + 1 if name in ("obs", "episode_start") else n_steps
+        expected = whole if name.startswith("lstm") else whole[:rows]
+        assert torch.equal(tensor, expected), name

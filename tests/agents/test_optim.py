@@ -1,0 +1,108 @@
+"""`SharedRMSProp` against a loop over numbers and against a value by hand."""
+
+import math
+
+import pytest
+import torch
+
+from agents.optim import SharedRMSProp
+from tests.reference import rmsprop_reference
+
+
+def run(
+    values: list[float], gradients: list[list[float]], **options: float
+) -> tuple[torch.nn.Parameter, SharedRMSProp]:
+    parameter = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
+    optimizer = SharedRMSProp([parameter], **options)
+    for row in gradients:
+        parameter.grad = torch.tensor(row, dtype=torch.float64)
+        optimizer.step()
+    return parameter, optimizer
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.9, 0.99])
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+def test_equals_the_loop(alpha: float, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    gradients[::5, 0] = 0
+    values = [1.0, -2.0, 0.0, 3e3]
+    parameter, _ = run(values, gradients.tolist(), lr=0.01, alpha=alpha, eps=eps)
+    expected = rmsprop_reference(
+        values, gradients.tolist(), learning_rate=0.01, alpha=alpha, eps=eps, initial_square=0.0
+    )
+    assert parameter.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_by_hand() -> None:
+    """m = .5*0 + .5*4 = 2, step 2 / sqrt(2 + 2) = 1; then m = 1, step 0; then m = 1.5, -1/sqrt."""
+    options = {"lr": 0.5, "alpha": 0.5, "eps": 2.0}
+    assert run([1.0], [[2.0]], **options)[0].tolist() == [0.5]
+    assert run([1.0], [[2.0], [0.0]], **options)[0].tolist() == [0.5]
+    third = 0.5 + 0.5 * math.sqrt(2) / math.sqrt(1.5 + 2)
+    parameter, _ = run([1.0], [[2.0], [0.0], [-math.sqrt(2)]], **options)
+    assert parameter.item() == pytest.approx(third, rel=1e-14)
+
+
+def test_epsilon_limits_a_small_gradient_and_the_root_a_large_one() -> None:
+    """With eps = .1 a gradient of 1e-6 moves by lr * 1e-6 / sqrt(.1), not by about lr."""
+    parameter, _ = run([0.0, 0.0], [[1e-6, 1e6]], lr=1.0, alpha=0.99, eps=0.1)
+    assert parameter.tolist() == pytest.approx([-1e-6 / math.sqrt(0.1), -10.0], rel=1e-6)
+
+
+def test_several_parameters_groups_and_missing_gradients() -> None:
+    torch.manual_seed(1)
+    first, second, idle = (torch.nn.Parameter(torch.randn(n).double()) for n in (2, 3, 1))
+    before = [p.tolist() for p in (first, second, idle)]
+    groups = [{"params": [first, idle]}, {"params": [second], "lr": 0.3, "eps": 0.7}]
+    optimizer = SharedRMSProp(groups, lr=0.1, alpha=0.8, eps=0.2)
+    gradients = [[[0.5, -1.0], [2.0, 0.1]], [[1.0, 2.0, -3.0], [0.0, 1.0, 4.0]]]
+    for row in range(2):
+        first.grad = torch.tensor(gradients[0][row]).double()
+        second.grad = torch.tensor(gradients[1][row]).double()
+        optimizer.step()
+    for parameter, start, rows, lr, eps in (
+        (first, before[0], gradients[0], 0.1, 0.2),
+        (second, before[1], gradients[1], 0.3, 0.7),
+    ):
+        expected = rmsprop_reference(
+            start, rows, learning_rate=lr, alpha=0.8, eps=eps, initial_square=0.0
+        )
+        assert parameter.tolist() == pytest.approx(expected, rel=1e-6)
+    assert idle.tolist() == before[2]
+
+
+def test_a_restored_optimiser_goes_on_exactly() -> None:
+    generator = torch.Generator().manual_seed(2)
+    gradients = torch.randn(8, 3, generator=generator).double().tolist()
+    whole, _ = run([1.0, 2.0, 3.0], gradients, lr=0.05, alpha=0.9, eps=0.1)
+    half, optimizer = run([1.0, 2.0, 3.0], gradients[:4], lr=0.05, alpha=0.9, eps=0.1)
+    restored = torch.nn.Parameter(half.detach().clone())
+    other = SharedRMSProp([restored], lr=9.0, alpha=0.1, eps=9.0)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 0.05
+    for row in gradients[4:]:
+        restored.grad = torch.tensor(row).double()
+        other.step()
+    assert torch.equal(restored, whole)
+
+
+def test_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer = SharedRMSProp([parameter], lr=0.1, eps=0.1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 9.0
+    assert parameter.item() < 3.0
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"alpha": 1.0}, {"alpha": -0.1}, {"eps": -1.0}])
+def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        SharedRMSProp([torch.nn.Parameter(torch.zeros(1))], **wrong)
