@@ -215,6 +215,8 @@ class A3C(OnPolicyAlgorithm):
         self._pool: WorkerPool | None = None
         self._latent: Tensor | None = None
         self._stop_requested = False
+        self.policy_lag = 0.0
+        """Mean age, in updates, of the weights behind the latest batch."""
         self._skipped_updates = 0
         self._skipped_in_a_row = 0
 
@@ -265,7 +267,7 @@ class A3C(OnPolicyAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         self._stop_requested = False
-        with self._player() as player:
+        with _learner_threads(self.n_workers, self.device), self._player() as player:
             callback.on_training_start(locals(), globals())
             iteration = 0
             while self.num_timesteps < total_timesteps and not self._stop_requested:
@@ -339,6 +341,12 @@ class A3C(OnPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if (log_std := getattr(self.policy, "log_std", None)) is not None:
             self.logger.record("train/std", log_std.exp().mean().item())
+
+    def _record_lag(self, lags: list[int]) -> None:
+        """How many updates older than the learner's the weights behind the rollouts were."""
+        self.policy_lag = sum(lags) / len(lags)
+        self.logger.record_mean("train/policy_lag", self.policy_lag)
+        self.logger.record("train/policy_lag_max", max(lags))
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write SB3's log keys, and those that only this toolkit has."""
@@ -463,7 +471,7 @@ class _SerialPlayer:
         model._last_episode_starts = self.collector.episode_start
         if not complete:
             return None
-        model.logger.record_mean("train/policy_lag", 0.0)
+        model._record_lag([0])
         return first_rows(model._batch_stage.gather([rollout]), n_steps)
 
     def publish(self) -> None:
@@ -480,7 +488,9 @@ class _WorkersPlayer:
 
     def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
         model = self.model
-        deliveries = self.pool.take(model.n_workers)
+        deliveries = self.pool.take(model.n_workers, lambda: model._stop_requested)
+        if deliveries is None:
+            return None
         batch = model._batch_stage.gather([delivery.rollout for delivery in deliveries])
         rewards = torch.cat([d.rollout.rewards for d in deliveries], dim=1).numpy()
         dones = torch.cat([d.rollout.dones for d in deliveries], dim=1).numpy()
@@ -497,19 +507,39 @@ class _WorkersPlayer:
             if not model._after_step(callback, Outcome(row, rewards[row], dones[row], infos[row])):
                 return None
 
-        lags = [self.weights.version - delivery.played.version for delivery in deliveries]
-        model.logger.record_mean("train/policy_lag", sum(lags) / len(lags))
-        model.logger.record("train/policy_lag_max", max(lags))
+        version = self.weights.version
+        model._record_lag([version - delivery.played.version for delivery in deliveries])
         return first_rows(batch, n_steps)
 
     def publish(self) -> None:
         self.weights.publish(self.model.policy, self.weights.version + 1)
 
 
+@contextmanager
+def _learner_threads(n_workers: int, device: torch.device) -> Iterator[None]:
+    """Leave the workers their cores while the learner computes beside them on the CPU."""
+    if not n_workers or device.type != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, _cores() - n_workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def default_workers(n_envs: int) -> int:
     """One worker per core, or the next smaller number that divides `n_envs`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(n for n in range(1, max(1, min(cores or 1, n_envs)) + 1) if n_envs % n == 0)
+    most = max(1, min(_cores(), n_envs))
+    return max(n for n in range(1, most + 1) if n_envs % n == 0)
 
 
 def _check_workers(n_workers: int, n_envs: int) -> None:

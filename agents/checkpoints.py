@@ -251,18 +251,20 @@ def _restore_games(model: A3C, games: dict[str, Any]) -> None:
     h, c = games["lstm_state"]
     collector.lstm_state = h.to(model.device), c.to(model.device)
     model._collector = collector
-    model._last_obs, model._last_episode_starts = obs, collector.episode_start
+    model._last_obs = obs
+    model._last_episode_starts = collector.episode_start
 
 
 def _recorded(model: A3C) -> RecordedEnv | None:
-    env = model.env
+    env: Any = model.env
     while env is not None and not isinstance(env, RecordedEnv):
         env = getattr(env, "venv", None)
     return env
 
 
 def _random_state() -> dict[str, Any]:
-    algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
+    algorithm, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -278,8 +280,6 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
     algorithm, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state(
-        (algorithm, keys.numpy().astype(np.uint32), position, has_gauss, gauss)
-    )
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))

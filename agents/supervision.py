@@ -14,11 +14,11 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
@@ -150,9 +150,15 @@ class WorkerPool:
         processes = [worker.process for worker in self._workers]
         return [p.pid for p in processes if p is not None and p.pid is not None and p.is_alive()]
 
-    def take(self, count: int) -> list[Delivery]:
-        """Wait for `count` played rollouts, the oldest first. Give them back with `release`."""
+    def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
+        """Wait for `count` played rollouts, the oldest first. Give them back with `release`.
+
+        Returns:
+            None if `give_up()` became true meanwhile.
+        """
         while len(self._played) < count:
+            if give_up():
+                return None
             self._look(POLL_SECONDS)
         return [self._played.popleft() for _ in range(count)]
 
@@ -351,4 +357,4 @@ def _one_thread_for_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
-__all__: list[Any] = ["Delivery", "Limits", "WorkerError", "WorkerPool", "check_shared_memory"]
+__all__ = ["Delivery", "Limits", "WorkerError", "WorkerPool", "check_shared_memory"]

@@ -154,8 +154,8 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
             lstm_state: before the step, [L, B, h] twice.
             episode_start: [B] bool.
         """
-        latent, lstm_state = self._unroll(obs.unsqueeze(0), lstm_state, episode_start[None])
-        distribution = self._distribution(latent[0])
+        latent, lstm_state = self.encode(obs, lstm_state, episode_start)
+        distribution = self.distribution(latent)
         actions = distribution.get_actions()
         return Step(actions, distribution.log_prob(actions), lstm_state)
 
@@ -172,16 +172,31 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
         """
         latent, _ = self._unroll(obs, lstm_state, episode_start)
         num_steps, num_envs = actions.shape[:2]
-        distribution = self._distribution(latent[:-1].flatten(0, 1))
+        distribution = self.distribution(latent[:-1].flatten(0, 1))
         entropy = distribution.entropy()
         assert entropy is not None  # only squashed Gaussians, which need gSDE, have none
-        values = self.value_net(self.mlp_extractor.forward_critic(latent)).squeeze(-1)
         return RolloutEvaluation(
-            values=values,
+            values=self.values(latent).squeeze(-1),
             log_prob=distribution.log_prob(actions.flatten(0, 1)).view(num_steps, num_envs),
             entropy=entropy.view(num_steps, num_envs),
             latent=latent,
         )
+
+    def encode(
+        self, obs: Tensor, lstm_state: LstmState, episode_start: Tensor
+    ) -> tuple[Tensor, LstmState]:
+        """Encoder and LSTM for one observation each: obs [B, ...] -> latent [B, h], next state."""
+        latent, lstm_state = self._unroll(obs.unsqueeze(0), lstm_state, episode_start[None])
+        return latent[0], lstm_state
+
+    def distribution(self, latent: Tensor) -> Distribution:
+        """The policy behind LSTM outputs [B, h]."""
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
+
+    def values(self, latent: Tensor) -> Tensor:
+        """Values [..., 1] behind LSTM outputs [..., h]."""
+        values: Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return values
 
     def _unroll(
         self, obs: Tensor, lstm_state: LstmState, episode_start: Tensor
@@ -197,9 +212,6 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
         )
         return features
 
-    def _distribution(self, latent: Tensor) -> Distribution:
-        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
-
     # sb3-contrib's interface, batch-major, with the critic's gradient kept.
 
     def forward(  # type: ignore[override]
@@ -211,25 +223,25 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
     ) -> tuple[Tensor, Tensor, Tensor, RNNStates]:
         """Actions, values, log-probabilities and next states, as in sb3-contrib."""
         latent, state = self._latent(obs, _pair(lstm_states.pi), episode_starts)
-        distribution = self._distribution(latent)
+        distribution = self.distribution(latent)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         actions = actions.reshape((-1, *self.action_space.shape))  # type: ignore[misc]
-        return actions, self._values(latent), log_prob, RNNStates(state, state)
+        return actions, self.values(latent), log_prob, RNNStates(state, state)
 
     def evaluate_actions(  # type: ignore[override]
         self, obs: Tensor, actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values, log-probabilities and entropy, as in sb3-contrib."""
         latent, _ = self._latent(obs, _pair(lstm_states.pi), episode_starts)
-        distribution = self._distribution(latent)
-        return self._values(latent), distribution.log_prob(actions), distribution.entropy()
+        distribution = self.distribution(latent)
+        return self.values(latent), distribution.log_prob(actions), distribution.entropy()
 
     def predict_values(  # type: ignore[override]
         self, obs: PyTorchObs, lstm_states: LstmState, episode_starts: Tensor
     ) -> Tensor:
         """Values [B, 1], as in sb3-contrib."""
-        return self._values(self._latent(obs, lstm_states, episode_starts)[0])
+        return self.values(self._latent(obs, lstm_states, episode_starts)[0])
 
     def _latent(
         self, obs: PyTorchObs, lstm_state: LstmState, episode_starts: Tensor
@@ -237,10 +249,6 @@ class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
         return self._process_sequence(
             self._features(obs), lstm_state, episode_starts, self.lstm_actor
         )
-
-    def _values(self, latent: Tensor) -> Tensor:
-        values: Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
-        return values
 
     @staticmethod
     def _process_sequence(  # type: ignore[override]

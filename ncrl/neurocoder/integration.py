@@ -35,7 +35,8 @@ class IntegrationNetwork(nn.Module):
 
     def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
         """sig(gate(x)) * sigma_R, the factor in front of Rho, [B, 1]."""
-        return self.gate(x).sigmoid() * sigma[-1].unsqueeze(1)
+        scale: Tensor = self.gate(x).sigmoid() * sigma[-1].unsqueeze(1)
+        return scale
 
 
 def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:

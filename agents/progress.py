@@ -1,0 +1,138 @@
+"""Showing how a run is doing: a progress bar in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import safe_mean
+from tqdm import tqdm
+
+from agents.a3c import A3C
+
+LINE_SECONDS = 10.0
+"""Time between plain lines."""
+
+BAR_SECONDS = 0.5
+"""Time between redraws of the bar."""
+
+
+class Screen:
+    """A stream that may be closed by its reader at any time, which is no reason to stop training.
+
+    After the first failure nothing more is written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.open = True
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether cursor movements and redrawing make sense."""
+        return self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+    def line(self, text: str) -> None:
+        """Write one line."""
+        self.write(text + "\n")
+
+    def write(self, text: str) -> None:
+        """Write text; also what tqdm calls."""
+        if not self.open:
+            return
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.open = False
+            if self.stream is sys.stdout:
+                # The interpreter flushes stdout once more when it ends.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+class Progress(BaseCallback):
+    """Frames played and to play, frames per second, mean raw score, policy lag and time left.
+
+    Args:
+        total_frames: emulator frames at which the run ends.
+        screen: where to show it.
+    """
+
+    def __init__(self, total_frames: int, screen: Screen) -> None:
+        super().__init__()
+        self.total_frames = total_frames
+        self.screen = screen
+        self._bar: tqdm[Any] | None = None
+        self._shown = 0.0
+
+    def _on_training_start(self) -> None:
+        self._started = self._shown = time.monotonic()
+        self._first_frame = self._frames()
+        if self.screen.is_terminal:
+            self._bar = tqdm(
+                total=self.total_frames,
+                initial=self._first_frame,
+                unit=" frames",
+                unit_scale=True,
+                dynamic_ncols=True,
+                mininterval=BAR_SECONDS,
+                smoothing=0.05,
+                file=self.screen,  # type: ignore[arg-type]
+            )
+
+    def _on_step(self) -> bool:
+        now = time.monotonic()
+        if now - self._shown >= (BAR_SECONDS if self._bar is not None else LINE_SECONDS):
+            self._shown = now
+            self._show()
+        return True
+
+    def _on_training_end(self) -> None:
+        self._show()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._figures(), refresh=False)
+            self._bar.update(self._frames() - self._bar.n)
+            return
+        frames = self._frames()
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        speed = (frames - self._first_frame) / seconds
+        left = f"{_clock((self.total_frames - frames) / speed)} left" if speed > 0 else ""
+        self.screen.line(
+            f"{frames:,} / {self.total_frames:,} frames, {speed:,.0f} frames/s, "
+            f"{self._figures()}, {left}"
+        )
+
+    def _figures(self) -> str:
+        model = self._model()
+        games = model.ep_info_buffer
+        score = (
+            f"score {safe_mean([game['r'] for game in games]):.2f} ({len(games)} games)"
+            if games
+            else "no game finished yet"
+        )
+        return f"{score}, policy lag {model.policy_lag:.1f}"
+
+    def _frames(self) -> int:
+        model = self._model()
+        return min(model.num_timesteps * model.frames_per_timestep, self.total_frames)
+
+    def _model(self) -> A3C:
+        assert isinstance(self.model, A3C)
+        return self.model
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, seconds = divmod(int(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

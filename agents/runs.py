@@ -1,0 +1,216 @@
+"""A run directory: its lock, its configuration, its curves and its checkpoints.
+
+config.yaml   progress.csv   events.out.tfevents...   best_model.zip   checkpoints/
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    KVWriter,
+    Logger,
+    TensorBoardOutputFormat,
+)
+from stable_baselines3.common.utils import safe_mean
+from torch.utils.tensorboard import SummaryWriter
+
+from agents.a3c import A3C
+from agents.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    newest_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+
+logger = logging.getLogger(__name__)
+
+MIN_GAMES_FOR_BEST = 10
+"""Games that a mean score must be taken over before it can be the best."""
+
+
+class RunDirectory:
+    """One run's folder, locked for as long as this process works on it.
+
+    Raises:
+        ValueError: from the constructors, if the folder cannot be made, written or locked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"cannot write to {path}: {error.strerror}") from error
+        self._take_lock()
+
+    @classmethod
+    def create(cls, logdir: Path, name: str) -> RunDirectory:
+        """A new folder `logdir/name-1`, or the first higher number that nobody has taken."""
+        try:
+            logdir.mkdir(parents=True, exist_ok=True)
+            number = 1
+            while True:
+                try:
+                    (logdir / f"{name}-{number}").mkdir()
+                    break
+                except FileExistsError:
+                    if not logdir.is_dir():
+                        raise
+                    number += 1
+        except OSError as error:
+            raise ValueError(f"cannot write to {logdir}: {error.strerror}") from error
+        return cls(logdir / f"{name}-{number}")
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run, to go on with.
+
+        Raises:
+            ValueError: if there is no run in that folder, or another process works on it.
+        """
+        if not (path / "config.yaml").is_file():
+            raise ValueError(f"{path} is no run directory: it has no config.yaml")
+        return cls(path)
+
+    def _take_lock(self) -> None:
+        """The system drops the lock with the process, however it ends."""
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{self.path} is in use by another process") from error
+
+    def newest_checkpoint(self) -> Checkpoint:
+        """See `agents.checkpoints.newest_checkpoint`."""
+        return newest_checkpoint(self.checkpoints)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Store the run's configuration."""
+        text = yaml.safe_dump(dict(config), sort_keys=False)
+        write_atomically(self.path / "config.yaml", text.encode())
+
+    def make_logger(self, timesteps: int = 0) -> Logger:
+        """Curves for TensorBoard and `progress.csv`; entries after `timesteps` are withdrawn.
+
+        A run that was killed goes on from its last checkpoint, and plays again what came after.
+        """
+        formats: list[KVWriter] = [
+            _Csv(self.path / "progress.csv", timesteps),
+            _TensorBoard(self.path, timesteps),
+        ]
+        return Logger(str(self.path), formats)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML file of settings.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read or is no mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold settings as 'name: value' lines")
+    return loaded
+
+
+class SaveCheckpoints(BaseCallback):
+    """Saves between updates, every so many timesteps, and keeps the best model by mean score.
+
+    Args:
+        run: where to save.
+        every: timesteps between checkpoints.
+        keep: checkpoints to keep.
+        stop_on_error: whether a full disk ends the run; otherwise it is reported and play goes on.
+    """
+
+    def __init__(self, run: RunDirectory, every: int, keep: int, *, stop_on_error: bool) -> None:
+        super().__init__()
+        self.run = run
+        self.every = every
+        self.keep = keep
+        self.stop_on_error = stop_on_error
+        self._best = -float("inf")
+
+    def _on_training_start(self) -> None:
+        self._saved_at = self.num_timesteps
+        self._compared_at = self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps - self._saved_at >= self.every:
+            self.save()
+        elif self.num_timesteps - self._compared_at >= self.every / 10:
+            self._compared_at = self.num_timesteps
+            self._guard(self._save_best)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint now; only between updates."""
+        self._saved_at = self._compared_at = self.num_timesteps
+        self._guard(self._save_best)
+        model = self.model
+        assert isinstance(model, A3C)
+        self._guard(lambda: save_checkpoint(model, self.run.checkpoints, keep=self.keep))
+
+    def _save_best(self) -> None:
+        games = self.model.ep_info_buffer
+        if not games or len(games) < MIN_GAMES_FOR_BEST:
+            return
+        score = safe_mean([game["r"] for game in games])
+        if score > self._best:
+            zipped = io.BytesIO()
+            self.model.save(zipped)
+            write_atomically(self.run.path / "best_model.zip", zipped.getvalue())
+            self._best = float(score)
+
+    def _guard(self, save: Any) -> None:
+        try:
+            save()
+        except (OSError, CheckpointError) as error:
+            if self.stop_on_error:
+                raise
+            logger.error("could not save to %s: %s; going on without", self.run.path, error)
+
+
+class _TensorBoard(TensorBoardOutputFormat):
+    """SB3's, with the events after `timesteps` withdrawn."""
+
+    def __init__(self, folder: Path, timesteps: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=timesteps + 1 if timesteps else None)
+        self._is_closed = False
+
+
+class _Csv(CSVOutputFormat):
+    """SB3's, which would begin an empty file, with the rows up to `timesteps` kept."""
+
+    def __init__(self, path: Path, timesteps: int) -> None:
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        super().__init__(str(path))
+        if len(lines) < 2 or not timesteps:
+            return
+        self.keys = lines[0].strip().split(",")
+        step = self.keys.index("time/total_timesteps")
+        kept = [line for line in lines[1:] if int(line.split(",")[step] or 0) <= timesteps]
+        self.file.writelines([lines[0], *kept])
+        self.file.flush()

@@ -1,0 +1,639 @@
+#!/usr/bin/env python3
+"""Train, resume, evaluate and watch A3C with Neurocoder heads on an Atari game.
+
+python run_atari.py --env MontezumaRevenge
+python run_atari.py --resume runs/MontezumaRevenge-1
+python run_atari.py --evaluate runs/MontezumaRevenge-1 --episodes 10 --video out.mp4
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import logging
+import math
+import signal
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # everything heavy is imported after the arguments have been checked
+    import numpy as np
+    from stable_baselines3.common.distributions import Distribution
+
+    from agents import A3C
+    from agents.runs import RunDirectory
+    from envs import AtariFactory
+
+FRAMES_PER_TIMESTEP = 4
+DEFAULT_ENVS = 16
+"""Games of all workers together, as in A3C."""
+
+EVALUATION_ENVS = 8
+"""Games that are evaluated side by side."""
+
+FILM_FPS = 15
+"""Timesteps per second of video: the speed at which the game was made to be played."""
+
+EXIT_FAILED, EXIT_USAGE, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 130, 143
+
+HARD_GAMES = {
+    "montezuma_revenge": "0 to 14 points after 200 million frames",
+    "private_eye": "about 100 points after 200 million frames",
+    "pitfall": "0 points after 200 million frames",
+    "venture": "0 points after 200 million frames",
+    "frostbite": "about 300 points after 200 million frames",
+}
+"""What plain actor-critics without an exploration bonus are known to reach."""
+
+
+def setting(
+    default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: Any = ()
+) -> Any:
+    """A configuration field with its documentation and what it may hold."""
+    return field(
+        default=default, metadata={"help": text, "low": low, "high": high, "choices": choices}
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that fixes a run. Flags, YAML keys and `config.yaml` have these names."""
+
+    # The run.
+    env: str = setting("", "game: MontezumaRevenge, montezuma_revenge or ALE/MontezumaRevenge-v5")
+    protocol: str = setting(
+        "machado",
+        "machado: sticky actions 0.25, 18 actions, a game ends when it is over; classic: no-ops, "
+        "minimal actions, a lost life cuts the return",
+        choices=("machado", "classic"),
+    )
+    frames: int = setting(10_000_000, "emulator frames of the whole run, 4 per timestep", low=1)
+    seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
+    device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
+    logdir: str = setting("runs", "folder in which the run directory is made")
+    workers: int | None = setting(
+        None, "worker processes, 0 for none (reproducible); one per core if not given", low=0
+    )
+    envs_per_worker: int | None = setting(
+        None, "games per worker; 16 games in all if not given", low=1
+    )
+    stack: int = setting(1, "timesteps shown in one observation", low=1)
+    # The network.
+    layer: str = setting(
+        "neurocoder", "output layers of actor and critic", choices=("neurocoder", "linear")
+    )
+    encoder: str = setting(
+        "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
+    )
+    lstm_hidden_size: int = setting(512, "width of the LSTM", low=1)
+    num_slots: int = setting(80, "Neurocoder: slots P of the program memory", low=1)
+    key_dim: int = setting(3, "Neurocoder: width K of keys", low=1)
+    num_heads: int = setting(15, "Neurocoder: attention heads H", low=1)
+    num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1)
+    num_least_used: int = setting(5, "Neurocoder: least-used slots l_I", low=0)
+    controller_size: int = setting(8, "Neurocoder: width of the composition network", low=1)
+    sharpness: float = setting(1.0, "Neurocoder: softmax temperature beta", low=1e-6)
+    residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
+    # The algorithm.
+    n_steps: int = setting(20, "timesteps per rollout", low=1)
+    learning_rate: float = setting(7e-4, "learning rate at the start", low=0)
+    anneal: bool = setting(True, "whether the learning rate falls linearly to 0")
+    gamma: float = setting(0.99, "discount", low=0, high=1)
+    gae_lambda: float = setting(1.0, "1 for n-step returns", low=0, high=1)
+    ent_coef: float = setting(0.01, "weight of the entropy", low=0)
+    vf_coef: float = setting(0.5, "weight of the value loss", low=0)
+    max_grad_norm: float = setting(40.0, "limit on the gradient's norm", low=0)
+    rms_prop_eps: float = setting(0.1, "RMSProp's epsilon, inside the root", low=0)
+    orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
+    correction: str = setting(
+        "vtrace", "for rollouts played by older weights", choices=("vtrace", "none")
+    )
+    # What is written.
+    log_every: int = setting(10, "updates between points of the curves", low=1)
+    checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1)
+    keep_checkpoints: int = setting(3, "checkpoints to keep", low=1)
+    stop_on_save_error: bool = setting(False, "whether a full disk ends the run")
+    # Workers.
+    heartbeat_timeout: float = setting(
+        60.0, "seconds after which a silent worker is replaced", low=0.1
+    )
+    max_restarts: int = setting(5, "deaths in a row that a worker is replaced after", low=0)
+
+    def check(self) -> None:
+        """Raise ValueError, in one line with the nearest valid choice, for an impossible value."""
+        for entry in fields(self):
+            value, rules = getattr(self, entry.name), entry.metadata
+            if value is None:
+                continue
+            if rules["choices"] and value not in rules["choices"]:
+                near = difflib.get_close_matches(str(value), rules["choices"], n=1, cutoff=0)[0]
+                raise ValueError(
+                    f"{entry.name} must be one of {', '.join(rules['choices'])}, got {value!r}; "
+                    f"nearest: {near}"
+                )
+            if isinstance(value, (int, float)) and not rules["low"] <= value <= rules["high"]:
+                raise ValueError(
+                    f"{entry.name} must lie in {rules['low']:g} .. {rules['high']:g}, got {value}"
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{entry.name} must be a finite number, got {value}")
+        if self.num_least_used >= self.num_slots:
+            raise ValueError(
+                f"num_least_used must be less than num_slots, got "
+                f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"
+            )
+
+
+NETWORK_FIELDS = (
+    *("env", "protocol", "stack", "layer", "encoder", "lstm_hidden_size", "num_slots", "key_dim"),
+    *("num_heads", "num_steps", "num_least_used", "controller_size", "sharpness", "residual"),
+)
+"""What a resumed run cannot change: the weights would not fit, or mean something else."""
+
+SAME_IN_A3C = (
+    *("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "rms_prop_eps"),
+    *("orth_coef", "correction"),
+)
+"""Fields that are arguments of `A3C` under the same name."""
+
+MODES = ("config", "resume", "evaluate", "episodes", "video", "deterministic")
+"""Flags that are not settings of a run."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    parser = build_parser()
+    flags = vars(parse(parser, sys.argv[1:] if arguments is None else arguments))
+    modes = {name: flags.pop(name, None) for name in MODES}
+    try:
+        if modes["evaluate"] is not None:
+            return evaluate(Path(modes["evaluate"]), flags, modes)
+        return train(flags, modes)
+    except ValueError as error:
+        usage_error(str(error))
+    except OSError as error:
+        usage_error(f"{error.strerror}: {error.filename}")
+
+
+# From the command line to a configuration.
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag per field of `RunConfig`; fields that are not given stay absent."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Everything can also be given as 'name: value' lines of a YAML file (--config).",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
+    )
+    for entry in fields(RunConfig):
+        default = "chosen from the machine" if entry.default is None else entry.default
+        text = f"{entry.metadata['help']} (default: {default})".replace("%", "%%")
+        names = _flag_names(entry.name)
+        if entry.type == "bool":
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
+            continue
+        convert = float if entry.type == "float" else int if "int" in str(entry.type) else str
+        parser.add_argument(*names, type=convert, metavar=convert.__name__.upper(), help=text)
+    parser.add_argument("--config", help="YAML file of settings; flags win over it")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run exactly")
+    parser.add_argument("--evaluate", metavar="RUN_DIR", help="play whole games with a trained run")
+    parser.add_argument("--episodes", type=int, help="games to evaluate (default: 10)")
+    parser.add_argument("--video", help="with --evaluate: an .mp4 or .webm of one game")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="with --evaluate: the likeliest action, not a sampled one",
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Flags as a namespace; ends with one line and exit code 2 if they make no sense."""
+    try:
+        namespace, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        usage_error(str(error))
+    for word in unknown:
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        near = difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0)[0]
+        usage_error(f"unknown argument {word!r}; nearest: {near}")
+    return namespace
+
+
+def usage_error(message: str) -> NoReturn:
+    """One line on stderr and exit code 2."""
+    print(f"run_atari.py: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(EXIT_USAGE)
+
+
+def configure(settings: dict[str, Any], base: RunConfig, source: str) -> RunConfig:
+    """`base` with settings of a YAML file or of flags put in place.
+
+    Raises:
+        ValueError: for a name that is no setting, or a value of the wrong kind.
+    """
+    types = {entry.name: str(entry.type) for entry in fields(RunConfig)}
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, n=1, cutoff=0)[0]
+            raise ValueError(f"unknown setting {name!r} in {source}; nearest: {near}")
+        values[name] = _as_type(name, value, types[name], source)
+    config = replace(base, **values)
+    config.check()
+    return config
+
+
+def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
+    """The value of a setting, whose type annotation is `expected`."""
+    optional, kind = "None" in expected, expected.split(" ")[0]
+    if value is None and optional:
+        return None
+    if kind == "float" and isinstance(value, str):  # YAML reads 7e-4, without a point, as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value).__name__ != kind:
+        raise ValueError(f"{name} in {source} must be of type {kind}, got {value!r}")
+    return value
+
+
+def _flag_names(name: str) -> list[str]:
+    return [f"--{name.replace('_', '-')}", *([f"--{name}"] if "_" in name else [])]
+
+
+# Training.
+
+
+def train(flags: dict[str, Any], modes: dict[str, Any]) -> int:
+    """Start a run, or go on with one; returns the exit code."""
+    for name in ("episodes", "video", "deterministic"):
+        if modes[name] is not None:
+            raise ValueError(f"--{name} goes with --evaluate RUN_DIR")
+    from agents.checkpoints import resume
+    from agents.runs import RunDirectory, read_config
+
+    if modes["resume"] is not None:
+        if modes["config"] is not None:
+            raise ValueError("--resume takes the run's own config.yaml; leave --config out")
+        run = RunDirectory.open(Path(modes["resume"]))
+        before = stored_config(run.path)
+        config = configure(flags, before, "the flags")
+        _check_same_network(before, config)
+        _check_device(config.device)
+        checkpoint = run.newest_checkpoint()
+        if checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
+            raise ValueError(
+                f"{run.path} has played its {config.frames:,} frames; "
+                "give a larger --frames to go on"
+            )
+    else:
+        base = RunConfig()
+        if modes["config"] is not None:
+            base = configure(read_config(Path(modes["config"])), base, modes["config"])
+        config = configure(flags, base, "the flags")
+        if not config.env:
+            raise ValueError("--env is needed: a game such as MontezumaRevenge")
+        factory = make_factory(config)
+        _check_device(config.device)
+        config = with_sizes(config)
+        run = RunDirectory.create(Path(config.logdir), camel_case(factory.game))
+        checkpoint = None
+    model = make_model(config)
+    if checkpoint is not None:
+        resume(model, checkpoint)
+    run.write_config(asdict(config))
+    model.set_logger(run.make_logger(model.num_timesteps))
+    return learn(model, config, run)
+
+
+def make_factory(config: RunConfig) -> AtariFactory:
+    """The game under its protocol."""
+    from envs import atari
+
+    return atari(config.env, protocol=config.protocol, stack=config.stack)
+
+
+def make_model(config: RunConfig, **options: Any) -> A3C:
+    """A fresh model; `options` replace arguments of `A3C`."""
+    from stable_baselines3.common.utils import LinearSchedule
+
+    from agents import A3C, Limits
+
+    workers, envs = config.workers or 0, config.envs_per_worker or DEFAULT_ENVS
+    rate = config.learning_rate
+    arguments: dict[str, Any] = {
+        "env": make_factory(config),
+        "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
+        "n_workers": workers,
+        "n_envs": max(1, workers) * envs,
+        "policy_kwargs": {
+            "head": config.layer,
+            "head_kwargs": _head_options(config),
+            "encoder": config.encoder,
+            "lstm_hidden_size": config.lstm_hidden_size,
+        },
+        "limits": Limits(
+            heartbeat_timeout=config.heartbeat_timeout, max_restarts=config.max_restarts
+        ),
+        "seed": config.seed,
+        "device": config.device,
+    }
+    for name in SAME_IN_A3C:
+        arguments[name] = getattr(config, name)
+    return A3C("CnnLstmPolicy", **(arguments | options))
+
+
+def learn(model: A3C, config: RunConfig, run: RunDirectory) -> int:
+    """Train to the end, or to a signal; a checkpoint is written in either case."""
+    from agents import NonFiniteError, WorkerError
+    from agents.progress import Progress, Screen
+    from agents.runs import SaveCheckpoints
+
+    screen = Screen(sys.stdout)
+    for line in summary(model, config, run):
+        screen.line(line)
+    checkpoints = SaveCheckpoints(
+        run,
+        math.ceil(config.checkpoint_every / FRAMES_PER_TIMESTEP),
+        config.keep_checkpoints,
+        stop_on_error=config.stop_on_save_error,
+    )
+    checkpoints.init_callback(model)
+    total = math.ceil(config.frames / FRAMES_PER_TIMESTEP)
+    signals = StopSignals(model)
+    with signals:
+        try:
+            model.learn(
+                total - model.num_timesteps,
+                callback=[checkpoints, Progress(config.frames, screen)],
+                log_interval=config.log_every,
+                reset_num_timesteps=False,
+            )
+        except KeyboardInterrupt:
+            screen.line("left at once; the last checkpoint is the one before")
+            return EXIT_SIGINT
+        except (WorkerError, NonFiniteError) as error:
+            print(f"run_atari.py: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        except MemoryError as error:
+            print(f"run_atari.py: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        checkpoints.save()
+        model.dump_logs()
+    screen.line(
+        f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
+        f"python run_atari.py --resume {run.path}"
+    )
+    return signals.exit_code
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM end training after the update it is in; a second one ends it at once."""
+
+    def __init__(self, model: A3C) -> None:
+        self.model = model
+        self.exit_code = 0
+
+    def __enter__(self) -> None:
+        self._before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        if self.exit_code:
+            raise KeyboardInterrupt
+        self.exit_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
+        self.model.request_stop()
+
+
+def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
+    """What the run will do, for the screen."""
+    factory = make_factory(config)
+    rules = factory.describe()
+    heads = {"actor": model.policy.action_net, "critic": model.policy.value_net}
+    sizes = ", ".join(f"{name} {_parameters(head):,}" for name, head in heads.items())
+    played = f", {model.num_timesteps * FRAMES_PER_TIMESTEP:,} played" if model._n_updates else ""
+    workers = (
+        f"{model.n_workers} workers of {model.n_envs // model.n_workers} games"
+        if model.n_workers
+        else f"serial, {model.n_envs} games in this process"
+    )
+    lines = [
+        f"game       {camel_case(factory.game)}, {config.frames:,} frames{played}",
+        f"protocol   {config.protocol}: sticky actions {rules['sticky_actions']:g}, "
+        f"{rules['action_set']} actions, no-ops {rules['no_ops']}, a lost life: "
+        f"{rules['life_loss']}; rewards are clipped for learning, scores are raw",
+        f"playing    {workers}, {config.n_steps} timesteps per rollout",
+        f"learner    {model.device}, seed {config.seed}",
+        f"network    {_parameters(model.policy):,} parameters: encoder {config.encoder}, "
+        f"LSTM {config.lstm_hidden_size}, {config.layer} heads ({sizes})",
+        f"run        {run.path}",
+        f"curves     tensorboard --logdir {config.logdir}",
+    ]
+    if factory.game in HARD_GAMES:
+        lines.append(
+            f"expect     plain actor-critics reach {HARD_GAMES[factory.game]}; "
+            "a score of 0 is no fault"
+        )
+    return lines
+
+
+def _parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def camel_case(game: str) -> str:
+    """`montezuma_revenge` -> `MontezumaRevenge`."""
+    return game.title().replace("_", "")
+
+
+def with_sizes(config: RunConfig) -> RunConfig:
+    """Number of workers and games from the machine, where they are not given.
+
+    The default is 16 games whatever the number of cores, so that results do not depend on it.
+    """
+    from agents.a3c import default_workers
+
+    workers = default_workers(DEFAULT_ENVS) if config.workers is None else config.workers
+    envs = config.envs_per_worker or max(1, DEFAULT_ENVS // max(1, workers))
+    return replace(config, workers=workers, envs_per_worker=envs)
+
+
+def stored_config(run: Path) -> RunConfig:
+    """The configuration in a run directory."""
+    from agents.runs import read_config
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run directory: it has no config.yaml")
+    return configure(read_config(path), RunConfig(), str(path))
+
+
+def _check_same_network(before: RunConfig, after: RunConfig) -> None:
+    changed = [
+        f"{name} {getattr(before, name)!r} -> {getattr(after, name)!r}"
+        for name in NETWORK_FIELDS
+        if getattr(before, name) != getattr(after, name)
+    ]
+    if changed:
+        raise ValueError(f"a resumed run keeps its game and network; changed: {', '.join(changed)}")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda is not available on this machine; nearest: cpu")
+
+
+def _head_options(config: RunConfig) -> dict[str, Any]:
+    if config.layer == "linear":
+        return {}
+    names = [entry.name for entry in fields(RunConfig) if "Neurocoder:" in entry.metadata["help"]]
+    return {name: getattr(config, name) for name in names}
+
+
+# Evaluating and watching.
+
+
+def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any]) -> int:
+    """Play whole games and print the raw score; returns the exit code."""
+    for name in ("resume", "config"):
+        if modes[name] is not None:
+            raise ValueError(f"--evaluate and --{name} exclude each other")
+    allowed = {"seed", "device"}
+    if extra := set(flags) - allowed:
+        raise ValueError(
+            f"--evaluate plays the run as it was trained; leave --{min(extra)} out "
+            f"(allowed: {', '.join(sorted(allowed))})"
+        )
+    episodes = 10 if modes["episodes"] is None else modes["episodes"]
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    from agents.checkpoints import load_weights, newest_checkpoint
+
+    config = configure(flags, stored_config(path), "the flags")
+    _check_device(config.device)
+    if modes["video"] is not None:
+        from agents.video import check_path
+
+        check_path(Path(modes["video"]))
+    checkpoint = newest_checkpoint(path / "checkpoints")
+    model = make_model(config, n_workers=0, n_envs=1)
+    load_weights(model, checkpoint.path, optimizer=False)
+    deterministic = bool(modes["deterministic"])
+    scores, lengths = play_games(model, config, episodes, deterministic)
+    rules = make_factory(config).describe()
+    print(
+        f"{camel_case(make_factory(config).game)} after {checkpoint.timesteps:,} timesteps "
+        f"({checkpoint.timesteps * FRAMES_PER_TIMESTEP:,} frames): raw score of {episodes} whole "
+        f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
+        f"min {min(scores):g}, max {max(scores):g}; mean length {statistics.fmean(lengths):.0f} "
+        "timesteps"
+    )
+    print(
+        f"protocol {config.protocol} (sticky actions {rules['sticky_actions']:g}, "
+        f"{rules['action_set']} actions, no-ops {rules['no_ops']}), "
+        f"{'likeliest' if deterministic else 'sampled'} actions, last checkpoint, "
+        f"seed {config.seed}"
+    )
+    if modes["video"] is not None:
+        score = film(model, config, Path(modes["video"]), deterministic)
+        print(f"video of one game (score {score:g}): {modes['video']}")
+    return 0
+
+
+def play_games(
+    model: A3C, config: RunConfig, episodes: int, deterministic: bool
+) -> tuple[list[float], list[int]]:
+    """Raw scores and lengths (in timesteps) of whole games."""
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    env = make_factory(config)(min(episodes, EVALUATION_ENVS), evaluation_seed(config))
+    try:
+        scores, lengths = evaluate_policy(
+            model,
+            env,
+            n_eval_episodes=episodes,
+            deterministic=deterministic,
+            return_episode_rewards=True,
+        )
+    finally:
+        env.close()
+    assert isinstance(scores, list) and isinstance(lengths, list)
+    return scores, lengths
+
+
+def film(model: A3C, config: RunConfig, path: Path, deterministic: bool) -> float:
+    """Write a video of one game beside what the heads attend to; returns its raw score."""
+    import numpy as np
+    import torch
+
+    from agents.video import GameVideo, Moment, view_heads
+    from envs import AtariPlayer
+
+    factory = make_factory(config)
+    player = AtariPlayer(factory, evaluation_seed(config))
+    policy = model.policy
+    policy.set_training_mode(False)
+    state, starts = policy.initial_state(1), torch.ones(1, dtype=torch.bool, device=policy.device)
+    obs, score, timestep, game_over, lives = player.reset(), 0.0, 0, False, 0
+    with GameVideo(path, fps=FILM_FPS) as video, torch.no_grad():
+        while not game_over:
+            images = torch.from_numpy(np.array(obs)).to(policy.device)
+            latent, state = policy.encode(images, state, starts)
+            distribution = policy.distribution(latent)
+            action = int(distribution.get_actions(deterministic=deterministic))
+            video.add(
+                Moment(
+                    frame=player.frame(),
+                    score=score,
+                    timestep=timestep,
+                    action=factory.action_meanings[action],
+                    value=float(policy.values(latent)),
+                    probabilities=probabilities(distribution),
+                    action_names=factory.action_meanings,
+                    heads=view_heads(policy, latent),
+                )
+            )
+            obs, reward, game_over, remaining = player.step(action)
+            score += reward
+            timestep += 1
+            # In training a lost life starts the LSTM anew where it cuts the return.
+            life_lost = factory.rules.life_ends_return and remaining < lives
+            starts = torch.full_like(starts, life_lost)
+            lives = remaining
+    return score
+
+
+def probabilities(distribution: Distribution) -> np.ndarray:
+    """Of the actions of one game, [num_actions]."""
+    import torch
+
+    categorical = distribution.distribution
+    assert isinstance(categorical, torch.distributions.Categorical)
+    return categorical.probs[0].cpu().numpy()
+
+
+def evaluation_seed(config: RunConfig) -> int:
+    """Games that training has not played."""
+    return (config.seed + 1_000_000_007) % 2**31
+
+
+if __name__ == "__main__":
+    sys.exit(main())
