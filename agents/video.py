@@ -20,15 +20,18 @@ from ncrl.neurocoder import NeurocoderLinear
 from ncrl.sb3 import LstmPolicy
 
 CODECS = {".mp4": "mp4v", ".webm": "VP90"}
-"""Codecs by suffix; OpenCV's wheels hold no H.264 encoder."""
+"""Codecs by suffix; OpenCV's wheels hold no H.264 encoder.
+
+FFmpeg prints that it does not support the tag VP90, and writes VP9 all the same.
+"""
 
 FPS = 15
 """Timesteps shown per second: a game of 60 frames per second in real time at 4 frames a step."""
 
 HISTORY = 160
-"""Timesteps that the strip of slots over time shows."""
+"""Timesteps that the strips of slots over time show."""
 
-MIN_SPREAD = 0.01
+MIN_SPREAD = 0.001
 """Smallest end of a colour scale, so that uniform weights do not show their rounding errors."""
 
 
@@ -74,16 +77,13 @@ class Trace(NamedTuple):
     """What the picture remembers of one head's attention; see `remember`."""
 
     weights: np.ndarray
-    """The latest weights relative to uniform ones, [R, P]: 0 uniform, 1 twice as much."""
+    """The latest weights as deviations from uniform ones, [R, P]: 0 is uniform, 1 twice that."""
+
+    spread: float
+    """Largest deviation of all weights so far."""
 
     slot_use: np.ndarray
     """Mean of `weights` over components for up to `HISTORY` timesteps, [T, P], latest last."""
-
-    weights_spread: float
-    """Largest deviation from 0 of all weights so far; the end of their colour scale."""
-
-    slot_use_spread: float
-    """The same for `slot_use`."""
 
 
 class Box(NamedTuple):
@@ -103,13 +103,13 @@ class Box(NamedTuple):
         return self.top + self.height
 
 
-WIDTH, HEIGHT = 1280, 720
-GAME = Box(16, 16, 480, 688)
-READOUTS = Box(520, 16, 744, 52)
-ACTIONS = Box(520, 86, 744, 162)
-HEADS = (Box(520, 268, 360, 410), Box(904, 268, 360, 410))
-LEGEND = Box(520, 688, 744, 16)
-ROWS_OF_ACTIONS = 9
+WIDTH, HEIGHT = 1280, 800
+GAME = Box(16, 16, 480, 768)
+READOUTS = Box(520, 10, 744, 50)
+ACTIONS = Box(520, 71, 744, 116)
+HEADS = (Box(520, 200, 360, 558), Box(904, 200, 360, 558))
+LEGEND = Box(520, 760, 744, 32)
+ROWS_OF_ACTIONS = 6
 
 BACKGROUND = (18, 20, 26)
 PLOT = (30, 33, 41)
@@ -208,12 +208,11 @@ def remember(trace: Trace | None, attention: np.ndarray) -> Trace:
     """
     left = attention[0]  # [R, P]
     weights = left / left.mean(axis=1, keepdims=True).clip(1e-12) - 1
-    slot_use = weights.mean(axis=0, keepdims=True)  # [1, P]
-    spreads = (_spread(weights), _spread(slot_use))
+    spread, slot_use = _spread(weights), weights.mean(axis=0, keepdims=True)  # [1, P]
     if trace is not None:
+        spread = max(spread, trace.spread)
         slot_use = np.concatenate([trace.slot_use, slot_use])[-HISTORY:]
-        spreads = (max(trace.weights_spread, spreads[0]), max(trace.slot_use_spread, spreads[1]))
-    return Trace(weights, slot_use, *spreads)
+    return Trace(weights, spread, slot_use)
 
 
 def _spread(deviations: np.ndarray) -> float:
@@ -311,53 +310,59 @@ def _draw_head(picture: np.ndarray, box: Box, name: str, trace: Trace) -> None:
     _text(picture, name, (box.left, box.top + 8), MEDIUM, WHITE)
     _text(picture, most_used, (box.right, box.top + 8), SMALL, WHITE, align=1.0)
 
-    now = Box(box.left + 40, box.top + 42, box.width - 40, 150)
-    _draw_title(picture, now, "attention now", trace.weights_spread)
-    _paste(picture, now, _colours(trace.weights, trace.weights_spread))
+    now = Box(box.left + 40, box.top + 44, box.width - 40, 105)
+    low = max(-trace.spread, -1.0)  # no weight is negative
+    _draw_title(picture, now, "attention now", _multiples(low, trace.spread))
+    _paste(picture, now, _colours(trace.weights, low, trace.spread))
     _draw_rows_axis(picture, now, "component", num_components)
     _draw_columns_axis(picture, now, "1", "slot", str(num_slots))
 
-    recent = Box(now.left, now.bottom + 46, now.width, 160)
-    _draw_title(picture, recent, "use of slots", trace.slot_use_spread)
-    _paste(picture, recent, _strip(trace))
+    use = trace.slot_use  # [T, P]
+    recent = Box(now.left, now.bottom + 44, now.width, 160)
+    high = _spread(use)
+    low = max(-high, -1.0)
+    colours = _colours(use, low, high)
+    colours[np.arange(len(use)), use.argmax(axis=1)] = WHITE
+    _draw_title(picture, recent, "use of slots", _multiples(low, high))
+    _paste(picture, recent, _strip(colours))
+    _draw_rows_axis(picture, recent, "slot", num_slots)
+
+    change = use - use.mean(axis=0)
+    high = _spread(change)
+    recent = recent._replace(top=recent.bottom + 26)
+    _draw_title(picture, recent, "change of use", (f"{-high:.3f}x", f"{high:+.3f}x"))
+    _paste(picture, recent, _strip(_colours(change, -high, high)))
     _draw_rows_axis(picture, recent, "slot", num_slots)
     _draw_columns_axis(picture, recent, f"-{HISTORY - 1}", "time (timesteps)", "now")
 
 
-def _strip(trace: Trace) -> np.ndarray:
-    """Slots x time, [P, HISTORY, 3], the latest timestep at the right end."""
-    strip = np.full((trace.slot_use.shape[1], HISTORY, 3), PLOT, np.uint8)
-    colours = _colours(trace.slot_use, trace.slot_use_spread)  # [T, P, 3]
-    colours[np.arange(len(colours)), trace.slot_use.argmax(axis=1)] = 255
+def _strip(colours: np.ndarray) -> np.ndarray:
+    """Colours over time, [T, P, 3] -> [P, HISTORY, 3], the latest at the right end."""
+    strip = np.full((colours.shape[1], HISTORY, 3), PLOT, np.uint8)
     strip[:, HISTORY - len(colours) :] = colours.swapaxes(0, 1)
     return strip
 
 
-def _colours(deviations: np.ndarray, spread: float) -> np.ndarray:
-    """[...] -> [..., 3]: the palette's middle is 0, its upper end `spread`.
-
-    The lower end is -spread, or -1 where weights cannot deviate further: none is negative.
-    """
-    position = 0.5 + 0.5 * np.where(deviations > 0, deviations / spread, deviations / -_low(spread))
+def _colours(deviations: np.ndarray, low: float, high: float) -> np.ndarray:
+    """[...] -> [..., 3]: the palette from `low` < 0 to `high` > 0, with 0 in its middle."""
+    position = 0.5 + 0.5 * np.where(deviations > 0, deviations / high, deviations / -low)
     return PALETTE[np.rint(255 * position.clip(0, 1)).astype(int)]
 
 
-def _low(spread: float) -> float:
-    return max(-spread, -1.0)
+def _multiples(low: float, high: float) -> tuple[str, str]:
+    """Deviations from uniform weights as multiples of these, such as 0.72x."""
+    decimals = 3 if high < 0.1 else 2 if high < 10 else 0
+    return f"{1 + low:.{decimals}f}x", f"{1 + high:.{decimals}f}x"
 
 
-def _draw_title(picture: np.ndarray, plot: Box, title: str, spread: float) -> None:
-    """Title and colour scale above a plot."""
-    middle = plot.top - 10
+def _draw_title(picture: np.ndarray, plot: Box, title: str, ends: tuple[str, str]) -> None:
+    """Title above a plot, and its colour scale between the numbers at its ends."""
+    middle = plot.top - 11
     _text(picture, title, (plot.left, middle), SMALL, GREY)
-    _text(picture, _percent(spread), (plot.right, middle), SMALL, GREY, align=1.0)
+    _text(picture, ends[1], (plot.right, middle), SMALL, GREY, align=1.0)
     bar = Box(plot.right - 56 - 80, middle - 4, 80, 8)
     _paste(picture, bar, PALETTE[np.newaxis])
-    _text(picture, _percent(_low(spread)), (bar.left - 6, middle), SMALL, GREY, align=1.0)
-
-
-def _percent(deviation: float) -> str:
-    return f"{100 * deviation:+.{1 if abs(deviation) < 0.1 else 0}f}%"
+    _text(picture, ends[0], (bar.left - 6, middle), SMALL, GREY, align=1.0)
 
 
 def _draw_rows_axis(picture: np.ndarray, plot: Box, label: str, count: int) -> None:
@@ -379,12 +384,15 @@ def _draw_columns_axis(picture: np.ndarray, plot: Box, first: str, label: str, l
 
 
 def _draw_legend(picture: np.ndarray) -> None:
-    note = (
-        "Weights of left vectors (u) relative to uniform ones, 0%; scales end at the largest "
-        "deviation so far. White: most attended slot."
+    notes = (
+        "Left vectors' weights (u) as multiples of uniform ones; strips: mean over components. "
+        "White: most attended slot.",
+        "Scales are centred on uniform weights, or on the mean over the strip for the change; "
+        "they end at the largest deviation.",
     )
-    middle = LEGEND.top + LEGEND.height // 2
-    _text(picture, note, (LEGEND.left, middle), SMALL, GREY, room=LEGEND.width)
+    for line, note in enumerate(notes):
+        at = (LEGEND.left, LEGEND.top + 8 + 16 * line)
+        _text(picture, note, at, SMALL, GREY, room=LEGEND.width)
 
 
 def _text(

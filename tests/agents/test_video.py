@@ -1,0 +1,277 @@
+"""Videos: what is on a picture, and whether the files can be read back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from agents.video import (
+    ACTIONS,
+    GAME,
+    HEADS,
+    HEIGHT,
+    HISTORY,
+    MIN_SPREAD,
+    WIDTH,
+    Box,
+    GameVideo,
+    HeadView,
+    Moment,
+    Trace,
+    compose,
+    game_box,
+    remember,
+    view_heads,
+)
+from ncrl.sb3 import CnnLstmPolicy, LstmPolicy, NeurocoderCnnLstmPolicy
+
+SLOTS, COMPONENTS, ACTION_NAMES = 12, 6, ("NOOP", "FIRE", "UP", "DOWNRIGHTFIRE")
+SPACE = spaces.Box(0, 255, (1, 84, 84), np.uint8)
+
+
+def attention(seed: int) -> np.ndarray:
+    """Gated weights, so that rows do not sum to 1: [3, R, P]."""
+    return np.random.default_rng(seed).uniform(0.01, 0.06, (3, COMPONENTS, SLOTS))
+
+
+def moment(seed: int = 0, *, coded: bool = True, action: int = 1) -> Moment:
+    rng = np.random.default_rng(seed)
+    return Moment(
+        frame=rng.integers(0, 256, (210, 160, 3), np.uint8),
+        score=400,
+        timestep=seed,
+        action=action,
+        action_names=ACTION_NAMES,
+        probabilities=np.array([0.1, 0.2, 0.3, 0.4]),
+        value=0.25,
+        heads=[HeadView(name, attention(seed) if coded else None) for name in ("actor", "critic")],
+    )
+
+
+def traces(*seeds: int) -> dict[str, Trace]:
+    trace = None
+    for seed in seeds:
+        trace = remember(trace, attention(seed))
+    assert trace is not None
+    return {"actor": trace, "critic": trace}
+
+
+def cut(picture: np.ndarray, box: Box) -> np.ndarray:
+    return picture[box.top : box.bottom, box.left : box.right]
+
+
+def policy(kind: type[LstmPolicy], **options: Any) -> LstmPolicy:
+    torch.manual_seed(0)
+    return kind(SPACE, spaces.Discrete(4), lambda _: 1e-3, lstm_hidden_size=16, **options)
+
+
+HEAD_KWARGS = {"num_slots": SLOTS, "num_heads": 3, "num_steps": 2, "num_least_used": 2}
+
+
+# Heads
+
+
+@pytest.mark.parametrize("net_arch", [None, {"pi": [8], "vf": [10]}])
+def test_heads_show_the_attention_behind_the_outputs(net_arch):
+    coded = policy(NeurocoderCnnLstmPolicy, head_kwargs=HEAD_KWARGS, net_arch=net_arch)
+    latent = torch.randn(1, 16)
+    actor, critic = view_heads(coded, latent)
+    assert (actor.name, critic.name) == ("actor", "critic")
+    for view, head, x in (
+        (actor, coded.action_net, coded.mlp_extractor.forward_actor(latent)),
+        (critic, coded.value_net, coded.mlp_extractor.forward_critic(latent)),
+    ):
+        expected = torch.stack([weights[0] for weights in head.attend(x)])
+        assert view.attention.shape == (3, COMPONENTS, SLOTS)
+        np.testing.assert_array_equal(view.attention, expected.detach().numpy())
+    assert not np.array_equal(actor.attention, critic.attention)
+
+
+def test_plain_heads_have_no_attention():
+    heads = view_heads(policy(CnnLstmPolicy), torch.randn(1, 16))
+    assert heads == [HeadView("actor", None), HeadView("critic", None)]
+
+
+# Memory of the picture
+
+
+def test_a_trace_holds_deviations_from_uniform_weights():
+    left = np.array([[0.1, 0.1, 0.2, 0.4], [0.01, 0.05, 0.01, 0.01]])  # means 0.2 and 0.02
+    trace = remember(None, np.stack([left, np.zeros_like(left), np.ones_like(left)]))
+    expected = np.array([[-0.5, -0.5, 0, 1], [-0.5, 1.5, -0.5, -0.5]])
+    np.testing.assert_allclose(trace.weights, expected, atol=1e-12)
+    np.testing.assert_allclose(trace.slot_use, [[-0.5, 0.5, -0.25, 0.25]], atol=1e-12)
+    assert trace.spread == pytest.approx(1.5)
+
+
+def test_uniform_attention_does_not_show_rounding_errors():
+    weights = np.full((3, COMPONENTS, SLOTS), 1 / SLOTS, np.float32)
+    weights[0, 0, 0] *= 1 + 1e-6
+    assert remember(None, weights).spread == MIN_SPREAD
+
+
+def test_the_scale_never_shrinks_and_the_history_is_limited():
+    trace, spreads = None, []
+    for seed in range(HISTORY + 5):
+        trace = remember(trace, attention(seed))
+        spreads.append(remember(None, attention(seed)).spread)
+        assert trace.spread == max(spreads)
+    assert trace.slot_use.shape == (HISTORY, SLOTS)
+    newest = remember(None, attention(HISTORY + 4))
+    oldest = remember(None, attention(5))
+    np.testing.assert_array_equal(trace.slot_use[-1:], newest.slot_use)
+    np.testing.assert_array_equal(trace.slot_use[:1], oldest.slot_use)
+
+
+# Picture
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (210, 160, Box(16, 85, 480, 630)),
+        (250, 160, Box(16, 25, 480, 750)),
+        (84, 84, Box(46, 190, 420, 420)),
+        (960, 960, Box(16, 160, 480, 480)),
+    ],
+)
+def test_the_game_is_as_large_as_it_fits(height, width, expected):
+    box = game_box(np.zeros((height, width, 3), np.uint8))
+    assert box == expected
+    assert box.left >= GAME.left and box.right <= GAME.right
+    assert box.top >= GAME.top and box.bottom <= GAME.bottom
+
+
+def test_the_game_is_on_the_picture_pixel_by_pixel():
+    shown = moment()
+    picture = compose(shown, traces(0))
+    assert (picture.shape, picture.dtype) == ((HEIGHT, WIDTH, 3), np.uint8)
+    expected = shown.frame.repeat(3, axis=0).repeat(3, axis=1)
+    np.testing.assert_array_equal(cut(picture, game_box(shown.frame)), expected)
+
+
+def test_a_head_is_drawn_in_its_own_box_from_its_own_attention():
+    before = compose(moment(), traces(0))
+    after = compose(moment(), traces(0) | {"critic": traces(0, 1)["critic"]})
+    assert (cut(before, HEADS[1]) != cut(after, HEADS[1])).any()
+    cut(before, HEADS[1])[:] = cut(after, HEADS[1])
+    np.testing.assert_array_equal(before, after)
+
+
+def test_the_most_attended_slot_is_the_brightest_of_each_component():
+    weights = np.full((3, COMPONENTS, SLOTS), 0.05)
+    weights[0, 2, 7] = 0.2
+    picture = compose(moment(), {name: remember(None, weights) for name in ("actor", "critic")})
+    left, top, width, height = HEADS[0].left + 40, HEADS[0].top + 44, 320, 105
+    plot = picture[top : top + height, left : left + width].astype(int).sum(axis=2)
+    y, x = np.unravel_index(plot.argmax(), plot.shape)
+    assert (y * COMPONENTS // height, x * SLOTS // width) == (2, 7)
+    assert (plot == plot.max()).sum() == pytest.approx(plot.size / (COMPONENTS * SLOTS), rel=0.1)
+
+
+def test_the_action_taken_stands_out():
+    one, other = (compose(moment(action=action), traces(0)) for action in (0, 3))
+    rows = np.flatnonzero((cut(one, ACTIONS) != cut(other, ACTIONS)).any(axis=(1, 2)))
+    assert set((rows - 20) // 16) == {0, 3}
+
+
+@pytest.mark.parametrize("num_actions", [2, 6, 18])
+def test_bars_are_as_long_as_the_probabilities(num_actions):
+    probabilities = np.zeros(num_actions)
+    probabilities[-1] = 1
+    names = ["DOWNRIGHTFIRE"] * num_actions
+    shown = moment()._replace(action_names=names, probabilities=probabilities, action=0)
+    picture = compose(shown, traces(0))
+    bars = (cut(picture, ACTIONS) == (84, 116, 168)).all(axis=2)
+    heights = bars.sum(axis=0)
+    assert set(heights) == {0, 10}
+    columns = -(-num_actions // 6)
+    assert (heights > 0).sum() == (ACTIONS.width + 24) // columns - 24 - 168
+
+
+def test_plain_heads_are_drawn_without_traces():
+    picture = compose(moment(coded=False), {})
+    coded = compose(moment(), traces(0))
+    assert (cut(picture, HEADS[0]) != cut(coded, HEADS[0])).any()
+    assert len(np.unique(cut(picture, HEADS[0])[60:].reshape(-1, 3), axis=0)) == 1
+
+
+@pytest.mark.parametrize(("components", "slots"), [(1, 1), (75, 400), (1000, 3)])
+def test_any_number_of_slots_and_components_can_be_drawn(components, slots):
+    weights = np.random.default_rng(0).uniform(size=(3, components, slots))
+    picture = compose(moment(), {name: remember(None, weights) for name in ("actor", "critic")})
+    expected = compose(moment(), traces(0))
+    for box in HEADS:  # nothing reaches beyond the heads' boxes
+        cut(picture, box)[:] = cut(expected, box)
+    np.testing.assert_array_equal(picture, expected)
+
+
+# Files
+
+
+def read(path: Path) -> list[np.ndarray]:
+    capture, pictures = cv2.VideoCapture(str(path)), []
+    while (answer := capture.read())[0]:
+        pictures.append(cv2.cvtColor(answer[1], cv2.COLOR_BGR2RGB))
+    return pictures
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".MP4"])
+@pytest.mark.parametrize("coded", [True, False])
+def test_a_video_can_be_read_back(tmp_path, suffix, coded):
+    path = tmp_path / f"game{suffix}"
+    shown = moment(coded=coded)._replace(frame=smooth_frame())
+    with GameVideo(path, fps=10) as video:
+        for seed in range(4):
+            video.add(shown._replace(heads=moment(seed, coded=coded).heads))
+    pictures = read(path)
+    assert [picture.shape for picture in pictures] == [(HEIGHT, WIDTH, 3)] * 4
+    assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS) == 10
+    game = cut(pictures[-1], game_box(shown.frame)).astype(int)
+    assert np.abs(game - shown.frame.repeat(3, axis=0).repeat(3, axis=1)).mean() < 6
+    heads = [cut(picture, HEADS[0]).astype(int) for picture in pictures]
+    difference = np.abs(heads[1] - heads[3]).mean()
+    assert difference > 4 if coded else difference < 1
+
+
+def smooth_frame() -> np.ndarray:
+    """Red rises to the right, green downwards: a codec hardly changes it."""
+    y, x = np.mgrid[0:210, 0:160]
+    return np.stack([x, y, np.full_like(x, 90)], axis=2).astype(np.uint8)
+
+
+def test_a_video_is_of_the_policy_that_plays(tmp_path):
+    coded = policy(NeurocoderCnnLstmPolicy, head_kwargs=HEAD_KWARGS)
+    with GameVideo(tmp_path / "game.mp4") as video:
+        for _ in range(2):
+            video.add(moment()._replace(heads=view_heads(coded, torch.randn(1, 16))))
+    assert len(read(tmp_path / "game.mp4")) == 2
+
+
+@pytest.mark.parametrize("name", ["game.avi", "game", "mp4"])
+def test_a_wrong_suffix_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"\.mp4 or \.webm, got .*{name}"):
+        GameVideo(tmp_path / name)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path, suffix):
+    with pytest.raises(OSError, match=f"nowhere/game{suffix}"):
+        GameVideo(tmp_path / "nowhere" / f"game{suffix}")
+
+
+@pytest.mark.parametrize("end", [GameVideo.close, lambda video: video.__exit__(None, None, None)])
+def test_a_closed_video_takes_no_more(tmp_path, end: Callable[[GameVideo], None]):
+    video = GameVideo(tmp_path / "game.mp4")
+    video.add(moment())
+    end(video)
+    video.close()  # twice is no error
+    with pytest.raises(ValueError, match=r"game\.mp4' is closed"):
+        video.add(moment())
+    assert len(read(tmp_path / "game.mp4")) == 1
