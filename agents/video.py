@@ -6,6 +6,7 @@ Components and slots are numbered from 1 on the picture; component 1 has the lar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -57,17 +58,17 @@ class Moment(NamedTuple):
     timestep: int
     """Timesteps since the start of the game."""
 
-    action: int
-    """Index of the action taken."""
+    action: str
+    """Name of the action taken."""
 
-    action_names: Sequence[str]
-    """Names of the A actions."""
+    value: float
+    """The critic's estimate of the return."""
 
     probabilities: np.ndarray
     """Probability of each action, [A]."""
 
-    value: float
-    """The critic's estimate of the return."""
+    action_names: Sequence[str]
+    """Names of the A actions."""
 
     heads: Sequence[HeadView]
     """At most two."""
@@ -143,6 +144,21 @@ def _view_head(name: str, head: nn.Module, x: Tensor) -> HeadView:
     return HeadView(name, torch.stack(head.attend(x)).squeeze(1).cpu().numpy())
 
 
+def check_path(path: Path) -> None:
+    """Refuse a video's path at once, rather than after hours of play.
+
+    Raises:
+        ValueError: if its suffix is none of `CODECS`.
+        OSError: if its folder does not exist or cannot be written to.
+    """
+    if path.suffix.lower() not in CODECS:
+        raise ValueError(f"a video's name ends in {' or '.join(CODECS)}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write the video {str(path)!r}: its folder does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"cannot write the video {str(path)!r}")
+
+
 class GameVideo:
     """A video file that grows by one picture per timestep.
 
@@ -161,13 +177,11 @@ class GameVideo:
 
     def __init__(self, path: str | Path, fps: float = FPS) -> None:
         self.path = Path(path)
-        suffix = self.path.suffix.lower()
-        if suffix not in CODECS:
-            raise ValueError(f"a video's name ends in {' or '.join(CODECS)}, got {str(path)!r}")
-        codec = cv2.VideoWriter.fourcc(*CODECS[suffix])
+        check_path(self.path)
+        codec = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix.lower()])
         self._writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT))
         if not self._writer.isOpened():
-            raise OSError(f"cannot write a video to {str(path)!r}: does its folder exist?")
+            raise OSError(f"OpenCV cannot write the video {str(path)!r}")
         self._traces: dict[str, Trace] = {}
 
     def add(self, moment: Moment) -> None:
@@ -259,7 +273,7 @@ def _draw_readouts(picture: np.ndarray, moment: Moment) -> None:
     readouts = {
         "score": _number(moment.score),
         "timestep": str(moment.timestep),
-        "action": moment.action_names[moment.action],
+        "action": moment.action,
         "value": f"{moment.value:.3f}",
     }
     width = READOUTS.width // len(readouts)
@@ -281,7 +295,7 @@ def _draw_actions(picture: np.ndarray, moment: Moment) -> None:
     for index, name in enumerate(moment.action_names):
         column, row = divmod(index, ROWS_OF_ACTIONS)
         line = Box(ACTIONS.left + column * (width + 24), ACTIONS.top + 20 + 16 * row, width, 16)
-        taken = index == moment.action
+        taken = name == moment.action
         _draw_action(picture, line, name, float(moment.probabilities[index]), taken=taken)
 
 

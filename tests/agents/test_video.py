@@ -23,6 +23,7 @@ from agents.video import (
     HeadView,
     Moment,
     Trace,
+    check_path,
     compose,
     game_box,
     remember,
@@ -39,16 +40,16 @@ def attention(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0.01, 0.06, (3, COMPONENTS, SLOTS))
 
 
-def moment(seed: int = 0, *, coded: bool = True, action: int = 1) -> Moment:
+def moment(seed: int = 0, *, coded: bool = True, action: str = "FIRE") -> Moment:
     rng = np.random.default_rng(seed)
     return Moment(
         frame=rng.integers(0, 256, (210, 160, 3), np.uint8),
         score=400,
         timestep=seed,
         action=action,
-        action_names=ACTION_NAMES,
-        probabilities=np.array([0.1, 0.2, 0.3, 0.4]),
         value=0.25,
+        probabilities=np.array([0.1, 0.2, 0.3, 0.4]),
+        action_names=ACTION_NAMES,
         heads=[HeadView(name, attention(seed) if coded else None) for name in ("actor", "critic")],
     )
 
@@ -175,7 +176,7 @@ def test_the_most_attended_slot_is_the_brightest_of_each_component():
 
 
 def test_the_action_taken_stands_out():
-    one, other = (compose(moment(action=action), traces(0)) for action in (0, 3))
+    one, other = (compose(moment(action=action), traces(0)) for action in ("NOOP", "DOWNRIGHTFIRE"))
     rows = np.flatnonzero((cut(one, ACTIONS) != cut(other, ACTIONS)).any(axis=(1, 2)))
     assert set((rows - 20) // 16) == {0, 3}
 
@@ -184,8 +185,8 @@ def test_the_action_taken_stands_out():
 def test_bars_are_as_long_as_the_probabilities(num_actions):
     probabilities = np.zeros(num_actions)
     probabilities[-1] = 1
-    names = ["DOWNRIGHTFIRE"] * num_actions
-    shown = moment()._replace(action_names=names, probabilities=probabilities, action=0)
+    names = [f"ACTION{index}" for index in range(num_actions)]
+    shown = moment(action=names[0])._replace(action_names=names, probabilities=probabilities)
     picture = compose(shown, traces(0))
     bars = (cut(picture, ACTIONS) == (84, 116, 168)).all(axis=2)
     heights = bars.sum(axis=0)
@@ -253,17 +254,36 @@ def test_a_video_is_of_the_policy_that_plays(tmp_path):
     assert len(read(tmp_path / "game.mp4")) == 2
 
 
+@pytest.mark.parametrize("refuse", [check_path, GameVideo])
 @pytest.mark.parametrize("name", ["game.avi", "game", "mp4"])
-def test_a_wrong_suffix_is_refused(tmp_path, name):
+def test_a_wrong_suffix_is_refused(tmp_path, name, refuse: Callable[[Path], object]):
     with pytest.raises(ValueError, match=rf"\.mp4 or \.webm, got .*{name}"):
-        GameVideo(tmp_path / name)
+        refuse(tmp_path / name)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
-def test_a_path_that_cannot_be_written_is_an_error(tmp_path, suffix):
-    with pytest.raises(OSError, match=f"nowhere/game{suffix}"):
-        GameVideo(tmp_path / "nowhere" / f"game{suffix}")
+@pytest.mark.parametrize("refuse", [check_path, GameVideo])
+@pytest.mark.parametrize("name", ["nowhere/game.mp4", "file/game.webm", "folder.mp4"])
+def test_a_path_that_cannot_be_written_is_an_error(
+    tmp_path, name, refuse: Callable[[Path], object]
+):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=name):
+        refuse(tmp_path / name)
+
+
+def test_a_file_that_opencv_cannot_open_is_an_error(tmp_path):
+    (tmp_path / "game.mp4").symlink_to(tmp_path / "nowhere" / "game.mp4")
+    with pytest.raises(OSError, match=r"OpenCV cannot write .*game\.mp4"):
+        GameVideo(tmp_path / "game.mp4")
+
+
+def test_a_good_path_is_left_alone(tmp_path):
+    (tmp_path / "old.webm").write_bytes(b"old")
+    for name in ("new.mp4", "old.webm"):
+        check_path(tmp_path / name)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 @pytest.mark.parametrize("end", [GameVideo.close, lambda video: video.__exit__(None, None, None)])
