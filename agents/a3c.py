@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
-from agents.buffers import Rollout, RolloutBatch, RolloutShape, RolloutSlots, first_rows
+from agents.buffers import Rollout, RolloutBatch, RolloutShape, RolloutSlots, first_rows, split_envs
 from agents.collector import Collector, Outcome
 from agents.environments import (
     EnvFactory,
@@ -75,6 +75,8 @@ class A3C(OnPolicyAlgorithm):
         learning_rate: a number, or a schedule of the remaining progress; 7e-4 falling linearly
             to 0 by default.
         n_steps: T, timesteps per rollout.
+        batch_size: timesteps per update, a multiple of `n_steps` that divides `n_steps * n_envs`;
+            whole rollouts of some environments. None takes all environments at once.
         gamma: discount.
         gae_lambda: 1 gives n-step returns.
         ent_coef: weight of the entropy.
@@ -115,6 +117,7 @@ class A3C(OnPolicyAlgorithm):
         env: GymEnv | str | EnvFactory | None,
         learning_rate: float | Schedule = LinearSchedule(7e-4, 0.0, 1.0),  # noqa: B008
         n_steps: int = 20,
+        batch_size: int | None = None,
         gamma: float = 0.99,
         gae_lambda: float = 1.0,
         ent_coef: float = 0.01,
@@ -137,6 +140,7 @@ class A3C(OnPolicyAlgorithm):
     ) -> None:
         self.n_workers = 0
         self.limits = limits or Limits()
+        self.batch_size = batch_size
         self.orth_coef = orth_coef
         self.correction = correction
         self.games_seed = _fresh_seed() if seed is None else seed
@@ -233,6 +237,15 @@ class A3C(OnPolicyAlgorithm):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must lie in {low} .. {high}, got {value}")
+        whole = self.n_steps * self.n_envs
+        if self.batch_size is not None and (
+            self.batch_size < 1 or self.batch_size % self.n_steps or whole % self.batch_size
+        ):
+            raise ValueError(
+                f"batch_size must be a multiple of n_steps that divides n_steps * n_envs, got "
+                f"batch_size={self.batch_size} with n_steps={self.n_steps} and "
+                f"n_envs={self.n_envs}"
+            )
         if isinstance(self.learning_rate, (int, float)) and not (
             math.isfinite(self.learning_rate) and self.learning_rate >= 0
         ):
@@ -288,16 +301,27 @@ class A3C(OnPolicyAlgorithm):
             callback.on_training_end()
         return self
 
+    @property
+    def envs_per_update(self) -> int:
+        """Environments whose rollouts make one update."""
+        return self.n_envs if self.batch_size is None else self.batch_size // self.n_steps
+
     def request_stop(self) -> None:
         """Let `learn` return after the update it is in; safe to call from a signal handler."""
         self._stop_requested = True
 
     def train(self) -> None:
-        """One update from the rollouts collected last."""
+        """Learn from the rollouts collected last, `batch_size` timesteps at a time."""
         assert self._batch is not None, "train() follows a rollout"
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        loss = actor_critic_loss(self.policy, self._batch, self._objective())
+        num_parts = self.n_envs // self.envs_per_update
+        for part in split_envs(self._batch, num_parts):
+            self._update(part)
+
+    def _update(self, batch: Rollout) -> None:
+        """One step of the optimiser."""
+        loss = actor_critic_loss(self.policy, batch, self._objective())
         stepped, grad_norm = apply_gradient(
             self.policy, self.policy.optimizer, loss.total, self.max_grad_norm
         )

@@ -6,7 +6,7 @@ L LSTM layers, h LSTM width. Row t holds what the worker saw at t and did at t.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,6 +146,14 @@ def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
         dones=rollout.dones[:n_steps],
         truncation_value=rollout.truncation_value[:n_steps],
     )
+
+
+def split_envs(rollout: Rollout, num_parts: int) -> Iterator[Rollout]:
+    """A rollout's environments in `num_parts` equal groups; LSTM states are [L, B, h], the rest
+    [T, B, ...], so the environments are axis 1 everywhere."""
+    parts = [tensor.chunk(num_parts, dim=1) for tensor in rollout]
+    for part in zip(*parts, strict=True):
+        yield Rollout(*part)
 
 
 def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:

@@ -220,7 +220,8 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
         _restore_games(model, games)
     elif model.n_workers:
         assert model.env is not None
-        model._last_obs = model.env.reset()  # a placeholder: the workers reset their own games
+        # A placeholder: the workers reset their own games.
+        model._last_obs = model.env.reset()  # type: ignore[assignment]
     # Last, so that building and replaying draws from none of the restored streams.
     _restore_random_state(state["random"])
 
