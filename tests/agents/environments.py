@@ -61,11 +61,13 @@ class Ticking(gym.Env):
     timesteps, then it ends or, with `truncate`, is cut off.
     """
 
-    def __init__(self, length: int, truncate: bool, trouble: Trouble, seed: int) -> None:
+    def __init__(
+        self, length: int, truncate: bool, trouble: Trouble, seed: int, pause: float
+    ) -> None:
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
         self.action_space = spaces.Discrete(3)
         self._length, self._truncate, self._trouble = length, truncate, trouble
-        self._seed = seed
+        self._seed, self._pause = seed, pause
         self._tick = 0
         self._time = 0
         self._action = 0
@@ -79,6 +81,7 @@ class Ticking(gym.Env):
         self._tick += 1
         self._time += 1
         self._action = int(action)
+        time.sleep(self._pause)
         if self._trouble.strikes("raise", self._tick):
             raise RuntimeError("the cable came off")
         if self._trouble.strikes("exit", self._tick):
@@ -101,16 +104,23 @@ class Ticking(gym.Env):
 
 @dataclass(frozen=True)
 class TickingFactory:
-    """Vector environments of `Ticking`; `log`, a folder, receives one file per call in a worker."""
+    """Vector environments of `Ticking`."""
 
     length: int = 5
     truncate: bool = False
     trouble: Trouble = Trouble("none")
     log: str | None = None
+    """A folder that receives one file for each call in a worker, with the seed in it."""
+    together: int = 1
+    """A worker waits until so many calls are logged."""
+    pause: float = 0.0
+    """Seconds that a timestep takes."""
 
     def __call__(self, n_envs: int, seed: int) -> VecEnv:
         if self.log is not None and in_worker():
             (Path(self.log) / f"{os.getpid()}-{time.monotonic_ns()}").write_text(str(seed))
+            while len(os.listdir(self.log)) < self.together:
+                time.sleep(0.01)
         if self.trouble.strikes("build", 0):
             raise OSError("no such game")
         return VecMonitor(
@@ -118,7 +128,7 @@ class TickingFactory:
         )
 
     def make(self, seed: int) -> Ticking:
-        return Ticking(self.length, self.truncate, self.trouble, seed)
+        return Ticking(self.length, self.truncate, self.trouble, seed, self.pause)
 
 
 class Scripted(VecEnv):

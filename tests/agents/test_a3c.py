@@ -352,9 +352,11 @@ WORKERS = {"n_workers": 2, "n_envs": 4, "n_steps": 5}
 
 
 @pytest.fixture(scope="module")
-def healthy_run() -> tuple[A3C, Record]:
+def healthy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[A3C, Record]:
     """Two workers play episodes of three timesteps; 50 whole updates and 2 rows of one more."""
-    model, record = make_model(TickingFactory(length=3), **WORKERS), Record()
+    log = str(tmp_path_factory.mktemp("log"))
+    env = TickingFactory(length=3, log=log, together=2, pause=0.001)
+    model, record = make_model(env, **WORKERS), Record()
     model.learn(4 * (5 * 50 + 2) - 1, callback=record, log_interval=None)
     return model, record
 

@@ -1,0 +1,523 @@
+"""What the engine must survive (rows F1 to F31): real processes, really killed."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+
+import agents.supervision
+from agents import A3C, Limits, NonFiniteError, WorkerError
+from tests.agents.conftest import HungError, living_children, shared_memory_of, wait_until
+from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
+
+ROOT = Path(__file__).parents[2]
+QUICK = Limits(heartbeat_timeout=60, startup_timeout=60, max_restarts=2, first_pause=0.2)
+
+
+def make_model(env: Any, **options: Any) -> A3C:
+    defaults: dict[str, Any] = {"n_workers": 1, "n_envs": 2, "n_steps": 5, "limits": QUICK}
+    defaults |= {"seed": 1, "device": "cpu", "policy_kwargs": {"lstm_hidden_size": 8}}
+    return A3C("MlpLstmPolicy", env, **(defaults | options))
+
+
+def finite(model: A3C) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in model.policy.parameters())
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def count_slots(model: A3C) -> list[int]:
+    """Every slot number, wherever it is: free, at a worker, or played."""
+    pool = model._pool
+    assert pool is not None
+    held = [slot for worker in pool._workers for slot in worker.slots]
+    played = [delivery.played.slot for delivery in pool._played]
+    return sorted([*pool._free, *held, *played])
+
+
+class Ends(BaseCallback):
+    """Checks at every row that no slot is lost; keeps the ends of episodes; acts once at a row."""
+
+    def __init__(self, at: int, act: Callable[[A3C], None] = lambda model: None) -> None:
+        super().__init__()
+        self.at, self.act = at, act
+        self.ends: list[tuple[int, int, int, int]] = []
+        self.restarts = (0, 0)
+        self.threads: set[int] = set()
+        self.environ: set[str | None] = set()
+
+    def _on_step(self) -> bool:
+        model, infos = self.model, self.locals["infos"]
+        assert isinstance(model, A3C)
+        pool = model._pool
+        if pool is not None:
+            assert count_slots(model) == list(range(3 * model.n_workers))
+            self.restarts = (pool.worker_restarts, pool.env_restarts)
+        for i, info in enumerate(infos):
+            if "episode" in info:
+                self.ends.append((info["pid"], info["seed"], i % 2, info["tick"]))
+                self.threads.add(info["threads"])
+                self.environ |= set(info["environ"].values())
+        if self.n_calls == self.at:
+            self.act(model)
+        return True
+
+    def assert_nothing_was_counted_twice(self) -> None:
+        """Every environment's episodes arrive once and without a gap."""
+        assert len(set(self.ends)) == len(self.ends)
+        ticks: dict[tuple[int, int, int], list[int]] = {}
+        for *who, tick in self.ends:
+            ticks.setdefault(tuple(who), []).append(tick)
+        for played in ticks.values():
+            assert sorted(played) == [n + 1 for n in range(len(played))]
+
+
+def kill_first(model: A3C) -> None:
+    os.kill(model._pool.pids[0], signal.SIGKILL)
+
+
+# Workers that die.
+
+
+def test_f1_a_killed_worker_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Episodes of one timestep: each timestep that is counted has its own info."""
+    victims = []
+
+    def kill(model: A3C) -> None:
+        victims.append(model._pool.pids[0])
+        kill_first(model)
+
+    env = TickingFactory(length=1, log=str(tmp_path), together=2, pause=0.002)
+    model = make_model(env, n_workers=2, n_envs=4)
+    ends = Ends(at=23, act=kill)
+
+    class UntilReplaced(BaseCallback):
+        def _on_step(self) -> bool:
+            return len({pid for pid, *_ in ends.ends}) < 3
+
+    model.learn(10**6, callback=[ends, UntilReplaced()])
+    assert len(ends.ends) == model.num_timesteps
+    ends.assert_nothing_was_counted_twice()
+    (warning,) = warnings_of(caplog)
+    assert re.search(rf"worker \d \(pid {victims[0]}\) died", warning)
+    assert ends.restarts == (1, 0)
+    seeds = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(seeds) == len(set(seeds)) == 3, "a fresh random stream for every process"
+    assert finite(model)
+
+
+def test_f2_workers_killed_at_any_moment_block_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Kills follow each other at random rows: while reading weights, playing, sending."""
+    rng = np.random.default_rng(0)
+
+    class Killer(BaseCallback):
+        killed = 0
+
+        def _on_step(self) -> bool:
+            if self.killed < 3 and self.model._pool.pids and rng.random() < 0.05:
+                time.sleep(rng.random() * 0.01)
+                kill_first(self.model)
+                self.killed += 1
+            return self.killed < 3 or self.n_calls % 50 != 0
+
+    killer, ends = Killer(), Ends(at=-1)
+    model = make_model(TickingFactory(length=1), limits=Limits(max_restarts=9, first_pause=0.05))
+    model.learn(10**6, callback=[killer, ends])
+    assert killer.killed == 3 and finite(model)
+    assert ends.restarts[0] >= 2
+    ends.assert_nothing_was_counted_twice()
+
+
+def stopped_while_sending(model: A3C) -> psutil.Process:
+    """Wait until the worker is in the middle of a message that nobody receives."""
+    worker = psutil.Process(model._pool.pids[0])
+    beats = model._pool._heartbeats
+    last = -1
+
+    def blocked() -> bool:
+        nonlocal last
+        before, last = last, int(beats[0].item())
+        return last == before and worker.status() == psutil.STATUS_SLEEPING
+
+    assert wait_until(lambda: (time.sleep(0.3), blocked())[1])
+    return worker
+
+
+def test_f2_a_worker_killed_inside_a_message() -> None:
+    """The message is larger than a pipe's buffer, so half of it is in the pipe."""
+
+    def kill(model: A3C) -> None:
+        stopped_while_sending(model).kill()
+
+    trouble = Trouble("big info")
+    model, ends = make_model(TickingFactory(length=1, trouble=trouble)), Ends(at=12, act=kill)
+    model.learn(100, callback=ends)
+    assert model.num_timesteps == 100 and ends.restarts == (1, 0)
+    ends.assert_nothing_was_counted_twice()
+
+
+@pytest.mark.xfail(raises=HungError, strict=True, reason="recv() of half a message has no time-out")
+def test_f6_a_worker_stopped_inside_a_message() -> None:
+    def stop(model: A3C) -> None:
+        stopped_while_sending(model).suspend()
+        signal.alarm(10)
+
+    trouble, limits = Trouble("big info"), Limits(heartbeat_timeout=2.0, first_pause=0.05)
+    model = make_model(TickingFactory(length=1, trouble=trouble), limits=limits)
+    ends = Ends(at=12, act=stop)
+    model.learn(100, callback=ends)
+    assert model.num_timesteps == 100 and ends.restarts == (1, 0)
+
+
+def test_f3_an_environment_that_cannot_be_built(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model(TickingFactory(trouble=Trouble("build")), n_workers=2, n_envs=4)
+    with pytest.raises(WorkerError, match=r"worker \d \(pid \d+\).*at its start") as error:
+        model.learn(1000)
+    assert str(error.value).count("Traceback") == 1
+    assert "OSError: no such game" in str(error.value)
+    assert "Traceback" not in caplog.text
+
+
+def test_f4_a_worker_that_dies_again_and_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    env = TickingFactory(trouble=Trouble("exit", at=3), log=str(tmp_path))
+    with pytest.raises(WorkerError, match=r"worker 0 \(pid \d+\) died 3 times in a row"):
+        make_model(env).learn(1000)
+    pauses = re.findall(r"a new one starts in (\S+) s", caplog.text)
+    assert len(pauses) == 2 and float(pauses[1]) > float(pauses[0])
+    seeds = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(seeds) == len(set(seeds)) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "words"),
+    [
+        ("raise", 14, "RuntimeError: the cable came off"),
+        ("nan reward", 14, "environment 0 returned reward nan at step 3"),
+        ("nan observation", 13, "environment 0 returned observation nan at step 2"),
+    ],
+)
+def test_f5_f18_an_environment_that_fails_once(
+    kind: str, at: int, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rollout is thrown away, it is built anew; worker, environment and step are named."""
+    trouble = Trouble(kind, at=at, flag=str(tmp_path / "flag"))
+    env = TickingFactory(length=2 if kind == "nan observation" else 1, trouble=trouble)
+    model, ends = make_model(env), Ends(at=-1)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(200, callback=ends, log_interval=19)
+    assert model.num_timesteps == 200 and ends.restarts == (0, 1) and finite(model)
+    (warning,) = warnings_of(caplog)
+    assert re.match(r"worker 0 \(pid \d+\)", warning) and words in warning
+    header, *_, last = (tmp_path / "progress.csv").read_text().splitlines()
+    row = dict(zip(header.split(","), last.split(","), strict=True))
+    assert row["time/env_restarts"] == "1" and row["time/worker_restarts"] == "0"
+
+    seeds = {seed for _, seed, _, _ in ends.ends}
+    assert len(seeds) == 2, "rebuilt environments do not repeat their games"
+    if env.length == 1:
+        assert len(ends.ends) == 200
+        ends.assert_nothing_was_counted_twice()
+        last_ticks = [max(end[3] for end in ends.ends if end[1] == seed) for seed in seeds]
+        assert min(last_ticks) == 10, "two rollouts of 5; the third was not finished"
+
+
+def test_f5_an_environment_that_fails_again_and_again() -> None:
+    model = make_model(TickingFactory(trouble=Trouble("raise", at=3)))
+    with pytest.raises(WorkerError, match=r"worker 0.*again and again[^$]*the cable came off"):
+        model.learn(1000)
+
+
+@pytest.mark.parametrize("kind", ["nan reward", "nan observation"])
+def test_f18_serial_training_stops_and_names_the_step(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.agents.environments.in_worker", lambda: True)
+    model = make_model(TickingFactory(trouble=Trouble(kind, at=8)), n_workers=0)
+    with pytest.raises(ValueError, match=rf"environment 0 returned {kind[4:]} nan at step 2"):
+        model.learn(100)
+    assert model._n_updates == 1 and finite(model)
+
+
+# Workers that say nothing.
+
+
+def test_f6_a_hanging_environment_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trouble = Trouble("hang", at=12, flag=str(tmp_path / "flag"))
+    limits = Limits(heartbeat_timeout=1.5, startup_timeout=60, first_pause=0.05)
+    model, ends = make_model(TickingFactory(length=1, trouble=trouble), limits=limits), Ends(-1)
+    model.learn(100, callback=ends)
+    assert model.num_timesteps == 100 and ends.restarts == (1, 0)
+    (warning,) = warnings_of(caplog)
+    assert re.search(r"worker 0 \(pid \d+\) gave no sign of life for 1.5 s", warning)
+    ends.assert_nothing_was_counted_twice()
+
+
+def test_f6_f27_a_short_stop_is_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """Stopped for less than the time-out; and a learner that is busy for longer than it."""
+    stopped = []
+
+    def resume() -> None:
+        psutil.Process(stopped[0]).resume()
+
+    def stop(model: A3C) -> None:
+        stopped.append(model._pool.pids[0])
+        psutil.Process(stopped[0]).suspend()
+        threading.Timer(1.0, resume).start()
+
+    class Busy(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 60:
+                time.sleep(3.5)
+            return True
+
+    limits = Limits(heartbeat_timeout=3.0, startup_timeout=60)
+    model, ends = make_model(TickingFactory(length=1), limits=limits), Ends(at=12, act=stop)
+    model.learn(200, callback=[ends, Busy()])
+    assert stopped and model.num_timesteps == 200
+    assert ends.restarts == (0, 0) and warnings_of(caplog) == []
+
+
+# Parents that die or are interrupted.
+
+SCRIPT = """
+import os, signal, sys, threading, time
+from stable_baselines3.common.callbacks import BaseCallback
+from agents import A3C
+from tests.agents.environments import TickingFactory
+
+class Tell(BaseCallback):
+    def _on_step(self):
+        if self.n_calls == 10:
+            print("workers", *self.model._pool.pids, flush=True)
+        return True
+
+if __name__ == "__main__":
+    model = A3C("MlpLstmPolicy", TickingFactory(), n_workers=1, n_envs=2, n_steps=5, seed=1,
+                device="cpu", policy_kwargs=dict(lstm_hidden_size=8))
+    {setup}
+    try:
+        model.learn({total}, callback=Tell())
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    print("end", flush=True)
+"""
+
+
+def run_script(folder: Path, setup: str = "pass", total: int = 10**9) -> subprocess.Popen:
+    path = folder / "script.py"
+    path.write_text(SCRIPT.format(setup=setup, total=total))
+    return subprocess.Popen(
+        [sys.executable, str(path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # signals to its group do not reach this process
+    )
+
+
+def worker_pids(process: subprocess.Popen) -> set[int]:
+    assert process.stdout is not None
+    word, *pids = process.stdout.readline().split()
+    assert word == "workers" and len(pids) >= 1
+    return {int(pid) for pid in pids}
+
+
+def test_f7_nobody_outlives_a_killed_parent(tmp_path: Path) -> None:
+    process = run_script(tmp_path)
+    worker_pids(process)
+    everybody = psutil.Process(process.pid).children(recursive=True)
+    assert len(everybody) >= 1
+    process.kill()
+    process.wait(10)
+    _, alive = psutil.wait_procs(everybody, timeout=5)
+    for child in alive:
+        child.kill()
+    process.communicate()
+    assert alive == []
+    assert shared_memory_of({process.pid, *(child.pid for child in everybody)}) == []
+
+
+def test_a_keyboard_interrupt_leaves_no_children(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[psutil.Process] = []
+
+    class Interrupt(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 8:
+                seen.extend(living_children())
+                raise KeyboardInterrupt
+            return True
+
+    model = make_model(TickingFactory())
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10**6, callback=Interrupt())
+    assert seen and not any(child.is_running() for child in seen)
+    assert warnings_of(caplog) == [] and model._pool is None
+
+
+def test_f8_an_interrupt_of_the_group_shows_no_workers_traceback(tmp_path: Path) -> None:
+    process = run_script(tmp_path)
+    worker_pids(process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert out.split() == ["interrupted", "end"]
+    assert "Traceback" not in err
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+
+
+@pytest.mark.xfail(
+    raises=AssertionError, strict=True, reason="SIGINT is ignored only after the imports"
+)
+def test_f8_an_interrupt_while_workers_start_shows_no_traceback_either(tmp_path: Path) -> None:
+    """The parent asks itself to stop; its workers are still importing torch."""
+    process = run_script(
+        tmp_path, setup="signal.signal(signal.SIGINT, lambda *_: model.request_stop())"
+    )
+
+    def starting() -> bool:
+        return len(living_children(process.pid)) >= 1
+
+    assert wait_until(starting)
+    time.sleep(0.3)  # into the imports of a worker, which take seconds
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in err, err
+
+
+# Numbers that are not.
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_f19_a_learning_rate_of_a_million(n_workers: int) -> None:
+    """Skipped updates or the error made for it; the weights stay finite."""
+    model = make_model(TickingFactory(), n_workers=n_workers, learning_rate=1e6)
+    try:
+        model.learn(2000)
+    except NonFiniteError as error:
+        assert "learning rate is 1e+06" in str(error)
+    assert finite(model)
+    assert torch.isfinite(model.policy.optimizer.state_dict()["state"][0]["square_avg"]).all()
+
+
+def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(TickingFactory(), n_workers=0)
+    loss = agents.a3c.actor_critic_loss
+    bad = {2: float("nan"), 3: float("inf"), 5: float("nan")}
+
+    def poisoned(*arguments: Any) -> Any:
+        result = loss(*arguments)
+        return result._replace(total=result.total * bad.get(model._n_updates + 1, 1.0))
+
+    monkeypatch.setattr(agents.a3c, "actor_critic_loss", poisoned)
+    changed = []
+
+    class Watch(BaseCallback):
+        before: Any = None
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            now = torch.cat([p.detach().flatten() for p in self.model.policy.parameters()])
+            if self.before is not None:
+                changed.append(not torch.equal(now, self.before))
+            self.before = now
+
+    model.learn(80, callback=Watch(), log_interval=None)
+    assert changed == [True, False, False, True, False, True, True]
+    assert model.logger.name_to_value["train/skipped_updates"] == 3
+    assert len(warnings_of(caplog)) == 3
+    assert "update 2 skipped" in warnings_of(caplog)[0]
+
+
+def test_f19_ten_skipped_updates_in_a_row_end_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loss = agents.a3c.actor_critic_loss
+    monkeypatch.setattr(
+        agents.a3c, "actor_critic_loss", lambda *a: loss(*a)._replace(total=loss(*a).total / 0)
+    )
+    model = make_model(TickingFactory())
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    with pytest.raises(NonFiniteError, match="10 updates in a row"):
+        model.learn(10**6)
+    assert model._n_updates == 10
+    for name, value in model.policy.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+# The machine.
+
+
+def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    asked = []
+
+    def disk_usage(path: str) -> Any:
+        asked.append(path)
+        return usage(64 << 20, 60 << 20, 4_000_000)
+
+    model = make_model(TickingFactory(), n_steps=20_000, n_envs=64)
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    started = []
+    monkeypatch.setattr(agents.supervision.WorkerPool, "_start", lambda *a: started.append(a))
+    with pytest.raises(ValueError, match=r"need (\d+) MB .*/dev/shm has 4 MB.*n_envs or n_steps"):
+        model.learn(100)
+    assert asked == ["/dev/shm"] and started == []
+
+
+def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots and weights, to within the pages that the system adds."""
+    asked: list[int] = []
+    monkeypatch.setattr(agents.a3c, "check_shared_memory", asked.append)
+    taken = []
+
+    def look(model: A3C) -> None:
+        pool = model._pool
+        taken.append(pool._slots.nbytes + pool._weights.nbytes)
+
+    model = make_model(TickingFactory())
+    model.learn(10, callback=Ends(at=1, act=look))
+    assert asked == taken
+
+
+def test_f31_workers_compute_with_one_thread() -> None:
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    ends, counts = Ends(at=-1), []
+
+    def count(model: A3C) -> None:
+        counts.extend(psutil.Process(pid).num_threads() for pid in model._pool.pids)
+
+    ends = Ends(at=10, act=count)
+    make_model(TickingFactory(length=1)).learn(40, callback=ends)
+    assert ends.threads == {1} and ends.environ == {"1"}
+    assert counts == [1], "no pool of BLAS or OpenCV beside it"
+    assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before
