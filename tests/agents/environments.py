@@ -115,12 +115,16 @@ class TickingFactory:
     """A worker waits until so many calls are logged."""
     pause: float = 0.0
     """Seconds that a timestep takes."""
+    second_build: float = 0.0
+    """Seconds that the second logged call takes."""
 
     def __call__(self, n_envs: int, seed: int) -> VecEnv:
         if self.log is not None and in_worker():
             (Path(self.log) / f"{os.getpid()}-{time.monotonic_ns()}").write_text(str(seed))
             while len(os.listdir(self.log)) < self.together:
                 time.sleep(0.01)
+            if len(os.listdir(self.log)) == 2:
+                time.sleep(self.second_build)
         if self.trouble.strikes("build", 0):
             raise OSError("no such game")
         return VecMonitor(
