@@ -6,9 +6,11 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width. Rollouts are t
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,6 +106,25 @@ class AtariEncoder(BaseFeaturesExtractor):
         if self.standardize:
             images = F.layer_norm(images, images.shape[1:], eps=CONTRAST_FLOOR)
         features: Tensor = self.network(images)
+        return features
+
+
+class VectorEncoder(BaseFeaturesExtractor):
+    """One tanh layer over vector observations, so that the LSTM reads features of its own size.
+
+    Args:
+        observation_space: any that SB3 can flatten.
+        width: features.
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], width: int = 64) -> None:
+        super().__init__(observation_space, width)
+        inputs = get_flattened_obs_dim(observation_space)
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.Tanh())
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """[B, ...] -> [B, width]."""
+        features: Tensor = self.network(obs)
         return features
 
 

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ncrl.layers import make_layer
-from ncrl.networks import AtariEncoder, LstmState, unroll_lstm
+from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
 
 
 class Step(NamedTuple):
@@ -275,7 +275,15 @@ def _pair(state: tuple[Tensor, ...]) -> LstmState:
 
 
 class MlpLstmPolicy(LstmPolicy):
-    """Vector observations -> LSTM -> linear heads."""
+    """Vector observations -> tanh layer -> LSTM -> linear heads.
+
+    Args:
+        kwargs: arguments of `LstmPolicy`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", VectorEncoder)
+        super().__init__(*args, **kwargs)
 
 
 class CnnLstmPolicy(LstmPolicy):
@@ -312,7 +320,7 @@ class CnnLstmPolicy(LstmPolicy):
 
 
 class NeurocoderMlpLstmPolicy(MlpLstmPolicy):
-    """Vector observations -> LSTM -> Neurocoder heads."""
+    """Vector observations -> tanh layer -> LSTM -> Neurocoder heads."""
 
     head = "neurocoder"
 
