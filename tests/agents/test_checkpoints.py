@@ -1,0 +1,638 @@
+"""Checkpoints: exact, whole or absent, and harmless whatever is in the file."""
+
+import base64
+import errno
+import hashlib
+import json
+import logging
+import os
+import pickle
+import random
+import re
+import resource
+import stat
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+import agents.checkpoints
+from agents import A3C
+from agents.checkpoints import (
+    COUNTERS,
+    Checkpoint,
+    CheckpointError,
+    load_weights,
+    newest_checkpoint,
+    resume,
+    save_checkpoint,
+)
+from envs import atari, masked_cartpole
+from tests.agents.environments import TickingFactory
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {"num_slots": 6, "num_heads": 2, "num_least_used": 1, "controller_size": 4}
+SECONDS = 80
+"""For another process, whatever hangs in it."""
+
+
+def make_model(env: Any = None, policy: str = "NeurocoderMlpLstmPolicy", **options: Any) -> A3C:
+    defaults: dict[str, Any] = {"n_workers": 0, "n_envs": 2, "n_steps": 5, "seed": 1}
+    defaults |= {"policy_kwargs": {"lstm_hidden_size": 8, "head_kwargs": PROGRAMS}}
+    return A3C(policy, env or masked_cartpole(), device="cpu", **(defaults | options))
+
+
+def make_atari(protocol: str) -> A3C:
+    return make_model(atari("Klax", protocol=protocol), "NeurocoderCnnLstmPolicy", n_envs=2)
+
+
+def make_cartpole() -> A3C:
+    return make_model()
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested containers as one dict; tensors and arrays as (dtype, shape, bytes)."""
+    if isinstance(value, dict):
+        items = [(str(key), entry) for key, entry in value.items()]
+    elif isinstance(value, (list, tuple)):
+        items = [(str(key), entry) for key, entry in enumerate(value)]
+    elif isinstance(value, (torch.Tensor, np.ndarray)):
+        array = np.asarray(value)
+        return {name: (str(array.dtype), array.shape, array.tobytes())}
+    else:
+        return {name: value}
+    merged: dict[str, Any] = {name: len(items)}
+    for key, entry in items:
+        merged |= flat(entry, f"{name}/{key}")
+    return merged
+
+
+def everything(model: A3C) -> dict[str, Any]:
+    """All that decides how a serial training goes on, bit by bit."""
+    collector = model._collector
+    assert collector is not None
+    return flat(
+        {
+            "weights": model.policy.state_dict(),
+            "optimizer": model.policy.optimizer.state_dict(),
+            "torch": torch.get_rng_state(),
+            "numpy": np.random.get_state(),
+            "python": random.getstate(),
+            "lstm_state": collector.lstm_state,
+            "counters": {name: getattr(model, name) for name in COUNTERS},
+            "obs": model._last_obs,
+            "episode_start": collector.episode_start,
+            # `t` is the time on the clock
+            "episodes": [(game["r"], game["l"]) for game in model.ep_info_buffer or ()],
+        }
+    )
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
+
+
+class SaveAt(BaseCallback):
+    """Saves once between two updates."""
+
+    def __init__(self, timesteps: int, folder: Path) -> None:
+        super().__init__()
+        self.timesteps, self.folder = timesteps, folder
+        self.saved: dict[str, Any] = {}
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps == self.timesteps:
+            save_checkpoint(self.model, self.folder)
+            self.saved = everything(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def save_steps(folder: Path, steps: list[int], **options: Any) -> A3C:
+    """Checkpoints of one model that has learned a little, named after these timesteps."""
+    model = make_model()
+    model.learn(20)
+    for step in steps:
+        model.num_timesteps = step
+        save_checkpoint(model, folder, **options)
+    return model
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+# Exactness.
+
+
+def continue_elsewhere(folder: str, total: int, out: str) -> None:
+    """What another process does: resume, train to the total, tell everything."""
+    model = make_atari("machado")
+    checkpoint = newest_checkpoint(Path(folder))
+    resume(model, checkpoint)
+    model.learn(total - model.num_timesteps, reset_num_timesteps=False)
+    Path(out).write_bytes(pickle.dumps(everything(model)))
+
+
+def test_what_is_saved_is_what_is_resumed(tmp_path: Path) -> None:
+    model = make_model()
+    model.learn(100)
+    checkpoint = save_checkpoint(model, tmp_path)
+    before = everything(model)
+    assert newest_checkpoint(tmp_path) == checkpoint
+    assert checkpoint.timesteps == 100 and model.ep_info_buffer
+
+    model.learn(30)  # also moves the global random states
+    other = make_model()
+    resume(other, checkpoint)
+    assert difference(before, everything(other)) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "n", "total"),
+    [(make_cartpole, 50, 150), (lambda: make_atari("classic"), 400, 500)],
+    ids=["masked_cartpole", "Atari classic"],
+)
+def test_f16_n_and_m_updates_are_n_plus_m(
+    make: Callable[[], A3C], n: int, total: int, tmp_path: Path
+) -> None:
+    """The learning rate falls over the whole, games have ended before the checkpoint."""
+    whole = make()
+    whole.learn(total, callback=SaveAt(n, tmp_path))
+    expected = everything(whole)
+
+    again = make()
+    resume(again, newest_checkpoint(tmp_path))
+    assert again.num_timesteps == n
+    games = len(again.ep_info_buffer or ())
+    again.learn(total - n, reset_num_timesteps=False)
+    assert difference(expected, everything(again)) == []
+    assert games, "whole games are among what is resumed"
+
+
+def test_f16_saving_changes_nothing(tmp_path: Path) -> None:
+    plain = make_model()
+    plain.learn(60)
+    expected = everything(plain)
+    saved = make_model()
+    saved.learn(60, callback=SaveAt(30, tmp_path))
+    assert difference(expected, everything(saved)) == []
+
+
+def test_f16_a_new_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Atari with sticky actions, whose random draws are inside the emulator."""
+    whole = make_atari("machado")
+    whole.learn(300, callback=SaveAt(210, tmp_path))
+    code = "import sys; from tests.agents.test_checkpoints import continue_elsewhere as go; "
+    code += "go(sys.argv[1], 300, sys.argv[2])"
+    command = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "out")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=SECONDS)
+    # Written by this test's own child.
+    elsewhere = pickle.loads((tmp_path / "out").read_bytes())
+    assert difference(everything(whole), elsewhere) == []
+
+
+def test_f16_a_run_is_resumed_twice(tmp_path: Path) -> None:
+    """The replayed games are recorded again: a resumed run can be saved and resumed."""
+    whole = make_model()
+    whole.learn(90, callback=[SaveAt(30, tmp_path)])
+    second = make_model()
+    resume(second, newest_checkpoint(tmp_path))
+    second.learn(60, callback=SaveAt(60, tmp_path), reset_num_timesteps=False)
+    third = make_model()
+    resume(third, newest_checkpoint(tmp_path))
+    assert third.num_timesteps == 60
+    third.learn(30, reset_num_timesteps=False)
+    assert difference(everything(second), everything(third)) == []
+
+
+@pytest.mark.parametrize("n_envs", [2, 4])
+def test_f17_counters_survive_another_number_of_environments(n_envs: int, tmp_path: Path) -> None:
+    model = save_steps(tmp_path, [40])
+    other = make_model(n_workers=2, n_envs=n_envs)
+    resume(other, newest_checkpoint(tmp_path))
+    for name in COUNTERS:
+        assert getattr(other, name) == getattr(model, name), name
+    serial = make_model(n_envs=n_envs + 1)
+    resume(serial, newest_checkpoint(tmp_path))
+    serial.learn(n_envs + 1, reset_num_timesteps=False)
+    assert serial.num_timesteps == 40 + n_envs + 1
+
+
+def test_games_that_do_not_replay_are_reported(tmp_path: Path) -> None:
+    """The environment became another one since the checkpoint was written."""
+    plain = {"policy": "MlpLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 8}}
+    model = make_model(TickingFactory(length=5), **plain)
+    model.learn(20)
+    checkpoint = save_checkpoint(model, tmp_path)
+    with pytest.raises(CheckpointError, match="replay"):
+        resume(make_model(TickingFactory(length=3), **plain), checkpoint)
+
+
+def test_games_of_a_factory_do_not_fit_an_environment_object(tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    other = make_model(masked_cartpole()(2, 1))
+    with pytest.raises(CheckpointError):
+        resume(other, newest_checkpoint(tmp_path))
+
+
+# Damage.
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "truncated": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "bit flipped": lambda path: flip(path, path.stat().st_size // 2),
+    "last bit flipped": lambda path: flip(path, path.stat().st_size - 1),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".state.pt", ".json"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_f13_a_damaged_checkpoint_is_passed_over(
+    damage: Callable[[Path], None],
+    suffix: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save_steps(tmp_path, [20, 30])
+    victim = tmp_path / f"step_{30:012d}{suffix}"
+    damage(victim)
+    assert newest_checkpoint(tmp_path).timesteps == 20
+    if victim.exists() or suffix != ".json":  # without its manifest there is no checkpoint
+        (warning,) = warnings_of(caplog)
+        # A bit of the manifest may be one of the zip's checksum.
+        assert str(victim) in warning or (suffix == ".json" and victim.stem in warning)
+        assert "\n" not in warning
+    resume(make_model(), newest_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"sha256": 3}', '{"timesteps": 30}', "{"])
+def test_f13_any_manifest_that_is_none(content: str, tmp_path: Path) -> None:
+    save_steps(tmp_path, [20, 30])
+    (tmp_path / f"step_{30:012d}.json").write_text(content)
+    assert newest_checkpoint(tmp_path).timesteps == 20
+
+
+def test_f13_no_bit_of_a_manifest_can_lie(tmp_path: Path) -> None:
+    """The number of timesteps decides whether a run is finished."""
+    save_steps(tmp_path, [20, 30])
+    manifest = tmp_path / f"step_{30:012d}.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        flip(manifest, place)
+        assert newest_checkpoint(tmp_path).timesteps in (20, 30), whole[place : place + 9]
+        manifest.write_bytes(whole)
+
+
+def test_f13_with_none_left_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        newest_checkpoint(tmp_path)
+    save_steps(tmp_path, [20, 30])
+    for path in tmp_path.glob("*.zip"):
+        truncate(path)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))) as error:
+        newest_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# What a file may do to us.
+
+
+class Malicious:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.canary),)
+
+
+def tensors_of(checkpoint: Checkpoint, member: str = "policy.pth") -> dict[str, Any]:
+    with zipfile.ZipFile(checkpoint.path) as archive, archive.open(member) as file:
+        return torch.load(file, weights_only=True)
+
+
+def as_torch(value: Any, path: Path) -> bytes:
+    torch.save(value, path)
+    return path.read_bytes()
+
+
+def rewrite(checkpoint: Checkpoint, members: dict[str, bytes | None]) -> None:
+    """Replace, add or (None) remove members of the zip."""
+    with zipfile.ZipFile(checkpoint.path) as archive:
+        content: dict[str, bytes | None] = {n: archive.read(n) for n in archive.namelist()}
+    with zipfile.ZipFile(checkpoint.path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in (content | members).items():
+            if data is not None:
+                archive.writestr(name, data)
+    seal(checkpoint)
+
+
+def seal(checkpoint: Checkpoint) -> None:
+    """Make the manifest true again, as whoever made the file would."""
+    sums = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (checkpoint.path, checkpoint.state)
+    }
+    manifest = checkpoint.path.with_suffix(".json")
+    manifest.write_text(json.dumps({"timesteps": checkpoint.timesteps, "sha256": sums}))
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["torch", "plain pickle"])
+@pytest.mark.parametrize("where", ["policy.pth", "policy.optimizer.pth", "state"])
+def test_f14_a_malicious_pickle_is_refused(where: str, raw: bool, tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    checkpoint = newest_checkpoint(tmp_path)
+    canary = tmp_path / "canary"
+    evil = {"evil": Malicious(canary)}
+    data = pickle.dumps(evil, protocol=2) if raw else as_torch(evil, tmp_path / "evil")
+    if where == "state":
+        checkpoint.state.write_bytes(data)
+        seal(checkpoint)
+    else:
+        rewrite(checkpoint, {where: data})
+    with pytest.raises(CheckpointError) as error:
+        resume(make_model(), newest_checkpoint(tmp_path))
+    assert not canary.exists()
+    message = str(error.value)
+    assert str(checkpoint.state if where == "state" else checkpoint.path) in message
+    assert "mkdir" in message, "what was refused"
+    assert "trust" in message, "how a user who trusts the file opts in"
+    assert not re.search(r"[\x00-\x1f]", message), "one line without control codes"
+    if where == "policy.pth":
+        with pytest.raises(CheckpointError, match="mkdir"):
+            load_weights(make_model(), checkpoint.path, optimizer=False)
+        assert not canary.exists()
+
+
+def test_f14_the_pickles_of_sb3_are_not_read(tmp_path: Path) -> None:
+    """SB3's `data` holds base64 pickles; resuming needs none of them."""
+    model = save_steps(tmp_path, [20])
+    expected = flat(model.policy.state_dict())
+    checkpoint = newest_checkpoint(tmp_path)
+    canary = tmp_path / "canary"
+    code = base64.b64encode(pickle.dumps(Malicious(canary))).decode()
+    rewrite(
+        checkpoint,
+        {
+            "data": json.dumps({"policy_class": {":serialized:": code}}).encode(),
+            "pytorch_variables.pth": as_torch(Malicious(canary), tmp_path / "evil"),
+        },
+    )
+    other = make_model()
+    resume(other, newest_checkpoint(tmp_path))
+    assert flat(other.policy.state_dict()) == expected
+    assert not canary.exists()
+
+
+def test_f15_another_networks_weights_are_refused_by_name(tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    wide = make_model(policy_kwargs={"lstm_hidden_size": 16, "head_kwargs": PROGRAMS})
+    for optimizer in (True, False):
+        with pytest.raises(CheckpointError, match="lstm") as error:
+            load_weights(wide, newest_checkpoint(tmp_path).path, optimizer=optimizer)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["unknown key", "missing key", "not a dict", "no tensor"])
+def test_f15_weights_of_another_form_are_refused(change: str, tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    checkpoint = newest_checkpoint(tmp_path)
+    weights: Any = dict(tensors_of(checkpoint))
+    name = "action_net.bias"
+    if change == "unknown key":
+        weights[name := "surprise"] = torch.zeros(1)
+    elif change == "missing key":
+        del weights[name]
+    elif change == "not a dict":
+        weights, name = [1, 2], "policy"
+    else:
+        weights[name] = "text"
+    rewrite(checkpoint, {"policy.pth": as_torch(weights, tmp_path / "weights")})
+    with pytest.raises(CheckpointError, match=name) as error:
+        resume(make_model(), newest_checkpoint(tmp_path))
+    assert str(checkpoint.path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth"])
+def test_f15_a_zip_without_a_member_is_refused(member: str, tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    rewrite(newest_checkpoint(tmp_path), {member: None})
+    with pytest.raises(CheckpointError, match=re.escape(member)):
+        resume(make_model(), newest_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["counters", "random", "games"])
+def test_f15_a_state_without_an_entry_is_refused(key: str, tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    checkpoint = newest_checkpoint(tmp_path)
+    state = torch.load(checkpoint.state, weights_only=True)
+    del state[key]
+    torch.save(state, checkpoint.state)
+    seal(checkpoint)
+    with pytest.raises(CheckpointError, match=key) as error:
+        resume(make_model(), newest_checkpoint(tmp_path))
+    assert str(checkpoint.state) in str(error.value)
+
+
+def test_f15_nothing_is_written_outside(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    save_steps(folder, [20])
+    rewrite(newest_checkpoint(folder), {"../../outside": b"x", f"{tmp_path}/absolute": b"x"})
+    resume(make_model(), newest_checkpoint(folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_f15_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, [20])
+    rewrite(newest_checkpoint(tmp_path), {"policy.pth": bytes(1 << 20)})
+    monkeypatch.setattr(agents.checkpoints, "MAX_MEMBER_BYTES", 1 << 19)
+    unpacked = []
+    read = zipfile.ZipFile.read
+
+    def spy(archive: zipfile.ZipFile, name: str, *more: Any) -> bytes:
+        unpacked.append(name)
+        return read(archive, name, *more)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", spy)
+    with pytest.raises(CheckpointError, match=str(1 << 20)):
+        resume(make_model(), newest_checkpoint(tmp_path))
+    assert "policy.pth" not in unpacked
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + bytes(18), b"no zip at all"])
+def test_a_file_that_is_no_sb3_zip_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.zip"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        load_weights(make_model(), path)
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_f19_a_weight_that_is_not_finite_is_never_saved(value: float, tmp_path: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.policy.value_net.bias[0] = value
+    with pytest.raises(CheckpointError, match=r"value_net\.bias"):
+        save_checkpoint(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails with EFBIG, as a full disk does with ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096])
+def test_f11_a_full_disk_leaves_the_checkpoint_before(size: int, tmp_path: Path) -> None:
+    model = save_steps(tmp_path, [20])
+    before = content(tmp_path)
+    assert max(map(len, before.values())) > 4096
+    model.num_timesteps = 30
+    with file_size_limit(size), pytest.raises(OSError) as error:
+        save_checkpoint(model, tmp_path, keep=1)
+    assert error.value.errno == errno.EFBIG
+    assert before.items() <= content(tmp_path).items()
+    assert not [name for name in content(tmp_path) if not name.startswith("step_")]
+    assert newest_checkpoint(tmp_path).timesteps == 20
+
+
+@pytest.mark.parametrize("step", [20, 30], ids=["same timesteps", "later"])
+@pytest.mark.parametrize("call", range(6))
+def test_f11_wherever_the_disk_fails_a_whole_checkpoint_remains(
+    call: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped right after it was resumed saves the same timesteps again."""
+    model = save_steps(tmp_path, [20])
+    calls = iter(range(100))
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if next(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    model.learn(10)  # so that the files differ, as they always do in time and random states
+    model.num_timesteps = step
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(model, tmp_path, keep=1)
+    monkeypatch.undo()
+    assert not [name for name in content(tmp_path) if not name.startswith("step_")]
+    resume(make_model(), newest_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o007, 0o660)])
+def test_files_have_the_mode_that_the_user_asked_for(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_steps(tmp_path, [20])
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 3 and set(modes.values()) == {mode}, modes
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    save_steps(tmp_path, [10, 20, 30, 40], keep=keep)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    kept = [10, 20, 30, 40][-keep:]
+    suffixes = (".json", ".state.pt", ".zip")
+    expected = [f"step_{step:012d}{suffix}" for step in kept for suffix in suffixes]
+    assert names == ["notes.txt", *expected]
+
+
+def test_remains_of_a_killed_save_are_cleared_away(tmp_path: Path) -> None:
+    """Otherwise a run that is killed again and again fills the disk."""
+    model = save_steps(tmp_path, [20])
+    (tmp_path / f".step_{30:012d}.zip.abc123").write_bytes(b"half a file")
+    (tmp_path / f"step_{10:012d}.zip").write_bytes(b"no manifest was written for it")
+    for step in (40, 50):
+        model.num_timesteps = step
+        save_checkpoint(model, tmp_path, keep=1)
+    suffixes = (".json", ".state.pt", ".zip")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"step_{50:012d}{suffix}" for suffix in suffixes}
+
+
+KILLER = """
+    import os, random, signal, sys, time
+    from pathlib import Path
+    from agents.checkpoints import load_weights, newest_checkpoint, save_checkpoint
+    from tests.agents.test_checkpoints import make_model
+
+    folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+    chance = random.Random(0)
+    model, reader = make_model(), make_model()
+    model.learn(20)
+    save_checkpoint(model, folder)
+    started, whole = time.monotonic(), newest_checkpoint(folder)
+    saved = set()
+    for _ in range(kills):
+        pid = os.fork()
+        if pid == 0:
+            model.num_timesteps = whole.timesteps
+            while True:
+                model.num_timesteps += 1
+                save_checkpoint(model, folder, keep=2)
+        try:
+            time.sleep(chance.random() * 0.1)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        newest = newest_checkpoint(folder)
+        assert newest.timesteps >= whole.timesteps, (newest, whole)
+        load_weights(reader, newest.path)
+        whole = newest
+        saved.add(newest.timesteps)
+    print(len(saved), "different checkpoints")
+"""
+
+
+@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+def test_f10_a_kill_while_saving_leaves_a_whole_checkpoint(kills: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), str(tmp_path), str(kills)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 2, "saving went on between the kills"
+    resume(make_model(), newest_checkpoint(tmp_path))
