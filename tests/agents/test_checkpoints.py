@@ -428,7 +428,7 @@ def test_f15_weights_of_another_form_are_refused(change: str, tmp_path: Path) ->
     elif change == "missing key":
         del weights[name]
     elif change == "not a dict":
-        weights, name = [1, 2], "policy"
+        weights, name = [1, 2], "dict"
     else:
         weights[name] = "text"
     rewrite(checkpoint, {"policy.pth": as_torch(weights, tmp_path / "weights")})

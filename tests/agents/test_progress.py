@@ -1,0 +1,198 @@
+"""What a run shows: a bar in a terminal, plain lines anywhere else, nothing to a closed stream."""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import agents.progress
+from agents import A3C
+from agents.progress import Progress, Screen, _clock
+from tests.agents.environments import TickingFactory
+
+ROOT = Path(__file__).parents[2]
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def train(screen: Screen, timesteps: int = 40, total_frames: int = 40) -> A3C:
+    """Games of 5 timesteps with rewards 1 to 5, 6 to 10, ... in each of 2 environments."""
+    model = A3C(
+        "MlpLstmPolicy",
+        TickingFactory(length=5),
+        n_workers=0,
+        n_envs=2,
+        n_steps=5,
+        seed=1,
+        device="cpu",
+        policy_kwargs={"lstm_hidden_size": 8},
+    )
+    return model.learn(timesteps, callback=Progress(total_frames, screen))
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents.progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(agents.progress, "BAR_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("every_step")
+def test_plain_lines_when_not_in_a_terminal() -> None:
+    stream = io.StringIO()
+    train(Screen(stream))
+    text = stream.getvalue()
+    assert not CONTROL.search(text) and text.isascii()
+    lines = text.splitlines()
+    assert len(lines) == 21, "one for each row of 2 timesteps and one at the end"
+    for number, line in enumerate(lines[:20], start=1):
+        assert re.match(rf"{2 * number} / 40 frames, [\d,]+ frames/s, ", line), line
+        assert re.search(r"policy lag 0\.0", line), line
+    assert "no game finished yet" in lines[0]
+    # The games of both environments have scores 15, 40, 65 and 90.
+    assert "score 52.50 (8 games)" in lines[-1]
+    assert lines[-1].startswith("40 / 40 frames")
+
+
+def test_lines_are_rare() -> None:
+    stream = io.StringIO()
+    train(Screen(stream))
+    assert len(stream.getvalue().splitlines()) <= 1 + 40 / agents.progress.LINE_SECONDS
+
+
+@pytest.mark.usefixtures("every_step")
+def test_frames_do_not_exceed_the_total() -> None:
+    stream = io.StringIO()
+    train(Screen(stream), timesteps=40, total_frames=39)
+    assert stream.getvalue().splitlines()[-1].startswith("39 / 39 frames")
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    train(Screen(stream))
+    text = stream.getvalue()
+    assert "\r" in text and "100%" in text and "score 52.50 (8 games)" in text
+    assert text.endswith("\n"), "what is printed next starts on its own line"
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("term", ["dumb", None])
+def test_f24_a_terminal_that_cannot_redraw(
+    term: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if term is None:
+        monkeypatch.delenv("TERM", raising=False)
+    else:
+        monkeypatch.setenv("TERM", term)
+    stream = Terminal()
+    train(Screen(stream))
+    assert stream.getvalue().count("\n") == 21 and not CONTROL.search(stream.getvalue())
+
+
+def broken_pipe() -> Any:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def closed_stream() -> Any:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+STREAMS: dict[str, Callable[[], Any]] = {
+    "the reader has gone": broken_pipe,
+    "closed": closed_stream,
+    "absent, as sys.stdout of a process without one": lambda: None,
+}
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
+def test_f24_training_goes_on_without_a_reader(make: Callable[[], Any]) -> None:
+    stream = make()
+    screen = Screen(stream)
+    screen.line("first")
+    assert train(screen).num_timesteps == 40
+    screen.line("last")
+    assert not screen.open
+    with contextlib.suppress(OSError, AttributeError):
+        stream.close()
+
+
+def test_f24_a_bar_whose_terminal_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(agents.progress, "BAR_SECONDS", 0.0)
+
+    class HungUp(Terminal):
+        def write(self, text: str) -> int:
+            if self.tell() > 100:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    screen = Screen(HungUp())
+    assert train(screen).num_timesteps == 40
+    assert not screen.open
+
+
+def test_nothing_is_written_after_the_first_failure() -> None:
+    class Broken(io.StringIO):
+        calls = 0
+
+        def write(self, text: str) -> int:
+            self.calls += 1
+            raise BrokenPipeError
+
+    stream = Broken()
+    screen = Screen(stream)
+    for _ in range(3):
+        screen.line("text")
+    assert stream.calls == 1
+
+
+def test_f24_the_interpreter_ends_silently_without_a_reader() -> None:
+    """It flushes stdout once more when it ends."""
+    code = "import sys; from agents.progress import Screen; s = Screen(sys.stdout); "
+    code += "sys.stdin.readline(); [s.line('x' * 100) for _ in range(5)]"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0 and errors == b""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0:00"),
+        (0, "0:00"),
+        (59.9, "0:59"),
+        (60, "1:00"),
+        (61, "1:01"),
+        (3599, "59:59"),
+        (3600, "1:00:00"),
+        (3661, "1:01:01"),
+        (360_000, "100:00:00"),
+    ],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert _clock(seconds) == text

@@ -1,0 +1,375 @@
+"""Run directories: one owner, curves without repetition, saving that survives a full disk."""
+
+import csv
+import errno
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from stable_baselines3.common.callbacks import BaseCallback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents import A3C
+from agents.checkpoints import CheckpointError, newest_checkpoint
+from agents.runs import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints, read_config
+from envs import masked_cartpole
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60
+
+
+def make_model(**options: Any) -> A3C:
+    defaults: dict[str, Any] = {"n_workers": 0, "n_envs": 4, "n_steps": 5, "seed": 1}
+    defaults |= {"policy_kwargs": {"lstm_hidden_size": 8}, "device": "cpu"}
+    return A3C("MlpLstmPolicy", masked_cartpole(), **(defaults | options))
+
+
+# The folder and its lock.
+
+
+def test_folders_are_numbered(tmp_path: Path) -> None:
+    logdir = tmp_path / "not" / "there"
+    runs = [RunDirectory.create(logdir, "Pong") for _ in range(3)]
+    assert [run.path for run in runs] == [logdir / f"Pong-{n}" for n in (1, 2, 3)]
+    assert all(run.checkpoints.is_dir() for run in runs)
+    (logdir / "Pong-4").write_text("a file in the way")
+    assert RunDirectory.create(logdir, "Pong").path == logdir / "Pong-5"
+    assert RunDirectory.create(logdir, "Qbert").path == logdir / "Qbert-1"
+
+
+def is_root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+def read_only(folder: Path) -> Path:
+    if is_root():
+        pytest.skip("root may write anywhere")
+    folder.chmod(0o500)
+    return folder
+
+
+def file_in_the_way(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file"
+
+
+BAD_LOGDIRS: dict[str, Callable[[Path], Path]] = {
+    "a file": file_in_the_way,
+    "below a file": lambda folder: file_in_the_way(folder) / "runs",
+    "read-only": read_only,
+    "below a read-only folder": lambda folder: read_only(folder) / "runs",
+    "no file system for it": lambda folder: Path("/proc/runs"),
+    "too long": lambda folder: folder / ("x" * 300),
+}
+
+
+@pytest.mark.parametrize("where", BAD_LOGDIRS.values(), ids=BAD_LOGDIRS)
+def test_f12_a_folder_that_cannot_be_made(where: Callable[[Path], Path], tmp_path: Path) -> None:
+    logdir = where(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(str(logdir))) as error:
+        RunDirectory.create(logdir, "Pong")
+    assert "\n" not in str(error.value)
+    tmp_path.chmod(0o700)
+
+
+def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ValueError, match=r"config\.yaml"):
+            RunDirectory.open(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from agents.runs import RunDirectory
+run = RunDirectory(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """Another process that works on the run in `tmp_path`."""
+    (tmp_path / "config.yaml").write_text("env: Pong\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_f23_two_processes_do_not_share_a_run(holder: subprocess.Popen, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"in use by another process") as error:
+        RunDirectory.open(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    holder.kill()
+    holder.wait(SECONDS)
+    run = RunDirectory.open(tmp_path)
+    assert run.path == tmp_path
+
+
+def test_f23_the_lock_holds_inside_one_process_too(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "Pong")
+    run.write_config({"env": "Pong"})
+    with pytest.raises(ValueError, match="in use"):
+        RunDirectory.open(run.path)
+
+
+# Configuration.
+
+
+def test_a_configuration_comes_back(tmp_path: Path) -> None:
+    config = {"env": "Pong", "gamma": 0.99, "workers": None, "anneal": True, "learning_rate": 7e-4}
+    run = RunDirectory.create(tmp_path, "Pong")
+    run.write_config(config)
+    assert read_config(run.path / "config.yaml") == config
+    assert list(yaml.safe_load((run.path / "config.yaml").read_text())) == list(config)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- a\n- b\n", b"text", b"a: [1", b"\xff\xfe\xfa", b"a: !!python/name:os.x\n"]
+)
+def test_f22_a_file_that_is_no_configuration(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        read_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_f22_a_configuration_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_config(path)
+
+
+# Curves.
+
+
+def record(run: RunDirectory, entries: dict[int, dict[str, float]], since: int = 0) -> None:
+    logger = run.make_logger(since)
+    for step, values in entries.items():
+        for key, value in ({"time/total_timesteps": step} | values).items():
+            logger.record(key, value)
+        logger.dump(step)
+    logger.close()
+
+
+def rows(run: RunDirectory) -> list[dict[str, str]]:
+    with open(run.path / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scalars(run: RunDirectory, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run.path))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_curves_go_on_without_what_is_played_again(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "Pong")
+    record(run, {step: {"score": step / 2} for step in (100, 200, 300, 400)})
+    record(run, {300: {"score": 9.0}, 400: {"score": 8.0}}, since=200)
+    expected = [(100, 50.0), (200, 100.0), (300, 9.0), (400, 8.0)]
+    written = [(int(row["time/total_timesteps"]), float(row["score"])) for row in rows(run)]
+    assert written == expected
+    assert scalars(run, "score") == expected
+
+
+def test_a_checkpoint_between_two_points_of_the_curves(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "Pong")
+    record(run, {step: {"score": 1.0} for step in (100, 200)})
+    record(run, {250: {"score": 2.0}}, since=150)
+    assert [row["time/total_timesteps"] for row in rows(run)] == ["100", "250"]
+    assert scalars(run, "score") == [(100, 1.0), (250, 2.0)]
+
+
+def test_a_column_that_comes_later(tmp_path: Path) -> None:
+    """Scores appear when the first game has ended, maybe only after resuming."""
+    run = RunDirectory.create(tmp_path, "Pong")
+    record(run, {100: {"loss": 1.0}, 200: {"loss": 2.0}})
+    record(run, {300: {"loss": 3.0, "score": 7.0}}, since=200)
+    assert [(row["loss"], row["score"]) for row in rows(run)] == [
+        ("1.0", ""),
+        ("2.0", ""),
+        ("3.0", "7.0"),
+    ]
+
+
+def test_a_run_that_starts_anew_has_only_its_own_curves(tmp_path: Path) -> None:
+    """Killed before the first checkpoint of more than 0 timesteps."""
+    run = RunDirectory.create(tmp_path, "Pong")
+    record(run, {100: {"score": 1.0}, 200: {"score": 2.0}})
+    record(run, {100: {"score": 3.0}})
+    assert [row["score"] for row in rows(run)] == ["3.0"]
+    assert scalars(run, "score") == [(100, 3.0)]
+
+
+@pytest.mark.parametrize("tail", ["1", "3.0", "3.0,", "3.0,1", "3.0,150", "\x00\x00"])
+@pytest.mark.parametrize("columns", ["score,{step},z", "{step},score,z", "z,score,{step}"])
+def test_a_row_that_a_kill_cut_off_is_dropped(columns: str, tail: str, tmp_path: Path) -> None:
+    """SB3 puts columns in any order."""
+    run = RunDirectory.create(tmp_path, "Pong")
+    header = columns.format(step="time/total_timesteps")
+    whole = [columns.format(step=n).replace("score", "5.0").replace("z", "7.0") for n in (100, 200)]
+    (run.path / "progress.csv").write_text("\n".join([header, *whole, tail]))
+    record(run, {300: {"score": 3.0, "z": 1.0}}, since=200)
+    assert [row["time/total_timesteps"] for row in rows(run)] == ["100", "200", "300"]
+    assert [row["score"] for row in rows(run)] == ["5.0", "5.0", "3.0"]
+
+
+def test_curves_that_are_no_curves_do_not_stop_a_run(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "Pong")
+    (run.path / "progress.csv").write_text("loss,score\n1,2\n3,4\n")
+    record(run, {300: {"score": 3.0}}, since=200)
+    assert rows(run)[-1]["score"] == "3.0"
+
+
+# Saving while a run goes on.
+
+
+def full_disk(_descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def saver(run: RunDirectory, *, every: int = 40, stop: bool = False) -> SaveCheckpoints:
+    return SaveCheckpoints(run, every, keep=2, stop_on_error=stop)
+
+
+def test_checkpoints_come_between_updates_and_the_newest_are_kept(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    make_model().learn(200, callback=saver(run))
+    names = sorted(path.stem for path in run.checkpoints.glob("*.json"))
+    assert names == ["step_000000000120", "step_000000000160"]
+    assert run.newest_checkpoint() == newest_checkpoint(run.checkpoints)
+
+
+def test_f11_a_full_disk_is_reported_and_play_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    model = make_model()
+    callback = saver(run)
+    model.learn(80, callback=callback)
+    before = run.newest_checkpoint()
+    monkeypatch.setattr(os, "fsync", full_disk)
+    model.learn(100, callback=callback, reset_num_timesteps=False)
+    assert model.num_timesteps == 180
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert errors and all("No space" in e and str(run.path) in e for e in errors)
+    assert run.newest_checkpoint() == before
+    assert not [path for path in run.path.rglob(".*") if path.name != ".lock"]
+
+    monkeypatch.undo()
+    callback.save()
+    assert run.newest_checkpoint().timesteps == 180
+
+
+def test_f11_a_full_disk_ends_the_run_if_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    model = make_model()
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        model.learn(400, callback=saver(run, stop=True))
+    assert model.num_timesteps == 40
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_f19_weights_that_are_not_finite_are_saved_nowhere(stop: bool, tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    model = make_model()
+    callback = saver(run, stop=stop)
+    model.learn(400)
+    assert len(model.ep_info_buffer or ()) >= MIN_GAMES_FOR_BEST
+    callback.init_callback(model)
+    with torch.no_grad():
+        model.policy.value_net.bias[0] = torch.nan
+    if stop:
+        with pytest.raises(CheckpointError, match="finite"):
+            callback.save()
+    else:
+        callback.save()
+    assert not list(run.path.rglob("*.zip"))
+
+
+# The best model.
+
+
+class Enough(BaseCallback):
+    """Ends the training soon after enough games have ended."""
+
+    def _on_step(self) -> bool:
+        return len(self.model.ep_info_buffer or ()) < MIN_GAMES_FOR_BEST + 5
+
+
+def test_the_best_model_is_kept_and_a3c_loads_it(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    model = make_model()
+    model.learn(10_000, callback=[saver(run, every=100), Enough()])
+    model.save(tmp_path / "now.zip")
+    loaded = A3C.load(run.path / "best_model.zip", device="cpu")
+    assert isinstance(loaded, A3C) and loaded.num_timesteps <= model.num_timesteps
+    obs = masked_cartpole()(3, 0).reset()
+    actions, state = loaded.predict(obs)
+    assert actions.shape == (3,) and state is not None
+    assert list(loaded.policy.state_dict()) == list(model.policy.state_dict())
+
+
+def set_scores(model: A3C, score: float, games: int = MIN_GAMES_FOR_BEST) -> None:
+    assert model.ep_info_buffer is not None
+    model.ep_info_buffer.clear()
+    model.ep_info_buffer.extend({"r": score, "l": 1, "t": 0.0} for _ in range(games))
+
+
+def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    model, best = make_model(), run.path / "best_model.zip"
+    model.learn(4)
+    callback = saver(run)
+    callback.init_callback(model)
+
+    def is_replaced() -> bool:
+        before = best.stat().st_ino if best.exists() else None
+        callback.save()
+        return best.exists() and best.stat().st_ino != before
+
+    set_scores(model, 99.0, games=MIN_GAMES_FOR_BEST - 1)
+    assert not is_replaced()
+    for score, better in ((1.0, True), (0.5, False), (1.0, False), (-3.0, False), (1.5, True)):
+        set_scores(model, score)
+        assert is_replaced() == better, score
+
+
+def test_a_resumed_run_remembers_its_best_score(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    model, best = make_model(), run.path / "best_model.zip"
+    model.learn(4)
+    first = saver(run)
+    first.init_callback(model)
+    set_scores(model, 10.0)
+    first.save()
+    before = best.read_bytes()
+
+    resumed = saver(run)
+    resumed.init_callback(model)
+    set_scores(model, 2.0)
+    resumed.save()
+    assert best.read_bytes() == before, "10.0 is better than 2.0"
