@@ -85,6 +85,8 @@ class A3C(OnPolicyAlgorithm):
         rms_prop_eps: epsilon of RMSProp, inside the square root.
         orth_coef: weight of the orthogonality loss of Neurocoder layers (paper: a).
         correction: `vtrace`, or `none` for plain returns whatever the age of the rollouts.
+        reward_scale: factor on rewards in the loss, before they are clipped. Actor and critic share
+            one LSTM: returns far above 1 saturate it.
         reward_clip: limit on rewards in the loss; "env" asks the environment or factory for its
             attribute `reward_clip` (Atari: 1), None does not clip.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
@@ -126,6 +128,7 @@ class A3C(OnPolicyAlgorithm):
         rms_prop_eps: float = 0.1,
         orth_coef: float = 0.1,
         correction: str = "vtrace",
+        reward_scale: float = 1.0,
         reward_clip: float | str | None = "env",
         n_workers: int | None = None,
         n_envs: int = 16,
@@ -143,6 +146,7 @@ class A3C(OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.orth_coef = orth_coef
         self.correction = correction
+        self.reward_scale = reward_scale
         self.games_seed = _fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
         played: GymEnv | None
@@ -233,6 +237,7 @@ class A3C(OnPolicyAlgorithm):
             ("vf_coef", 0, math.inf),
             ("max_grad_norm", 0, math.inf),
             ("orth_coef", 0, math.inf),
+            ("reward_scale", 0, math.inf),
         ):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
@@ -345,6 +350,7 @@ class A3C(OnPolicyAlgorithm):
             ent_coef=self.ent_coef,
             vf_coef=self.vf_coef,
             orth_coef=self.orth_coef,
+            reward_scale=self.reward_scale,
             reward_clip=self.reward_clip,  # type: ignore[arg-type]
             correction=self.correction,
         )

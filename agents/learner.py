@@ -38,8 +38,10 @@ class Objective:
     vf_coef: float
     orth_coef: float
     """Weight of the orthogonality loss of Neurocoder layers (paper: a)."""
+    reward_scale: float
+    """Rewards are multiplied by this in the loss, never in what is logged."""
     reward_clip: float | None
-    """Rewards are clipped to plus or minus this in the loss, never in what is logged."""
+    """Then they are clipped to plus or minus this, likewise."""
     correction: str
     """One of `CORRECTIONS`."""
 
@@ -86,7 +88,7 @@ def actor_critic_loss(policy: LstmPolicy, batch: Rollout, objective: Objective) 
 
 
 def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Returns:
-    rewards = batch.rewards
+    rewards = objective.reward_scale * batch.rewards
     if objective.reward_clip is not None:
         rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
     # Behind a time limit the return goes on with the value of what was cut off.
