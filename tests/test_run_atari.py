@@ -1,0 +1,781 @@
+"""`run_atari.py` from its command line: exit codes, what it writes, and how it is stopped.
+
+The first half calls `main` in this process; the second half runs real processes.
+"""
+
+import contextlib
+import csv
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import psutil
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import agents.runs
+import agents.supervision
+import run_atari
+from agents import A3C, NonFiniteError, WorkerError
+from agents.checkpoints import newest_checkpoint
+from agents.runs import RunDirectory
+from run_atari import RunConfig, main
+from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
+    nothing_left_behind,
+    wait_until,
+    watchdog,
+)
+
+SCRIPT = Path(run_atari.__file__)
+SECONDS = 80
+"""For a process, whatever hangs in it."""
+
+SMALL = "--device cpu --lstm-hidden-size 16 --num-slots 8 --num-heads 2 --num-least-used 1".split()
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+
+
+# What makes no sense is refused in one line, before anything is made.
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: two folders that may be runs, and files that may be configurations."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("empty_run", "linear_run"):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / run / ".lock").touch()
+    (tmp_path / "empty_run" / "config.yaml").write_text("env: Pong\n")
+    (tmp_path / "linear_run" / "config.yaml").write_text("env: Pong\nlayer: linear\n")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, content in {
+        "typo": "env: Pong\nlearning_rat: 0.1\n",
+        "text": "env: Pong\nn_steps: many\n",
+        "float": "env: Pong\nn_steps: 5.0\n",
+        "bool": "env: Pong\nworkers: true\n",
+        "int": "env: Pong\nanneal: 1\n",
+        "list": "env: [Pong, Breakout]\n",
+        "null": "env: Pong\nn_steps: null\n",
+        "nan": "env: Pong\ngamma: .nan\n",
+        "range": "env: Pong\ngamma: 1.5\n",
+        "number": "env: Pong\n3: 4\n",
+        "sequence": "- env\n",
+        "broken": "env: [Pong\n",
+        "nothing": "",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
+    return tmp_path
+
+
+PONG = "--env Pong "
+REFUSED = {
+    # F12: where nothing can be written
+    PONG + "--logdir file": ["file"],
+    PONG + "--logdir file/runs": ["file/runs"],
+    PONG + "--logdir /proc/runs": ["/proc/runs"],
+    # F20, F21: what this machine does not have
+    PONG + "--device gpu": ["device", "gpu", "nearest: cpu"],
+    PONG + "--device cuda": ["cuda", "nearest: cpu"],
+    "": ["--env"],
+    "--env Pongg": ["Pongg", "Pong"],
+    "--env montezumasrevenge": ["montezumasrevenge", "MontezumaRevenge"],
+    "--env CartPole-v1": ["CartPole-v1", "nearest"],
+    "--env combat": ["combat", "nearest"],  # for two players only: its ROM ends the process
+    # F22: impossible values
+    PONG + "--n-steps 0": ["n_steps", "0", "1 .. inf"],
+    PONG + "--workers -1": ["workers", "-1", "0 .. inf"],
+    PONG + "--envs-per-worker 0": ["envs_per_worker", "0", "1 .."],
+    PONG + "--gamma 1.5": ["gamma", "1.5", "0 .. 1"],
+    PONG + "--gamma -0.1": ["gamma", "-0.1", "0 .. 1"],
+    PONG + "--gae-lambda 2": ["gae_lambda", "2", "0 .. 1"],
+    PONG + "--learning-rate nan": ["learning_rate", "nan"],
+    PONG + "--learning-rate inf": ["learning_rate", "inf"],
+    PONG + "--learning-rate -1": ["learning_rate", "-1"],
+    PONG + "--frames 0": ["frames", "0"],
+    PONG + "--frames 1e6": ["--frames", "1e6"],
+    PONG + "--frames many": ["--frames", "many"],
+    PONG + "--frames": ["--frames"],
+    PONG + "--seed -1": ["seed", "-1"],
+    PONG + "--seed 2147483648": ["seed", "2147483648"],
+    PONG + "--max-grad-norm -1": ["max_grad_norm", "-1"],
+    PONG + "--heartbeat-timeout 0": ["heartbeat_timeout", "0"],
+    PONG + "--sharpness 0": ["sharpness", "0"],
+    PONG + "--log-every 0": ["log_every", "0"],
+    PONG + "--checkpoint-every 0": ["checkpoint_every", "0"],
+    PONG + "--keep-checkpoints 0": ["keep_checkpoints", "0"],
+    PONG + "--num-slots 5 --num-least-used 5": ["num_slots=5", "num_least_used=5"],
+    PONG + "--layer neurocodr": ["layer", "neurocodr", "nearest: neurocoder"],
+    PONG + "--encoder natural": ["encoder", "natural", "nearest: nature"],
+    PONG + "--protocol classical": ["protocol", "classical", "nearest: classic"],
+    PONG + "--correction v-trace": ["correction", "v-trace", "nearest: vtrace"],
+    # Words that are no flags
+    PONG + "--n-step 5": ["--n-step", "nearest: --n-steps"],
+    PONG + "--learningrate=0.1": ["--learningrate", "nearest: --learning"],
+    PONG + "--frame 100": ["--frame", "nearest: --frames"],
+    "Pong": ["Pong"],
+    # YAML
+    "--config typo.yaml": ["learning_rat", "typo.yaml", "nearest: learning_rate"],
+    "--config text.yaml": ["n_steps", "'many'", "int", "text.yaml"],
+    "--config float.yaml": ["n_steps", "5.0", "int", "float.yaml"],
+    "--config bool.yaml": ["workers", "True", "int", "bool.yaml"],
+    "--config int.yaml": ["anneal", "1", "bool", "int.yaml"],
+    "--config list.yaml": ["env", "Breakout", "str", "list.yaml"],
+    "--config null.yaml": ["n_steps", "None", "int", "null.yaml"],
+    "--config nan.yaml": ["gamma", "nan"],
+    "--config range.yaml": ["gamma", "1.5", "0 .. 1"],
+    "--config number.yaml": ["3", "number.yaml"],
+    "--config sequence.yaml": ["sequence.yaml"],
+    "--config broken.yaml": ["broken.yaml"],
+    "--config nothing.yaml": ["nothing.yaml"],
+    "--config binary.yaml": ["binary.yaml"],
+    "--config absent.yaml": ["absent.yaml"],
+    "--config plain": ["plain"],
+    # Flags that do not go together
+    PONG + "--video out.mp4": ["--video", "--evaluate"],
+    PONG + "--episodes 3": ["--episodes", "--evaluate"],
+    PONG + "--deterministic": ["--deterministic", "--evaluate"],
+    "--resume empty_run --config typo.yaml": ["--resume", "--config"],
+    "--evaluate empty_run --resume empty_run": ["--evaluate", "--resume"],
+    "--evaluate empty_run --config typo.yaml": ["--evaluate", "--config"],
+    "--evaluate empty_run --frames 100": ["--frames"],
+    "--evaluate empty_run --episodes 0": ["episodes", "0"],
+    "--evaluate empty_run --episodes x": ["--episodes", "x"],
+    # F13, F17: runs that are none, or cannot go on that way
+    "--resume absent": ["absent", "config.yaml"],
+    "--resume plain": ["plain", "config.yaml"],
+    "--resume file": ["file"],
+    "--resume empty_run": ["empty_run", "no checkpoint"],
+    "--resume empty_run --env pong": ["no checkpoint"],  # another name of the same game
+    "--resume empty_run --env Breakout": ["env", "Pong", "Breakout"],
+    "--resume empty_run --layer linear": ["layer", "neurocoder", "linear"],
+    "--resume linear_run --layer neurocoder --num-slots 9 --lstm-hidden-size 8": [
+        *("layer", "'linear' -> 'neurocoder'", "num_slots 80 -> 9", "lstm_hidden_size 512 -> 8"),
+    ],
+    "--resume empty_run --protocol classic": ["protocol", "machado", "classic"],
+    "--resume empty_run --gamma 2": ["gamma", "2", "0 .. 1"],
+    "--evaluate absent": ["absent"],
+    "--evaluate plain": ["plain"],
+    "--evaluate empty_run": ["empty_run", "no checkpoint"],
+    "--evaluate empty_run --device cuda": ["cuda", "nearest: cpu"],
+    "--evaluate empty_run --video out.avi": ["out.avi", ".mp4", ".webm"],
+    "--evaluate empty_run --video out": ["out", ".mp4"],
+    "--evaluate empty_run --video absent/out.mp4": ["absent/out.mp4", "folder"],
+    "--evaluate empty_run --video file/out.mp4": ["file/out.mp4"],
+}
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_makes_no_sense_is_refused_in_one_line(
+    arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def too_late(*_arguments: Any, **_options: Any) -> Any:
+        raise AssertionError("refused too late")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run_atari, "make_model", too_late)
+    monkeypatch.setattr(agents.supervision.WorkerPool, "__enter__", too_late)
+    before = tree(folder)
+    with pytest.raises(SystemExit) as error:
+        main(arguments.split())
+    output = capsys.readouterr()
+    assert error.value.code == 2
+    assert output.out == ""
+    assert output.err.count("\n") == 1 and output.err.endswith("\n"), output.err
+    assert not CONTROL.search(output.err) and "None:" not in output.err
+    for word in REFUSED[arguments]:
+        assert word in output.err, (word, output.err)
+    assert tree(folder) == before
+
+
+def test_f23_a_run_in_use_is_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    run = RunDirectory.open(folder / "empty_run")
+    with pytest.raises(SystemExit) as error:
+        main(["--resume", "empty_run"])
+    assert error.value.code == 2 and run.path
+    assert re.fullmatch(r".*empty_run is in use by another process\n", capsys.readouterr().err)
+
+
+def test_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--help"])
+    assert error.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for entry in fields(RunConfig):
+        assert f"--{entry.name.replace('_', '-')}" in text
+        assert entry.default is None or f"(default: {entry.default})" in text, entry.name
+
+
+# One run, and what can be done with it.
+
+
+class Run(NamedTuple):
+    path: Path
+    output: str
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        with open(self.path / "progress.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    @property
+    def events(self) -> EventAccumulator:
+        events = EventAccumulator(str(self.path))
+        events.Reload()
+        return events
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.path / "config.yaml").read_text())
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+
+
+def run_process(*arguments: str, cwd: Path) -> str:
+    """Standard output of a process that must end well and say nothing on stderr."""
+    done = subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def run_here(*arguments: str) -> str:
+    """Standard output of `main` in this process, which must end well."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert main(arguments) == 0
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def serial_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """2,000 timesteps of a game that lasts about 100, in one process."""
+    folder = tmp_path_factory.mktemp("serial")
+    (folder / "small.yaml").write_text("learning_rate: 1e-3\nlog_every: 5\nseed: 7\nn_steps: 10\n")
+    arguments = ["--env", "ALE/Klax-v5", "--workers", "0", "--envs-per-worker", "4"]
+    arguments += ["--frames", "8_000", "--checkpoint-every", "2400", "--config", "small.yaml"]
+    output = run_process(*arguments, *SMALL, "--seed", "3", cwd=folder)
+    return Run(folder / "runs" / "Klax-1", output)
+
+
+@pytest.fixture
+def run(serial_run: Run, tmp_path: Path) -> Run:
+    """A copy to work on, in another folder."""
+    path = tmp_path / "moved" / "Klax-1"
+    shutil.copytree(serial_run.path, path)
+    return Run(path, serial_run.output)
+
+
+def test_files_of_a_run(serial_run: Run) -> None:
+    names = {path.name for path in serial_run.path.iterdir()}
+    (events,) = (name for name in names if name.startswith("events.out.tfevents."))
+    assert names == {
+        *(".lock", "config.yaml", "progress.csv", "best_model.zip", "checkpoints", events),
+    }
+    steps = [4 * int(path.stem[5:]) for path in sorted((serial_run.path).rglob("step_*.json"))]
+    assert steps == [4800, 7200, 8000], "frames of the newest 3"
+    assert len(list((serial_run.path / "checkpoints").iterdir())) == 9
+    model = A3C.load(serial_run.path / "best_model.zip", device="cpu")
+    obs = run_atari.make_factory(RunConfig(env="Klax"))(2, 0).reset()
+    assert model.predict(obs)[0].shape == (2,)
+
+
+def test_the_configuration_of_a_run(serial_run: Run) -> None:
+    config = serial_run.config
+    assert list(config) == [entry.name for entry in fields(RunConfig)]
+    expected = {"env": "ALE/Klax-v5", "frames": 8000, "workers": 0, "envs_per_worker": 4}
+    expected |= {"seed": 3, "learning_rate": 1e-3, "n_steps": 10, "num_slots": 8, "gamma": 0.99}
+    assert expected.items() <= config.items(), "flags win over YAML, YAML over defaults"
+
+
+def test_the_summary_of_a_run(serial_run: Run) -> None:
+    output = serial_run.output
+    model = A3C.load(newest_checkpoint(serial_run.path / "checkpoints").path, device="cpu")
+    parameters = sum(p.numel() for p in model.policy.parameters())
+    for pattern in (
+        r"^game +Klax, 8,000 frames$",
+        r"^protocol +machado: sticky actions 0\.25, all 18 actions",
+        r"^playing +serial, 4 games in this process, 10 timesteps per rollout$",
+        r"^learner +cpu, seed 3$",
+        rf"^network +{parameters:,} parameters: encoder a3c, LSTM 16, neurocoder heads",
+        r"^run +runs/Klax-1$",
+        r"^curves +tensorboard --logdir runs$",
+        r"^8,000 / 8,000 frames, [\d,]+ frames/s, score -?[\d.]+ \(\d+ games\), policy lag 0\.0",
+        r"^8,000 frames played; go on with: python run_atari\.py --resume runs/Klax-1$",
+    ):
+        assert re.search(pattern, output, re.MULTILINE), (pattern, output)
+    assert "expect" not in output
+    assert not CONTROL.search(output) and output.isascii()
+
+
+TAGS = {
+    *("rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/frames"),
+    *("train/policy_loss", "train/value_loss", "train/entropy_loss", "train/explained_variance"),
+    *("train/learning_rate", "train/policy_lag", "train/grad_norm", "train/orthogonality_loss"),
+    *("neurocoder/attention_entropy", "neurocoder/max_attention", "neurocoder/effective_rank"),
+    "neurocoder/orthogonality",
+}
+HISTOGRAMS = {"neurocoder/slot_usage/actor", "neurocoder/slot_usage/critic"}
+
+
+def test_tensorboard_tags(serial_run: Run) -> None:
+    events = serial_run.events
+    tags = events.Tags()
+    assert set(tags["scalars"]) >= TAGS, TAGS - set(tags["scalars"])
+    assert set(tags["histograms"]) >= HISTOGRAMS, tags["histograms"]
+    for tag in TAGS:
+        values = [event.value for event in events.Scalars(tag)]
+        assert all(abs(value) < float("inf") for value in values), (tag, values)
+    assert events.Histograms("neurocoder/slot_usage/actor")[-1].histogram_value.num == 8
+    steps = [event.step for event in events.Scalars("time/frames")]
+    assert steps == [*range(200, 2001, 200)], "5 updates of 10 x 4 timesteps; the end just once"
+    assert [event.value for event in events.Scalars("time/frames")] == [4 * s for s in steps]
+    rates = [event.value for event in events.Scalars("train/learning_rate")]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.1 * rates[0] <= 1e-4
+
+
+def test_curves_in_the_table(serial_run: Run) -> None:
+    rows = serial_run.rows
+    assert [int(row["time/total_timesteps"]) for row in rows] == [*range(200, 2001, 200)]
+    assert {key for key in rows[0] if "/" in key} >= TAGS - {"rollout/ep_rew_mean"} - {
+        "rollout/ep_len_mean"
+    }
+    assert float(rows[-1]["rollout/ep_rew_mean"]) >= 0
+
+
+def test_the_note_for_games_without_hope(tmp_path: Path) -> None:
+    arguments = ["--env", "montezuma_revenge", "--frames", "160", "--workers", "0", *SMALL]
+    output = run_here(*arguments, "--logdir", str(tmp_path), "--envs-per-worker", "2")
+    assert re.search(r"^expect .*0 to 14 points.* a score of 0 is no fault$", output, re.MULTILINE)
+    assert (tmp_path / "MontezumaRevenge-1").is_dir()
+
+
+def test_resume_goes_on_to_the_new_total(run: Run) -> None:
+    before = run.rows
+    output = run_here("--resume", str(run.path), "--frames", "8960")
+    assert "game       Klax, 8,960 frames, 8,000 played" in output
+    assert "8,960 frames played" in output
+    assert newest_checkpoint(run.path / "checkpoints").timesteps == 2240
+    after = run.rows
+    assert after[: len(before)] == before
+    assert [int(row["time/total_timesteps"]) for row in after[len(before) :]] == [2200, 2240]
+    assert int(after[-1]["train/n_updates"]) == 56
+    steps = [event.step for event in run.events.Scalars("train/learning_rate")]
+    assert steps == [*range(200, 2201, 200), 2240]
+    assert run.config["frames"] == 8960 and run.config["seed"] == 3
+
+
+def test_resume_from_an_earlier_checkpoint_replaces_what_came_after(run: Run) -> None:
+    """As after a kill: the curves were ahead of the checkpoint."""
+    checkpoint = newest_checkpoint(run.path / "checkpoints")
+    for path in (checkpoint.path, checkpoint.state, checkpoint.path.with_suffix(".json")):
+        path.unlink()
+    before = run.rows
+    output = run_here("--resume", str(run.path))
+    assert "8,000 frames, 7,200 played" in output
+    same = ["train/policy_loss", "train/grad_norm", "rollout/ep_rew_mean", "train/learning_rate"]
+    again = run.rows
+    assert [row["time/frames"] for row in again] == [row["time/frames"] for row in before]
+    assert [[row[key] for key in same] for row in again] == [
+        [row[key] for key in same] for row in before
+    ], "a serial run plays the same again"
+    steps = [event.step for event in run.events.Scalars("train/learning_rate")]
+    assert steps == [*range(200, 2001, 200)]
+
+
+@pytest.mark.parametrize("envs", ["2", "8"])
+def test_f17_resume_with_another_number_of_games(envs: str, run: Run) -> None:
+    output = run_here("--resume", str(run.path), "--frames", "8640", "--envs-per-worker", envs)
+    assert f"serial, {envs} games" in output
+    assert newest_checkpoint(run.path / "checkpoints").timesteps == 2160
+    assert int(run.rows[-1]["train/n_updates"]) == 50 + 160 // (10 * int(envs))
+    assert run.config["envs_per_worker"] == int(envs)
+
+
+def test_a_moved_run_names_its_own_folder(run: Run) -> None:
+    output = run_here("--resume", str(run.path), "--frames", "8016")
+    (logdir,) = re.findall(r"^curves +tensorboard --logdir (.*)$", output, re.MULTILINE)
+    assert Path(logdir) in (run.path, run.path.parent)
+
+
+def test_a_finished_run_is_not_resumed(run: Run, capsys: pytest.CaptureFixture) -> None:
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as error:
+        main(["--resume", str(run.path)])
+    assert error.value.code == 2
+    assert re.fullmatch(r".* 8,000 frames; .*--frames.*\n", capsys.readouterr().err)
+    assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".state.pt"])
+def test_f13_resume_passes_over_damage(
+    suffix: str, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    victim = newest_checkpoint(run.path / "checkpoints").path.with_suffix("").with_suffix(suffix)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    output = run_here("--resume", str(run.path), "--frames", "7360")
+    assert "7,200 played" in output
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert str(victim) in warning
+
+
+def test_f13_without_a_whole_checkpoint_nothing_starts(
+    run: Run, capsys: pytest.CaptureFixture
+) -> None:
+    for path in run.path.rglob("*.state.pt"):
+        path.write_bytes(b"")
+    for flags in (["--resume"], ["--evaluate"]):
+        with pytest.raises(SystemExit) as error:
+            main([*flags, str(run.path)])
+        assert error.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].endswith("none of its checkpoints is whole")
+
+
+def test_evaluate_prints_raw_scores(run: Run) -> None:
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    outputs = [run_here("--evaluate", str(run.path), "--episodes", "3") for _ in range(2)]
+    number = r"(-?[\d.]+)"
+    found = re.search(
+        rf"^Klax after 2,000 timesteps \(8,000 frames\): raw score of 3 whole games: "
+        rf"mean {number}, std {number}, min {number}, max {number}; mean length (\d+) timesteps$",
+        outputs[0],
+        re.MULTILINE,
+    )
+    assert found, outputs[0]
+    mean, std, low, high, length = map(float, found.groups())
+    assert low <= mean <= high and 0 <= std <= high - low and length > 50
+    assert outputs[0] == outputs[1], "one seed, the same games"
+    assert "protocol machado" in outputs[0] and "sampled actions" in outputs[0]
+    assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+
+
+def test_evaluate_films_a_game(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    arguments = ["--evaluate", str(run.path), "--episodes", "1", "--video", str(path)]
+    output = run_here(*arguments, "--deterministic", "--seed", "5")
+    assert re.search(rf"^video of one game \(score \d+\): {path}$", output, re.MULTILINE)
+    assert "likeliest actions" in output and "seed 5" in output
+    video = cv2.VideoCapture(str(path))
+    frames = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    readable, image = video.read()
+    video.release()
+    assert readable and image.std() > 0 and frames > 50
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["out.mp4"]
+
+
+# What goes wrong while it runs.
+
+
+def short(folder: Path, *more: str) -> list[str]:
+    """A run of one game and 10 updates of 5 timesteps."""
+    arguments = ["--env", "Klax", "--frames", "200", "--workers", "0", "--envs-per-worker", "1"]
+    return [*arguments, "--n-steps", "5", *SMALL, "--logdir", str(folder), *more]
+
+
+def raising(error: BaseException) -> Callable:
+    def function(*_arguments: Any, **_options: Any) -> Any:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (WorkerError("worker 0 (pid 12) died"), ["worker 0", "pid 12"]),
+        (NonFiniteError("the gradient was not finite"), ["gradient"]),
+        # F20
+        (torch.OutOfMemoryError("CUDA out of memory"), ["out of memory", "envs", "n_steps"]),
+        (MemoryError(), ["memory", "envs", "n_steps"]),
+        # No argument is to blame for these.
+        (ValueError("Expected parameter logits"), ["Expected parameter logits"]),
+        (OSError(28, "No space left on device"), ["No space left on device"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_failure_while_running_is_1_and_leaves_the_checkpoint(
+    error: Exception,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    train, calls = A3C.train, iter(range(100))
+    monkeypatch.setattr(
+        A3C, "train", lambda model: train(model) if next(calls) < 5 else raising(error)()
+    )
+    code: Any
+    try:
+        code = main(short(tmp_path, "--checkpoint-every", "40"))
+    except SystemExit as exit_:
+        code = exit_.code
+    except Exception as unexpected:  # Python ends with a traceback and 1
+        assert unexpected is error and not isinstance(error, (MemoryError, RuntimeError))
+        code = 1
+    else:
+        last = capsys.readouterr().err.splitlines()[-1]
+        for word in words:
+            assert word in last, last
+    assert code == 1
+    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 20
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_f11_a_full_disk(
+    stop: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(
+        agents.runs, "save_checkpoint", raising(OSError(28, "No space left on device"))
+    )
+    flag = "--stop-on-save-error" if stop else "--no-stop-on-save-error"
+    try:
+        code: Any = main(short(tmp_path, "--checkpoint-every", "40", flag))
+    except SystemExit as exit_:
+        code = exit_.code
+    output = capsys.readouterr()
+    if stop:
+        assert code == 1
+        assert output.err.count("\n") == 1 and "No space left on device" in output.err
+        assert "None" not in output.err
+    else:
+        assert code in (0, 1) and "200 / 200 frames" in output.out
+        assert "No space left on device" in caplog.text
+
+
+def test_f8_an_interrupt_before_training_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is built, or the games of a resumed run are played again."""
+    monkeypatch.setattr(run_atari, "make_model", raising(KeyboardInterrupt()))
+    try:
+        code: Any = main(short(tmp_path))
+    except SystemExit as exit_:
+        code = exit_.code
+    except KeyboardInterrupt:
+        pytest.fail("a traceback")
+    assert code == 130
+
+
+def test_f8_a_second_interrupt_during_the_last_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(*_arguments: Any, **_options: Any) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(agents.runs, "save_checkpoint", impatient)
+    try:
+        code: Any = main(short(tmp_path))
+    except SystemExit as exit_:
+        code = exit_.code
+    except KeyboardInterrupt:
+        pytest.fail("a traceback")
+    assert code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Real processes.
+
+
+@pytest.fixture(scope="module")
+def workers_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("workers")
+    arguments = ["--env", "Pong", "--workers", "2", "--envs-per-worker", "2", "--n-steps", "10"]
+    arguments += ["--frames", "1616", "--log-every", "3", *SMALL, "--logdir", str(folder / "logs")]
+    return Run(folder / "logs" / "Pong-1", run_process(*arguments, cwd=folder))
+
+
+def test_a_run_with_workers(workers_run: Run) -> None:
+    output, path = workers_run
+    assert "playing    2 workers of 2 games, 10 timesteps per rollout\n" in output
+    assert f"curves     tensorboard --logdir {path.parent}\n" in output
+    assert "1,616 / 1,616 frames" in output and f"--resume {path}\n" in output
+    assert not CONTROL.search(output)
+    assert newest_checkpoint(path / "checkpoints").timesteps == 404
+    tags = workers_run.events.Tags()
+    unfinished = {"rollout/ep_rew_mean", "rollout/ep_len_mean"}
+    assert set(tags["scalars"]) >= TAGS - unfinished, TAGS - set(tags["scalars"])
+    assert set(tags["histograms"]) >= HISTOGRAMS
+    lags = [event.value for event in workers_run.events.Scalars("train/policy_lag")]
+    assert max(lags) > 0, "workers play ahead of the learner"
+    assert float(workers_run.rows[-1]["time/worker_restarts"]) == 0
+
+
+def test_f17_resume_without_the_workers(workers_run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "Pong-1"
+    shutil.copytree(workers_run.path, path)
+    output = run_here("--resume", str(path), "--workers", "0", "--frames", "1776")
+    assert "1,616 played" in output and "serial, 2 games" in output
+    assert newest_checkpoint(path / "checkpoints").timesteps == 444
+    run = Run(path, output)
+    assert int(run.rows[-1]["train/n_updates"]) == 11 + 2
+    steps = [int(row["time/total_timesteps"]) for row in run.rows]
+    assert steps == sorted(set(steps)) and steps[-1] == 444
+
+
+class Process:
+    """A run in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.popen = subprocess.Popen(
+            command(*arguments),
+            cwd=cwd,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.children: list[psutil.Process] = []
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        ready = wait_until(lambda: condition() or self.popen.poll() is not None, SECONDS)
+        assert ready and self.popen.poll() is None, self.popen.communicate()
+        self.children = psutil.Process(self.popen.pid).children(recursive=True)
+
+    def press_ctrl_c(self) -> None:
+        """The terminal sends the signal to the whole group."""
+        os.killpg(self.popen.pid, signal.SIGINT)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and stderr; nobody may be left."""
+        _, errors = self.popen.communicate(timeout=SECONDS)
+        assert wait_until(lambda: not any(map(is_alive, self.children)), 5.0)
+        return self.popen.returncode, errors
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    processes: list[Process] = []
+
+    def start_process(*arguments: str) -> Process:
+        processes.append(Process(*arguments, cwd=tmp_path))
+        return processes[-1]
+
+    yield start_process
+    for process in processes:
+        if process.popen.poll() is None:
+            process.popen.kill()
+            process.popen.communicate()
+
+
+ENDLESS = ["--env", "Pong", "--frames", "100_000_000", *SMALL, "--logdir", ".", "--log-every", "1"]
+
+
+def has_curves(path: Path) -> bool:
+    return path.is_file() and path.read_text().count("\n") >= 3
+
+
+@pytest.mark.parametrize(
+    ("workers", "number", "code"),
+    [("2", signal.SIGINT, 130), ("0", signal.SIGTERM, 143)],
+    ids=["F8 SIGINT, workers", "F9 SIGTERM, serial"],
+)
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    workers: str,
+    number: signal.Signals,
+    code: int,
+    start: Callable[..., Process],
+    tmp_path: Path,
+) -> None:
+    process = start(*ENDLESS, "--workers", workers, "--envs-per-worker", "2")
+    path = tmp_path / "Pong-1"
+    process.wait_for(lambda: has_curves(path / "progress.csv"))
+    assert list((path / "checkpoints").iterdir()) == []
+    assert len(process.children) >= int(workers)
+    if number == signal.SIGINT:
+        process.press_ctrl_c()
+    else:
+        process.popen.send_signal(number)
+    assert process.end() == (code, "")
+    checkpoint = newest_checkpoint(path / "checkpoints")
+    rows = Run(path, "").rows
+    assert checkpoint.timesteps == int(rows[-1]["time/total_timesteps"]) > 0
+    assert len(list((path / "checkpoints").iterdir())) == 3
+
+
+def test_f8_sigint_twice_leaves_at_once(
+    run: Run, start: Callable[..., Process], tmp_path: Path
+) -> None:
+    """The update it is in would take many minutes."""
+    before = {p: p.read_bytes() for p in (run.path / "checkpoints").iterdir()}
+    long = ["--frames", "100_000_000", "--n-steps", "200_000"]
+    process = start("--resume", str(run.path), *long)
+    assert process.popen.stdout is not None
+    for line in process.popen.stdout:
+        if line.startswith("curves"):
+            break
+    time.sleep(0.5)  # into the update
+    process.press_ctrl_c()
+    assert not wait_until(lambda: process.popen.poll() is not None, 0.5)
+    process.press_ctrl_c()
+    assert process.end() == (130, "")
+    assert {p: p.read_bytes() for p in (run.path / "checkpoints").iterdir()} == before
+
+
+def test_f24_head_takes_one_line_and_goes(tmp_path: Path) -> None:
+    """`python run_atari.py ... | head -1`"""
+    process = Process(*short(tmp_path, "--log-every", "1"), cwd=tmp_path)
+    out = process.popen.stdout
+    assert out is not None and out.readline().startswith("game")
+    out.close()
+    errors = process.popen.stderr
+    assert errors is not None and errors.read() == ""
+    errors.close()
+    assert process.popen.wait(SECONDS) == 0
+    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 50
+
+
+def test_f24_no_stdout_at_all(tmp_path: Path) -> None:
+    """`python run_atari.py ... >&-`, as some job systems start programs."""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command(*short(tmp_path))],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 50
