@@ -42,7 +42,10 @@ SCRIPT = Path(run_atari.__file__)
 SECONDS = 80
 """For a process, whatever hangs in it."""
 
-SMALL = "--device cpu --lstm-hidden-size 16 --num-slots 8 --num-heads 2 --num-least-used 1".split()
+SMALL = [
+    *("--device", "cpu", "--lstm-hidden-size", "16"),
+    *("--num-slots", "8", "--num-heads", "2", "--num-least-used", "1"),
+]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
@@ -344,6 +347,9 @@ TAGS = {
     *("neurocoder/attention_entropy", "neurocoder/max_attention", "neurocoder/effective_rank"),
     "neurocoder/orthogonality",
 }
+POINTS = {*range(200, 2001, 200)}
+"""Timesteps of the points on the curves: 5 updates of 10 x 4 timesteps."""
+
 HISTOGRAMS = {"neurocoder/slot_usage/actor", "neurocoder/slot_usage/critic"}
 
 
@@ -356,20 +362,27 @@ def test_tensorboard_tags(serial_run: Run) -> None:
         values = [event.value for event in events.Scalars(tag)]
         assert all(abs(value) < float("inf") for value in values), (tag, values)
     assert events.Histograms("neurocoder/slot_usage/actor")[-1].histogram_value.num == 8
-    steps = [event.step for event in events.Scalars("time/frames")]
-    assert steps == [*range(200, 2001, 200)], "5 updates of 10 x 4 timesteps; the end just once"
-    assert [event.value for event in events.Scalars("time/frames")] == [4 * s for s in steps]
+    frames = events.Scalars("time/frames")
+    assert {event.step for event in frames} == POINTS
+    assert all(event.value == 4 * event.step for event in frames)
     rates = [event.value for event in events.Scalars("train/learning_rate")]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.1 * rates[0] <= 1e-4
 
 
 def test_curves_in_the_table(serial_run: Run) -> None:
     rows = serial_run.rows
-    assert [int(row["time/total_timesteps"]) for row in rows] == [*range(200, 2001, 200)]
+    assert {int(row["time/total_timesteps"]) for row in rows} == POINTS
     assert {key for key in rows[0] if "/" in key} >= TAGS - {"rollout/ep_rew_mean"} - {
         "rollout/ep_len_mean"
     }
     assert float(rows[-1]["rollout/ep_rew_mean"]) >= 0
+
+
+def test_every_point_of_the_curves_is_there_once(serial_run: Run) -> None:
+    """The end of the run falls on a point that is due anyway."""
+    steps = [event.step for event in serial_run.events.Scalars("time/frames")]
+    assert steps == sorted(POINTS)
+    assert [int(row["time/total_timesteps"]) for row in serial_run.rows] == steps
 
 
 def test_the_note_for_games_without_hope(tmp_path: Path) -> None:
@@ -390,7 +403,7 @@ def test_resume_goes_on_to_the_new_total(run: Run) -> None:
     assert [int(row["time/total_timesteps"]) for row in after[len(before) :]] == [2200, 2240]
     assert int(after[-1]["train/n_updates"]) == 56
     steps = [event.step for event in run.events.Scalars("train/learning_rate")]
-    assert steps == [*range(200, 2201, 200), 2240]
+    assert steps == sorted(steps) and set(steps) == POINTS | {2200, 2240}
     assert run.config["frames"] == 8960 and run.config["seed"] == 3
 
 
@@ -402,14 +415,13 @@ def test_resume_from_an_earlier_checkpoint_replaces_what_came_after(run: Run) ->
     before = run.rows
     output = run_here("--resume", str(run.path))
     assert "8,000 frames, 7,200 played" in output
-    same = ["train/policy_loss", "train/grad_norm", "rollout/ep_rew_mean", "train/learning_rate"]
     again = run.rows
     assert [row["time/frames"] for row in again] == [row["time/frames"] for row in before]
-    assert [[row[key] for key in same] for row in again] == [
-        [row[key] for key in same] for row in before
-    ], "a serial run plays the same again"
+    clocks = {"time/fps", "time/time_elapsed", "time/iterations"}
+    for key in before[-1].keys() - clocks:
+        assert again[-1][key] == before[-1][key], (key, "a serial run plays the same again")
     steps = [event.step for event in run.events.Scalars("train/learning_rate")]
-    assert steps == [*range(200, 2001, 200)]
+    assert steps == sorted(steps) and set(steps) == POINTS
 
 
 @pytest.mark.parametrize("envs", ["2", "8"])
@@ -488,7 +500,7 @@ def test_evaluate_films_a_game(run: Run, tmp_path: Path) -> None:
     frames = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     readable, image = video.read()
     video.release()
-    assert readable and image.std() > 0 and frames > 50
+    assert readable and image.std() > 0 and frames > 20
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["out.mp4"]
 
 
@@ -549,6 +561,11 @@ def test_a_failure_while_running_is_1_and_leaves_the_checkpoint(
     assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 20
 
 
+def test_a_run_can_be_resumed_in_the_process_that_made_it(tmp_path: Path) -> None:
+    run_here(*short(tmp_path))
+    assert "400 frames played" in run_here("--resume", str(tmp_path / "Klax-1"), "--frames", "400")
+
+
 @pytest.mark.parametrize("stop", [False, True])
 def test_f11_a_full_disk(
     stop: bool,
@@ -589,6 +606,20 @@ def test_f8_an_interrupt_before_training_shows_no_traceback(
     assert code == 130
 
 
+def test_f8_an_interrupt_as_training_begins_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = A3C._setup_learn
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return setup(*arguments, **options)
+
+    monkeypatch.setattr(A3C, "_setup_learn", interrupted)
+    assert main(short(tmp_path)) == 130
+    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps <= 5
+
+
 def test_f8_a_second_interrupt_during_the_last_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -620,7 +651,7 @@ def workers_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_a_run_with_workers(workers_run: Run) -> None:
-    output, path = workers_run
+    path, output = workers_run
     assert "playing    2 workers of 2 games, 10 timesteps per rollout\n" in output
     assert f"curves     tensorboard --logdir {path.parent}\n" in output
     assert "1,616 / 1,616 frames" in output and f"--resume {path}\n" in output
@@ -738,15 +769,15 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
 def test_f8_sigint_twice_leaves_at_once(
     run: Run, start: Callable[..., Process], tmp_path: Path
 ) -> None:
-    """The update it is in would take many minutes."""
+    """The update it is in takes much longer than the test."""
     before = {p: p.read_bytes() for p in (run.path / "checkpoints").iterdir()}
-    long = ["--frames", "100_000_000", "--n-steps", "200_000"]
+    long = ["--frames", "100_000_000", "--n-steps", "20_000", "--envs-per-worker", "1"]
     process = start("--resume", str(run.path), *long)
     assert process.popen.stdout is not None
     for line in process.popen.stdout:
         if line.startswith("curves"):
             break
-    time.sleep(0.5)  # into the update
+    time.sleep(1.5)  # into the update
     process.press_ctrl_c()
     assert not wait_until(lambda: process.popen.poll() is not None, 0.5)
     process.press_ctrl_c()
