@@ -102,14 +102,17 @@ class RunConfig:
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     # The algorithm.
     n_steps: int = setting(20, "timesteps per rollout", low=1)
-    learning_rate: float = setting(7e-4, "learning rate at the start", low=0)
+    batch_size: int | None = setting(
+        80, "timesteps per update; fewer make more updates of the same games", low=1
+    )
+    learning_rate: float = setting(1e-3, "learning rate at the start", low=0)
     anneal: bool = setting(True, "whether the learning rate falls linearly to 0")
     gamma: float = setting(0.99, "discount", low=0, high=1)
-    gae_lambda: float = setting(1.0, "1 for n-step returns", low=0, high=1)
+    gae_lambda: float = setting(0.95, "1 for n-step returns", low=0, high=1)
     ent_coef: float = setting(0.01, "weight of the entropy", low=0)
     vf_coef: float = setting(0.5, "weight of the value loss", low=0)
     max_grad_norm: float = setting(40.0, "limit on the gradient's norm", low=0)
-    rms_prop_eps: float = setting(0.1, "RMSProp's epsilon, inside the root", low=0)
+    rms_prop_eps: float = setting(1e-3, "RMSProp's epsilon, inside the root", low=0)
     orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
     correction: str = setting(
         "vtrace", "for rollouts played by older weights", choices=("vtrace", "none")
@@ -157,7 +160,16 @@ NETWORK_FIELDS = (
 """What a resumed run cannot change: the weights would not fit, or mean something else."""
 
 SAME_IN_A3C = (
-    *("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "rms_prop_eps"),
+    *(
+        "n_steps",
+        "batch_size",
+        "gamma",
+        "gae_lambda",
+        "ent_coef",
+        "vf_coef",
+        "max_grad_norm",
+        "rms_prop_eps",
+    ),
     *("orth_coef", "correction"),
 )
 """Fields that are arguments of `A3C` under the same name."""

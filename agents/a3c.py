@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
+import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -17,6 +19,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.buffers import Rollout, RolloutBatch, RolloutShape, RolloutSlots, first_rows, split_envs
@@ -151,13 +154,9 @@ class A3C(OnPolicyAlgorithm):
         self.env_factory: EnvFactory | None = None
         played: GymEnv | None
         if is_factory(env):
-            self.env_factory = as_factory(env)  # type: ignore[arg-type]
             self.n_workers = default_workers(n_envs) if n_workers is None else n_workers
-            _check_workers(self.n_workers, n_envs)
-            if self.n_workers:
-                played = RemoteEnvs.like(self.env_factory, n_envs)
-            else:
-                played = RecordedEnv(build(self.env_factory, n_envs, self.games_seed))
+            self.env_factory = as_factory(env)  # type: ignore[arg-type]
+            played = self._played_by(self.env_factory, n_envs)
         elif n_workers:
             raise ValueError(
                 f"n_workers={n_workers} needs an env that workers can build: a Gymnasium id or a "
@@ -228,7 +227,60 @@ class A3C(OnPolicyAlgorithm):
         self._skipped_updates = 0
         self._skipped_in_a_row = 0
 
+    def _played_by(self, factory: EnvFactory, n_envs: int) -> VecEnv:
+        """What SB3 takes for the environment of a model whose environments a factory builds."""
+        _check_workers(self.n_workers, n_envs)
+        if self.n_workers:
+            return RemoteEnvs.like(factory, n_envs)
+        return RecordedEnv(build(factory, n_envs, self.games_seed))
+
+    def set_env(self, env: GymEnv | str | EnvFactory, force_reset: bool = True) -> None:
+        """As in SB3; also takes an id or a factory, which is played as before, by workers or not.
+
+        An environment object is played in this process from now on.
+        """
+        if is_factory(env):
+            self.env_factory = as_factory(env)  # type: ignore[arg-type]
+            env = self._played_by(self.env_factory, self.n_envs)
+        else:
+            self.env_factory, self.n_workers = None, 0
+        super().set_env(env, force_reset)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfA3C],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | str | EnvFactory | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfA3C:
+        """As in SB3; `env` may also be an id or a factory, as in the constructor."""
+        from_factory = is_factory(env)
+        if env is not None and not from_factory:
+            kwargs.setdefault("n_workers", 0)
+        model = super().load(
+            path,
+            None if from_factory else env,  # type: ignore[arg-type]
+            device,
+            custom_objects,
+            print_system_info,
+            force_reset,
+            **kwargs,
+        )
+        if from_factory:
+            assert env is not None
+            model.set_env(env, force_reset)
+        return model
+
     def _check_arguments(self) -> None:
+        if type(self.n_steps) is not int:
+            raise ValueError(f"n_steps must be an integer, got {self.n_steps!r}")
+        clip = self.reward_clip
+        if clip is not None and not (isinstance(clip, (int, float)) and 0 < clip < math.inf):
+            raise ValueError(f"reward_clip must be a positive number, None or 'env', got {clip!r}")
         for name, low, high in (
             ("n_steps", 1, math.inf),
             ("gamma", 0, 1),
@@ -531,7 +583,7 @@ class _WorkersPlayer:
             [{} for _ in range(model.n_envs)] for _ in range(model.n_steps)
         ]
         for place, delivery in enumerate(deliveries):
-            for row, i, info in delivery.played.infos:
+            for row, i, info in delivery.infos:
                 infos[row][place * width + i] = info
         for row in range(n_steps):
             if not model._after_step(callback, Outcome(row, rewards[row], dones[row], infos[row])):

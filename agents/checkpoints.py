@@ -133,10 +133,15 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
         else:
             model.policy.load_state_dict(parameters["policy"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot load {path}: {reason}") from error
+        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
     except Exception as error:  # torch reports a forbidden pickle with several exception types
-        raise CheckpointError(f"refused {path}: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"refused {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, without torch's advice to switch its safeguards off."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _tensors(archive: zipfile.ZipFile, member: str) -> Any:
@@ -163,8 +168,7 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot load {checkpoint.state}: {reason}") from error
+        raise CheckpointError(f"cannot load {checkpoint.state}: {_first_line(error)}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

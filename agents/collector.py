@@ -60,6 +60,7 @@ class Collector:
         self.env_seconds = 0.0
         rollout.lstm_h.copy_(self.lstm_state[0])
         rollout.lstm_c.copy_(self.lstm_state[1])
+        _check_finite("observation", self.obs, 0)
         for t in range(n_steps):
             rollout.obs[t] = torch.from_numpy(self.obs)
             rollout.episode_start[t] = torch.from_numpy(self.episode_start)
@@ -83,13 +84,16 @@ class Collector:
         started = time.monotonic()
         obs, rewards, dones, infos = self.env.step(self._for_env(step.actions))
         self.env_seconds += time.monotonic() - started
-        self._check_finite(obs, rewards, t)
-        rollout.rewards[t] = torch.from_numpy(np.asarray(rewards, dtype=np.float32))
+        rewards = np.asarray(rewards, dtype=np.float32)
+        _check_finite("reward", rewards, t)
+        _check_finite("observation", obs, t)
+        rollout.rewards[t] = torch.from_numpy(rewards)
         rollout.dones[t] = torch.from_numpy(dones)
         rollout.truncation_value[t] = 0.0
         for i in np.flatnonzero(dones).tolist():
             if infos[i].get("TimeLimit.truncated") and "terminal_observation" in infos[i]:
                 terminal = infos[i]["terminal_observation"]
+                _check_finite("observation", terminal, t, first_env=i)
                 rollout.truncation_value[t, i] = self._value_after(terminal, i)
         self.obs, self.episode_start = obs, dones
         return Outcome(t, rewards, dones, infos)
@@ -109,14 +113,17 @@ class Collector:
             return np.clip(array, self.env.action_space.low, self.env.action_space.high)
         return array
 
-    def _check_finite(self, obs: Any, rewards: np.ndarray, t: int) -> None:
-        # Images are integers and cannot be anything but finite.
-        per_env = obs.reshape(len(obs), -1) if obs.dtype.kind == "f" else np.zeros((len(obs), 1))
-        for name, values in (("reward", np.reshape(rewards, (-1, 1))), ("observation", per_env)):
-            bad = ~np.isfinite(values).all(axis=1)
-            if bad.any():
-                i = int(bad.argmax())
-                value = values[i][~np.isfinite(values[i])][0]
-                raise ValueError(
-                    f"environment {i} returned {name} {value} at step {t} of a rollout"
-                )
+
+def _check_finite(name: str, values: Any, t: int, *, first_env: int | None = None) -> None:
+    """Raise ValueError for the first environment with a NaN or infinity in `values`.
+
+    `values` has one row per environment, or belongs to environment `first_env` alone.
+    """
+    if values.dtype.kind != "f" or np.isfinite(values).all():
+        return  # images are integers and cannot be anything but finite
+    rows = values.reshape(1 if first_env is not None else len(values), -1)
+    i = int((~np.isfinite(rows)).any(axis=1).argmax())
+    value = rows[i][~np.isfinite(rows[i])][0]
+    raise ValueError(
+        f"environment {i + (first_env or 0)} returned {name} {value} at step {t} of a rollout"
+    )

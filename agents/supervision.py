@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,10 +31,12 @@ from agents.worker import (
     THREAD_VARIABLES,
     EnvFailed,
     Failed,
+    Info,
     Message,
     Played,
     PolicySpec,
     Ready,
+    Reported,
     WorkerSpec,
     worker_main,
 )
@@ -60,6 +63,7 @@ class Delivery(NamedTuple):
     rollout: Rollout
     """View of its slot; valid until `release`."""
     played: Played
+    infos: list[Info]
     worker: int
 
 
@@ -85,10 +89,15 @@ class _Worker:
     process: SpawnProcess | None = None
     connection: Connection | None = None
     ready: bool = False
+    """It has built its environments at least once."""
+    building: bool = True
+    """It is building them now, for the first time or again."""
     slots: deque[int] = field(default_factory=deque)
     """Slots it holds, the one it plays first."""
     failures: int = 0
     """In a row, without a rollout between them."""
+    infos: list[Info] = field(default_factory=list)
+    """Reported for the rollout that it announces next."""
     incarnation: int = 0
     restart_at: float | None = None
     last_sign: float = 0.0
@@ -131,6 +140,7 @@ class WorkerPool:
         self._workers = [_Worker(index) for index in range(n_workers)]
         self._context = multiprocessing.get_context("spawn")
         self._last_look = time.monotonic()
+        self._starting = True
 
     def __enter__(self) -> WorkerPool:
         try:
@@ -156,16 +166,21 @@ class WorkerPool:
         Returns:
             None if `give_up()` became true meanwhile.
         """
-        while len(self._played) < count:
+        # At the start everybody is waited for: else the first worker would play all rollouts.
+        while len(self._played) < count or (self._starting and not self._all_ready()):
             if give_up():
                 return None
             self._look(POLL_SECONDS)
+        self._starting = False
         return [self._played.popleft() for _ in range(count)]
 
     def release(self, deliveries: list[Delivery]) -> None:
         """Free the slots of rollouts the learner has copied, and hand them out again."""
         self._free.extend(delivery.played.slot for delivery in deliveries)
         self._look(0.0)
+
+    def _all_ready(self) -> bool:
+        return all(worker.ready for worker in self._workers)
 
     def close(self) -> None:
         """End every worker: asked first, then killed. Never raises, never leaves one behind."""
@@ -205,17 +220,22 @@ class WorkerPool:
     def _handle(self, worker: _Worker, message: Message) -> None:
         worker.last_sign = time.monotonic()
         if isinstance(message, Ready):
-            worker.ready = True
+            worker.ready, worker.building = True, False
+        elif isinstance(message, Reported):
+            worker.infos.extend(message.infos)
         elif isinstance(message, Played):
             assert worker.slots[0] == message.slot, "a slot is in exactly one place"
             worker.slots.popleft()
             worker.failures = 0
-            self._played.append(Delivery(self._slots[message.slot], message, worker.index))
+            rollout = self._slots[message.slot]
+            self._played.append(Delivery(rollout, message, worker.infos, worker.index))
+            worker.infos = []
         elif isinstance(message, EnvFailed):
             self.env_restarts += 1
             worker.failures += 1
+            worker.building = True
             logger.warning(
-                "worker %d (pid %s): its environments failed and were built anew: %s",
+                "worker %d (pid %s): its environments failed and are built anew: %s",
                 worker.index,
                 worker.process.pid if worker.process else None,
                 message.reason.strip().splitlines()[-1],
@@ -238,11 +258,12 @@ class WorkerPool:
             if worker.process is None:
                 continue
             beat = int(self._heartbeats[worker.index].item())
-            if beat != worker.last_beat or (worker.ready and not worker.slots):
+            if beat != worker.last_beat or (not worker.building and not worker.slots):
                 worker.last_beat, worker.last_sign = beat, now
             elif grace > 5 * POLL_SECONDS:
                 worker.last_sign += grace
-            limit = self.limits.heartbeat_timeout if worker.ready else self.limits.startup_timeout
+            limits = self.limits
+            limit = limits.startup_timeout if worker.building else limits.heartbeat_timeout
             if now - worker.last_sign > limit:
                 self._replace(worker, f"gave no sign of life for {limit:g} s")
 
@@ -280,9 +301,9 @@ class WorkerPool:
         if worker.connection is not None:
             worker.connection.close()
             worker.connection = None
-        worker.ready = False
         self._free.extend(worker.slots)
         worker.slots.clear()
+        worker.infos = []
 
     def _start(self, worker: _Worker) -> None:
         parent_end, child_end = self._context.Pipe()
@@ -305,11 +326,12 @@ class WorkerPool:
             name=f"ncrl-worker-{worker.index}",
             daemon=True,
         )
-        with _one_thread_for_children():
+        with _one_thread_for_children(), _no_interrupts():
             process.start()
         child_end.close()
         worker.process, worker.connection = process, parent_end
-        worker.ready, worker.restart_at, worker.traceback = False, None, ""
+        worker.ready, worker.building = False, True
+        worker.restart_at, worker.traceback = None, ""
         worker.incarnation += 1
         worker.last_sign = time.monotonic()
 
@@ -340,6 +362,19 @@ def check_shared_memory(needed: int) -> None:
             f"{free / 1e6:.0f} MB free; lower n_envs or n_steps, or give the container a larger "
             "one (docker run --shm-size)"
         )
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes started inside begin with SIGINT blocked: they ignore it once they are set up."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

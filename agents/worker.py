@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +33,13 @@ THREAD_VARIABLES = (
     "OPENCV_FOR_THREADS_NUM",
 )
 """Set to 1 before a worker imports torch: cores are shared out by processes, not threads."""
+
+
+MESSAGE_BYTES = 8_000
+"""Size up to which infos are put into one message; a pipe takes twice that in one write."""
+
+ESSENTIAL_INFO = ("episode", "is_success", "TimeLimit.truncated")
+"""Entries of an info that SB3's bookkeeping and callbacks read."""
 
 
 class PolicySpec(NamedTuple):
@@ -75,14 +85,22 @@ class Ready(NamedTuple):
     """The worker's environments are built."""
 
 
+Info = tuple[int, int, dict[str, Any]]
+"""(row, environment, info) where an environment reported something."""
+
+
+class Reported(NamedTuple):
+    """What environments reported in the rollout that is announced next."""
+
+    infos: list[Info]
+
+
 class Played(NamedTuple):
     """A slot is full."""
 
     slot: int
     version: int
     """Version of the weights that chose every action in it."""
-    infos: list[tuple[int, int, dict[str, Any]]]
-    """(row, environment, info) wherever an environment reported something."""
     env_seconds: float
     """Time spent inside the environments."""
     seconds: float
@@ -90,7 +108,7 @@ class Played(NamedTuple):
 
 
 class EnvFailed(NamedTuple):
-    """The environments raised, were built anew, and the unfinished rollout was thrown away."""
+    """The environments raised; the unfinished rollout is thrown away, they are being built anew."""
 
     reason: str
 
@@ -101,12 +119,15 @@ class Failed(NamedTuple):
     traceback: str
 
 
-Message = Ready | Played | EnvFailed | Failed
+Message = Ready | Reported | Played | EnvFailed | Failed
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     """Entry point of the process. Receives slot numbers, answers with `Message`s, ends on None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; the parent decides
+    # Ctrl-C reaches everybody, but the parent decides. It was blocked while this process started.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent(spec.parent_pid)
     try:
@@ -114,7 +135,7 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     except Exception:
-        connection.send(Failed(traceback.format_exc()))
+        connection.send(Failed(_traceback()))
         sys.exit(1)
 
 
@@ -131,16 +152,20 @@ def _work(connection: Connection, spec: WorkerSpec) -> None:
     while (slot := connection.recv()) is not None:
         while True:
             version = spec.weights.read_into(policy)
+            infos: list[Info] = []
             try:
-                connection.send(_play(collector, spec, slot, version))
-                break
-            except (EOFError, BrokenPipeError, ConnectionResetError):
-                raise
+                played = _play(collector, spec, slot, version, infos)
             except Exception:
-                reason = traceback.format_exc()
-            collector.env.close()
-            collector = _start_games(factory, spec, seeds, policy)
-            connection.send(EnvFailed(reason))
+                connection.send(EnvFailed(_traceback()))
+                with contextlib.suppress(Exception):  # it may be broken in any way
+                    collector.env.close()
+                collector = _start_games(factory, spec, seeds, policy)
+                connection.send(Ready())
+                continue
+            for part in _in_small_parts(infos):
+                connection.send(Reported(part))
+            connection.send(played)
+            break
 
 
 def _start_games(
@@ -150,8 +175,10 @@ def _start_games(
     return Collector(env, policy, env.reset())
 
 
-def _play(collector: Collector, spec: WorkerSpec, slot: int, version: int) -> Played:
-    infos: list[tuple[int, int, dict[str, Any]]] = []
+def _play(
+    collector: Collector, spec: WorkerSpec, slot: int, version: int, infos: list[Info]
+) -> Played:
+    """Play one rollout into a slot, adding what environments report to `infos`."""
 
     def after_step(outcome: Outcome) -> bool:
         spec.heartbeats[spec.index] += 1
@@ -163,7 +190,34 @@ def _play(collector: Collector, spec: WorkerSpec, slot: int, version: int) -> Pl
 
     started = time.monotonic()
     collector.collect(spec.slots[slot], spec.n_steps, after_step)
-    return Played(slot, version, infos, collector.env_seconds, time.monotonic() - started)
+    return Played(slot, version, collector.env_seconds, time.monotonic() - started)
+
+
+def _traceback() -> str:
+    """Of the exception being handled; the end of it, if it is long."""
+    return traceback.format_exc()[-MESSAGE_BYTES:]
+
+
+def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
+    """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe.
+
+    A worker that is stopped between two writes of one message would leave its parent waiting for
+    the rest. Of an info that is larger by itself only what SB3 needs is kept.
+    """
+    part: list[Info] = []
+    size = 0
+    for row, i, info in infos:
+        length = len(ForkingPickler.dumps(info))
+        if length > MESSAGE_BYTES:
+            info = {key: info[key] for key in ESSENTIAL_INFO if key in info}
+            length = len(ForkingPickler.dumps(info))
+        if part and size + length > MESSAGE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append((row, i, info))
+        size += length
+    if part:
+        yield part
 
 
 def _env_seed(seeds: np.random.SeedSequence) -> int:

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sb3_contrib import RecurrentPPO
@@ -77,7 +78,7 @@ def main() -> None:
             policy_kwargs={"head": head, "head_kwargs": options, "encoder": arguments.encoder},
         )
 
-    def recurrent_ppo(**settings: int) -> RecurrentPPO:
+    def recurrent_ppo(**settings: Any) -> RecurrentPPO:
         return RecurrentPPO(
             "CnnLstmPolicy",
             factory(n_envs, 0),

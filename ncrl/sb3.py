@@ -75,7 +75,9 @@ class _ChosenHeads(ActorCriticPolicy):
 
     def _make_head(self, linear: nn.Module) -> nn.Module:
         assert isinstance(linear, nn.Linear)  # SB3's output layer for every supported space
-        return make_layer(self.head, linear.in_features, linear.out_features, **self.head_kwargs)
+        # SB3 sizes some output layers with numpy integers.
+        sizes = int(linear.in_features), int(linear.out_features)
+        return make_layer(self.head, *sizes, **self.head_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | {

@@ -249,7 +249,6 @@ def test_load_with_an_environment_object(tmp_path: Path) -> None:
     assert loaded.learn(15).num_timesteps == 15
 
 
-@pytest.mark.xfail(strict=True, reason="SB3's load takes environment objects only")
 def test_load_with_a_factory_or_an_id(tmp_path: Path) -> None:
     make_model("CartPole-v1").learn(20).save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", env="CartPole-v1", device="cpu")
@@ -320,7 +319,6 @@ def test_wrong_values_are_named(wrong: dict, message: str) -> None:
     [{"reward_clip": "sign"}, {"reward_clip": -1.0}, {"reward_clip": math.nan}, {"n_steps": 2.5}],
     ids=str,
 )
-@pytest.mark.xfail(strict=True, reason="not checked")
 def test_these_are_refused_at_construction_too(wrong: dict) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=rf"{name}.*{value}"):
@@ -438,7 +436,6 @@ def test_workers_leave_callbacks_evaluation_and_files_alone(tmp_path: Path) -> N
     loaded.predict(np.zeros((2, 2), np.float32))
 
 
-@pytest.mark.xfail(strict=True, reason="load keeps n_workers, but no factory")
 def test_a_model_of_workers_is_trained_on_in_this_process(tmp_path: Path) -> None:
     make_model(TickingFactory(), n_workers=1, n_envs=2).save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", env=TickingFactory()(2, 0), device="cpu")

@@ -169,7 +169,6 @@ def test_what_is_not_finite_is_refused_by_name(name: str, value: float) -> None:
         collect(env, make_policy(MlpLstmPolicy, env), [5])
 
 
-@pytest.mark.xfail(strict=True, reason="only what step returns is checked")
 def test_the_first_observation_must_be_finite_too() -> None:
     """F18: it would stay in the LSTM for a whole episode."""
     env = make_env()
@@ -178,7 +177,6 @@ def test_the_first_observation_must_be_finite_too() -> None:
         collect(env, make_policy(MlpLstmPolicy, env), [5])
 
 
-@pytest.mark.xfail(strict=True, reason="terminal observations are not checked")
 def test_an_observation_behind_a_time_limit_must_be_finite_too() -> None:
     """F18: its value goes into the return."""
     env = make_env()
@@ -188,7 +186,6 @@ def test_an_observation_behind_a_time_limit_must_be_finite_too() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-@pytest.mark.xfail(strict=True, reason="checked before the cast to float32")
 def test_a_reward_must_be_finite_as_it_is_stored() -> None:
     """F18: rollouts hold float32."""
     env = make_env()

@@ -174,7 +174,6 @@ def test_f2_a_worker_killed_inside_a_message() -> None:
     ends.assert_nothing_was_counted_twice()
 
 
-@pytest.mark.xfail(raises=HungError, strict=True, reason="recv() of half a message has no time-out")
 def test_f6_a_worker_stopped_inside_a_message() -> None:
     def stop(model: A3C) -> None:
         stopped_while_sending(model).suspend()
@@ -274,9 +273,6 @@ def test_f6_a_hanging_environment_is_replaced(
     ends.assert_nothing_was_counted_twice()
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="rebuilding counts as silence, not as building"
-)
 def test_f6_rebuilding_may_take_as_long_as_building(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -416,9 +412,6 @@ def test_f8_an_interrupt_of_the_group_shows_no_workers_traceback(tmp_path: Path)
     assert psutil.wait_procs(children, timeout=5)[1] == []
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="SIGINT is ignored only after the imports"
-)
 def test_f8_an_interrupt_while_workers_start_shows_no_traceback_either(tmp_path: Path) -> None:
     """The parent asks itself to stop; its workers are still importing torch."""
     process = run_script(
