@@ -110,6 +110,7 @@ class SaveAt(BaseCallback):
         self.saved: dict[str, Any] = {}
 
     def _on_rollout_start(self) -> None:
+        assert isinstance(self.model, A3C)
         if self.num_timesteps == self.timesteps:
             save_checkpoint(self.model, self.folder)
             self.saved = everything(self.model)
@@ -231,7 +232,8 @@ def test_f17_counters_survive_another_number_of_environments(n_envs: int, tmp_pa
 
 def test_games_that_do_not_replay_are_reported(tmp_path: Path) -> None:
     """The environment became another one since the checkpoint was written."""
-    plain = {"policy": "MlpLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 8}}
+    plain: dict[str, Any] = {"policy": "MlpLstmPolicy"}
+    plain["policy_kwargs"] = {"lstm_hidden_size": 8}
     model = make_model(TickingFactory(length=5), **plain)
     model.learn(20)
     checkpoint = save_checkpoint(model, tmp_path)
@@ -259,7 +261,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Callable[[Path], Any]] = {
     "truncated": truncate,
     "empty": lambda path: path.write_bytes(b""),
     "bit flipped": lambda path: flip(path, path.stat().st_size // 2),

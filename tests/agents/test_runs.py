@@ -327,7 +327,7 @@ def test_the_best_model_is_kept_and_a3c_loads_it(tmp_path: Path) -> None:
     model.save(tmp_path / "now.zip")
     loaded = A3C.load(run.path / "best_model.zip", device="cpu")
     assert isinstance(loaded, A3C) and loaded.num_timesteps <= model.num_timesteps
-    obs = masked_cartpole()(3, 0).reset()
+    obs: Any = masked_cartpole()(3, 0).reset()
     actions, state = loaded.predict(obs)
     assert actions.shape == (3,) and state is not None
     assert list(loaded.policy.state_dict()) == list(model.policy.state_dict())
