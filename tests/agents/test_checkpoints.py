@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -484,6 +485,22 @@ def test_f15_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(CheckpointError, match=str(1 << 20)):
         resume(make_model(), newest_checkpoint(tmp_path))
     assert "policy.pth" not in unpacked
+
+
+def test_f15_a_bomb_costs_little_memory(tmp_path: Path) -> None:
+    """The model's own size bounds what its checkpoint may unpack to."""
+    save_steps(tmp_path, [20])
+    checkpoint = newest_checkpoint(tmp_path)
+    rewrite(checkpoint, {"policy.pth": bytes(100 << 20)})
+    assert checkpoint.path.stat().st_size < 1 << 20
+    model = make_model()
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            load_weights(model, checkpoint.path)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + bytes(18), b"no zip at all"])
