@@ -10,29 +10,47 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import logging
 import math
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:  # everything heavy is imported after the arguments have been checked
-    import numpy as np
-    from stable_baselines3.common.distributions import Distribution
+import numpy as np
+import torch
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
 
-    from agents import A3C
-    from agents.runs import RunDirectory
-    from envs import AtariFactory
+from agents import A3C, Limits, NonFiniteError, WorkerError
+from agents.a3c import default_workers
+from agents.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    load_weights,
+    newest_checkpoint,
+    resume,
+)
+from agents.progress import Progress, Screen
+from agents.runs import RunDirectory, SaveCheckpoints, read_config
+from agents.video import GameVideo, Moment, check_path, view_heads
+from envs import AtariFactory, AtariPlayer, atari
+from ncrl import NeurocoderConfig
+from ncrl.settings import add_flags, configure, make_parser, parse, setting, usage_error
 
+PROGRAM = "run_atari.py"
 FRAMES_PER_TIMESTEP = 4
 DEFAULT_ENVS = 16
 """Games of all workers together, as in A3C."""
+
+GAMES_PER_UPDATE = 4
+"""Small updates learn faster from the same games than one update from all of them (RESULTS.md)."""
 
 EVALUATION_ENVS = 8
 """Games that are evaluated side by side."""
@@ -40,7 +58,7 @@ EVALUATION_ENVS = 8
 FILM_FPS = 15
 """Timesteps per second of video: the speed at which the game was made to be played."""
 
-EXIT_FAILED, EXIT_USAGE, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 130, 143
+EXIT_FAILED, EXIT_SIGINT, EXIT_SIGTERM = 1, 130, 143
 
 HARD_GAMES = {
     "montezuma_revenge": "0 to 14 points after 200 million frames",
@@ -50,15 +68,6 @@ HARD_GAMES = {
     "frostbite": "about 300 points after 200 million frames",
 }
 """What plain actor-critics without an exploration bonus are known to reach."""
-
-
-def setting(
-    default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: Any = ()
-) -> Any:
-    """A configuration field with its documentation and what it may hold."""
-    return field(
-        default=default, metadata={"help": text, "low": low, "high": high, "choices": choices}
-    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class RunConfig:
     # The algorithm.
     n_steps: int = setting(20, "timesteps per rollout", low=1)
     batch_size: int | None = setting(
-        80, "timesteps per update; fewer make more updates of the same games", low=1
+        None, "timesteps per update; whole rollouts of 4 games if not given", low=1
     )
     learning_rate: float = setting(1e-3, "learning rate at the start", low=0)
     anneal: bool = setting(True, "whether the learning rate falls linearly to 0")
@@ -127,30 +136,6 @@ class RunConfig:
         60.0, "seconds after which a silent worker is replaced", low=0.1
     )
     max_restarts: int = setting(5, "deaths in a row that a worker is replaced after", low=0)
-
-    def check(self) -> None:
-        """Raise ValueError, in one line with the nearest valid choice, for an impossible value."""
-        for entry in fields(self):
-            value, rules = getattr(self, entry.name), entry.metadata
-            if value is None:
-                continue
-            if rules["choices"] and value not in rules["choices"]:
-                near = difflib.get_close_matches(str(value), rules["choices"], n=1, cutoff=0)[0]
-                raise ValueError(
-                    f"{entry.name} must be one of {', '.join(rules['choices'])}, got {value!r}; "
-                    f"nearest: {near}"
-                )
-            if isinstance(value, (int, float)) and not rules["low"] <= value <= rules["high"]:
-                raise ValueError(
-                    f"{entry.name} must lie in {rules['low']:g} .. {rules['high']:g}, got {value}"
-                )
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{entry.name} must be a finite number, got {value}")
-        if self.num_least_used >= self.num_slots:
-            raise ValueError(
-                f"num_least_used must be less than num_slots, got "
-                f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"
-            )
 
 
 NETWORK_FIELDS = (
@@ -181,40 +166,30 @@ MODES = ("config", "resume", "evaluate", "episodes", "video", "deterministic")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    parser = build_parser()
-    flags = vars(parse(parser, sys.argv[1:] if arguments is None else arguments))
+    flags = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
     modes = {name: flags.pop(name, None) for name in MODES}
+    screen = Screen(sys.stdout)
+    signals = StopSignals()
     try:
-        if modes["evaluate"] is not None:
-            return evaluate(Path(modes["evaluate"]), flags, modes)
-        return train(flags, modes)
+        with signals:
+            if modes["evaluate"] is not None:
+                return evaluate(Path(modes["evaluate"]), flags, modes, screen)
+            with prepare(flags, modes) as job:
+                return learn(job, screen, signals)
+    except KeyboardInterrupt:
+        screen.line("left at once; the last checkpoint is the one before")
+        return signals.exit_code or EXIT_SIGINT
     except ValueError as error:
-        usage_error(str(error))
-    except OSError as error:
-        usage_error(f"{error.strerror}: {error.filename}")
-
-
-# From the command line to a configuration.
+        usage_error(PROGRAM, str(error))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One flag per field of `RunConfig`; fields that are not given stay absent."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        epilog="Everything can also be given as 'name: value' lines of a YAML file (--config).",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        exit_on_error=False,
+    """One flag per field of `RunConfig`, and those that choose what to do."""
+    parser = make_parser(
+        (__doc__ or "").splitlines()[0],
+        "Everything can also be given as 'name: value' lines of a YAML file (--config).",
     )
-    for entry in fields(RunConfig):
-        default = "chosen from the machine" if entry.default is None else entry.default
-        text = f"{entry.metadata['help']} (default: {default})".replace("%", "%%")
-        names = _flag_names(entry.name)
-        if entry.type == "bool":
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
-            continue
-        convert = float if entry.type == "float" else int if "int" in str(entry.type) else str
-        parser.add_argument(*names, type=convert, metavar=convert.__name__.upper(), help=text)
+    add_flags(parser, RunConfig)
     parser.add_argument("--config", help="YAML file of settings; flags win over it")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run exactly")
     parser.add_argument("--evaluate", metavar="RUN_DIR", help="play whole games with a trained run")
@@ -228,127 +203,84 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Flags as a namespace; ends with one line and exit code 2 if they make no sense."""
-    try:
-        namespace, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        usage_error(str(error))
-    for word in unknown:
-        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-        near = difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0)[0]
-        usage_error(f"unknown argument {word!r}; nearest: {near}")
-    return namespace
-
-
-def usage_error(message: str) -> NoReturn:
-    """One line on stderr and exit code 2."""
-    print(f"run_atari.py: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(EXIT_USAGE)
-
-
-def configure(settings: dict[str, Any], base: RunConfig, source: str) -> RunConfig:
-    """`base` with settings of a YAML file or of flags put in place.
-
-    Raises:
-        ValueError: for a name that is no setting, or a value of the wrong kind.
-    """
-    types = {entry.name: str(entry.type) for entry in fields(RunConfig)}
-    values: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name not in types:
-            near = difflib.get_close_matches(str(name), types, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown setting {name!r} in {source}; nearest: {near}")
-        values[name] = _as_type(name, value, types[name], source)
-    config = replace(base, **values)
-    config.check()
-    return config
-
-
-def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
-    """The value of a setting, whose type annotation is `expected`."""
-    optional, kind = "None" in expected, expected.split(" ")[0]
-    if value is None and optional:
-        return None
-    if kind == "float" and isinstance(value, str):  # YAML reads 7e-4, without a point, as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value).__name__ != kind:
-        raise ValueError(f"{name} in {source} must be of type {kind}, got {value!r}")
-    return value
-
-
-def _flag_names(name: str) -> list[str]:
-    return [f"--{name.replace('_', '-')}", *([f"--{name}"] if "_" in name else [])]
-
-
 # Training.
 
 
-def train(flags: dict[str, Any], modes: dict[str, Any]) -> int:
-    """Start a run, or go on with one; returns the exit code."""
+class Job(NamedTuple):
+    """Everything that training needs, checked."""
+
+    model: A3C
+    config: RunConfig
+    run: RunDirectory
+
+
+@contextlib.contextmanager
+def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
+    """A new run, or one to go on with; nothing is written before every argument is checked.
+
+    Raises:
+        ValueError: for arguments or a run directory that cannot be used.
+    """
     for name in ("episodes", "video", "deterministic"):
         if modes[name] is not None:
             raise ValueError(f"--{name} goes with --evaluate RUN_DIR")
-    from agents.checkpoints import resume
-    from agents.runs import RunDirectory, read_config
+    config, resumed = choose_config(flags, modes)
+    _check_device(config.device)
+    with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
+        model = make_model(config)
+        if resumed is not None:
+            resume(model, newest_unfinished(run, config))
+        run.write_config(asdict(config))
+        model.set_logger(run.make_logger(model.num_timesteps))
+        yield Job(model, config, run)
 
-    if modes["resume"] is not None:
+
+def choose_config(
+    flags: dict[str, Any], modes: dict[str, Any]
+) -> tuple[RunConfig, RunDirectory | None]:
+    """The configuration of the run, and its directory if it exists already."""
+    if modes["resume"] is None:
+        config = RunConfig()
         if modes["config"] is not None:
-            raise ValueError("--resume takes the run's own config.yaml; leave --config out")
-        run = RunDirectory.open(Path(modes["resume"]))
-        before = stored_config(run.path)
-        config = configure(flags, before, "the flags")
-        _check_same_network(before, config)
-        _check_device(config.device)
-        checkpoint = run.newest_checkpoint()
-        if checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
-            raise ValueError(
-                f"{run.path} has played its {config.frames:,} frames; "
-                "give a larger --frames to go on"
-            )
-    else:
-        base = RunConfig()
-        if modes["config"] is not None:
-            base = configure(read_config(Path(modes["config"])), base, modes["config"])
-        config = configure(flags, base, "the flags")
+            config = configure(read_config(Path(modes["config"])), config, modes["config"])
+        config = configure(flags, config, "the flags")
         if not config.env:
             raise ValueError("--env is needed: a game such as MontezumaRevenge")
-        factory = make_factory(config)
-        _check_device(config.device)
-        config = with_sizes(config)
-        run = RunDirectory.create(Path(config.logdir), camel_case(factory.game))
-        checkpoint = None
-    model = make_model(config)
-    if checkpoint is not None:
-        resume(model, checkpoint)
-    run.write_config(asdict(config))
-    model.set_logger(run.make_logger(model.num_timesteps))
-    return learn(model, config, run)
+        _check_heads(config)
+        return with_sizes(canonical(config)), None
+    if modes["config"] is not None:
+        raise ValueError("--resume takes the run's own config.yaml; leave --config out")
+    path = Path(modes["resume"])
+    before = stored_config(path)
+    config = with_sizes(canonical(configure(flags, before, "the flags")))
+    _check_same_network(before, config)
+    return config, RunDirectory(path)
+
+
+def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
+    """The checkpoint to go on from; ValueError if nothing is left to play."""
+    checkpoint = run.newest_checkpoint()
+    if checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
+        raise ValueError(
+            f"{run.path} has played its {config.frames:,} frames; give a larger --frames to go on"
+        )
+    return checkpoint
 
 
 def make_factory(config: RunConfig) -> AtariFactory:
     """The game under its protocol."""
-    from envs import atari
-
     return atari(config.env, protocol=config.protocol, stack=config.stack)
 
 
 def make_model(config: RunConfig, **options: Any) -> A3C:
     """A fresh model; `options` replace arguments of `A3C`."""
-    from stable_baselines3.common.utils import LinearSchedule
-
-    from agents import A3C, Limits
-
-    workers, envs = config.workers or 0, config.envs_per_worker or DEFAULT_ENVS
     rate = config.learning_rate
     arguments: dict[str, Any] = {
         "env": make_factory(config),
         "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
-        "n_workers": workers,
-        "n_envs": max(1, workers) * envs,
+        "n_workers": config.workers or 0,
+        "n_envs": num_games(config),
+        "batch_size": timesteps_per_update(config, config.batch_size),
         "policy_kwargs": {
             "head": config.layer,
             "head_kwargs": _head_options(config),
@@ -366,14 +298,10 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
     return A3C("CnnLstmPolicy", **(arguments | options))
 
 
-def learn(model: A3C, config: RunConfig, run: RunDirectory) -> int:
+def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
     """Train to the end, or to a signal; a checkpoint is written in either case."""
-    from agents import NonFiniteError, WorkerError
-    from agents.progress import Progress, Screen
-    from agents.runs import SaveCheckpoints
-
-    screen = Screen(sys.stdout)
-    for line in summary(model, config, run):
+    model, config, run = job
+    for line in summary(job):
         screen.line(line)
     checkpoints = SaveCheckpoints(
         run,
@@ -383,26 +311,29 @@ def learn(model: A3C, config: RunConfig, run: RunDirectory) -> int:
     )
     checkpoints.init_callback(model)
     total = math.ceil(config.frames / FRAMES_PER_TIMESTEP)
-    signals = StopSignals(model)
-    with signals:
-        try:
-            model.learn(
-                total - model.num_timesteps,
-                callback=[checkpoints, Progress(config.frames, screen)],
-                log_interval=config.log_every,
-                reset_num_timesteps=False,
-            )
-        except KeyboardInterrupt:
-            screen.line("left at once; the last checkpoint is the one before")
-            return EXIT_SIGINT
-        except (WorkerError, NonFiniteError) as error:
-            print(f"run_atari.py: {error}", file=sys.stderr)
-            return EXIT_FAILED
-        except MemoryError as error:
-            print(f"run_atari.py: {error}", file=sys.stderr)
-            return EXIT_FAILED
-        checkpoints.save()
+    signals.watch(model)
+    try:
+        model.learn(
+            total - model.num_timesteps,
+            callback=[checkpoints, Progress(config.frames, screen)],
+            log_interval=config.log_every,
+            reset_num_timesteps=False,
+        )
+        saved = checkpoints.save()
         model.dump_logs()
+    except (WorkerError, NonFiniteError, CheckpointError, OSError) as error:
+        return failed(str(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return failed(
+            f"out of memory ({type(error).__name__}); lower envs_per_worker "
+            f"({config.envs_per_worker}) or n_steps ({config.n_steps}), that is n_envs and n_steps "
+            "of A3C"
+        )
+    except Exception as error:
+        logging.exception("training failed")
+        return failed(f"{type(error).__name__}: {error}")
+    if not saved:
+        return failed(f"the last checkpoint could not be written to {run.path}")
     screen.line(
         f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
         f"python run_atari.py --resume {run.path}"
@@ -410,14 +341,26 @@ def learn(model: A3C, config: RunConfig, run: RunDirectory) -> int:
     return signals.exit_code
 
 
-class StopSignals:
-    """Ctrl-C and SIGTERM end training after the update it is in; a second one ends it at once."""
+def failed(message: str) -> int:
+    """Say why the run ended; returns the exit code."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return EXIT_FAILED
 
-    def __init__(self, model: A3C) -> None:
-        self.model = model
+
+class StopSignals:
+    """Ctrl-C and SIGTERM end training after the update it is in; a second one ends it at once.
+
+    Before there is a model to `watch`, the first one ends the process at once.
+    """
+
+    def __init__(self) -> None:
         self.exit_code = 0
+        self._model: A3C | None = None
 
     def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            self._before = {}
+            return
         self._before = {
             number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -426,15 +369,21 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def watch(self, model: A3C) -> None:
+        """From now on the first signal lets `model` finish its update."""
+        self._model = model
+
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if self.exit_code:
-            raise KeyboardInterrupt
+        second = bool(self.exit_code)
         self.exit_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
-        self.model.request_stop()
+        if second or self._model is None:
+            raise KeyboardInterrupt
+        self._model.request_stop()
 
 
-def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
+def summary(job: Job) -> list[str]:
     """What the run will do, for the screen."""
+    model, config, run = job
     factory = make_factory(config)
     rules = factory.describe()
     heads = {"actor": model.policy.action_net, "critic": model.policy.value_net}
@@ -455,7 +404,7 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
         f"network    {_parameters(model.policy):,} parameters: encoder {config.encoder}, "
         f"LSTM {config.lstm_hidden_size}, {config.layer} heads ({sizes})",
         f"run        {run.path}",
-        f"curves     tensorboard --logdir {config.logdir}",
+        f"curves     tensorboard --logdir {run.path.parent}",
     ]
     if factory.game in HARD_GAMES:
         lines.append(
@@ -474,22 +423,45 @@ def camel_case(game: str) -> str:
     return game.title().replace("_", "")
 
 
+def canonical(config: RunConfig) -> RunConfig:
+    """With the game's name in one form, so that `Pong` and `pong` are the same game."""
+    return replace(config, env=camel_case(make_factory(config).game))
+
+
 def with_sizes(config: RunConfig) -> RunConfig:
-    """Number of workers and games from the machine, where they are not given.
+    """Numbers of workers and games, where they are not given; checks them with `batch_size`.
 
     The default is 16 games whatever the number of cores, so that results do not depend on it.
-    """
-    from agents.a3c import default_workers
 
+    Raises:
+        ValueError: if `batch_size` does not divide what the games play in a rollout.
+    """
     workers = default_workers(DEFAULT_ENVS) if config.workers is None else config.workers
     envs = config.envs_per_worker or max(1, DEFAULT_ENVS // max(1, workers))
-    return replace(config, workers=workers, envs_per_worker=envs)
+    config = replace(config, workers=workers, envs_per_worker=envs)
+    size, whole = config.batch_size, config.n_steps * num_games(config)
+    if size is not None and (size % config.n_steps or whole % size):
+        raise ValueError(
+            f"batch_size must be a multiple of n_steps that divides the {whole} timesteps of a "
+            f"rollout of all games, got batch_size={size} with n_steps={config.n_steps} and "
+            f"{num_games(config)} games; nearest: {timesteps_per_update(config, None)}"
+        )
+    return config
+
+
+def num_games(config: RunConfig) -> int:
+    """Games of all workers together."""
+    return max(1, config.workers or 0) * (config.envs_per_worker or DEFAULT_ENVS)
+
+
+def timesteps_per_update(config: RunConfig, batch_size: int | None) -> int:
+    """`batch_size`, or the rollouts of the default number of games."""
+    games = max(n for n in range(1, GAMES_PER_UPDATE + 1) if num_games(config) % n == 0)
+    return batch_size or games * config.n_steps
 
 
 def stored_config(run: Path) -> RunConfig:
     """The configuration in a run directory."""
-    from agents.runs import read_config
-
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
@@ -507,10 +479,13 @@ def _check_same_network(before: RunConfig, after: RunConfig) -> None:
 
 
 def _check_device(device: str) -> None:
-    import torch
-
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda is not available on this machine; nearest: cpu")
+
+
+def _check_heads(config: RunConfig) -> None:
+    if config.layer == "neurocoder":
+        NeurocoderConfig(**_head_options(config))
 
 
 def _head_options(config: RunConfig) -> dict[str, Any]:
@@ -523,7 +498,7 @@ def _head_options(config: RunConfig) -> dict[str, Any]:
 # Evaluating and watching.
 
 
-def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any]) -> int:
+def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: Screen) -> int:
     """Play whole games and print the raw score; returns the exit code."""
     for name in ("resume", "config"):
         if modes[name] is not None:
@@ -537,28 +512,24 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any]) -> int:
     episodes = 10 if modes["episodes"] is None else modes["episodes"]
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    from agents.checkpoints import load_weights, newest_checkpoint
-
     config = configure(flags, stored_config(path), "the flags")
     _check_device(config.device)
     if modes["video"] is not None:
-        from agents.video import check_path
-
         check_path(Path(modes["video"]))
     checkpoint = newest_checkpoint(path / "checkpoints")
-    model = make_model(config, n_workers=0, n_envs=1)
+    model = make_model(config, n_workers=0, n_envs=1, batch_size=None)
     load_weights(model, checkpoint.path, optimizer=False)
     deterministic = bool(modes["deterministic"])
     scores, lengths = play_games(model, config, episodes, deterministic)
     rules = make_factory(config).describe()
-    print(
+    screen.line(
         f"{camel_case(make_factory(config).game)} after {checkpoint.timesteps:,} timesteps "
         f"({checkpoint.timesteps * FRAMES_PER_TIMESTEP:,} frames): raw score of {episodes} whole "
         f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
         f"min {min(scores):g}, max {max(scores):g}; mean length {statistics.fmean(lengths):.0f} "
         "timesteps"
     )
-    print(
+    screen.line(
         f"protocol {config.protocol} (sticky actions {rules['sticky_actions']:g}, "
         f"{rules['action_set']} actions, no-ops {rules['no_ops']}), "
         f"{'likeliest' if deterministic else 'sampled'} actions, last checkpoint, "
@@ -566,7 +537,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any]) -> int:
     )
     if modes["video"] is not None:
         score = film(model, config, Path(modes["video"]), deterministic)
-        print(f"video of one game (score {score:g}): {modes['video']}")
+        screen.line(f"video of one game (score {score:g}): {modes['video']}")
     return 0
 
 
@@ -574,8 +545,6 @@ def play_games(
     model: A3C, config: RunConfig, episodes: int, deterministic: bool
 ) -> tuple[list[float], list[int]]:
     """Raw scores and lengths (in timesteps) of whole games."""
-    from stable_baselines3.common.evaluation import evaluate_policy
-
     env = make_factory(config)(min(episodes, EVALUATION_ENVS), evaluation_seed(config))
     try:
         scores, lengths = evaluate_policy(
@@ -593,12 +562,6 @@ def play_games(
 
 def film(model: A3C, config: RunConfig, path: Path, deterministic: bool) -> float:
     """Write a video of one game beside what the heads attend to; returns its raw score."""
-    import numpy as np
-    import torch
-
-    from agents.video import GameVideo, Moment, view_heads
-    from envs import AtariPlayer
-
     factory = make_factory(config)
     player = AtariPlayer(factory, evaluation_seed(config))
     policy = model.policy
@@ -635,8 +598,6 @@ def film(model: A3C, config: RunConfig, path: Path, deterministic: bool) -> floa
 
 def probabilities(distribution: Distribution) -> np.ndarray:
     """Of the actions of one game, [num_actions]."""
-    import torch
-
     categorical = distribution.distribution
     assert isinstance(categorical, torch.distributions.Categorical)
     return categorical.probs[0].cpu().numpy()

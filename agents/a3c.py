@@ -222,6 +222,7 @@ class A3C(OnPolicyAlgorithm):
         self._pool: WorkerPool | None = None
         self._latent: Tensor | None = None
         self._stop_requested = False
+        self._dumped_at = -1
         self.policy_lag = 0.0
         """Mean age, in updates, of the weights behind the latest batch."""
         self._skipped_updates = 0
@@ -336,7 +337,6 @@ class A3C(OnPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._stop_requested = False
         with _learner_threads(self.n_workers, self.device), self._player() as player:
             callback.on_training_start(locals(), globals())
             iteration = 0
@@ -356,6 +356,7 @@ class A3C(OnPolicyAlgorithm):
                 self.train()
                 player.publish()
             callback.on_training_end()
+        self._stop_requested = False
         return self
 
     @property
@@ -364,7 +365,10 @@ class A3C(OnPolicyAlgorithm):
         return self.n_envs if self.batch_size is None else self.batch_size // self.n_steps
 
     def request_stop(self) -> None:
-        """Let `learn` return after the update it is in; safe to call from a signal handler."""
+        """Let `learn`, or the next call of it, return after the update it is in.
+
+        Safe to call from a signal handler.
+        """
         self._stop_requested = True
 
     def train(self) -> None:
@@ -431,7 +435,10 @@ class A3C(OnPolicyAlgorithm):
         self.logger.record("train/policy_lag_max", max(lags))
 
     def dump_logs(self, iteration: int = 0) -> None:
-        """Write SB3's log keys, and those that only this toolkit has."""
+        """Write SB3's log keys, and those that only this toolkit has, once per timestep."""
+        if self._dumped_at == self.num_timesteps:
+            return
+        self._dumped_at = self.num_timesteps
         self.logger.record("time/frames", self.num_timesteps * self.frames_per_timestep)
         if self._pool is not None:
             self.logger.record("time/worker_restarts", self._pool.worker_restarts)

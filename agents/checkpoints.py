@@ -13,7 +13,9 @@ import io
 import json
 import logging
 import os
+import pickle
 import random
+import re
 import tempfile
 import zipfile
 from collections import deque
@@ -34,7 +36,10 @@ COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "
 """Attributes of `A3C` that go on where they were."""
 
 MAX_MEMBER_BYTES = 4 << 30
-"""Largest member of a checkpoint that is unpacked into memory."""
+"""Largest member of a checkpoint that is unpacked into memory, whatever the model's size."""
+
+SMALL_BYTES = 16 << 20
+"""What names and containers may take beside the weights."""
 
 
 class CheckpointError(ValueError):
@@ -58,30 +63,58 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
         CheckpointError: if a weight is not finite; such a model is never saved.
         OSError: if the disk refuses; older checkpoints are untouched.
     """
-    for name, tensor in model.policy.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"not saved: {name} is not finite")
-    zipped, state = io.BytesIO(), io.BytesIO()
-    model.save(zipped)
-    torch.save(_state_of(model), state)
-    stem = f"step_{model.num_timesteps:012d}"
+    zipped = model_bytes(model)
+    buffer = io.BytesIO()
+    torch.save(_state_of(model), buffer)
+    state = buffer.getvalue()
+    stem = _free_stem(folder, model.num_timesteps)
     checkpoint = Checkpoint(
         folder / f"{stem}.zip", folder / f"{stem}.state.pt", model.num_timesteps
     )
     manifest = {
         "timesteps": model.num_timesteps,
         "sha256": {
-            checkpoint.path.name: hashlib.sha256(zipped.getbuffer()).hexdigest(),
-            checkpoint.state.name: hashlib.sha256(state.getbuffer()).hexdigest(),
+            checkpoint.path.name: hashlib.sha256(zipped).hexdigest(),
+            checkpoint.state.name: hashlib.sha256(state).hexdigest(),
         },
     }
-    write_atomically(checkpoint.path, zipped.getvalue())
-    write_atomically(checkpoint.state, state.getvalue())
+    write_atomically(checkpoint.path, zipped)
+    write_atomically(checkpoint.state, state)
     write_atomically(folder / f"{stem}.json", json.dumps(manifest, indent=2).encode())
-    for manifest_path in sorted(folder.glob("step_*.json"))[:-keep]:
-        for suffix in (".json", ".zip", ".state.pt"):  # a manifest vouches for both others
-            manifest_path.with_suffix("").with_suffix(suffix).unlink(missing_ok=True)
+    _clear_away(folder, keep)
     return checkpoint
+
+
+def model_bytes(model: A3C) -> bytes:
+    """The model as SB3 saves it.
+
+    Raises:
+        CheckpointError: if a weight is not finite.
+    """
+    for name, tensor in model.policy.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"not saved: {name} is not finite")
+    zipped = io.BytesIO()
+    model.save(zipped)
+    return zipped.getvalue()
+
+
+def _free_stem(folder: Path, timesteps: int) -> str:
+    """A name that nobody has and that sorts last: files of a checkpoint are never replaced.
+
+    A run that is stopped right after it was resumed saves the same number of timesteps again.
+    """
+    stem = f"step_{timesteps:012d}"
+    count = len(list(folder.glob(f"{stem}*.json")))
+    return f"{stem}_{count:03d}" if count else stem
+
+
+def _clear_away(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and what killed processes left unfinished."""
+    kept = {manifest.stem for manifest in sorted(folder.glob("step_*.json"))[-keep:]}
+    for path in [*folder.glob("step_*"), *folder.glob(".step_*")]:
+        if path.name.split(".")[0] not in kept:
+            path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint:
@@ -108,6 +141,8 @@ def _verified(manifest: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest} is damaged ({error})") from error
     stem = manifest.stem
+    if not stem.startswith(f"step_{timesteps:012d}"):
+        raise CheckpointError(f"{manifest} is damaged (it speaks of {timesteps} timesteps)")
     names = (f"{stem}.zip", f"{stem}.state.pt")
     for name in names:
         path = manifest.with_name(name)
@@ -127,27 +162,44 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
     names = ["policy", *(["policy.optimizer"] if optimizer else [])]
     try:
         with zipfile.ZipFile(path) as archive:
-            parameters = {name: _tensors(archive, f"{name}.pth") for name in names}
+            # RMSProp and Adam keep one or two numbers for each weight.
+            limit = min(MAX_MEMBER_BYTES, 4 * _size_of(model) + SMALL_BYTES)
+            parameters = {name: _tensors(archive, f"{name}.pth", limit) for name in names}
         if optimizer:
             model.set_parameters(parameters, exact_match=True, device=model.device)
         else:
             model.policy.load_state_dict(parameters["policy"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load {path}: {_reason(error)}") from error
     except Exception as error:  # torch reports a forbidden pickle with several exception types
-        raise CheckpointError(f"refused {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"refused {path}: {_reason(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    """What went wrong, without torch's advice to switch its safeguards off."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    code = re.search(r"Unsupported (?:global|operand|class)\S*:? (?:GLOBAL )?(\S+)", text)
+    if code is not None:
+        return (
+            f"it refers to {code[1]}, and only tensors and plain values are read; if you trust the "
+            "file, convert it yourself: torch.load(file, weights_only=False)"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            f"it holds more than tensors and plain values ({' '.join(text.split())[-200:]}); if "
+            "you trust the file, convert it yourself: torch.load(file, weights_only=False)"
+        )
+    return " ".join(text.split())[:500] or type(error).__name__
 
 
-def _tensors(archive: zipfile.ZipFile, member: str) -> Any:
+def _size_of(model: A3C) -> int:
+    return sum(tensor.nbytes for tensor in model.policy.state_dict().values())
+
+
+def _tensors(archive: zipfile.ZipFile, member: str, limit: int) -> Any:
     size = archive.getinfo(member).file_size
-    if size > MAX_MEMBER_BYTES:
-        raise ValueError(f"{member} would take {size} bytes")
+    if size > limit:
+        raise ValueError(f"{member} would take {size} bytes, for this model at most {limit}")
     return torch.load(io.BytesIO(archive.read(member)), map_location="cpu", weights_only=True)
 
 
@@ -168,7 +220,7 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"cannot load {checkpoint.state}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load {checkpoint.state}: {_reason(error)}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

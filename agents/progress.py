@@ -26,13 +26,15 @@ class Screen:
     After the first failure nothing more is written.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
-        self.open = True
+        self.open = stream is not None and not stream.closed
 
     @property
     def is_terminal(self) -> bool:
         """Whether cursor movements and redrawing make sense."""
+        if self.stream is None or not self.open:
+            return False
         return self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
     def line(self, text: str) -> None:
@@ -41,7 +43,7 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Write text; also what tqdm calls."""
-        if not self.open:
+        if self.stream is None or not self.open:
             return
         try:
             self.stream.write(text)

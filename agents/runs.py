@@ -1,14 +1,15 @@
 """A run directory: its lock, its configuration, its curves and its checkpoints.
 
-config.yaml   progress.csv   events.out.tfevents...   best_model.zip   checkpoints/
+config.yaml   progress.csv   events.out.tfevents...   best_model.zip   best_model.json   checkpoints/
 """
 
 from __future__ import annotations
 
-import io
+import json
 import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from agents.a3c import A3C
 from agents.checkpoints import (
     Checkpoint,
     CheckpointError,
+    model_bytes,
     newest_checkpoint,
     save_checkpoint,
     write_atomically,
@@ -34,15 +36,20 @@ from agents.checkpoints import (
 
 logger = logging.getLogger(__name__)
 
+BEST_NOTE = "best_model.json"
+"""Beside `best_model.zip`: the mean score that it was saved for."""
+
+STEP_KEY = "time/total_timesteps"
+
 MIN_GAMES_FOR_BEST = 10
 """Games that a mean score must be taken over before it can be the best."""
 
 
 class RunDirectory:
-    """One run's folder, locked for as long as this process works on it.
+    """One run's folder, locked until it is closed; a context manager.
 
     Raises:
-        ValueError: from the constructors, if the folder cannot be made, written or locked.
+        ValueError: at construction, if the folder cannot be made or written, or is in use.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +60,23 @@ class RunDirectory:
             self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(f"cannot write to {path}: {error.strerror}") from error
-        self._take_lock()
+        try:
+            self._take_lock()
+        except ValueError:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     @classmethod
     def create(cls, logdir: Path, name: str) -> RunDirectory:
@@ -66,23 +89,10 @@ class RunDirectory:
                     (logdir / f"{name}-{number}").mkdir()
                     break
                 except FileExistsError:
-                    if not logdir.is_dir():
-                        raise
                     number += 1
         except OSError as error:
             raise ValueError(f"cannot write to {logdir}: {error.strerror}") from error
         return cls(logdir / f"{name}-{number}")
-
-    @classmethod
-    def open(cls, path: Path) -> RunDirectory:
-        """An existing run, to go on with.
-
-        Raises:
-            ValueError: if there is no run in that folder, or another process works on it.
-        """
-        if not (path / "config.yaml").is_file():
-            raise ValueError(f"{path} is no run directory: it has no config.yaml")
-        return cls(path)
 
     def _take_lock(self) -> None:
         """The system drops the lock with the process, however it ends."""
@@ -113,7 +123,7 @@ class RunDirectory:
             _Csv(self.path / "progress.csv", timesteps),
             _TensorBoard(self.path, timesteps),
         ]
-        return Logger(str(self.path), formats)
+        return _Logger(str(self.path), formats)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -149,7 +159,6 @@ class SaveCheckpoints(BaseCallback):
         self.every = every
         self.keep = keep
         self.stop_on_error = stop_on_error
-        self._best = -float("inf")
 
     def _on_training_start(self) -> None:
         self._saved_at = self.num_timesteps
@@ -165,52 +174,98 @@ class SaveCheckpoints(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint now; only between updates."""
+    def save(self) -> bool:
+        """Write a checkpoint now; only between updates. Returns whether it was written.
+
+        Raises:
+            OSError, CheckpointError: if it cannot be written and `stop_on_error` is set.
+        """
         self._saved_at = self._compared_at = self.num_timesteps
-        self._guard(self._save_best)
-        model = self.model
-        assert isinstance(model, A3C)
-        self._guard(lambda: save_checkpoint(model, self.run.checkpoints, keep=self.keep))
+        model = self._model()
+        saved = self._guard(lambda: save_checkpoint(model, self.run.checkpoints, keep=self.keep))
+        return saved and self._guard(self._save_best)
 
     def _save_best(self) -> None:
         games = self.model.ep_info_buffer
         if not games or len(games) < MIN_GAMES_FOR_BEST:
             return
-        score = safe_mean([game["r"] for game in games])
-        if score > self._best:
-            zipped = io.BytesIO()
-            self.model.save(zipped)
-            write_atomically(self.run.path / "best_model.zip", zipped.getvalue())
-            self._best = float(score)
+        score = float(safe_mean([game["r"] for game in games]))
+        if score > self._best_score():
+            note = {"score": score, "games": len(games), "timesteps": self.num_timesteps}
+            write_atomically(self.run.path / "best_model.zip", model_bytes(self._model()))
+            write_atomically(self.run.path / BEST_NOTE, json.dumps(note).encode())
 
-    def _guard(self, save: Any) -> None:
+    def _best_score(self) -> float:
+        """Of the best model so far, also before the run was resumed."""
+        try:
+            return float(json.loads((self.run.path / BEST_NOTE).read_text())["score"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return -math.inf
+
+    def _model(self) -> A3C:
+        assert isinstance(self.model, A3C)
+        return self.model
+
+    def _guard(self, save: Callable[[], object]) -> bool:
         try:
             save()
         except (OSError, CheckpointError) as error:
             if self.stop_on_error:
                 raise
             logger.error("could not save to %s: %s; going on without", self.run.path, error)
+            return False
+        return True
+
+
+class _Logger(Logger):
+    """SB3's, which goes on when curves can no longer be written, and says so once."""
+
+    _failed = False
+
+    def dump(self, step: int = 0) -> None:
+        try:
+            super().dump(step)
+        except OSError as error:
+            self.name_to_value.clear()
+            self.name_to_count.clear()
+            self.name_to_excluded.clear()
+            if not self._failed:
+                self._failed = True
+                logger.error("could not write curves to %s: %s; going on", self.dir, error)
 
 
 class _TensorBoard(TensorBoardOutputFormat):
     """SB3's, with the events after `timesteps` withdrawn."""
 
     def __init__(self, folder: Path, timesteps: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=timesteps + 1 if timesteps else None)
+        resumed = any(folder.glob("events.out.tfevents.*"))
+        self.writer = SummaryWriter(str(folder), purge_step=timesteps + 1 if resumed else None)
         self._is_closed = False
 
 
 class _Csv(CSVOutputFormat):
-    """SB3's, which would begin an empty file, with the rows up to `timesteps` kept."""
+    """SB3's, which would begin an empty file, with the rows up to `timesteps` kept.
+
+    A row that a killed process left half written is dropped.
+    """
 
     def __init__(self, path: Path, timesteps: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        text = path.read_text(errors="replace") if path.is_file() else ""
         super().__init__(str(path))
-        if len(lines) < 2 or not timesteps:
+        header, *rows = text.splitlines(keepends=True) or [""]
+        keys = header.strip().split(",")
+        if STEP_KEY not in keys or not header.endswith("\n"):
             return
-        self.keys = lines[0].strip().split(",")
-        step = self.keys.index("time/total_timesteps")
-        kept = [line for line in lines[1:] if int(line.split(",")[step] or 0) <= timesteps]
-        self.file.writelines([lines[0], *kept])
+        self.keys = keys
+        step = keys.index(STEP_KEY)
+        kept = [row for row in rows if _is_row(row, len(keys), step, timesteps)]
+        self.file.writelines([header, *kept])
         self.file.flush()
+
+
+def _is_row(row: str, num_keys: int, step: int, timesteps: int) -> bool:
+    """Whether a line of the table is whole, and no later than `timesteps`."""
+    cells = row.rstrip("\n").split(",")
+    if not row.endswith("\n") or len(cells) != num_keys:
+        return False
+    return cells[step].isdigit() and int(cells[step]) <= timesteps

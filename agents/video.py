@@ -149,14 +149,14 @@ def check_path(path: Path) -> None:
 
     Raises:
         ValueError: if its suffix is none of `CODECS`.
-        OSError: if its folder does not exist or cannot be written to.
+        ValueError: if its folder does not exist or cannot be written to.
     """
     if path.suffix.lower() not in CODECS:
         raise ValueError(f"a video's name ends in {' or '.join(CODECS)}, got {str(path)!r}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write the video {str(path)!r}: its folder does not exist")
+        raise ValueError(f"cannot write the video {str(path)!r}: its folder does not exist")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"cannot write the video {str(path)!r}")
+        raise ValueError(f"cannot write the video {str(path)!r}")
 
 
 class GameVideo:

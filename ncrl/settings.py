@@ -1,0 +1,136 @@
+"""Settings of a command: a frozen dataclass that is its flags, its YAML file and its documentation.
+
+Bad input ends with one line and exit code 2; the line names the value, what was expected and the
+nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import field, fields, replace
+from typing import Any, NoReturn, TypeVar
+
+EXIT_USAGE = 2
+
+Config = TypeVar("Config")
+
+
+def setting(
+    default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: Any = ()
+) -> Any:
+    """A dataclass field with its documentation and what it may hold."""
+    return field(
+        default=default, metadata={"help": text, "low": low, "high": high, "choices": choices}
+    )
+
+
+def check(config: Any) -> None:
+    """Raise ValueError for the first `setting` of a dataclass that has an impossible value."""
+    for entry in fields(config):
+        value, rules = getattr(config, entry.name), entry.metadata
+        if value is None:
+            continue
+        if rules["choices"] and value not in rules["choices"]:
+            raise ValueError(
+                f"{entry.name} must be one of {', '.join(rules['choices'])}, got {value!r}; "
+                f"nearest: {nearest(str(value), rules['choices'])}"
+            )
+        if isinstance(value, (int, float)) and not rules["low"] <= value <= rules["high"]:
+            raise ValueError(
+                f"{entry.name} must lie in {rules['low']:g} .. {rules['high']:g}, got {value}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{entry.name} must be a finite number, got {value}")
+
+
+def configure(values: dict[str, Any], base: Config, source: str) -> Config:
+    """`base` with the settings of a YAML file or of flags put in place.
+
+    Args:
+        values: settings by name.
+        base: an instance of the dataclass.
+        source: where the values come from, for messages.
+
+    Raises:
+        ValueError: for a name that is no setting, or a value that is impossible.
+    """
+    types = {entry.name: str(entry.type) for entry in fields(base)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in types:
+            hint = nearest(str(name), types)
+            raise ValueError(f"unknown setting {name!r} in {source}; nearest: {hint}")
+    typed = {name: _as_type(name, value, types[name], source) for name, value in values.items()}
+    config = replace(base, **typed)  # type: ignore[type-var]
+    check(config)
+    return config
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag per field; flags that are not given stay absent from the namespace."""
+    for entry in fields(config_class):
+        text = entry.metadata["help"]
+        if entry.default is not None and entry.default != "":
+            text += f" (default: {entry.default})"
+        names = [f"--{entry.name.replace('_', '-')}"]
+        if "_" in entry.name:
+            names.append(f"--{entry.name}")
+        if entry.type == "bool":
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
+            continue
+        kind = {"float": float, "str": str}.get(str(entry.type), int)
+        parser.add_argument(*names, type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def make_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser for `parse`, whose flags are absent unless given."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
+    )
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags that are given, by name; ends the process if they make no sense."""
+    try:
+        namespace, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        usage_error(parser.prog, str(error))
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    for word in unknown:
+        hint = nearest(word.split("=")[0], flags)
+        usage_error(parser.prog, f"unknown argument {word!r}; nearest: {hint}")
+    return vars(namespace)
+
+
+def usage_error(program: str, message: str) -> NoReturn:
+    """One line on stderr and exit code 2."""
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(EXIT_USAGE)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The choice that looks most like `name`."""
+    return difflib.get_close_matches(name, list(choices), n=1, cutoff=0)[0]
+
+
+def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
+    """The value of a setting, whose type annotation is `expected`."""
+    optional, kind = "None" in expected, expected.split(" ")[0]
+    if value is None and optional:
+        return None
+    if kind == "float" and isinstance(value, str):  # YAML reads 7e-4, without a point, as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value).__name__ != kind:
+        raise ValueError(f"{name} in {source} must be of type {kind}, got {value!r}")
+    return value
