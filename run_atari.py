@@ -227,9 +227,10 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
     config, resumed = choose_config(flags, modes)
     _check_device(config.device)
     with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
+        checkpoint = None if resumed is None else newest_unfinished(run, config)
         model = make_model(config)
-        if resumed is not None:
-            resume(model, newest_unfinished(run, config))
+        if checkpoint is not None:
+            resume(model, checkpoint)
         run.write_config(asdict(config))
         model.set_logger(run.make_logger(model.num_timesteps))
         yield Job(model, config, run)
@@ -254,7 +255,7 @@ def choose_config(
     before = stored_config(path)
     config = with_sizes(canonical(configure(flags, before, "the flags")))
     _check_same_network(before, config)
-    return config, RunDirectory(path)
+    return config, RunDirectory.open(path)
 
 
 def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
@@ -332,6 +333,8 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
     except Exception as error:
         logging.exception("training failed")
         return failed(f"{type(error).__name__}: {error}")
+    assert model.env is not None
+    model.env.close()
     if not saved:
         return failed(f"the last checkpoint could not be written to {run.path}")
     screen.line(

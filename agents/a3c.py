@@ -351,10 +351,10 @@ class A3C(OnPolicyAlgorithm):
                 iteration += 1
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 self._current_progress_remaining = max(0.0, self._current_progress_remaining)
-                if log_interval is not None and iteration % log_interval == 0:
-                    self.dump_logs(iteration)
                 self.train()
                 player.publish()
+                if log_interval is not None and iteration % log_interval == 0:
+                    self.dump_logs(iteration)
             callback.on_training_end()
         self._stop_requested = False
         return self

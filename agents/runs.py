@@ -1,6 +1,6 @@
 """A run directory: its lock, its configuration, its curves and its checkpoints.
 
-config.yaml   progress.csv   events.out.tfevents...   best_model.zip   best_model.json   checkpoints/
+config.yaml  progress.csv  events.out.tfevents...  best_model.zip  best_model.json  checkpoints/
 """
 
 from __future__ import annotations
@@ -93,6 +93,17 @@ class RunDirectory:
         except OSError as error:
             raise ValueError(f"cannot write to {logdir}: {error.strerror}") from error
         return cls(logdir / f"{name}-{number}")
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run, to go on with.
+
+        Raises:
+            ValueError: if there is no run in that folder, or another process works on it.
+        """
+        if not (path / "config.yaml").is_file():
+            raise ValueError(f"{path} is no run directory: it has no config.yaml")
+        return cls(path)
 
     def _take_lock(self) -> None:
         """The system drops the lock with the process, however it ends."""

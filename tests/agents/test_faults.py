@@ -23,7 +23,7 @@ from stable_baselines3.common.logger import configure
 
 import agents.supervision
 from agents import A3C, Limits, NonFiniteError, WorkerError
-from tests.agents.conftest import HungError, living_children, shared_memory_of, wait_until
+from tests.agents.conftest import living_children, shared_memory_of, wait_until
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ def run(
     values: list[float], gradients: list[list[float]], **options: float
 ) -> tuple[torch.nn.Parameter, SharedRMSProp]:
     parameter = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
-    optimizer = SharedRMSProp([parameter], **options)
+    optimizer = SharedRMSProp([parameter], **{"initial_average": 0.0, **options})
     for row in gradients:
         parameter.grad = torch.tensor(row, dtype=torch.float64)
         optimizer.step()
@@ -22,14 +22,17 @@ def run(
 
 @pytest.mark.parametrize("alpha", [0.0, 0.9, 0.99])
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
-def test_equals_the_loop(alpha: float, eps: float) -> None:
+@pytest.mark.parametrize("initial", [0.0, 1.0])
+def test_equals_the_loop(alpha: float, eps: float, initial: float) -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(30, 4, generator=generator, dtype=torch.float64)
     gradients[::5, 0] = 0
     values = [1.0, -2.0, 0.0, 3e3]
-    parameter, _ = run(values, gradients.tolist(), lr=0.01, alpha=alpha, eps=eps)
+    parameter, _ = run(
+        values, gradients.tolist(), lr=0.01, alpha=alpha, eps=eps, initial_average=initial
+    )
     expected = rmsprop_reference(
-        values, gradients.tolist(), learning_rate=0.01, alpha=alpha, eps=eps, initial_square=0.0
+        values, gradients.tolist(), learning_rate=0.01, alpha=alpha, eps=eps, initial_square=initial
     )
     assert parameter.tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -55,7 +58,7 @@ def test_several_parameters_groups_and_missing_gradients() -> None:
     first, second, idle = (torch.nn.Parameter(torch.randn(n).double()) for n in (2, 3, 1))
     before = [p.tolist() for p in (first, second, idle)]
     groups = [{"params": [first, idle]}, {"params": [second], "lr": 0.3, "eps": 0.7}]
-    optimizer = SharedRMSProp(groups, lr=0.1, alpha=0.8, eps=0.2)
+    optimizer = SharedRMSProp(groups, lr=0.1, alpha=0.8, eps=0.2, initial_average=0.0)
     gradients = [[[0.5, -1.0], [2.0, 0.1]], [[1.0, 2.0, -3.0], [0.0, 1.0, 4.0]]]
     for row in range(2):
         first.grad = torch.tensor(gradients[0][row]).double()
@@ -89,7 +92,7 @@ def test_a_restored_optimiser_goes_on_exactly() -> None:
 
 def test_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
     parameter = torch.nn.Parameter(torch.tensor([3.0]))
-    optimizer = SharedRMSProp([parameter], lr=0.1, eps=0.1)
+    optimizer = SharedRMSProp([parameter], lr=0.1, eps=0.1, initial_average=0.0)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
