@@ -114,14 +114,17 @@ class RunConfig:
     batch_size: int | None = setting(
         None, "timesteps per update; whole rollouts of 4 games if not given", low=1
     )
-    learning_rate: float = setting(1e-3, "learning rate at the start", low=0)
+    optimizer: str = setting(
+        "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
+    )
+    learning_rate: float = setting(3e-4, "learning rate at the start", low=0)
     anneal: bool = setting(True, "whether the learning rate falls linearly to 0")
     gamma: float = setting(0.99, "discount", low=0, high=1)
     gae_lambda: float = setting(0.95, "1 for n-step returns", low=0, high=1)
     ent_coef: float = setting(0.01, "weight of the entropy", low=0)
     vf_coef: float = setting(0.5, "weight of the value loss", low=0)
     max_grad_norm: float = setting(40.0, "limit on the gradient's norm", low=0)
-    rms_prop_eps: float = setting(1e-3, "RMSProp's epsilon, inside the root", low=0)
+    rms_prop_eps: float = setting(0.1, "rmsprop: epsilon, inside the root", low=0)
     orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
     correction: str = setting(
         "vtrace", "for rollouts played by older weights", choices=("vtrace", "none")
@@ -276,6 +279,9 @@ def make_factory(config: RunConfig) -> AtariFactory:
 def make_model(config: RunConfig, **options: Any) -> A3C:
     """A fresh model; `options` replace arguments of `A3C`."""
     rate = config.learning_rate
+    optimizer: dict[str, Any] = {}
+    if config.optimizer == "adam":
+        optimizer = {"optimizer_class": torch.optim.Adam, "optimizer_kwargs": {"eps": 1e-5}}
     arguments: dict[str, Any] = {
         "env": make_factory(config),
         "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
@@ -287,6 +293,7 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
             "head_kwargs": _head_options(config),
             "encoder": config.encoder,
             "lstm_hidden_size": config.lstm_hidden_size,
+            **optimizer,
         },
         "limits": Limits(
             heartbeat_timeout=config.heartbeat_timeout, max_restarts=config.max_restarts
