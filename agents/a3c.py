@@ -39,7 +39,6 @@ from agents.weights import SharedWeights
 from agents.worker import PolicySpec
 from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
-from ncrl.layers import nearest
 from ncrl.sb3 import (
     CnnLstmPolicy,
     LstmPolicy,
@@ -47,6 +46,7 @@ from ncrl.sb3 import (
     NeurocoderCnnLstmPolicy,
     NeurocoderMlpLstmPolicy,
 )
+from ncrl.settings import suggest
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ class A3C(OnPolicyAlgorithm):
         ):
             raise ValueError(f"learning_rate must be at least 0, got {self.learning_rate}")
         if self.correction not in CORRECTIONS:
-            hint = nearest(self.correction, list(CORRECTIONS))
+            hint = suggest(self.correction, CORRECTIONS)
             raise ValueError(f"unknown correction {self.correction!r}; {hint}")
         if isinstance(self.observation_space, spaces.Dict):
             raise ValueError("A3C does not support Dict observations; flatten them first")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from torch import nn
 
 from ncrl.neurocoder import NeurocoderLinear
+from ncrl.settings import suggest
 
 
 class LayerFactory(Protocol):
@@ -31,14 +31,8 @@ def make_layer(name: str, in_features: int, out_features: int, **options: Any) -
         ValueError: for an unknown name (the nearest one is offered) or an option it has not got.
     """
     if name not in LAYERS:
-        raise ValueError(f"unknown layer {name!r}; {nearest(name, LAYERS)}")
+        raise ValueError(f"unknown layer {name!r}; {suggest(name, LAYERS)}")
     try:
         return LAYERS[name](in_features, out_features, **options)
     except TypeError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
-
-
-def nearest(name: str, choices: Mapping[str, Any] | list[str]) -> str:
-    """'did you mean ...' or the list of choices, for error messages."""
-    close = difflib.get_close_matches(name, list(choices), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"

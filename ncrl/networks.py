@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.layers import nearest
+from ncrl.settings import suggest
 
 LstmState = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each [L, B, h]."""
@@ -86,7 +86,7 @@ class AtariEncoder(BaseFeaturesExtractor):
         self, observation_space: spaces.Box, encoder: str = "a3c", standardize: bool = True
     ) -> None:
         if encoder not in ENCODERS:
-            raise ValueError(f"unknown encoder {encoder!r}; {nearest(encoder, ENCODERS)}")
+            raise ValueError(f"unknown encoder {encoder!r}; {suggest(encoder, ENCODERS)}")
         network = nn.Sequential(*ENCODERS[encoder](observation_space.shape[0]))
         image = torch.zeros(1, *observation_space.shape)
         try:

@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import field, fields, replace
 from typing import Any, NoReturn, TypeVar
 
@@ -119,6 +119,12 @@ def usage_error(program: str, message: str) -> NoReturn:
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The choice that looks most like `name`."""
     return difflib.get_close_matches(name, list(choices), n=1, cutoff=0)[0]
+
+
+def suggest(name: str, choices: Collection[str]) -> str:
+    """'did you mean ...?', or all choices where none looks like `name`."""
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
 
 
 def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
