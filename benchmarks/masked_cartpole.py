@@ -13,6 +13,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import LinearSchedule
 
 from agents import A3C
 from envs import masked_cartpole
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--policy", default="NeurocoderMlpLstmPolicy")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--timesteps", type=int, default=1_000_000)
+    parser.add_argument("--timesteps", type=int, default=300_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--logdir", help="folder of TensorBoard curves")
     arguments = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
             gae_lambda=0.95,
             ent_coef=0.0,
             reward_scale=0.05,
-            learning_rate=2e-3,
+            learning_rate=LinearSchedule(2e-3, 0.0, 1.0),
             rms_prop_eps=1e-3,
             policy_kwargs={"lstm_hidden_size": 64},
             seed=seed,
