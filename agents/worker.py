@@ -38,8 +38,8 @@ THREAD_VARIABLES = (
 MESSAGE_BYTES = 8_000
 """Size up to which infos are put into one message; a pipe takes twice that in one write."""
 
-ESSENTIAL_INFO = ("episode", "is_success", "TimeLimit.truncated")
-"""Entries of an info that SB3's bookkeeping and callbacks read."""
+ENTRY_BYTES = 400
+"""Size of an entry that an info over `MESSAGE_BYTES` keeps; what SB3 reads of infos is smaller."""
 
 
 class PolicySpec(NamedTuple):
@@ -202,14 +202,14 @@ def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
     """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe.
 
     A worker that is stopped between two writes of one message would leave its parent waiting for
-    the rest. Of an info that is larger by itself only what SB3 needs is kept.
+    the rest. An info that is larger by itself loses its large entries.
     """
     part: list[Info] = []
     size = 0
     for row, i, info in infos:
         length = len(ForkingPickler.dumps(info))
         if length > MESSAGE_BYTES:
-            info = {key: info[key] for key in ESSENTIAL_INFO if key in info}
+            info = {k: v for k, v in info.items() if len(ForkingPickler.dumps(v)) <= ENTRY_BYTES}
             length = len(ForkingPickler.dumps(info))
         if part and size + length > MESSAGE_BYTES:
             yield part

@@ -269,7 +269,7 @@ def test_a_path_that_cannot_be_written_is_an_error(
 ):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=name):
+    with pytest.raises(ValueError, match=name):
         refuse(tmp_path / name)
 
 
