@@ -34,7 +34,7 @@ from agents.environments import (
 )
 from agents.learner import CORRECTIONS, Loss, Objective, actor_critic_loss, apply_gradient
 from agents.optim import SharedRMSProp
-from agents.supervision import Limits, WorkerPool, check_shared_memory
+from agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
 from agents.weights import SharedWeights
 from agents.worker import PolicySpec
 from ncrl import NeurocoderLinear
@@ -476,7 +476,7 @@ class A3C(OnPolicyAlgorithm):
         assert self.env_factory is not None, "only factories are played by workers"
         shape = self._rollout_shape(self.n_envs // self.n_workers)
         weights = SharedWeights(self.policy)
-        slots = 3 * self.n_workers * sum(t.nbytes for t in shape.allocate())
+        slots = slots_for(self.n_workers) * sum(t.nbytes for t in shape.allocate())
         check_shared_memory(slots + weights.nbytes)
         spec = PolicySpec(
             self.policy_class,  # type: ignore[arg-type]

@@ -133,8 +133,7 @@ class WorkerPool:
         self._shape = shape
         self._weights = weights
         self._seed = seed
-        # One batch may be in the learner's hands while every worker is fully supplied.
-        self._slots = RolloutSlots(shape, (SLOTS_PER_WORKER + 1) * n_workers, shared=True)
+        self._slots = RolloutSlots(shape, slots_for(n_workers), shared=True)
         self._free = deque(range(self._slots.num_slots))
         self._played: deque[Delivery] = deque()
         self._heartbeats = torch.zeros(n_workers, dtype=torch.int64).share_memory_()
@@ -348,6 +347,11 @@ class WorkerPool:
                 return  # it died; the next look finds the end of its pipe
 
 
+def slots_for(n_workers: int) -> int:
+    """Slots of a pool: one batch may be with the learner while every worker is fully supplied."""
+    return (SLOTS_PER_WORKER + 1) * n_workers
+
+
 def check_shared_memory(needed: int) -> None:
     """Refuse to allocate more shared memory than there is: exceeding it kills the process later.
 
@@ -394,4 +398,4 @@ def _one_thread_for_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
-__all__ = ["Delivery", "Limits", "WorkerError", "WorkerPool", "check_shared_memory"]
+__all__ = ["Delivery", "Limits", "WorkerError", "WorkerPool", "check_shared_memory", "slots_for"]
