@@ -42,6 +42,7 @@ from agents.runs import RunDirectory, SaveCheckpoints, read_config
 from agents.video import GameVideo, Moment, check_path, view_heads
 from envs import AtariFactory, AtariPlayer, atari
 from ncrl import NeurocoderConfig
+from ncrl.layers import LAYERS
 from ncrl.settings import add_flags, configure, make_parser, parse, setting, usage_error
 
 PROGRAM = "run_atari.py"
@@ -95,7 +96,9 @@ class RunConfig:
     stack: int = setting(1, "timesteps shown in one observation", low=1)
     # The network.
     layer: str = setting(
-        "neurocoder", "output layers of actor and critic", choices=("neurocoder", "linear")
+        "neurocoder",
+        f"output layers of actor and critic: {', '.join(LAYERS)}",
+        choices=tuple(LAYERS),
     )
     encoder: str = setting(
         "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
@@ -126,6 +129,7 @@ class RunConfig:
     max_grad_norm: float = setting(40.0, "limit on the gradient's norm", low=0)
     rms_prop_eps: float = setting(0.1, "rmsprop: epsilon, inside the root", low=0)
     orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
+    balance_coef: float = setting(0.01, "moe: weight of the balance loss", low=0)
     correction: str = setting(
         "vtrace", "for rollouts played by older weights", choices=("vtrace", "none")
     )
@@ -140,6 +144,15 @@ class RunConfig:
     )
     max_restarts: int = setting(5, "deaths in a row that a worker is replaced after", low=0)
 
+
+BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "hypernet": {"num_layers": 2, "hidden": 192},
+    "film": {"num_layers": 2, "hidden": 64},
+    "moe": {"num_experts": 10, "top_k": 5},
+    "nsm": {"num_slots": 5, "key_dim": 5},
+}
+"""Options of the baselines' heads, from the paper's search grids; but HyperNet's width is the one
+that makes 3.65 million parameters with the encoder `paper`, where the paper prints 3.6 million."""
 
 NETWORK_FIELDS = (
     *("env", "protocol", "stack", "layer", "encoder", "lstm_hidden_size", "num_slots", "key_dim"),
@@ -158,11 +171,11 @@ SAME_IN_A3C = (
         "max_grad_norm",
         "rms_prop_eps",
     ),
-    *("orth_coef", "correction"),
+    *("orth_coef", "balance_coef", "correction"),
 )
 """Fields that are arguments of `A3C` under the same name."""
 
-MODES = ("config", "resume", "evaluate", "episodes", "video", "deterministic")
+MODES = ("config", "resume", "profile", "evaluate", "episodes", "video", "deterministic")
 """Flags that are not settings of a run."""
 
 
@@ -195,6 +208,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(parser, RunConfig)
     parser.add_argument("--config", help="YAML file of settings; flags win over it")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run exactly")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="measure where the time of each process goes; a table at the end, and curves",
+    )
     parser.add_argument("--evaluate", metavar="RUN_DIR", help="play whole games with a trained run")
     parser.add_argument("--episodes", type=int, help="games to evaluate (default: 10)")
     parser.add_argument("--video", help="with --evaluate: an .mp4 or .webm of one game")
@@ -231,7 +249,7 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
     _check_device(config.device)
     with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
         checkpoint = None if resumed is None else newest_unfinished(run, config)
-        model = make_model(config)
+        model = make_model(config, profile=bool(modes["profile"]))
         if checkpoint is not None:
             resume(model, checkpoint)
         run.write_config(asdict(config))
@@ -290,7 +308,7 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
         "batch_size": timesteps_per_update(config, config.batch_size),
         "policy_kwargs": {
             "head": config.layer,
-            "head_kwargs": _head_options(config),
+            "head_kwargs": head_options(config),
             "encoder": config.encoder,
             "lstm_hidden_size": config.lstm_hidden_size,
             **optimizer,
@@ -321,12 +339,16 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
     total = math.ceil(config.frames / FRAMES_PER_TIMESTEP)
     signals.watch(model)
     try:
-        model.learn(
-            total - model.num_timesteps,
-            callback=[checkpoints, Progress(config.frames, screen)],
-            log_interval=config.log_every,
-            reset_num_timesteps=False,
-        )
+        try:
+            model.learn(
+                total - model.num_timesteps,
+                callback=[checkpoints, Progress(config.frames, screen)],
+                log_interval=config.log_every,
+                reset_num_timesteps=False,
+            )
+        finally:
+            if model.time_spent is not None:
+                screen.line(model.time_spent.table())
         saved = checkpoints.save()
         model.dump_logs()
     except (WorkerError, NonFiniteError, CheckpointError, OSError) as error:
@@ -495,12 +517,13 @@ def _check_device(device: str) -> None:
 
 def _check_heads(config: RunConfig) -> None:
     if config.layer == "neurocoder":
-        NeurocoderConfig(**_head_options(config))
+        NeurocoderConfig(**head_options(config))
 
 
-def _head_options(config: RunConfig) -> dict[str, Any]:
-    if config.layer == "linear":
-        return {}
+def head_options(config: RunConfig) -> dict[str, Any]:
+    """Options of the output layers, for `ncrl.layers.make_layer`."""
+    if config.layer != "neurocoder":
+        return BASELINE_OPTIONS.get(config.layer, {})
     names = [entry.name for entry in fields(RunConfig) if "Neurocoder:" in entry.metadata["help"]]
     return {name: getattr(config, name) for name in names}
 
@@ -510,7 +533,7 @@ def _head_options(config: RunConfig) -> dict[str, Any]:
 
 def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: Screen) -> int:
     """Play whole games and print the raw score; returns the exit code."""
-    for name in ("resume", "config"):
+    for name in ("resume", "config", "profile"):
         if modes[name] is not None:
             raise ValueError(f"--evaluate and --{name} exclude each other")
     allowed = {"seed", "device"}

@@ -34,6 +34,7 @@ from agents.environments import (
 )
 from agents.learner import CORRECTIONS, Loss, Objective, actor_critic_loss, apply_gradient
 from agents.optim import SharedRMSProp
+from agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
 from agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
 from agents.weights import SharedWeights
 from agents.worker import PolicySpec
@@ -87,6 +88,7 @@ class A3C(OnPolicyAlgorithm):
         max_grad_norm: limit on the gradient's norm.
         rms_prop_eps: epsilon of RMSProp, inside the square root.
         orth_coef: weight of the orthogonality loss of Neurocoder layers (paper: a).
+        balance_coef: weight of the balance loss of mixtures of experts (`head="moe"`).
         correction: `vtrace`, or `none` for plain returns whatever the age of the rollouts.
         reward_scale: factor on rewards in the loss, before they are clipped. Actor and critic share
             one LSTM: returns far above 1 saturate it.
@@ -102,6 +104,8 @@ class A3C(OnPolicyAlgorithm):
         verbose: 0 nothing, 1 information, 2 debugging.
         seed: of everything; serial runs with equal seeds give bit-equal weights.
         device: of the learner.
+        profile: measure where the time of each process goes: curves `profile/<process>/<phase>`,
+            and `time_spent.table()`. On CUDA the learner waits for the device at each phase.
 
     Raises:
         ValueError: for impossible arguments.
@@ -130,6 +134,7 @@ class A3C(OnPolicyAlgorithm):
         max_grad_norm: float = 40.0,
         rms_prop_eps: float = 0.1,
         orth_coef: float = 0.1,
+        balance_coef: float = 0.01,
         correction: str = "vtrace",
         reward_scale: float = 1.0,
         reward_clip: float | str | None = "env",
@@ -142,12 +147,15 @@ class A3C(OnPolicyAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
+        profile: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
         self.n_workers = 0
+        self.profile = profile
         self.limits = limits or Limits()
         self.batch_size = batch_size
         self.orth_coef = orth_coef
+        self.balance_coef = balance_coef
         self.correction = correction
         self.reward_scale = reward_scale
         self.games_seed = _fresh_seed() if seed is None else seed
@@ -227,6 +235,10 @@ class A3C(OnPolicyAlgorithm):
         """Mean age, in updates, of the weights behind the latest batch."""
         self._skipped_updates = 0
         self._skipped_in_a_row = 0
+        self.time_spent: Profile | None = None
+        """Where the time of all calls of `learn` went, if `profile` is set."""
+        if self.profile:
+            self.time_spent = Profile(stopwatch_for(self.device))
 
     def _played_by(self, factory: EnvFactory, n_envs: int) -> VecEnv:
         """What SB3 takes for the environment of a model whose environments a factory builds."""
@@ -290,6 +302,7 @@ class A3C(OnPolicyAlgorithm):
             ("vf_coef", 0, math.inf),
             ("max_grad_norm", 0, math.inf),
             ("orth_coef", 0, math.inf),
+            ("balance_coef", 0, math.inf),
             ("reward_scale", 0, math.inf),
         ):
             value = getattr(self, name)
@@ -337,25 +350,37 @@ class A3C(OnPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        with _learner_threads(self.n_workers, self.device), self._player() as player:
-            callback.on_training_start(locals(), globals())
+        stopwatch = self._stopwatch
+        with (
+            _learner_threads(self.n_workers, self.device),
+            stopwatch.phase("setup"),
+            self._player() as player,
+            stopwatch.phase("other"),
+        ):
+            with stopwatch.phase("callbacks"):
+                callback.on_training_start(locals(), globals())
             iteration = 0
             while self.num_timesteps < total_timesteps and not self._stop_requested:
                 rows = math.ceil((total_timesteps - self.num_timesteps) / self.n_envs)
-                callback.on_rollout_start()
+                with stopwatch.phase("callbacks"):
+                    callback.on_rollout_start()
                 self._batch = player.collect(min(rows, self.n_steps), callback)
                 if self._batch is None:
                     break
-                callback.update_locals(locals())
-                callback.on_rollout_end()
+                with stopwatch.phase("callbacks"):
+                    callback.update_locals(locals())
+                    callback.on_rollout_end()
                 iteration += 1
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 self._current_progress_remaining = max(0.0, self._current_progress_remaining)
                 self.train()
-                player.publish()
+                with stopwatch.phase("publishing"):
+                    player.publish()
                 if log_interval is not None and iteration % log_interval == 0:
-                    self.dump_logs(iteration)
-            callback.on_training_end()
+                    with stopwatch.phase("callbacks"):
+                        self.dump_logs(iteration)
+            with stopwatch.phase("callbacks"):
+                callback.on_training_end()
         self._stop_requested = False
         return self
 
@@ -363,6 +388,11 @@ class A3C(OnPolicyAlgorithm):
     def envs_per_update(self) -> int:
         """Environments whose rollouts make one update."""
         return self.n_envs if self.batch_size is None else self.batch_size // self.n_steps
+
+    @property
+    def _stopwatch(self) -> Stopwatch:
+        """The learner's."""
+        return OFF if self.time_spent is None else self.time_spent.stopwatch
 
     def request_stop(self) -> None:
         """Let `learn`, or the next call of it, return after the update it is in.
@@ -382,9 +412,15 @@ class A3C(OnPolicyAlgorithm):
 
     def _update(self, batch: Rollout) -> None:
         """One step of the optimiser."""
-        loss = actor_critic_loss(self.policy, batch, self._objective())
+        stopwatch = self._stopwatch
+        with stopwatch.phase("evaluation"):
+            loss = actor_critic_loss(self.policy, batch, self._objective())
         stepped, grad_norm = apply_gradient(
-            self.policy, self.policy.optimizer, loss.total, self.max_grad_norm
+            self.policy,
+            self.policy.optimizer,
+            loss.total,
+            self.max_grad_norm,
+            stopwatch=stopwatch,
         )
         self._n_updates += 1
         self._skipped_in_a_row = 0 if stepped else self._skipped_in_a_row + 1
@@ -397,7 +433,8 @@ class A3C(OnPolicyAlgorithm):
                 )
             logger.warning("update %d skipped: its gradient is not finite", self._n_updates)
         self._latent = loss.evaluation.latent.detach()
-        self._record_update(loss, grad_norm)
+        with stopwatch.phase("callbacks"):
+            self._record_update(loss, grad_norm)
 
     def _objective(self) -> Objective:
         return Objective(
@@ -406,6 +443,7 @@ class A3C(OnPolicyAlgorithm):
             ent_coef=self.ent_coef,
             vf_coef=self.vf_coef,
             orth_coef=self.orth_coef,
+            balance_coef=self.balance_coef,
             reward_scale=self.reward_scale,
             reward_clip=self.reward_clip,  # type: ignore[arg-type]
             correction=self.correction,
@@ -419,6 +457,7 @@ class A3C(OnPolicyAlgorithm):
         self.logger.record_mean("train/value_loss", loss.value.item())
         self.logger.record_mean("train/entropy_loss", loss.entropy.item())
         self.logger.record_mean("train/orthogonality_loss", loss.orthogonality.item())
+        self.logger.record_mean("train/balance_loss", loss.balance.item())
         if not math.isnan(variance := loss.explained_variance.item()):
             self.logger.record_mean("train/explained_variance", variance)
         if math.isfinite(grad_norm):
@@ -443,6 +482,9 @@ class A3C(OnPolicyAlgorithm):
         if self._pool is not None:
             self.logger.record("time/worker_restarts", self._pool.worker_restarts)
             self.logger.record("time/env_restarts", self._pool.env_restarts)
+        if self.time_spent is not None:
+            for key, share in self.time_spent.shares().items():
+                self.logger.record(f"profile/{key}", share)
         self._record_heads()
         super().dump_logs(iteration)
 
@@ -494,6 +536,7 @@ class A3C(OnPolicyAlgorithm):
             # Games that go on after an earlier `learn` do not repeat those played before.
             seed=self.games_seed + 7_919 * self.num_timesteps,
             limits=self.limits,
+            profile=self.time_spent,
         )
         with pool:
             self._pool = pool
@@ -512,10 +555,12 @@ class A3C(OnPolicyAlgorithm):
         """SB3's bookkeeping for one row of `n_envs` timesteps."""
         self.num_timesteps += self.n_envs
         infos, dones, rewards = outcome.infos, outcome.dones, outcome.rewards
-        callback.update_locals({"infos": infos, "dones": dones, "rewards": rewards, "self": self})
-        if not callback.on_step():
-            return False
-        self._update_info_buffer(infos, dones)
+        seen = {"infos": infos, "dones": dones, "rewards": rewards, "self": self}
+        with self._stopwatch.phase("callbacks"):
+            callback.update_locals(seen)
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
         return True
 
     def _excluded_save_params(self) -> list[str]:
@@ -527,6 +572,8 @@ class A3C(OnPolicyAlgorithm):
             "_collector",
             "_pool",
             "_latent",
+            "profile",
+            "time_spent",
         ]
 
 
@@ -550,6 +597,7 @@ class _SerialPlayer:
             assert model.env is not None
             collector = Collector(model.env, model.policy, model._last_obs)
         self.collector = model._collector = collector
+        collector.stopwatch = model._stopwatch
 
     def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
         model, rollout = self.model, self.slots[0]
@@ -561,7 +609,9 @@ class _SerialPlayer:
         if not complete:
             return None
         model._record_lag([0])
-        return first_rows(model._batch_stage.gather([rollout]), n_steps)
+        with model._stopwatch.phase("copy"):
+            batch = model._batch_stage.gather([rollout])
+        return first_rows(batch, n_steps)
 
     def publish(self) -> None:
         """The policy that plays is the one that learns."""
@@ -577,13 +627,17 @@ class _WorkersPlayer:
 
     def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
         model = self.model
-        deliveries = self.pool.take(model.n_workers, lambda: model._stop_requested)
+        stopwatch = model._stopwatch
+        with stopwatch.phase("setup" if self.pool.starting else "wait"):
+            deliveries = self.pool.take(model.n_workers, lambda: model._stop_requested)
         if deliveries is None:
             return None
-        batch = model._batch_stage.gather([delivery.rollout for delivery in deliveries])
-        rewards = torch.cat([d.rollout.rewards for d in deliveries], dim=1).numpy()
-        dones = torch.cat([d.rollout.dones for d in deliveries], dim=1).numpy()
-        self.pool.release(deliveries)
+        with stopwatch.phase("copy"):
+            batch = model._batch_stage.gather([delivery.rollout for delivery in deliveries])
+            rewards = torch.cat([d.rollout.rewards for d in deliveries], dim=1).numpy()
+            dones = torch.cat([d.rollout.dones for d in deliveries], dim=1).numpy()
+        with stopwatch.phase("wait"):
+            self.pool.release(deliveries)
 
         width = model.n_envs // model.n_workers
         infos: list[list[dict[str, Any]]] = [

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.buffers import Rollout
+from agents.profiling import OFF, Stopwatch
 from ncrl.sb3 import LstmPolicy
 
 
@@ -39,6 +40,8 @@ class Collector:
         self.lstm_state = policy.initial_state(env.num_envs)
         self.env_seconds = 0.0
         """Time that the latest rollout spent inside the environments."""
+        self.stopwatch: Stopwatch = OFF
+        """Of the process that this runs in, if its time is measured."""
 
     def collect(
         self, rollout: Rollout, n_steps: int, after_step: Callable[[Outcome], bool]
@@ -62,8 +65,9 @@ class Collector:
         rollout.lstm_c.copy_(self.lstm_state[1])
         _check_finite("observation", self.obs, 0)
         for t in range(n_steps):
-            rollout.obs[t] = torch.from_numpy(self.obs)
-            rollout.episode_start[t] = torch.from_numpy(self.episode_start)
+            with self.stopwatch.phase("copy"):
+                rollout.obs[t] = torch.from_numpy(self.obs)
+                rollout.episode_start[t] = torch.from_numpy(self.episode_start)
             outcome = self._step(rollout, t)
             if not after_step(outcome):
                 return False
@@ -75,26 +79,31 @@ class Collector:
     def _step(self, rollout: Rollout, t: int) -> Outcome:
         """Choose, play and record the actions of row t."""
         device = self.policy.device
-        step = self.policy.act(
-            rollout.obs[t].to(device), self.lstm_state, rollout.episode_start[t].to(device)
-        )
+        with self.stopwatch.phase("forward"):
+            step = self.policy.act(
+                rollout.obs[t].to(device), self.lstm_state, rollout.episode_start[t].to(device)
+            )
         self.lstm_state = step.lstm_state
-        rollout.actions[t] = step.actions
-        rollout.log_prob[t] = step.log_prob
+        with self.stopwatch.phase("copy"):
+            rollout.actions[t] = step.actions
+            rollout.log_prob[t] = step.log_prob
         started = time.monotonic()
-        obs, rewards, dones, infos = self.env.step(self._for_env(step.actions))
+        with self.stopwatch.phase("environment"):
+            obs, rewards, dones, infos = self.env.step(self._for_env(step.actions))
         self.env_seconds += time.monotonic() - started
         rewards = np.asarray(rewards, dtype=np.float32)
         _check_finite("reward", rewards, t)
         _check_finite("observation", obs, t)
-        rollout.rewards[t] = torch.from_numpy(rewards)
-        rollout.dones[t] = torch.from_numpy(dones)
-        rollout.truncation_value[t] = 0.0
+        with self.stopwatch.phase("copy"):
+            rollout.rewards[t] = torch.from_numpy(rewards)
+            rollout.dones[t] = torch.from_numpy(dones)
+            rollout.truncation_value[t] = 0.0
         for i in np.flatnonzero(dones).tolist():
             if infos[i].get("TimeLimit.truncated") and "terminal_observation" in infos[i]:
                 terminal = infos[i]["terminal_observation"]
                 _check_finite("observation", terminal, t, first_env=i)
-                rollout.truncation_value[t, i] = self._value_after(terminal, i)
+                with self.stopwatch.phase("forward"):
+                    rollout.truncation_value[t, i] = self._value_after(terminal, i)
         self.obs, self.episode_start = obs, dones
         return Outcome(t, rewards, dones, infos)
 

@@ -21,7 +21,9 @@ from agents.losses import (
     value_loss,
     vtrace,
 )
+from agents.profiling import OFF, Stopwatch
 from ncrl import orthogonal_loss
+from ncrl.baselines import balance_loss, record_gates
 from ncrl.sb3 import LstmPolicy, RolloutEvaluation
 
 CORRECTIONS = ("vtrace", "none")
@@ -38,6 +40,8 @@ class Objective:
     vf_coef: float
     orth_coef: float
     """Weight of the orthogonality loss of Neurocoder layers (paper: a)."""
+    balance_coef: float
+    """Weight of the balance loss of mixtures of experts."""
     reward_scale: float
     """Rewards are multiplied by this in the loss, never in what is logged."""
     reward_clip: float | None
@@ -54,6 +58,7 @@ class Loss(NamedTuple):
     value: Tensor
     entropy: Tensor
     orthogonality: Tensor
+    balance: Tensor
     explained_variance: Tensor
     evaluation: RolloutEvaluation
 
@@ -65,20 +70,30 @@ def actor_critic_loss(policy: LstmPolicy, batch: Rollout, objective: Objective) 
     RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
     logged are means, as in Stable-Baselines3.
     """
-    evaluation = policy.evaluate_rollout(
-        batch.obs, batch.actions, (batch.lstm_h, batch.lstm_c), batch.episode_start
-    )
+    with record_gates(policy) as gates:
+        evaluation = policy.evaluate_rollout(
+            batch.obs, batch.actions, (batch.lstm_h, batch.lstm_c), batch.episode_start
+        )
     values = evaluation.values[:-1]  # V(x_t); the last row is V(x_T)
     returns = _returns(batch, evaluation, objective)
     terms = {
         "policy": policy_gradient_loss(evaluation.log_prob, returns.advantages),
         "value": value_loss(values, returns.returns),
         "entropy": entropy_loss(evaluation.entropy),
-        "orthogonality": orthogonal_loss(policy),
+        "orthogonality": orthogonal_loss(policy).to(values.device),
+        "balance": balance_loss(gates).to(values.device),
     }
-    total = values.numel() * (
-        terms["policy"] + objective.vf_coef * terms["value"] + objective.ent_coef * terms["entropy"]
-    ) + objective.orth_coef * terms["orthogonality"].to(values.device)
+    # The balance loss is about the batch, and its usual coefficient is made for a mean.
+    total = (
+        values.numel()
+        * (
+            terms["policy"]
+            + objective.vf_coef * terms["value"]
+            + objective.ent_coef * terms["entropy"]
+            + objective.balance_coef * terms["balance"]
+        )
+        + objective.orth_coef * terms["orthogonality"]
+    )
     return Loss(
         total=total,
         **terms,
@@ -108,7 +123,12 @@ def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective
 
 
 def apply_gradient(
-    policy: LstmPolicy, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float
+    policy: LstmPolicy,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    max_grad_norm: float,
+    *,
+    stopwatch: Stopwatch = OFF,
 ) -> tuple[bool, float]:
     """One optimiser step, unless the gradient is not finite.
 
@@ -116,9 +136,11 @@ def apply_gradient(
         Whether the step was made, and the gradient's norm before it was limited.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
-    finite = norm == norm and norm not in (float("inf"), float("-inf"))
-    if finite:
-        optimizer.step()
+    with stopwatch.phase("backward"):
+        loss.backward()
+    with stopwatch.phase("optimiser"):
+        norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
+        finite = norm == norm and norm not in (float("inf"), float("-inf"))
+        if finite:
+            optimizer.step()
     return finite, norm

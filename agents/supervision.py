@@ -27,6 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
 from agents.buffers import Rollout, RolloutShape, RolloutSlots
 from agents.environments import EnvFactory
+from agents.profiling import Profile
 from agents.weights import SharedWeights
 from agents.worker import (
     THREAD_VARIABLES,
@@ -124,6 +125,7 @@ class WorkerPool:
         n_workers: int,
         seed: int,
         limits: Limits,
+        profile: Profile | None = None,
     ) -> None:
         self.limits = limits
         self.worker_restarts = 0
@@ -133,6 +135,7 @@ class WorkerPool:
         self._shape = shape
         self._weights = weights
         self._seed = seed
+        self._profile = profile
         self._slots = RolloutSlots(shape, slots_for(n_workers), shared=True)
         self._free = deque(range(self._slots.num_slots))
         self._played: deque[Delivery] = deque()
@@ -159,6 +162,11 @@ class WorkerPool:
         """Process ids of the living workers."""
         processes = [worker.process for worker in self._workers]
         return [p.pid for p in processes if p is not None and p.pid is not None and p.is_alive()]
+
+    @property
+    def starting(self) -> bool:
+        """No rollout has been taken yet; the workers are building their environments."""
+        return self._starting
 
     def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
         """Wait for `count` played rollouts, the oldest first. Give them back with `release`.
@@ -230,6 +238,8 @@ class WorkerPool:
             rollout = self._slots[message.slot]
             self._played.append(Delivery(rollout, message, worker.infos, worker.index))
             worker.infos = []
+            if self._profile is not None:
+                self._profile.add_worker(worker.index, message.phases)
         elif isinstance(message, EnvFailed):
             self.env_restarts += 1
             worker.failures += 1
@@ -319,6 +329,7 @@ class WorkerPool:
             slots=self._slots,
             weights=self._weights,
             heartbeats=self._heartbeats,
+            profile=self._profile is not None,
         )
         process = self._context.Process(
             target=worker_main,

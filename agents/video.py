@@ -43,7 +43,7 @@ class HeadView(NamedTuple):
     """What the head computes: `actor` or `critic`."""
 
     attention: np.ndarray | None
-    """Attention weights of the memories u, v, s, [3, R, P]; None for a plain linear layer."""
+    """Attention weights of the memories u, v, s, [3, R, P]; None for other layers."""
 
 
 class Moment(NamedTuple):
@@ -314,7 +314,7 @@ def _draw_action(
 
 def _draw_plain_head(picture: np.ndarray, box: Box, name: str) -> None:
     _text(picture, name, (box.left, box.top + 8), MEDIUM, WHITE)
-    note = "a plain linear layer: no program slots to attend to"
+    note = "no Neurocoder layer: no program slots to attend to"
     _text(picture, note, (box.left, box.top + 32), SMALL, GREY, room=box.width)
 
 

@@ -23,7 +23,9 @@ from torch import Tensor
 from agents.buffers import RolloutSlots
 from agents.collector import Collector, Outcome
 from agents.environments import EnvFactory, build
+from agents.profiling import OFF, Seconds, Stopwatch
 from agents.weights import SharedWeights
+from ncrl import constant_weights
 from ncrl.sb3 import LstmPolicy
 
 THREAD_VARIABLES = (
@@ -79,6 +81,8 @@ class WorkerSpec:
     weights: SharedWeights
     heartbeats: Tensor
     """[n_workers] int64 in shared memory: steps played; a worker counts up its own entry."""
+    profile: bool
+    """Whether it measures where its time goes."""
 
 
 class Ready(NamedTuple):
@@ -105,6 +109,8 @@ class Played(NamedTuple):
     """Time spent inside the environments."""
     seconds: float
     """Time from the first step to the last."""
+    phases: Seconds
+    """Where the worker's time went since its last message of this kind; empty if not measured."""
 
 
 class EnvFailed(NamedTuple):
@@ -130,8 +136,10 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent(spec.parent_pid)
+    stopwatch = Stopwatch() if spec.profile else OFF
     try:
-        _work(connection, spec)
+        with stopwatch.phase("other"):
+            _work(connection, spec, stopwatch)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     except Exception:
@@ -139,19 +147,21 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
         sys.exit(1)
 
 
-def _work(connection: Connection, spec: WorkerSpec) -> None:
+def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(spec.seed)
     np.random.seed(spec.seed % 2**32)
     seeds = np.random.SeedSequence(spec.seed)
     factory: EnvFactory = spec.factory.var
-    policy: LstmPolicy = spec.policy.var.build()
-    policy.set_training_mode(False)
-    collector = _start_games(factory, spec, seeds, policy)
+    with stopwatch.phase("setup"):
+        policy: LstmPolicy = spec.policy.var.build()
+        policy.set_training_mode(False)
+    collector = _start_games(factory, spec, seeds, policy, stopwatch)
     connection.send(Ready())
-    while (slot := connection.recv()) is not None:
+    while (slot := _next_slot(connection, stopwatch)) is not None:
         while True:
-            version = spec.weights.read_into(policy)
+            with stopwatch.phase("copy"):
+                version = spec.weights.read_into(policy)
             infos: list[Info] = []
             try:
                 played = _play(collector, spec, slot, version, infos)
@@ -159,20 +169,33 @@ def _work(connection: Connection, spec: WorkerSpec) -> None:
                 connection.send(EnvFailed(_traceback()))
                 with contextlib.suppress(Exception):  # it may be broken in any way
                     collector.env.close()
-                collector = _start_games(factory, spec, seeds, policy)
+                collector = _start_games(factory, spec, seeds, policy, stopwatch)
                 connection.send(Ready())
                 continue
             for part in _in_small_parts(infos):
                 connection.send(Reported(part))
-            connection.send(played)
+            connection.send(played._replace(phases=stopwatch.take()))
             break
 
 
+def _next_slot(connection: Connection, stopwatch: Stopwatch) -> int | None:
+    with stopwatch.phase("wait"):
+        slot: int | None = connection.recv()
+    return slot
+
+
 def _start_games(
-    factory: EnvFactory, spec: WorkerSpec, seeds: np.random.SeedSequence, policy: LstmPolicy
+    factory: EnvFactory,
+    spec: WorkerSpec,
+    seeds: np.random.SeedSequence,
+    policy: LstmPolicy,
+    stopwatch: Stopwatch,
 ) -> Collector:
-    env = build(factory, spec.n_envs, _env_seed(seeds))
-    return Collector(env, policy, env.reset())
+    with stopwatch.phase("setup"):
+        env = build(factory, spec.n_envs, _env_seed(seeds))
+        collector = Collector(env, policy, env.reset())
+    collector.stopwatch = stopwatch
+    return collector
 
 
 def _play(
@@ -189,8 +212,9 @@ def _play(
         return True
 
     started = time.monotonic()
-    collector.collect(spec.slots[slot], spec.n_steps, after_step)
-    return Played(slot, version, collector.env_seconds, time.monotonic() - started)
+    with constant_weights(collector.policy):
+        collector.collect(spec.slots[slot], spec.n_steps, after_step)
+    return Played(slot, version, collector.env_seconds, time.monotonic() - started, {})
 
 
 def _traceback() -> str:

@@ -1,5 +1,20 @@
 """ncrl: Neurocoder layers, and reinforcement-learning agents built with them."""
 
-from ncrl.neurocoder import Attention, NeurocoderConfig, NeurocoderLinear, orthogonal_loss
+from ncrl.injection import eject, inject
+from ncrl.neurocoder import (
+    Attention,
+    NeurocoderConfig,
+    NeurocoderLinear,
+    constant_weights,
+    orthogonal_loss,
+)
 
-__all__ = ["Attention", "NeurocoderConfig", "NeurocoderLinear", "orthogonal_loss"]
+__all__ = [
+    "Attention",
+    "NeurocoderConfig",
+    "NeurocoderLinear",
+    "constant_weights",
+    "eject",
+    "inject",
+    "orthogonal_loss",
+]

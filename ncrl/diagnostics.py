@@ -43,7 +43,7 @@ def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
     return LayerReport(
         attention_entropy=float(entropy / uniform),
         max_attention=float(weights.max()),
-        effective_rank=float(participation_ratio(_active_programs(layer, x[:RANK_SAMPLES])).mean()),
+        effective_rank=float(participation_ratio(layer.active_program(x[:RANK_SAMPLES])).mean()),
         orthogonality=float(layer.memory.orthogonality()) - floor,
         slot_usage=shares.mean(dim=(0, 1, 2)),
     )
@@ -53,11 +53,3 @@ def participation_ratio(matrices: Tensor) -> Tensor:
     """(sum s^2)^2 / sum s^4 over the singular values s of matrices [..., m, n]: [...], 1 to n."""
     squares: Tensor = torch.linalg.svdvals(matrices.float()).square()
     return squares.sum(-1).square() / squares.square().sum(-1).clamp_min(1e-30)
-
-
-def _active_programs(layer: NeurocoderLinear, x: Tensor) -> Tensor:
-    programs = layer.program(x)  # [B, in, out]
-    if layer.integration is not None:
-        scale = layer.integration.scale(x, layer.singular_values(x).T)  # [B, 1]
-        programs = programs - scale.unsqueeze(-1) * layer.integration.residual
-    return programs

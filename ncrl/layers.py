@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
+from ncrl.baselines import FiLMLinear, HyperNetLinear, MoELinear, NSMLinear
 from ncrl.neurocoder import NeurocoderLinear
 from ncrl.settings import suggest
 
-
-class LayerFactory(Protocol):
-    """What every entry of the registry is called like: `nn.Linear`'s first arguments."""
-
-    def __call__(self, in_features: int, out_features: int, **options: Any) -> nn.Module: ...
-
+LayerFactory = Callable[..., nn.Module]
+"""Called like `nn.Linear`: input width, output width, then options of its own by name."""
 
 LAYERS: Mapping[str, LayerFactory] = {
-    "linear": cast(LayerFactory, nn.Linear),
+    "linear": nn.Linear,
     "neurocoder": NeurocoderLinear,
+    "hypernet": HyperNetLinear,
+    "film": FiLMLinear,
+    "moe": MoELinear,
+    "nsm": NSMLinear,
 }
 """Layer constructors by the name that flags and `policy_kwargs` use."""
 

@@ -150,6 +150,34 @@ def unroll_lstm(
     for first, last in pairwise(bounds):
         keep = ~episode_start[first].unsqueeze(1)  # [B, 1]
         state = (state[0] * keep, state[1] * keep)
-        output, state = lstm(inputs[first:last], state)
+        if last - first == 1 and _has_plain_cells(lstm):
+            output, state = run_one_step(lstm, inputs[first:last], state)
+        else:
+            output, state = lstm(inputs[first:last], state)
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), state
+
+
+def run_one_step(lstm: nn.LSTM, inputs: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
+    """What `lstm` answers to one timestep, [1, B, features].
+
+    On the CPU `nn.LSTM` rearranges its weights at every call, which for one timestep takes several
+    times as long as the step itself.
+    """
+    hidden, cells = [], []
+    output = inputs[0]
+    for layer, weights in enumerate(lstm.all_weights):
+        output, cell = torch.lstm_cell(output, (state[0][layer], state[1][layer]), *weights)
+        hidden.append(output)
+        cells.append(cell)
+    return output.unsqueeze(0), (torch.stack(hidden), torch.stack(cells))
+
+
+def _has_plain_cells(lstm: nn.LSTM) -> bool:
+    """Whether `lstm` is a stack of cells on the CPU, with nothing between or behind them."""
+    return (
+        lstm.weight_ih_l0.device.type == "cpu"
+        and not lstm.bidirectional
+        and not lstm.proj_size
+        and not (lstm.dropout and lstm.training)
+    )

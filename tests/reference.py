@@ -20,14 +20,20 @@ NORM_FLOOR = 1e-6
 
 
 class Sizes(NamedTuple):
-    """The sizes that a state_dict alone does not tell."""
+    """What a state_dict alone does not tell.
+
+    It does tell the other options: a learned sharpness, a linear controller and a residual in two
+    factors have parameters of their own.
+    """
 
     num_slots: int  # P
     key_dim: int  # K
     num_heads: int  # H
     num_steps: int  # J
     num_least_used: int  # l_I
-    sharpness: float  # beta
+    sharpness: float  # beta, where it is not learned
+    gate: str = "slot-head"  # one gate per slot and head; or per slot, or per head
+    detach_usage: bool = False
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -117,7 +123,9 @@ def keys_reference(state: Mapping[str, Tensor], sizes: Sizes) -> list[list[Tenso
     return keys
 
 
-def content_reference(query: Tensor, keys: Sequence[Tensor], sharpness: float) -> list[Tensor]:
+def content_reference(
+    query: Tensor, keys: Sequence[Tensor], sharpness: float | Tensor
+) -> list[Tensor]:
     """Eq. 5: softmax over slots of sharpness * cosine."""
     scores = [torch.exp(sharpness * cosine(query, key)) for key in keys]
     total = sum(scores[1:], scores[0])
@@ -130,47 +138,98 @@ def least_used_reference(usage: Sequence[Tensor], num_least_used: int) -> list[T
     Ties at the threshold are all selected.
     """
     threshold = sorted(m.item() for m in usage)[num_least_used - 1]
-    most = max(usage, key=Tensor.item)
+    most = max(usage, key=Tensor.item)  # the first of several
     return [most - m if m.item() <= threshold else torch.zeros_like(m) for m in usage]
+
+
+def controller_reference(state: Mapping[str, Tensor], sizes: Sizes, x: Tensor) -> list[Tensor]:
+    """State [h] of the controller at each step for one sample x [in], which it reads each time."""
+    if "composition.linear.weight" in state:
+        assert sizes.num_steps == 1
+        return [state["composition.linear.weight"] @ x + state["composition.linear.bias"]]
+    lstm = {
+        name.removeprefix("composition.lstm."): value
+        for name, value in state.items()
+        if name.startswith("composition.lstm.")
+    }
+    hidden = cell = x.new_zeros(lstm["weight_hh"].shape[1])
+    states = []
+    for _j in range(sizes.num_steps):
+        hidden, cell = lstm_cell(lstm, x, hidden, cell)
+        states.append(hidden)
+    return states
+
+
+def query_reference(control: Tensor, sizes: Sizes, t: int, h: int) -> Tensor:
+    """Query [K] of head h for memory t, in what the head network says, `control`.
+
+    For each memory and head it says a query, then the gates of that head. Gates that the heads of
+    a memory share come after the queries of all of them.
+    """
+    P, K, H, _, least_used, *_ = sizes
+    per_head = K + gates_per_head(sizes)
+    per_memory = H * per_head + (P if least_used > 0 and sizes.gate == "slot" else 0)
+    start = t * per_memory + h * per_head
+    return control[start : start + K]
+
+
+def gates_per_head(sizes: Sizes) -> int:
+    if sizes.num_least_used == 0:
+        return 0
+    return {"slot-head": sizes.num_slots, "slot": 0, "head": 1}[sizes.gate]
+
+
+def gate_reference(control: Tensor, sizes: Sizes, t: int, h: int, p: int) -> Tensor:
+    """Gate of slot p for head h of memory t, before the sigmoid."""
+    P, K, H, *_ = sizes
+    if sizes.gate == "slot":
+        return control[t * (H * K + P) + H * K + p]
+    if sizes.gate == "head":
+        return control[(t * H + h) * (K + 1) + K]
+    return control[(t * H + h) * (K + P) + K + p]
 
 
 def attention_reference(
     state: Mapping[str, Tensor], sizes: Sizes, x: Tensor
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """w^u, w^v, w^s for one sample x [in]: each a list over n = (j-1)*H + h of [P]."""
-    P, K, H, J, least_used, beta = sizes
-    lstm = {
-        name.removeprefix("composition.lstm."): value
-        for name, value in state.items()
-        if name.startswith("composition.lstm.")
-    }
+    P, _, H, _, least_used, sharpness, *_ = sizes
+    beta: float | Tensor = sharpness
+    if "composition.log_sharpness" in state:
+        beta = torch.exp(state["composition.log_sharpness"])
     keys = keys_reference(state, sizes)
-    hidden_size = lstm["weight_hh"].shape[1]
-    hidden = cell = x.new_zeros(hidden_size)
     # usage[t][h][p]: the largest weight that head h has put on slot p in earlier steps
     usage = [[[x.new_zeros(()) for _ in range(P)] for _ in range(H)] for _ in range(3)]
     weights: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    width = K + P if least_used > 0 else K
-    for _j in range(J):
-        hidden, cell = lstm_cell(lstm, x, hidden, cell)
+    for hidden in controller_reference(state, sizes, x):
         control = state["composition.head.weight"] @ hidden + state["composition.head.bias"]
         for t in range(3):
             for h in range(H):
-                start = (t * H + h) * width
-                query = control[start : start + K]
-                content = content_reference(query, keys[t], beta)
+                content = content_reference(query_reference(control, sizes, t, h), keys[t], beta)
                 if least_used == 0:
                     weights[t].append(torch.stack(content))
                     continue
-                least = least_used_reference(usage[t][h], least_used)
+                seen = [m.detach() if sizes.detach_usage else m for m in usage[t][h]]
+                least = least_used_reference(seen, least_used)
                 w = []
                 for p in range(P):
-                    gate = sigmoid(control[start + K + p])
+                    gate = sigmoid(gate_reference(control, sizes, t, h, p))
                     w.append(gate * content[p] + (1 - gate) * least[p])
-                for p in range(P):
-                    usage[t][h][p] = torch.maximum(usage[t][h][p], w[p])
+                for p in range(P):  # of equal ones the later
+                    usage[t][h][p] = w[p] if w[p] >= usage[t][h][p] else usage[t][h][p]
                 weights[t].append(torch.stack(w))
     return weights
+
+
+def residual_reference(state: Mapping[str, Tensor]) -> Tensor | None:
+    """Rho [in, out], stored whole or in two factors; None without one."""
+    if "integration.left" not in state:
+        return state.get("integration.residual")
+    left, right = state["integration.left"], state["integration.right"]
+    rho = left.new_zeros(left.shape[0], right.shape[1])
+    for r in range(len(right)):
+        rho = rho + left[:, r, None] * right[None, r]
+    return rho
 
 
 def program_reference(
@@ -203,10 +262,11 @@ def program_reference(
             u = u + w_u[n][p] * memory_u[p]
             v = v + w_v[n][p] * memory_v[p]
         program = program + sigma[n] * u[:, None] * v[None, :]
-    if "integration.residual" in state:
+    residual = residual_reference(state)
+    if residual is not None:
         gate_weight, gate_bias = state["integration.gate.weight"], state["integration.gate.bias"]
         gate = sigmoid(dot(gate_weight[0], x) + gate_bias[0])
-        program = program + gate * sigma[R - 1] * state["integration.residual"]
+        program = program + gate * sigma[R - 1] * residual
     return torch.stack(sigma), program
 
 
@@ -233,19 +293,27 @@ def neurocoder_reference(state: Mapping[str, Tensor], sizes: Sizes, x: Tensor) -
     return {name: torch.stack(values) for name, values in results.items()}
 
 
-def orthogonal_norm_reference(memory: Tensor) -> Tensor:
-    """|M M^T - I|_F, entry by entry, of one memory [P, d]."""
+def orthogonal_square_reference(memory: Tensor) -> Tensor:
+    """|M M^T - I|_F^2, entry by entry, of one memory [P, d]."""
     total = memory.new_zeros(())
     for a in range(len(memory)):
         for b in range(len(memory)):
             entry = dot(memory[a], memory[b]) - (1.0 if a == b else 0.0)
             total = total + entry * entry
-    return torch.sqrt(total)
+    return total
 
 
-def orthogonal_loss_reference(layers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Sum over layers (M_U, M_V) of |M_U M_U^T - I|_F + |M_V M_V^T - I|_F, norms not squared."""
-    norms = [orthogonal_norm_reference(memory) for layer in layers for memory in layer]
+def orthogonal_norm_reference(memory: Tensor) -> Tensor:
+    """|M M^T - I|_F of one memory [P, d]."""
+    return torch.sqrt(orthogonal_square_reference(memory))
+
+
+def orthogonal_loss_reference(
+    layers: Iterable[tuple[Tensor, Tensor]], *, squared: bool = False
+) -> Tensor:
+    """Sum over layers (M_U, M_V) of |M_U M_U^T - I|_F + |M_V M_V^T - I|_F, or of their squares."""
+    measure = orthogonal_square_reference if squared else orthogonal_norm_reference
+    norms = [measure(memory) for layer in layers for memory in layer]
     return sum(norms[1:], norms[0])
 
 

@@ -30,8 +30,10 @@ import agents.supervision
 import run_atari
 from agents import A3C, NonFiniteError, WorkerError
 from agents.checkpoints import newest_checkpoint
+from agents.profiling import PHASES
 from agents.runs import RunDirectory
-from run_atari import RunConfig, main
+from ncrl.layers import LAYERS
+from run_atari import RunConfig, main, make_model
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
     wait_until,
@@ -124,6 +126,9 @@ REFUSED = {
     PONG + "--keep-checkpoints 0": ["keep_checkpoints", "0"],
     PONG + "--num-slots 5 --num-least-used 5": ["num_slots=5", "num_least_used=5"],
     PONG + "--layer neurocodr": ["layer", "neurocodr", "nearest: neurocoder"],
+    PONG + "--layer hypernetwork": ["layer", "hypernetwork", "nearest: hypernet"],
+    PONG + "--layer transformer": ["linear, neurocoder, hypernet, film, moe, nsm"],
+    PONG + "--balance-coef -1": ["balance_coef", "-1", "0 .. inf"],
     PONG + "--encoder natural": ["encoder", "natural", "nearest: nature"],
     PONG + "--protocol classical": ["protocol", "classical", "nearest: classic"],
     PONG + "--correction v-trace": ["correction", "v-trace", "nearest: vtrace"],
@@ -156,6 +161,7 @@ REFUSED = {
     "--resume empty_run --config typo.yaml": ["--resume", "--config"],
     "--evaluate empty_run --resume empty_run": ["--evaluate", "--resume"],
     "--evaluate empty_run --config typo.yaml": ["--evaluate", "--config"],
+    "--evaluate empty_run --profile": ["--evaluate", "--profile"],
     "--evaluate empty_run --frames 100": ["--frames"],
     "--evaluate empty_run --episodes 0": ["episodes", "0"],
     "--evaluate empty_run --episodes x": ["--episodes", "x"],
@@ -344,12 +350,39 @@ def test_the_summary_of_a_run(serial_run: Run) -> None:
     assert not CONTROL.search(output) and output.isascii()
 
 
+LAYER_SIZES = {
+    "linear": 3_255_795,
+    "neurocoder": 3_450_463 + 19,  # and biases
+    "hypernet": 3_650_419,  # Table 9: 3.6M
+    "film": 3_255_795 + 2 * 513 * 64 + 65 * 2 * (18 + 1),
+    "moe": 3_255_795 + 9 * 513 * 19 + 2 * 2 * 512 * 10,
+    "nsm": 3_255_795 + 4 * 513 * 19 + 2 * (5 * 5 + 513 * 6),
+}
+"""Parameters with the encoder `paper` and 18 actions, by layer."""
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_can_be_chosen(layer: str) -> None:
+    config = RunConfig(
+        env="Klax", layer=layer, encoder="paper", workers=0, envs_per_worker=1, device="cpu"
+    )
+    model = make_model(config, batch_size=None)
+    assert type(model.policy.action_net) is type(model.policy.value_net) is LAYERS[layer]
+    assert sum(p.numel() for p in model.policy.parameters()) == LAYER_SIZES[layer]
+
+
+def test_help_lists_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert ", ".join(LAYERS) in " ".join(capsys.readouterr().out.split())
+
+
 TAGS = {
     *("rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/frames"),
     *("train/policy_loss", "train/value_loss", "train/entropy_loss", "train/explained_variance"),
     *("train/learning_rate", "train/policy_lag", "train/grad_norm", "train/orthogonality_loss"),
     *("neurocoder/attention_entropy", "neurocoder/max_attention", "neurocoder/effective_rank"),
-    "neurocoder/orthogonality",
+    *("neurocoder/orthogonality", "train/balance_loss"),
 }
 POINTS = {*range(200, 2001, 200)}
 """Timesteps of the points on the curves: 5 updates of 10 x 4 timesteps."""
@@ -594,6 +627,59 @@ def test_f11_a_full_disk(
     else:
         assert code in (0, 1) and "200 / 200 frames" in output.out
         assert "No space left on device" in caplog.text
+
+
+def rows_of_profile(output: str) -> dict[str, list[str]]:
+    """The table that `--profile` prints, by phase."""
+    lines = [line.split() for line in output.splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line and line[0] in (*PHASES, "total")}
+    assert rows == {} or list(rows) == [*PHASES, "total"]
+    return rows
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_profile_shows_where_the_time_goes(workers: str, tmp_path: Path) -> None:
+    arguments = short(tmp_path, "--log-every", "5", "--workers", workers)
+    rows = rows_of_profile(run_here(*arguments, "--profile"))
+    shares = {name: cells[1::2][: 1 + int(workers)] for name, cells in rows.items()}
+    assert shares.pop("total") == ["100.0"] * (1 + int(workers))
+    for column in zip(*shares.values(), strict=True):
+        assert sum(round(10 * float(share.replace("-", "0"))) for share in column) == 1000
+    assert (rows["environment"][0] == "-") == (workers == "1"), "in the process that plays"
+    made = Run(tmp_path / "Klax-1", "")
+    processes = ["learner", "workers"] if workers == "1" else ["learner"]
+    curves = {f"profile/{process}/{name}" for process in processes for name in PHASES}
+    assert {tag for tag in made.events.Tags()["scalars"] if tag.startswith("profile/")} == curves
+    assert "profile" not in made.config, "it is about one start of the program"
+
+
+def test_profile_of_a_resumed_run_and_none_without_the_flag(tmp_path: Path) -> None:
+    assert rows_of_profile(run_here(*short(tmp_path))) == {}
+    resume = ["--resume", str(tmp_path / "Klax-1"), "--log-every", "5"]
+    assert rows_of_profile(run_here(*resume, "--frames", "400", "--profile")) != {}
+    assert rows_of_profile(run_here(*resume, "--frames", "600")) == {}
+    rows = Run(tmp_path / "Klax-1", "").rows
+    assert [int(row["time/total_timesteps"]) for row in rows] == [50, 75, 100, 125, 150]
+    measured = [bool(row["profile/learner/forward"]) for row in rows]
+    assert measured == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("end", ["interrupted", "failed"])
+def test_profile_is_shown_however_the_run_ends(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    train = A3C.train
+
+    def once(model: A3C) -> None:
+        train(model)
+        if end == "failed":
+            raise NonFiniteError("the gradient")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(A3C, "train", once)
+    assert main(short(tmp_path, "--profile")) == (130 if end == "interrupted" else 1)
+    rows = rows_of_profile(capsys.readouterr().out)
+    assert rows["total"][1] == "100.0" and rows["backward"][0] != "-"
 
 
 def test_f11_a_disk_that_fills_up_while_curves_are_written(tmp_path: Path) -> None:

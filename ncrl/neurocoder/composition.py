@@ -1,16 +1,43 @@
 """The composition network: a small LSTM that attends to the program memory (paper, section 2.2).
 
 Shapes: B inputs, P slots, H heads, J steps, R = J * H components, K key width, h LSTM width.
+The batch comes last; J B stands for an axis that runs over the inputs of step 1, then of step 2...
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ncrl.neurocoder.attention import content_attention, gated_attention
+from ncrl.neurocoder.attention import compose_attention, content_attention, unit
 from ncrl.neurocoder.config import NeurocoderConfig
+from ncrl.neurocoder.controller import run_lstm
+from ncrl.neurocoder.integration import Composed, IntegrationNetwork, singular_values
+
+
+class Control(NamedTuple):
+    """What the composition network says about its inputs, before the memory is read.
+
+    Queries and gates are linear in the state of the controller. They are kept in that form because
+    gates, one for every slot, head and input, are by far the largest thing the network computes.
+    `split_head` says what the rows mean.
+    """
+
+    hidden: Tensor
+    """State of the controller, [h, J B]."""
+
+    weight: Tensor
+    """[rows, h]."""
+
+    bias: Tensor
+    """[rows]."""
+
+    sharpness: Tensor
+    """beta, a scalar."""
 
 
 class CompositionNetwork(nn.Module):
@@ -19,84 +46,121 @@ class CompositionNetwork(nn.Module):
     def __init__(self, in_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
         self.config = config
-        gates = config.num_slots if config.num_least_used else 0
-        self.lstm = nn.LSTMCell(in_features, config.controller_size)
-        self.head = nn.Linear(
-            config.controller_size, 3 * config.num_heads * (config.key_dim + gates)
-        )
+        width = config.controller_size
+        if config.controller == "linear":
+            self.linear = nn.Linear(in_features, width)
+        else:
+            self.lstm = nn.LSTMCell(in_features, width)
+        self.head = nn.Linear(width, 3 * (config.num_heads * config.key_dim + self._num_gates()))
+        self.log_sharpness = nn.Parameter(torch.empty(())) if config.learned_sharpness else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As torch initialises an LSTM and a Linear, with the gates half open."""
-        self.lstm.reset_parameters()
+        (self.linear if self.config.controller == "linear" else self.lstm).reset_parameters()
         self.head.reset_parameters()
         with torch.no_grad():
-            bias = self.head.bias.view(3, self.config.num_heads, -1)
-            bias[..., self.config.key_dim :] = 0
+            _, gates = split_head(self.head.bias, self.config)
+            if gates is not None:
+                gates.zero_()
+            if self.log_sharpness is not None:
+                self.log_sharpness.fill_(math.log(self.config.sharpness))
 
-    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
-        """Attention weights w^u, w^v, w^s of all components.
+    def controller_parameters(self) -> Iterator[nn.Parameter]:
+        """What `frozen_controller` freezes: everything."""
+        return self.parameters()
+
+    def forward(
+        self, x: Tensor, keys: Tensor, memory_s: Tensor, integration: IntegrationNetwork | None
+    ) -> Composed:
+        """Compose a program for each input.
 
         Args:
             x: [B, in].
             keys: [3, P, K], unit length.
+            memory_s: [P, 1].
+            integration: the residual and its gate, if the program has one.
 
         Returns:
-            [3, P, R, B]; component n = step * H + head, steps and heads counted from 0.
+            The program; its component n = step * H + head, steps and heads counted from 0.
         """
-        query_rows, gate_rows = self._head_rows()
-        usage: Tensor | None = None
-        weights: list[Tensor] = []
-        for hidden in self._controller(x):  # [B, h]
-            queries = _project(query_rows, hidden)  # [3, K, H, B]
-            weight = content_attention(queries, keys, self.config.sharpness)  # [3, P, H, B]
-            if gate_rows is not None:
-                gates = _project(gate_rows, hidden)  # [3, P, H, B]
-                weight = gated_attention(weight, gates, usage, self.config.num_least_used)
-                usage = weight if usage is None else torch.maximum(usage, weight)
-            weights.append(weight)
-        if len(weights) == 1:
-            return weights[0]
-        return torch.stack(weights, dim=2).flatten(2, 3)  # [3, P, J, H, B] -> [3, P, R, B]
+        weights = attend(self.control(self.input_weight() @ x.T), keys, self.config)
+        sigma = singular_values(weights[2], memory_s)
+        scale = None if integration is None else integration.scale(x, sigma)
+        return Composed(weights, sigma, scale)
 
-    def _controller(self, x: Tensor) -> list[Tensor]:
-        """Hidden states of the LSTM, which reads the same x at each of the J steps: [B, h] each."""
+    def input_weight(self) -> Tensor:
+        """What x is multiplied with, [4h or h, in]: the LSTM reads the same x at every step."""
+        return self.linear.weight if self.config.controller == "linear" else self.lstm.weight_ih
+
+    def control(self, from_input: Tensor) -> Control:
+        """What the network says, from `input_weight` x, [4h or h, B]."""
+        if self.config.controller == "linear":
+            hidden = from_input + self.linear.bias.unsqueeze(1)
+        else:
+            lstm = self.lstm
+            bias = lstm.bias_ih + lstm.bias_hh
+            hidden = run_lstm(from_input, lstm.weight_hh, bias, self.config.num_steps)
+        return Control(hidden, self.head.weight, self.head.bias, self.sharpness(from_input))
+
+    def first_rows(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of what meets x in the first step: the gates i, g, o of the LSTM, each
+        [h, in]. From a zero state the forget gate and weight_hh have nothing to act on."""
+        if self.config.controller == "linear":
+            return self.linear.weight, self.linear.bias
         lstm = self.lstm
-        from_input = F.linear(x, lstm.weight_ih, lstm.bias_ih)  # [B, 4h], shared by all steps
-        # The initial state is one row of zeros that broadcasts over the batch.
-        hidden = x.new_zeros(1, lstm.hidden_size, dtype=from_input.dtype)
-        cell = hidden
-        states: list[Tensor] = []
-        for _ in range(self.config.num_steps):
-            preactivation = from_input + F.linear(hidden, lstm.weight_hh, lstm.bias_hh)
-            i, f, g, o = preactivation.chunk(4, dim=1)
-            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()  # [B, h]
-            hidden = o.sigmoid() * cell.tanh()  # [B, h]
-            states.append(hidden)
-        return states
+        i, _, g, o = lstm.weight_ih.chunk(4)
+        i_bias, _, g_bias, o_bias = (lstm.bias_ih + lstm.bias_hh).chunk(4)
+        return torch.cat([i, g, o]), torch.cat([i_bias, g_bias, o_bias])
 
-    def _head_rows(self) -> tuple[_Rows, _Rows | None]:
-        """The head's rows for queries [3, K, H] and gates [3, P, H].
+    def sharpness(self, like: Tensor) -> Tensor:
+        """beta, a scalar of the type of `like`."""
+        if self.log_sharpness is None:
+            return like.new_full((), self.config.sharpness)
+        return self.log_sharpness.exp()
 
-        The stored order is [3, H, K + P]. Moving the heads behind here costs a few thousand
-        numbers per forward pass; moving them in the projected tensors would cost B times that.
-        """
+    def _num_gates(self) -> int:
+        """Gates of one memory in one step."""
         config = self.config
-        weight = self.head.weight.view(3, config.num_heads, -1, config.controller_size)
-        bias = self.head.bias.view(3, config.num_heads, -1)
-        weight, bias = weight.transpose(1, 2), bias.transpose(1, 2)  # [3, K + P, H(, h)]
-        queries = weight[:, : config.key_dim], bias[:, : config.key_dim]
         if not config.num_least_used:
-            return queries, None
-        return queries, (weight[:, config.key_dim :], bias[:, config.key_dim :])
+            return 0
+        per_gate = {"slot-head": config.num_heads * config.num_slots, "slot": config.num_slots}
+        return per_gate.get(config.gate, config.num_heads)
 
 
-_Rows = tuple[Tensor, Tensor]
-"""Weight [..., h] and bias [...] of a Linear with several output axes."""
+def attend(control: Control, keys: Tensor, config: NeurocoderConfig) -> Tensor:
+    """Attention weights w^u, w^v, w^s of all components, [3, R, P, B], for keys [3, P, K]."""
+    rows = torch.addmm(control.bias.unsqueeze(1), control.weight, control.hidden)  # [rows, J B]
+    queries, gates = split_head(rows.T, config)
+    queries = unit(queries.permute(1, 3, 2, 0), dim=1)  # [3, K, H, J B]
+    content = content_attention(queries * control.sharpness, keys)  # [3, P, H, J B]
+    by_step = config.num_steps, rows.shape[1] // config.num_steps  # J, B
+    if gates is not None:
+        gates = gates.permute(1, 3, 2, 0)
+        gates = gates.reshape(*gates.shape[:3], *by_step)
+    weights = compose_attention(
+        content.view(*content.shape[:3], *by_step),
+        gates,
+        config.num_least_used,
+        config.detach_usage,
+    )  # [3, P, H, J, B]
+    return weights.permute(0, 3, 2, 1, 4).flatten(1, 2)
 
 
-def _project(rows: _Rows, hidden: Tensor) -> Tensor:
-    """Linear map of hidden [B, h] onto rows [...], batch last: [..., B]."""
-    weight, bias = rows
-    out = torch.addmm(bias.reshape(-1, 1), weight.reshape(-1, weight.shape[-1]), hidden.T)
-    return out.view(*bias.shape, -1)
+def split_head(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor | None]:
+    """Views of what the head says, [..., rows]: queries [..., 3, H, K] and gates
+    [..., 3, H or 1, P or 1], None without usage attention.
+
+    Stored are, for each memory and head, its queries and then its gates; gates shared by the heads
+    come after the queries of all of them.
+    """
+    heads, width = config.num_heads, config.key_dim
+    rest = rows.shape[:-1]
+    if not config.num_least_used:
+        return rows.view(*rest, 3, heads, width), None
+    if config.gate == "slot":
+        rows = rows.view(*rest, 3, heads * width + config.num_slots)
+        queries, gates = rows[..., : heads * width], rows[..., heads * width :]
+        return queries.view(*rest, 3, heads, width), gates.unsqueeze(-2)
+    rows = rows.view(*rest, 3, heads, rows.shape[-1] // (3 * heads))
+    return rows[..., :width], rows[..., width:]

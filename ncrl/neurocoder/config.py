@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
+
+CHOICES = {
+    "preset": ("paper", "official"),
+    "controller": ("auto", "lstm", "linear"),
+    "gate": ("slot-head", "slot", "head"),
+    "memory_init": ("xavier", "orthogonal"),
+    "key_mode": ("cb", "lk"),
+}
+"""The values that the named switches can take; the first is the default."""
+
+PAPER_ONLY = ("gate", "learned_sharpness", "detach_usage", "residual_rank", "memory_init")
+"""Switches of the paper's equations that the authors' published layer has not got."""
 
 
 @dataclass(frozen=True)
@@ -12,7 +24,8 @@ class NeurocoderConfig:
     """Everything that fixes a Neurocoder layer except its input and output widths.
 
     Raises:
-        ValueError: at construction, for an impossible size; the message names every value involved.
+        ValueError: at construction, for an impossible size or combination; the message names every
+            value involved.
     """
 
     num_slots: int = 30
@@ -28,29 +41,99 @@ class NeurocoderConfig:
     """Steps J of the composition network; the program has R = J * H components."""
 
     num_least_used: int = 2
-    """Least-used slots l_I that usage attention may favour; 0 switches gates and usage off."""
+    """Least-used slots l_I that usage attention may favour; 0 switches gates and usage off, which
+    leaves content attention alone: cheaper, and with one step nearly as expressive."""
 
     controller_size: int = 8
-    """Hidden width h of the composition network's LSTM."""
+    """Hidden width h of the composition network. The official LSTM has its own width, 3HK + 1."""
 
     sharpness: float = 1.0
     """Softmax temperature beta. 1 is the paper's equation, under which no weight can exceed
-    e / (e + (P - 1) / e); raise it for attention that can settle on few slots."""
+    e / (e + (P - 1) / e), so that with many slots every input gets nearly the same program; raise
+    it (10 is typical) for attention that can settle on few slots. With `preset="official"` it
+    multiplies the authors' own temperature."""
+
+    learned_sharpness: bool = False
+    """Whether beta is trained, through its logarithm (`composition.log_sharpness`), from
+    `sharpness` on. Spares a search; costs one parameter."""
 
     residual: bool = True
-    """Whether the program has the residual part Rho, a plain matrix gated by the input."""
+    """Whether the program has the residual part Rho, a plain matrix gated by the input. It carries
+    most of the accuracy on images, and costs as much as the linear layer that it is."""
+
+    residual_rank: int | None = None
+    """Rank of the residual: None stores Rho [in, out] whole; r stores two factors [in, r] and
+    [r, out], for r (in + out) instead of in * out parameters and operations."""
+
+    controller: str = "auto"
+    """What turns the input into attention: `lstm` reads it J times with memory of the steps before;
+    `linear` (one step only) is a linear bottleneck of the same width, the ablation of the LSTM.
+    `auto` is the preset's own: `lstm`, but `linear` for the single step of `official`."""
+
+    gate: str = "slot-head"
+    """What shares one gate between content and usage attention: nothing (`slot-head`, the paper's
+    text read literally, 3HP gates a step), the heads (`slot`, 3P) or the slots (`head`, 3H). Gates
+    are most of the layer's cost when P is large; `head` costs next to nothing."""
+
+    detach_usage: bool = False
+    """Whether usage counts as a constant in the gradient: steps then do not learn to steer later
+    steps through what they use."""
+
+    frozen_controller: bool = False
+    """Whether only the memory, residual and bias are trained: composition network, key networks and
+    residual gate stay as initialised (`requires_grad=False`). The authors' first public code
+    trained this way; a cheap test of what learned attention contributes."""
+
+    memory_init: str = "xavier"
+    """`xavier` (uniform), or `orthogonal`: rows of M_U and M_V start orthonormal (columns, where
+    there are more slots than columns), at the minimum of the orthogonality loss."""
+
+    preset: str = "paper"
+    """`paper`: the equations of the paper. `official`: everything in which the authors' published
+    layer differs from it (see `ncrl.neurocoder.official`)."""
+
+    key_mode: str = "cb"
+    """`official` only: whether keys are computed from the memory's content (`cb`, all that the
+    authors' script runs) or stored as columns of their own (`lk`)."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "key_dim", "num_heads", "num_steps", "controller_size"):
             require_positive(name, getattr(self, name))
+        if self.residual_rank is not None:
+            require_positive("residual_rank", self.residual_rank)
         least = self.num_least_used
-        if not isinstance(least, int) or not 0 <= least < self.num_slots:
+        if isinstance(least, bool) or not isinstance(least, int) or not 0 <= least < self.num_slots:
             raise ValueError(
                 f"num_least_used must be an integer in 0 .. num_slots - 1, got "
                 f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"
             )
         if not (math.isfinite(self.sharpness) and self.sharpness > 0):
             raise ValueError(f"sharpness must be a positive number, got {self.sharpness}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.controller == "linear" and self.num_steps > 1:
+            raise ValueError(
+                f"controller='linear' reads its input once, got num_steps={self.num_steps}; "
+                "use controller='lstm' for several steps"
+            )
+        if self.residual_rank is not None and not self.residual:
+            raise ValueError(f"residual_rank={self.residual_rank} needs residual=True")
+        defaults = {field.name: field.default for field in fields(self)}
+        if self.preset == "official":
+            for name in PAPER_ONLY:
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} does not exist with preset='official'; "
+                        f"leave it at {defaults[name]!r}"
+                    )
+        elif self.key_mode != defaults["key_mode"]:
+            raise ValueError(f"key_mode={self.key_mode!r} needs preset='official'")
 
     @property
     def num_components(self) -> int:

@@ -6,21 +6,42 @@ Shapes: P slots, R = J * H components; `...` stands for any leading dimensions, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ncrl.neurocoder import acting, fused
 from ncrl.neurocoder.composition import CompositionNetwork
 from ncrl.neurocoder.config import NeurocoderConfig, require_positive
 from ncrl.neurocoder.integration import (
+    Composed,
     IntegrationNetwork,
     active_program,
-    apply_active_program,
-    singular_values,
+    mix_slots,
 )
 from ncrl.neurocoder.memory import ProgramMemory
+from ncrl.neurocoder.official import (
+    OfficialIntegration,
+    OfficialMemory,
+    OfficialRecurrent,
+    OfficialSingleStep,
+    official_composition,
+)
+from ncrl.neurocoder.tracing import is_watched
+
+Layer = TypeVar("Layer", bound="NeurocoderLinear")
+
+
+class _Part(Protocol):
+    """What memory, composition and integration have in common."""
+
+    def reset_parameters(self) -> None: ...
+
+    def controller_parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class Attention(NamedTuple):
@@ -41,9 +62,8 @@ class NeurocoderLinear(nn.Module):
         bias: whether a bias is added.
         device: where the parameters are created.
         dtype: type of the parameters.
-        options: any field of `NeurocoderConfig`, in place of the one in `config`:
-            `num_slots`, `key_dim`, `num_heads`, `num_steps`, `num_least_used`, `controller_size`,
-            `sharpness`, `residual`.
+        options: any field of `NeurocoderConfig`, in place of the one in `config`; each field's own
+            documentation says what it is for.
 
     Raises:
         ValueError: for an impossible size, naming the values.
@@ -71,22 +91,101 @@ class NeurocoderLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.config = replace(config or NeurocoderConfig(), **options)
-        self.memory = ProgramMemory(in_features, out_features, self.config)
-        self.composition = CompositionNetwork(in_features, self.config)
-        self.integration = (
-            IntegrationNetwork(in_features, out_features) if self.config.residual else None
+        self.adds_bias = bias
+        self.memory: ProgramMemory | OfficialMemory
+        self.composition: CompositionNetwork | OfficialSingleStep | OfficialRecurrent
+        self.integration: IntegrationNetwork | OfficialIntegration | None
+        if self.config.preset == "official":
+            self.memory = OfficialMemory(in_features, out_features, self.config)
+            self.composition = official_composition(in_features, self.config)
+            self.integration = OfficialIntegration(in_features, out_features, self.config)
+        else:
+            self.memory = ProgramMemory(in_features, out_features, self.config)
+            self.composition = CompositionNetwork(in_features, self.config)
+            self.integration = (
+                IntegrationNetwork(in_features, out_features, self.config)
+                if self.config.residual
+                else None
+            )
+        # The authors' layer has a bias even where it does not add it.
+        stored = bias or self.config.preset == "official"
+        self.bias = nn.Parameter(torch.empty(out_features)) if stored else None
+        self._reset_bias()
+        self._acting: acting.Weights | None = None
+        self._is_constant = False
+        """Whether `constant_weights` holds."""
+        self._is_small = (
+            self.config.preset == "paper"
+            and self.config.num_steps == 1
+            and sum(weight.numel() for weight in self.parameters()) <= acting.SMALL
         )
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        if self.config.frozen_controller:
+            for part in self._parts():
+                for parameter in part.controller_parameters():
+                    parameter.requires_grad_(False)
         self.to(device=device, dtype=dtype)
+
+    @classmethod
+    def from_linear(
+        cls: type[Layer],
+        linear: nn.Linear,
+        config: NeurocoderConfig | None = None,
+        *,
+        keep_weight: bool = False,
+        **options: Any,
+    ) -> Layer:
+        """A layer of the widths, device and type of `linear`, with a bias where that has one.
+
+        The bias is copied: an offset of the output means the same behind any weights. Everything
+        else starts afresh, so the outputs are not those of `linear`.
+
+        Args:
+            linear: not changed.
+            config: sizes and switches of the layer; `NeurocoderConfig()` if None.
+            keep_weight: start the residual program from the weight of `linear`, or from its best
+                approximation of rank `residual_rank`. The gate and the smallest singular value
+                still scale it, and the active program is added to it.
+            options: any field of `NeurocoderConfig`, in place of the one in `config`.
+
+        Raises:
+            ValueError: for `keep_weight` without a residual program, and as the constructor does.
+        """
+        config = replace(config or NeurocoderConfig(), **options)
+        if keep_weight and not config.residual:
+            raise ValueError("keep_weight=True needs a residual program, got residual=False")
+        layer = cls(
+            int(linear.in_features),
+            int(linear.out_features),
+            config,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        with torch.no_grad():
+            if layer.bias is not None and linear.bias is not None:
+                layer.bias.copy_(linear.bias)
+            if keep_weight and layer.integration is not None:
+                layer.integration.start_from(linear.weight.T)
+        return layer
 
     def reset_parameters(self) -> None:
         """Initialise every parameter afresh from torch's global random stream."""
-        self.memory.reset_parameters()
-        self.composition.reset_parameters()
-        if self.integration is not None:
-            self.integration.reset_parameters()
-        if self.bias is not None:
+        for part in self._parts():
+            part.reset_parameters()
+        self._reset_bias()
+
+    def _reset_bias(self) -> None:
+        if isinstance(self.integration, OfficialIntegration):
+            assert self.bias is not None
+            self.integration.reset_bias(self.bias)
+        elif self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _parts(self) -> Iterator[_Part]:
+        yield self.memory
+        yield self.composition
+        if self.integration is not None:
+            yield self.integration
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out].
@@ -95,44 +194,90 @@ class NeurocoderLinear(nn.Module):
             ValueError: if the last dimension of x is not `in_features`.
         """
         flat = self._flatten(x)  # [B, in]
-        (weight_u, weight_v, _), sigma = self._compose(flat)
-        y = apply_active_program(flat, weight_u, weight_v, sigma, self.memory.u, self.memory.v)
-        if self.integration is not None:
-            y = y + self.integration(flat, sigma)
-        if self.bias is not None:
-            y = y + self.bias
+        y = self._act(flat) if self._can_act(flat) else self._compute(flat)
         return y.view(*x.shape[:-1], self.out_features)
 
     def attend(self, x: Tensor) -> Attention:
         """Attention weights behind `forward(x)`, for x of shape [..., in]."""
-        weights, _ = self._compose(self._flatten(x))  # [3, P, R, B]
-        per_input = weights.permute(0, 3, 2, 1)  # [3, B, R, P]
+        weights = self._compose(self._flatten(x)).weights  # [3, R, P, B]
+        per_input = weights.movedim(3, 1)  # [3, B, R, P]
         return Attention(*per_input.reshape(3, *x.shape[:-1], *per_input.shape[2:]))
 
     def singular_values(self, x: Tensor) -> Tensor:
         """Singular values sigma_n of the active program for x [..., in]: [..., R], decreasing."""
-        _, sigma = self._compose(self._flatten(x))  # [R, B]
+        sigma = self._compose(self._flatten(x)).sigma  # [R, B]
         return sigma.T.reshape(*x.shape[:-1], self.config.num_components)
 
     def program(self, x: Tensor) -> Tensor:
         """The working program W for x [..., in]: [..., in, out]. Costly; for inspection."""
-        flat = self._flatten(x)
-        (weight_u, weight_v, _), sigma = self._compose(flat)
-        program = active_program(weight_u, weight_v, sigma, self.memory.u, self.memory.v)
-        if self.integration is not None:
-            scale = self.integration.scale(flat, sigma)  # [B, 1]
-            program = program + scale.unsqueeze(2) * self.integration.residual
+        composed = self._compose(self._flatten(x))
+        program = active_program(composed, self.memory.u, self.memory.v)
+        if self.integration is not None and composed.residual_scale is not None:
+            program = program + composed.residual_scale[:, None, None] * self.integration.matrix()
         return program.view(*x.shape[:-1], self.in_features, self.out_features)
 
-    def _compose(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention weights [3, P, R, B] and singular values [R, B] for inputs [B, in].
+    def active_program(self, x: Tensor) -> Tensor:
+        """`program(x)` without the residual: what the memory alone contributes."""
+        program = active_program(self._compose(self._flatten(x)), self.memory.u, self.memory.v)
+        return program.view(*x.shape[:-1], self.in_features, self.out_features)
+
+    def _compose(self, flat: Tensor) -> Composed:
+        """The programs for inputs [B, in].
 
         Always in the parameters' own precision: under autocast, half-precision attention would be
         off by percents and its usage by more.
         """
-        with torch.autocast(flat.device.type, enabled=False):
-            weights = self.composition(flat.to(self.memory.u.dtype), self.memory.keys())
-            return weights, singular_values(weights[2], self.memory.s)
+        memory = self.memory
+        with without_autocast(flat):
+            flat = flat.to(memory.u.dtype)
+            composed: Composed = self.composition(flat, memory.keys(), memory.s, self.integration)
+        return composed
+
+    def _compute(self, flat: Tensor) -> Tensor:
+        """The output [B, out] for x [B, in]."""
+        mixture, scale = self._mix_slots(flat)
+        y = mixture.T @ self.memory.v
+        if self.integration is not None and scale is not None:
+            y = y + scale.unsqueeze(1) * self.integration(flat)
+        if self.bias is not None and self.adds_bias:
+            y = y + self.bias
+        return y
+
+    def _mix_slots(self, flat: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the programs for inputs [B, in] make of them: the weight of every stored v, [P, B],
+        and that of the residual, [B]."""
+        memory, composition, integration = self.memory, self.composition, self.integration
+        if not isinstance(composition, CompositionNetwork) or is_watched():
+            composed = self._compose(flat)
+            return mix_slots(composed, memory.u @ flat.T), composed.residual_scale
+        assert not isinstance(integration, OfficialIntegration)
+        rows = [memory.u, composition.input_weight()]
+        if integration is not None:
+            rows.append(integration.gate.weight)
+        with without_autocast(flat):
+            # Everything that meets x but Rho, in one matrix product.
+            read = torch.cat(rows) @ flat.to(memory.u.dtype).T
+            projection, from_input, *from_gate = torch.split(read, [len(part) for part in rows])
+            mixture, sigma = fused.mix_program(
+                composition.control(from_input), memory.keys(), memory.s, projection, self.config
+            )
+            scale = None if integration is None else integration.scale_from(from_gate[0], sigma)
+        return mixture, scale
+
+    def _can_act(self, flat: Tensor) -> bool:
+        return not torch.is_grad_enabled() and self._is_small and acting.suits(self.memory.u, flat)
+
+    def _act(self, flat: Tensor) -> Tensor:
+        """`_compute` from weights that stay arranged for few inputs while they do not change."""
+        if self._acting is None or not (
+            self._is_constant or self._acting.source.is_unchanged(self)
+        ):
+            self._acting = acting.Weights(self)
+        return self._acting.forward(flat)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles start without anything kept from call to call.
+        return {**self.__dict__, "_acting": None, "_is_constant": False}
 
     def _flatten(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -146,11 +291,51 @@ class NeurocoderLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.config}"
 
 
-def orthogonal_loss(model: nn.Module) -> Tensor:
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Promise that no weight of `model` changes inside the block.
+
+    A layer that acts (few inputs, no gradient) then need not look whether its weights are still
+    those that it has arranged, which is a fifth of its time. Break the promise, and outputs are
+    those of the old weights.
+    """
+    layers = [module for module in model.modules() if isinstance(module, NeurocoderLinear)]
+    before = [layer._is_constant for layer in layers]
+    for layer in layers:
+        if not layer._is_constant:
+            layer._acting, layer._is_constant = None, True
+    try:
+        yield
+    finally:
+        for layer, was_constant in zip(layers, before, strict=True):
+            layer._is_constant = was_constant
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off for the device of x, where it is on."""
+    device = x.device.type
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
+
+
+def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:
     """Sum of L_o over every Neurocoder layer in `model`, a scalar; 0 where there is none.
 
     The caller adds it: `loss = task_loss + orth_coef * orthogonal_loss(model)` (paper, section 2.3,
     where the coefficient is a).
+
+    Args:
+        model: searched for layers at any depth.
+        squared: square the norms. Their gradient then fades near the minimum, where that of the
+            plain norms keeps unit length and so never lets the memory settle; on the other hand
+            it is larger the more rows are wrong, so orth_coef means something else.
     """
-    losses = [m.memory.orthogonality() for m in model.modules() if isinstance(m, NeurocoderLinear)]
+    losses = [
+        module.memory.orthogonality(squared)
+        for module in model.modules()
+        if isinstance(module, NeurocoderLinear)
+    ]
     return torch.stack(losses).sum() if losses else torch.zeros(())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ncrl.neurocoder.attention import unit
+from ncrl.neurocoder.caching import Source, is_comparable
 from ncrl.neurocoder.config import NeurocoderConfig
 
 
@@ -20,38 +23,75 @@ class ProgramMemory(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
-        self.key_dim = config.key_dim
+        self.config = config
         self.u = nn.Parameter(torch.empty(config.num_slots, in_features))  # [P, in]
         self.v = nn.Parameter(torch.empty(config.num_slots, out_features))  # [P, out]
         self.s = nn.Parameter(torch.empty(config.num_slots, 1))  # [P, 1]
         self.key_net = nn.Linear(in_features + out_features + 1, 3 * config.key_dim)
+        self._cache: tuple[Source, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform memories; the key network as torch initialises a Linear."""
-        for memory in (self.u, self.v, self.s):
-            nn.init.xavier_uniform_(memory)
+        """Memories as `config.memory_init` says; the key network as torch initialises a Linear."""
+        orthogonal = self.config.memory_init == "orthogonal"
+        for memory in (self.u, self.v):
+            (nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_)(memory)
+        nn.init.xavier_uniform_(self.s)
         self.key_net.reset_parameters()
 
-    def keys(self) -> Tensor:
-        """Unit keys of the three memories, [3, P, K]; a gradient reaches `key_net` only."""
-        slots = torch.cat([self.u, self.v, self.s], dim=1).detach()  # [P, in + out + 1]
-        keys = self.key_net(slots).unflatten(1, (3, self.key_dim))  # [P, 3, K]
-        return unit(keys, dim=2).transpose(0, 1)
+    def controller_parameters(self) -> Iterator[nn.Parameter]:
+        """What `frozen_controller` freezes: the key network."""
+        return self.key_net.parameters()
 
-    def orthogonality(self) -> Tensor:
-        """L_o = |M_U M_U^T - I| + |M_V M_V^T - I| in Frobenius norms, a scalar (section 2.3)."""
-        return distance_from_orthonormal(self.u) + distance_from_orthonormal(self.v)
+    def keys(self) -> Tensor:
+        """Unit keys of the three memories, [3, P, K]; a gradient reaches `key_net` only.
+
+        Where no gradient is recorded, keys are kept from call to call for as long as the weights
+        behind them stay the same.
+        """
+        if torch.is_grad_enabled() or not is_comparable(self.u):
+            return self._compute_keys()
+        if self._cache is not None:
+            source, keys = self._cache
+            if source.is_unchanged(self):
+                return keys
+        keys = self._compute_keys()
+        self._cache = Source(self), keys
+        return keys
+
+    def _compute_keys(self) -> Tensor:
+        slots = torch.cat([self.u, self.v, self.s], dim=1).detach()  # [P, in + out + 1]
+        keys = self.key_net(slots).unflatten(1, (3, self.config.key_dim))  # [P, 3, K]
+        return unit(keys, dim=2).transpose(0, 1).contiguous()
+
+    def orthogonality(self, squared: bool = False) -> Tensor:
+        """L_o = |M_U M_U^T - I| + |M_V M_V^T - I| in Frobenius norms, a scalar (section 2.3).
+
+        Args:
+            squared: square both norms.
+        """
+        distance = squared_distance_from_orthonormal if squared else distance_from_orthonormal
+        return distance(self.u) + distance(self.v)
 
     def orthogonality_floor(self) -> float:
         """The least value L_o can take: P rows of width d < P cannot all be orthonormal."""
-        num_slots = self.u.shape[0]
-        widths = (self.u.shape[1], self.v.shape[1])
-        return sum(math.sqrt(max(0, num_slots - width)) for width in widths)
+        return sum(orthonormality_floor(memory) for memory in (self.u, self.v))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles start without cached keys.
+        return {**self.__dict__, "_cache": None}
 
 
 def distance_from_orthonormal(rows: Tensor) -> Tensor:
-    """|M M^T - I_P| in the Frobenius norm, a scalar; its gradient at exactly 0 is 0.
+    """|M M^T - I_P| in the Frobenius norm, a scalar; its gradient at exactly 0 is 0."""
+    squared = squared_distance_from_orthonormal(rows)
+    # sqrt has an infinite slope at 0: keep the exact zero, with a zero gradient, out of its reach.
+    at_minimum = squared == 0
+    return torch.where(at_minimum, squared, squared.masked_fill(at_minimum, 1.0).sqrt())
+
+
+def squared_distance_from_orthonormal(rows: Tensor) -> Tensor:
+    """|M M^T - I_P|^2, a scalar.
 
     Uses |M M^T - I_P|^2 = |M^T M - I_d|^2 + (P - d), so the smaller Gram matrix is the one built.
     """
@@ -61,7 +101,10 @@ def distance_from_orthonormal(rows: Tensor) -> Tensor:
     else:
         gram, missing = rows @ rows.T, 0
     eye = torch.eye(gram.shape[0], dtype=rows.dtype, device=rows.device)
-    squared = (gram - eye).square().sum() + missing
-    # sqrt has an infinite slope at 0: keep the exact zero, with a zero gradient, out of its reach.
-    at_minimum = squared == 0
-    return torch.where(at_minimum, squared, squared.masked_fill(at_minimum, 1.0).sqrt())
+    return (gram - eye).square().sum() + missing
+
+
+def orthonormality_floor(rows: Tensor) -> float:
+    """The least |M M^T - I_P| for a matrix of this shape, sqrt(P - d) where P > d."""
+    num_rows, width = rows.shape
+    return math.sqrt(max(0, num_rows - width))

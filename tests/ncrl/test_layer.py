@@ -6,111 +6,34 @@ Shape letters: B batch, P slots, K key, H heads, J steps, R = J*H components.
 import copy
 import io
 import math
+import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncrl import NeurocoderConfig, NeurocoderLinear
-from ncrl.neurocoder.integration import active_program, apply_active_program, singular_values
-from tests.reference import Sizes, neurocoder_reference
-
-
-class Case(NamedTuple):
-    """One configuration; the defaults are those of a small but complete layer."""
-
-    in_features: int = 5
-    out_features: int = 4
-    num_slots: int = 7
-    key_dim: int = 3
-    num_heads: int = 3
-    num_steps: int = 3
-    num_least_used: int = 2
-    controller_size: int = 6
-    sharpness: float = 1.0
-    residual: bool = True
-    bias: bool = True
-
-    @property
-    def sizes(self) -> Sizes:
-        return Sizes(
-            self.num_slots,
-            self.key_dim,
-            self.num_heads,
-            self.num_steps,
-            self.num_least_used,
-            self.sharpness,
-        )
-
-    @property
-    def num_components(self) -> int:
-        return self.num_steps * self.num_heads
-
-
-CASES = {
-    "default": Case(),
-    "one-step": Case(num_steps=1),
-    "one-step-without-usage": Case(num_steps=1, num_least_used=0),
-    "one-of-everything": Case(num_heads=1, num_steps=1, num_least_used=0, key_dim=1),
-    "five-steps": Case(num_steps=5),
-    "five-steps-one-head": Case(num_steps=5, num_heads=1, residual=False),
-    "without-usage": Case(num_least_used=0, bias=False),
-    "sharp": Case(sharpness=10.0, num_steps=5),
-    "sharp-without-usage": Case(sharpness=10.0, num_least_used=0, residual=False),
-    "bare": Case(residual=False, bias=False),
-    "few-slots": Case(in_features=9, out_features=8, num_slots=3, num_least_used=2),
-    "many-slots": Case(in_features=3, out_features=2, num_slots=13, num_heads=2),
-    "one-output": Case(out_features=1, num_slots=6, num_heads=2),
-    "one-input": Case(in_features=1, out_features=6, num_steps=1),
-    "one-least-used": Case(num_least_used=1, num_heads=1, num_steps=5),
-    "all-but-one-least-used": Case(num_slots=4, num_least_used=3, num_heads=2),
-}
-all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def empty_layer(case: Case, dtype: torch.dtype = torch.float64) -> NeurocoderLinear:
-    return NeurocoderLinear(**case._asdict(), dtype=dtype)
-
-
-def make_layer(case: Case, seed: int = 0) -> NeurocoderLinear:
-    """A float64 layer whose parameters are all random, so that no bias or gate is at its start."""
-    layer = empty_layer(case)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(0.7 * noise)
-    return layer
-
-
-def random_input(*shape: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def parameters_of(layer: nn.Module) -> dict[str, Tensor]:
-    """Float64 copies that carry their own gradients."""
-    return {
-        name: parameter.detach().double().clone().requires_grad_()
-        for name, parameter in layer.named_parameters()
-    }
-
-
-def reference_output(layer: nn.Module, case: Case, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return neurocoder_reference(parameters_of(layer), case.sizes, x)["output"]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    scale = float(expected.detach().abs().max())
-    return float((actual - expected).detach().abs().max()) / max(scale, 1e-30)
-
+from ncrl.neurocoder.integration import Composed, active_program, mix_slots, singular_values
+from tests.ncrl.layers import (
+    CASES,
+    Case,
+    all_cases,
+    close,
+    empty_layer,
+    make_layer,
+    parameters_of,
+    random_input,
+    reference_output,
+    relative_error,
+)
+from tests.reference import neurocoder_reference
 
 # Values
 
@@ -255,12 +178,13 @@ def test_any_matrix_can_be_stored_exactly(in_features: int, out_features: int) -
     differences = sigma - torch.cat([sigma[1:], torch.zeros(1, dtype=sigma.dtype)])
     memory_s = differences.expm1().log()[:, None]  # [P, 1]
     x = random_input(3, in_features)
-    one_hot = torch.eye(rank, dtype=torch.float64)[:, :, None].expand(-1, -1, 3)  # [P, R, B]
+    one_hot = torch.eye(rank, dtype=torch.float64)[:, :, None].expand(-1, -1, 3)  # [R, P, B]
     stored = singular_values(one_hot, memory_s)  # [R, B]
     torch.testing.assert_close(stored, sigma[:, None].expand(-1, 3), rtol=1e-10, atol=1e-10)
-    y = apply_active_program(x, one_hot, one_hot, stored, left.T, right)
+    composed = Composed(one_hot.expand(3, -1, -1, -1), stored, None)
+    y = mix_slots(composed, left.T @ x.T).T @ right
     torch.testing.assert_close(y, x @ matrix, rtol=1e-10, atol=1e-10)
-    program = active_program(one_hot, one_hot, stored, left.T, right)
+    program = active_program(composed, left.T, right)
     torch.testing.assert_close(program, matrix.expand(3, -1, -1), rtol=1e-10, atol=1e-10)
 
 
@@ -686,6 +610,75 @@ def round_to_float32(layer: NeurocoderLinear) -> None:
     layer.to(torch.float32).to(torch.float64)
 
 
+def rewrite_by_vector(layer: NeurocoderLinear) -> None:
+    vector = nn.utils.parameters_to_vector(layer.parameters()).detach()
+    nn.utils.vector_to_parameters(1.2 * vector, layer.parameters())
+
+
+def replace_data(layer: NeurocoderLinear) -> None:
+    for parameter in layer.parameters():
+        parameter.data = 1.2 * parameter.data
+
+
+def write_through_numpy(layer: NeurocoderLinear) -> None:
+    for parameter in layer.parameters():
+        array = parameter.detach().numpy()
+        array *= 1.2
+
+
+def write_from_another_process(layer: NeurocoderLinear) -> None:
+    """As an actor's weights are written by its learner."""
+    layer.share_memory()
+    writer = multiprocessing.get_context("fork").Process(target=write_through_numpy, args=(layer,))
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == 0
+
+
+def average(layer: NeurocoderLinear) -> None:
+    polyak_update(make_layer(CASES["default"], seed=7).parameters(), layer.parameters(), 0.5)
+
+
+def swap_key_network(layer: NeurocoderLinear) -> None:
+    old = layer.memory.key_net
+    layer.memory.key_net = nn.Linear(old.in_features, old.out_features, dtype=torch.float64)
+
+
+class Scaled(nn.Module):
+    """A parametrization with nothing of its own."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return 1.5 * value
+
+
+def parametrize_memory(layer: NeurocoderLinear) -> None:
+    if not parametrize.is_parametrized(layer.memory, "u"):
+        parametrize.register_parametrization(layer.memory, "u", Scaled())
+    else:
+        layer.memory.parametrizations.u.original.data.mul_(1.2)
+
+
+def parametrize_key_network(layer: NeurocoderLinear) -> None:
+    """Two parameters of another shape stand for the weight, which is computed when asked for."""
+    key_net = layer.memory.key_net
+    if not parametrize.is_parametrized(key_net, "weight"):
+        nn.utils.parametrizations.weight_norm(key_net, "weight")
+    key_net.parametrizations.weight.original0.data.mul_(1.2)
+    key_net.parametrizations.weight.original1.data[0].add_(1.0)
+
+
+def prune_more(layer: NeurocoderLinear) -> None:
+    """The parameter stays as it is; what prunes it is a buffer."""
+    prune.random_unstructured(layer.memory.key_net, "weight", amount=5)
+
+
+def turn_the_layout(layer: NeurocoderLinear) -> None:
+    """Other weights from the same numbers at the same address."""
+    for parameter in (layer.memory.u, layer.memory.v):
+        rows, columns = parameter.shape
+        parameter.data = parameter.data.as_strided((rows, columns), (1, rows))
+
+
 CHANGES: dict[str, Callable[[NeurocoderLinear], Any]] = {
     "sgd": lambda layer: optimiser_step(layer, torch.optim.SGD(layer.parameters(), lr=0.1)),
     "adam-foreach": lambda layer: optimiser_step(
@@ -700,25 +693,71 @@ CHANGES: dict[str, Callable[[NeurocoderLinear], Any]] = {
     "new-parameter": replace_memory,
     "key-network": change_key_network,
     "round": round_to_float32,
+    "data-in-place": lambda layer: layer.memory.u.data.mul_(1.2),
+    "data-copied": lambda layer: layer.memory.v.data.copy_(1.2 * layer.memory.v.data),
+    "data-replaced": replace_data,
+    "one-number": lambda layer: layer.memory.s.data[3].add_(1e-3),
+    "vector": rewrite_by_vector,
+    "numpy": write_through_numpy,
+    "another-process": write_from_another_process,
+    "polyak": average,
+    "new-key-network": swap_key_network,
+    "reset": lambda layer: layer.reset_parameters(),
+    "parametrized-memory": parametrize_memory,
+    "parametrized-key-network": parametrize_key_network,
+    "pruned-key-network": prune_more,
+    "layout": turn_the_layout,
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def expect_fresh(layer: NeurocoderLinear, case: Case, x: Tensor) -> None:
+    """What the layer says without gradients is what it is by its weights as they are now."""
+    found = []
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            found.append((layer(x), layer.program(x)))
+    y, program = layer(x).detach(), layer.program(x).detach()  # keeps and uses nothing
+    for actual_y, actual_program in found:
+        close(actual_y, y)
+        close(actual_program, program)
+    names = {name for name, _ in layer.named_parameters()}
+    if names == {name for name, _ in empty_layer(case).named_parameters()}:
+        close(y, reference_output(layer, case, x))
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(change, id=name) for name, change in CHANGES.items()]
+)
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("training", [False, True])
 def test_no_grad_results_are_never_stale(
-    change: Callable[[NeurocoderLinear], Any], training: bool
+    change: Callable[[NeurocoderLinear], Any], steps: int, training: bool
 ) -> None:
-    case = CASES["default"]
+    torch.manual_seed(0)
+    case = Case(num_steps=steps)
     layer = make_layer(case).train(training)
     x = random_input(3, case.in_features)
     with torch.no_grad():
         before = layer(x)
     for _ in range(2):
         change(layer)
+        expect_fresh(layer, case, x)
+    with torch.no_grad():
+        assert not torch.equal(before, layer(x))
+
+
+@pytest.mark.parametrize("case", [Case(), Case(num_steps=1)], ids=["three-steps", "one-step"])
+def test_each_parameter_is_looked_at(case: Case) -> None:
+    layer = make_layer(case)
+    x = random_input(3, case.in_features)
+    for name, parameter in layer.named_parameters():
         with torch.no_grad():
+            before = layer(x)
+            parameter.data.view(-1)[0] += 0.1
             after = layer(x)
-        assert relative_error(after, reference_output(layer, case, x)) < 1e-9
-    assert not torch.equal(before, after)
+        close(after, layer(x).detach(), 1e-12)
+        if not (case.num_steps == 1 and name == "composition.lstm.weight_hh"):
+            assert not torch.equal(before, after), name
 
 
 def test_dtype_change_after_use() -> None:
@@ -838,7 +877,7 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-WIDE = Case(64, 64, 4, 3, 2, 2, 1, 4, residual=False)
+WIDE = Case(160, 160, 4, 3, 2, 2, 1, 4, residual=False)
 """So few slots and units that B*R*in exceeds every tensor that the folded form needs."""
 
 
@@ -917,7 +956,8 @@ def test_impossible_config_is_refused() -> None:
 
 
 def test_a_config_is_the_same_as_its_fields() -> None:
-    i, o, *_, bias = case = Case()
+    case = Case()
+    i, o, bias = case.in_features, case.out_features, case.bias
     fields = {name: value for name, value in case._asdict().items() if name in CONFIG_FIELDS}
     config = NeurocoderConfig(**fields | {"num_heads": 9})
     layer = NeurocoderLinear(i, o, config, num_heads=3, bias=bias, dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ncrl.networks import ENCODERS, AtariEncoder, unroll_lstm
+from ncrl.networks import ENCODERS, AtariEncoder, run_one_step, unroll_lstm
 from ncrl.sb3 import CnnLstmPolicy, NeurocoderCnnLstmPolicy
 from tests.reference import lstm_over_time_reference
 
@@ -191,3 +191,35 @@ def test_an_unknown_encoder_offers_the_nearest_name() -> None:
         AtariEncoder(images(4, 84, 84), "natur")
     with pytest.raises(ValueError, match="a3c, nature, paper"):
         AtariEncoder(images(4, 84, 84), "zzz")
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_step_is_what_the_lstm_answers(layers: int, bias: bool) -> None:
+    lstm = nn.LSTM(5, 4, num_layers=layers, bias=bias, dtype=torch.float64)
+    inputs = torch.randn(1, 3, 5, dtype=torch.float64, requires_grad=True)
+    state = tuple(torch.randn(layers, 3, 4, dtype=torch.float64) for _ in range(2))
+    found = run_one_step(lstm, inputs, state)
+    expected = lstm(inputs, state)
+    for mine, theirs in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    sources = [inputs, *lstm.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad(found[0].square().sum(), sources),
+        torch.autograd.grad(expected[0].square().sum(), sources),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_between_layers_is_not_left_out() -> None:
+    """Where the LSTM is more than a stack of cells, it computes single timesteps itself."""
+    torch.manual_seed(0)
+    lstm = nn.LSTM(5, 64, num_layers=2, dropout=0.5)
+    inputs, state = torch.randn(1, 3, 5), (torch.zeros(2, 3, 64), torch.zeros(2, 3, 64))
+    start = torch.zeros(1, 3, dtype=torch.bool)
+    outputs = [unroll_lstm(lstm, inputs, state, start)[0] for _ in range(2)]
+    assert not torch.equal(*outputs)
+    lstm.eval()
+    outputs = [unroll_lstm(lstm, inputs, state, start)[0] for _ in range(2)]
+    assert torch.equal(*outputs)

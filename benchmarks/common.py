@@ -1,0 +1,106 @@
+"""What the benchmarks share: the model they run, the machine they run on, targets and verdicts."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from agents import A3C
+from envs.atari import AtariFactory
+
+NEUROCODER = {"num_slots": 80, "num_heads": 15, "num_least_used": 5, "controller_size": 8}
+"""The paper's Atari heads (Table 8)."""
+
+HEADS = {"plain": "linear", "Neurocoder": "neurocoder"}
+"""Names of the heads in tables, and in `ncrl.layers.LAYERS`."""
+
+N_STEPS = 20
+"""T of every A3C here, and of the peers at equal work."""
+
+
+def build_a3c(
+    factory: AtariFactory,
+    head: str,
+    encoder: str,
+    *,
+    n_envs: int,
+    n_workers: int | None,
+    device: str,
+) -> A3C:
+    """A3C with its default settings, LSTM-512 and one of `HEADS`."""
+    layer = HEADS[head]
+    return A3C(
+        "CnnLstmPolicy",
+        factory,
+        n_steps=N_STEPS,
+        n_envs=n_envs,
+        n_workers=n_workers,
+        policy_kwargs={
+            "head": layer,
+            "head_kwargs": NEUROCODER if layer == "neurocoder" else {},
+            "encoder": encoder,
+        },
+        seed=0,
+        device=device,
+    )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> str:
+    """What a table of timings has to say about where it was measured."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    cpu = platform.processor() or platform.machine()
+    return f"{cpu}, {cores()} cores{gpu}, torch {torch.__version__}"
+
+
+class Target(NamedTuple):
+    """What was measured beside what is good enough."""
+
+    name: str
+    measured: float
+    wanted: float
+    at_least: bool = True
+    """Whether `wanted` is the least that is good enough, or the most."""
+    unit: str = ""
+    required: bool = True
+    """A stretch is shown, but missing it is no failure."""
+
+    @property
+    def met(self) -> bool:
+        """NaN meets nothing."""
+        if self.at_least:
+            return self.measured >= self.wanted
+        return self.measured <= self.wanted
+
+    @property
+    def failed(self) -> bool:
+        return self.required and not self.met
+
+    def __str__(self) -> str:
+        relation = ">=" if self.at_least else "<="
+        verdict = "yes" if self.met else "no" if self.required else "no (stretch)"
+        return (
+            f"| {self.name} | {self._in_unit(self.measured)} | "
+            f"{relation} {self._in_unit(self.wanted)} | {verdict} |"
+        )
+
+    def _in_unit(self, value: float) -> str:
+        if self.unit == "%":
+            return f"{100 * value:.1f} %"
+        number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+        return f"{number} {self.unit}".rstrip()
+
+
+def print_targets(targets: Sequence[Target]) -> None:
+    """The table of verdicts."""
+    print("| target | measured | wanted | met |\n|---|---|---|---|")
+    for target in targets:
+        print(target)

@@ -1,0 +1,175 @@
+"""Whether A3C with workers stays as it is: memory, open files, policy lag and speed over minutes.
+
+The first quarter of the samples is left for warming up. Of the rest, the median of the last third
+is compared with that of the first; growth beyond the tolerance is a failure, and so is a slow
+start.
+
+python benchmarks/soak.py                            # 20 minutes; exit status 1 if something grows
+python benchmarks/soak.py --minutes 120 --encoder nature --n-envs 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import psutil
+from common import HEADS, Target, build_a3c, machine, print_targets
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents import A3C
+from envs import atari
+
+MIB = 2**20
+SHM = "/dev/shm"
+
+START_UP_SECONDS = 10.0
+"""From the start of this process to the first timesteps that the workers deliver."""
+
+
+class Sample(NamedTuple):
+    """What was seen at the end of one interval."""
+
+    minute: float
+    processes: int
+    rss: float
+    """MiB of all processes together; pages that they share count once in each of them."""
+    files: float
+    """Open file descriptors of all processes."""
+    shm: float
+    """MiB used in /dev/shm, by whomever: torch unlinks its files at once, so they have no names."""
+    lag: float
+    """Mean policy lag of the interval's rollouts, in updates."""
+    rate: float
+    """Timesteps per second over the interval."""
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.minute:.1f} | {self.processes} | {self.rss:,.0f} | {self.files:.0f} | "
+            f"{self.shm:.1f} | {self.lag:.2f} | {self.rate:,.0f} |"
+        )
+
+
+class Tolerance(NamedTuple):
+    """How much a quantity may grow."""
+
+    name: str
+    quantity: Callable[[Sample], float]
+    absolute: float
+    relative: float
+    unit: str
+
+    def target(self, samples: Sequence[Sample]) -> Target:
+        """Growth between the thirds of the samples behind the first quarter."""
+        values = [self.quantity(sample) for sample in samples[math.ceil(len(samples) / 4) :]]
+        third = max(1, len(values) // 3)
+        if len(values) < 2:
+            return Target(f"growth of {self.name}", math.nan, 0.0, at_least=False)
+        before, after = statistics.median(values[:third]), statistics.median(values[-third:])
+        allowed = max(self.absolute, self.relative * before)
+        name = f"growth of {self.name}"
+        return Target(name, after - before, allowed, at_least=False, unit=self.unit)
+
+
+TOLERANCES = (
+    Tolerance("resident memory", lambda sample: sample.rss, 0.0, 0.03, "MiB"),
+    Tolerance("open files", lambda sample: sample.files, 2.0, 0.0, ""),
+    Tolerance("/dev/shm", lambda sample: sample.shm, 8.0, 0.0, "MiB"),
+    Tolerance("policy lag", lambda sample: sample.lag, 0.25, 0.0, "updates"),
+    Tolerance("time per timestep", lambda sample: 1000 / sample.rate, 0.0, 0.1, "ms"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--interval", type=float, default=60.0, help="seconds between samples")
+    parser.add_argument("--game", default="Pong")
+    parser.add_argument("--head", default="Neurocoder", choices=HEADS)
+    parser.add_argument("--encoder", default="a3c", choices=("a3c", "nature", "paper"))
+    parser.add_argument("--n-envs", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=None, help="one per core by default")
+    parser.add_argument("--device", default="auto", help="of the learner")
+    arguments = parser.parse_args()
+    model = build_a3c(
+        atari(arguments.game),
+        arguments.head,
+        arguments.encoder,
+        n_envs=arguments.n_envs,
+        n_workers=arguments.workers,
+        device=arguments.device,
+    )
+    if not model.n_workers:
+        parser.error("--workers must be at least 1")
+    print(
+        f"{arguments.game}, encoder {arguments.encoder}, {arguments.head} heads, "
+        f"{model.n_workers} workers, {model.n_envs} games, {machine()}"
+    )
+    print("| minute | processes | RSS, MiB | open files | /dev/shm, MiB | lag | timesteps/s |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    watch = Watch(60 * arguments.minutes, arguments.interval)
+    model.learn(10**12, callback=watch)
+
+    targets = [Target("start-up", watch.start_up, START_UP_SECONDS, at_least=False, unit="s")]
+    targets += [tolerance.target(watch.samples) for tolerance in TOLERANCES]
+    print()
+    print_targets(targets)
+    failures = [target.name for target in targets if target.failed]
+    print(f"\nVerdict: {'failed: ' + ', '.join(failures) if failures else 'steady'}")
+    if failures:
+        sys.exit(1)
+
+
+class Watch(BaseCallback):
+    """Takes a sample per interval, between two rollouts, and ends the training."""
+
+    model: A3C
+
+    def __init__(self, seconds: float, interval: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.interval = interval
+        self.start_up = math.nan
+        self.samples: list[Sample] = []
+
+    def _on_step(self) -> bool:
+        if math.isnan(self.start_up):
+            self.start_up = time.time() - psutil.Process().create_time()
+            self.began = self.since = time.monotonic()
+            self.timesteps = self.num_timesteps
+            self.lags: list[float] = []
+        return time.monotonic() - self.began <= self.seconds + self.interval / 2
+
+    def _on_rollout_end(self) -> None:
+        self.lags.append(self.model.policy_lag)
+        now = time.monotonic()
+        if now - self.since < self.interval:
+            return
+        rate = (self.num_timesteps - self.timesteps) / (now - self.since)
+        self.samples.append(take_sample((now - self.began) / 60, statistics.mean(self.lags), rate))
+        print(self.samples[-1], flush=True)
+        self.since, self.timesteps, self.lags = now, self.num_timesteps, []
+
+
+def take_sample(minute: float, lag: float, rate: float) -> Sample:
+    """The state of this process and of all that it started; one that is just ending has none."""
+    me = psutil.Process()
+    rss, files, processes = 0.0, 0, 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            rss += process.memory_info().rss / MIB
+            files += process.num_fds()
+            processes += 1
+        except psutil.NoSuchProcess:
+            continue
+    return Sample(minute, processes, rss, files, shutil.disk_usage(SHM).used / MIB, lag, rate)
+
+
+if __name__ == "__main__":
+    main()

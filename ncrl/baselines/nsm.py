@@ -1,0 +1,161 @@
+"""`NSMLinear`: a linear layer whose weight matrix is a mixture of stored ones.
+
+Le, Tran & Venkatesh, "Neural Stored-program Memory", ICLR 2020. Shapes: p slots, K key width, B
+inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ncrl.baselines.seat import LinearSeat, require_choice, require_positive
+
+VARIANTS = ("lean", "official_count")
+COSINES = ("true", "official")
+
+GAIN = 1.4
+"""Gain of the Xavier initialisation; the authors'."""
+
+BIAS_STD = 0.01
+"""Standard deviation of the query and strength biases at the start; the authors'."""
+
+NORM_FLOOR = 1e-6
+"""Smallest norm a key or query is divided by."""
+
+OFFICIAL_FEATURES = 15
+"""Singular features of the unused networks in the authors' continual-learning runs."""
+
+
+class NSMLinear(LinearSeat):
+    """Drop-in for `nn.Linear`: y = x W + b with W and b read from a memory by the input.
+
+    A slot holds a key, a whole weight matrix and its bias. The input makes a query and a strength
+    beta: W = sum_i softmax_i(beta cos(query, key_i)) W_i. W itself is never built: each input is
+    multiplied with all p matrices, in one batched product, and the results are mixed.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        num_slots: p; each has as many parameters as the linear layer that is replaced.
+        key_dim: K.
+        variant: `lean`, or `official_count`: with the networks that the authors' layer holds but
+            never uses in this form, which only matter for comparing sizes. Their split MNIST
+            network (1024-256-256-2, no biases) then has 2,295,920 parameters, with hidden width
+            400 3,833,984. The heads of their memory network (NTM) hold no such networks.
+        cosine: `true`, or `official`: divided by K, as the authors' code does, which flattens the
+            attention.
+        bias: whether slots hold a bias.
+        device: where the parameters are created.
+        dtype: type of the parameters.
+
+    Shapes: [..., in] -> [..., out], any leading dimensions.
+
+    Raises:
+        ValueError: for an impossible size or choice, naming it.
+
+    Example:
+        >>> layer = NSMLinear(512, 18, num_slots=5, key_dim=5)
+        >>> layer(torch.zeros(20, 16, 512)).shape
+        torch.Size([20, 16, 18])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_slots: int = 5,
+        key_dim: int = 5,
+        variant: str = "lean",
+        cosine: str = "true",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        require_positive("num_slots", num_slots)
+        require_positive("key_dim", key_dim)
+        require_choice("variant", variant, VARIANTS)
+        require_choice("cosine", cosine, COSINES)
+        self.num_slots = num_slots
+        self.key_dim = key_dim
+        self.variant = variant
+        self.cosine = cosine
+        self.bias = bool(bias)
+        width = key_dim + (in_features + self.bias) * out_features
+        # A row holds a key [K], a weight matrix [in, out] and a bias [out].
+        self.memory = nn.Parameter(torch.empty(num_slots, width, device=device, dtype=dtype))
+        self.query = nn.Linear(in_features, key_dim, device=device, dtype=dtype)
+        self.strength = nn.Linear(in_features, 1, device=device, dtype=dtype)
+        if variant == "official_count":
+            self.unused = nn.ModuleDict(
+                {
+                    name: nn.Linear(*sizes, device=device, dtype=dtype)
+                    for name, sizes in self._unused_sizes().items()
+                }
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the authors initialise it: Xavier-uniform with gain 1.4, small biases."""
+        nn.init.xavier_uniform_(self.memory, gain=GAIN)
+        for layer in (self.query, self.strength):
+            nn.init.xavier_uniform_(layer.weight, gain=GAIN)
+            nn.init.normal_(layer.bias, std=BIAS_STD)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Weights of the slots behind `forward(x)`: [..., in] -> [..., p], summing to 1."""
+        return self._attend(self._flatten(x)).reshape(*x.shape[:-1], self.num_slots)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """[B, in] -> [B, p], always in the parameters' own precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.memory.dtype)
+            keys = F.normalize(self.memory[:, : self.key_dim].tanh(), dim=1, eps=NORM_FLOOR)
+            query = F.normalize(self.query(x).tanh(), dim=1, eps=NORM_FLOOR)  # [B, K]
+            cosine = query @ keys.T  # [B, p]
+            if self.cosine == "official":
+                cosine = cosine / self.key_dim
+            return (F.softplus(self.strength(x)) * cosine).softmax(1)
+
+    def _transform(self, x: Tensor) -> Tensor:
+        attention = self._attend(x)  # [B, p]
+        programs, biases = self._programs()  # [p, in, out], [p, out]
+        outputs = torch.matmul(x, programs)  # [p, B, out]
+        if biases is not None:
+            outputs = outputs + biases.unsqueeze(1).to(outputs.dtype)
+        mixed = (attention.T.unsqueeze(2) * outputs).sum(0)  # [B, out]
+        return mixed.to(outputs.dtype)
+
+    def _programs(self) -> tuple[Tensor, Tensor | None]:
+        """The stored weight matrices [p, in, out] and biases [p, out]."""
+        end = self.key_dim + self.in_features * self.out_features
+        weights = self.memory[:, self.key_dim : end].view(-1, self.in_features, self.out_features)
+        return weights, self.memory[:, end:] if self.bias else None
+
+    def _unused_sizes(self) -> dict[str, tuple[int, int]]:
+        """Input and output widths of the Linear layers that only `official_count` has.
+
+        They belong to other ways of addressing the memory, by slot or by singular vectors, which
+        the authors' layer can be switched to.
+        """
+        features = OFFICIAL_FEATURES
+        rank = min(self.in_features + self.bias, self.out_features)
+        return {
+            "slots": (self.in_features, self.num_slots),
+            "feature_slots": (self.in_features, self.num_slots * features),
+            "remaining_slots": (self.in_features, self.num_slots),
+            "feature_queries": (self.in_features, self.key_dim * (features + 1)),
+            "code_length": (self.in_features, self.out_features),
+            "singular_keys": (rank * features // 2 * 3, self.key_dim),
+            "vector_keys": (2 * self.out_features + 1, self.key_dim),
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, num_slots={self.num_slots}, "
+            f"key_dim={self.key_dim}, variant={self.variant!r}, cosine={self.cosine!r}, "
+            f"bias={self.bias}"
+        )

@@ -1,0 +1,362 @@
+"""The same programs as `composition` and `integration` compose, with a gradient derived by hand.
+
+What costs time in a Neurocoder layer is passes over attention, 3 H P numbers for each step and
+input. This module makes as few as it can, in place where it can, and keeps three such tensors for
+the backward pass (five when there are several steps). Tests hold it to the plain equations.
+
+Shapes: B inputs, P slots, H heads, J steps, R = J * H components, K key width, h LSTM width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncrl.neurocoder.attention import (
+    NORM_FLOOR,
+    inverse_norm,
+    kth_smallest,
+)
+from ncrl.neurocoder.composition import Control, attend, split_head
+from ncrl.neurocoder.config import NeurocoderConfig
+from ncrl.neurocoder.integration import Composed, mix_slots, singular_values, sum_of_smaller
+from ncrl.neurocoder.tracing import has_hooks, plain_gradients, wants_plain_gradient
+from ncrl.neurocoder.workspace import Workspace
+
+
+def mix_program(
+    control: Control, keys: Tensor, memory_s: Tensor, projection: Tensor, config: NeurocoderConfig
+) -> tuple[Tensor, Tensor]:
+    """Attend to the memory, and apply the program found there.
+
+    Args:
+        control: what the composition network says about B inputs.
+        keys: [3, P, K], unit length.
+        memory_s: [P, 1].
+        projection: M_U x^T, [P, B].
+        config: sizes and switches.
+
+    Returns:
+        The weight of every stored v in the output (c of y = c M_V), [P, B], and the singular values
+        sigma, [R, B].
+    """
+    if not torch.is_grad_enabled():
+        workspace = _workspace(control.bias, control.hidden, config, reuse=True)
+        inputs = *control, keys, memory_s, projection
+        mixture, sigma, _ = _mix_program(inputs, config, workspace)
+    else:
+        mixture, sigma = _MixProgram.apply(  # type: ignore[no-untyped-call]
+            *control, keys, memory_s, projection, config
+        )
+    return mixture, sigma
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs, beside inputs and outputs."""
+
+    weight: Tensor
+    """Of the head, `_by_slot`."""
+
+    queries: Tensor
+    """Unit queries, [3, K, H, J B]."""
+
+    inverse_norm: Tensor
+    """1 / length of the queries before, [3, 1, H, J B]."""
+
+    content: Tensor
+    """Content attention, [3, P, H, J B]."""
+
+    gates: Tensor | None
+    """After the sigmoid, broadcasting with `content`."""
+
+    moved: Tensor
+    """gates * (content - least), how far each weight was moved from usage to content attention.
+    Where there is no usage attention, and so for J = 1, the weights themselves."""
+
+    weights: Tensor
+    """[3, P, H, J B]."""
+
+    read_u: Tensor
+    """x u_n^T, [H, J, B]."""
+
+    read_s: Tensor
+    """w^s_n M_S, [H, J, B]."""
+
+    selected: Tensor | None
+    """Where a slot is among the least used, [3, P, H, J B] bool; the first step is void."""
+
+    won: Tensor | None
+    """Where a weight is the largest of all steps so far; likewise."""
+
+    peaks: Tensor | None
+    """The most used slot before each step after the first, [J - 1, 3, 1, H, B]."""
+
+
+_Usage = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _mix_program(
+    inputs: Sequence[Tensor], config: NeurocoderConfig, workspace: Workspace
+) -> tuple[Tensor, Tensor, _Saved]:
+    """Mixture and sigma from hidden, weight, bias, sharpness, keys, M_S and projection."""
+    hidden, weight, bias, sharpness, keys, memory_s, projection = inputs
+    steps, batch = config.num_steps, projection.shape[1]
+    weight, bias = _by_slot(weight, config), _by_slot(bias, config)
+    attention = 3, config.num_slots, config.num_heads, steps * batch
+    rows = workspace.take("rows", len(bias), steps * batch)
+    torch.addmm(bias.unsqueeze(1), weight, hidden, out=rows)
+    queries, gates = _split_slots(rows, config)
+    scale = inverse_norm(queries, dim=1)
+    queries = queries * scale
+    content, weights = (workspace.take(name, *attention) for name in ("content", "weights"))
+    scores = torch.bmm(keys, (queries * sharpness).flatten(2), out=weights.flatten(2))
+    torch.softmax(scores, dim=1, out=content.flatten(2))
+    usage: _Usage = (None, None, None)
+    if gates is None:
+        moved = weights = content
+    elif steps == 1:
+        moved = torch.mul(gates.sigmoid_(), content, out=weights)
+    else:
+        moved = workspace.take("moved", *attention)
+        usage = _gate(content, gates.sigmoid_(), moved, weights, config, batch)
+
+    by_step = (*attention[:3], steps, batch)
+    weight_u, weight_v, weight_s = weights.view(by_step)  # [P, H, J, B]
+    scratch_u, scratch_v, _ = workspace.take("grad", *by_step)
+    read_u = torch.mul(weight_u, projection[:, None, None], out=scratch_u).sum(0)  # [H, J, B]
+    read_s = (memory_s.T @ weight_s.flatten(1)).view_as(read_u)
+    sigma = sum_of_smaller(F.softplus(read_s.transpose(0, 1)).flatten(0, 1))  # [R, B]
+    strength = _by_head(sigma, steps) * read_u  # [H, J, B]
+    mixture = torch.mul(weight_v, strength, out=scratch_v).sum((1, 2))  # [P, B]
+    saved = _Saved(weight, queries, scale, content, gates, moved, weights, read_u, read_s, *usage)
+    return mixture, sigma, saved
+
+
+class _MixProgram(torch.autograd.Function):
+    """Attention and program in one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.config = inputs
+        # Hooks may keep what is saved for longer than this node lives.
+        hooked = has_hooks()
+        workspace = _workspace(tensors[2], tensors[0], ctx.config, reuse=not hooked)
+        mixture, sigma, saved = _mix_program(tensors, ctx.config, workspace)
+        ctx.kept = None if hooked else (saved, workspace)
+        ctx.save_for_backward(*tensors, sigma, *(saved if hooked else ()))
+        return mixture, sigma
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # Asked for once: `checkpoint` computes them anew for every asking.
+        *inputs, sigma = (tensors := ctx.saved_tensors)[:8]
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            if wants_plain_gradient(grad_outputs):
+                equations = partial(_plain_mix_program, ctx.config)
+                wanted = ctx.needs_input_grad[:7]
+                return *plain_gradients(equations, inputs, wanted, grad_outputs), None
+            saved, workspace = ctx.kept or (
+                _Saved(*tensors[8:]),
+                _workspace(inputs[2], inputs[0], ctx.config, reuse=False),
+            )
+            return *_gradients(inputs, sigma, ctx.config, saved, workspace, *grad_outputs), None
+
+
+def _workspace(bias: Tensor, hidden: Tensor, config: NeurocoderConfig, *, reuse: bool) -> Workspace:
+    """Memory for everything that is as large as attention."""
+    attention = 3 * config.num_slots * config.num_heads
+    names = 3 if config.num_steps == 1 else 5  # content, weights, grad; moved, at_gates
+    per_input = 2 * len(bias) + names * attention  # rows, grad_rows
+    return Workspace(bias, per_input * hidden.shape[1], names + 2, reuse=reuse)
+
+
+def _gate(
+    content: Tensor,
+    gates: Tensor,
+    moved: Tensor,
+    weights: Tensor,
+    config: NeurocoderConfig,
+    batch: int,
+) -> _Usage:
+    """`compose_attention` for several steps and gates after the sigmoid, into `moved` and
+    `weights`.
+
+    Returns:
+        The last three fields of `_Saved`.
+    """
+    selected, won = (torch.empty_like(content, dtype=torch.bool) for _ in range(2))
+    peaks: list[Tensor] = []
+    usage: Tensor | None = None
+    for here in _steps(config, batch):
+        if usage is None:
+            torch.mul(gates[here], content[here], out=moved[here])
+            weights[here] = moved[here]
+            usage = weights[here].clone()
+            continue
+        peak, index = usage.max(dim=1, keepdim=True)
+        peaks.append(index)
+        torch.le(usage, kth_smallest(usage, config.num_least_used), out=selected[here])
+        least = (peak - usage).mul_(selected[here])
+        torch.mul(content[here] - least, gates[here], out=moved[here])
+        torch.add(least, moved[here], out=weights[here])
+        torch.ge(weights[here], usage, out=won[here])
+        usage = torch.maximum(usage, weights[here])
+    return selected, won, torch.stack(peaks)
+
+
+def _gradients(
+    inputs: Sequence[Tensor],
+    sigma: Tensor,
+    config: NeurocoderConfig,
+    saved: _Saved,
+    workspace: Workspace,
+    grad_mixture: Tensor,
+    grad_sigma: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the seven tensors that `_mix_program` takes."""
+    hidden, weight, bias, sharpness, keys, memory_s, projection = inputs
+    steps, batch = config.num_steps, projection.shape[1]
+    by_step = (*saved.weights.shape[:3], steps, batch)
+    weight_u, weight_v, weight_s = saved.weights.view(by_step)  # [P, H, J, B] each
+    content, gates = saved.content, saved.gates
+    sigma = _by_head(sigma, steps)
+
+    # The program, backwards: the gradient of every attention weight into `grad`.
+    grad = workspace.take("grad", *saved.weights.shape)  # [3, P, H, J B]
+    grad_u, grad_v, grad_s = grad.view(by_step)
+    grad_strength = torch.mul(weight_v, grad_mixture[:, None, None], out=grad_v).sum(0)  # [H, J, B]
+    grad_read_u = grad_strength * sigma
+    # sigma_n sums over k >= n, so its gradient sums over n <= k.
+    grad_sigma = grad_sigma + (grad_strength * saved.read_u).transpose(0, 1).flatten(0, 1)
+    grad_read_s = _by_head(grad_sigma.cumsum(0), steps) * saved.read_s.sigmoid()
+    grad_projection = torch.mul(weight_u, grad_read_u, out=grad_u).sum((1, 2))
+    torch.mul(grad_read_u, projection[:, None, None], out=grad_u)
+    torch.mul(sigma * saved.read_u, grad_mixture[:, None, None], out=grad_v)
+    torch.mul(grad_read_s, memory_s[:, None, None], out=grad_s)
+    grad_memory_s = weight_s.flatten(1) @ grad_read_s.reshape(-1, 1)
+
+    # The gates, backwards; then `grad` is content times the gradient of content.
+    grad_rows = workspace.take("grad_rows", len(bias), hidden.shape[1])
+    grad_queries, grad_gates = _split_slots(grad_rows, config)
+    if gates is None or grad_gates is None:
+        grad *= content
+    else:
+        if steps > 1 and not config.detach_usage:
+            _add_gradient_through_usage(grad, saved, config, batch)
+        if steps == 1:  # where the weights are gates * content themselves
+            at_gates = grad.mul_(saved.moved)
+        else:
+            at_gates = torch.mul(grad, saved.moved, out=workspace.take("at_gates", *grad.shape))
+            grad.mul_(gates).mul_(content)
+        # sigmoid' = g (1 - g), and `moved` has the factor g already.
+        if gates.shape == content.shape:
+            torch.addcmul(at_gates, at_gates, gates, value=-1, out=grad_gates)
+        else:
+            shared = torch.addcmul(at_gates, at_gates, gates, value=-1)
+            grad_gates.copy_(shared.sum_to_size(gates.shape))
+
+    # The softmax, the cosines and the lengths of the queries, backwards.
+    grad.addcmul_(content, grad.sum(1, keepdim=True), value=-1)
+    grad = grad.flatten(2)  # [3, P, H J B]
+    # The long side first: MKL is twice as fast in this order as in the other, here and below.
+    grad_keys = ((saved.queries.flatten(2) * sharpness) @ grad.transpose(1, 2)).transpose(1, 2)
+    grad_sharp = (keys.transpose(1, 2) @ grad).view_as(grad_queries)
+    along = (grad_sharp * saved.queries).sum(1, keepdim=True)  # [3, 1, H, J B]
+    grad_sharpness = along.sum()
+    # A query shorter than the floor is divided by a constant.
+    along = along * (saved.inverse_norm < 1 / NORM_FLOOR)
+    torch.addcmul(grad_sharp, along, saved.queries, value=-1, out=grad_queries)
+    grad_queries *= saved.inverse_norm * sharpness
+
+    return (
+        saved.weight.T @ grad_rows,
+        _from_slots((hidden @ grad_rows.T).T, weight, config),
+        _from_slots(grad_rows.sum(1), bias, config),
+        grad_sharpness,
+        grad_keys,
+        grad_memory_s,
+        grad_projection,
+    )
+
+
+def _add_gradient_through_usage(
+    grad: Tensor, saved: _Saved, config: NeurocoderConfig, batch: int
+) -> None:
+    """Add to `grad`, from the last step to the first, what weights do to later steps."""
+    gates, selected, won, peaks = saved.gates, saved.selected, saved.won, saved.peaks
+    assert gates is not None and selected is not None and won is not None and peaks is not None
+    first, *later = _steps(config, batch)
+    grad_usage = torch.zeros_like(grad[first])  # of the usage after the step at hand
+    for here, peak in zip(reversed(later), reversed(peaks), strict=True):
+        grad[here].addcmul_(grad_usage, won[here])
+        grad_least = torch.addcmul(grad[here], grad[here], gates[here], value=-1)
+        grad_least *= selected[here]
+        grad_usage = grad_usage.masked_fill_(won[here], 0).sub_(grad_least)
+        grad_usage.scatter_add_(1, peak, grad_least.sum(1, keepdim=True))
+    grad[first] += grad_usage  # the usage after the first step is that step's weights
+
+
+def _plain_mix_program(
+    config: NeurocoderConfig,
+    *inputs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`_mix_program` as the equations stand."""
+    *control, keys, memory_s, projection = inputs
+    weights = attend(Control(*control), keys, config)
+    sigma = singular_values(weights[2], memory_s)
+    return mix_slots(Composed(weights, sigma, None), projection), sigma
+
+
+def _by_slot(rows: Tensor, config: NeurocoderConfig) -> Tensor:
+    """Rows of the head as this module computes with them: those of the queries [3, K, H], then
+    those of the gates [3, P or 1, H or 1]."""
+    return torch.cat([part.flatten(0, 2) for part in _slots_first(rows, config)])
+
+
+def _from_slots(by_slot: Tensor, like: Tensor, config: NeurocoderConfig) -> Tensor:
+    """The inverse of `_by_slot`, contiguous as `like` is."""
+    rows = torch.empty_like(like)
+    begin = 0
+    for part in _slots_first(rows, config):
+        end = begin + part.shape[:3].numel()
+        part.copy_(by_slot[begin:end].view(part.shape))
+        begin = end
+    return rows
+
+
+def _slots_first(rows: Tensor, config: NeurocoderConfig) -> list[Tensor]:
+    """Views of the head's rows [rows, ...]: [3, K, H, ...] and [3, P or 1, H or 1, ...]."""
+    parts = split_head(rows.movedim(0, -1), config)
+    return [
+        part.transpose(-1, -2).movedim((-3, -2, -1), (0, 1, 2))
+        for part in parts
+        if part is not None
+    ]
+
+
+def _split_slots(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor | None]:
+    """Views of what rows in the order of `_by_slot` say, [rows, J B]: queries [3, K, H, J B] and
+    gates [3, P or 1, H or 1, J B], None without usage attention."""
+    heads, width, batch = config.num_heads, config.key_dim, rows.shape[1]
+    queries = rows[: 3 * width * heads].view(3, width, heads, batch)
+    if not config.num_least_used:
+        return queries, None
+    gates = rows[3 * width * heads :]
+    slots = 1 if config.gate == "head" else config.num_slots
+    return queries, gates.view(3, slots, 1 if config.gate == "slot" else heads, batch)
+
+
+def _steps(config: NeurocoderConfig, batch: int) -> list[tuple[Any, ...]]:
+    """For each step, the index of its part of an axis J B that comes last."""
+    return [(..., slice(j * batch, (j + 1) * batch)) for j in range(config.num_steps)]
+
+
+def _by_head(per_component: Tensor, steps: int) -> Tensor:
+    """[R, B] -> [H, J, B]; component n = step * H + head."""
+    num_components, batch = per_component.shape
+    return per_component.view(steps, num_components // steps, batch).transpose(0, 1)

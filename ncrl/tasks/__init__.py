@@ -1,0 +1,1 @@
+"""The paper's experiments outside reinforcement learning: networks, recipes, parameter counts."""

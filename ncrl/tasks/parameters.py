@@ -1,0 +1,130 @@
+"""Parameters of the paper's networks beside its Table 9: `python -m ncrl.tasks.parameters`.
+
+Networks are built on torch's meta device, where parameters have sizes but no numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ncrl.settings import make_parser, parse, usage_error
+from ncrl.tasks.recipes import Recipe, build_network, read_recipes, read_yaml
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+TOLERANCE = 0.05
+"""Relative difference up to which a count of Table 9, printed with two digits, is reproduced."""
+
+
+class Row(NamedTuple):
+    """One recipe beside what the paper prints for it."""
+
+    name: str
+    """File, and after a colon the variant."""
+    recipe: Recipe
+    parameters: int
+
+    @property
+    def difference(self) -> float | None:
+        """Relative to the paper's count; None where it prints none."""
+        paper = self.recipe.paper_parameters
+        return None if paper is None else self.parameters / paper - 1
+
+    @property
+    def reached(self) -> bool:
+        """Whether the paper's count is reproduced, if it prints one."""
+        return self.difference is None or abs(self.difference) <= TOLERANCE
+
+
+def count_parameters(recipe: Recipe) -> int:
+    """Parameters of a recipe's network, frozen ones included, buffers not.
+
+    Raises:
+        ValueError: for sizes that the network or the layer refuses.
+    """
+    with torch.device("meta"):
+        network = build_network(recipe)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_file(path: Path) -> list[Row]:
+    """A row for every recipe in a file.
+
+    Raises:
+        ValueError: for a file that does not hold valid recipes.
+    """
+    rows = []
+    for variant, recipe in read_recipes(path).items():
+        name = f"{path.name}: {variant}" if variant else path.name
+        try:
+            rows.append(Row(name, recipe, count_parameters(recipe)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table."""
+    lines = [
+        "| recipe | network | layer | parameters | paper | difference | remark |",
+        "|---|---|---|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        paper, difference = row.recipe.paper_parameters, row.difference
+        cells = [
+            row.name,
+            row.recipe.network,
+            row.recipe.layer,
+            f"{row.parameters:,}",
+            "" if paper is None else short(paper),
+            "" if difference is None else f"{difference:+.1%}",
+            ": ".join(filter(None, ["" if row.reached else "not reached", row.recipe.note])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def short(count: float) -> str:
+    """A count as the paper prints it: 7.3K, 255K, 12.6M."""
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.4g}K"
+
+
+def default_configs() -> list[Path]:
+    """The recipes of this repository; `configs/` also holds flags of run_atari.py.
+
+    Raises:
+        ValueError: where ncrl is installed without `configs/`.
+    """
+    paths = [path for path in sorted(CONFIGS.glob("*.yaml")) if "network" in read_yaml(path)]
+    if not paths:
+        raise ValueError(f"there are no recipes in {CONFIGS}; name YAML files")
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit code."""
+    parser = make_parser(__doc__.splitlines()[0] if __doc__ else "")
+    parser.prog = "python -m ncrl.tasks.parameters"
+    parser.add_argument("configs", nargs="*", help="recipes (default: all of configs/)")
+    options = parse(parser, sys.argv[1:] if arguments is None else arguments)
+    try:
+        paths = [Path(name) for name in options.get("configs", [])] or default_configs()
+        rows = [row for path in paths for row in count_file(path)]
+    except ValueError as error:
+        usage_error(parser.prog, str(error))
+    print(table(rows))
+    missed = sum(not row.reached for row in rows)
+    printed = sum(row.difference is not None for row in rows)
+    print(
+        f"\n{printed - missed} of {printed} recipes reach the paper's count within {TOLERANCE:.0%}."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

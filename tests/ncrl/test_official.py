@@ -1,0 +1,820 @@
+"""The official variant against literal loops, the authors' own outputs, and by property.
+
+Shape letters: B batch, P slots, K key, H heads, J steps, R = J*H components.
+"""
+
+import copy
+import io
+import json
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ncrl import NeurocoderConfig, NeurocoderLinear, orthogonal_loss
+from ncrl.neurocoder.official import (
+    OfficialRecurrent,
+    OfficialSingleStep,
+    authors_state_dict,
+    least_used_attention,
+    load_authors_state_dict,
+    scaled_cosine,
+)
+from tests.official_reference import (
+    OfficialSizes,
+    official_orthogonality_reference,
+    official_reference,
+)
+from tests.reference import orthogonal_norm_reference
+
+AUTHORS = json.loads((Path(__file__).parent / "official_outputs.json").read_text())["cases"]
+"""Numbers that the authors' module gave; the file says how."""
+
+
+class Case(NamedTuple):
+    """One configuration; the defaults are those of a small but complete layer."""
+
+    in_features: int = 4
+    out_features: int = 3
+    num_slots: int = 6
+    key_dim: int = 3
+    num_heads: int = 2
+    num_steps: int = 1
+    num_least_used: int = 2
+    sharpness: float = 1.0
+    residual: bool = True
+    bias: bool = True
+    key_mode: str = "cb"
+    controller: str = "auto"
+
+    @property
+    def lstm(self) -> bool:
+        return self.num_steps > 1 or self.controller == "lstm"
+
+    @property
+    def sizes(self) -> OfficialSizes:
+        return OfficialSizes(
+            self.num_slots,
+            self.key_dim,
+            self.num_heads,
+            self.num_steps,
+            self.num_least_used,
+            self.sharpness,
+            self.key_mode,
+            self.lstm,
+            self.bias,
+        )
+
+
+CASES = {
+    "single": Case(),
+    "single-linear": Case(controller="linear", residual=False),
+    "single-stored-keys": Case(key_mode="lk", bias=False, num_least_used=0),
+    "single-sharp": Case(sharpness=20.0, key_mode="lk", num_heads=3),
+    "single-bare": Case(residual=False, bias=False, num_least_used=3),
+    "lstm": Case(controller="lstm"),
+    "lstm-stored-keys": Case(controller="lstm", key_mode="lk", residual=False),
+    "lstm-without-usage": Case(controller="lstm", num_least_used=0, bias=False),
+    "two-steps": Case(num_steps=2, residual=False),
+    "five-steps": Case(num_steps=5),
+    "five-steps-stored-keys": Case(num_steps=5, key_mode="lk", num_least_used=3, bias=False),
+    "five-steps-without-usage": Case(num_steps=5, num_least_used=0, key_mode="lk"),
+    "five-steps-one-head": Case(num_steps=5, num_heads=1, num_least_used=1, residual=False),
+    "five-steps-sharp": Case(num_steps=5, sharpness=3.0, num_least_used=3),
+    "all-but-one-least-used": Case(num_steps=3, num_slots=4, num_least_used=3),
+    "one-key-one-output": Case(num_steps=3, key_dim=1, out_features=1, num_heads=3),
+}
+all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def empty_layer(case: Case, dtype: torch.dtype = torch.float64, **options: Any) -> NeurocoderLinear:
+    return NeurocoderLinear(**case._asdict(), preset="official", dtype=dtype, **options)
+
+
+def make_layer(case: Case, seed: int = 0) -> NeurocoderLinear:
+    """A float64 layer whose parameters are all random, so that no bias or gate is at its start."""
+    layer = empty_layer(case)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.8 * noise)
+    return layer
+
+
+def random_input(*shape: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def parameters_of(layer: nn.Module) -> dict[str, Tensor]:
+    """Float64 copies that carry their own gradients."""
+    return {
+        name: parameter.detach().double().clone().requires_grad_()
+        for name, parameter in layer.named_parameters()
+    }
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    scale = float(expected.detach().abs().max())
+    return float((actual - expected).detach().abs().max()) / max(scale, 1e-30)
+
+
+def touched(parameter: Tensor) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+# Values
+
+
+@all_cases
+def test_everything_equals_the_reference(case: Case) -> None:
+    layer = make_layer(case)
+    x = random_input(3, case.in_features)
+    with torch.no_grad():
+        expected = official_reference(parameters_of(layer), case.sizes, x)
+    attention = layer.attend(x)
+    assert attention.u.shape == (3, case.num_steps * case.num_heads, case.num_slots)
+    assert relative_error(attention.u, expected["u"]) < 1e-10
+    assert relative_error(attention.v, expected["v"]) < 1e-10
+    assert relative_error(attention.s, expected["s"]) < 1e-10
+    assert relative_error(layer.singular_values(x), expected["sigma"]) < 1e-10
+    assert relative_error(layer.program(x), expected["program"]) < 1e-10
+    assert relative_error(layer(x), expected["output"]) < 1e-10
+    with torch.no_grad():
+        assert relative_error(layer(x), expected["output"]) < 1e-10
+
+
+@all_cases
+def test_fresh_layer_equals_the_reference(case: Case) -> None:
+    """At its own initialisation, which `make_layer` overwrites."""
+    torch.manual_seed(3)
+    layer = empty_layer(case)
+    x = random_input(2, case.in_features)
+    with torch.no_grad():
+        expected = official_reference(parameters_of(layer), case.sizes, x)["output"]
+    assert relative_error(layer(x), expected) < 1e-10
+
+
+GRADIENT_CASES = [name for name in CASES if not name.startswith("one-key")]
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+def test_gradients_equal_those_of_the_reference(name: str) -> None:
+    """Including the parameters that get none."""
+    case = CASES[name]
+    layer = make_layer(case)
+    x = random_input(2, case.in_features).requires_grad_()
+    target = random_input(2, case.out_features, seed=5)
+    layer(x).mul(target).sum().backward()
+
+    state = parameters_of(layer)
+    reference_x = x.detach().clone().requires_grad_()
+    official_reference(state, case.sizes, reference_x)["output"].mul(target).sum().backward()
+    assert x.grad is not None
+    assert reference_x.grad is not None
+    assert relative_error(x.grad, reference_x.grad) < 1e-9
+    for parameter_name, parameter in layer.named_parameters():
+        expected = state[parameter_name].grad
+        if expected is None:
+            assert not touched(parameter), parameter_name
+        else:
+            assert parameter.grad is not None, parameter_name
+            assert relative_error(parameter.grad, expected) < 1e-9, parameter_name
+
+
+def authors_layer(options: dict[str, Any]) -> NeurocoderLinear:
+    """A layer of the sizes that all layers in the table have."""
+    return NeurocoderLinear(
+        3,
+        2,
+        num_slots=5,
+        key_dim=2,
+        num_heads=2,
+        preset="official",
+        dtype=torch.float64,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_outputs_and_gradients_are_those_of_the_authors(name: str) -> None:
+    table = AUTHORS[name]
+    layer = authors_layer(table["options"])
+    weights = {
+        key: torch.tensor(value, dtype=torch.float64) for key, value in table["weights"].items()
+    }
+    load_authors_state_dict(layer, weights)
+    x = torch.tensor(table["input"], dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert relative_error(y, torch.tensor(table["output"], dtype=torch.float64)) < 1e-10
+    gradient = torch.tensor(table["input_gradient"], dtype=torch.float64)
+    assert relative_error(x.grad, gradient) < 1e-10
+    assert orthogonal_loss(layer).item() == pytest.approx(table["orthogonality"], rel=1e-10)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (3, 2), (0,), (3, 0)])
+@pytest.mark.parametrize("name", ["single", "five-steps"])
+def test_leading_dimensions_are_free(name: str, leading: tuple[int, ...]) -> None:
+    case = CASES[name]
+    layer = make_layer(case)
+    x = random_input(*leading, case.in_features)
+    rows = x.reshape(-1, case.in_features)
+    attention = layer.attend(x)
+    components = case.num_steps * case.num_heads
+    assert layer(x).shape == (*leading, case.out_features)
+    assert attention.s.shape == (*leading, components, case.num_slots)
+    assert layer.singular_values(x).shape == (*leading, components)
+    pairs = [
+        (layer(x), layer(rows)),
+        (attention.s, layer.attend(rows).s),
+        (layer.singular_values(x), layer.singular_values(rows)),
+    ]
+    for actual, flat in pairs:
+        torch.testing.assert_close(actual.reshape(flat.shape), flat, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["single", "five-steps", "lstm-without-usage"])
+def test_backward_of_an_empty_batch(name: str) -> None:
+    case = CASES[name]
+    layer = make_layer(case)
+    layer(torch.zeros(0, case.in_features, dtype=torch.float64)).sum().backward()
+    for parameter_name, parameter in layer.named_parameters():
+        assert not touched(parameter), parameter_name
+
+
+@pytest.mark.parametrize("name", ["single", "five-steps"])
+def test_samples_do_not_see_each_other(name: str) -> None:
+    case = CASES[name]
+    layer = make_layer(case)
+    x = random_input(4, case.in_features)
+    others = random_input(4, case.in_features, seed=9)
+    others[2] = x[2]
+    torch.testing.assert_close(layer(x)[2], layer(others)[2], rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(layer(x)[1], layer(others)[1])
+
+
+# What differs from the paper, by hand
+
+
+@pytest.mark.parametrize("key_dim", [1, 3, 7])
+def test_cosine_of_a_vector_with_itself_is_one_over_k(key_dim: int) -> None:
+    vector = random_input(3, 1, key_dim).abs() + 1  # [3, P, K]
+    queries = vector.unsqueeze(3)  # [3, R, K, B]
+    cosine = scaled_cosine(queries, vector, 1.0)
+    torch.testing.assert_close(cosine, torch.full_like(cosine, 1 / key_dim), rtol=2e-5, atol=0.0)
+    torch.testing.assert_close(
+        scaled_cosine(queries, vector, 6.0), 6 * cosine, rtol=1e-12, atol=0.0
+    )
+
+
+def test_short_vectors_meet_all_three_epsilons() -> None:
+    """|q| = |k| = 1e-6 and K = 2: 1e-12 / (2 * 2e-6 * 2e-6 + 1e-6)."""
+    keys = torch.tensor([1e-6, 0.0], dtype=torch.float64).expand(3, 1, 2)
+    cosine = scaled_cosine(keys.unsqueeze(3), keys, 1.0)
+    expected = 1e-12 / (2 * (2e-6) ** 2 + 1e-6)
+    torch.testing.assert_close(cosine, torch.full_like(cosine, expected), rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["single", "five-steps", "five-steps-without-usage"])
+def test_zero_input_and_zero_parameters_are_finite(name: str) -> None:
+    case = CASES[name]
+    layer = empty_layer(case)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    x = torch.zeros(2, case.in_features, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    gradients = [("x", x.grad), *((n, p.grad) for n, p in layer.named_parameters())]
+    for parameter_name, gradient in gradients:
+        assert gradient is None or gradient.isfinite().all(), parameter_name
+
+
+def test_single_step_has_neither_usage_nor_gates() -> None:
+    without, least_used = make_layer(Case(num_least_used=0)), make_layer(Case(num_least_used=3))
+    x = random_input(3, 4)
+    assert dict(without.named_parameters()).keys() == dict(least_used.named_parameters()).keys()
+    assert torch.equal(without(x), least_used(x))
+    total = without.attend(x).u.sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-12, atol=0.0)
+
+
+RESIDUAL = ("residual", "gate.weight", "gate.bias")
+
+
+def test_single_step_sums_singular_values_upwards() -> None:
+    """sigma_n = s_1 + ... + s_n, and sigma_1 scales the residual."""
+    layer = make_layer(Case(num_heads=3))
+    x = random_input(4, 4)
+    s = nn.functional.softplus(layer.attend(x).s @ layer.memory.s).squeeze(-1)  # [B, R]
+    sigma = layer.singular_values(x)
+    torch.testing.assert_close(sigma, s.cumsum(1), rtol=1e-12, atol=0.0)
+    parameters = {name: layer.get_parameter(f"integration.{name}") for name in RESIDUAL}
+    gate = (x @ parameters["gate.weight"].T + parameters["gate.bias"]).sigmoid()
+    residual = layer.program(x) - layer.active_program(x)
+    expected = (gate * sigma[:, :1]).unsqueeze(2) * parameters["residual"]
+    torch.testing.assert_close(residual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_lstm_sums_singular_values_before_it_turns_them_around() -> None:
+    """sigma_n = s_1 + ... + s_(R+1-n), so the last is s_1; the paper's last is s_R."""
+    layer = make_layer(Case(num_steps=3))
+    x = random_input(4, 4)
+    s = nn.functional.softplus(layer.attend(x).s @ layer.memory.s).squeeze(-1)  # [B, R]
+    sigma = layer.singular_values(x)
+    torch.testing.assert_close(sigma[:, -1], s[:, 0], rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(sigma[:, 0], s.sum(1), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(sigma[:, 1], s[:, :-1].sum(1), rtol=1e-12, atol=0.0)
+
+
+def fill_gates(layer: NeurocoderLinear, bias: float) -> None:
+    with torch.no_grad():
+        layer.get_parameter("composition.gate.bias").fill_(bias)
+
+
+@pytest.mark.parametrize("num_least_used", [1, 2, 4])
+def test_open_gates_of_the_first_step_choose_the_first_slots(num_least_used: int) -> None:
+    """The gate multiplies usage, not content, and before any usage the first slots stand in."""
+    layer = make_layer(Case(controller="lstm", num_least_used=num_least_used))
+    fill_gates(layer, 1000.0)
+    expected = torch.zeros(3, 2, 6, dtype=torch.float64)
+    expected[..., :num_least_used] = 1
+    for weights in layer.attend(random_input(3, 4)):
+        assert torch.equal(weights, expected)
+
+
+def test_closed_gates_leave_content_whose_largest_weight_is_one() -> None:
+    case = Case(num_steps=3)
+    gated, free = make_layer(case), empty_layer(case._replace(num_least_used=0))
+    fill_gates(gated, -1000.0)
+    free.load_state_dict(
+        {n: v for n, v in gated.state_dict().items() if not n.startswith("composition.gate")}
+    )
+    x = random_input(3, 4)
+    for weights, plain in zip(gated.attend(x), free.attend(x), strict=True):
+        assert (weights.amax(-1) == 1).all()
+        relative = plain / plain.amax(-1, keepdim=True)
+        torch.testing.assert_close(weights, relative, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("usage", "num_least_used", "expected"),
+    [
+        ([0.3, 0.1, 0.5, 0.2], 2, [0.0, 0.9, 0.0, 0.8]),
+        ([0.3, 0.1, 0.5, 0.2], 3, [0.7, 0.9, 0.0, 0.8]),
+        ([0.2, 0.1, 0.5, 0.2], 2, [0.0, 0.9, 0.0, 0.0]),
+        ([0.2, 0.1, 0.5, 0.2], 3, [0.8, 0.9, 0.0, 0.8]),
+        ([0.1, 0.1, 0.1, 0.5], 2, [0.0, 0.0, 0.0, 0.0]),
+        ([0.0, 0.0, 0.0, 0.0], 1, [0.0, 0.0, 0.0, 0.0]),
+        # 1 - usage rounds to 1 in all three: that is a tie, too.
+        ([1e-18, 2e-18, 3e-18, 0.5], 2, [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_ties_select_fewer_slots(
+    usage: list[float], num_least_used: int, expected: list[float]
+) -> None:
+    column = torch.tensor(usage, dtype=torch.float64).view(1, 4, 1, 1).expand(3, -1, -1, 2)
+    least_used = least_used_attention(column.contiguous(), num_least_used)
+    wanted = torch.tensor(expected, dtype=torch.float64).view(1, 4, 1, 1).expand(3, -1, -1, 2)
+    torch.testing.assert_close(least_used, wanted, rtol=1e-12, atol=0.0)
+
+
+def test_which_form_a_controller_means() -> None:
+    for controller, steps, form in [
+        ("auto", 1, OfficialSingleStep),
+        ("linear", 1, OfficialSingleStep),
+        ("lstm", 1, OfficialRecurrent),
+        ("auto", 2, OfficialRecurrent),
+        ("lstm", 2, OfficialRecurrent),
+    ]:
+        layer = empty_layer(Case(controller=controller, num_steps=steps))
+        assert isinstance(layer.composition, form), (controller, steps)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("key_mode", ["cb", "lk"])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_what_attention_trains(key_mode: str, num_steps: int) -> None:
+    """In mode cb keys train the content that they are computed from; key columns of u and v are
+    idle there. In mode lk it is the other way round."""
+    layer = make_layer(Case(key_mode=key_mode, num_steps=num_steps))
+    attention = layer.attend(random_input(5, 4))
+    weights = random_input(*attention.u.shape, seed=6)
+    (attention.u + 2 * attention.v + 3 * attention.s).mul(weights).sum().backward()
+    computed = ["u", "v", "key_net_u.weight", "key_net_u.bias", "key_net_v.weight"]
+    expected = {
+        "cb": {*computed, "key_net_v.bias", "key_columns.s"},
+        "lk": {"key_columns.u", "key_columns.v", "key_columns.s"},
+    }
+    trained = {name for name, parameter in layer.memory.named_parameters() if touched(parameter)}
+    assert trained == expected[key_mode]
+
+
+def idle_parameters(case: Case) -> set[str]:
+    """What is held for the count alone."""
+    idle = set()
+    if case.lstm:
+        idle |= {"composition.unused.weight", "composition.unused.bias"}
+    elif not case.residual:
+        idle |= {"integration.gate.weight", "integration.gate.bias"}
+    if not case.bias:
+        idle.add("bias")
+    if case.key_mode == "cb":
+        idle |= {"memory.key_columns.u", "memory.key_columns.v"}
+    return idle
+
+
+@all_cases
+def test_each_parameter_but_the_idle_ones_receives_a_gradient(case: Case) -> None:
+    layer = make_layer(case)
+    weights = random_input(6, case.out_features, seed=4)
+    layer(random_input(6, case.in_features)).mul(weights).sum().backward()
+    without = {name for name, parameter in layer.named_parameters() if not touched(parameter)}
+    assert without == idle_parameters(case)
+
+
+@pytest.mark.parametrize("key_mode", ["cb", "lk"])
+@pytest.mark.parametrize("widths", [(4, 3, 6), (9, 8, 5), (3, 9, 8)])
+def test_orthogonality_includes_the_key_columns(
+    key_mode: str, widths: tuple[int, int, int]
+) -> None:
+    in_features, out_features, num_slots = widths
+    layer = make_layer(Case(in_features, out_features, num_slots, key_mode=key_mode))
+    state = parameters_of(layer)
+    loss, expected = orthogonal_loss(layer), official_orthogonality_reference(state)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    loss.backward()
+    expected.backward()
+    for name, parameter in layer.named_parameters():
+        gradient = state[name].grad
+        if gradient is None:
+            assert not touched(parameter), name
+        else:
+            assert parameter.grad is not None, name
+            assert relative_error(parameter.grad, gradient) < 1e-9, name
+    stored = {name for name, value in state.items() if value.grad is not None}
+    assert stored == {"memory.u", "memory.v", "memory.key_columns.u", "memory.key_columns.v"}
+
+
+def test_squared_orthogonality() -> None:
+    layer = make_layer(Case())
+    state = parameters_of(layer)
+    rows = [torch.cat([state[f"memory.key_columns.{n}"], state[f"memory.{n}"]], 1) for n in "uv"]
+    expected = sum(orthogonal_norm_reference(memory).item() ** 2 for memory in rows)
+    assert layer.memory.orthogonality(squared=True).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_floor_counts_the_key_columns() -> None:
+    """P = 50 rows of width K + out = 7 cannot come closer than sqrt(43); K + in = 54 can."""
+    layer = empty_layer(Case(49, 2, 50, key_dim=5))
+    assert layer.memory.orthogonality_floor() == pytest.approx(math.sqrt(43))
+    assert layer.memory.orthogonality_floor() == pytest.approx(6.557, abs=6e-4)
+
+
+# Counts
+
+
+def count(module: nn.Module, *, without: str = "nothing") -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if not name.startswith(without))
+
+
+def expected_count(case: Case) -> int:
+    """The formulas by which the paper's Table 9 was taken apart."""
+    i, o, P, K, H = case[:5]
+    n = 3 * H * K + 1
+    total = P * (3 * K + i + o + 1) + o
+    if case.lstm:
+        total += 4 * n * (i + n) + 10 * n + i * (n + 1)
+        total += 3 * P * (i + 1) if case.num_least_used else 0
+    else:
+        total += 3 * H * K * (i + 1) + i + 1
+    total += K * (i + o + 2) if case.key_mode == "cb" else 0
+    return total + (i * o if case.residual else 0)
+
+
+@all_cases
+def test_count_formula(case: Case) -> None:
+    """The bias counts even where it is not added."""
+    layer = empty_layer(case)
+    assert count(layer) == expected_count(case)
+    assert layer.state_dict()["bias"].shape == (case.out_features,)
+
+
+def test_count_of_the_mnist_classifier() -> None:
+    """7.3K, without what the authors' layer holds and does not use."""
+    case = Case(200, 10, 5, 2, 1, num_steps=5, num_least_used=0, residual=False)
+    assert count(empty_layer(case), without="composition.unused") == 7_385
+    case = case._replace(num_slots=6, key_mode="lk")
+    assert count(empty_layer(case), without="composition.unused") == 7_178
+
+
+def test_counts_of_polynomial_regression() -> None:
+    """The output layer, and the GRU that reads 2 numbers before it."""
+    one = Case(16, 1, 10, 3, 15, residual=False)
+    assert count(empty_layer(one)) + count(nn.GRU(2, 16)) == 3_600
+    five = Case(8, 1, 20, 3, 1, num_steps=5, num_least_used=2, residual=False, key_mode="lk")
+    assert count(empty_layer(five)) + count(nn.GRU(2, 8)) == 2_117
+    five = five._replace(key_mode="cb")
+    assert count(empty_layer(five)) + count(nn.GRU(2, 8)) == 2_150
+
+
+def test_count_of_the_neural_turing_machine() -> None:
+    """Interface layers of 26 and 66 numbers; a controller of 10 + 20 inputs and a learned initial
+    state; 9 outputs from 200 + 20 numbers; group norms that the authors' heads do not use."""
+    interfaces = [count(empty_layer(Case(200, width, 30, 5, 5))) for width in (26, 66)]
+    assert interfaces == [28_902, 38_342]
+    controller = count(nn.LSTMCell(30, 200)) + 2 * 200
+    rest = count(nn.Linear(220, 9)) + 2 * (26 + 66)
+    assert sum(interfaces) + controller + rest == 255_417
+
+
+def split_mnist(hidden: int, **options: Any) -> nn.Sequential:
+    """The authors' network: 32 x 32 pixels, two hidden layers, one head."""
+    widths = [(1024, hidden), (hidden, hidden), (hidden, 2)]
+    options = {"preset": "official", "num_slots": 50, "num_heads": 10, "key_dim": 5, **options}
+    return nn.Sequential(
+        *(NeurocoderLinear(i, o, residual=False, bias=False, **options) for i, o in widths)
+    )
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(256, 348_083), (400, 423_539)])
+def test_count_of_split_mnist(hidden: int, expected: int) -> None:
+    assert count(split_mnist(hidden)) == expected
+
+
+def test_frozen_controller_count() -> None:
+    """In the authors' first public state only the stored rows and the biases were trained."""
+    model = split_mnist(400, frozen_controller=True)
+    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    assert sum(trainable) == 134_502
+    assert count(model) == 423_539
+
+
+@all_cases
+def test_what_a_frozen_controller_still_trains(case: Case) -> None:
+    layer = empty_layer(case, frozen_controller=True)
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
+    columns = {f"memory.key_columns.{name}" for name in "uvs"}
+    residual = {"integration.residual"} if case.residual else set()
+    assert trained == {"memory.u", "memory.v", "memory.s", "bias"} | columns | residual
+    x = random_input(2, case.in_features).requires_grad_()
+    layer(x).sum().backward()
+    assert touched(x)
+
+
+# The authors' weights
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_names_shapes_and_values_survive_the_round_trip(name: str) -> None:
+    """The names are those that the authors' module listed for the same options."""
+    table = AUTHORS[name]
+    layer = authors_layer(table["options"])
+    given = {
+        key: torch.tensor(value, dtype=torch.float64) for key, value in table["weights"].items()
+    }
+    parameters = dict(layer.named_parameters())
+    load_authors_state_dict(layer, given)
+    returned = authors_state_dict(layer)
+    assert returned.keys() == given.keys()
+    for key, value in returned.items():
+        assert torch.equal(value, given[key]), key
+        value.add_(1.0)
+    for key, parameter in layer.named_parameters():
+        assert parameter is parameters[key]
+        assert parameter.requires_grad
+    assert torch.equal(authors_state_dict(layer)["PM_U"], given["PM_U"])
+
+
+@all_cases
+def test_every_parameter_has_a_name_of_the_authors(case: Case) -> None:
+    layer, other = make_layer(case), make_layer(case, seed=7)
+    state = authors_state_dict(layer)
+    assert sum(value.numel() for value in state.values()) == count(layer)
+    assert not any(value.requires_grad for value in state.values())
+    load_authors_state_dict(other, state)
+    for (name, value), copied in zip(layer.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(value, copied), name
+
+
+def test_loading_keeps_the_type_of_the_layer() -> None:
+    layer = empty_layer(CASES["five-steps"], torch.float32)
+    state = authors_state_dict(make_layer(CASES["five-steps"]))
+    load_authors_state_dict(layer, state)
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    assert torch.equal(layer.memory.s, state["PM_S"][:, 3:].float())
+
+
+def drop(state: dict[str, Tensor]) -> None:
+    del state["PM_U"]
+
+
+def add(state: dict[str, Tensor]) -> None:
+    state["res_weight_l"] = torch.zeros(2)
+
+
+def reshape(state: dict[str, Tensor]) -> None:
+    state["bias"] = state["bias"].unsqueeze(0)
+
+
+def flatten_initial_state(state: dict[str, Tensor]) -> None:
+    name = "rnn_program_controller.lstm_h_bias"
+    state[name] = state[name].squeeze(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([drop], ["missing PM_U"]),
+        ([add], ["unexpected res_weight_l"]),
+        ([reshape], ["bias", "[1, 3]", "[3]"]),
+        ([flatten_initial_state], ["lstm_h_bias", "[1, 19]", "[1, 1, 19]"]),
+        ([drop, add, reshape], ["missing PM_U", "unexpected res_weight_l", "[1, 3]"]),
+    ],
+)
+def test_unfitting_weights_are_refused_whole(
+    changes: list[Callable[[dict[str, Tensor]], None]], words: list[str]
+) -> None:
+    state = authors_state_dict(make_layer(CASES["five-steps"], seed=7))
+    for change in changes:
+        change(state)
+    layer = make_layer(CASES["five-steps"])
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError) as error:
+        load_authors_state_dict(layer, state)
+    for word in words:
+        assert word in str(error.value)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_weights_of_another_mode_are_refused() -> None:
+    state = authors_state_dict(make_layer(CASES["single"]))
+    with pytest.raises(ValueError, match="read_mode"):
+        load_authors_state_dict(make_layer(CASES["five-steps"]), state)
+    with pytest.raises(ValueError, match="unexpected p2ku"):
+        load_authors_state_dict(make_layer(CASES["single-sharp"]), state)
+
+
+def test_a_layer_of_the_paper_is_refused() -> None:
+    layer = NeurocoderLinear(4, 3)
+    for call in (lambda: authors_state_dict(layer), lambda: load_authors_state_dict(layer, {})):
+        with pytest.raises(ValueError, match="preset='official'"):
+            call()
+
+
+# State and precision
+
+
+def by_state_dict(layer: NeurocoderLinear) -> NeurocoderLinear:
+    fresh = NeurocoderLinear(layer.in_features, layer.out_features, layer.config)
+    fresh = fresh.double()
+    fresh.load_state_dict(layer.state_dict())
+    return fresh
+
+
+def by_file(layer: NeurocoderLinear) -> NeurocoderLinear:
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert isinstance(loaded, NeurocoderLinear)
+    return loaded
+
+
+COPIES: dict[str, Callable[[NeurocoderLinear], NeurocoderLinear]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "file": by_file,
+    "state_dict": by_state_dict,
+}
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("name", ["single", "five-steps"])
+def test_copies_give_bit_equal_outputs(
+    name: str, make_copy: Callable[[NeurocoderLinear], NeurocoderLinear]
+) -> None:
+    layer = make_layer(CASES[name])
+    x = random_input(3, 4)
+    layer(x)
+    copied = make_copy(layer)
+    assert torch.equal(copied(x), layer(x))
+    before = layer(x)
+    with torch.no_grad():
+        copied.memory.u.add_(1.0)
+    assert torch.equal(layer(x), before)
+    assert not torch.equal(copied(x), before)
+
+
+@all_cases
+def test_float32_is_close_to_float64(case: Case) -> None:
+    layer = make_layer(case)
+    x = random_input(3, case.in_features)
+    expected = layer(x)
+    assert relative_error(layer.float()(x.float()).double(), expected) < 2e-4
+
+
+@pytest.mark.parametrize("name", ["single", "five-steps"])
+def test_autocast_leaves_attention_in_float32(name: str) -> None:
+    layer = make_layer(CASES[name]).float()
+    x = random_input(5, 4).float()
+    expected, sigma = layer.attend(x), layer.singular_values(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention, y = layer.attend(x), layer(x)
+        assert torch.equal(layer.singular_values(x), sigma)
+    assert torch.equal(attention.u, expected.u)
+    assert torch.equal(attention.s, expected.s)
+    assert relative_error(y.float(), layer(x)) < 0.1
+
+
+# Start
+
+
+def assert_uniform(values: Tensor, bound: float) -> None:
+    """Within the bound, and spread over it: to 4.5 standard errors."""
+    values = values.detach()
+    assert float(values.abs().max()) <= bound
+    spread = 2 / math.sqrt(values.numel())
+    assert float(values.std()) == pytest.approx(bound / math.sqrt(3), rel=spread)
+
+
+def assert_normal(values: Tensor, std: float) -> None:
+    """Mean and spread to 4.5 standard errors."""
+    values = values.detach()
+    root = math.sqrt(values.numel())
+    assert float(values.std()) == pytest.approx(std, rel=3.2 / root)
+    assert float(values.mean()) == pytest.approx(0.0, abs=4.5 * std / root)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_initial_values(num_steps: int, residual: bool, reset: bool) -> None:
+    torch.manual_seed(4)
+    layer = empty_layer(Case(30, 40, 50, 5, 6, num_steps, residual=residual), torch.float32)
+    if reset:
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.fill_(9.0)
+        layer.reset_parameters()
+    value = dict(layer.named_parameters())
+    for name, width in (("u", 30), ("v", 40), ("s", 1)):
+        bound = math.sqrt(6 / (50 + 5 + width))
+        assert_uniform(value[f"memory.{name}"], bound)
+        assert_uniform(value[f"memory.key_columns.{name}"], bound)
+    assert_uniform(value["memory.key_net_u.weight"], 1 / math.sqrt(30))
+    assert_uniform(value["memory.key_net_v.weight"], 1 / math.sqrt(40))
+    if num_steps == 1:
+        for name in "uvs":
+            assert_uniform(value[f"composition.query.{name}.weight"], math.sqrt(6 / (30 + 30)))
+            assert_normal(value[f"composition.query.{name}.bias"], 0.01)
+        assert_uniform(value["integration.gate.weight"], math.sqrt(6 / 31))
+        assert abs(value["integration.gate.bias"].item()) < 0.05
+    else:
+        for name in ("weight_ih", "weight_hh"):
+            assert_uniform(value[f"composition.lstm.{name}"], 5 / math.sqrt(30 + 91))
+        assert not value["composition.lstm.bias_ih"].any()
+        assert not value["composition.lstm.bias_hh"].any()
+        assert_normal(value["composition.lstm.h0"], 0.05)
+        assert_normal(value["composition.lstm.c0"], 0.05)
+        assert_uniform(value["composition.gate.weight"], 1 / math.sqrt(30))
+        assert_uniform(value["composition.unused.weight"], 1 / math.sqrt(91))
+    if residual:
+        assert_uniform(value["integration.residual"], math.sqrt(6 / 70))
+        assert_normal(value["bias"], 0.01)
+    else:
+        assert not value["bias"].any()
+
+
+def test_config_carries_over() -> None:
+    config = NeurocoderConfig(num_slots=6, preset="official", key_mode="lk")
+    layer = NeurocoderLinear(4, 3, config)
+    assert layer.config == config
+    assert dict(layer.named_parameters())["memory.key_columns.u"].shape == (6, 3)
+
+
+def test_in_place_of_a_linear_layer() -> None:
+    linear = nn.Linear(4, 3).double()
+    options: dict[str, Any] = {"preset": "official", "num_slots": 6}
+    layer = NeurocoderLinear.from_linear(linear, keep_weight=True, **options)
+    assert torch.equal(layer.get_parameter("integration.residual"), linear.weight.T)
+    assert torch.equal(layer.get_parameter("bias"), linear.bias)
+    without = NeurocoderLinear.from_linear(nn.Linear(4, 3, bias=False), **options)
+    x = random_input(2, 4).float()
+    before = without(x)
+    with torch.no_grad():
+        without.get_parameter("bias").fill_(9.0)
+    assert torch.equal(without(x), before)

@@ -1,0 +1,44 @@
+"""The timing scripts run from end to end and print their tables; no number is looked at."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"benchmarks/{name}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def table_rows(output: str, first_cell: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith(f"| {first_cell}")]
+
+
+def test_throughput_prints_parts_rates_and_targets() -> None:
+    tiny = ("--encoder", "a3c", "--n-envs", "2", "--seconds", "0.05", "--rounds", "1")
+    done = run_script("throughput.py", *tiny, "--workers", "1", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    for head in ("plain", "Neurocoder"):
+        assert len(table_rows(done.stdout, f"{head} heads")) == 1
+    # With workers and serial, both heads; then one worker, and A3C against two peers.
+    assert len(table_rows(done.stdout, "A3C")) == 4 + 1 + 2
+    assert len(table_rows(done.stdout, "RecurrentPPO")) == 2
+    assert len(table_rows(done.stdout, "A2C")) == 3
+    assert "nan" not in done.stdout
+
+
+def test_soak_prints_samples_and_a_verdict() -> None:
+    tiny = ("--minutes", "0.05", "--interval", "0.5", "--n-envs", "2", "--workers", "1")
+    done = run_script("soak.py", *tiny, "--device", "cpu")
+    # Growth over seconds of warming up says nothing, so either verdict will do.
+    assert done.returncode in (0, 1), done.stderr
+    assert "Verdict: " in done.stdout, done.stderr
+    assert len(table_rows(done.stdout, "0.")) >= 4
+    assert len(table_rows(done.stdout, "growth of ")) == 5
