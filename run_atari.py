@@ -120,7 +120,7 @@ class RunConfig:
     optimizer: str = setting(
         "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
     )
-    learning_rate: float = setting(3e-4, "learning rate at the start", low=0)
+    learning_rate: float = setting(1e-3, "learning rate at the start", low=0)
     anneal: bool = setting(True, "whether the learning rate falls linearly to 0")
     gamma: float = setting(0.99, "discount", low=0, high=1)
     gae_lambda: float = setting(0.95, "1 for n-step returns", low=0, high=1)
