@@ -1,4 +1,4 @@
-"""Stable-Baselines3 policies whose policy and value outputs can be Neurocoder layers.
+"""Policies with an LSTM, for `agents.A3C` and for sb3-contrib's RecurrentPPO.
 
 Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 """
@@ -16,8 +16,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
-from ncrl.layers import make_layer
 from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
+from ncrl.sb3.heads import ChosenHeads
 
 
 class Step(NamedTuple):
@@ -49,44 +49,7 @@ class RolloutEvaluation(NamedTuple):
     """LSTM output, which the heads read, [T + 1, B, h]."""
 
 
-class _ChosenHeads(ActorCriticPolicy):
-    """Mixin: the last layer of actor and critic comes from `ncrl.layers.LAYERS`."""
-
-    head = "neurocoder"
-    head_kwargs: dict[str, Any]
-
-    def _choose_head(self, head: str | None, head_kwargs: dict[str, Any] | None) -> None:
-        """To be called before `ActorCriticPolicy.__init__`, which builds the network."""
-        if head is not None:
-            self.head = head
-        self.head_kwargs = head_kwargs or {}
-
-    def _build(self, lr_schedule: Schedule) -> None:
-        super()._build(lr_schedule)
-        if self.head == "linear" and not self.head_kwargs:
-            return  # SB3's own layers, with its orthogonal initialisation
-        self.action_net = self._make_head(self.action_net)
-        self.value_net = self._make_head(self.value_net)  # type: ignore[assignment]
-        self.optimizer = self.optimizer_class(
-            self.parameters(),
-            lr=lr_schedule(1),  # type: ignore[call-arg]
-            **self.optimizer_kwargs,
-        )
-
-    def _make_head(self, linear: nn.Module) -> nn.Module:
-        assert isinstance(linear, nn.Linear)  # SB3's output layer for every supported space
-        # SB3 sizes some output layers with numpy integers.
-        sizes = int(linear.in_features), int(linear.out_features)
-        return make_layer(self.head, *sizes, **self.head_kwargs)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return super()._get_constructor_parameters() | {
-            "head": self.head,
-            "head_kwargs": self.head_kwargs,
-        }
-
-
-class LstmPolicy(_ChosenHeads, RecurrentActorCriticPolicy):
+class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
     """Encoder and LSTM shared by actor and critic; the gradients of both flow into them.
 
     Differs from sb3-contrib's policies in that the critic's gradient is not cut off the shared
@@ -331,14 +294,3 @@ class NeurocoderCnnLstmPolicy(CnnLstmPolicy):
     """Images -> encoder -> LSTM -> Neurocoder heads."""
 
     head = "neurocoder"
-
-
-__all__ = [
-    "CnnLstmPolicy",
-    "LstmPolicy",
-    "MlpLstmPolicy",
-    "NeurocoderCnnLstmPolicy",
-    "NeurocoderMlpLstmPolicy",
-    "RolloutEvaluation",
-    "Step",
-]
