@@ -1,5 +1,10 @@
 """Stable-Baselines3 policies whose policy and value outputs can be Neurocoder layers."""
 
+from ncrl.sb3.feedforward import (
+    NeurocoderCnnPolicy,
+    NeurocoderMlpPolicy,
+    NeurocoderMultiInputPolicy,
+)
 from ncrl.sb3.recurrent import (
     CnnLstmPolicy,
     LstmPolicy,
@@ -9,13 +14,18 @@ from ncrl.sb3.recurrent import (
     RolloutEvaluation,
     Step,
 )
+from ncrl.sb3.registry import register
 
 __all__ = [
     "CnnLstmPolicy",
     "LstmPolicy",
     "MlpLstmPolicy",
     "NeurocoderCnnLstmPolicy",
+    "NeurocoderCnnPolicy",
     "NeurocoderMlpLstmPolicy",
+    "NeurocoderMlpPolicy",
+    "NeurocoderMultiInputPolicy",
     "RolloutEvaluation",
     "Step",
+    "register",
 ]

@@ -1,4 +1,4 @@
-"""Output layers of SB3 policies, chosen by name."""
+"""Output layers of SB3 policies, chosen by name, and the weights of their own losses."""
 
 from __future__ import annotations
 
@@ -8,20 +8,50 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from ncrl.layers import make_layer
+from ncrl.layers import LAYERS, make_layer
+from ncrl.sb3.regularise import check_coefficient
+from ncrl.settings import suggest
 
 
 class ChosenHeads(ActorCriticPolicy):
-    """Mixin: the last layer of actor and critic comes from `ncrl.layers.LAYERS`."""
+    """Mixin: the last layer of actor and critic comes from `ncrl.layers.LAYERS`.
+
+    Args:
+        head: name of the output layers; the class attribute `head` if None.
+        head_kwargs: options of the output layers, such as `num_slots`.
+        orth_coef: weight of the orthogonality loss of Neurocoder heads (paper: a) in what A2C, PPO
+            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. 0 leaves it out. `agents.A3C` has
+            an argument of that name instead, and ignores this one.
+        balance_coef: likewise, weight of the balance loss of mixtures of experts.
+        args, kwargs: arguments of the policy that this is mixed into.
+
+    Raises:
+        ValueError: for an unknown head, an option it has not got, or a negative coefficient.
+    """
 
     head = "neurocoder"
     head_kwargs: dict[str, Any]
+    orth_coef: float
+    balance_coef: float
 
-    def _choose_head(self, head: str | None, head_kwargs: dict[str, Any] | None) -> None:
-        """To be called before `ActorCriticPolicy.__init__`, which builds the network."""
+    def __init__(
+        self,
+        *args: Any,
+        head: str | None = None,
+        head_kwargs: dict[str, Any] | None = None,
+        orth_coef: float = 0.001,
+        balance_coef: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        # Before the base class, which builds the network.
         if head is not None:
             self.head = head
+        if self.head not in LAYERS:
+            raise ValueError(f"unknown head {self.head!r}; {suggest(self.head, LAYERS)}")
         self.head_kwargs = head_kwargs or {}
+        self.orth_coef = check_coefficient("orth_coef", orth_coef)
+        self.balance_coef = check_coefficient("balance_coef", balance_coef)
+        super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
@@ -43,6 +73,9 @@ class ChosenHeads(ActorCriticPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | {
+            "share_features_extractor": self.share_features_extractor,  # which SB3 leaves out
             "head": self.head,
             "head_kwargs": self.head_kwargs,
+            "orth_coef": self.orth_coef,
+            "balance_coef": self.balance_coef,
         }

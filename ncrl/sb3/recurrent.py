@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
 from ncrl.sb3.heads import ChosenHeads
+from ncrl.sb3.regularise import Evaluation, regularised
 
 
 class Step(NamedTuple):
@@ -61,11 +62,10 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
         action_space: Discrete, MultiDiscrete, MultiBinary or Box.
         lr_schedule: learning rate by remaining progress.
         net_arch: layers between LSTM and heads, as in SB3; none by default.
-        head: name of the output layers in `ncrl.layers.LAYERS`.
-        head_kwargs: options of the output layers, such as `num_slots`.
         lstm_hidden_size: h.
         n_lstm_layers: L.
-        kwargs: further arguments of `RecurrentActorCriticPolicy`.
+        kwargs: `head`, `head_kwargs`, `orth_coef`, `balance_coef` of `ncrl.sb3.heads.ChosenHeads`,
+            and further arguments of `RecurrentActorCriticPolicy`.
 
     Raises:
         ValueError: for an unknown head or option, or for `use_sde`, which reads the inside of a
@@ -81,8 +81,6 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         *,
-        head: str | None = None,
-        head_kwargs: dict[str, Any] | None = None,
         lstm_hidden_size: int = 256,
         n_lstm_layers: int = 1,
         use_sde: bool = False,
@@ -90,7 +88,6 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
     ) -> None:
         if use_sde:
             raise ValueError("use_sde=True is not supported by ncrl's policies; use use_sde=False")
-        self._choose_head(head, head_kwargs)
         super().__init__(
             observation_space,
             action_space,
@@ -182,11 +179,21 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
     def forward(  # type: ignore[override]
         self,
         obs: PyTorchObs,
-        lstm_states: RNNStates,
-        episode_starts: Tensor,
+        lstm_states: RNNStates | None = None,
+        episode_starts: Tensor | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, RNNStates]:
-        """Actions, values, log-probabilities and next states, as in sb3-contrib."""
+        """Actions, values, log-probabilities and next states, as in sb3-contrib.
+
+        Raises:
+            TypeError: without states or starts, as PPO and A2C call it.
+        """
+        if lstm_states is None or episode_starts is None:
+            raise TypeError(
+                f"{type(self).__name__} has an LSTM, but was called without its state: PPO and A2C "
+                "cannot train it; use sb3_contrib.RecurrentPPO or agents.A3C, or a policy without "
+                "Lstm in its name"
+            )
         latent, state = self._latent(obs, _pair(lstm_states.pi), episode_starts)
         distribution = self.distribution(latent)
         actions = distribution.get_actions(deterministic=deterministic)
@@ -194,10 +201,14 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
         actions = actions.reshape((-1, *self.action_space.shape))  # type: ignore[misc]
         return actions, self.values(latent), log_prob, RNNStates(state, state)
 
+    @regularised
     def evaluate_actions(  # type: ignore[override]
         self, obs: Tensor, actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values, log-probabilities and entropy, as in sb3-contrib."""
+    ) -> Evaluation:
+        """Values, log-probabilities and entropy, as in sb3-contrib.
+
+        A gradient through the log-probabilities brings along that of the heads' own losses.
+        """
         latent, _ = self._latent(obs, _pair(lstm_states.pi), episode_starts)
         distribution = self.distribution(latent)
         return self.values(latent), distribution.log_prob(actions), distribution.entropy()
