@@ -70,11 +70,20 @@ def configure(values: dict[str, Any], base: Config, source: str) -> Config:
     return config
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag per field; flags that are not given stay absent from the namespace."""
+def add_flags(
+    parser: argparse._ActionsContainer,
+    config_class: type,
+    *,
+    only: Collection[str] | None = None,
+    show_defaults: bool = True,
+) -> None:
+    """One flag per field, or per field in `only`; flags that are not given stay absent from the
+    namespace of `make_parser`'s parser."""
     for entry in fields(config_class):
+        if only is not None and entry.name not in only:
+            continue
         text = entry.metadata["help"]
-        if entry.default is not None and entry.default != "":
+        if show_defaults and entry.default is not None and entry.default != "":
             text += f" (default: {entry.default})"
         names = [f"--{entry.name.replace('_', '-')}"]
         if "_" in entry.name:
@@ -82,7 +91,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         if entry.type == "bool":
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
             continue
-        kind = {"float": float, "str": str}.get(str(entry.type), int)
+        kind = {"float": float, "str": str}.get(str(entry.type).split(" ")[0], int)
         parser.add_argument(*names, type=kind, metavar=kind.__name__.upper(), help=text)
 
 

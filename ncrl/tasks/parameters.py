@@ -13,9 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ncrl.settings import make_parser, parse, usage_error
-from ncrl.tasks.recipes import Recipe, build_network, read_recipes, read_yaml
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from ncrl.tasks.recipes import CONFIGS, Recipe, build_network, read_recipes, read_yaml
 
 TOLERANCE = 0.05
 """Relative difference up to which a count of Table 9, printed with two digits, is reproduced."""
@@ -95,7 +93,7 @@ def short(count: float) -> str:
 
 
 def default_configs() -> list[Path]:
-    """The recipes of this repository; `configs/` also holds flags of run_atari.py.
+    """The recipes in `CONFIGS`, which also holds flags of run_atari.py.
 
     Raises:
         ValueError: where ncrl is installed without `configs/`.

@@ -7,7 +7,10 @@ another network or layer: that one starts without options.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import inspect
+import sysconfig
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,6 +32,24 @@ OPTIONS_OF = {"network_options": "network", "layer_options": "layer"}
 """Fields that hold options, and the field that says whose."""
 
 Options = Mapping[str, Any]
+
+INSTALLED_CONFIGS = "share/ncrl/configs"
+"""Where `pip install` puts configs/, below the prefix (see pyproject.toml)."""
+
+
+def configs_folder() -> Path:
+    """The recipes of this repository, or those that were installed with the package."""
+    candidates = [Path(__file__).resolve().parents[2] / "configs"]
+    candidates.append(Path(sysconfig.get_path("data")) / INSTALLED_CONFIGS)
+    # Schemes with a prefix of their own, such as --user: the installer's list of files.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("ncrl") or []:
+            if file.match(f"{INSTALLED_CONFIGS}/*.yaml"):
+                candidates.append(Path(str(file.locate())).resolve().parent)
+    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
+
+
+CONFIGS = configs_folder()
 
 
 def described(text: str) -> Mapping[str, Any]:
@@ -71,6 +92,7 @@ class Recipe:
     epochs: int | None = setting(None, "passes over the data (of each task)", low=1)
     iterations: int | None = setting(None, "updates, in place of epochs", low=1)
     orth_coef: float = setting(0.0, "weight a of the orthogonality loss", low=0)
+    balance_coef: float = setting(0.01, "moe: weight of the balance loss", low=0)
 
     paper_parameters: float | None = setting(
         None, "parameters in the paper (Table 9); null: not printed", low=1

@@ -1,0 +1,387 @@
+"""What the task commands share: flags, which recipes to train, and running them one by one.
+
+A command's `main` makes a parser with `task_parser`, adds flags of its own, and gives both to
+`run_command` with a function that does the work with a `Session`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from ncrl.layers import LAYERS
+from ncrl.settings import add_flags, make_parser, nearest, parse, usage_error
+from ncrl.tasks.recipes import CONFIGS, Recipe, make_recipe, read_recipes, read_yaml
+from ncrl.tasks.results import Result, write_whole
+from ncrl.tasks.training import (
+    RECIPE_FILE,
+    Experiment,
+    NonFiniteError,
+    Run,
+    Stopped,
+    fingerprint,
+    identity,
+    load_weights,
+    say,
+    train,
+)
+
+EXIT_FAILED, EXIT_SIGINT = 1, 130
+
+LARGEST_SEED = 2**31 - 1
+
+OVERRIDES = (
+    *("optimizer", "learning_rate", "schedule", "momentum", "rmsprop_alpha", "weight_decay"),
+    *("max_grad_norm", "batch_size", "epochs", "iterations", "orth_coef", "balance_coef"),
+)
+"""Fields of a recipe that are flags, too."""
+
+BASE = "base"
+"""Name on the command line of the recipe at the top of a file."""
+
+Make = Callable[[Recipe, int, torch.device], Experiment]
+"""From a recipe, a seed and a device to what is trained. It is called right after torch's random
+stream was seeded with the seed."""
+
+
+class Plan(NamedTuple):
+    """A recipe to train, under the name that tables give it."""
+
+    name: str
+    recipe: Recipe
+
+    def changed(self, **layer_options: Any) -> Plan:
+        """The same recipe with other options of its layer, which its name says.
+
+        Raises:
+            ValueError: for an option that the layer has not got.
+        """
+        said = " ".join(f"{key}={value}" for key, value in layer_options.items())
+        options = {**self.recipe.layer_options, **layer_options}
+        recipe = dataclasses.replace(self.recipe, layer_options=options)
+        return Plan(f"{self.name} {said}", recipe)
+
+
+class Session:
+    """A command at work: what its flags say, and its runs.
+
+    Attributes:
+        flags: those that were given, by name; the command's own among them.
+        seeds: of every recipe.
+        device: where networks are trained.
+        data_dir: folder with data sets; None if none was named.
+        download: whether data may be fetched.
+        figure: file to draw to; None if none is wanted.
+    """
+
+    def __init__(self, task: str, flags: Mapping[str, Any]) -> None:
+        self.task, self.flags = task, flags
+        self.seeds: list[int] = list(dict.fromkeys(flags.get("seeds", [0])))
+        for seed in self.seeds:
+            if not 0 <= seed <= LARGEST_SEED:
+                raise ValueError(f"seeds must lie in 0 .. {LARGEST_SEED}, got {seed}")
+        self.device = choose_device(flags.get("device", "auto"))
+        self.data_dir: str | None = flags.get("data_dir")
+        self.download: bool = flags.get("download", False)
+        self.logdir = Path(flags.get("logdir", "runs"))
+        self.figure = Path(flags["figure"]) if "figure" in flags else None
+        if self.figure is not None:
+            check_figure(self.figure)
+        if "threads" in flags:
+            if flags["threads"] < 1:
+                raise ValueError(f"threads must be at least 1, got {flags['threads']}")
+            torch.set_num_threads(flags["threads"])
+
+    def plans(self, default_config: str) -> list[Plan]:
+        """The recipes that --config, --variant, --layer and the overrides name."""
+        return plans(self.flags, default_config)
+
+    def run(
+        self, wanted: Sequence[Plan], make: Make, *, seeds: Sequence[int] | None = None
+    ) -> list[Result]:
+        """Train every recipe with every seed, seed by seed, unless it is finished already.
+
+        Runs that another process is at are left to it, and waited for at the end: the same command
+        started twice shares the work.
+
+        Returns:
+            The rows, recipe by recipe.
+
+        Raises:
+            ValueError: for a recipe that makes no sense with this task, and for files that cannot
+                be written or used.
+            NonFiniteError, Stopped: see `train`.
+        """
+        seeds = self.seeds if seeds is None else seeds
+        pending = [(plan, seed) for seed in seeds for plan in wanted]
+        found: dict[tuple[int, int], Result] = {}
+        patience = False
+        while pending:
+            elsewhere = []
+            for plan, seed in pending:
+                result = self._run_one(plan, seed, make, wait=patience)
+                if result is None:
+                    elsewhere.append((plan, seed))
+                else:
+                    found[wanted.index(plan), seed] = result
+            pending, patience = elsewhere, True
+        return [found[index, seed] for index in range(len(wanted)) for seed in seeds]
+
+    def _run_one(self, plan: Plan, seed: int, make: Make, *, wait: bool) -> Result | None:
+        """The row of one run; None if another process is at it."""
+        torch.manual_seed(seed)
+        experiment = make(plan.recipe, seed, self.device)
+        run = self.at(plan, seed, experiment)
+        with locked(run.folder, wait=wait) as is_ours:
+            if not is_ours:
+                return None
+            result = run.result
+            if result is None:
+                what = identity(plan.recipe, experiment.data, experiment.readings)
+                write_whole(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
+                result = train(run, experiment)
+                say(result.line())
+            else:
+                say(f"{result.line()} (finished before, {run.folder})")
+            return result
+
+    def at(self, plan: Plan, seed: int, experiment: Experiment) -> Run:
+        """The run of a recipe with a seed: where it is kept follows from everything that matters
+        for its numbers."""
+        mark = fingerprint(identity(plan.recipe, experiment.data, experiment.readings))
+        label = re.sub(r"[^a-z0-9.=]+", "-", plan.name.lower()).strip("-")
+        folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
+        return Run(self.task, plan.name, plan.recipe, seed, self.device, folder)
+
+    def experiment(self, plan: Plan, seed: int, make: Make) -> Experiment:
+        """A finished run's experiment, with its trained network in eval mode.
+
+        Raises:
+            ValueError: if its weights are missing.
+        """
+        torch.manual_seed(seed)
+        experiment = make(plan.recipe, seed, self.device)
+        load_weights(self.at(plan, seed, experiment), experiment.model)
+        experiment.model.eval()
+        return experiment
+
+
+def task_parser(task: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that all task commands have."""
+    parser = make_parser((description or "").splitlines()[0])
+    parser.prog = f"python -m ncrl.tasks.{task}"
+    add = parser.add_argument
+    add("--config", metavar="FILE", help=f"recipes: a YAML file, or the name of one in {CONFIGS}")
+    add("--variant", nargs="+", metavar="NAME", help="variants of the recipe, or base")
+    add("--layer", nargs="+", metavar="NAME", help=f"coded layers: {', '.join(LAYERS)}")
+    add("--seeds", nargs="+", type=int, metavar="INT", help="one run for each (default: 0)")
+    add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--threads", type=int, metavar="INT", help="torch's threads on the CPU (default: torch's)")
+    add("--data-dir", "--data_dir", metavar="DIR", help="data sets (default: NCRL_DATA, if set)")
+    add("--download", action="store_true", help="fetch the data set from OpenML if need be")
+    add("--logdir", metavar="DIR", help="runs are kept, resumed and found here (default: runs)")
+    add("--figure", metavar="FILE", help="draw the paper's figure to a .png, .svg or .pdf")
+    changes = parser.add_argument_group("settings in place of the recipe's")
+    add_flags(changes, Recipe, only=OVERRIDES, show_defaults=False)
+    for name in ("layer", "network"):
+        changes.add_argument(
+            f"--{name}-options",
+            f"--{name}_options",
+            nargs="+",
+            metavar="NAME=VALUE",
+            help=f"options of the {name}, such as "
+            + ("sharpness=5" if name == "layer" else "num_outputs=100"),
+        )
+    return parser
+
+
+def run_command(
+    task: str,
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    work: Callable[[Session], None],
+) -> int:
+    """Parse, work, and turn what goes wrong into one line; returns the exit code."""
+    flags = parse(parser, sys.argv[1:] if arguments is None else arguments)
+    try:
+        work(Session(task, flags))
+    except ValueError as error:
+        usage_error(parser.prog, str(error))
+    except Stopped as stop:
+        say(f"{parser.prog}: stopped; the same command goes on from here", sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return EXIT_SIGINT
+    except (NonFiniteError, OSError, torch.OutOfMemoryError) as error:
+        say(f"{parser.prog}: {' '.join(str(error).split())}", sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
+    """The recipes that the shared flags name.
+
+    Several variants and layers make all combinations. A layer is the variant of that name where
+    the file has one; else the recipe's own layer is replaced by one with default options.
+
+    Raises:
+        ValueError: for names that do not exist and values that make no sense.
+    """
+    path = find_config(flags.get("config", default_config))
+    recipes = read_recipes(path)
+    wanted = []
+    for variant in flags.get("variant", [BASE]):
+        name = "" if variant == BASE else variant
+        if name not in recipes:
+            known = [BASE, *filter(None, recipes)]
+            raise ValueError(f"unknown variant {variant!r} of {path}; {_hint(variant, known)}")
+        for layer in flags.get("layer", [None]):
+            wanted.append(_with_layer(path, recipes, name, layer))
+    different = {plan.name: plan for plan in wanted}
+    return [_override(plan, flags) for plan in different.values()]
+
+
+def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: str | None) -> Plan:
+    recipe, name = recipes[variant], f"{path.stem} {variant}".rstrip()
+    if layer is None or layer == recipe.layer:
+        return Plan(name, recipe)
+    if layer not in LAYERS:
+        raise ValueError(f"unknown layer {layer!r}; {_hint(layer, list(LAYERS))}")
+    named = "_".join(filter(None, [layer, variant]))  # linear, linear_cifar100
+    if named in recipes and recipes[named].layer == layer:
+        return Plan(f"{path.stem} {named}", recipes[named])
+    changed = dataclasses.replace(
+        recipe, layer=layer, layer_options={}, paper_parameters=None, note=""
+    )
+    return Plan(f"{name} {layer}", changed)
+
+
+def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
+    """The recipe with what the flags change; its name says what."""
+    changes = {name: flags[name] for name in OVERRIDES if name in flags}
+    said = dict(changes)
+    for length, other in (("epochs", "iterations"), ("iterations", "epochs")):
+        if length in changes and other not in changes:
+            changes[other] = None
+    for field in ("layer_options", "network_options"):
+        given = read_options(flags.get(field, []), f"--{field.replace('_', '-')}")
+        if given:
+            said |= given
+            changes[field] = {**getattr(plan.recipe, field), **given}
+    if not changes:
+        return plan
+    recipe = make_recipe({**vars(plan.recipe), **changes}, "the flags")
+    return Plan(" ".join([plan.name, *(f"{k}={v}" for k, v in said.items())]), recipe)
+
+
+def read_options(words: Sequence[str], flag: str) -> dict[str, Any]:
+    """Options from words of the form NAME=VALUE, whose values are read as YAML.
+
+    Raises:
+        ValueError: for a word of another form.
+    """
+    options = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not (name and equals):
+            raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
+        try:
+            options[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{flag} {word!r}: {error}") from error
+    return options
+
+
+def find_config(name: str) -> Path:
+    """A file of recipes, by its path or by its name in `CONFIGS`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = [path.stem for path in CONFIGS.glob("*.yaml") if "network" in read_yaml(path)]
+    hint = _hint(Path(name).stem, known) if known else f"{CONFIGS} has none either"
+    raise ValueError(f"there is no config {name!r}; {hint}")
+
+
+def _hint(name: str, choices: Sequence[str]) -> str:
+    return f"nearest: {nearest(name, choices)}"
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a flag names; auto is CUDA where there is one.
+
+    Raises:
+        ValueError: if it does not exist here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(:(\d+))?", name)
+    if match is None:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(match[2] or 0) >= count:
+            raise ValueError(f"device {name} is not there: torch finds {count} GPUs; use cpu")
+    return torch.device(name)
+
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_figure(path: Path) -> None:
+    """Raise ValueError, before anything is trained, unless a figure can be written there."""
+    if path.suffix not in FIGURE_SUFFIXES:
+        raise ValueError(f"--figure must end in one of {', '.join(FIGURE_SUFFIXES)}, got {path}")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"--figure {path}: its folder does not exist")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Make a run's folder and hold its lock; yields False if another process has it.
+
+    Args:
+        folder: made if need be.
+        wait: until the lock is free.
+
+    Raises:
+        ValueError: if the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        while not (is_ours := _try_lock(descriptor)) and wait:
+            time.sleep(0.5)
+        yield is_ours
+    finally:
+        os.close(descriptor)  # which gives the lock back
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

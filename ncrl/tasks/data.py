@@ -1,0 +1,360 @@
+"""Whole data sets in tensors: from files, from OpenML, or the digits that scikit-learn ships.
+
+A data set is looked for in a folder that the user names (`--data-dir`, or the environment variable
+NCRL_DATA), and fetched only if asked for. Without either there are the embedded digits, which every
+output names, so that nobody takes them for MNIST.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncrl.tasks.formats import (
+    CIFAR_SIDE,
+    PARTS,
+    Labelled,
+    check_labelled,
+    read_cifar_binary,
+    read_cifar_python,
+    read_idx_pair,
+    read_image_archive,
+    read_image_folder,
+)
+
+MNIST_SIDE = 28
+
+DIGITS_TEST_EVERY = 5
+"""Of the embedded digits every fifth is kept for testing."""
+
+FETCH_HINT = "--download fetches it from OpenML"
+
+
+class Images(NamedTuple):
+    """A data set of images, on the CPU; `to` moves it."""
+
+    name: str
+    """What it is, for result rows; runs on data of another name are other runs."""
+
+    source: str
+    """The same with where it comes from, for outputs."""
+
+    train_images: Tensor
+    """[N, channels, height, width], uint8."""
+
+    train_labels: Tensor
+    """[N], int64."""
+
+    test_images: Tensor
+    """[M, channels, height, width], uint8."""
+
+    test_labels: Tensor
+    """[M], int64."""
+
+    num_classes: int
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same data set on a device."""
+        return Images(
+            *(part.to(device) if isinstance(part, Tensor) else part for part in self)  # type: ignore[arg-type]
+        )
+
+    def standardised(self, dtype: torch.dtype = torch.float32) -> Images:
+        """Pixels as numbers of mean 0 and standard deviation 1 in every channel of the training
+        images; the test images are treated with the same constants."""
+        pixels = self.train_images.to(dtype) / 255
+        mean = pixels.mean(dim=(0, 2, 3), keepdim=True)  # [1, channels, 1, 1]
+        std = pixels.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)
+        test = (self.test_images.to(dtype) / 255 - mean) / std
+        return self._replace(train_images=(pixels - mean) / std, test_images=test)
+
+    def scaled(self, dtype: torch.dtype = torch.float32) -> Images:
+        """Pixels as numbers from 0 to 1."""
+        return self._replace(
+            train_images=self.train_images.to(dtype) / 255,
+            test_images=self.test_images.to(dtype) / 255,
+        )
+
+
+def load_mnist(data_dir: str | Path | None = None, *, download: bool = False) -> Images:
+    """MNIST, or what else comes in its four idx files (also .gz); the digits if no folder is named.
+
+    Args:
+        data_dir: folder that holds the files, or holds them in `mnist/` or `MNIST/raw/`; NCRL_DATA
+            if None.
+        download: get it from OpenML through scikit-learn, which caches it in `data_dir`.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it, or where it was looked for.
+    """
+    folder = data_folder(data_dir)
+    if download:
+        return _fetch("mnist_784", "MNIST", folder, 60_000, (1, MNIST_SIDE, MNIST_SIDE))
+    if folder is None:
+        return load_digits(MNIST_SIDE)
+    for place in (folder, folder / "mnist", folder / "MNIST" / "raw"):
+        paths = [_idx_path(place, name) for name in IDX_FILES]
+        found = [path for path in paths if path is not None]
+        if not found:
+            continue
+        if len(found) < len(IDX_FILES):
+            missing = next(name for name, path in zip(IDX_FILES, paths, strict=True) if not path)
+            raise ValueError(f"{place} holds {found[0].name} but no {missing} or {missing}.gz")
+        train, test = (read_idx_pair(*pair) for pair in (found[:2], found[2:]))
+        if train.images.shape[1:] != test.images.shape[1:]:
+            raise ValueError(f"{place}: training and test images differ in size")
+        return _images("MNIST", place, train, test, 10)
+    raise ValueError(
+        f"no MNIST in {folder}: expected {IDX_FILES[0]}.gz and its three companions there, in "
+        f"mnist/ or in MNIST/raw/; {FETCH_HINT}"
+    )
+
+
+IDX_FILES = (
+    *("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    *("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+)
+
+
+def _idx_path(folder: Path, name: str) -> Path | None:
+    # Some copies have a point before idx.
+    for candidate in (name, name.replace("-idx", ".idx")):
+        for suffix in ("", ".gz"):
+            path = folder / (candidate + suffix)
+            if path.is_file():
+                return path
+    return None
+
+
+def load_cifar(
+    data_dir: str | Path | None = None, num_classes: int = 10, *, download: bool = False
+) -> Images:
+    """CIFAR-10 or CIFAR-100; the embedded digits, as colour images, if no folder is named.
+
+    Args:
+        data_dir: folder that holds one of these, or NCRL_DATA if None: the unpacked python or
+            binary version (`cifar-10-batches-py`, `cifar-100-binary`, ...), images as
+            `train/<class>/*.jpg`, or a tar file of such (`cifar10_jpeg.tar.xz`).
+        num_classes: 10 or 100.
+        download: get it from OpenML through scikit-learn, which caches it in `data_dir`.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it, or where it was looked for.
+    """
+    if num_classes not in (10, 100):
+        raise ValueError(f"CIFAR has 10 or 100 classes, got {num_classes}")
+    folder = data_folder(data_dir)
+    shape = 3, CIFAR_SIDE, CIFAR_SIDE
+    if download:
+        if num_classes == 100:
+            raise ValueError(
+                "OpenML's CIFAR-100 has no split into training and test images; give --data-dir "
+                "with cifar-100-python or cifar-100-binary"
+            )
+        return _fetch("CIFAR_10", "CIFAR-10", folder, 50_000, shape)
+    if folder is None:
+        if num_classes == 100:
+            raise ValueError("there are 10 embedded digits; CIFAR-100 needs --data-dir")
+        return load_digits(CIFAR_SIDE, channels=3)
+    data = _find_cifar(folder, num_classes)
+    if data.train_images.shape[1:] != shape:
+        raise ValueError(f"{data.source}: images must be of shape {shape}, 3x32x32")
+    return data
+
+
+def _find_cifar(folder: Path, num_classes: int) -> Images:
+    name = f"CIFAR-{num_classes}"
+    for layout in CIFAR_LAYOUTS[num_classes]:
+        for place in (folder / layout.folder, folder):
+            if any((place / file).is_file() for file in layout.files):
+                for file in layout.files:
+                    if not (place / file).is_file():
+                        raise ValueError(f"{place} is incomplete: there is no {file}")
+                parts = [layout.read(place / file, num_classes) for file in layout.files]
+                train = Labelled(*(np.concatenate(part) for part in zip(*parts[:-1], strict=True)))
+                return _images(name, place, train, parts[-1], num_classes)
+    for place in (folder / f"cifar{num_classes}_jpeg", folder):
+        if (place / "train").is_dir() and (place / "test").is_dir():
+            tree = read_image_folder(place)
+            return _image_tree(name + JPEG, place, tree, num_classes)
+    for path in sorted(folder.glob(f"cifar{num_classes}_jpeg.tar*")):
+        return _cached_archive(path, name, num_classes)
+    raise ValueError(
+        f"no {name} in {folder}: expected {CIFAR_LAYOUTS[num_classes][0].folder}/, "
+        f"{CIFAR_LAYOUTS[num_classes][1].folder}/, train/<class>/*.jpg or "
+        f"cifar{num_classes}_jpeg.tar.xz; {FETCH_HINT}"
+    )
+
+
+class _Layout(NamedTuple):
+    name: str
+    folder: str
+    files: Sequence[str]
+    """The last one holds the test images."""
+    read: Callable[[Path, int], Labelled]
+
+
+CIFAR_LAYOUTS = {
+    10: (
+        _Layout(
+            "python version",
+            "cifar-10-batches-py",
+            [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
+            read_cifar_python,
+        ),
+        _Layout(
+            "binary version",
+            "cifar-10-batches-bin",
+            [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"],
+            read_cifar_binary,
+        ),
+    ),
+    100: (
+        _Layout("python version", "cifar-100-python", ["train", "test"], read_cifar_python),
+        _Layout("binary version", "cifar-100-binary", ["train.bin", "test.bin"], read_cifar_binary),
+    ),
+}
+
+
+JPEG = ", JPEG-compressed copies"
+"""What the name of a data set from image files says: compression costs a little accuracy."""
+
+
+def _image_tree(
+    name: str, place: Path, tree: tuple[Labelled, Labelled, list[str]], num_classes: int
+) -> Images:
+    train, test, classes = tree
+    if len(classes) != num_classes:
+        raise ValueError(f"{place}: expected {num_classes} classes, got {len(classes)}")
+    return _images(name, place, train, test, num_classes)
+
+
+def _images(name: str, place: object, train: Labelled, test: Labelled, num_classes: int) -> Images:
+    return Images(
+        name,
+        f"{name} ({place})",
+        torch.from_numpy(train.images),
+        torch.from_numpy(train.labels).long(),
+        torch.from_numpy(test.images),
+        torch.from_numpy(test.labels).long(),
+        num_classes,
+    )
+
+
+# Decoded archives are kept: decoding takes 10 seconds, reading the arrays a tenth of one.
+
+
+def cache_folder() -> Path:
+    """Where decoded data sets are kept: `ncrl` in XDG_CACHE_HOME, which is ~/.cache by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncrl"
+
+
+def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
+    name += JPEG
+    try:
+        key = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    cached = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
+    try:
+        with np.load(cached, allow_pickle=False) as arrays:
+            train, test = (
+                Labelled(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in PARTS
+            )
+        for part in (train, test):
+            check_labelled(part, cached, num_classes)
+        return _images(name, path, train, test, num_classes)
+    except Exception:  # absent, or broken in whatever way: decoded again
+        tree = read_image_archive(path)
+    data = _image_tree(name, path, tree, num_classes)
+    arrays = {}
+    for name, labelled in zip(PARTS, tree[:2], strict=True):
+        arrays |= {f"{name}_images": labelled.images, f"{name}_labels": labelled.labels}
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever finishes last replaces a whole file by a whole and equal one.
+        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".npz", delete=False) as file:
+            np.savez(file, **arrays)
+        os.replace(file.name, cached)
+    except OSError as error:
+        print(f"not cached in {cached.parent}: {error.strerror}", file=sys.stderr)
+    return data
+
+
+def data_folder(data_dir: str | Path | None = None) -> Path | None:
+    """The folder that was named, or NCRL_DATA; None if there is neither.
+
+    Raises:
+        ValueError: if it is no folder.
+    """
+    named, origin = (data_dir, "--data-dir") if data_dir else (os.environ.get("NCRL_DATA"), "")
+    if not named:
+        return None
+    folder = Path(named)
+    if not folder.is_dir():
+        reason = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{origin or 'NCRL_DATA'} must be a folder: {folder} {reason}")
+    return folder
+
+
+def load_digits(side: int, *, channels: int = 1) -> Images:
+    """The 1,797 digits of 8x8 pixels that scikit-learn ships, enlarged to `side` x `side`.
+
+    Enlarged, they go through the same networks as MNIST and CIFAR. Every fifth is a test image.
+    """
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    small = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)  # [N, 1, 8, 8]
+    images = F.interpolate(small, size=(side, side), mode="bilinear", align_corners=False)
+    images = images.round().clamp(0, 255).to(torch.uint8).repeat(1, channels, 1, 1)
+    labels = torch.from_numpy(bunch.target).long()
+    is_test = torch.arange(len(labels)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
+    return Images(
+        "digits of scikit-learn",
+        f"the {len(labels):,} digits of 8x8 pixels that scikit-learn ships, enlarged to "
+        f"{side}x{side}: not the paper's data (--data-dir or NCRL_DATA names a folder with that)",
+        images[~is_test],
+        labels[~is_test],
+        images[is_test],
+        labels[is_test],
+        10,
+    )
+
+
+def _fetch(
+    name: str, title: str, folder: Path | None, num_train: int, shape: tuple[int, ...]
+) -> Images:
+    """A data set from OpenML, whose first `num_train` images are those for training."""
+    from sklearn.datasets import fetch_openml
+
+    try:
+        bunch = fetch_openml(
+            name, version=1, as_frame=False, parser="liac-arff", data_home=folder, n_retries=1
+        )
+    except Exception as error:  # the network, OpenML's answers, a full disk
+        raise ValueError(
+            f"cannot fetch {title} from OpenML: {error}; without network, give --data-dir with "
+            "its files"
+        ) from error
+    pixels, labels = np.asarray(bunch.data), np.asarray(bunch.target)
+    if pixels.ndim != 2 or pixels.shape[1] != np.prod(shape) or len(pixels) <= num_train:
+        raise ValueError(f"OpenML's {name} is not what was expected: shape {pixels.shape}")
+    images = pixels.astype(np.uint8).reshape(-1, *shape)
+    pair = Labelled(images, labels.astype(np.int64).astype(np.uint8))
+    check_labelled(pair, f"OpenML's {name}", 10)
+    train, test = (
+        Labelled(pair.images[part].copy(), pair.labels[part].copy())
+        for part in (slice(num_train), slice(num_train, None))
+    )
+    return _images(title, "from OpenML", train, test, 10)

@@ -1,0 +1,223 @@
+"""Result rows: what a finished run writes, and what tables and figures are made of."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: a recipe trained with one seed."""
+
+    task: str
+    """Module of ncrl.tasks."""
+
+    name: str
+    """The recipe, as tables call it."""
+
+    seed: int
+
+    layer: str
+
+    parameters: int
+    """Of the network, frozen ones included, buffers not."""
+
+    metrics: Mapping[str, float]
+    """What was measured at the end, and `best_...` of metrics for which the paper reports that."""
+
+    data: str
+    """Name of the data set."""
+
+    updates: int
+
+    seconds: float
+    """Of training and its evaluations, on `hardware`."""
+
+    recipe: Mapping[str, Any]
+    """Every setting, those that flags changed included."""
+
+    readings: Mapping[str, Any] = field(default_factory=dict)
+    """Decisions where the paper is silent, beyond those that the recipe holds."""
+
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else the task found out about the trained network: per layer, class, task, ..."""
+
+    curve: Sequence[Mapping[str, float]] = ()
+    """Metrics at every evaluation, with `update` and the mean training `loss` since the last."""
+
+    command: str = ""
+    """That it was made with."""
+
+    hardware: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+    """When it ended, ISO 8601."""
+
+    def line(self) -> str:
+        """The row in one line."""
+        measured = ", ".join(f"{name} {number(value)}" for name, value in self.metrics.items())
+        return (
+            f"{self.name}, seed {self.seed}: {measured}; {self.parameters:,} parameters, "
+            f"{self.updates:,} updates in {self.seconds:.0f} s, on {self.data}"
+        )
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent where that is readable."""
+    return f"{value:.4g}"
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Write a row, whole or not at all."""
+    text = json.dumps(asdict(result), indent=1)
+    write_whole(folder / RESULT_FILE, text.encode())
+
+
+def read_result(path: Path) -> Result:
+    """The row in a file.
+
+    Raises:
+        ValueError: naming the file, if it holds none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    known = {entry.name for entry in fields(Result)}
+    if not isinstance(values, dict) or set(values) - known:
+        raise ValueError(f"{path} is no result of ncrl.tasks")
+    try:
+        return Result(**values)
+    except TypeError as error:
+        raise ValueError(f"{path} is no result of ncrl.tasks: {error}") from error
+
+
+def read_results(folder: Path, task: str | None = None) -> list[Result]:
+    """The rows of all runs below a folder, in order of name and seed.
+
+    Raises:
+        ValueError: naming a file that is no row.
+    """
+    rows = [read_result(path) for path in sorted(folder.rglob(RESULT_FILE))]
+    wanted = [row for row in rows if task is None or row.task == task]
+    return sorted(wanted, key=lambda row: (row.name, row.seed))
+
+
+class Summary(NamedTuple):
+    """A metric over seeds."""
+
+    mean: float
+    std: float
+    """Of the population (ddof 0), as the continual-learning literature prints it."""
+    values: list[float]
+    """In the order of the rows."""
+
+    def __str__(self) -> str:
+        return f"{number(self.mean)} +- {self.std:.2g} ({len(self.values)})"
+
+
+def summarise(rows: Iterable[Result], metric: str) -> Summary | None:
+    """Mean and spread over the rows that have the metric; None if none has."""
+    values = [row.metrics[metric] for row in rows if metric in row.metrics]
+    if not values:
+        return None
+    return Summary(statistics.fmean(values), statistics.pstdev(values), values)
+
+
+def by_name(rows: Iterable[Result]) -> dict[str, list[Result]]:
+    """Rows of the same recipe together, in the order in which recipes first appear."""
+    groups: dict[str, list[Result]] = {}
+    for row in rows:
+        groups.setdefault(row.name, []).append(row)
+    return groups
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; None is an empty cell."""
+    table = [header, ["---"] * len(header)]
+    table += [["" if cell is None else str(cell) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def results_table(
+    rows: Iterable[Result],
+    metrics: Sequence[str],
+    paper: Callable[[str], str | None] = lambda _name: None,
+) -> str:
+    """A Markdown table: a line for each recipe, with mean and spread of metrics over its seeds.
+
+    Args:
+        rows: of any number of recipes.
+        metrics: columns.
+        paper: what the paper prints for a recipe, by its name.
+    """
+    lines = []
+    for name, group in by_name(rows).items():
+        summaries = [summarise(group, metric) for metric in metrics]
+        seeds = " ".join(str(row.seed) for row in group)
+        lines.append([name, f"{group[0].parameters:,}", seeds, *summaries, paper(name)])
+    return markdown(["recipe", "parameters", "seeds", *metrics, "paper"], lines)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Frozen ones included, buffers not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def hardware(device: torch.device) -> str:
+    """What timings have to say about where they were measured."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers depend on."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
+def command_line() -> str:
+    """The command that this process was started with."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = f"python -m {main.name}" if main is not None else f"python {sys.argv[0]}"
+    return " ".join([program, *sys.argv[1:]])
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that, whatever happens, it is there whole or as it was before."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # temporary files are private, ours is not
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,585 @@
+"""The training loop of the supervised experiments: resumable, and the same bit for bit if resumed.
+
+A task is an `Experiment`. What it trains on must follow from the number of the update alone, so
+that nothing about the data has to be stored: `draw` makes random streams that do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from ncrl import NeurocoderLinear, orthogonal_loss
+from ncrl.baselines import MoELinear, balance_loss, record_gates
+from ncrl.diagnostics import describe
+from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.results import (
+    RESULT_FILE,
+    Result,
+    command_line,
+    count_parameters,
+    hardware,
+    read_result,
+    versions,
+    write_result,
+    write_whole,
+)
+
+CHECKPOINT_FILE, WEIGHTS_FILE, RECIPE_FILE = "checkpoint.pt", "model.pt", "recipe.json"
+
+CHECKPOINT_SECONDS = 60.0
+"""Least time between checkpoints; large ones are written more rarely."""
+
+CHECKPOINT_SHARE = 0.05
+"""Of the time, at most, goes into writing checkpoints."""
+
+CHECK_EVERY = 20
+"""Updates between looks at the loss: each look waits for the device."""
+
+LINE_SECONDS = 10.0
+"""Time between lines of progress where there is no terminal."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended training; `exit_code` is the process's."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("stopped by a signal")
+        self.exit_code = exit_code
+
+
+class Experiment(ABC):
+    """A network with its task: what one run trains and measures.
+
+    It is constructed right after the random stream was seeded, so weights follow from the seed.
+    """
+
+    model: nn.Module
+    num_updates: int
+    """Updates of the whole run."""
+
+    evaluate_every: int
+    """Updates between evaluations; there is one at the end in any case."""
+
+    data: str
+    """Name of the data set; part of what makes a run another one."""
+
+    readings: Mapping[str, Any] = {}
+    """Decisions where the paper is silent, beyond those in the recipe; part of the identity."""
+
+    best: Mapping[str, str] = {}
+    """Metrics whose best value over all evaluations is reported too: `max` or `min`."""
+
+    @abstractmethod
+    def loss(self, update: int) -> Tensor:
+        """The task's loss on the batch of this update, a scalar with a gradient.
+
+        Orthogonality and balance losses are added by `train`.
+        """
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on data that is not trained on. The model is in eval mode, without gradient."""
+
+    def after_update(self, update: int) -> None:  # noqa: B027 - most tasks need none
+        """Called after the optimiser's step, with gradients still there."""
+
+    def report(self) -> dict[str, Any]:
+        """Details for the result row; called once, after training, in eval mode without gradient.
+        Plain values only."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values beyond model, optimiser and random stream, to resume from."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - see `state`
+        """Take over what `state` returned."""
+
+
+class Run(NamedTuple):
+    """One recipe with one seed, and where it is kept."""
+
+    task: str
+    name: str
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    folder: Path
+
+    @property
+    def result(self) -> Result | None:
+        """The row, if the run is finished."""
+        path = self.folder / RESULT_FILE
+        return read_result(path) if path.is_file() else None
+
+    @property
+    def title(self) -> str:
+        """For progress and messages."""
+        return f"{self.name}, seed {self.seed}"
+
+
+def identity(
+    recipe: Recipe, data: str, readings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What makes two runs the same but for the seed, as plain values."""
+    values: dict[str, Any] = asdict(recipe)
+    # What the paper prints does not change what is trained.
+    for name in ("paper_parameters", "note"):
+        values.pop(name)
+    return {"recipe": values, "data": data, "readings": dict(readings or {})}
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """Eight characters that differ between different values."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def draw(seed: int, stream: str, index: int) -> torch.Generator:
+    """A random stream on the CPU that follows from its arguments alone.
+
+    torch's own seeding ignores all but 32 bits, which a plain combination would waste.
+    """
+    key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "little")
+    (number,) = np.random.SeedSequence((seed, key, index)).generate_state(1)
+    return torch.Generator().manual_seed(int(number))
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimiser of all parameters that are trained."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer in ("sgd", "rmsprop"):
+        options["momentum"] = recipe.momentum
+    if recipe.optimizer == "rmsprop":
+        options["alpha"] = recipe.rmsprop_alpha
+    elif all(parameter.device.type == "cpu" for parameter in parameters):
+        options["fused"] = True  # one pass over the weights; on CUDA torch has such a default
+    return OPTIMIZERS[recipe.optimizer](parameters, **options)
+
+
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+def learning_rate(recipe: Recipe, update: int, num_updates: int) -> float:
+    """Of one update of `num_updates`, from 0."""
+    rate = recipe.learning_rate
+    if recipe.schedule == "steps":
+        rate *= 0.1 ** ((2 * update >= num_updates) + (4 * update >= 3 * num_updates))
+    return rate
+
+
+def train(run: Run, experiment: Experiment) -> Result:
+    """Train to the end, from the last checkpoint if there is one, and write the row.
+
+    Raises:
+        NonFiniteError: if the loss is.
+        Stopped: at SIGINT or SIGTERM, with a checkpoint written.
+        ValueError: for a checkpoint that cannot be used.
+    """
+    training = _Training(run, experiment)
+    training.resume()
+    with _signals() as stop, _Progress(run.title, experiment, training.update) as progress:
+        training.loop(stop, progress)
+    return training.finish()
+
+
+class _Training:
+    """State of a run between updates."""
+
+    def __init__(self, run: Run, experiment: Experiment) -> None:
+        self.run, self.experiment, self.recipe = run, experiment, run.recipe
+        self.model = experiment.model
+        self.optimizer = make_optimizer(run.recipe, self.model)
+        self.has_gates = any(isinstance(layer, MoELinear) for layer in self.model.modules())
+        self.update = 0  # updates done
+        self.seconds = 0.0  # spent before `_began`
+        self.curve: list[dict[str, float]] = []
+        self._losses: list[Tensor] = []  # of the updates since the last look
+        self._loss_sum, self._loss_count = 0.0, 0  # since the last evaluation
+        self._began = self._saved = time.monotonic()
+        self._save_seconds = 0.0
+
+    def loop(self, stop: _StopSignals, progress: _Progress) -> None:
+        experiment = self.experiment
+        writer = None
+        try:
+            self.model.train()
+            while self.update < experiment.num_updates:
+                self._step()
+                at_end = self.update == experiment.num_updates
+                if self.update % CHECK_EVERY == 0:
+                    self._check_losses()
+                    progress.show(self.update, self._mean_loss())
+                if self.update % experiment.evaluate_every == 0 or at_end:
+                    row = self._evaluate()
+                    if writer is None:
+                        writer = _writer(self.run.folder, self.update)
+                    for name, value in row.items():
+                        if name != "update":
+                            writer.add_scalar(f"{self.run.task}/{name}", value, self.update)
+                    progress.measured(row)
+                if stop.exit_code:
+                    self.save()
+                    raise Stopped(stop.exit_code)
+                if not at_end and self._checkpoint_is_due():
+                    self.save()
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def _step(self) -> None:
+        rate = learning_rate(self.recipe, self.update, self.experiment.num_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, total = self._losses_of(self.update)
+        total.backward()  # type: ignore[no-untyped-call]
+        if self.recipe.max_grad_norm is not None:
+            clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        self.optimizer.step()
+        self._losses.append(loss.detach())
+        self.experiment.after_update(self.update)
+        self.update += 1
+
+    def _losses_of(self, update: int) -> tuple[Tensor, Tensor]:
+        """The task's loss, and what is minimised."""
+        if self.has_gates:
+            with record_gates(self.model) as gates:
+                loss = self.experiment.loss(update)
+            total = loss + self.recipe.balance_coef * balance_loss(gates)
+        else:
+            total = loss = self.experiment.loss(update)
+        if self.recipe.orth_coef:
+            total = total + self.recipe.orth_coef * orthogonal_loss(self.model)
+        return loss, total
+
+    def _check_losses(self) -> None:
+        if not self._losses:
+            return
+        values = torch.stack(self._losses).tolist()
+        first = self.update - len(values)
+        self._losses.clear()
+        for offset, value in enumerate(values):
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"{self.run.title}: the loss of update {first + offset} is {value}; lower "
+                    f"learning_rate ({self.recipe.learning_rate:g}) or set max_grad_norm "
+                    f"({self.recipe.max_grad_norm})"
+                )
+            self._loss_sum += value  # one by one: the sum must not depend on when it is looked at
+        self._loss_count += len(values)
+
+    def _mean_loss(self) -> float:
+        return self._loss_sum / max(self._loss_count, 1)
+
+    def _evaluate(self) -> dict[str, float]:
+        self._check_losses()
+        with evaluating(self.model):
+            metrics = self.experiment.evaluate()
+        row = {"update": self.update, "loss": self._mean_loss(), **metrics}
+        self._loss_sum, self._loss_count = 0.0, 0
+        self.curve.append(row)
+        return row
+
+    def finish(self) -> Result:
+        """Write weights and row, and clear the checkpoint away."""
+        experiment, run = self.experiment, self.run
+        last = {k: v for k, v in self.curve[-1].items() if k not in ("update", "loss")}
+        for name, which in experiment.best.items():
+            choose = {"max": max, "min": min}[which]
+            last[f"best_{name}"] = choose(row[name] for row in self.curve)
+        with evaluating(self.model):
+            details = experiment.report()
+        what = identity(run.recipe, experiment.data, experiment.readings)
+        result = Result(
+            task=run.task,
+            name=run.name,
+            seed=run.seed,
+            layer=run.recipe.layer,
+            parameters=count_parameters(self.model),
+            metrics={"loss": self.curve[-1]["loss"], **last},
+            data=experiment.data,
+            updates=self.update,
+            seconds=round(self._elapsed(), 2),
+            recipe=what["recipe"],
+            readings=what["readings"],
+            details=details,
+            curve=self.curve,
+            command=command_line(),
+            hardware=hardware(run.device),
+            versions=versions(),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+        write_whole(run.folder / WEIGHTS_FILE, _bytes(self.model.state_dict()))
+        write_result(run.folder, result)
+        (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        return result
+
+    # Checkpoints.
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self._began
+
+    def _checkpoint_is_due(self) -> bool:
+        pause = max(CHECKPOINT_SECONDS, self._save_seconds / CHECKPOINT_SHARE)
+        return time.monotonic() - self._saved >= pause
+
+    def save(self) -> None:
+        """Write everything that the next update depends on; never anything that is not finite."""
+        self._check_losses()
+        begin = time.monotonic()
+        state = {
+            "seed": self.run.seed,
+            "identity": self._identity(),
+            "update": self.update,
+            "seconds": self._elapsed(),
+            "curve": self.curve,
+            "loss": [self._loss_sum, self._loss_count],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": _random_state(self.run.device),
+            "experiment": self.experiment.state(),
+        }
+        write_whole(self.run.folder / CHECKPOINT_FILE, _bytes(state))
+        self._saved = time.monotonic()
+        self._save_seconds = self._saved - begin
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the run's folder, if there is one.
+
+        Raises:
+            ValueError: if it cannot be read, or is of another run.
+        """
+        path = self.run.folder / CHECKPOINT_FILE
+        if not path.is_file():
+            return
+        state = read_tensors(path)
+        if not isinstance(state, dict) or state.get("identity") != self._identity():
+            raise ValueError(f"{path} is no checkpoint of this run; delete it to start anew")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.experiment.restore(state["experiment"])
+            self.update, self.seconds = state["update"], state["seconds"]
+            self.curve = state["curve"]
+            self._loss_sum, self._loss_count = state["loss"]
+            _set_random_state(state["random"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} cannot be used: {error}; delete it to start anew") from error
+
+    def _identity(self) -> str:
+        experiment = self.experiment
+        what = identity(self.recipe, experiment.data, experiment.readings)
+        return f"{fingerprint(what)} {experiment.num_updates} seed {self.run.seed}"
+
+
+def read_tensors(path: Path) -> Any:
+    """What torch saved in a file: tensors and plain values, nothing that would be executed.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"cannot read {path}: {reason}; delete it to start anew") from error
+
+
+def load_weights(run: Run, model: nn.Module) -> None:
+    """Put the weights of a finished run into a model.
+
+    Raises:
+        ValueError: naming the file, if they are missing or do not fit.
+    """
+    path = run.folder / WEIGHTS_FILE
+    try:
+        model.load_state_dict(read_tensors(path))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit the network: {error}") from error
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradient inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def describe_layers(model: nn.Module, *inputs: Tensor) -> dict[str, dict[str, Any]]:
+    """What the Neurocoder layers of a model do with a batch, by the layer's name.
+
+    See `ncrl.diagnostics.LayerReport`; beside the largest attention weight stands the largest one
+    that the layer's sharpness allows.
+    """
+    seen: dict[str, Tensor] = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, NeurocoderLinear)}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen[name] = given[0].reshape(-1, given[0].shape[-1])
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reports = {}
+    for name, x in seen.items():
+        report = describe(layers[name], x)._asdict()
+        report["slot_usage"] = [round(share, 4) for share in report["slot_usage"].tolist()]
+        config = layers[name].config
+        if config.preset == "paper" and not config.learned_sharpness:
+            report["attention_bound"] = attention_bound(config.num_slots, config.sharpness)
+        reports[name] = report
+    return reports
+
+
+def attention_bound(num_slots: int, sharpness: float) -> float:
+    """The largest weight that a softmax over sharpened cosines can give to a slot."""
+    return 1 / (1 + (num_slots - 1) * math.exp(-2 * sharpness))
+
+
+# Random state, signals, progress, curves.
+
+
+def _bytes(state: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class _StopSignals:
+    """Ctrl-C and SIGTERM end training after the update it is in; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+
+    def stop(self, number: int, _frame: FrameType | None) -> None:
+        if self.exit_code:
+            raise KeyboardInterrupt
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_StopSignals]:
+    stop = _StopSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = {number: signal.signal(number, stop.stop) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str, stream: IO[str] | None = None) -> None:
+    """Write a line; a reader who has gone is no reason to stop training."""
+    stream = sys.stdout if stream is None else stream
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
+
+
+class _Progress:
+    """A bar on a terminal, else a line every ten seconds; on standard error."""
+
+    def __init__(self, title: str, experiment: Experiment, begin: int) -> None:
+        self.title, self.total = title, experiment.num_updates
+        self.begin, self.metrics = begin, ""
+        terminal = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self.bar = (
+            tqdm(total=self.total, initial=begin, desc=title, dynamic_ncols=True, leave=False)
+            if terminal
+            else None
+        )
+        self.started = self.spoken = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def measured(self, row: Mapping[str, float]) -> None:
+        """Keep the metrics of an evaluation for the next line."""
+        shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("update", "loss")]
+        self.metrics = ", ".join(shown[:3])
+
+    def show(self, update: int, loss: float) -> None:
+        text = ", ".join(filter(None, [f"loss {loss:.4g}", self.metrics]))
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(update - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.spoken < LINE_SECONDS:
+            return
+        self.spoken = now
+        left = (self.total - update) * (now - self.started) / max(update - self.begin, 1)
+        say(f"{self.title}: {update:,} of {self.total:,}, {text}, {left:.0f} s left", sys.stderr)
+
+
+def _writer(folder: Path, update: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Points of a run that was killed after its last checkpoint are written again.
+    return SummaryWriter(str(folder), purge_step=update)
