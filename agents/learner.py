@@ -5,11 +5,15 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from agents.buffers import Rollout
 from agents.losses import (
@@ -24,7 +28,7 @@ from agents.losses import (
 from agents.profiling import OFF, Stopwatch
 from ncrl import orthogonal_loss
 from ncrl.baselines import balance_loss, record_gates
-from ncrl.sb3 import LstmPolicy, RolloutEvaluation
+from ncrl.sb3 import EnginePolicy, RolloutEvaluation
 
 CORRECTIONS = ("vtrace", "none")
 """Ways to treat rollouts played by older weights: V-trace, or plain n-step returns as in A3C."""
@@ -62,17 +66,38 @@ class Loss(NamedTuple):
     explained_variance: Tensor
     evaluation: RolloutEvaluation
 
+    def scalars(self) -> dict[str, Tensor]:
+        """What is worth a curve, by the curve's name."""
+        return {
+            "policy_loss": self.policy,
+            "value_loss": self.value,
+            "entropy_loss": self.entropy,
+            "orthogonality_loss": self.orthogonality,
+            "balance_loss": self.balance,
+            "explained_variance": self.explained_variance,
+        }
 
-def actor_critic_loss(policy: LstmPolicy, batch: Rollout, objective: Objective) -> Loss:
+
+class Update(NamedTuple):
+    """What one step of the optimiser was made of."""
+
+    stepped: bool
+    """Whether there was a step: none is made along a gradient that is not finite."""
+
+    scalars: dict[str, float]
+    """`policy_loss` and the other terms, `explained_variance`, and `grad_norm` before its limit."""
+
+
+def actor_critic_loss(policy: EnginePolicy, batch: Rollout, objective: Objective) -> Loss:
     """Loss of a batch of rollouts under the policy's present weights.
 
     As in A3C and IMPALA the total is a sum over the T * B timesteps of the batch, not a mean:
     RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
     logged are means, as in Stable-Baselines3.
     """
-    with record_gates(policy) as gates:
+    with record_gates(policy) as gates, _unvalidated_distributions():
         evaluation = policy.evaluate_rollout(
-            batch.obs, batch.actions, (batch.lstm_h, batch.lstm_c), batch.episode_start
+            batch.obs, batch.actions, batch.lstm_state, batch.episode_start
         )
     values = evaluation.values[:-1]  # V(x_t); the last row is V(x_T)
     returns = _returns(batch, evaluation, objective)
@@ -123,24 +148,40 @@ def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective
 
 
 def apply_gradient(
-    policy: LstmPolicy,
+    policy: EnginePolicy,
     optimizer: torch.optim.Optimizer,
-    loss: Tensor,
+    loss: Loss,
     max_grad_norm: float,
     *,
     stopwatch: Stopwatch = OFF,
-) -> tuple[bool, float]:
+) -> Update:
     """One optimiser step, unless the gradient is not finite.
 
-    Returns:
-        Whether the step was made, and the gradient's norm before it was limited.
+    All that the host has to know comes from the device at once, in the only wait of an update.
     """
     optimizer.zero_grad(set_to_none=True)
     with stopwatch.phase("backward"):
-        loss.backward()
+        loss.total.backward()
     with stopwatch.phase("optimiser"):
-        norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
-        finite = norm == norm and norm not in (float("inf"), float("-inf"))
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+        measured = loss.scalars() | {"grad_norm": norm}
+        values = torch.stack([value.detach() for value in measured.values()]).tolist()
+        scalars = dict(zip(measured, values, strict=True))
+        finite = math.isfinite(scalars["grad_norm"])
         if finite:
             optimizer.step()
-    return finite, norm
+    return Update(finite, scalars)
+
+
+@contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """Distributions made inside do not look at their arguments, which the host would wait for.
+
+    Logits that are not finite make a gradient that is not finite, and that is looked for.
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)

@@ -72,8 +72,5 @@ def _floats(module: nn.Module) -> Iterable[Tensor]:
 
 
 def _flatten_into(target: Tensor, module: nn.Module) -> None:
-    offset = 0
-    with torch.no_grad():
-        for tensor in _floats(module):
-            target[offset : offset + tensor.numel()].copy_(tensor.reshape(-1))
-            offset += tensor.numel()
+    """Copy all of a module at once: from another device, one copy is one wait."""
+    target.copy_(torch.cat([tensor.detach().reshape(-1) for tensor in _floats(module)]))

@@ -139,7 +139,8 @@ def unroll_lstm(
         lstm: time-major.
         inputs: [T, B, features].
         state: before row 0.
-        episode_start: [T, B] bool; row t is the first observation of an episode.
+        episode_start: [T, B] bool; row t is the first observation of an episode. Best on the host,
+            which has to know the rows before it can go on; the inputs may be elsewhere.
 
     Returns:
         Outputs [T, B, h] and the state after row T - 1.
@@ -148,7 +149,7 @@ def unroll_lstm(
     bounds = sorted({0, *starts, inputs.shape[0]})
     outputs = []
     for first, last in pairwise(bounds):
-        keep = ~episode_start[first].unsqueeze(1)  # [B, 1]
+        keep = (~episode_start[first]).unsqueeze(1).to(inputs.device, non_blocking=True)  # [B, 1]
         state = (state[0] * keep, state[1] * keep)
         if last - first == 1 and _has_plain_cells(lstm):
             output, state = run_one_step(lstm, inputs[first:last], state)
