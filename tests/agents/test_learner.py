@@ -1,0 +1,109 @@
+"""A step of the learner: what it makes the host wait for, and steps that are not made."""
+
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from torch.distributions import Categorical
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agents import A3C
+from agents.learner import actor_critic_loss, apply_gradient
+
+HEADS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "neurocoder": {"num_slots": 8, "num_heads": 2},
+    "moe": {"num_experts": 3, "top_k": 2},
+}
+
+
+def trained(head: str) -> A3C:
+    """A model with a batch to learn from, in which episodes end."""
+    options = {"lstm_hidden_size": 8, "head": head, "head_kwargs": HEADS[head]}
+    model = A3C(
+        "MlpLstmPolicy", "CartPole-v1", n_workers=0, n_envs=4, seed=0, policy_kwargs=options
+    )
+    return model.learn(160)
+
+
+class Waits(TorchDispatchMode):
+    """Where the host asked for a value, or for a shape that depends on values."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in func._schema.name for name in self.ASKING):
+            on_host = [a for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.bool]
+            mine = [
+                frame for frame in traceback.extract_stack() if "/site-packages/" not in frame[0]
+            ]
+            # Episode starts are kept on the host, whatever the learner's device.
+            if not (on_host and mine[-2].name == "unroll_lstm"):
+                self.places.append(f"{func._schema.name} in {mine[-2].filename}:{mine[-2].lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_an_update_waits_for_the_device_once(head: str) -> None:
+    """Once is the list of all scalars, which asks for no value by itself."""
+    model = trained(head)
+    assert model._batch is not None and model._batch.episode_start[1:].any()
+    with Waits() as waits:
+        model.train()
+    assert not waits.places
+
+
+def test_the_counter_of_waits_counts() -> None:
+    with Waits() as waits:
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+    assert len(waits.places) == 2
+
+
+def test_scalars_are_the_terms_of_the_loss() -> None:
+    model = trained("linear")
+    assert model._batch is not None
+    loss = actor_critic_loss(model.policy, model._batch, model._objective())
+    gradients = torch.autograd.grad(loss.total, list(model.policy.parameters()), retain_graph=True)
+    norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
+    update = apply_gradient(model.policy, model.policy.optimizer, loss, 1e-3)
+    assert update.stepped
+    assert update.scalars == pytest.approx(
+        {
+            "policy_loss": loss.policy.item(),
+            "value_loss": loss.value.item(),
+            "entropy_loss": loss.entropy.item(),
+            "orthogonality_loss": loss.orthogonality.item(),
+            "balance_loss": loss.balance.item(),
+            "explained_variance": loss.explained_variance.item(),
+            "grad_norm": norm,
+        },
+        nan_ok=True,
+        rel=1e-5,
+    )
+
+
+def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
+    model = trained("linear")
+    assert model._batch is not None
+    with torch.no_grad():
+        next(iter(model.policy.action_net.parameters())).fill_(float("nan"))
+    before = [p.clone() for p in model.policy.parameters()]
+    loss = actor_critic_loss(model.policy, model._batch, model._objective())
+    update = apply_gradient(model.policy, model.policy.optimizer, loss, 40.0)
+    assert not update.stepped
+    for now, then in zip(model.policy.parameters(), before, strict=True):
+        torch.testing.assert_close(now, then, equal_nan=True, rtol=0, atol=0)
+
+
+def test_distributions_elsewhere_are_validated_as_before() -> None:
+    model = trained("linear")
+    assert model._batch is not None
+    actor_critic_loss(model.policy, model._batch, model._objective())
+    with pytest.raises(ValueError, match="logits"):
+        Categorical(logits=torch.tensor([float("nan")]))
