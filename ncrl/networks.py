@@ -62,7 +62,7 @@ def paper_encoder(channels: int) -> list[nn.Module]:
 
 
 CONTRAST_FLOOR = 1e-4
-"""Added to the variance of an image, so that an empty one stays empty."""
+"""Added to the variance of an image or of its features, so that empty ones stay empty."""
 
 ENCODERS = {"a3c": a3c_encoder, "nature": nature_encoder, "paper": paper_encoder}
 """Convolutional trunks by name; each takes the number of input channels."""
@@ -74,9 +74,11 @@ class AtariEncoder(BaseFeaturesExtractor):
     Args:
         observation_space: images, channel first.
         encoder: `a3c`, `nature` or `paper`.
-        standardize: subtract each image's mean and divide by its standard deviation. Most of a
-            frame is background, which otherwise makes up nearly all of every feature: on Pong the
-            LSTM's output then varies by 2.5 % of its size from frame to frame.
+        standardize: subtract each image's mean and divide by its standard deviation, and do the
+            same to its features; nothing of this is learned. Most of a frame is background, which
+            otherwise makes up nearly all of every feature: on Pong the LSTM's output then varies by
+            2.5 % of its size from frame to frame. Features that are left as they are grow within
+            thousands of updates until they saturate the LSTM for good.
 
     Raises:
         ValueError: for an unknown encoder, or for images that are too small for it.
@@ -106,6 +108,8 @@ class AtariEncoder(BaseFeaturesExtractor):
         if self.standardize:
             images = F.layer_norm(images, images.shape[1:], eps=CONTRAST_FLOOR)
         features: Tensor = self.network(images)
+        if self.standardize:
+            features = F.layer_norm(features, features.shape[1:], eps=CONTRAST_FLOOR)
         return features
 
 

@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ncrl.networks import ENCODERS, AtariEncoder, run_one_step, unroll_lstm
+from ncrl.networks import CONTRAST_FLOOR, ENCODERS, AtariEncoder, run_one_step, unroll_lstm
 from ncrl.sb3 import CnnLstmPolicy, NeurocoderCnnLstmPolicy
 from tests.reference import lstm_over_time_reference
 
@@ -223,3 +223,34 @@ def test_dropout_between_layers_is_not_left_out() -> None:
     lstm.eval()
     outputs = [unroll_lstm(lstm, inputs, state, start)[0] for _ in range(2)]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_size_of_features_does_not_reach_the_lstm(name: str) -> None:
+    """Images and features are standardised: mean 0 and variance 1, however they grow."""
+    torch.manual_seed(0)
+    encoder = AtariEncoder(images(1, 84, 84), name)
+    frames = torch.rand(3, 1, 84, 84)
+    with torch.no_grad():
+        standard = torch.stack([(frame - frame.mean()) / frame.std() for frame in frames])
+        raw = encoder.network(standard)
+        spread = (raw.var(1, correction=0, keepdim=True) + CONTRAST_FLOOR).sqrt()
+        expected = (raw - raw.mean(1, keepdim=True)) / spread
+        features = encoder(frames)
+        biases = [p for name, p in encoder.named_parameters() if name.endswith("bias")]
+        for bias in biases:
+            bias.zero_()
+        unbiased = encoder(frames)
+        for weight in (p for name, p in encoder.named_parameters() if name.endswith("weight")):
+            weight.mul_(10)
+        grown = encoder(5 * frames + 1)
+        empty = encoder(torch.zeros(1, 1, 84, 84))
+    torch.testing.assert_close(features, expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(grown, unbiased, rtol=0, atol=0.1)
+    assert (empty == 0).all()
+
+
+def test_encoders_leave_images_and_features_alone_on_request() -> None:
+    encoder = AtariEncoder(images(1, 84, 84), standardize=False)
+    frames = torch.rand(3, 1, 84, 84)
+    assert torch.equal(encoder(frames), encoder.network(frames))
