@@ -1,4 +1,4 @@
-"""`A3C`: asynchronous advantage actor-critic with an LSTM, as a Stable-Baselines3 algorithm."""
+"""`A3C`: asynchronous advantage actor-critic, as a Stable-Baselines3 algorithm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -32,7 +34,7 @@ from agents.environments import (
     build,
     is_factory,
 )
-from agents.learner import CORRECTIONS, Loss, Objective, actor_critic_loss, apply_gradient
+from agents.learner import CORRECTIONS, Objective, actor_critic_loss, apply_gradient
 from agents.optim import SharedRMSProp
 from agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
 from agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
@@ -42,10 +44,19 @@ from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
 from ncrl.sb3 import (
     CnnLstmPolicy,
-    LstmPolicy,
+    CnnPolicy,
+    EnginePolicy,
+    Latent,
     MlpLstmPolicy,
+    MlpPolicy,
+    MultiInputLstmPolicy,
+    MultiInputPolicy,
     NeurocoderCnnLstmPolicy,
+    NeurocoderCnnPolicy,
     NeurocoderMlpLstmPolicy,
+    NeurocoderMlpPolicy,
+    NeurocoderMultiInputLstmPolicy,
+    NeurocoderMultiInputPolicy,
 )
 from ncrl.settings import suggest
 
@@ -55,7 +66,10 @@ MAX_SKIPPED_UPDATES = 10
 """Updates in a row whose gradient is not finite before training stops."""
 
 DIAGNOSTIC_SAMPLES = 256
-"""LSTM outputs of the latest batch on which the heads are described."""
+"""Latents of the latest batch on which the heads are described."""
+
+FORGOTTEN_AFTER = 10
+"""Predictions in a row without a state after which a policy with memory warns."""
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
 
@@ -65,14 +79,15 @@ class NonFiniteError(RuntimeError):
 
 
 class A3C(OnPolicyAlgorithm):
-    """Actor-critic with an LSTM, played by worker processes and trained by one learner.
+    """Actor-critic, with memory or without, played by worker processes and trained by one learner.
 
     Mnih et al. 2016 ("Asynchronous methods for deep reinforcement learning") for the algorithm and
     its hyper-parameters; Espeholt et al. 2018 ("IMPALA") for the learner and V-trace. Workers play
     on the CPU with weights that are whole versions of the learner's, at most a few updates old.
 
     Args:
-        policy: a name in `policy_aliases` or a subclass of `ncrl.sb3.LstmPolicy`.
+        policy: a name in `policy_aliases` or a subclass of `ncrl.sb3.EnginePolicy`. Those with
+            `Lstm` in their name have a memory, those with `Neurocoder` have Neurocoder heads.
         env: where it plays. A factory `factory(n_envs, seed) -> VecEnv` (such as
             `envs.atari("Pong")`) or a Gymnasium id is built inside the worker processes. An
             environment object is played in this process, serially and reproducibly.
@@ -106,23 +121,32 @@ class A3C(OnPolicyAlgorithm):
         device: of the learner.
         profile: measure where the time of each process goes: curves `profile/<process>/<phase>`,
             and `time_spent.table()`. On CUDA the learner waits for the device at each phase.
+        use_sde: A2C's gSDE, which is refused.
 
     Raises:
         ValueError: for impossible arguments.
-        TypeError: for a policy that is no `LstmPolicy`.
+        TypeError: for a policy that is no `EnginePolicy`.
     """
 
-    policy: LstmPolicy  # type: ignore[assignment]
+    policy: EnginePolicy  # type: ignore[assignment]
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
         "MlpLstmPolicy": MlpLstmPolicy,
         "CnnLstmPolicy": CnnLstmPolicy,
+        "MultiInputLstmPolicy": MultiInputLstmPolicy,
+        "NeurocoderMlpPolicy": NeurocoderMlpPolicy,
+        "NeurocoderCnnPolicy": NeurocoderCnnPolicy,
+        "NeurocoderMultiInputPolicy": NeurocoderMultiInputPolicy,
         "NeurocoderMlpLstmPolicy": NeurocoderMlpLstmPolicy,
         "NeurocoderCnnLstmPolicy": NeurocoderCnnLstmPolicy,
+        "NeurocoderMultiInputLstmPolicy": NeurocoderMultiInputLstmPolicy,
     }
 
     def __init__(
         self,
-        policy: str | type[LstmPolicy],
+        policy: str | type[EnginePolicy],
         env: GymEnv | str | EnvFactory | None,
         learning_rate: float | Schedule = LinearSchedule(7e-4, 0.0, 1.0),  # noqa: B008
         n_steps: int = 20,
@@ -148,6 +172,7 @@ class A3C(OnPolicyAlgorithm):
         seed: int | None = None,
         device: torch.device | str = "auto",
         profile: bool = False,
+        use_sde: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
         self.n_workers = 0
@@ -191,7 +216,7 @@ class A3C(OnPolicyAlgorithm):
             ent_coef=ent_coef,
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,
-            use_sde=False,
+            use_sde=use_sde,
             sde_sample_freq=-1,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -218,19 +243,17 @@ class A3C(OnPolicyAlgorithm):
         policy = self.policy_class(
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         )
-        if not isinstance(policy, LstmPolicy):
-            raise TypeError(
-                f"A3C needs a policy derived from ncrl.sb3.LstmPolicy, got "
-                f"{self.policy_class.__name__}; choose one of {', '.join(self.policy_aliases)}"
-            )
+        assert isinstance(policy, EnginePolicy)
         self.policy = policy.to(self.device)
         self._batch_stage = RolloutBatch(self._rollout_shape(self.n_envs), self.device)
         self._batch: Rollout | None = None
         self._collector: Collector | None = None
         self._pool: WorkerPool | None = None
-        self._latent: Tensor | None = None
+        self._latent: Latent | None = None
         self._stop_requested = False
         self._dumped_at = -1
+        self._stateless_predictions = 0
+        self._warned_of_state = False
         self.policy_lag = 0.0
         """Mean age, in updates, of the weights behind the latest batch."""
         self._skipped_updates = 0
@@ -258,6 +281,46 @@ class A3C(OnPolicyAlgorithm):
         else:
             self.env_factory, self.n_workers = None, 0
         super().set_env(env, force_reset)  # type: ignore[arg-type]
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in SB3, and seed the games that workers start from now on."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self.games_seed = seed
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            hint = suggest(policy_name, self.policy_aliases)
+            raise ValueError(f"unknown policy {policy_name!r}; {hint}")
+        return self.policy_aliases[policy_name]
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Actions and the next state, as in SB3.
+
+        A policy with memory remembers through the state alone: hand in the one that the call before
+        returned, and `episode_start` true where a new episode has begun. Without a state every
+        observation is taken for the first of its episode.
+
+        Warns:
+            UserWarning: once, when states seem to be forgotten.
+        """
+        forgotten = state is None and episode_start is None and self.policy.state_shape[0] > 0
+        self._stateless_predictions = self._stateless_predictions + 1 if forgotten else 0
+        if self._stateless_predictions == FORGOTTEN_AFTER and not self._warned_of_state:
+            self._warned_of_state = True
+            warnings.warn(
+                f"predict() was called {FORGOTTEN_AFTER} times in a row without a state: a policy "
+                "with an LSTM then remembers nothing. Carry it over: action, state = "
+                "model.predict(obs, state, episode_start)",
+                stacklevel=2,
+            )
+        return super().predict(observation, state, episode_start, deterministic)
 
     @classmethod
     def load(  # type: ignore[override]
@@ -324,8 +387,14 @@ class A3C(OnPolicyAlgorithm):
         if self.correction not in CORRECTIONS:
             hint = suggest(self.correction, CORRECTIONS)
             raise ValueError(f"unknown correction {self.correction!r}; {hint}")
-        if isinstance(self.observation_space, spaces.Dict):
-            raise ValueError("A3C does not support Dict observations; flatten them first")
+        if self.use_sde or self.policy_kwargs.get("use_sde"):
+            raise ValueError(
+                "use_sde=True (gSDE) is not supported by A3C: use use_sde=False, or SB3's PPO"
+            )
+        if not (
+            isinstance(self.policy_class, type) and issubclass(self.policy_class, EnginePolicy)
+        ):
+            raise TypeError(_wrong_policy(self.policy_class))
 
     # Learning.
 
@@ -350,6 +419,7 @@ class A3C(OnPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
         stopwatch = self._stopwatch
         with (
             _learner_threads(self.n_workers, self.device),
@@ -384,6 +454,14 @@ class A3C(OnPolicyAlgorithm):
         self._stop_requested = False
         return self
 
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if self.env_factory is None:
+            return super()._init_callback(callback, progress_bar)
+        with warnings.catch_warnings():
+            # What `EvalCallback` compares its environment with is a stand-in of ours.
+            warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
+            return super()._init_callback(callback, progress_bar)
+
     @property
     def envs_per_update(self) -> int:
         """Environments whose rollouts make one update."""
@@ -415,16 +493,12 @@ class A3C(OnPolicyAlgorithm):
         stopwatch = self._stopwatch
         with stopwatch.phase("evaluation"):
             loss = actor_critic_loss(self.policy, batch, self._objective())
-        stepped, grad_norm = apply_gradient(
-            self.policy,
-            self.policy.optimizer,
-            loss.total,
-            self.max_grad_norm,
-            stopwatch=stopwatch,
+        update = apply_gradient(
+            self.policy, self.policy.optimizer, loss, self.max_grad_norm, stopwatch=stopwatch
         )
         self._n_updates += 1
-        self._skipped_in_a_row = 0 if stepped else self._skipped_in_a_row + 1
-        if not stepped:
+        self._skipped_in_a_row = 0 if update.stepped else self._skipped_in_a_row + 1
+        if not update.stepped:
             self._skipped_updates += 1
             if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
                 raise NonFiniteError(
@@ -432,9 +506,9 @@ class A3C(OnPolicyAlgorithm):
                     f"the learning rate is {self.policy.optimizer.param_groups[0]['lr']:g}"
                 )
             logger.warning("update %d skipped: its gradient is not finite", self._n_updates)
-        self._latent = loss.evaluation.latent.detach()
+        self._latent = loss.evaluation.latent.map(Tensor.detach)
         with stopwatch.phase("callbacks"):
-            self._record_update(loss, grad_norm)
+            self._record_update(update.scalars)
 
     def _objective(self) -> Objective:
         return Objective(
@@ -451,21 +525,13 @@ class A3C(OnPolicyAlgorithm):
 
     # Logging.
 
-    def _record_update(self, loss: Loss, grad_norm: float) -> None:
+    def _record_update(self, scalars: dict[str, float]) -> None:
         """Means over the updates since the last dump."""
-        self.logger.record_mean("train/policy_loss", loss.policy.item())
-        self.logger.record_mean("train/value_loss", loss.value.item())
-        self.logger.record_mean("train/entropy_loss", loss.entropy.item())
-        self.logger.record_mean("train/orthogonality_loss", loss.orthogonality.item())
-        self.logger.record_mean("train/balance_loss", loss.balance.item())
-        if not math.isnan(variance := loss.explained_variance.item()):
-            self.logger.record_mean("train/explained_variance", variance)
-        if math.isfinite(grad_norm):
-            self.logger.record_mean("train/grad_norm", grad_norm)
+        for name, value in scalars.items():
+            if math.isfinite(value):  # else the mean would tell nothing of the other updates
+                self.logger.record_mean(f"train/{name}", value)
         self.logger.record("train/skipped_updates", self._skipped_updates)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if (log_std := getattr(self.policy, "log_std", None)) is not None:
-            self.logger.record("train/std", log_std.exp().mean().item())
 
     def _record_lag(self, lags: list[int]) -> None:
         """How many updates older than the learner's the weights behind the rollouts were."""
@@ -482,6 +548,8 @@ class A3C(OnPolicyAlgorithm):
         if self._pool is not None:
             self.logger.record("time/worker_restarts", self._pool.worker_restarts)
             self.logger.record("time/env_restarts", self._pool.env_restarts)
+        if (log_std := getattr(self.policy, "log_std", None)) is not None:
+            self.logger.record("train/std", log_std.exp().mean().item())
         if self.time_spent is not None:
             for key, share in self.time_spent.shares().items():
                 self.logger.record(f"profile/{key}", share)
@@ -493,8 +561,13 @@ class A3C(OnPolicyAlgorithm):
         coded = {name: m for name, m in heads.items() if isinstance(m, NeurocoderLinear)}
         if not coded or self._latent is None:
             return
-        latent = self._latent.flatten(0, 1)[:DIAGNOSTIC_SAMPLES]
-        reports = {name: describe(layer, latent) for name, layer in coded.items()}
+        latent = self._latent.map(lambda x: x.flatten(0, 1)[:DIAGNOSTIC_SAMPLES])
+        with torch.no_grad():
+            inputs = {
+                "actor": self.policy.mlp_extractor.forward_actor(latent.actor),
+                "critic": self.policy.mlp_extractor.forward_critic(latent.critic),
+            }
+        reports = {name: describe(layer, inputs[name]) for name, layer in coded.items()}
         for key in ("attention_entropy", "max_attention", "effective_rank", "orthogonality"):
             values = {name: getattr(report, key) for name, report in reports.items()}
             self.logger.record(f"neurocoder/{key}", sum(values.values()) / len(values))
@@ -518,7 +591,7 @@ class A3C(OnPolicyAlgorithm):
         assert self.env_factory is not None, "only factories are played by workers"
         shape = self._rollout_shape(self.n_envs // self.n_workers)
         weights = SharedWeights(self.policy)
-        slots = slots_for(self.n_workers) * sum(t.nbytes for t in shape.allocate())
+        slots = slots_for(self.n_workers) * sum(t.nbytes for t in shape.allocate().tensors())
         check_shared_memory(slots + weights.nbytes)
         spec = PolicySpec(
             self.policy_class,  # type: ignore[arg-type]
@@ -546,21 +619,23 @@ class A3C(OnPolicyAlgorithm):
                 self._pool = None
 
     def _rollout_shape(self, n_envs: int) -> RolloutShape:
-        layers, _, width = self.policy.lstm_hidden_state_shape
         return RolloutShape(
-            self.n_steps, n_envs, self.observation_space, self.action_space, layers, width
+            self.n_steps,
+            n_envs,
+            self.observation_space,
+            self.action_space,
+            *self.policy.state_shape,
         )
 
     def _after_step(self, callback: BaseCallback, outcome: Outcome) -> bool:
         """SB3's bookkeeping for one row of `n_envs` timesteps."""
         self.num_timesteps += self.n_envs
-        infos, dones, rewards = outcome.infos, outcome.dones, outcome.rewards
-        seen = {"infos": infos, "dones": dones, "rewards": rewards, "self": self}
+        seen = outcome._asdict() | {"self": self, "env": self.env, "n_steps": outcome.row}
         with self._stopwatch.phase("callbacks"):
             callback.update_locals(seen)
             if not callback.on_step():
                 return False
-            self._update_info_buffer(infos, dones)
+            self._update_info_buffer(outcome.infos, outcome.dones)
         return True
 
     def _excluded_save_params(self) -> list[str]:
@@ -574,6 +649,8 @@ class A3C(OnPolicyAlgorithm):
             "_latent",
             "profile",
             "time_spent",
+            "_stateless_predictions",
+            "_warned_of_state",
         ]
 
 
@@ -596,6 +673,7 @@ class _SerialPlayer:
         if collector is None or collector.obs is not model._last_obs:
             assert model.env is not None
             collector = Collector(model.env, model.policy, model._last_obs)
+        collector.policy = model.policy  # it may have been replaced, by a compiled one for example
         self.collector = model._collector = collector
         collector.stopwatch = model._stopwatch
 
@@ -634,8 +712,10 @@ class _WorkersPlayer:
             return None
         with stopwatch.phase("copy"):
             batch = model._batch_stage.gather([delivery.rollout for delivery in deliveries])
-            rewards = torch.cat([d.rollout.rewards for d in deliveries], dim=1).numpy()
-            dones = torch.cat([d.rollout.dones for d in deliveries], dim=1).numpy()
+            actions, rewards, dones = (
+                torch.cat([getattr(d.rollout, name) for d in deliveries], dim=1).numpy()
+                for name in ("actions", "rewards", "dones")
+            )
         with stopwatch.phase("wait"):
             self.pool.release(deliveries)
 
@@ -647,7 +727,8 @@ class _WorkersPlayer:
             for row, i, info in delivery.infos:
                 infos[row][place * width + i] = info
         for row in range(n_steps):
-            if not model._after_step(callback, Outcome(row, rewards[row], dones[row], infos[row])):
+            outcome = Outcome(row, actions[row], rewards[row], dones[row], infos[row])
+            if not model._after_step(callback, outcome):
                 return None
 
         version = self.weights.version
@@ -697,6 +778,19 @@ def _check_workers(n_workers: int, n_envs: int) -> None:
             f"n_envs must be a multiple of n_workers, got n_envs={n_envs} with "
             f"n_workers={n_workers}; nearest: n_envs={near}"
         )
+
+
+def _wrong_policy(policy: Any) -> str:
+    """What to do with a policy that A3C does not take."""
+    if not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
+        return f"policy must be a name or a policy class, got {policy!r}"
+    kind = next((kind for kind in ("Cnn", "MultiInput") if kind in policy.__name__), "Mlp")
+    memory = "Lstm" if issubclass(policy, RecurrentActorCriticPolicy) else ""
+    name = f"{kind}{memory}Policy"
+    return (
+        f"A3C needs a policy derived from ncrl.sb3.EnginePolicy, which {policy.__name__} is not; "
+        f"use policy={name!r}, or derive yours from ncrl.sb3.{name}"
+    )
 
 
 def _fresh_seed() -> int:

@@ -1,25 +1,30 @@
 """Rollout slots: where workers write what they saw and did, and the learner reads it.
 
 Shapes: S slots, T timesteps, E environments of one worker, B = environments of a whole batch,
-L LSTM layers, h LSTM width. Row t holds what the worker saw at t and did at t.
+L LSTM layers (0 without memory), h LSTM width. Row t holds what the worker saw at t and did at t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
+
+from ncrl.networks import LstmState
+from ncrl.sb3.engine import map_obs
 
 
 class Rollout(NamedTuple):
     """A rollout of T timesteps in E (or, in a batch, B) environments."""
 
-    obs: Tensor
-    """[T + 1, E, ...] observation at t; the last row is where the next rollout goes on."""
+    obs: PyTorchObs
+    """[T + 1, E, ...] observation at t; the last row is where the next rollout goes on. A dict of
+    such tensors for Dict observations."""
 
     episode_start: Tensor
     """[T + 1, E] bool: obs[t] is the first of an episode, so the LSTM starts from zero there."""
@@ -45,6 +50,21 @@ class Rollout(NamedTuple):
     lstm_c: Tensor
     """[L, E, h] cell state before row 0."""
 
+    @property
+    def lstm_state(self) -> LstmState:
+        """The state before row 0."""
+        return self.lstm_h, self.lstm_c
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
+        """A rollout of the function of every tensor."""
+        obs, *others = self
+        return Rollout(map_obs(function, obs), *map(function, others))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        obs, *others = self
+        return [*(obs.values() if isinstance(obs, dict) else [obs]), *others]
+
 
 class RolloutShape(NamedTuple):
     """Everything that fixes the layout of one rollout."""
@@ -62,8 +82,9 @@ class RolloutShape(NamedTuple):
         Reading what nobody wrote gives NaN or the largest integer, not a plausible zero.
         """
         steps, envs = self.n_steps, self.n_envs
-        obs_shape, obs_dtype = _layout(self.observation_space)
         action_shape, action_dtype = _layout(self.action_space)
+        if isinstance(self.action_space, spaces.Box):
+            action_dtype = torch.float32  # what a Gaussian draws, before it is made to fit
         state = (self.lstm_layers, envs, self.lstm_size)
 
         def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -72,8 +93,15 @@ class RolloutShape(NamedTuple):
             largest = 1 if dtype == torch.bool else torch.iinfo(dtype).max
             return torch.full((*leading, *shape), largest, dtype=dtype)
 
+        def poisoned_obs(space: spaces.Space[Any]) -> Tensor:
+            shape, dtype = _layout(space)
+            return poisoned((steps + 1, envs, *shape), dtype)
+
+        space = self.observation_space
         return Rollout(
-            obs=poisoned((steps + 1, envs, *obs_shape), obs_dtype),
+            obs={name: poisoned_obs(entry) for name, entry in space.items()}
+            if isinstance(space, spaces.Dict)
+            else poisoned_obs(space),
             episode_start=poisoned((steps + 1, envs), torch.bool),
             actions=poisoned((steps, envs, *action_shape), action_dtype),
             log_prob=poisoned((steps, envs), torch.float32),
@@ -90,19 +118,19 @@ class RolloutSlots:
 
     def __init__(self, shape: RolloutShape, num_slots: int, *, shared: bool) -> None:
         self.num_slots = num_slots
-        self._tensors = shape.allocate(num_slots)
+        self._slots = shape.allocate(num_slots)
         if shared:
-            for tensor in self._tensors:
+            for tensor in self._slots.tensors():
                 tensor.share_memory_()
 
     def __getitem__(self, slot: int) -> Rollout:
         """View of one slot."""
-        return Rollout(*(tensor[slot] for tensor in self._tensors))
+        return self._slots.map(lambda tensor: tensor[slot])
 
     @property
     def nbytes(self) -> int:
         """Size of all slots in bytes."""
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return sum(tensor.nbytes for tensor in self._slots.tensors())
 
 
 class RolloutBatch:
@@ -115,30 +143,32 @@ class RolloutBatch:
         self.device = device
         self._host = shape.allocate()
         if device.type == "cuda":
-            self._host = Rollout(*(tensor.pin_memory() for tensor in self._host))
+            self._host = self._host.map(Tensor.pin_memory)
 
     def gather(self, rollouts: Sequence[Rollout]) -> Rollout:
         """Copy rollouts into one batch along the axis of environments.
 
-        The result lives on the learner's device and is overwritten by the next call; the slots may
-        be reused at once.
+        The result lives on the learner's device, except `episode_start`, which stays on the host.
+        It is overwritten by the next call; the slots may be reused at once.
         """
         column = 0
         for rollout in rollouts:
             width = rollout.rewards.shape[1]
-            for target, source in zip(self._host, rollout, strict=True):
+            for target, source in zip(self._host.tensors(), rollout.tensors(), strict=True):
                 target[:, column : column + width].copy_(source)
             column += width
         assert column == self._host.rewards.shape[1], "a batch holds every environment once"
         if self.device.type == "cpu":
             return self._host
-        return Rollout(*(tensor.to(self.device, non_blocking=True) for tensor in self._host))
+        batch = self._host.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        # Where the LSTM starts anew is looked at by the host, which would have to wait for it.
+        return batch._replace(episode_start=self._host.episode_start)
 
 
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
     """The first `n_steps` timesteps of a rollout, with the observation that follows them."""
     return rollout._replace(
-        obs=rollout.obs[: n_steps + 1],
+        obs=map_obs(lambda tensor: tensor[: n_steps + 1], rollout.obs),
         episode_start=rollout.episode_start[: n_steps + 1],
         actions=rollout.actions[:n_steps],
         log_prob=rollout.log_prob[:n_steps],
@@ -151,17 +181,17 @@ def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
 def split_envs(rollout: Rollout, num_parts: int) -> Iterator[Rollout]:
     """A rollout's environments in `num_parts` equal groups; LSTM states are [L, B, h], the rest
     [T, B, ...], so the environments are axis 1 everywhere."""
-    parts = [tensor.chunk(num_parts, dim=1) for tensor in rollout]
-    for part in zip(*parts, strict=True):
-        yield Rollout(*part)
+    width = rollout.rewards.shape[1] // num_parts
+    for first in range(0, num_parts * width, width):
+        yield rollout.map(lambda tensor, first=first: tensor.narrow(1, first, width))  # type: ignore[misc]
 
 
 def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and torch type of one element of a space."""
+    """Shape and torch type of one element of a space that is no Dict."""
     if space.shape is None:
         raise ValueError(
-            f"spaces of type {type(space).__name__} are not supported; "
-            "use Box, Discrete, MultiDiscrete or MultiBinary"
+            f"spaces of type {type(space).__name__} are not supported; use Box, Discrete, "
+            "MultiDiscrete or MultiBinary, or for observations a Dict of these"
         )
     dtype = space.dtype or np.dtype(np.float32)
     return space.shape, torch.from_numpy(np.empty(0, dtype=dtype)).dtype

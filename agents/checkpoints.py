@@ -291,7 +291,7 @@ def _games_state(model: A3C) -> dict[str, Any] | None:
     return {
         "n_envs": model.n_envs,
         "history": [torch.from_numpy(actions) for actions in recorded.history()],
-        "obs": torch.from_numpy(np.array(collector.obs)),
+        "obs": _as_tensors(collector.obs),
         "episode_start": torch.from_numpy(np.array(collector.episode_start)),
         "lstm_state": tuple(tensor.cpu() for tensor in collector.lstm_state),
     }
@@ -301,7 +301,7 @@ def _restore_games(model: A3C, games: dict[str, Any]) -> None:
     recorded = _recorded(model)
     assert recorded is not None and model.env is not None
     obs = recorded.replay([actions.numpy() for actions in games["history"]])
-    if obs is None or not np.array_equal(obs, games["obs"].numpy()):
+    if obs is None or not _equal(_as_tensors(obs), games["obs"]):
         raise CheckpointError("the games do not replay to the state in which they were saved")
     collector = Collector(model.env, model.policy, obs)
     collector.episode_start = games["episode_start"].numpy()
@@ -310,6 +310,19 @@ def _restore_games(model: A3C, games: dict[str, Any]) -> None:
     model._collector = collector
     model._last_obs = obs
     model._last_episode_starts = collector.episode_start
+
+
+def _as_tensors(obs: Any) -> Any:
+    """Copies of observations: a tensor, or for Dict observations a dict of tensors."""
+    if isinstance(obs, dict):
+        return {name: _as_tensors(entry) for name, entry in obs.items()}
+    return torch.from_numpy(np.array(obs))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    return torch.equal(one, other)
 
 
 def _recorded(model: A3C) -> RecordedEnv | None:

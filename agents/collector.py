@@ -12,18 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.buffers import Rollout
 from agents.profiling import OFF, Stopwatch
-from ncrl.sb3 import LstmPolicy
+from ncrl.sb3.engine import EnginePolicy, map_obs
 
 
 class Outcome(NamedTuple):
     """What the environments answered to one row of actions."""
 
     row: int
+    actions: np.ndarray
     rewards: np.ndarray
     dones: np.ndarray
     infos: list[dict[str, Any]]
@@ -32,7 +34,7 @@ class Outcome(NamedTuple):
 class Collector:
     """Holds where a vector environment stands between rollouts, and plays on from there."""
 
-    def __init__(self, env: VecEnv, policy: LstmPolicy, first_obs: Any) -> None:
+    def __init__(self, env: VecEnv, policy: EnginePolicy, first_obs: Any) -> None:
         self.env = env
         self.policy = policy
         self.obs = first_obs
@@ -66,12 +68,12 @@ class Collector:
         _check_finite("observation", self.obs, 0)
         for t in range(n_steps):
             with self.stopwatch.phase("copy"):
-                rollout.obs[t] = torch.from_numpy(self.obs)
+                _write_row(rollout.obs, t, self.obs)
                 rollout.episode_start[t] = torch.from_numpy(self.episode_start)
             outcome = self._step(rollout, t)
             if not after_step(outcome):
                 return False
-        rollout.obs[n_steps] = torch.from_numpy(self.obs)
+        _write_row(rollout.obs, n_steps, self.obs)
         rollout.episode_start[n_steps] = torch.from_numpy(self.episode_start)
         return True
 
@@ -80,40 +82,40 @@ class Collector:
         """Choose, play and record the actions of row t."""
         device = self.policy.device
         with self.stopwatch.phase("forward"):
-            step = self.policy.act(
-                rollout.obs[t].to(device), self.lstm_state, rollout.episode_start[t].to(device)
-            )
+            obs = map_obs(lambda tensor: tensor[t].to(device), rollout.obs)
+            step = self.policy.act(obs, self.lstm_state, rollout.episode_start[t])
         self.lstm_state = step.lstm_state
         with self.stopwatch.phase("copy"):
             rollout.actions[t] = step.actions
             rollout.log_prob[t] = step.log_prob
         started = time.monotonic()
         with self.stopwatch.phase("environment"):
-            obs, rewards, dones, infos = self.env.step(self._for_env(step.actions))
+            new_obs, rewards, dones, infos = self.env.step(self._for_env(step.actions))
         self.env_seconds += time.monotonic() - started
         rewards = np.asarray(rewards, dtype=np.float32)
         _check_finite("reward", rewards, t)
-        _check_finite("observation", obs, t)
+        _check_finite("observation", new_obs, t)
         with self.stopwatch.phase("copy"):
             rollout.rewards[t] = torch.from_numpy(rewards)
             rollout.dones[t] = torch.from_numpy(dones)
             rollout.truncation_value[t] = 0.0
         for i in np.flatnonzero(dones).tolist():
-            if infos[i].get("TimeLimit.truncated") and "terminal_observation" in infos[i]:
-                terminal = infos[i]["terminal_observation"]
+            terminal = infos[i].get("terminal_observation")
+            if infos[i].get("TimeLimit.truncated") and terminal is not None:
                 _check_finite("observation", terminal, t, first_env=i)
                 with self.stopwatch.phase("forward"):
                     rollout.truncation_value[t, i] = self._value_after(terminal, i)
-        self.obs, self.episode_start = obs, dones
-        return Outcome(t, rewards, dones, infos)
+        self.obs, self.episode_start = new_obs, dones
+        return Outcome(t, rollout.actions[t].numpy(), rewards, dones, infos)
 
-    def _value_after(self, terminal_observation: np.ndarray, i: int) -> Tensor:
+    def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
         """Value of the observation environment i was cut off at (SB3 issue 633)."""
-        obs = torch.as_tensor(terminal_observation, device=self.policy.device).unsqueeze(0)
+        obs, _ = self.policy.obs_to_tensor(terminal_observation)  # [1, ...]
         h, c = self.lstm_state
         state = h[:, i : i + 1].contiguous(), c[:, i : i + 1].contiguous()
-        going_on = torch.zeros(1, dtype=torch.bool, device=self.policy.device)
-        return self.policy.predict_values(obs, state, going_on).squeeze()
+        going_on = torch.zeros(1, dtype=torch.bool)
+        latent, _ = self.policy.encode(obs, state, going_on)
+        return self.policy.values(latent).squeeze()
 
     def _for_env(self, actions: Tensor) -> np.ndarray:
         """Actions as the environment takes them: Gaussian samples are clipped to the bounds."""
@@ -123,11 +125,26 @@ class Collector:
         return array
 
 
+def _write_row(obs: PyTorchObs, t: int, values: Any) -> None:
+    """Copy what the environments show into row t."""
+    if isinstance(obs, dict):
+        for name, tensor in obs.items():
+            tensor[t] = torch.from_numpy(values[name])
+    else:
+        obs[t] = torch.from_numpy(values)
+
+
 def _check_finite(name: str, values: Any, t: int, *, first_env: int | None = None) -> None:
     """Raise ValueError for the first environment with a NaN or infinity in `values`.
 
-    `values` has one row per environment, or belongs to environment `first_env` alone.
+    `values` has one row per environment, or belongs to environment `first_env` alone; or it is a
+    dict of such arrays.
     """
+    if isinstance(values, dict):
+        for key, entry in values.items():
+            _check_finite(f"{name} {key!r}", entry, t, first_env=first_env)
+        return
+    values = np.asarray(values)
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return  # images are integers and cannot be anything but finite
     rows = values.reshape(1 if first_env is not None else len(values), -1)

@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 EnvFactory = Callable[[int, int], VecEnv]
@@ -96,17 +96,33 @@ class RemoteEnvs(VecEnv):
 
     @classmethod
     def like(cls, factory: EnvFactory, n_envs: int) -> RemoteEnvs:
-        """Spaces are read off one environment, built for that and closed again."""
+        """Spaces are read off one environment, built for that and closed again.
+
+        Raises:
+            ValueError: for a factory of `VecNormalize`, whose statistics every worker would gather
+                for itself, and nobody would save.
+        """
         probe = build(factory, 1, 0)
         try:
+            if unwrap_vec_normalize(probe) is not None:
+                raise ValueError(
+                    "the environment factory returns a VecNormalize, which workers cannot share; "
+                    "use n_workers=0, or normalise in a wrapper without statistics"
+                )
             return cls(n_envs, probe.observation_space, probe.action_space)
         finally:
             probe.close()
 
-    def reset(self) -> np.ndarray:
+    def reset(self) -> Any:
         """A blank observation: SB3 resets what it trains on, and the workers reset theirs."""
-        shape = self.observation_space.shape or ()
-        return np.zeros((self.num_envs, *shape), self.observation_space.dtype)
+
+        def blank(space: spaces.Space[Any]) -> np.ndarray:
+            return np.zeros((self.num_envs, *(space.shape or ())), space.dtype)
+
+        space = self.observation_space
+        if isinstance(space, spaces.Dict):
+            return {name: blank(entry) for name, entry in space.items()}
+        return blank(space)
 
     def step_async(self, actions: np.ndarray) -> None:
         self._refuse()

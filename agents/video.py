@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ncrl.neurocoder import NeurocoderLinear
-from ncrl.sb3 import LstmPolicy
+from ncrl.sb3 import EnginePolicy, Latent
 
 CODECS = {".mp4": "mp4v", ".webm": "VP90"}
 """Codecs by suffix; OpenCV's wheels hold no H.264 encoder.
@@ -129,12 +129,12 @@ SMALL, MEDIUM, LARGE = 0.4, 0.48, 0.75
 
 
 @torch.no_grad()
-def view_heads(policy: LstmPolicy, latent: Tensor) -> list[HeadView]:
-    """Attention of the policy's actor and critic for one LSTM output `latent`, [1, h]."""
+def view_heads(policy: EnginePolicy, latent: Latent) -> list[HeadView]:
+    """Attention of the policy's actor and critic for one latent, [1, ...]."""
     extractor = policy.mlp_extractor
     return [
-        _view_head("actor", policy.action_net, extractor.forward_actor(latent)),
-        _view_head("critic", policy.value_net, extractor.forward_critic(latent)),
+        _view_head("actor", policy.action_net, extractor.forward_actor(latent.actor)),
+        _view_head("critic", policy.value_net, extractor.forward_critic(latent.critic)),
     ]
 
 

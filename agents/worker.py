@@ -26,7 +26,7 @@ from agents.environments import EnvFactory, build
 from agents.profiling import OFF, Seconds, Stopwatch
 from agents.weights import SharedWeights
 from ncrl import constant_weights
-from ncrl.sb3 import LstmPolicy
+from ncrl.sb3 import EnginePolicy
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -47,12 +47,12 @@ ENTRY_BYTES = 400
 class PolicySpec(NamedTuple):
     """What it takes to build the policy again in another process."""
 
-    policy_class: type[LstmPolicy]
+    policy_class: type[EnginePolicy]
     observation_space: Any
     action_space: Any
     policy_kwargs: dict[str, Any]
 
-    def build(self) -> LstmPolicy:
+    def build(self) -> EnginePolicy:
         """A policy on the CPU with fresh weights, which the first published version replaces."""
         return self.policy_class(
             self.observation_space, self.action_space, _no_learning, **self.policy_kwargs
@@ -154,7 +154,7 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
     seeds = np.random.SeedSequence(spec.seed)
     factory: EnvFactory = spec.factory.var
     with stopwatch.phase("setup"):
-        policy: LstmPolicy = spec.policy.var.build()
+        policy: EnginePolicy = spec.policy.var.build()
         policy.set_training_mode(False)
     collector = _start_games(factory, spec, seeds, policy, stopwatch)
     connection.send(Ready())
@@ -188,7 +188,7 @@ def _start_games(
     factory: EnvFactory,
     spec: WorkerSpec,
     seeds: np.random.SeedSequence,
-    policy: LstmPolicy,
+    policy: EnginePolicy,
     stopwatch: Stopwatch,
 ) -> Collector:
     with stopwatch.phase("setup"):

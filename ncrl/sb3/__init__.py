@@ -1,6 +1,10 @@
 """Stable-Baselines3 policies whose policy and value outputs can be Neurocoder layers."""
 
+from ncrl.sb3.engine import EnginePolicy, Latent, RolloutEvaluation, Step
 from ncrl.sb3.feedforward import (
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
     NeurocoderCnnPolicy,
     NeurocoderMlpPolicy,
     NeurocoderMultiInputPolicy,
@@ -9,21 +13,28 @@ from ncrl.sb3.recurrent import (
     CnnLstmPolicy,
     LstmPolicy,
     MlpLstmPolicy,
+    MultiInputLstmPolicy,
     NeurocoderCnnLstmPolicy,
     NeurocoderMlpLstmPolicy,
-    RolloutEvaluation,
-    Step,
+    NeurocoderMultiInputLstmPolicy,
 )
 from ncrl.sb3.registry import register
 
 __all__ = [
     "CnnLstmPolicy",
+    "CnnPolicy",
+    "EnginePolicy",
+    "Latent",
     "LstmPolicy",
     "MlpLstmPolicy",
+    "MlpPolicy",
+    "MultiInputLstmPolicy",
+    "MultiInputPolicy",
     "NeurocoderCnnLstmPolicy",
     "NeurocoderCnnPolicy",
     "NeurocoderMlpLstmPolicy",
     "NeurocoderMlpPolicy",
+    "NeurocoderMultiInputLstmPolicy",
     "NeurocoderMultiInputPolicy",
     "RolloutEvaluation",
     "Step",

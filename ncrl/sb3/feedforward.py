@@ -1,4 +1,4 @@
-"""Policies without memory, for Stable-Baselines3's A2C and PPO: its own, with other heads."""
+"""Policies without memory, for A2C, PPO and `agents.A3C`: SB3's own, with heads of choice."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
+from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.heads import ChosenHeads
 from ncrl.sb3.regularise import Evaluation, regularised
 
 
-class FeedForwardPolicy(ChosenHeads):
+class FeedForwardPolicy(EnginePolicy, ChosenHeads):
     """What the policies of this module have in common; any of SB3's actor-critics may follow."""
 
     @regularised
@@ -26,17 +27,41 @@ class FeedForwardPolicy(ChosenHeads):
         return super().evaluate_actions(obs, actions)
 
 
-class NeurocoderMlpPolicy(FeedForwardPolicy, ActorCriticPolicy):
-    """SB3's `MlpPolicy` with Neurocoder heads.
+class MlpPolicy(FeedForwardPolicy, ActorCriticPolicy):
+    """SB3's `MlpPolicy`, whose heads are its own unless `head` says otherwise.
 
     Args: those of SB3's policy, and `head`, `head_kwargs`, `orth_coef`, `balance_coef` of
     `ncrl.sb3.heads.ChosenHeads`.
     """
 
-
-class NeurocoderCnnPolicy(FeedForwardPolicy, ActorCriticCnnPolicy):
-    """SB3's `CnnPolicy` with Neurocoder heads; arguments as for `NeurocoderMlpPolicy`."""
+    head = "linear"
 
 
-class NeurocoderMultiInputPolicy(FeedForwardPolicy, MultiInputActorCriticPolicy):
-    """SB3's `MultiInputPolicy`, for Dict observations, with Neurocoder heads; likewise."""
+class CnnPolicy(FeedForwardPolicy, ActorCriticCnnPolicy):
+    """SB3's `CnnPolicy`; arguments as for `MlpPolicy`."""
+
+    head = "linear"
+
+
+class MultiInputPolicy(FeedForwardPolicy, MultiInputActorCriticPolicy):
+    """SB3's `MultiInputPolicy`, for Dict observations; arguments as for `MlpPolicy`."""
+
+    head = "linear"
+
+
+class NeurocoderMlpPolicy(MlpPolicy):
+    """`MlpPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+class NeurocoderCnnPolicy(CnnPolicy):
+    """`CnnPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+class NeurocoderMultiInputPolicy(MultiInputPolicy):
+    """`MultiInputPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"

@@ -5,71 +5,48 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
-from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
+from ncrl.sb3.engine import EnginePolicy, Latent
 from ncrl.sb3.heads import ChosenHeads
 from ncrl.sb3.regularise import Evaluation, regularised
 
 
-class Step(NamedTuple):
-    """One decision for each of B environments."""
+class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
+    """An LSTM between features and heads.
 
-    actions: Tensor
-    """[B, ...] in the shape of the action space."""
-
-    log_prob: Tensor
-    """Log-probability of each action, [B]."""
-
-    lstm_state: LstmState
-    """State after the step."""
-
-
-class RolloutEvaluation(NamedTuple):
-    """What the current weights say about a rollout of T actions and T + 1 observations."""
-
-    values: Tensor
-    """V(x_t), [T + 1, B]; the last row is the bootstrap value."""
-
-    log_prob: Tensor
-    """Log-probability of the actions taken, [T, B]."""
-
-    entropy: Tensor
-    """Entropy of the policy, [T, B]."""
-
-    latent: Tensor
-    """LSTM output, which the heads read, [T + 1, B, h]."""
-
-
-class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
-    """Encoder and LSTM shared by actor and critic; the gradients of both flow into them.
-
-    Differs from sb3-contrib's policies in that the critic's gradient is not cut off the shared
-    LSTM, in the LSTM running over whole rollouts (`ncrl.networks.unroll_lstm`), and in the heads,
-    which sit directly on the LSTM unless `net_arch` puts layers between.
+    Differs from sb3-contrib's policies in three ways. Encoder and LSTM are shared by actor and
+    critic unless asked otherwise, and the gradients of both flow into them: sb3-contrib cuts the
+    critic's off. The LSTM runs over whole rollouts (`ncrl.networks.unroll_lstm`). The heads sit
+    directly on it unless `net_arch` puts layers between.
 
     Args:
-        observation_space: any but Dict.
+        observation_space: what SB3 supports.
         action_space: Discrete, MultiDiscrete, MultiBinary or Box.
         lr_schedule: learning rate by remaining progress.
         net_arch: layers between LSTM and heads, as in SB3; none by default.
         lstm_hidden_size: h.
         n_lstm_layers: L.
+        shared_lstm: one LSTM for actor and critic. The default, unless `enable_critic_lstm` is
+            given or `share_features_extractor` is False.
+        enable_critic_lstm: another LSTM for the critic. Neither of the two: the critic has no
+            memory.
         kwargs: `head`, `head_kwargs`, `orth_coef`, `balance_coef` of `ncrl.sb3.heads.ChosenHeads`,
             and further arguments of `RecurrentActorCriticPolicy`.
 
     Raises:
-        ValueError: for an unknown head or option, or for `use_sde`, which reads the inside of a
-            linear output layer.
+        ValueError: for an unknown head or option, for LSTMs that are shared and are not, or for
+            `use_sde`, which A3C does not support.
     """
 
     head = "linear"
@@ -83,11 +60,24 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
         *,
         lstm_hidden_size: int = 256,
         n_lstm_layers: int = 1,
+        shared_lstm: bool | None = None,
+        enable_critic_lstm: bool | None = None,
+        share_features_extractor: bool = True,
         use_sde: bool = False,
         **kwargs: Any,
     ) -> None:
         if use_sde:
             raise ValueError("use_sde=True is not supported by ncrl's policies; use use_sde=False")
+        if shared_lstm is None:
+            shared_lstm = enable_critic_lstm is None and share_features_extractor
+        if enable_critic_lstm is None:
+            enable_critic_lstm = not shared_lstm
+        if shared_lstm and (enable_critic_lstm or not share_features_extractor):
+            raise ValueError(
+                "shared_lstm=True needs enable_critic_lstm=False and share_features_extractor=True,"
+                f" got enable_critic_lstm={enable_critic_lstm} and "
+                f"share_features_extractor={share_features_extractor}"
+            )
         super().__init__(
             observation_space,
             action_space,
@@ -95,84 +85,52 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
             [] if net_arch is None else net_arch,
             lstm_hidden_size=lstm_hidden_size,
             n_lstm_layers=n_lstm_layers,
-            shared_lstm=True,
-            enable_critic_lstm=False,
+            shared_lstm=shared_lstm,
+            enable_critic_lstm=enable_critic_lstm,
+            share_features_extractor=share_features_extractor,
             **kwargs,
         )
 
     # The engine's interface: time-major, one network pass for actor and critic.
 
-    def initial_state(self, num_envs: int) -> LstmState:
-        """Zero LSTM state for `num_envs` environments, [L, B, h] twice."""
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """(L, h) of the state; the critic's LSTM, if it has one, is kept behind the actor's."""
         layers, _, width = self.lstm_hidden_state_shape
-        zeros = torch.zeros(layers, num_envs, width, device=self.device)
-        return zeros, zeros.clone()
+        return (layers if self.lstm_critic is None else 2 * layers), width
 
-    def act(self, obs: Tensor, lstm_state: LstmState, episode_start: Tensor) -> Step:
-        """Sample one action per environment.
+    def unroll(
+        self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor
+    ) -> tuple[Latent, LstmState]:
+        """Encoder and LSTM: obs [T, B, ...] -> latents [T, B, h], next state."""
 
-        Args:
-            obs: [B, ...].
-            lstm_state: before the step, [L, B, h] twice.
-            episode_start: [B] bool.
-        """
-        latent, lstm_state = self.encode(obs, lstm_state, episode_start)
-        distribution = self.distribution(latent)
-        actions = distribution.get_actions()
-        return Step(actions, distribution.log_prob(actions), lstm_state)
+        def run(
+            lstm: nn.LSTM, features: Tensor, state: tuple[Tensor, ...]
+        ) -> tuple[Tensor, LstmState]:
+            return unroll_lstm(lstm, features, _pair(state), episode_start)
 
-    def evaluate_rollout(
-        self, obs: Tensor, actions: Tensor, lstm_state: LstmState, episode_start: Tensor
-    ) -> RolloutEvaluation:
-        """Evaluate T actions under the current weights.
+        features = self.features(obs, episode_start.shape)
+        if self.lstm_critic is None:
+            latent, states = self._remember(features, RNNStates(lstm_state, lstm_state), run)
+            return latent, _pair(states.pi)
+        halves = [part.chunk(2) for part in lstm_state]  # ([L, B, h], [L, B, h]) twice
+        states = RNNStates(*zip(*halves, strict=True))
+        latent, states = self._remember(features, states, run)
+        return latent, _pair(tuple(map(torch.cat, zip(*states, strict=True))))
 
-        Args:
-            obs: [T + 1, B, ...].
-            actions: [T, B, ...].
-            lstm_state: before row 0, [L, B, h] twice.
-            episode_start: [T + 1, B] bool.
-        """
-        latent, _ = self._unroll(obs, lstm_state, episode_start)
-        num_steps, num_envs = actions.shape[:2]
-        distribution = self.distribution(latent[:-1].flatten(0, 1))
-        entropy = distribution.entropy()
-        assert entropy is not None  # only squashed Gaussians, which need gSDE, have none
-        return RolloutEvaluation(
-            values=self.values(latent).squeeze(-1),
-            log_prob=distribution.log_prob(actions.flatten(0, 1)).view(num_steps, num_envs),
-            entropy=entropy.view(num_steps, num_envs),
-            latent=latent,
-        )
-
-    def encode(
-        self, obs: Tensor, lstm_state: LstmState, episode_start: Tensor
-    ) -> tuple[Tensor, LstmState]:
-        """Encoder and LSTM for one observation each: obs [B, ...] -> latent [B, h], next state."""
-        latent, lstm_state = self._unroll(obs.unsqueeze(0), lstm_state, episode_start[None])
-        return latent[0], lstm_state
-
-    def distribution(self, latent: Tensor) -> Distribution:
-        """The policy behind LSTM outputs [B, h]."""
-        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
-
-    def values(self, latent: Tensor) -> Tensor:
-        """Values [..., 1] behind LSTM outputs [..., h]."""
-        values: Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
-        return values
-
-    def _unroll(
-        self, obs: Tensor, lstm_state: LstmState, episode_start: Tensor
-    ) -> tuple[Tensor, LstmState]:
-        """Encoder and LSTM: obs [T, B, ...] -> latent [T, B, h]."""
-        features = self._features(obs.flatten(0, 1))  # [T * B, features]
-        features = features.view(*obs.shape[:2], -1)
-        return unroll_lstm(self.lstm_actor, features, lstm_state, episode_start)
-
-    def _features(self, obs: PyTorchObs) -> Tensor:
-        features: Tensor = super(ActorCriticPolicy, self).extract_features(
-            obs, self.features_extractor
-        )
-        return features
+    def _remember(
+        self,
+        features: Latent,
+        states: RNNStates,
+        run: Callable[[nn.LSTM, Tensor, tuple[Tensor, ...]], tuple[Tensor, LstmState]],
+    ) -> tuple[Latent, RNNStates]:
+        """What the LSTMs make of features; `run` is one of them over one or more timesteps."""
+        actor, pi = run(self.lstm_actor, features.actor, states.pi)
+        if self.lstm_critic is not None:
+            critic, vf = run(self.lstm_critic, features.critic, states.vf)
+            return Latent(actor, critic), RNNStates(pi, vf)
+        critic = actor if self.critic is None else self.critic(features.critic)
+        return Latent(actor, critic), RNNStates(pi, pi)
 
     # sb3-contrib's interface, batch-major, with the critic's gradient kept.
 
@@ -194,12 +152,12 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
                 "cannot train it; use sb3_contrib.RecurrentPPO or agents.A3C, or a policy without "
                 "Lstm in its name"
             )
-        latent, state = self._latent(obs, _pair(lstm_states.pi), episode_starts)
+        latent, lstm_states = self._latent(obs, lstm_states, episode_starts)
         distribution = self.distribution(latent)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         actions = actions.reshape((-1, *self.action_space.shape))  # type: ignore[misc]
-        return actions, self.values(latent), log_prob, RNNStates(state, state)
+        return actions, self.values(latent), log_prob, lstm_states
 
     @regularised
     def evaluate_actions(  # type: ignore[override]
@@ -209,7 +167,7 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
 
         A gradient through the log-probabilities brings along that of the heads' own losses.
         """
-        latent, _ = self._latent(obs, _pair(lstm_states.pi), episode_starts)
+        latent, _ = self._latent(obs, lstm_states, episode_starts)
         distribution = self.distribution(latent)
         return self.values(latent), distribution.log_prob(actions), distribution.entropy()
 
@@ -217,14 +175,18 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
         self, obs: PyTorchObs, lstm_states: LstmState, episode_starts: Tensor
     ) -> Tensor:
         """Values [B, 1], as in sb3-contrib."""
-        return self.values(self._latent(obs, lstm_states, episode_starts)[0])
+        states = RNNStates(lstm_states, lstm_states)
+        return self.values(self._latent(obs, states, episode_starts)[0])
 
     def _latent(
-        self, obs: PyTorchObs, lstm_state: LstmState, episode_starts: Tensor
-    ) -> tuple[Tensor, LstmState]:
-        return self._process_sequence(
-            self._features(obs), lstm_state, episode_starts, self.lstm_actor
-        )
+        self, obs: PyTorchObs, lstm_states: RNNStates, episode_starts: Tensor
+    ) -> tuple[Latent, RNNStates]:
+        def run(
+            lstm: nn.LSTM, features: Tensor, state: tuple[Tensor, ...]
+        ) -> tuple[Tensor, LstmState]:
+            return self._process_sequence(features, _pair(state), episode_starts, lstm)
+
+        return self._remember(self.features(obs, episode_starts.shape), lstm_states, run)
 
     @staticmethod
     def _process_sequence(  # type: ignore[override]
@@ -237,11 +199,42 @@ class LstmPolicy(ChosenHeads, RecurrentActorCriticPolicy):
         outputs, state = unroll_lstm(lstm, inputs, lstm_states, starts)
         return outputs.transpose(0, 1).flatten(0, 1), state
 
+    def _predict(  # type: ignore[override]
+        self,
+        observation: PyTorchObs,
+        lstm_states: LstmState,
+        episode_starts: Tensor,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `predict` calls, with a state that belongs to the observations.
+
+        Raises:
+            ValueError: for a state or episode starts of another number of observations.
+        """
+        rows = next(iter(observation.values())) if isinstance(observation, dict) else observation
+        layers, _, width = self.lstm_hidden_state_shape
+        expected = (layers, len(rows), width)
+        if any(part.shape != expected for part in lstm_states):
+            shapes = " and ".join(str(tuple(part.shape)) for part in lstm_states)
+            raise ValueError(
+                f"predict() got a state of shapes {shapes} for {len(rows)} observations, expected "
+                f"two of {expected}: hand in the state that the call before returned, or None"
+            )
+        if episode_starts.shape != (len(rows),):
+            raise ValueError(
+                f"predict() got episode_start of shape {tuple(episode_starts.shape)} for "
+                f"{len(rows)} observations, expected ({len(rows)},): one truth value for each"
+            )
+        return super()._predict(observation, lstm_states, episode_starts, deterministic)  # type: ignore[arg-type]
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         layers, _, width = self.lstm_hidden_state_shape
         return super()._get_constructor_parameters() | {
             "lstm_hidden_size": width,
             "n_lstm_layers": layers,
+            "shared_lstm": self.shared_lstm,
+            "enable_critic_lstm": self.enable_critic_lstm,
+            "lstm_kwargs": self.lstm_kwargs,
         }
 
 
@@ -295,6 +288,18 @@ class CnnLstmPolicy(LstmPolicy):
         )
 
 
+class MultiInputLstmPolicy(LstmPolicy):
+    """Dict observations -> SB3's `CombinedExtractor` -> LSTM -> linear heads.
+
+    Args:
+        kwargs: arguments of `LstmPolicy`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        super().__init__(*args, **kwargs)
+
+
 class NeurocoderMlpLstmPolicy(MlpLstmPolicy):
     """Vector observations -> tanh layer -> LSTM -> Neurocoder heads."""
 
@@ -303,5 +308,11 @@ class NeurocoderMlpLstmPolicy(MlpLstmPolicy):
 
 class NeurocoderCnnLstmPolicy(CnnLstmPolicy):
     """Images -> encoder -> LSTM -> Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+class NeurocoderMultiInputLstmPolicy(MultiInputLstmPolicy):
+    """Dict observations -> SB3's `CombinedExtractor` -> LSTM -> Neurocoder heads."""
 
     head = "neurocoder"

@@ -12,14 +12,22 @@ from ncrl.sb3.feedforward import (
     NeurocoderMlpPolicy,
     NeurocoderMultiInputPolicy,
 )
-from ncrl.sb3.recurrent import NeurocoderCnnLstmPolicy, NeurocoderMlpLstmPolicy
+from ncrl.sb3.recurrent import (
+    NeurocoderCnnLstmPolicy,
+    NeurocoderMlpLstmPolicy,
+    NeurocoderMultiInputLstmPolicy,
+)
 
 FEED_FORWARD: tuple[type[BasePolicy], ...] = (
     NeurocoderMlpPolicy,
     NeurocoderCnnPolicy,
     NeurocoderMultiInputPolicy,
 )
-RECURRENT: tuple[type[BasePolicy], ...] = (NeurocoderMlpLstmPolicy, NeurocoderCnnLstmPolicy)
+RECURRENT: tuple[type[BasePolicy], ...] = (
+    NeurocoderMlpLstmPolicy,
+    NeurocoderCnnLstmPolicy,
+    NeurocoderMultiInputLstmPolicy,
+)
 
 # Not TRPO: its natural gradient leaves no place for the heads' own losses.
 POLICIES: dict[type[BaseAlgorithm], tuple[type[BasePolicy], ...]] = {

@@ -17,7 +17,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 import agents.a3c
@@ -303,7 +303,9 @@ def test_gymnasium_ids() -> None:
         ({"n_envs": 0}, r"n_envs=0"),
         ({"n_workers": -1}, r"n_workers=-1"),
         ({"correction": "vtrac"}, r"'vtrac'.*did you mean 'vtrace'"),
-        ({"policy": "MlpLstmPolcy"}, r"MlpLstmPolcy"),
+        ({"policy": "MlpLstmPolcy"}, r"'MlpLstmPolcy'; did you mean 'MlpLstmPolicy'"),
+        ({"use_sde": True, "env": "Pendulum-v1"}, r"use_sde=True.*use_sde=False"),
+        ({"policy_kwargs": {"use_sde": True}}, r"use_sde=True.*use_sde=False"),
         ({"env": "CartPol-v1"}, r"'CartPol-v1'.*CartPole"),
         ({"policy_kwargs": {"head": "neurocodr"}}, r"did you mean 'neurocoder'"),
     ],
@@ -331,10 +333,20 @@ def test_workers_cannot_play_an_environment_object() -> None:
             make_model(env, n_workers=2)
 
 
-@pytest.mark.parametrize("policy", [contrib.RecurrentActorCriticPolicy, ActorCriticPolicy])
-def test_a_policy_of_another_kind_is_refused(policy: type) -> None:
-    with pytest.raises(TypeError, match=rf"LstmPolicy.*{policy.__name__}"):
+@pytest.mark.parametrize(
+    ("policy", "instead"),
+    [
+        (contrib.RecurrentActorCriticPolicy, "MlpLstmPolicy"),
+        (contrib.RecurrentMultiInputActorCriticPolicy, "MultiInputLstmPolicy"),
+        (ActorCriticPolicy, "MlpPolicy"),
+        (ActorCriticCnnPolicy, "CnnPolicy"),
+    ],
+)
+def test_a_policy_of_another_kind_is_refused(policy: type, instead: str) -> None:
+    with pytest.raises(TypeError, match=rf"EnginePolicy.*{policy.__name__} is not.*'{instead}'"):
         make_model(policy=policy, policy_kwargs={"net_arch": [4]})
+    with pytest.raises(TypeError, match="a name or a policy class, got 7"):
+        make_model(policy=7)
 
 
 def test_a_factory_that_returns_something_else_is_refused() -> None:

@@ -9,21 +9,43 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from agents.buffers import Rollout, RolloutBatch, RolloutShape, RolloutSlots, first_rows
+from agents.buffers import (
+    Rollout,
+    RolloutBatch,
+    RolloutShape,
+    RolloutSlots,
+    first_rows,
+    split_envs,
+)
 
 VECTORS = spaces.Box(-1, 1, (3,), np.float32)
+DICT = spaces.Dict(
+    {
+        "pixels": spaces.Box(0, 255, (1, 4, 4), np.uint8),
+        "speed": spaces.Box(-1, 1, (2,), np.float32),
+        "gear": spaces.Discrete(5),
+    }
+)
 CPU = torch.device("cpu")
+
+both = pytest.mark.parametrize(
+    "options",
+    [{}, {"observation_space": DICT, "lstm_layers": 0, "lstm_size": 0}],
+    ids=["vectors with memory", "dicts without"],
+)
 
 
 def make_shape(n_steps: int = 4, n_envs: int = 2, **options: Any) -> RolloutShape:
-    spaces_of = {"observation_space": VECTORS, "action_space": spaces.Discrete(5)} | options
-    return RolloutShape(n_steps, n_envs, **spaces_of, lstm_layers=2, lstm_size=6)
+    defaults = {"observation_space": VECTORS, "action_space": spaces.Discrete(5)}
+    return RolloutShape(
+        n_steps, n_envs, **(defaults | {"lstm_layers": 2, "lstm_size": 6} | options)
+    )
 
 
 def numbered(shape: RolloutShape, first: int) -> Rollout:
     """Every element has its own number; bools are its parity."""
     rollout = shape.allocate()
-    for tensor in rollout:
+    for tensor in rollout.tensors():
         count = torch.arange(first, first + tensor.numel()).reshape(tensor.shape)
         tensor.copy_(count % 2 == 1 if tensor.dtype == torch.bool else count % 100)
     return rollout
@@ -43,7 +65,9 @@ def numbered(shape: RolloutShape, first: int) -> Rollout:
 def test_layout_follows_the_spaces(space: Any, tail: tuple[int, ...], dtype: torch.dtype) -> None:
     rollout = make_shape(7, 3, observation_space=space, action_space=space).allocate()
     assert rollout.obs.shape == (8, 3, *tail) and rollout.obs.dtype == dtype
-    assert rollout.actions.shape == (7, 3, *tail) and rollout.actions.dtype == dtype
+    assert rollout.actions.shape == (7, 3, *tail)
+    # A Gaussian draws float32, whatever the space says; all else is stored as the space has it.
+    assert rollout.actions.dtype == (torch.float32 if isinstance(space, spaces.Box) else dtype)
     assert rollout.episode_start.shape == (8, 3)
     for name in ("log_prob", "rewards", "dones", "truncation_value"):
         assert getattr(rollout, name).shape == (7, 3), name
@@ -52,7 +76,7 @@ def test_layout_follows_the_spaces(space: Any, tail: tuple[int, ...], dtype: tor
 
 
 def test_what_nobody_wrote_is_conspicuous() -> None:
-    for tensor in make_shape(observation_space=spaces.Box(0, 255, (2,), np.uint8)).allocate():
+    for tensor in make_shape(observation_space=DICT).allocate().tensors():
         if tensor.dtype.is_floating_point:
             assert tensor.isnan().all()
         elif tensor.dtype == torch.bool:
@@ -63,34 +87,58 @@ def test_what_nobody_wrote_is_conspicuous() -> None:
 
 def test_a_space_without_a_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="Dict"):
-        make_shape(observation_space=spaces.Dict({"a": VECTORS})).allocate()
+        make_shape(observation_space=spaces.Tuple([VECTORS])).allocate()
 
 
-def test_slots_are_views_that_do_not_overlap() -> None:
-    slots = RolloutSlots(make_shape(), 3, shared=False)
+def test_dict_observations_have_a_tensor_for_every_entry() -> None:
+    rollout = make_shape(7, 3, observation_space=DICT).allocate()
+    layout = {name: (tensor.shape, tensor.dtype) for name, tensor in rollout.obs.items()}
+    assert layout == {
+        "pixels": ((8, 3, 1, 4, 4), torch.uint8),
+        "speed": ((8, 3, 2), torch.float32),
+        "gear": ((8, 3), torch.int64),
+    }
+    part = rollout.map(lambda tensor: tensor[0])
+    assert part.obs["gear"].shape == (3,) and part.rewards.shape == (3,)
+
+
+@both
+def test_groups_of_environments(options: dict[str, Any]) -> None:
+    rollout = numbered(make_shape(n_envs=6, **options), 3)
+    parts = list(split_envs(rollout, 3))
+    assert len(parts) == 3
+    for place, part in enumerate(parts):
+        for actual, whole in zip(part.tensors(), rollout.tensors(), strict=True):
+            assert torch.equal(actual, columns(whole, place))
+
+
+@both
+def test_slots_are_views_that_do_not_overlap(options: dict[str, Any]) -> None:
+    slots = RolloutSlots(make_shape(**options), 3, shared=False)
     for index in range(3):
-        for tensor in slots[index]:
+        for tensor in slots[index].tensors():
             tensor.fill_(index)
     for index in range(3):
-        for tensor in slots[index]:
+        for tensor in slots[index].tensors():
             expected = index > 0 if tensor.dtype == torch.bool else index
             assert (tensor == expected).all()
-    assert slots.nbytes == 3 * sum(tensor.nbytes for tensor in make_shape().allocate())
+    assert slots.nbytes == 3 * sum(t.nbytes for t in make_shape(**options).allocate().tensors())
 
 
 def write_slot(slots: RolloutSlots, index: int) -> None:
-    for tensor in slots[index]:
+    for tensor in slots[index].tensors():
         tensor.fill_(1)
 
 
-def test_shared_slots_are_written_by_another_process() -> None:
-    slots = RolloutSlots(make_shape(), 2, shared=True)
+@both
+def test_shared_slots_are_written_by_another_process(options: dict[str, Any]) -> None:
+    slots = RolloutSlots(make_shape(**options), 2, shared=True)
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=write_slot, args=(slots, 1), daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    for tensor in slots[1]:
+    for tensor in slots[1].tensors():
         assert (tensor == 1).all()
     assert slots[0].rewards.isnan().all()
 
@@ -99,18 +147,19 @@ def columns(tensor: Tensor, place: int) -> Tensor:
     return tensor[:, 2 * place : 2 * place + 2]
 
 
-def test_gather_lays_rollouts_side_by_side_and_copies() -> None:
-    shape = make_shape(n_envs=2)
-    batch = RolloutBatch(make_shape(n_envs=6), CPU)
+@both
+def test_gather_lays_rollouts_side_by_side_and_copies(options: dict[str, Any]) -> None:
+    shape = make_shape(n_envs=2, **options)
+    batch = RolloutBatch(make_shape(n_envs=6, **options), CPU)
     rollouts = [numbered(shape, first) for first in (0, 7, 31)]
     gathered = batch.gather(rollouts)
-    kept = [Rollout(*(tensor.clone() for tensor in rollout)) for rollout in rollouts]
+    kept = [rollout.map(Tensor.clone) for rollout in rollouts]
     for rollout in rollouts:  # the slots are played again at once
-        for tensor in rollout:
+        for tensor in rollout.tensors():
             tensor.zero_()
     for place, rollout in enumerate(kept):
-        for name, expected in rollout._asdict().items():
-            assert torch.equal(columns(getattr(gathered, name), place), expected), name
+        for actual, expected in zip(gathered.tensors(), rollout.tensors(), strict=True):
+            assert torch.equal(columns(actual, place), expected)
 
 
 def test_a_batch_with_an_environment_missing_is_our_own_mistake() -> None:

@@ -104,7 +104,7 @@ def test_log_probabilities_and_states_are_those_of_the_learner(policy_class: typ
             evaluation = policy.evaluate_rollout(
                 rollout.obs, rollout.actions, stored, rollout.episode_start
             )
-            _, state = policy._unroll(rollout.obs[:-1], stored, rollout.episode_start[:-1])
+            _, state = policy.unroll(rollout.obs[:-1], stored, rollout.episode_start[:-1])
         torch.testing.assert_close(rollout.log_prob, evaluation.log_prob, rtol=1e-4, atol=1e-5)
     assert rollouts[1].lstm_h.abs().sum() > 0
     for actual, expected in zip(collector.lstm_state, state, strict=True):
@@ -122,7 +122,7 @@ def test_a_time_limit_is_valued_by_what_was_cut_off(policy_class: type) -> None:
     with torch.no_grad():
         for t in range(LENGTH):
             start = rollout.episode_start[t]
-            _, state = policy._unroll(rollout.obs[t : t + 1], state, start[None])
+            _, state = policy.unroll(rollout.obs[t : t + 1], state, start[None])
             terminal = torch.from_numpy(env.terminal_observations[t])
             values = policy.predict_values(terminal, state, never).squeeze(-1)
             expected[t] = torch.where(torch.from_numpy(DONES[t] == 2), values, 0.0)

@@ -29,7 +29,7 @@ from agents.video import (
     remember,
     view_heads,
 )
-from ncrl.sb3 import CnnLstmPolicy, LstmPolicy, NeurocoderCnnLstmPolicy
+from ncrl.sb3 import CnnLstmPolicy, Latent, LstmPolicy, NeurocoderCnnLstmPolicy
 
 SLOTS, COMPONENTS, ACTION_NAMES = 12, 6, ("NOOP", "FIRE", "UP", "DOWNRIGHTFIRE")
 SPACE = spaces.Box(0, 255, (1, 84, 84), np.uint8)
@@ -80,21 +80,21 @@ HEAD_KWARGS = {"num_slots": SLOTS, "num_heads": 3, "num_steps": 2, "num_least_us
 @pytest.mark.parametrize("net_arch", [None, {"pi": [8], "vf": [10]}])
 def test_heads_show_the_attention_behind_the_outputs(net_arch):
     coded = policy(NeurocoderCnnLstmPolicy, head_kwargs=HEAD_KWARGS, net_arch=net_arch)
-    latent = torch.randn(1, 16)
-    actor, critic = view_heads(coded, latent)
+    x = torch.randn(1, 16)
+    actor, critic = view_heads(coded, Latent(x, x))
     assert (actor.name, critic.name) == ("actor", "critic")
-    for view, head, x in (
-        (actor, coded.action_net, coded.mlp_extractor.forward_actor(latent)),
-        (critic, coded.value_net, coded.mlp_extractor.forward_critic(latent)),
+    for view, head, read in (
+        (actor, coded.action_net, coded.mlp_extractor.forward_actor(x)),
+        (critic, coded.value_net, coded.mlp_extractor.forward_critic(x)),
     ):
-        expected = torch.stack([weights[0] for weights in head.attend(x)])
+        expected = torch.stack([weights[0] for weights in head.attend(read)])
         assert view.attention.shape == (3, COMPONENTS, SLOTS)
         np.testing.assert_array_equal(view.attention, expected.detach().numpy())
     assert not np.array_equal(actor.attention, critic.attention)
 
 
 def test_plain_heads_have_no_attention():
-    heads = view_heads(policy(CnnLstmPolicy), torch.randn(1, 16))
+    heads = view_heads(policy(CnnLstmPolicy), Latent(*torch.randn(2, 1, 16)))
     assert heads == [HeadView("actor", None), HeadView("critic", None)]
 
 
@@ -250,7 +250,7 @@ def test_a_video_is_of_the_policy_that_plays(tmp_path):
     coded = policy(NeurocoderCnnLstmPolicy, head_kwargs=HEAD_KWARGS)
     with GameVideo(tmp_path / "game.mp4") as video:
         for _ in range(2):
-            video.add(moment()._replace(heads=view_heads(coded, torch.randn(1, 16))))
+            video.add(moment()._replace(heads=view_heads(coded, Latent(*torch.randn(2, 1, 16)))))
     assert len(read(tmp_path / "game.mp4")) == 2
 
 

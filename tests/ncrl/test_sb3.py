@@ -111,7 +111,8 @@ def test_a_rollout_evaluates_to_what_stepping_gave(policy_class: type, options: 
         )
     torch.testing.assert_close(evaluation.log_prob, played.log_prob[:-1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(evaluation.values, played.values, rtol=1e-4, atol=1e-5)
-    assert evaluation.latent.shape == (*STARTS.shape, 8)
+    assert evaluation.latent.actor.shape == (*STARTS.shape, 8)
+    assert evaluation.latent.critic is evaluation.latent.actor
     assert played.values.std() > 1e-3, "the comparison would hide a wrong state"
 
 
@@ -138,12 +139,13 @@ def test_log_probability_and_entropy_of_a_discrete_policy_by_hand() -> None:
     evaluation = policy.evaluate_rollout(
         played.obs, played.actions[:-1], played.first_state, STARTS
     )
-    logits = policy.action_net(evaluation.latent[:-1])
+    logits = policy.action_net(evaluation.latent.actor[:-1])
     log_p = logits - logits.exp().sum(-1, keepdim=True).log()
     chosen = log_p.gather(-1, played.actions[:-1].unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(evaluation.log_prob, chosen)
     torch.testing.assert_close(evaluation.entropy, -(log_p.exp() * log_p).sum(-1))
-    torch.testing.assert_close(evaluation.values, policy.value_net(evaluation.latent).squeeze(-1))
+    values = policy.value_net(evaluation.latent.critic).squeeze(-1)
+    torch.testing.assert_close(evaluation.values, values)
 
 
 @pytest.mark.parametrize("policy_class", POLICIES)
