@@ -1,14 +1,16 @@
 """The same programs as `composition` and `integration` compose, with a gradient derived by hand.
 
 What costs time in a Neurocoder layer is passes over attention, 3 H P numbers for each step and
-input. This module makes as few as it can, in place where it can, and keeps three such tensors for
-the backward pass (five when there are several steps). Tests hold it to the plain equations.
+input. This module makes as few as it can, in place where it can, on blocks of inputs that fit into
+the caches, and keeps three such tensors for the backward pass (six when there are several steps).
+Tests hold it to the plain equations.
 
 Shapes: B inputs, P slots, H heads, J steps, R = J * H components, K key width, h LSTM width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +30,9 @@ from ncrl.neurocoder.integration import Composed, mix_slots, singular_values, su
 from ncrl.neurocoder.tracing import has_hooks, plain_gradients, wants_plain_gradient
 from ncrl.neurocoder.workspace import Workspace
 
+BLOCK = 1 << 21
+"""Attention weights, 3 R P for each input, that are worked on at a time."""
+
 
 def mix_program(
     control: Control, keys: Tensor, memory_s: Tensor, projection: Tensor, config: NeurocoderConfig
@@ -45,22 +50,16 @@ def mix_program(
         The weight of every stored v in the output (c of y = c M_V), [P, B], and the singular values
         sigma, [R, B].
     """
+    inputs = *control, keys, memory_s, projection
     if not torch.is_grad_enabled():
-        workspace = _workspace(control.bias, control.hidden, config, reuse=True)
-        inputs = *control, keys, memory_s, projection
-        mixture, sigma, _ = _mix_program(inputs, config, workspace)
+        mixture, sigma, _ = _mix_program(inputs, config, reuse=True, keep=False)
     else:
-        mixture, sigma = _MixProgram.apply(  # type: ignore[no-untyped-call]
-            *control, keys, memory_s, projection, config
-        )
+        mixture, sigma = _MixProgram.apply(*inputs, config)  # type: ignore[no-untyped-call]
     return mixture, sigma
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs, beside inputs and outputs."""
-
-    weight: Tensor
-    """Of the head, `_by_slot`."""
+    """What the backward pass needs of a block, beside inputs and outputs."""
 
     queries: Tensor
     """Unit queries, [3, K, H, J B]."""
@@ -88,10 +87,10 @@ class _Saved(NamedTuple):
     """w^s_n M_S, [H, J, B]."""
 
     selected: Tensor | None
-    """Where a slot is among the least used, [3, P, H, J B] bool; the first step is void."""
+    """1 where a slot is among the least used, else 0: [3, P, H, J B]; the first step is void."""
 
     won: Tensor | None
-    """Where a weight is the largest of all steps so far; likewise."""
+    """1 where a weight is the largest of all steps so far; likewise."""
 
     peaks: Tensor | None
     """The most used slot before each step after the first, [J - 1, 3, 1, H, B]."""
@@ -99,14 +98,37 @@ class _Saved(NamedTuple):
 
 _Usage = tuple[Tensor | None, Tensor | None, Tensor | None]
 
+_Kept = list[tuple[_Saved, Workspace]]
+"""What the backward pass needs of every block, and the memory that it lies in."""
+
 
 def _mix_program(
-    inputs: Sequence[Tensor], config: NeurocoderConfig, workspace: Workspace
-) -> tuple[Tensor, Tensor, _Saved]:
+    inputs: Sequence[Tensor], config: NeurocoderConfig, *, reuse: bool, keep: bool
+) -> tuple[Tensor, Tensor, _Kept]:
     """Mixture and sigma from hidden, weight, bias, sharpness, keys, M_S and projection."""
+    hidden, weight, bias, *shared, projection = inputs
+    steps, size = config.num_steps, _block_size(projection, config)
+    weight, bias = _by_slot(weight, config), _by_slot(bias, config)
+    scratch = _scratch(bias, size, config, reuse=reuse)
+    kept: _Kept = []
+    outputs = []
+    for states, read in zip(_split(hidden, size, steps), _split(projection, size), strict=True):
+        workspace = _workspace(bias, read.shape[1], config, reuse=reuse)
+        block = states, weight, bias, *shared, read
+        mixture, sigma, saved = _mix_block(block, config, workspace, scratch)
+        outputs.append((mixture, sigma))
+        if keep:
+            kept.append((saved, workspace))
+    mixture, sigma = (_join(parts) for parts in zip(*outputs, strict=True))
+    return mixture, sigma, kept
+
+
+def _mix_block(
+    inputs: Sequence[Tensor], config: NeurocoderConfig, workspace: Workspace, scratch: Workspace
+) -> tuple[Tensor, Tensor, _Saved]:
+    """`_mix_program` for one block, from weight and bias that are `_by_slot`."""
     hidden, weight, bias, sharpness, keys, memory_s, projection = inputs
     steps, batch = config.num_steps, projection.shape[1]
-    weight, bias = _by_slot(weight, config), _by_slot(bias, config)
     attention = 3, config.num_slots, config.num_heads, steps * batch
     rows = workspace.take("rows", len(bias), steps * batch)
     torch.addmm(bias.unsqueeze(1), weight, hidden, out=rows)
@@ -114,7 +136,7 @@ def _mix_program(
     scale = inverse_norm(queries, dim=1)
     queries = queries * scale
     content, weights = (workspace.take(name, *attention) for name in ("content", "weights"))
-    scores = torch.bmm(keys, (queries * sharpness).flatten(2), out=weights.flatten(2))
+    scores = torch.bmm(keys * sharpness, queries.flatten(2), out=weights.flatten(2))
     torch.softmax(scores, dim=1, out=content.flatten(2))
     usage: _Usage = (None, None, None)
     if gates is None:
@@ -123,17 +145,17 @@ def _mix_program(
         moved = torch.mul(gates.sigmoid_(), content, out=weights)
     else:
         moved = workspace.take("moved", *attention)
-        usage = _gate(content, gates.sigmoid_(), moved, weights, config, batch)
+        usage = _gate(content, gates.sigmoid_(), moved, weights, config, batch, workspace)
 
     by_step = (*attention[:3], steps, batch)
     weight_u, weight_v, weight_s = weights.view(by_step)  # [P, H, J, B]
-    scratch_u, scratch_v, _ = workspace.take("grad", *by_step)
+    scratch_u, scratch_v, _ = scratch.take("grad", *by_step)
     read_u = torch.mul(weight_u, projection[:, None, None], out=scratch_u).sum(0)  # [H, J, B]
     read_s = (memory_s.T @ weight_s.flatten(1)).view_as(read_u)
     sigma = sum_of_smaller(F.softplus(read_s.transpose(0, 1)).flatten(0, 1))  # [R, B]
     strength = _by_head(sigma, steps) * read_u  # [H, J, B]
     mixture = torch.mul(weight_v, strength, out=scratch_v).sum((1, 2))  # [P, B]
-    saved = _Saved(weight, queries, scale, content, gates, moved, weights, read_u, read_s, *usage)
+    saved = _Saved(queries, scale, content, gates, moved, weights, read_u, read_s, *usage)
     return mixture, sigma, saved
 
 
@@ -145,10 +167,11 @@ class _MixProgram(torch.autograd.Function):
         *tensors, ctx.config = inputs
         # Hooks may keep what is saved for longer than this node lives.
         hooked = has_hooks()
-        workspace = _workspace(tensors[2], tensors[0], ctx.config, reuse=not hooked)
-        mixture, sigma, saved = _mix_program(tensors, ctx.config, workspace)
-        ctx.kept = None if hooked else (saved, workspace)
-        ctx.save_for_backward(*tensors, sigma, *(saved if hooked else ()))
+        mixture, sigma, kept = _mix_program(tensors, ctx.config, reuse=not hooked, keep=True)
+        ctx.kept = None if hooked else [saved for saved, _ in kept]
+        ctx.workspaces = None if hooked else [workspace for _, workspace in kept]
+        flat = [tensor for saved, _ in kept for tensor in saved] if hooked else []
+        ctx.save_for_backward(*tensors, sigma, *flat)
         return mixture, sigma
 
     @staticmethod
@@ -160,19 +183,56 @@ class _MixProgram(torch.autograd.Function):
                 equations = partial(_plain_mix_program, ctx.config)
                 wanted = ctx.needs_input_grad[:7]
                 return *plain_gradients(equations, inputs, wanted, grad_outputs), None
-            saved, workspace = ctx.kept or (
-                _Saved(*tensors[8:]),
-                _workspace(inputs[2], inputs[0], ctx.config, reuse=False),
-            )
-            return *_gradients(inputs, sigma, ctx.config, saved, workspace, *grad_outputs), None
+            width = len(_Saved._fields)
+            kept = ctx.kept or [
+                _Saved(*tensors[begin : begin + width]) for begin in range(8, len(tensors), width)
+            ]
+            return *_gradients(inputs, sigma, ctx.config, kept, grad_outputs), None
 
 
-def _workspace(bias: Tensor, hidden: Tensor, config: NeurocoderConfig, *, reuse: bool) -> Workspace:
-    """Memory for everything that is as large as attention."""
-    attention = 3 * config.num_slots * config.num_heads
-    names = 3 if config.num_steps == 1 else 5  # content, weights, grad; moved, at_gates
-    per_input = 2 * len(bias) + names * attention  # rows, grad_rows
-    return Workspace(bias, per_input * hidden.shape[1], names + 2, reuse=reuse)
+def _block_size(projection: Tensor, config: NeurocoderConfig) -> int:
+    """Inputs in a block; blocks are about equal."""
+    batch = projection.shape[1]
+    num_blocks = math.ceil(3 * config.num_components * config.num_slots * batch / BLOCK)
+    return math.ceil(batch / max(num_blocks, 1))
+
+
+def _split(tensor: Tensor, size: int, steps: int = 1) -> Sequence[Tensor]:
+    """[rows, J B] -> [rows, J b] for every block of b inputs."""
+    if tensor.shape[1] <= steps * size:
+        return [tensor]
+    blocks = torch.split(tensor.reshape(len(tensor), steps, -1), size, dim=2)
+    return [block.flatten(1) for block in blocks]
+
+
+def _join(blocks: Sequence[Tensor], steps: int = 1) -> Tensor:
+    """The inverse of `_split`."""
+    if len(blocks) == 1:
+        return blocks[0]
+    by_step = [block.reshape(len(block), steps, -1) for block in blocks]
+    return torch.cat(by_step, dim=2).flatten(1)
+
+
+def _workspace(bias: Tensor, size: int, config: NeurocoderConfig, *, reuse: bool) -> Workspace:
+    """Memory for what a block keeps for the backward pass that is as large as attention."""
+    # content, weights; moved, selected, won. The gates are among the rows.
+    several = config.num_steps > 1 and config.num_least_used > 0
+    return _space(bias, size, config, 5 if several else 2, reuse)
+
+
+def _scratch(bias: Tensor, size: int, config: NeurocoderConfig, *, reuse: bool) -> Workspace:
+    """Memory that one block after the other writes over."""
+    # grad; at_gates
+    return _space(bias, size, config, 1 if config.num_steps == 1 else 2, reuse)
+
+
+def _space(
+    bias: Tensor, size: int, config: NeurocoderConfig, num_attentions: int, reuse: bool
+) -> Workspace:
+    """Memory for this many tensors as large as attention, and for one of the head's rows."""
+    per_input = len(bias) + num_attentions * 3 * config.num_slots * config.num_heads
+    numel = per_input * config.num_steps * size
+    return Workspace(bias, numel, num_attentions + 1, reuse=reuse)
 
 
 def _gate(
@@ -182,6 +242,7 @@ def _gate(
     weights: Tensor,
     config: NeurocoderConfig,
     batch: int,
+    workspace: Workspace,
 ) -> _Usage:
     """`compose_attention` for several steps and gates after the sigmoid, into `moved` and
     `weights`.
@@ -189,7 +250,8 @@ def _gate(
     Returns:
         The last three fields of `_Saved`.
     """
-    selected, won = (torch.empty_like(content, dtype=torch.bool) for _ in range(2))
+    # Numbers, not truth values: torch converts those, slowly, wherever they meet numbers.
+    selected, won = (workspace.take(name, *content.shape) for name in ("selected", "won"))
     peaks: list[Tensor] = []
     usage: Tensor | None = None
     for here in _steps(config, batch):
@@ -198,13 +260,13 @@ def _gate(
             weights[here] = moved[here]
             usage = weights[here].clone()
             continue
-        peak, index = usage.max(dim=1, keepdim=True)
+        peak, index = first_largest(usage)
         peaks.append(index)
-        torch.le(usage, kth_smallest(usage, config.num_least_used), out=selected[here])
+        selected[here].copy_(usage).le_(kth_smallest(usage, config.num_least_used))
         least = (peak - usage).mul_(selected[here])
         torch.mul(content[here] - least, gates[here], out=moved[here])
         torch.add(least, moved[here], out=weights[here])
-        torch.ge(weights[here], usage, out=won[here])
+        won[here].copy_(weights[here]).ge_(usage)
         usage = torch.maximum(usage, weights[here])
     return selected, won, torch.stack(peaks)
 
@@ -213,12 +275,53 @@ def _gradients(
     inputs: Sequence[Tensor],
     sigma: Tensor,
     config: NeurocoderConfig,
+    kept: Sequence[_Saved],
+    grad_outputs: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Gradients of the seven tensors that `_mix_program` takes."""
+    hidden, weight, bias, *shared, projection = inputs
+    steps, size = config.num_steps, _block_size(projection, config)
+    by_slot = _by_slot(weight, config), _by_slot(bias, config)
+    scratch = _scratch(bias, size, config, reuse=True)
+    hiddens = _split(hidden, size, steps)
+    others = (_split(tensor, size) for tensor in (projection, sigma, *grad_outputs))
+    found = []
+    for saved, h, p, s, *grads in zip(kept, hiddens, *others, strict=True):
+        block = h, *by_slot, *shared, p
+        found.append(_block_gradients(block, s, config, saved, scratch, *grads))
+    by_block = list(zip(*found, strict=True))
+    grad_weight, grad_bias, *grad_shared = (sum(parts[1:], parts[0]) for parts in by_block[1:6])
+    return (
+        _join(by_block[0], steps),
+        _from_slots(grad_weight, weight, config),
+        _from_slots(grad_bias, bias, config),
+        *grad_shared,
+        _join(by_block[6]),
+    )
+
+
+def first_largest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of values [3, P, H, B] over P and the first slot that has it: [3, 1, H, B] each.
+
+    Like `max`, whose search for the index is many times slower.
+    """
+    num_slots = values.shape[1]
+    largest = values.amax(1, keepdim=True)
+    from_the_end = torch.arange(num_slots, 0, -1, dtype=values.dtype, device=values.device)
+    found = values.clone().eq_(largest).mul_(from_the_end[:, None, None]).amax(1, keepdim=True)
+    return largest, (num_slots - found).long().clamp_(max=num_slots - 1)  # NaN equals nothing
+
+
+def _block_gradients(
+    inputs: Sequence[Tensor],
+    sigma: Tensor,
+    config: NeurocoderConfig,
     saved: _Saved,
-    workspace: Workspace,
+    scratch: Workspace,
     grad_mixture: Tensor,
     grad_sigma: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the seven tensors that `_mix_program` takes."""
+) -> tuple[Tensor, ...]:
+    """Gradients of the seven tensors that `_mix_block` takes."""
     hidden, weight, bias, sharpness, keys, memory_s, projection = inputs
     steps, batch = config.num_steps, projection.shape[1]
     by_step = (*saved.weights.shape[:3], steps, batch)
@@ -227,7 +330,7 @@ def _gradients(
     sigma = _by_head(sigma, steps)
 
     # The program, backwards: the gradient of every attention weight into `grad`.
-    grad = workspace.take("grad", *saved.weights.shape)  # [3, P, H, J B]
+    grad = scratch.take("grad", *saved.weights.shape)  # [3, P, H, J B]
     grad_u, grad_v, grad_s = grad.view(by_step)
     grad_strength = torch.mul(weight_v, grad_mixture[:, None, None], out=grad_v).sum(0)  # [H, J, B]
     grad_read_u = grad_strength * sigma
@@ -241,7 +344,7 @@ def _gradients(
     grad_memory_s = weight_s.flatten(1) @ grad_read_s.reshape(-1, 1)
 
     # The gates, backwards; then `grad` is content times the gradient of content.
-    grad_rows = workspace.take("grad_rows", len(bias), hidden.shape[1])
+    grad_rows = scratch.take("rows", len(bias), hidden.shape[1])
     grad_queries, grad_gates = _split_slots(grad_rows, config)
     if gates is None or grad_gates is None:
         grad *= content
@@ -251,7 +354,7 @@ def _gradients(
         if steps == 1:  # where the weights are gates * content themselves
             at_gates = grad.mul_(saved.moved)
         else:
-            at_gates = torch.mul(grad, saved.moved, out=workspace.take("at_gates", *grad.shape))
+            at_gates = torch.mul(grad, saved.moved, out=scratch.take("at_gates", *grad.shape))
             grad.mul_(gates).mul_(content)
         # sigmoid' = g (1 - g), and `moved` has the factor g already.
         if gates.shape == content.shape:
@@ -264,19 +367,19 @@ def _gradients(
     grad.addcmul_(content, grad.sum(1, keepdim=True), value=-1)
     grad = grad.flatten(2)  # [3, P, H J B]
     # The long side first: MKL is twice as fast in this order as in the other, here and below.
-    grad_keys = ((saved.queries.flatten(2) * sharpness) @ grad.transpose(1, 2)).transpose(1, 2)
+    grad_keys = (saved.queries.flatten(2) @ grad.transpose(1, 2)).transpose(1, 2) * sharpness
     grad_sharp = (keys.transpose(1, 2) @ grad).view_as(grad_queries)
     along = (grad_sharp * saved.queries).sum(1, keepdim=True)  # [3, 1, H, J B]
     grad_sharpness = along.sum()
     # A query shorter than the floor is divided by a constant.
-    along = along * (saved.inverse_norm < 1 / NORM_FLOOR)
+    along *= saved.inverse_norm.clone().lt_(1 / NORM_FLOOR)
     torch.addcmul(grad_sharp, along, saved.queries, value=-1, out=grad_queries)
     grad_queries *= saved.inverse_norm * sharpness
 
     return (
-        saved.weight.T @ grad_rows,
-        _from_slots((hidden @ grad_rows.T).T, weight, config),
-        _from_slots(grad_rows.sum(1), bias, config),
+        weight.T @ grad_rows,
+        (hidden @ grad_rows.T).T,
+        grad_rows.sum(1),
         grad_sharpness,
         grad_keys,
         grad_memory_s,
@@ -293,10 +396,11 @@ def _add_gradient_through_usage(
     first, *later = _steps(config, batch)
     grad_usage = torch.zeros_like(grad[first])  # of the usage after the step at hand
     for here, peak in zip(reversed(later), reversed(peaks), strict=True):
-        grad[here].addcmul_(grad_usage, won[here])
+        passed_on = grad_usage * won[here]
+        grad[here] += passed_on
         grad_least = torch.addcmul(grad[here], grad[here], gates[here], value=-1)
         grad_least *= selected[here]
-        grad_usage = grad_usage.masked_fill_(won[here], 0).sub_(grad_least)
+        grad_usage.sub_(passed_on).sub_(grad_least)
         grad_usage.scatter_add_(1, peak, grad_least.sum(1, keepdim=True))
     grad[first] += grad_usage  # the usage after the first step is that step's weights
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-MOST_WAITING = 1 << 26
+MOST_WAITING = 1 << 27
 """Bytes that may wait for their next use."""
 
 ALIGNMENT = 64
@@ -37,10 +37,10 @@ class Workspace:
         self._block = _borrow(like, numel + num_pieces * self._align) if reuse else None
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The piece with this name, as a tensor of this shape."""
+        """The piece with this name, as a tensor of this shape, at most as large as the first."""
         if name not in self._pieces:
             self._pieces[name] = self._new(math.prod(shape))
-        return self._pieces[name].view(shape)
+        return self._pieces[name][: math.prod(shape)].view(shape)
 
     def _new(self, size: int) -> Tensor:
         if self._block is None:

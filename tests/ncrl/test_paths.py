@@ -8,6 +8,7 @@ the layer. Shape letters: B batch, P slots, K key, H heads, J steps, R = J*H, h 
 import copy
 import functools
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -147,6 +148,32 @@ def test_fused_is_plain_where_slots_tie_or_queries_are_short(
     config: NeurocoderConfig, kind: str
 ) -> None:
     agree(config, random_inputs(config, 3, kind))
+
+
+@every_config
+@pytest.mark.parametrize("weights_in_a_block", [1, 100])
+def test_blocks_are_one(
+    config: NeurocoderConfig, weights_in_a_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One input in a block, and a few, the last block being smaller than the others."""
+    monkeypatch.setattr(fused, "BLOCK", weights_in_a_block)
+    agree(config, random_inputs(config, 7))
+
+
+@pytest.mark.parametrize("kind", ["random", "twins"])
+def test_the_first_largest_is_that_of_max(kind: str) -> None:
+    values = random_input(3, 5, 2, 4, seed=1)
+    if kind == "twins":
+        values[:, 3] = values[:, 1] = values.amax(1)
+    largest, index = fused.first_largest(values)
+    expected = values.max(dim=1, keepdim=True)
+    assert torch.equal(largest, expected.values)
+    assert torch.equal(index, expected.indices)
+
+
+def test_the_first_largest_of_nan_is_a_slot() -> None:
+    _, index = fused.first_largest(torch.full((3, 5, 1, 1), math.nan))
+    assert ((index >= 0) & (index < 5)).all()
 
 
 def test_twins_do_tie() -> None:
