@@ -1,6 +1,7 @@
 """Stable-Baselines3 policies whose policy and value outputs can be Neurocoder layers."""
 
 from ncrl.sb3.engine import EnginePolicy, Latent, RolloutEvaluation, Step
+from ncrl.sb3.export import export_policy, load_policy
 from ncrl.sb3.feedforward import (
     CnnPolicy,
     MlpPolicy,
@@ -38,5 +39,7 @@ __all__ = [
     "NeurocoderMultiInputPolicy",
     "RolloutEvaluation",
     "Step",
+    "export_policy",
+    "load_policy",
     "register",
 ]

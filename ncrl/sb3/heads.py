@@ -20,8 +20,9 @@ class ChosenHeads(ActorCriticPolicy):
         head: name of the output layers; the class attribute `head` if None.
         head_kwargs: options of the output layers, such as `num_slots`.
         orth_coef: weight of the orthogonality loss of Neurocoder heads (paper: a) in what A2C, PPO
-            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. 0 leaves it out. `agents.A3C` has
-            an argument of that name instead, and ignores this one.
+            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. 0 leaves it out. These minimise
+            means and clip the gradient at 0.5, so that 0.1 slows A2C down. `agents.A3C`, which
+            minimises sums, has an argument of that name instead, and ignores this one.
         balance_coef: likewise, weight of the balance loss of mixtures of experts.
         args, kwargs: arguments of the policy that this is mixed into.
 
@@ -39,7 +40,7 @@ class ChosenHeads(ActorCriticPolicy):
         *args: Any,
         head: str | None = None,
         head_kwargs: dict[str, Any] | None = None,
-        orth_coef: float = 0.001,
+        orth_coef: float = 0.01,
         balance_coef: float = 0.01,
         **kwargs: Any,
     ) -> None:

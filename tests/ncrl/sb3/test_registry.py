@@ -63,6 +63,6 @@ def test_recurrent_ppo_learns_to_remember() -> None:
         n_epochs=4, learning_rate=5e-3, seed=0, device="cpu",
         policy_kwargs={"head_kwargs": {"num_slots": 6, "num_heads": 2}, "lstm_hidden_size": 16},
     )  # fmt: skip
-    model.learn(2_300)
+    model.learn(4_000)
     mean, _ = evaluate_policy(model, make_vec_env(make, 4, seed=9), n_eval_episodes=40)
-    assert mean > 0.9
+    assert mean > 0.9  # chance: 0.5

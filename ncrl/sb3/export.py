@@ -1,0 +1,271 @@
+"""Policies as files that hold no code: `policy.safetensors`, the weights, and `policy.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import stable_baselines3
+import torch
+from safetensors.torch import load, save
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import ConstantSchedule, get_device
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ncrl.sb3.plain import from_plain, to_plain
+from ncrl.settings import nearest
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
+FORMAT = "ncrl policy"
+VERSION = 1
+
+NOT_EXPORTED = (
+    *("observation_space", "action_space"),  # which have their own places
+    *("lr_schedule", "optimizer_class", "optimizer_kwargs"),  # of training, not of the policy
+)
+
+
+def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) -> Path:
+    """Write a policy, without its optimiser, for `load_policy`.
+
+    Args:
+        model: an actor-critic policy of SB3, sb3-contrib or ncrl, or the algorithm that has it
+            (A2C, PPO, RecurrentPPO, A3C).
+        folder: made if need be; a policy that is there already is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for other policies, and for arguments that no file can describe.
+        OSError: if it cannot be written.
+    """
+    policy: Any = model.policy if isinstance(model, BaseAlgorithm) else model
+    policy = getattr(policy, "_orig_mod", policy)  # of a compiled one
+    if not isinstance(policy, ActorCriticPolicy):
+        raise ValueError(f"only actor-critic policies can be exported, got {type(policy).__name__}")
+    if isinstance(model, BaseAlgorithm) and model.get_vec_normalize_env() is not None:
+        logger.warning(
+            "the policy reads normalised observations, and the statistics of VecNormalize are not "
+            "exported: save them with model.get_vec_normalize_env().save(...)"
+        )
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in unique_tensors(policy).items()
+    }
+    weights = save(tensors)
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "policy_class": to_plain(type(policy), "the policy"),
+        "algorithm": type(model).__name__ if isinstance(model, BaseAlgorithm) else None,
+        "timesteps": model.num_timesteps if isinstance(model, BaseAlgorithm) else None,
+        "observation_space": to_plain(policy.observation_space, "the observation space"),
+        "action_space": to_plain(policy.action_space, "the action space"),
+        "arguments": {
+            name: to_plain(value, f"the policy's argument {name!r}")
+            for name, value in _arguments(policy).items()
+        },
+        "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
+        "versions": {"torch": torch.__version__, "sb3": stable_baselines3.__version__},
+    }
+    text = json.dumps(description, indent=2, allow_nan=False)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).write_bytes(weights)
+    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def load_policy(
+    folder: str | Path,
+    device: torch.device | str = "auto",
+    *,
+    classes: Iterable[type] = (),
+) -> ActorCriticPolicy:
+    """The policy that `export_policy` wrote, ready to `predict`; runs no code of the files.
+
+    Args:
+        folder: where it was exported to.
+        device: where it shall compute.
+        classes: those of your own that the policy is or has, such as its features extractor.
+
+    Raises:
+        ValueError: in one line, for files that are missing, damaged or not of an exported policy,
+            and for classes that are neither of ncrl, SB3 or torch nor among `classes`.
+    """
+    folder, classes = Path(folder), tuple(classes)
+    description = read_description(folder)
+    tensors = _read_weights(folder, description["weights"])
+    try:
+        build = _builder(description, classes)
+        if not classes:
+            check_tensors(build, tensors)
+        with torch.random.fork_rng(devices=[]):
+            policy = build()
+        load_tensors(policy, tensors)
+    except ValueError as error:
+        raise ValueError(f"cannot load {folder / DESCRIPTION}: {error}") from error
+    policy.set_training_mode(False)
+    return policy.to(get_device(device))
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of `policy.json`; ValueError unless it is one of ours."""
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no JSON ({error})") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{path} does not describe a policy that ncrl has exported")
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {description.get('version')!r} of the format, and this release of "
+            f"ncrl reads version {VERSION}"
+        )
+    for name in ("arguments", "weights"):
+        if not isinstance(description.get(name), dict):
+            raise ValueError(f"{path} is damaged: it has no {name}")
+    return description
+
+
+def _read_weights(folder: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS  # whatever the description calls it: it cannot lead elsewhere
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise ValueError(f"{path} is damaged, or of another policy (its checksum differs)")
+    try:
+        return load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error})") from error
+
+
+def _builder(
+    description: Mapping[str, Any], classes: tuple[type, ...]
+) -> Callable[[], ActorCriticPolicy]:
+    """What makes the policy with fresh weights."""
+
+    def read(name: str) -> Any:
+        return from_plain(description.get(name), f"its {name}", classes)
+
+    kind = read("policy_class")
+    if not (isinstance(kind, type) and issubclass(kind, ActorCriticPolicy)):
+        raise ValueError("its policy_class is none of an actor-critic policy")
+    spaces = {name: read(name) for name in ("observation_space", "action_space")}
+    arguments = read("arguments")
+
+    def build() -> ActorCriticPolicy:
+        try:
+            return kind(**spaces, lr_schedule=ConstantSchedule(0.0), **arguments)
+        except ValueError:
+            raise
+        except Exception as error:  # of arguments that do not belong to this policy
+            text = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{kind.__name__} cannot be built from its arguments ({text})"
+            ) from error
+
+    return build
+
+
+def _arguments(policy: ActorCriticPolicy) -> dict[str, Any]:
+    """What the policy's constructor was given, as far as it is not the default None."""
+    arguments = policy._get_constructor_parameters()
+    # What SB3 and sb3-contrib leave out.
+    arguments["share_features_extractor"] = policy.share_features_extractor
+    if isinstance(policy, RecurrentActorCriticPolicy):
+        layers, _, width = policy.lstm_hidden_state_shape
+        arguments |= {
+            "lstm_hidden_size": width,
+            "n_lstm_layers": layers,
+            "shared_lstm": policy.shared_lstm,
+            "enable_critic_lstm": policy.enable_critic_lstm,
+            "lstm_kwargs": policy.lstm_kwargs,
+        }
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in NOT_EXPORTED and value is not None
+    }
+
+
+# Weights.
+
+
+def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module, each tensor once: SB3's policies hold their extractor three times."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique[name] = tensor
+    return unique
+
+
+def check_tensors(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless tensors are those of the module that `build` makes.
+
+    It is built without memory for its weights, so that sizes which no tensor has do no harm.
+    """
+    with torch.device("meta"), _StayWithoutMemory():
+        expected = unique_tensors(build())
+    _compare(expected, tensors)
+
+
+class _StayWithoutMemory(TorchFunctionMode):
+    """What SB3 does to weights while it builds a policy, for weights that have no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and args[0].is_meta:  # some modules are moved to the CPU
+            moved = (*args[1:], *kwargs.values())
+            dtype = next((entry for entry in moved if isinstance(entry, torch.dtype)), None)
+            return args[0] if dtype is None else args[0].type(dtype)
+        if func is torch.Tensor.__bool__ and args[0].is_meta:  # distributions check their arguments
+            return True
+        return func(*args, **kwargs)
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put what `unique_tensors` gave into a module of the same shape.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit.
+    """
+    _compare(unique_tensors(module), tensors)
+    module.load_state_dict(tensors, strict=False)
+
+
+def _compare(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name in tensors:
+        if name not in expected:
+            hint = f"; nearest: {nearest(name, expected)!r}" if expected else ""
+            raise ValueError(f"there is a tensor {name[:200]!r} that the policy has not got{hint}")
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise ValueError(f"the tensor {name!r} is missing")
+        if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
+            got, wanted = (
+                f"{list(t.shape)} of {t.dtype}".replace("torch.", "")
+                for t in (tensors[name], tensor)
+            )
+            raise ValueError(f"the tensor {name!r} has shape {got}, expected {wanted}")
+
+
+__all__ = ["export_policy", "load_policy"]

@@ -1,0 +1,285 @@
+"""`export_policy` and `load_policy`: exact round trips; files that do not fit are told apart."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import Tensor, nn
+
+import ncrl.sb3
+from ncrl.sb3 import (
+    LstmPolicy,
+    NeurocoderMlpLstmPolicy,
+    NeurocoderMlpPolicy,
+    export_policy,
+    load_policy,
+)
+
+SMALL = {"head_kwargs": {"num_slots": 6, "num_heads": 2}}
+VECTORS = spaces.Box(-1, 1, (3,), np.float32)
+IMAGES = spaces.Box(0, 255, (1, 84, 84), np.uint8)
+DICTS = spaces.Dict({"seen": VECTORS, "image": spaces.Box(0, 255, (36, 36, 1), np.uint8)})
+
+
+class Still(gym.Env):
+    """Observations drawn from its space; nothing matters."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        return self.observation_space.sample(), 1.0, False, False, {}
+
+
+class Shifting(BaseFeaturesExtractor):
+    """A user's own."""
+
+    def __init__(self, space: spaces.Box, shift: float = 1.0) -> None:
+        super().__init__(space, 3)
+        self.shift = shift
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.norm(obs + self.shift)
+
+
+CASES: dict[str, tuple[Any, Any, spaces.Space, spaces.Space, dict[str, Any]]] = {
+    "a2c": (A2C, "MlpPolicy", VECTORS, spaces.Discrete(3, start=2), {"net_arch": [5]}),
+    "a2c-gsde": (A2C, "MlpPolicy", VECTORS, spaces.Box(-1, 1, (2,)), {"log_std_init": -1.0}),
+    "ppo-separate": (
+        PPO, "NeurocoderCnnPolicy", IMAGES, spaces.MultiDiscrete([2, 3]),
+        {
+            **SMALL, "share_features_extractor": False,
+            "features_extractor_kwargs": {"features_dim": 8},
+        },
+    ),
+    "ppo-dict": (PPO, "NeurocoderMultiInputPolicy", DICTS, spaces.MultiBinary(3), SMALL),
+    "ppo-moe": (
+        PPO, "NeurocoderMlpPolicy", VECTORS, spaces.Discrete(3),
+        {"head": "moe", "head_kwargs": {"num_experts": 3, "top_k": 1}, "activation_fn": nn.ReLU},
+    ),
+    "recurrent": (
+        RecurrentPPO, "MlpLstmPolicy", VECTORS, spaces.Box(-1, 1, (2,)),
+        {"lstm_hidden_size": 6, "n_lstm_layers": 2, "enable_critic_lstm": False},
+    ),
+    "recurrent-dict": (RecurrentPPO, "MultiInputLstmPolicy", DICTS, spaces.Discrete(2), {}),
+    "lstm": (
+        RecurrentPPO, "NeurocoderMlpLstmPolicy", VECTORS, spaces.Discrete(3),
+        {**SMALL, "lstm_hidden_size": 6, "net_arch": {"pi": [4], "vf": []}},
+    ),
+    "cnn-lstm": (
+        RecurrentPPO, "NeurocoderCnnLstmPolicy", IMAGES, spaces.Discrete(3),
+        {**SMALL, "lstm_hidden_size": 6, "encoder": "nature"},
+    ),
+}  # fmt: skip
+
+
+def model_of(case: str) -> Any:
+    algorithm, policy, observations, actions, kwargs = CASES[case]
+    ncrl.sb3.register()
+    torch.manual_seed(4)
+    options = {"use_sde": True} if "gsde" in case else {}
+    model = algorithm(
+        policy, Still(observations, actions), n_steps=8, device="cpu", policy_kwargs=kwargs,
+        **options, **({} if algorithm is A2C else {"batch_size": 8}),
+    )  # fmt: skip
+    with torch.no_grad():  # SB3's small initial heads would hide a wrong weight
+        for parameter in model.policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def outputs(policy: Any, observations: spaces.Space) -> list[np.ndarray]:
+    """Everything a policy says about three observations in a row, the LSTM's state carried on."""
+    observations.seed(0)
+    state, said = None, []
+    for _ in range(3):
+        obs = observations.sample()
+        torch.manual_seed(0)
+        action, state = policy.predict(obs, state, np.zeros(1, bool), deterministic=True)
+        tensors, _ = policy.obs_to_tensor(obs)
+        with torch.no_grad():
+            if isinstance(policy, (LstmPolicy, RecurrentPPO.policy_aliases["MlpLstmPolicy"])):
+                zeros = torch.zeros(policy.lstm_hidden_state_shape)
+                value = policy.predict_values(tensors, (zeros, zeros), torch.zeros(1))
+                distribution = policy.get_distribution(tensors, (zeros, zeros), torch.zeros(1))[0]
+            else:
+                value = policy.predict_values(tensors)
+                distribution = policy.get_distribution(tensors)
+        taken = distribution.mode()
+        said += [action, value.numpy(), distribution.log_prob(taken).numpy(), *(state or ())]
+    return said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_policy_comes_back_exactly(case: str, tmp_path: Path) -> None:
+    model = model_of(case)
+    assert export_policy(model, tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    random = torch.get_rng_state()
+    loaded = load_policy(tmp_path / "new" / "folder", "cpu")
+    assert torch.equal(random, torch.get_rng_state())
+    assert type(loaded) is type(model.policy)
+    assert loaded.observation_space == model.observation_space
+    assert loaded.action_space == model.action_space
+    expected, got = model.policy.state_dict(), loaded.state_dict()
+    assert list(expected) == list(got)
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    model.policy.set_training_mode(False)
+    observations = model.observation_space
+    for one, same in zip(
+        outputs(model.policy, observations), outputs(loaded, observations), strict=True
+    ):
+        assert np.array_equal(one, same)
+    again = export_policy(loaded, tmp_path / "again")
+    first = json.loads((tmp_path / "new" / "folder" / "policy.json").read_text())
+    second = json.loads((again / "policy.json").read_text())
+    assert first.pop("algorithm") == type(model).__name__ and second.pop("algorithm") is None
+    assert first.pop("timesteps") == 0 and second.pop("timesteps") is None
+    assert first == second
+
+
+def test_shared_weights_are_written_once(tmp_path: Path) -> None:
+    """SB3 lists an extractor that actor and critic share three times."""
+    model = model_of("cnn-lstm")
+    export_policy(model, tmp_path)
+    parameters = sum(p.numel() for p in model.policy.parameters())
+    assert (tmp_path / "policy.safetensors").stat().st_size < 4 * parameters + 8_000
+
+
+def test_own_classes_have_to_be_given(tmp_path: Path) -> None:
+    model = PPO(
+        NeurocoderMlpPolicy, Still(VECTORS, spaces.Discrete(2)), n_steps=8, batch_size=8,
+        device="cpu", policy_kwargs={
+            **SMALL, "features_extractor_class": Shifting,
+            "features_extractor_kwargs": {"shift": 3.0},
+        },
+    ).learn(8)  # fmt: skip
+    export_policy(model, tmp_path)
+    with pytest.raises(ValueError, match=r"the class '.*\.Shifting', which is not known"):
+        load_policy(tmp_path, "cpu")
+    loaded: Any = load_policy(tmp_path, "cpu", classes=[Shifting])
+    assert loaded.features_extractor.shift == 3.0
+    assert torch.equal(
+        loaded.features_extractor.norm.running_mean,
+        model.policy.features_extractor.norm.running_mean,
+    )
+    assert not loaded.training and not torch.equal(
+        loaded.features_extractor.norm.running_mean, torch.zeros(3)
+    )
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="actor-critic policies can be exported, got DQNPolicy"):
+        export_policy(DQN("MlpPolicy", "CartPole-v1", device="cpu"), tmp_path)
+    policy = model_of("a2c").policy
+    policy.features_extractor_kwargs = {"function": lambda: 0}
+    with pytest.raises(ValueError, match=r"'features_extractor_kwargs' holds a .*function"):
+        export_policy(policy, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_that_stay_behind_are_mentioned(tmp_path: Path, caplog: Any) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1"))
+    export_policy(A2C("MlpPolicy", env, device="cpu"), tmp_path)
+    assert "VecNormalize are not exported" in caplog.text
+
+
+# Files that do not fit.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return export_policy(model_of("lstm"), tmp_path)
+
+
+def change(folder: Path, *path: str, to: Any) -> None:
+    file = folder / "policy.json"
+    description = json.loads(file.read_text())
+    entry = description
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = to
+    file.write_text(json.dumps(description))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ValueError) as raised:
+        load_policy(folder, "cpu")
+    message = str(raised.value)
+    assert "\n" not in message and str(folder) in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["policy.json", "policy.safetensors"])
+def test_missing_and_truncated_files(folder: Path, name: str) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    assert "damaged" in refusal(folder) and name in refusal(folder)
+    (folder / name).unlink()
+    assert "No such file" in refusal(folder) and name in refusal(folder)
+
+
+def test_a_flipped_bit_is_noticed(folder: Path) -> None:
+    data = bytearray((folder / "policy.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "policy.safetensors").write_bytes(data)
+    assert "checksum" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": "x"}', "[" * 100_000, "\x00"])
+def test_foreign_descriptions(folder: Path, text: str) -> None:
+    (folder / "policy.json").write_text(text)
+    assert "damaged" in refusal(folder) or "does not describe" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["version"], 2, "reads version 1"),
+        (["weights"], None, "no weights"),
+        (["policy_class"], {"$": "class", "name": "os.system"}, "'os.system', which is not known"),
+        (["policy_class"], {"$": "class", "name": "torch.nn.Linear"}, "none of an actor-critic"),
+        (["policy_class"], {"$": "class", "name": "torch.nn.init"}, "not known"),
+        (["arguments", "head"], "neurocode", "did you mean 'neurocoder'"),
+        (["arguments", "colour"], 3, "cannot be built from its arguments .*colour"),
+        (["arguments", "net_arch"], ["__import__('os')"], "cannot be built"),
+        (["arguments", "lstm_hidden_size"], 7, r"shape \[4, 6\] .* expected \[4, 7\]"),
+        # 40 terabytes: refused before a byte of them is asked for.
+        (["arguments", "lstm_hidden_size"], 10**6, "has shape"),
+        (["arguments", "head_kwargs"], {"num_slots": 10**12}, "has shape"),
+        (["arguments", "n_lstm_layers"], 2, "'lstm_actor.weight_ih_l1' is missing"),
+        (["action_space", "n"], 10**9, "has shape"),
+        (["action_space", "n"], -1, "have to be positive"),
+        (["action_space"], {"$": "object", "class": "torch.nn.ELU", "arguments": {}}, "impossible"),
+        (["observation_space", "shape"], [10**6, 10**6], "more than"),
+        (["observation_space", "low"], [1, 2], "other bounds"),
+        (["observation_space", "dtype"], "O", "the type object"),
+        (["observation_space", "kind"], "Graph", "kind 'Graph'"),
+    ],
+)  # fmt: skip
+def test_descriptions_that_do_not_fit(
+    folder: Path, path: list[str], value: Any, message: str
+) -> None:
+    change(folder, *path, to=value)
+    with pytest.raises(ValueError, match=message):
+        load_policy(folder, "cpu")
+    refusal(folder)
+
+
+def test_a_file_cannot_lead_elsewhere(folder: Path, tmp_path: Path) -> None:
+    change(folder, "weights", "file", to="../../etc/passwd")
+    assert isinstance(load_policy(folder, "cpu"), NeurocoderMlpLstmPolicy)
