@@ -104,9 +104,15 @@ class Session:
                 raise ValueError(f"threads must be at least 1, got {flags['threads']}")
             torch.set_num_threads(flags["threads"])
 
-    def plans(self, default_config: str) -> list[Plan]:
-        """The recipes that --config, --variant, --layer and the overrides name."""
-        return plans(self.flags, default_config)
+    def plans(self, default_config: str, **instead: Any) -> list[Plan]:
+        """The recipes that --config, --variant, --layer and the overrides name.
+
+        Args:
+            default_config: name of a file in configs/.
+            instead: values of flags in place of those given; None for a flag not given.
+        """
+        flags = {**self.flags, **instead}
+        return plans({k: v for k, v in flags.items() if v is not None}, default_config)
 
     def run(
         self, wanted: Sequence[Plan], make: Make, *, seeds: Sequence[int] | None = None

@@ -69,6 +69,27 @@ class Images(NamedTuple):
             *(part.to(device) if isinstance(part, Tensor) else part for part in self)  # type: ignore[arg-type]
         )
 
+    def held_out(self, count: int) -> Images:
+        """The last `count` training images in place of the test images, which are not used: what
+        settings are chosen on.
+
+        Raises:
+            ValueError: if that leaves no image on either side.
+        """
+        total = len(self.train_images)
+        if not 0 < count < total:
+            raise ValueError(f"cannot hold {count:,} of {total:,} training images out")
+        said = f", last {count:,} training images held out and measured on"
+        return Images(
+            self.name + said,
+            self.source + said,
+            self.train_images[:-count],
+            self.train_labels[:-count],
+            self.train_images[-count:],
+            self.train_labels[-count:],
+            self.num_classes,
+        )
+
     def standardised(self, dtype: torch.dtype = torch.float32) -> Images:
         """Pixels as numbers of mean 0 and standard deviation 1 in every channel of the training
         images; the test images are treated with the same constants."""
