@@ -109,6 +109,11 @@ class NSMLinear(LinearSeat):
         """Weights of the slots behind `forward(x)`: [..., in] -> [..., p], summing to 1."""
         return self._attend(self._flatten(x)).reshape(*x.shape[:-1], self.num_slots)
 
+    def program(self, x: Tensor) -> Tensor:
+        """The weight matrix W for x [..., in]: [..., in, out]. Costly; for inspection."""
+        weights, _ = self._programs()
+        return torch.einsum("...p,pio->...io", self.attend(x), weights)
+
     def _attend(self, x: Tensor) -> Tensor:
         """[B, in] -> [B, p], always in the parameters' own precision."""
         with torch.autocast(x.device.type, enabled=False):

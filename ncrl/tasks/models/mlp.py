@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.layers import make_layer
 from ncrl.neurocoder.config import require_positive
 
@@ -112,6 +113,8 @@ class SplitMlp(nn.Module):
         hidden: widths of the hidden layers.
         num_outputs: logits of a head.
         num_tasks: heads; 1 if all tasks share one.
+        hidden_rank: rank of the hidden layers' weights, which are then two factors and not coded,
+            the control of the tables; None for layers of full rank.
         layer: name in `ncrl.layers.LAYERS`, of all layers.
         layer_options: its options.
 
@@ -128,13 +131,19 @@ class SplitMlp(nn.Module):
         num_outputs: int,
         *,
         num_tasks: int = 1,
+        hidden_rank: int | None = None,
         layer: str = "linear",
         layer_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         require_positive("num_tasks", num_tasks)
         widths = [in_features, *hidden]
-        self.hidden = dense_layers(widths, bias=False, layer=layer, layer_options=layer_options)
+        if hidden_rank is None:
+            self.hidden = dense_layers(widths, bias=False, layer=layer, layer_options=layer_options)
+        else:
+            self.hidden = nn.ModuleList(
+                LowRankLinear(*sizes, rank=hidden_rank, bias=False) for sizes in pairwise(widths)
+            )
         self.heads = nn.ModuleList(
             dense_layers([widths[-1], num_outputs], layer=layer, layer_options=layer_options)[0]
             for _ in range(num_tasks)

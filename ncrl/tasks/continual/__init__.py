@@ -1,0 +1,1 @@
+"""Continual learning: methods, per-sample gradients and metrics, for any model."""

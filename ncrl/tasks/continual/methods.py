@@ -1,0 +1,266 @@
+"""Methods against forgetting, for any model: what they add to the loss, what a task's end changes.
+
+All are as Hsu et al. use them ("Re-evaluating Continual Learning Scenarios", 2018): quadratic
+penalties coef * sum Omega (theta - theta*)^2, without 1/2, on the weights of the tasks before. They
+differ in what a weight's importance Omega is, and in what theta* it is held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncrl.settings import suggest
+from ncrl.tasks.continual.gradients import Parameters, SampleLoss, gradient_sums
+
+DAMPING = 0.1
+"""Keeps the importance of weights that hardly move finite in synaptic intelligence."""
+
+
+class Method:
+    """Plain training, which does nothing about forgetting; base of the others.
+
+    Args:
+        model: whose trained parameters are looked after; it is neither kept in step nor changed.
+        coef: weight of the penalty.
+    """
+
+    def __init__(self, model: nn.Module, coef: float = 0.0) -> None:
+        self.model = model
+        self.coef = coef
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(self, task_loss: Tensor) -> Tensor:
+        """What is minimised, from the loss of the task at hand."""
+        return task_loss
+
+    def after_update(self) -> None:
+        """Called after every step of the optimiser, while its gradients are still there."""
+
+    def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
+        """Called when a task has been learnt.
+
+        Args:
+            inputs: all training inputs of the task, [N, ...].
+            sample_loss: its loss for one sample; see `own_label_loss`.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """All that is remembered, in tensors, to go on from."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
+
+
+class Quadratic(Method):
+    """A penalty that holds every weight to an anchor, with a strength of its own.
+
+    Before the first task's end there is none.
+    """
+
+    def __init__(self, model: nn.Module, coef: float) -> None:
+        super().__init__(model, coef)
+        self.importance = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        self.anchor: Parameters = {}
+
+    def loss(self, task_loss: Tensor) -> Tensor:
+        if not self.anchor:
+            return task_loss
+        return task_loss + self.penalty()
+
+    def penalty(self) -> Tensor:
+        """coef * sum Omega (theta - theta*)^2, a scalar."""
+        values, anchor = list(self.parameters.values()), list(self.anchor.values())
+        importance = list(self.importance.values())
+        penalty: Tensor = _QuadraticPenalty.apply(  # type: ignore[no-untyped-call]
+            self.coef, importance, anchor, *values
+        )
+        return penalty
+
+    def move_anchor(self) -> None:
+        """Hold weights to what they are now."""
+        self.anchor = {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {"importance": self.importance, "anchor": self.anchor}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.importance, self.anchor = dict(state["importance"]), dict(state["anchor"])
+
+
+class L2(Quadratic):
+    """Every weight is as important as any other; the anchor is the end of the last task."""
+
+    def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
+        """Only the weights matter."""
+        for importance in self.importance.values():
+            importance.fill_(1)
+        self.move_anchor()
+
+
+class SynapticIntelligence(Quadratic):
+    """Zenke et al. 2017: a weight's importance is its share in what the loss fell on the way.
+
+    omega sums -gradient * step, for the gradient of the loss without penalty, and at a task's end
+    Omega grows by max(omega, 0) / (distance moved in the task^2 + damping). The clamp is ours: a
+    negative Omega would make the penalty unbounded below.
+    """
+
+    def __init__(self, model: nn.Module, coef: float) -> None:
+        super().__init__(model, coef)
+        self.path = {n: torch.zeros_like(p) for n, p in self.parameters.items()}  # omega
+        self.start = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.last = {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Add the step just made to the path."""
+        reached = {n: p for n, p in self.parameters.items() if p.grad is not None}
+        now: list[Tensor] = list(reached.values())
+        last = [self.last[n] for n in reached]
+        gradients = [p.grad for p in now if p.grad is not None]
+        if self.anchor:
+            # What autograd summed up contains the penalty's gradient at the weights before.
+            pull = torch._foreach_sub(last, [self.anchor[n] for n in reached])
+            pull = torch._foreach_mul(pull, [self.importance[n] for n in reached])
+            gradients = list(torch._foreach_sub(gradients, pull, alpha=2 * self.coef))
+        steps = torch._foreach_sub(last, now)
+        torch._foreach_addcmul_([self.path[n] for n in reached], gradients, steps)
+        torch._foreach_copy_(last, now)
+
+    @torch.no_grad()
+    def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
+        """Importance follows from the path alone."""
+        for name, parameter in self.parameters.items():
+            moved = parameter - self.start[name]
+            self.importance[name] += self.path[name].clamp_min(0) / (moved.square() + DAMPING)
+            self.path[name].zero_()
+        self.move_anchor()
+        self.start = {n: p.clone() for n, p in self.anchor.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "path": self.path, "start": self.start, "last": self.last}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.path, self.start, self.last = (dict(state[n]) for n in ("path", "start", "last"))
+
+
+class OnlineEwc(Quadratic):
+    """Elastic weight consolidation with one anchor: Fisher information summed over tasks.
+
+    Args:
+        model: see `Method`.
+        coef: see `Method`.
+        extra_loss: without samples, such as an orthogonality loss; its gradient is then added to
+            that of every sample before it is squared, as in the Neurocoder authors' code. Only that
+            of their runs: the information of a loss that knows no data says nothing about a task.
+    """
+
+    def __init__(
+        self, model: nn.Module, coef: float, extra_loss: Callable[[], Tensor] | None = None
+    ) -> None:
+        super().__init__(model, coef)
+        self.extra_loss = extra_loss
+
+    def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
+        for name, fisher in self.fisher(inputs, sample_loss).items():
+            self.importance[name] += fisher
+        self.move_anchor()
+
+    def fisher(self, inputs: Tensor, sample_loss: SampleLoss) -> Parameters:
+        """Mean square of the gradients by all samples alone, in eval mode: the diagonal of the
+        Fisher information, at the label that the model itself finds likeliest."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            sums = gradient_sums(self.model, sample_loss, inputs)
+        finally:
+            self.model.train(was_training)
+        count = len(inputs)
+        if self.extra_loss is None:
+            return {name: squares / count for name, squares in sums.squares.items()}
+        # mean (g + e)^2 = mean g^2 + 2 e mean g + e^2
+        fisher: Parameters = {}
+        for name, extra in self._extra_gradient().items():
+            cross = sums.gradients[name].mul_(2 / count).add_(extra).mul_(extra)
+            fisher[name] = cross.add_(sums.squares[name], alpha=1 / count).clamp_min_(0)
+        return fisher
+
+    def _extra_gradient(self) -> Parameters:
+        assert self.extra_loss is not None
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                self.extra_loss(), list(self.parameters.values()), materialize_grads=True
+            )
+        return dict(zip(self.parameters, gradients, strict=True))
+
+
+class Ewc(OnlineEwc):
+    """Kirkpatrick et al. 2017: Fisher information and anchor of every task remain.
+
+    The sum of the tasks' penalties is one quadratic plus a constant, which is left out: Omega is
+    the sum of theirs, theta* their mean weighted by Omega.
+    """
+
+    def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
+        for name, fisher in self.fisher(inputs, sample_loss).items():
+            now = self.parameters[name].detach()
+            self.importance[name] += fisher
+            anchor = self.anchor.get(name, now)
+            # The mean moves towards this task's weights by this task's share in the information.
+            share = torch.where(fisher > 0, fisher / self.importance[name], 0)
+            self.anchor[name] = torch.lerp(anchor, now, share)
+
+
+METHODS: Mapping[str, Callable[..., Method]] = {
+    "adam": Method,
+    "adagrad": Method,
+    "l2": L2,
+    "si": SynapticIntelligence,
+    "ewc": Ewc,
+    "online-ewc": OnlineEwc,
+}
+"""By the names of Hsu et al.; the first two differ in the optimiser, which is the caller's."""
+
+
+def make_method(name: str, model: nn.Module, coef: float, **options: Any) -> Method:
+    """The method called `name`.
+
+    Raises:
+        ValueError: for an unknown name (the nearest one is offered) or a negative coefficient.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {suggest(name, METHODS)}")
+    if not coef >= 0:
+        raise ValueError(f"coef must be at least 0, got {coef}")
+    return METHODS[name](model, coef, **options)
+
+
+def own_label_loss(call: Callable[..., Tensor], sample: Tensor, **options: Any) -> Tensor:
+    """Cross-entropy at the label that the model itself finds likeliest, for inputs [1, ...]."""
+    logits = call(sample, **options)
+    return torch.nn.functional.cross_entropy(logits, logits.argmax(1))
+
+
+class _QuadraticPenalty(torch.autograd.Function):
+    """coef * sum Omega (theta - theta*)^2 over lists of tensors, in few passes over them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, coef: float, importance: list[Tensor], anchor: list[Tensor], *values: Tensor
+    ) -> Tensor:
+        moved = torch._foreach_sub(values, anchor)
+        pull = torch._foreach_mul(moved, importance)  # Omega (theta - theta*)
+        ctx.coef, ctx.pull = coef, pull
+        total = sum(torch.dot(a.flatten(), b.flatten()) for a, b in zip(moved, pull, strict=True))
+        return coef * torch.as_tensor(total)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *torch._foreach_mul(ctx.pull, 2 * ctx.coef * grad_output)

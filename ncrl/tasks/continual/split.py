@@ -1,0 +1,254 @@
+"""A data set learnt two classes at a time, by one network (paper, section 4.4).
+
+The protocol is that of Hsu et al. ("Re-evaluating Continual Learning Scenarios", 2018; their code,
+GT-RIPL/Continual-Learning-Benchmark): images padded to 32x32, tasks one after the other, a constant
+learning rate, and an optimiser that keeps its state from task to task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncrl import orthogonal_loss
+from ncrl.settings import setting
+from ncrl.tasks.continual import metrics
+from ncrl.tasks.continual.methods import METHODS, OnlineEwc, Quadratic, make_method, own_label_loss
+from ncrl.tasks.data import Images
+from ncrl.tasks.models.mlp import SplitMlp
+from ncrl.tasks.recipes import Recipe, build_network
+from ncrl.tasks.training import Experiment, draw, evaluating
+
+SCENARIOS = ("domain", "task")
+"""Whether all tasks share one output layer (incremental domain), or each has its own, and the task
+of an image is known (incremental task)."""
+
+COEFS: Mapping[str, Mapping[str, float]] = {
+    "domain": {"l2": 0.5, "si": 3000, "ewc": 100, "online-ewc": 700},
+    "task": {"l2": 0.01, "si": 300, "ewc": 100, "online-ewc": 400},
+}
+"""Weights of the penalties, tuned by Hsu et al. for each scenario."""
+
+CLASSES_PER_TASK = 2
+PADDED_SIDE = 32
+MEAN, STD = 0.1000, 0.2752
+"""Hsu et al.'s normalisation, of pixels from 0 to 1 and the padding, too."""
+
+EVALUATION_BATCH = 1000
+"""Images that are classified at a time."""
+
+DESCRIBED_IMAGES = 50
+"""Test images of each task on which weights and attention are measured at the end."""
+
+FAILED_BELOW = 75.0
+"""Accuracy, halfway from chance, below which a task right after training counts as not learnt."""
+
+
+@dataclass(frozen=True)
+class ContinualRecipe(Recipe):
+    """A recipe with a scenario and a method against forgetting."""
+
+    scenario: str = setting("domain", "shared or separate output layers", choices=SCENARIOS)
+    method: str = setting("adam", "against forgetting", choices=tuple(METHODS))
+    penalty_coef: float = setting(0.0, "weight of the method's penalty", low=0)
+    fisher_orthogonality: bool = setting(
+        False, "ewc: square the gradient of the orthogonality loss into the Fisher information"
+    )
+    double_orth_coef: bool = setting(False, "with a penalty, double orth_coef after the first task")
+
+
+class Task(NamedTuple):
+    """Two classes; labels are 0 and 1."""
+
+    images: Tensor
+    """[N, 1024]."""
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def split_tasks(data: Images) -> list[Task]:
+    """Tasks of consecutive classes: 0 and 1, 2 and 3, ...
+
+    Args:
+        data: pixels as bytes, on any device.
+
+    Raises:
+        ValueError: if images do not fit the padding, or a task lacks images.
+    """
+    channels, height, width = data.train_images.shape[1:]
+    if channels != 1 or height != width or height > PADDED_SIDE or (PADDED_SIDE - height) % 2:
+        raise ValueError(
+            f"{data.name}: expected grey square images with an even side of up to {PADDED_SIDE}, "
+            f"got {channels}x{height}x{width}"
+        )
+    tasks = []
+    for first in range(0, data.num_classes - CLASSES_PER_TASK + 1, CLASSES_PER_TASK):
+        parts = []
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        ):
+            chosen = (labels >= first) & (labels < first + CLASSES_PER_TASK)
+            if not chosen.any():
+                raise ValueError(f"{data.name} has no images of the classes {first}, {first + 1}")
+            parts += [prepare(images[chosen]), labels[chosen] - first]
+        tasks.append(Task(*parts))
+    return tasks
+
+
+def prepare(images: Tensor) -> Tensor:
+    """Bytes [N, 1, height, width] padded and normalised: [N, 1024]."""
+    margin = (PADDED_SIDE - images.shape[-1]) // 2
+    pixels = F.pad(images, [margin] * 4).flatten(1).float()
+    return pixels.div_(255).sub_(MEAN).div_(STD)
+
+
+class SplitLearning(Experiment):
+    """A network that learns one task after the other.
+
+    Args:
+        recipe: its network is a `SplitMlp`, with one head for each task in the task scenario.
+        tasks: on the device.
+        data: name of the data set.
+        seed: of the order of the images.
+
+    Raises:
+        ValueError: if the recipe does not fit the tasks.
+    """
+
+    def __init__(self, recipe: ContinualRecipe, tasks: list[Task], data: str, seed: int) -> None:
+        self.recipe, self.tasks, self.data, self.seed = recipe, tasks, data, seed
+        if recipe.epochs is None:
+            raise ValueError("the recipe has to say how many epochs each task takes")
+        device = tasks[0].images.device
+        self.model = build_network(recipe).to(device)
+        heads = 1 if recipe.scenario == "domain" else len(tasks)
+        if not isinstance(self.model, SplitMlp) or len(self.model.heads) != heads:
+            raise ValueError(
+                f"the {recipe.scenario} scenario needs network split_mlp with num_tasks={heads}"
+            )
+        self.batch_size, self.epochs = recipe.batch_size, recipe.epochs
+        self.per_epoch = [math.ceil(len(t.images) / recipe.batch_size) for t in tasks]
+        self.ends = list(accumulate(self.epochs * count for count in self.per_epoch))
+        """Updates after which the tasks end."""
+        self.num_updates = self.evaluate_every = self.ends[-1]
+        self.accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+        """Per cent, [T trained, T tested]."""
+        options: dict[str, Any] = {}
+        if recipe.fisher_orthogonality and issubclass_of_ewc(recipe.method):
+            options["extra_loss"] = self._orthogonality
+        self.method = make_method(recipe.method, self.model, recipe.penalty_coef, **options)
+        self.doubles = recipe.double_orth_coef and isinstance(self.method, Quadratic)
+        self._order_of = (-1, -1)  # task and epoch
+        self._order = torch.empty(0)
+
+    def _orthogonality(self) -> Tensor:
+        return self.recipe.orth_coef * orthogonal_loss(self.model)
+
+    def _head(self, task: int) -> int:
+        return 0 if self.recipe.scenario == "domain" else task
+
+    def _task_of(self, update: int) -> int:
+        return next(task for task, end in enumerate(self.ends) if update < end)
+
+    def batch(self, update: int) -> tuple[int, Tensor, Tensor]:
+        """Task, images [B, 1024] and labels [B] of one update. The last batch of an epoch is as
+        small as it comes."""
+        task = self._task_of(update)
+        begin = self.ends[task - 1] if task else 0
+        epoch, index = divmod(update - begin, self.per_epoch[task])
+        images, labels = self.tasks[task][:2]
+        if (task, epoch) != self._order_of:
+            stream = draw(self.seed, "order", task * self.epochs + epoch)
+            self._order = torch.randperm(len(images), generator=stream).to(images.device)
+            self._order_of = task, epoch
+        chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        return task, images[chosen], labels[chosen]
+
+    def loss(self, update: int) -> Tensor:
+        task, images, labels = self.batch(update)
+        self._keep_heads_moving(task)
+        loss = F.cross_entropy(self.model(images, self._head(task)), labels)
+        if self.doubles and task:
+            loss = loss + self._orthogonality()  # the training loop adds it once more
+        return self.method.loss(loss)
+
+    def _keep_heads_moving(self, task: int) -> None:
+        """Zero gradients for the heads of earlier tasks.
+
+        Hsu et al.'s torch set gradients to zero where ours removes them, so that there the momentum
+        of Adam moves these heads a little further.
+        """
+        assert isinstance(self.model, SplitMlp)
+        for head in self.model.heads[: self._head(task)]:
+            for parameter in head.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+    def after_update(self, update: int) -> None:
+        self.method.after_update()
+        task = self._task_of(update)
+        if update + 1 < self.ends[task]:
+            return
+        if task + 1 < len(self.tasks):  # after the last one nothing can be forgotten
+            sample_loss = partial(own_label_loss, task=self._head(task))
+            self.method.end_task(self.tasks[task].images, sample_loss)
+        with evaluating(self.model):
+            for tested in range(len(self.tasks)):
+                self.accuracy[task, tested] = self._accuracy_on(tested)
+
+    def _accuracy_on(self, task: int) -> float:
+        """Per cent of the test images, through the task's own head."""
+        images, labels = self.tasks[task][2:]
+        parts = [self.model(p, self._head(task)) for p in torch.split(images, EVALUATION_BATCH)]
+        return 100 * float((torch.cat(parts).argmax(1) == labels).double().mean())
+
+    def evaluate(self) -> dict[str, float]:
+        """At the very end. See `ncrl.tasks.continual.metrics`; `rank` is that of the hidden layers
+        and `attention` the largest weight of all layers."""
+        accuracy = self.accuracy
+        found = {
+            "accuracy": metrics.final_accuracy(accuracy),
+            "learn": metrics.learning_accuracy(accuracy),
+            "failed_tasks": float((accuracy.diagonal() < FAILED_BELOW).sum()),
+            "forgetting": metrics.forgetting(accuracy),
+            "transfer": metrics.backward_transfer(accuracy),
+        }
+        layers = self._describe()
+        hidden = [weights.rank for name, weights in layers.items() if name.startswith("hidden")]
+        if hidden:
+            found["rank"] = sum(hidden) / len(hidden)
+        attention = [w.attention for w in layers.values() if w.attention is not None]
+        if attention:
+            found["attention"] = max(attention)
+        return found
+
+    def _describe(self) -> dict[str, metrics.Weights]:
+        images = torch.cat([task.test_images[:DESCRIBED_IMAGES] for task in self.tasks])
+        last = self._head(len(self.tasks) - 1)
+        return metrics.describe_weights(self.model, images, last)
+
+    def report(self) -> dict[str, Any]:
+        layers = {name: weights._asdict() for name, weights in self._describe().items()}
+        return {"accuracy": self.accuracy.tolist(), "layers": layers}
+
+    def state(self) -> dict[str, Any]:
+        return {"accuracy": self.accuracy, "method": self.method.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.accuracy = state["accuracy"]
+        self.method.restore(state["method"])
+
+
+def issubclass_of_ewc(method: str) -> bool:
+    """Whether a method measures Fisher information."""
+    kind = METHODS[method]
+    return isinstance(kind, type) and issubclass(kind, OnlineEwc)

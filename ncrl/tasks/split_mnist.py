@@ -1,0 +1,332 @@
+"""Split MNIST: five tasks of two digits, learnt one after the other (paper, Tables 1, 6 and 7).
+
+python -m ncrl.tasks.split_mnist --method online-ewc --layer linear neurocoder --repeats 5
+python -m ncrl.tasks.split_mnist --tables --jobs 2 --data-dir ~/data --figure split_mnist.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ncrl.settings import nearest
+from ncrl.tasks.command import Plan, Session, plans, run_command, task_parser
+from ncrl.tasks.continual import tables
+from ncrl.tasks.continual.methods import METHODS
+from ncrl.tasks.continual.split import (
+    COEFS,
+    SCENARIOS,
+    ContinualRecipe,
+    SplitLearning,
+    Task,
+    split_tasks,
+)
+from ncrl.tasks.continual.tables import Cell, Column
+from ncrl.tasks.data import load_mnist
+from ncrl.tasks.recipes import Recipe, network_option_names
+from ncrl.tasks.results import Result, results_table
+from ncrl.tasks.training import NonFiniteError, say
+
+CONFIG = "split_mnist.yaml"
+
+RECIPES = {
+    Column("linear"): "linear_400",
+    Column("lowrank"): "linear_400",
+    Column("nsm"): "nsm_400",
+    Column("neurocoder"): "tuned",
+    Column("neurocoder", residual=True): "tuned_residual",
+    Column("neurocoder", "official"): "official_logs",
+    Column("neurocoder", "official", residual=True): "official_logs_residual",
+}
+"""Variant of the recipe for every layer, ranks apart."""
+
+LAYERS = ("linear", "lowrank", "nsm", "neurocoder")
+VARIANTS = ("paper", "official")
+
+ADAGRAD = {"optimizer": "adagrad", "learning_rate": 1e-2}
+
+DIGITS = "digits"
+DIGITS_EPOCHS = 40
+"""On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task."""
+
+METRICS = ("accuracy", "learn", "failed_tasks", "forgetting", "transfer", "rank", "attention")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what the flags say and print rows and tables; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    return run_command("split_mnist", make_parser(), words, lambda session: work(session, words))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags that all task commands have, and those of this one."""
+    parser = task_parser("split_mnist", __doc__)
+    parser.conflict_handler = "resolve"  # variant and layer mean something else here
+    own = parser.add_argument_group("split MNIST")
+    add = own.add_argument
+    own.conflict_handler = "resolve"
+    add("--scenario", nargs="+", metavar="NAME", help=f"{' or '.join(SCENARIOS)} (default: domain)")
+    add("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)} (default: adam)")
+    add("--layer", nargs="+", metavar="NAME", help=f"{', '.join(LAYERS)} (default: neurocoder)")
+    add("--variant", nargs="+", metavar="NAME", help="neurocoder: paper (default) or official")
+    both = argparse.BooleanOptionalAction
+    add("--residual", action=both, help="neurocoder: with the residual program (default: without)")
+    add("--sharpness", type=float, metavar="FLOAT", help="neurocoder: in place of the recipe's")
+    add("--rank", nargs="+", type=int, metavar="INT", help="lowrank: of hidden layers (default: 1)")
+    add("--penalty-coef", type=float, metavar="FLOAT", help="in place of Hsu et al.'s")
+    add(
+        "--fisher-orthogonality",
+        action=both,
+        help="official: orthogonality gradients in the Fisher information (default: with)",
+    )
+    add(
+        "--double-orth-coef",
+        action=both,
+        help="official: twice the orth_coef from task 2 on, under a penalty (default: with)",
+    )
+    add("--repeats", type=int, metavar="INT", help="seeds 0 to INT - 1, in place of --seeds")
+    add(
+        "--tables",
+        nargs="*",
+        type=int,
+        metavar="INT",
+        help="fill Tables 1, 6 and 7, or some of them: every method, layer and control, "
+        f"{tables.REPEATS['domain']} repeats (domain) or {tables.REPEATS['task']} (task)",
+    )
+    add("--jobs", type=int, metavar="INT", help="processes that share the runs (default: 1)")
+    return parser
+
+
+def work(session: Session, words: Sequence[str]) -> None:
+    """Train and show what the flags say."""
+    flags = session.flags
+    jobs = at_least_one(flags, "jobs")
+    if jobs > 1 and "threads" not in flags:
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    groups = table_cells(flags) if "tables" in flags else [(cells(flags), None)]
+    data = load_mnist(session.data_dir, download=session.download)
+    is_digits = data.name.startswith(DIGITS)
+    wanted = [
+        ([plan(cell, flags, is_digits) for cell in group], repeats) for group, repeats in groups
+    ]
+    say(f"data: {data.source}")
+    if is_digits and "epochs" not in flags:
+        say(f"{DIGITS_EPOCHS} epochs for each task: the protocol's 4 are for MNIST's size")
+    tasks = split_tasks(data.to(session.device))
+    with helpers(words, jobs - 1):
+        rows = [
+            row
+            for group, repeats in wanted
+            for row in run_all(session, group, tasks, data.name, seeds(session, repeats))
+        ]
+    if "tables" in flags:
+        for number in chosen_tables(flags):
+            say(f"\n{tables.table(number, rows)}")
+    else:
+        say(f"\n{results_table(rows, METRICS)}")
+    if session.figure is not None:
+        tables.draw(rows, session.figure)
+
+
+def seeds(session: Session, repeats: int | None) -> list[int]:
+    """Those that flags name, else as many as the table has, else 0."""
+    if "repeats" in session.flags:
+        if "seeds" in session.flags:
+            raise ValueError("--repeats and --seeds exclude each other")
+        return list(range(at_least_one(session.flags, "repeats")))
+    return session.seeds if "seeds" in session.flags or repeats is None else list(range(repeats))
+
+
+def run_all(
+    session: Session, wanted: Sequence[Plan], tasks: list[Task], data: str, seeds: Sequence[int]
+) -> list[Result]:
+    """Rows of all plans and seeds; a run whose loss is not finite is said and left out."""
+    rows: list[Result] = []
+    current: list[Recipe] = []
+
+    def make(recipe: Recipe, seed: int, _device: torch.device) -> SplitLearning:
+        current[:] = [recipe]
+        assert isinstance(recipe, ContinualRecipe)
+        return SplitLearning(recipe, tasks, data, seed)
+
+    for seed in seeds:
+        left = list(wanted)
+        while left:
+            try:
+                rows += session.run(left, make, seeds=[seed])
+                break
+            except NonFiniteError as error:
+                say(f"diverged: {error}")
+                left = [plan for plan in left if plan.recipe is not current[0]]
+    return rows
+
+
+@contextmanager
+def helpers(words: Sequence[str], count: int) -> Iterator[None]:
+    """More processes with the same command, which share its runs."""
+    command = [sys.executable, "-m", "ncrl.tasks.split_mnist", *words, "--jobs", "1"]
+    if count and "--threads" not in words:
+        command += ["--threads", str(torch.get_num_threads())]
+    nowhere = subprocess.DEVNULL
+    # What a helper fails at stays to be done here, and fails here, too, where it is said.
+    processes = [subprocess.Popen(command, stdout=nowhere, stderr=nowhere) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+def at_least_one(flags: Mapping[str, Any], name: str) -> int:
+    """The value of a flag that counts something; 1 if it is not given.
+
+    Raises:
+        ValueError: if it is less than 1.
+    """
+    value: int = flags.get(name, 1)
+    if value < 1:
+        raise ValueError(f"--{name} must be at least 1, got {value}")
+    return value
+
+
+# From flags to recipes
+
+
+def cells(flags: Mapping[str, Any]) -> list[Cell]:
+    """All combinations that the flags name.
+
+    Raises:
+        ValueError: for unknown names, and flags that do not go together.
+    """
+    scenarios = named(flags, "scenario", SCENARIOS, ["domain"])
+    methods = named(flags, "method", tuple(METHODS), ["adam"])
+    layers = named(flags, "layer", LAYERS, ["neurocoder"])
+    variants = named(flags, "variant", VARIANTS, ["paper"])
+    only = {
+        "neurocoder": ("variant", "residual", "sharpness"),
+        "lowrank": ("rank",),
+    }
+    for layer, names in only.items():
+        for name in names:
+            if name in flags and layer not in layers:
+                raise ValueError(f"--{name} needs --layer {layer}, got {', '.join(layers)}")
+    for name in ("fisher_orthogonality", "double_orth_coef"):
+        if name in flags and ("official" not in variants or "neurocoder" not in layers):
+            raise ValueError(f"--{name.replace('_', '-')} needs --variant official")
+    columns: list[Column] = []
+    for layer in layers:
+        if layer == "neurocoder":
+            residual = flags.get("residual", False)
+            columns += [Column(layer, variant, residual=residual) for variant in variants]
+        elif layer == "lowrank":
+            columns += [Column(layer, rank=rank) for rank in flags.get("rank", [1])]
+        else:
+            columns.append(Column(layer))
+    return [
+        Cell(scenario, method, column)
+        for scenario in scenarios
+        for method in methods
+        for column in columns
+    ]
+
+
+def table_cells(flags: Mapping[str, Any]) -> list[tuple[list[Cell], int | None]]:
+    """The cells of the tables, by scenario, with their repeats.
+
+    Raises:
+        ValueError: for flags that choose cells in another way.
+    """
+    for name in ("scenario", "method", "layer", "variant", "residual", "sharpness", "rank"):
+        if name in flags:
+            raise ValueError(f"--{name} and --tables exclude each other: tables have every cell")
+    scenarios = dict.fromkeys(tables.SCENARIO[number] for number in chosen_tables(flags))
+    return [(tables.cells(scenario), tables.REPEATS[scenario]) for scenario in scenarios]
+
+
+def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
+    """Numbers of the tables to fill.
+
+    Raises:
+        ValueError: for others than 1, 6 and 7.
+    """
+    numbers = flags["tables"] or list(tables.SCENARIO)
+    for number in numbers:
+        if number not in tables.SCENARIO:
+            raise ValueError(f"--tables takes 1, 6 and 7, got {number}")
+    return list(dict.fromkeys(numbers))
+
+
+def named(
+    flags: Mapping[str, Any], flag: str, choices: Sequence[str], default: list[str]
+) -> list[str]:
+    """The names that a flag holds, without repetition.
+
+    Raises:
+        ValueError: for one that is not among `choices`.
+    """
+    names: list[str] = flags.get(flag, default)
+    for name in names:
+        if name not in choices:
+            hint = nearest(name, choices)
+            raise ValueError(
+                f"--{flag} must be one of {', '.join(choices)}, got {name!r}; nearest: {hint}"
+            )
+    return list(dict.fromkeys(names))
+
+
+def plan(cell: Cell, flags: Mapping[str, Any], is_digits: bool = False) -> Plan:
+    """The recipe of a cell, with what the flags change, and a name that says so.
+
+    Raises:
+        ValueError: for changes that make no sense.
+    """
+    variant = RECIPES[cell.column._replace(rank=None)]
+    shared = {key: value for key, value in flags.items() if key != "layer"}
+    (base,) = plans({**shared, "variant": [variant]}, CONFIG)
+    _, _, said = base.name.partition(f" {variant}")
+    recipe = base.recipe
+    if recipe.network != "split_mlp":
+        raise ValueError(
+            f"{flags.get('config', CONFIG)} is for network {recipe.network!r}, expected split_mlp; "
+            f"its options are {', '.join(network_option_names('split_mlp'))}"
+        )
+    changes: dict[str, Any] = {}
+    if cell.method == "adagrad":
+        changes |= {name: value for name, value in ADAGRAD.items() if name not in flags}
+    if is_digits and "epochs" not in flags:
+        changes["epochs"] = DIGITS_EPOCHS
+    network_options = dict(recipe.network_options)
+    if cell.scenario == "task":
+        network_options["num_tasks"] = network_options.get("num_tasks", 5)
+    if cell.column.rank is not None:
+        network_options["hidden_rank"] = cell.column.rank
+    changes["network_options"] = network_options
+    is_neurocoder = cell.column.layer == "neurocoder"
+    if is_neurocoder and "sharpness" in flags:
+        changes["layer_options"] = {**recipe.layer_options, "sharpness": flags["sharpness"]}
+        said += f" sharpness={flags['sharpness']:g}"
+    settings: dict[str, Any] = {"scenario": cell.scenario, "method": cell.method}
+    settings["penalty_coef"] = COEFS[cell.scenario].get(cell.method, 0.0)
+    if "penalty_coef" in flags:
+        settings["penalty_coef"] = flags["penalty_coef"]
+        said += f" penalty_coef={flags['penalty_coef']:g}"
+    for name in ("fisher_orthogonality", "double_orth_coef"):
+        is_official = is_neurocoder and cell.column.variant == "official"
+        settings[name] = is_official and flags.get(name, True)
+        if is_official and not settings[name]:
+            said += f" {name}=False"
+    changed = dataclasses.replace(recipe, **changes)
+    return Plan(f"{cell.name}{said}", ContinualRecipe(**{**vars(changed), **settings}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

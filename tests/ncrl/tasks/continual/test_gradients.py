@@ -1,0 +1,150 @@
+"""Sums of per-sample gradients beside a literal loop over samples."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ncrl.baselines import FiLMLinear, HyperNetLinear, NSMLinear
+from ncrl.baselines.lowrank import LowRankLinear
+from ncrl.neurocoder import NeurocoderLinear
+from ncrl.tasks.continual.gradients import SampleLoss, Sums, gradient_sums
+from ncrl.tasks.continual.methods import own_label_loss
+from ncrl.tasks.models.mlp import SplitMlp
+
+IN, OUT = 6, 5
+
+
+def loop(model: nn.Module, loss: SampleLoss, inputs: Tensor) -> Sums:
+    """One backward pass for every sample."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
+    second = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}
+    for index in range(len(inputs)):
+        value = loss(model, inputs[index : index + 1])
+        gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            first[name] += gradient
+            second[name] += gradient**2
+    return Sums(first, second)
+
+
+def assert_same(found: Sums, expected: Sums) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            scale = float(value.abs().max())
+            torch.testing.assert_close(
+                ours[name], value, rtol=1e-6, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+class Odd(nn.Module):
+    """Weights used twice, transposed, sliced, and in no product at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = nn.Parameter(torch.randn(IN, IN))
+        self.wide = nn.Parameter(torch.randn(OUT, 2 * IN))
+        self.scale = nn.Parameter(torch.randn(OUT))
+        self.unused = nn.Parameter(torch.randn(3, 2))
+        self.frozen = nn.Parameter(torch.randn(IN), requires_grad=False)
+        self.conv = nn.Conv1d(1, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x @ self.tied).tanh() @ self.tied.T + self.frozen
+        x = x + self.conv(x.unsqueeze(1)).mean(1)
+        return (x @ self.wide[:, :IN].T + x @ self.wide[:, IN:].T * 0.5) * self.scale
+
+
+NEUROCODER = {"num_slots": 7, "num_heads": 2, "key_dim": 3, "controller_size": 4}
+
+
+def split(layer: str, **options: object) -> SplitMlp:
+    return SplitMlp(IN, [9, 8], OUT, layer=layer, layer_options=options)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "odd": Odd,
+    "mlp": lambda: SplitMlp(IN, [9, 8], OUT),
+    "low rank": lambda: SplitMlp(IN, [9, 8], OUT, hidden_rank=2),
+    "neurocoder": lambda: split("neurocoder", residual=False, **NEUROCODER),
+    "neurocoder, steps": lambda: split("neurocoder", num_steps=2, **NEUROCODER),
+    "official": lambda: split("neurocoder", preset="official", residual=False, **NEUROCODER),
+    "official, residual": lambda: split("neurocoder", preset="official", **NEUROCODER),
+    "nsm": lambda: split("nsm", num_slots=3, key_dim=2),
+    "film": lambda: nn.Sequential(nn.Linear(IN, 4), nn.ReLU(), FiLMLinear(4, OUT, hidden=3)),
+    "hypernet": lambda: HyperNetLinear(IN, OUT, hidden=3),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sums_equal_a_loop_over_samples(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    x = torch.randn(7, IN, dtype=torch.float64)
+    found = gradient_sums(model, own_label_loss, x, chunk=3)  # chunks of 3, 3 and 1
+    assert_same(found, loop(model, own_label_loss, x))
+    if name == "odd":
+        assert "frozen" not in found.squares
+        assert not found.squares["unused"].any()
+
+
+def test_the_batch_may_have_the_size_of_anything_else() -> None:
+    """As many samples as slots: nothing may take the one axis for the other."""
+    torch.manual_seed(0)
+    model = split("neurocoder", **NEUROCODER).double()
+    x = torch.randn(NEUROCODER["num_slots"], IN, dtype=torch.float64)
+    assert_same(gradient_sums(model, own_label_loss, x), loop(model, own_label_loss, x))
+
+
+def test_other_losses_and_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(IN, OUT)).double()
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def loss(call: Callable[..., Tensor], sample: Tensor) -> Tensor:
+        return F.mse_loss(call(sample), torch.ones(1, OUT, dtype=torch.float64)) + sample.sum()
+
+    assert_same(gradient_sums(model, loss, x), loop(model, loss, x))
+
+
+def test_a_gradient_that_no_sample_changes_counts_for_each() -> None:
+    model = LowRankLinear(2, 2, rank=1, bias=False)
+
+    def loss(call: Callable[..., Tensor], sample: Tensor) -> Tensor:
+        return call(torch.ones(1, 2)).sum() + 0 * sample.sum()
+
+    found = gradient_sums(model, loss, torch.zeros(5, 2))
+    assert_same(found, loop(model, loss, torch.zeros(5, 2)))
+
+
+def test_large_models_take_no_gradients_of_their_own_size() -> None:
+    """256 gradients of this model would be 4 GB."""
+    model = nn.Sequential(nn.Linear(2000, 2000, bias=False), nn.Linear(2000, 2, bias=False))
+    x = torch.randn(256, 2000)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        gradient_sums(model, own_label_loss, x)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 256 * 2000 * 2000  # bytes; a quarter of what floats would take
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        gradient_sums(nn.Linear(2, 2), own_label_loss, torch.zeros(0, 2))
+
+
+def test_layers_whose_weights_depend_on_the_input() -> None:
+    torch.manual_seed(0)
+    model = NSMLinear(IN, OUT, num_slots=2, key_dim=2, bias=True).double()
+    x = torch.randn(4, IN, dtype=torch.float64)
+    assert_same(gradient_sums(model, own_label_loss, x), loop(model, own_label_loss, x))
+    weights = model.program(x)
+    torch.testing.assert_close(
+        torch.einsum("bi,bio->bo", x, weights) + model.attend(x) @ model._programs()[1], model(x)
+    )
+    coded = NeurocoderLinear(IN, OUT, **NEUROCODER).double()
+    assert_same(gradient_sums(coded, own_label_loss, x), loop(coded, own_label_loss, x))
