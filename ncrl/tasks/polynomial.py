@@ -1,0 +1,342 @@
+"""Auto-regression of sequences made of polynomials (paper, section 4.1, Figs. 2d-e and 5).
+
+python -m ncrl.tasks.polynomial                             # all layers of the paper
+python -m ncrl.tasks.polynomial --variant j1 base --seeds 0 1 --noise 0.3 --figure polynomial.png
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncrl import NeurocoderLinear
+from ncrl.tasks.command import Plan, Session, run_command, task_parser
+from ncrl.tasks.models import GruRegressor
+from ncrl.tasks.recipes import Recipe, build_network
+from ncrl.tasks.results import Result, by_name, markdown, summarise
+from ncrl.tasks.training import Experiment, describe_layers, draw, say
+
+CONFIG = "polynomial.yaml"
+VARIANTS = ("linear", "hypernet", "film", "j1", "base", "no_usage")
+"""What the paper compares."""
+
+NUM_POINTS = 100
+NUM_CHUNKS = 4
+LARGEST_X = 5.0
+DEGREES = (2, 10)
+"""Least and greatest degree of a polynomial, both included."""
+
+TEST_SEQUENCES = 512
+EVALUATE_EVERY = 100
+REPORT_SEQUENCES = 8
+"""Test sequences on which the layers are described."""
+
+UNPREDICTABLE = 2
+"""Points at the beginning of a chunk that nothing announces, left out of `chunk_mse`."""
+
+SOLVED = 0.1
+"""Share of the error of predicting zero below which a chunk counts as predicted."""
+
+PAPER = {
+    "base": "converges at about 2,000 updates",
+    "linear": "has not converged by 10,000 updates",
+    "hypernet": "slower than Neurocoder",
+    "film": "slower than Neurocoder",
+    "no_usage": "worse than with usage attention",
+}
+"""What it says of Fig. 5, which has no numbers, by the variant."""
+
+
+class Sequences(NamedTuple):
+    """N sequences of T points. Time comes first, as in `GruRegressor`."""
+
+    inputs: Tensor
+    """x_t / 5 and y_{t-1}, [T, N, 2]."""
+
+    targets: Tensor
+    """y_t as observed, divided by the largest |y| of the sequence: [T, N, 1]."""
+
+    clean: Tensor
+    """The same without noise, [T, N, 1]."""
+
+    scale: Tensor
+    """The largest |y| of each sequence, [N]."""
+
+
+def polynomials(
+    num_sequences: int,
+    generator: torch.Generator,
+    *,
+    num_points: int = NUM_POINTS,
+    num_chunks: int = NUM_CHUNKS,
+    noise: float = 0.0,
+) -> Sequences:
+    """Sequences whose chunks are polynomials of random degree and coefficients.
+
+    In every chunk x runs from -5 to 5 in even steps; degrees are drawn from 2 to 10, all
+    coefficients from U(-1, 1). Noise is Gaussian and part of what the network is fed.
+
+    Args:
+        num_sequences: N.
+        generator: of the random numbers.
+        num_points: T, a multiple of `num_chunks`.
+        num_chunks: polynomials in a sequence.
+        noise: standard deviation, as a share of the sequence's largest |y|.
+
+    Raises:
+        ValueError: if the chunks would not have the same number of points, and at least three.
+    """
+    check_chunks(num_points, num_chunks)
+    length, highest = num_points // num_chunks, DEGREES[1]
+    powers = torch.arange(highest + 1)
+    x = torch.linspace(-LARGEST_X, LARGEST_X, length, dtype=torch.float64)
+    degree = torch.randint(
+        DEGREES[0], highest + 1, (num_sequences, num_chunks, 1), generator=generator
+    )
+    coefficients = torch.rand(
+        num_sequences, num_chunks, highest + 1, dtype=torch.float64, generator=generator
+    )
+    coefficients = (2 * coefficients - 1) * (powers <= degree)
+    y = (coefficients @ (x ** powers[:, None])).flatten(1)  # [N, T]
+    scale = y.abs().amax(1)
+    clean = (y / scale[:, None]).float().T  # [T, N]
+    observed = clean
+    if noise:
+        observed = clean + noise * torch.randn(clean.shape, generator=generator)
+    before = torch.cat([torch.zeros(1, num_sequences), observed[:-1]])
+    at = (x / LARGEST_X).float().repeat(num_chunks)[:, None].expand_as(clean)
+    return Sequences(
+        torch.stack([at, before], dim=2), observed[..., None], clean[..., None], scale.float()
+    )
+
+
+def check_chunks(num_points: int, num_chunks: int) -> None:
+    """Raise ValueError unless so many points make so many chunks of at least three."""
+    if num_chunks < 1 or num_points % num_chunks or num_points // num_chunks <= UNPREDICTABLE:
+        possible = [n for n in range(1, num_points // 3 + 1) if not num_points % n]
+        raise ValueError(
+            f"{num_points} points cannot be divided into {num_chunks} chunks of at least "
+            f"{UNPREDICTABLE + 1}; possible are {', '.join(map(str, possible))}"
+        )
+
+
+def mutual_information(first: Tensor, second: Tensor) -> Tensor:
+    """Information in bits that one row of labels has about another, from their frequencies.
+
+    Args:
+        first: integers from 0 on, [..., N].
+        second: likewise.
+
+    Returns:
+        [...]; 0 where they are independent in the sample.
+    """
+    one, two = (torch.nn.functional.one_hot(labels).double() for labels in (first, second))
+    joint = one.transpose(-1, -2) @ two / first.shape[-1]  # [..., A, B]
+    apart = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
+    return torch.where(joint > 0, joint * torch.log2(joint / apart), 0.0).sum((-1, -2))
+
+
+class Polynomials(Experiment):
+    """A network that predicts y_t from x_t and the true y_{t-1}, on new sequences every time."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        *,
+        num_chunks: int = NUM_CHUNKS,
+        noise: float = 0.0,
+    ) -> None:
+        if recipe.iterations is None:
+            raise ValueError("the recipe does not say iterations; sequences know no epochs")
+        self.model = build_network(recipe).to(device)
+        if not isinstance(self.model, GruRegressor):
+            raise ValueError(f"the network must be 'gru', got {recipe.network!r}")
+        self.data = f"polynomials, {num_chunks} chunks, noise {noise:g}"
+        self.readings = {
+            "points": NUM_POINTS,
+            "x": "-5 to 5 in every chunk, fed divided by 5",
+            "y": "divided by the largest of its sequence",
+            "degrees": list(DEGREES),
+            "coefficients": "U(-1, 1)",
+            "noise": "standard deviation, part of inputs and targets",
+        }
+        self.best = {"chunk_mse": "min"}
+        self.num_updates, self.evaluate_every = recipe.iterations, EVALUATE_EVERY
+        self.seed, self.device, self.batch_size = seed, device, recipe.batch_size
+        self.generate = partial(polynomials, num_chunks=num_chunks, noise=noise)
+        self.num_chunks, self.noise = num_chunks, noise
+        self.test = self._on_device(self.generate(TEST_SEQUENCES, draw(0, "test", 0)))
+        index = torch.arange(NUM_POINTS, device=device)
+        self.chunk = index // (NUM_POINTS // num_chunks)  # [T]
+        self.inside = index % (NUM_POINTS // num_chunks) >= UNPREDICTABLE  # [T]
+
+    def _on_device(self, sequences: Sequences) -> Sequences:
+        return Sequences(*(tensor.to(self.device) for tensor in sequences))
+
+    def loss(self, update: int) -> Tensor:
+        batch = self.generate(self.batch_size, draw(self.seed, "train", update))
+        batch = self._on_device(batch)
+        predictions, _ = self.model(batch.inputs)
+        return (predictions - batch.targets).square().mean()
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean squared errors: of all points, also undoing the division by the largest |y|, and of
+        the points that can be predicted."""
+        predictions, _ = self.model(self.test.inputs)
+        squared = (predictions - self.test.targets).square()[..., 0]  # [T, N]
+        metrics = {
+            "mse": float(squared.mean()),
+            "chunk_mse": float(squared[self.inside].mean()),
+            "raw_mse": float((squared * self.test.scale.square()).mean()),
+        }
+        if self.noise:
+            clean = (predictions - self.test.clean).square()[self.inside]
+            metrics["clean_chunk_mse"] = float(clean.mean())
+        return metrics
+
+    def report(self) -> dict[str, Any]:
+        """Errors of predicting zero; what the layer attends to, and what that says of the chunk."""
+        squared = self.test.targets.square()[..., 0]
+        details: dict[str, Any] = {
+            "zero_mse": float(squared.mean()),
+            "zero_chunk_mse": float(squared[self.inside].mean()),
+        }
+        attention = self.attention(self.test.inputs)
+        if attention is not None:
+            details["information"] = information(attention, self.chunk)
+            few = self.test.inputs[:, :REPORT_SEQUENCES]
+            details["layers"] = describe_layers(self.model, few)
+        return details
+
+    def attention(self, inputs: Tensor) -> Tensor | None:
+        """w^u for inputs [T, N, 2]: [T, N, R, P]; None if the output layer is no Neurocoder."""
+        assert isinstance(self.model, GruRegressor)
+        layer = self.model.output
+        if not isinstance(layer, NeurocoderLinear):
+            return None
+        weights: Tensor = layer.attend(self.model.gru(inputs)[0]).u
+        return weights
+
+
+def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
+    """What the most attended slot says about the chunk: in bits, the mean over sequences.
+
+    Args:
+        attention: w^u, [T, N, R, P].
+        chunk: of every timestep, [T].
+
+    Returns:
+        By component, `bits` beside the bits that the same slots give in a random order, which is
+        what chance gives in so short a sequence; `bits` of the first component, which figures show;
+        and those of its best component.
+    """
+    slots = attention.argmax(3).permute(2, 1, 0)  # [R, N, T]
+    order = torch.randperm(len(chunk), generator=draw(0, "order", 0)).to(chunk.device)
+    true, chance = (
+        mutual_information(labels.expand(slots.shape), slots).mean(1)
+        for labels in (chunk, chunk[order])
+    )
+    best = int((true - chance).argmax())
+    return {
+        "bits": round(float(true[0]), 4),
+        "chance": round(float(chance[0]), 4),
+        "best_component": best + 1,
+        "best_bits": round(float(true[best]), 4),
+        "best_chance": round(float(chance[best]), 4),
+        "most": round(math.log2(int(chunk.max()) + 1), 4),
+    }
+
+
+def updates_until(row: Result, share: float = SOLVED) -> float | None:
+    """Updates at the first evaluation whose `chunk_mse` is at most this share of that of predicting
+    zero; None if there is none."""
+    limit = share * row.details["zero_chunk_mse"]
+    reached = [point["update"] for point in row.curve if point["chunk_mse"] <= limit]
+    return reached[0] if reached else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    parser = task_parser("polynomial", __doc__)
+    parser.add_argument(
+        "--chunks", type=int, help=f"polynomials in a sequence (default: {NUM_CHUNKS}; paper: 8)"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        help="standard deviation of noise, as a share of the largest |y| (default: 0; paper: 0.3)",
+    )
+    return run_command("polynomial", parser, arguments, work)
+
+
+def work(session: Session) -> None:
+    """Train what the flags name; print the table and draw the figure."""
+    chunks, noise = session.flags.get("chunks", NUM_CHUNKS), session.flags.get("noise", 0.0)
+    check_chunks(NUM_POINTS, chunks)
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be a number of at least 0, got {noise}")
+    data = {"chunks": chunks, "noise": noise}
+    wanted = [named(plan, data) for plan in plans(session)]
+
+    def make(recipe: Recipe, seed: int, device: torch.device) -> Polynomials:
+        return Polynomials(recipe, seed, device, num_chunks=chunks, noise=noise)
+
+    rows = session.run(wanted, make)
+    if session.figure is not None:
+        from ncrl.tasks.polynomial_figure import draw_figure
+
+        coded = [plan for plan in wanted if plan.recipe.layer == "neurocoder"]
+        experiments = {
+            plan.name: session.experiment(plan, session.seeds[0], make) for plan in coded
+        }
+        draw_figure(session.figure, rows, experiments)
+        say(f"drawn: {session.figure}")
+    say(table(rows))
+
+
+def plans(session: Session) -> list[Plan]:
+    """The recipes that the flags name; without any, those that the paper compares."""
+    if any(name in session.flags for name in ("config", "variant", "layer")):
+        return session.plans(CONFIG)
+    return session.plans(CONFIG, variant=list(VARIANTS))
+
+
+def named(plan: Plan, data: Mapping[str, float]) -> Plan:
+    """The plan with a name that says how its sequences differ from the usual."""
+    usual = {"chunks": NUM_CHUNKS, "noise": 0.0}
+    said = [f"{key}={value:g}" for key, value in data.items() if value != usual[key]]
+    return Plan(" ".join([plan.name, *said]), plan.recipe)
+
+
+def table(rows: Sequence[Result]) -> str:
+    """Errors, updates until chunks are predicted, and what the attention says of the chunk."""
+    lines = []
+    for name, group in by_name(rows).items():
+        reached = [updates_until(row) for row in group]
+        bits = [row.details["information"] for row in group if "information" in row.details]
+        variant = next((word for word in name.split()[1:2] if "=" not in word), "base")
+        lines.append(
+            [
+                name,
+                f"{group[0].parameters:,}",
+                " ".join(str(row.seed) for row in group),
+                *(summarise(group, metric) for metric in ("mse", "chunk_mse")),
+                " ".join("never" if value is None else f"{value:g}" for value in reached),
+                " ".join(f"{value['bits']:.2f} ({value['chance']:.2f})" for value in bits),
+                PAPER.get(variant),
+            ]
+        )
+    header = ["recipe", "parameters", "seeds", "mse", "chunk_mse", f"updates to {SOLVED:.0%}"]
+    return markdown([*header, "bits of chunk (chance)", "paper"], lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Polynomial sequences and what is measured on them, against literal loops."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncrl.tasks.polynomial import (
+    information,
+    mutual_information,
+    polynomials,
+    updates_until,
+)
+from ncrl.tasks.results import Result
+
+
+def slow_polynomials(
+    num: int, seed: int, points: int, chunks: int, noise: float
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Clean and observed y of every sequence, from the same random numbers, point by point."""
+    generator = torch.Generator().manual_seed(seed)
+    degree = torch.randint(2, 11, (num, chunks, 1), generator=generator)
+    uniform = torch.rand(num, chunks, 11, dtype=torch.float64, generator=generator)
+    length = points // chunks
+    clean = []
+    for n in range(num):
+        y = []
+        for c in range(chunks):
+            for i in range(length):
+                x = -5 + 10 * i / (length - 1)
+                terms = [
+                    (2 * float(uniform[n, c, k]) - 1) * x**k for k in range(int(degree[n, c]) + 1)
+                ]
+                y.append(sum(terms))
+        largest = max(abs(value) for value in y)
+        clean.append([value / largest for value in y])
+    added = torch.randn(points, num, generator=generator) if noise else torch.zeros(points, num)
+    observed = [
+        [y + noise * float(added[t, n]) for t, y in enumerate(row)] for n, row in enumerate(clean)
+    ]
+    return clean, observed
+
+
+@pytest.mark.parametrize(("points", "chunks", "noise"), [(20, 4, 0.0), (12, 2, 0.3), (5, 1, 0.1)])
+def test_sequences_equal_a_literal_loop(points: int, chunks: int, noise: float) -> None:
+    made = polynomials(
+        6, torch.Generator().manual_seed(3), num_points=points, num_chunks=chunks, noise=noise
+    )
+    clean, observed = slow_polynomials(6, 3, points, chunks, noise)
+    assert made.inputs.shape == (points, 6, 2) and made.targets.shape == (points, 6, 1)
+    torch.testing.assert_close(made.clean[..., 0].T, torch.tensor(clean), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made.targets[..., 0].T, torch.tensor(observed), rtol=1e-4, atol=1e-6)
+    length = points // chunks
+    for n in range(6):
+        assert abs(float(made.clean[:, n].abs().max()) - 1) < 1e-6
+        for t in range(points):
+            at, before = made.inputs[t, n].tolist()
+            assert abs(5 * at - (-5 + 10 * (t % length) / (length - 1))) < 1e-5
+            assert before == (float(made.targets[t - 1, n, 0]) if t else 0)
+
+
+def test_the_scale_undoes_the_division() -> None:
+    """Coefficients of at most 1 bound |y|; over many sequences the largest degree shows."""
+    made = polynomials(500, torch.Generator().manual_seed(0))
+    bound = sum(5.0**k for k in range(11))
+    assert float(made.scale.min()) > 0 and float(made.scale.max()) <= bound
+    assert float(made.scale.max()) > 0.5 * 5.0**10
+    few = polynomials(500, torch.Generator().manual_seed(0), num_chunks=1)
+    assert float(few.scale.median()) < float(made.scale.median())  # one degree instead of four
+
+
+@pytest.mark.parametrize("chunks", [0, -1, 3, 50, 100])
+def test_impossible_chunks_are_refused(chunks: int) -> None:
+    with pytest.raises(ValueError, match=f"into {chunks} chunks.*possible are 1, 2, 4, 5, 10, 20"):
+        polynomials(2, torch.Generator(), num_chunks=chunks)
+
+
+def slow_information(first: list[int], second: list[int]) -> float:
+    joint, one, two = Counter(zip(first, second, strict=True)), Counter(first), Counter(second)
+    total, n = 0.0, len(first)
+    for (a, b), count in joint.items():
+        total += count / n * math.log2((count / n) / ((one[a] / n) * (two[b] / n)))
+    return total
+
+
+def test_mutual_information_equals_a_literal_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(4, (3, 5, 40), generator=generator)
+    second = (first + torch.randint(3, first.shape, generator=generator)) % 6
+    found = mutual_information(first, second)
+    assert found.shape == (3, 5)
+    for i in range(3):
+        for j in range(5):
+            expected = slow_information(first[i, j].tolist(), second[i, j].tolist())
+            assert abs(float(found[i, j]) - expected) < 1e-9
+
+
+def test_mutual_information_of_known_labels() -> None:
+    chunk = torch.arange(100) // 25
+    assert abs(float(mutual_information(chunk, 7 - chunk)) - 2) < 1e-12
+    assert abs(float(mutual_information(chunk, chunk // 2)) - 1) < 1e-12
+    assert abs(float(mutual_information(chunk, torch.arange(100) % 5))) < 1e-12
+    assert float(mutual_information(chunk, torch.zeros(100).long())) == 0
+
+
+def one_hot_attention(slots: Tensor, num_slots: int) -> Tensor:
+    """[T, N, R] -> attention [T, N, R, P] of which that slot has most."""
+    return 0.1 + torch.nn.functional.one_hot(slots, num_slots).float()
+
+
+def test_information_of_attention_that_follows_the_chunks() -> None:
+    """Component 1 has the same slot all the time, component 2 another slot in every chunk, a
+    different one in every sequence."""
+    chunk = torch.arange(40) // 10
+    followed = (chunk[:, None] + torch.arange(3)) % 5  # [T, N]
+    slots = torch.stack([torch.full_like(followed, 4), followed], dim=2)
+    found = information(one_hot_attention(slots, 5), chunk)
+    assert found["bits"] == found["chance"] == 0
+    assert found["best_component"] == 2 and found["best_bits"] == found["most"] == 2
+    assert 0 < found["best_chance"] < 1
+
+
+def row_of(curve: list[float]) -> Result:
+    return Result(
+        task="polynomial",
+        name="",
+        seed=0,
+        layer="linear",
+        parameters=1,
+        metrics={},
+        data="",
+        updates=0,
+        seconds=0,
+        recipe={},
+        details={"zero_chunk_mse": 10.0},
+        curve=[{"update": 100.0 * (i + 1), "chunk_mse": value} for i, value in enumerate(curve)],
+    )
+
+
+def test_updates_until_the_chunks_are_predicted() -> None:
+    assert updates_until(row_of([5.0, 1.0, 2.0, 0.5])) == 200
+    assert updates_until(row_of([5.0, 1.0, 2.0, 0.5]), share=0.06) == 400
+    assert updates_until(row_of([5.0, 1.1])) is None
