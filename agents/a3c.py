@@ -24,7 +24,15 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.buffers import Rollout, RolloutBatch, RolloutShape, RolloutSlots, first_rows, split_envs
+from agents.buffers import (
+    Rollout,
+    RolloutBatch,
+    RolloutShape,
+    RolloutSlots,
+    first_rows,
+    shown_at,
+    split_envs,
+)
 from agents.collector import Collector, Outcome
 from agents.environments import (
     EnvFactory,
@@ -101,7 +109,8 @@ class A3C(OnPolicyAlgorithm):
         ent_coef: weight of the entropy.
         vf_coef: weight of the value loss.
         max_grad_norm: limit on the gradient's norm.
-        rms_prop_eps: epsilon of RMSProp, inside the square root.
+        rms_prop_eps: epsilon of RMSProp, inside the square root. Another optimiser is named in
+            `policy_kwargs`, as in SB3: `optimizer_class`, `optimizer_kwargs`.
         orth_coef: weight of the orthogonality loss of Neurocoder layers (paper: a).
         balance_coef: weight of the balance loss of mixtures of experts (`head="moe"`).
         correction: `vtrace`, or `none` for plain returns whatever the age of the rollouts.
@@ -121,7 +130,8 @@ class A3C(OnPolicyAlgorithm):
         device: of the learner.
         profile: measure where the time of each process goes: curves `profile/<process>/<phase>`,
             and `time_spent.table()`. On CUDA the learner waits for the device at each phase.
-        use_sde: A2C's gSDE, which is refused.
+        use_sde: explore by noise that depends on the state (gSDE), for continuous actions.
+        sde_sample_freq: timesteps between new noise; -1 draws it once per rollout.
 
     Raises:
         ValueError: for impossible arguments.
@@ -173,6 +183,7 @@ class A3C(OnPolicyAlgorithm):
         device: torch.device | str = "auto",
         profile: bool = False,
         use_sde: bool = False,
+        sde_sample_freq: int = -1,
         _init_setup_model: bool = True,
     ) -> None:
         self.n_workers = 0
@@ -181,6 +192,7 @@ class A3C(OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.orth_coef = orth_coef
         self.balance_coef = balance_coef
+        self.rms_prop_eps = rms_prop_eps
         self.correction = correction
         self.reward_scale = reward_scale
         self.games_seed = _fresh_seed() if seed is None else seed
@@ -202,10 +214,6 @@ class A3C(OnPolicyAlgorithm):
             getattr(source, "reward_clip", None) if reward_clip == "env" else (reward_clip)
         )
         self.frames_per_timestep = int(getattr(source, "frame_skip", 1))
-        policy_kwargs = dict(policy_kwargs or {})
-        if "optimizer_class" not in policy_kwargs:
-            policy_kwargs["optimizer_class"] = SharedRMSProp
-            policy_kwargs["optimizer_kwargs"] = {"alpha": 0.99, "eps": rms_prop_eps}
         super().__init__(
             policy,
             played,  # type: ignore[arg-type]
@@ -217,7 +225,7 @@ class A3C(OnPolicyAlgorithm):
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,
             use_sde=use_sde,
-            sde_sample_freq=-1,
+            sde_sample_freq=sde_sample_freq,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -240,10 +248,7 @@ class A3C(OnPolicyAlgorithm):
         self._check_arguments()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        policy = self.policy_class(
-            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
-        )
-        assert isinstance(policy, EnginePolicy)
+        policy = self._policy_spec().build(self.lr_schedule)
         self.policy = policy.to(self.device)
         self._batch_stage = RolloutBatch(self._rollout_shape(self.n_envs), self.device)
         self._batch: Rollout | None = None
@@ -262,6 +267,22 @@ class A3C(OnPolicyAlgorithm):
         """Where the time of all calls of `learn` went, if `profile` is set."""
         if self.profile:
             self.time_spent = Profile(stopwatch_for(self.device))
+
+    def _policy_spec(self) -> PolicySpec:
+        """What the policy is built from, here and in the workers."""
+        options = dict(self.policy_kwargs)
+        if "optimizer_class" not in options:
+            options["optimizer_class"] = SharedRMSProp
+            options["optimizer_kwargs"] = {"alpha": 0.99, "eps": self.rms_prop_eps} | (
+                options.get("optimizer_kwargs") or {}
+            )
+        return PolicySpec(
+            self.policy_class,  # type: ignore[arg-type]
+            self.observation_space,
+            self.action_space,
+            {"use_sde": self.use_sde} | options,
+            self.sde_sample_freq,
+        )
 
     def _played_by(self, factory: EnvFactory, n_envs: int) -> VecEnv:
         """What SB3 takes for the environment of a model whose environments a factory builds."""
@@ -387,10 +408,6 @@ class A3C(OnPolicyAlgorithm):
         if self.correction not in CORRECTIONS:
             hint = suggest(self.correction, CORRECTIONS)
             raise ValueError(f"unknown correction {self.correction!r}; {hint}")
-        if self.use_sde or self.policy_kwargs.get("use_sde"):
-            raise ValueError(
-                "use_sde=True (gSDE) is not supported by A3C: use use_sde=False, or SB3's PPO"
-            )
         if not (
             isinstance(self.policy_class, type) and issubclass(self.policy_class, EnginePolicy)
         ):
@@ -593,16 +610,10 @@ class A3C(OnPolicyAlgorithm):
         weights = SharedWeights(self.policy)
         slots = slots_for(self.n_workers) * sum(t.nbytes for t in shape.allocate().tensors())
         check_shared_memory(slots + weights.nbytes)
-        spec = PolicySpec(
-            self.policy_class,  # type: ignore[arg-type]
-            self.observation_space,
-            self.action_space,
-            self.policy_kwargs,
-        )
         weights.publish(self.policy, 0)
         pool = WorkerPool(
             self.env_factory,
-            spec,
+            self._policy_spec(),
             shape,
             weights,
             n_workers=self.n_workers,
@@ -674,6 +685,7 @@ class _SerialPlayer:
             assert model.env is not None
             collector = Collector(model.env, model.policy, model._last_obs)
         collector.policy = model.policy  # it may have been replaced, by a compiled one for example
+        collector.sde_sample_freq = model.sde_sample_freq
         self.collector = model._collector = collector
         collector.stopwatch = model._stopwatch
 
@@ -712,9 +724,9 @@ class _WorkersPlayer:
             return None
         with stopwatch.phase("copy"):
             batch = model._batch_stage.gather([delivery.rollout for delivery in deliveries])
+            played = model._batch_stage.host
             actions, rewards, dones = (
-                torch.cat([getattr(d.rollout, name) for d in deliveries], dim=1).numpy()
-                for name in ("actions", "rewards", "dones")
+                tensor.numpy().copy() for tensor in (played.actions, played.rewards, played.dones)
             )
         with stopwatch.phase("wait"):
             self.pool.release(deliveries)
@@ -727,7 +739,14 @@ class _WorkersPlayer:
             for row, i, info in delivery.infos:
                 infos[row][place * width + i] = info
         for row in range(n_steps):
-            outcome = Outcome(row, actions[row], rewards[row], dones[row], infos[row])
+            outcome = Outcome(
+                row,
+                actions[row],
+                shown_at(row + 1, played.obs),
+                rewards[row],
+                dones[row],
+                infos[row],
+            )
             if not model._after_step(callback, outcome):
                 return None
 

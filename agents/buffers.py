@@ -141,9 +141,10 @@ class RolloutBatch:
 
     def __init__(self, shape: RolloutShape, device: torch.device) -> None:
         self.device = device
-        self._host = shape.allocate()
+        self.host = shape.allocate()
+        """What was gathered last."""
         if device.type == "cuda":
-            self._host = self._host.map(Tensor.pin_memory)
+            self.host = self.host.map(Tensor.pin_memory)
 
     def gather(self, rollouts: Sequence[Rollout]) -> Rollout:
         """Copy rollouts into one batch along the axis of environments.
@@ -154,15 +155,15 @@ class RolloutBatch:
         column = 0
         for rollout in rollouts:
             width = rollout.rewards.shape[1]
-            for target, source in zip(self._host.tensors(), rollout.tensors(), strict=True):
+            for target, source in zip(self.host.tensors(), rollout.tensors(), strict=True):
                 target[:, column : column + width].copy_(source)
             column += width
-        assert column == self._host.rewards.shape[1], "a batch holds every environment once"
+        assert column == self.host.rewards.shape[1], "a batch holds every environment once"
         if self.device.type == "cpu":
-            return self._host
-        batch = self._host.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+            return self.host
+        batch = self.host.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         # Where the LSTM starts anew is looked at by the host, which would have to wait for it.
-        return batch._replace(episode_start=self._host.episode_start)
+        return batch._replace(episode_start=self.host.episode_start)
 
 
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
@@ -176,6 +177,13 @@ def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
         dones=rollout.dones[:n_steps],
         truncation_value=rollout.truncation_value[:n_steps],
     )
+
+
+def shown_at(t: int, obs: PyTorchObs) -> np.ndarray | dict[str, np.ndarray]:
+    """Row t of observations on the host, as an environment returns it."""
+    if isinstance(obs, dict):
+        return {name: tensor[t].numpy() for name, tensor in obs.items()}
+    return obs[t].numpy()
 
 
 def split_envs(rollout: Rollout, num_parts: int) -> Iterator[Rollout]:

@@ -26,6 +26,8 @@ class Outcome(NamedTuple):
 
     row: int
     actions: np.ndarray
+    new_obs: Any
+    """What they show now: [B, ...], or a dict of that; valid until the next rollout."""
     rewards: np.ndarray
     dones: np.ndarray
     infos: list[dict[str, Any]]
@@ -34,10 +36,14 @@ class Outcome(NamedTuple):
 class Collector:
     """Holds where a vector environment stands between rollouts, and plays on from there."""
 
-    def __init__(self, env: VecEnv, policy: EnginePolicy, first_obs: Any) -> None:
+    def __init__(
+        self, env: VecEnv, policy: EnginePolicy, first_obs: Any, *, sde_sample_freq: int = -1
+    ) -> None:
         self.env = env
         self.policy = policy
         self.obs = first_obs
+        self.sde_sample_freq = sde_sample_freq
+        """Timesteps between new noise of gSDE; -1 draws it at the begin of a rollout."""
         self.episode_start = np.ones(env.num_envs, dtype=bool)
         self.lstm_state = policy.initial_state(env.num_envs)
         self.env_seconds = 0.0
@@ -67,6 +73,10 @@ class Collector:
         rollout.lstm_c.copy_(self.lstm_state[1])
         _check_finite("observation", self.obs, 0)
         for t in range(n_steps):
+            if self.policy.use_sde and (
+                t == 0 or (self.sde_sample_freq > 0 and t % self.sde_sample_freq == 0)
+            ):
+                self.policy.reset_noise(self.env.num_envs)
             with self.stopwatch.phase("copy"):
                 _write_row(rollout.obs, t, self.obs)
                 rollout.episode_start[t] = torch.from_numpy(self.episode_start)
@@ -106,7 +116,7 @@ class Collector:
                 with self.stopwatch.phase("forward"):
                     rollout.truncation_value[t, i] = self._value_after(terminal, i)
         self.obs, self.episode_start = new_obs, dones
-        return Outcome(t, rollout.actions[t].numpy(), rewards, dones, infos)
+        return Outcome(t, rollout.actions[t].numpy(), new_obs, rewards, dones, infos)
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
         """Value of the observation environment i was cut off at (SB3 issue 633)."""
@@ -118,9 +128,13 @@ class Collector:
         return self.policy.values(latent).squeeze()
 
     def _for_env(self, actions: Tensor) -> np.ndarray:
-        """Actions as the environment takes them: Gaussian samples are clipped to the bounds."""
+        """Actions as the environment takes them: Gaussian samples are clipped to the bounds, and
+        those squashed into -1 .. 1 are scaled to them."""
         array: np.ndarray = actions.cpu().numpy()
         if isinstance(self.env.action_space, spaces.Box):
+            if self.policy.squash_output:
+                scaled: np.ndarray = self.policy.unscale_action(array)
+                return scaled
             return np.clip(array, self.env.action_space.low, self.env.action_space.high)
         return array
 

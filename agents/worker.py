@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
@@ -51,11 +52,12 @@ class PolicySpec(NamedTuple):
     observation_space: Any
     action_space: Any
     policy_kwargs: dict[str, Any]
+    sde_sample_freq: int
 
-    def build(self) -> EnginePolicy:
-        """A policy on the CPU with fresh weights, which the first published version replaces."""
+    def build(self, lr_schedule: Schedule) -> EnginePolicy:
+        """A policy on the CPU with fresh weights."""
         return self.policy_class(
-            self.observation_space, self.action_space, _no_learning, **self.policy_kwargs
+            self.observation_space, self.action_space, lr_schedule, **self.policy_kwargs
         )
 
 
@@ -154,7 +156,8 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
     seeds = np.random.SeedSequence(spec.seed)
     factory: EnvFactory = spec.factory.var
     with stopwatch.phase("setup"):
-        policy: EnginePolicy = spec.policy.var.build()
+        # With fresh weights, which the first published version replaces.
+        policy: EnginePolicy = spec.policy.var.build(_no_learning)
         policy.set_training_mode(False)
     collector = _start_games(factory, spec, seeds, policy, stopwatch)
     connection.send(Ready())
@@ -193,7 +196,9 @@ def _start_games(
 ) -> Collector:
     with stopwatch.phase("setup"):
         env = build(factory, spec.n_envs, _env_seed(seeds))
-        collector = Collector(env, policy, env.reset())
+        collector = Collector(
+            env, policy, env.reset(), sde_sample_freq=spec.policy.var.sde_sample_freq
+        )
     collector.stopwatch = stopwatch
     return collector
 

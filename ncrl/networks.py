@@ -21,7 +21,7 @@ LstmState = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each [L, B, h]."""
 
 
-def a3c_encoder(channels: int) -> list[nn.Module]:
+def a3c_encoder(channels: int, features: int = 256) -> list[nn.Module]:
     """The trunk of A3C (Mnih et al. 2016): 16@8x8/4, 32@4x4/2, 256 units."""
     return [
         nn.Conv2d(channels, 16, 8, stride=4),
@@ -29,12 +29,12 @@ def a3c_encoder(channels: int) -> list[nn.Module]:
         nn.Conv2d(16, 32, 4, stride=2),
         nn.ReLU(),
         nn.Flatten(),
-        nn.LazyLinear(256),
+        nn.LazyLinear(features),
         nn.ReLU(),
     ]
 
 
-def nature_encoder(channels: int) -> list[nn.Module]:
+def nature_encoder(channels: int, features: int = 512) -> list[nn.Module]:
     """The trunk of DQN (Mnih et al. 2015): 32@8x8/4, 64@4x4/2, 64@3x3/1, 512 units."""
     return [
         nn.Conv2d(channels, 32, 8, stride=4),
@@ -44,7 +44,7 @@ def nature_encoder(channels: int) -> list[nn.Module]:
         nn.Conv2d(64, 64, 3),
         nn.ReLU(),
         nn.Flatten(),
-        nn.LazyLinear(512),
+        nn.LazyLinear(features),
         nn.ReLU(),
     ]
 
@@ -65,7 +65,8 @@ CONTRAST_FLOOR = 1e-4
 """Added to the variance of an image or of its features, so that empty ones stay empty."""
 
 ENCODERS = {"a3c": a3c_encoder, "nature": nature_encoder, "paper": paper_encoder}
-"""Convolutional trunks by name; each takes the number of input channels."""
+"""Convolutional trunks by name; each takes the number of input channels, and those that end in a
+linear layer its width."""
 
 
 class AtariEncoder(BaseFeaturesExtractor):
@@ -79,17 +80,31 @@ class AtariEncoder(BaseFeaturesExtractor):
             otherwise makes up nearly all of every feature: on Pong the LSTM's output then varies by
             2.5 % of its size from frame to frame. Features that are left as they are grow within
             thousands of updates until they saturate the LSTM for good.
+        features_dim: width of the last layer of `a3c` (256) or `nature` (512).
 
     Raises:
-        ValueError: for an unknown encoder, or for images that are too small for it.
+        ValueError: for an unknown encoder, for observations that are no images or too small for it,
+            or for a width that it has no layer for.
     """
 
     def __init__(
-        self, observation_space: spaces.Box, encoder: str = "a3c", standardize: bool = True
+        self,
+        observation_space: spaces.Space[Any],
+        encoder: str = "a3c",
+        standardize: bool = True,
+        features_dim: int | None = None,
     ) -> None:
         if encoder not in ENCODERS:
             raise ValueError(f"unknown encoder {encoder!r}; {suggest(encoder, ENCODERS)}")
-        network = nn.Sequential(*ENCODERS[encoder](observation_space.shape[0]))
+        if not (isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 3):
+            raise ValueError(
+                f"a Cnn policy needs images (channels, height, width), got {observation_space}; "
+                f"use {_policy_for(observation_space)}"
+            )
+        options = {} if features_dim is None else {"features": features_dim}
+        if options and encoder == "paper":
+            raise ValueError(f"the encoder 'paper' has no layer for features_dim={features_dim}")
+        network = nn.Sequential(*ENCODERS[encoder](observation_space.shape[0], **options))
         image = torch.zeros(1, *observation_space.shape)
         try:
             with torch.no_grad():
@@ -117,19 +132,34 @@ class VectorEncoder(BaseFeaturesExtractor):
     """One tanh layer over vector observations, so that the LSTM reads features of its own size.
 
     Args:
-        observation_space: any that SB3 can flatten.
-        width: features.
+        observation_space: any that SB3 can flatten, but no Dict.
+        features_dim: width of the layer.
+
+    Raises:
+        ValueError: for Dict observations.
     """
 
-    def __init__(self, observation_space: spaces.Space[Any], width: int = 64) -> None:
-        super().__init__(observation_space, width)
+    def __init__(self, observation_space: spaces.Space[Any], features_dim: int = 64) -> None:
+        if isinstance(observation_space, spaces.Dict):
+            raise ValueError(
+                f"an Mlp policy needs vectors, got {observation_space}; "
+                f"use {_policy_for(observation_space)}"
+            )
+        super().__init__(observation_space, features_dim)
         inputs = get_flattened_obs_dim(observation_space)
-        self.network = nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.Tanh())
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(inputs, features_dim), nn.Tanh())
 
     def forward(self, obs: Tensor) -> Tensor:
-        """[B, ...] -> [B, width]."""
+        """[B, ...] -> [B, features_dim]."""
         features: Tensor = self.network(obs)
         return features
+
+
+def _policy_for(observation_space: spaces.Space[Any]) -> str:
+    """The kind of policy for observations that are no images."""
+    if isinstance(observation_space, spaces.Dict):
+        return "a MultiInput policy, such as MultiInputLstmPolicy"
+    return "an Mlp policy, such as MlpLstmPolicy"
 
 
 def unroll_lstm(

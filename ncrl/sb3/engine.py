@@ -153,14 +153,16 @@ class EnginePolicy(ActorCriticPolicy):
         latent, _ = self.unroll(obs, lstm_state, episode_start)
         num_steps, num_envs = actions.shape[:2]
         distribution = self.distribution(latent.map(lambda x: x[:-1].flatten(0, 1)))
-        entropy = distribution.entropy()
-        assert entropy is not None  # only squashed Gaussians, which need gSDE, have none
         actions = actions.flatten(0, 1)  # [T * B, ...]
         if isinstance(self.action_space, (spaces.Box, spaces.MultiBinary)):
             actions = actions.flatten(1).float()  # SB3's distributions are over vectors
+        log_prob = distribution.log_prob(actions)
+        entropy = distribution.entropy()
+        if entropy is None:  # squashed Gaussians have none; SB3 estimates it like this
+            entropy = -log_prob
         return RolloutEvaluation(
             values=self.values(latent).squeeze(-1),
-            log_prob=distribution.log_prob(actions).view(num_steps, num_envs),
+            log_prob=log_prob.view(num_steps, num_envs),
             entropy=entropy.view(num_steps, num_envs),
             latent=latent,
         )

@@ -45,8 +45,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
             and further arguments of `RecurrentActorCriticPolicy`.
 
     Raises:
-        ValueError: for an unknown head or option, for LSTMs that are shared and are not, or for
-            `use_sde`, which A3C does not support.
+        ValueError: for an unknown head or option, or for LSTMs that are shared and are not.
     """
 
     head = "linear"
@@ -63,11 +62,8 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         shared_lstm: bool | None = None,
         enable_critic_lstm: bool | None = None,
         share_features_extractor: bool = True,
-        use_sde: bool = False,
         **kwargs: Any,
     ) -> None:
-        if use_sde:
-            raise ValueError("use_sde=True is not supported by ncrl's policies; use use_sde=False")
         if shared_lstm is None:
             shared_lstm = enable_critic_lstm is None and share_features_extractor
         if enable_critic_lstm is None:
