@@ -333,9 +333,6 @@ def test_wrong_arguments_are_refused() -> None:
         make_policy(NeurocoderMlpLstmPolicy, head_kwargs={"num_slotz": 5})
     with pytest.raises(ValueError, match="num_slots"):
         make_policy(NeurocoderMlpLstmPolicy, head_kwargs={"num_slots": 0})
-    for policy in POLICIES:
-        with pytest.raises(ValueError, match="use_sde"):
-            make_policy(policy, spaces.Box(-1, 1, (2,), np.float32), use_sde=True)
     with pytest.raises(ValueError, match=r"'papper'.*did you mean 'paper'"):
         make_policy(CnnLstmPolicy, encoder="papper")
 
