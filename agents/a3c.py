@@ -8,8 +8,8 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -43,6 +43,7 @@ from agents.environments import (
     is_factory,
 )
 from agents.learner import CORRECTIONS, Objective, actor_critic_loss, apply_gradient
+from agents.loading import plain_faults, without_code, write_model
 from agents.optim import SharedRMSProp
 from agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
 from agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
@@ -352,25 +353,57 @@ class A3C(OnPolicyAlgorithm):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        *,
+        trust: bool = False,
         **kwargs: Any,
     ) -> SelfA3C:
-        """As in SB3; `env` may also be an id or a factory, as in the constructor."""
+        """As in SB3, but no code of the file is run.
+
+        Args:
+            path: of the zip, or the zip as an open file.
+            env: may also be an id or a factory, as in the constructor.
+            device: where the model shall be.
+            custom_objects: values by field, in place of those of the file.
+            print_system_info: of the computer that saved, and of this one.
+            force_reset: whether the environment is reset before training goes on.
+            trust: read like SB3, which runs whatever code the file carries.
+            kwargs: attributes to set in place of the saved ones.
+
+        Raises:
+            ValueError: in one line, for a file that is damaged or no saved A3C, and without `trust`
+                for one with a field that only code could restore, such as a lambda.
+        """
         from_factory = is_factory(env)
         if env is not None and not from_factory:
             kwargs.setdefault("n_workers", 0)
-        model = super().load(
-            path,
-            None if from_factory else env,  # type: ignore[arg-type]
-            device,
-            custom_objects,
-            print_system_info,
-            force_reset,
-            **kwargs,
-        )
+        source: Any = path
+        if not trust:
+            source, custom_objects = without_code(cls, path, custom_objects, kwargs)
+        with nullcontext() if trust else plain_faults(path):
+            model = super().load(
+                source,
+                None if from_factory else env,  # type: ignore[arg-type]
+                device,
+                custom_objects,
+                print_system_info,
+                force_reset,
+                **kwargs,
+            )
         if from_factory:
             assert env is not None
             model.set_env(env, force_reset)
         return model
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """As in SB3, whose own loader reads it too; `load` then needs no code of the file."""
+        zipped = io.BytesIO()
+        super().save(zipped, exclude, include)
+        write_model(self, zipped.getvalue(), path)
 
     def _check_arguments(self) -> None:
         if type(self.n_steps) is not int:

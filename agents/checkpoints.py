@@ -13,9 +13,7 @@ import io
 import json
 import logging
 import os
-import pickle
 import random
-import re
 import tempfile
 import zipfile
 from collections import deque
@@ -29,6 +27,7 @@ from torch import Tensor
 from agents.a3c import A3C
 from agents.collector import Collector
 from agents.environments import RecordedEnv
+from agents.loading import SMALL_BYTES, read_tensors, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +36,6 @@ COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "
 
 MAX_MEMBER_BYTES = 4 << 30
 """Largest member of a checkpoint that is unpacked into memory, whatever the model's size."""
-
-SMALL_BYTES = 16 << 20
-"""What names and containers may take beside the weights."""
 
 
 class CheckpointError(ValueError):
@@ -164,43 +160,19 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
         with zipfile.ZipFile(path) as archive:
             # RMSProp and Adam keep one or two numbers for each weight.
             limit = min(MAX_MEMBER_BYTES, 4 * _size_of(model) + SMALL_BYTES)
-            parameters = {name: _tensors(archive, f"{name}.pth", limit) for name in names}
+            parameters = {name: read_tensors(archive, f"{name}.pth", limit) for name in names}
         if optimizer:
             model.set_parameters(parameters, exact_match=True, device=model.device)
         else:
             model.policy.load_state_dict(parameters["policy"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {path}: {_reason(error)}") from error
+        raise CheckpointError(f"cannot load {path}: {reason_of(error)}") from error
     except Exception as error:  # torch reports a forbidden pickle with several exception types
-        raise CheckpointError(f"refused {path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    code = re.search(r"Unsupported (?:global|operand|class)\S*:? (?:GLOBAL )?(\S+)", text)
-    if code is not None:
-        return (
-            f"it refers to {code[1]}, and only tensors and plain values are read; if you trust the "
-            "file, convert it yourself: torch.load(file, weights_only=False)"
-        )
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            f"it holds more than tensors and plain values ({' '.join(text.split())[-200:]}); if "
-            "you trust the file, convert it yourself: torch.load(file, weights_only=False)"
-        )
-    return " ".join(text.split())[:500] or type(error).__name__
+        raise CheckpointError(f"refused {path}: {reason_of(error)}") from error
 
 
 def _size_of(model: A3C) -> int:
     return sum(tensor.nbytes for tensor in model.policy.state_dict().values())
-
-
-def _tensors(archive: zipfile.ZipFile, member: str, limit: int) -> Any:
-    size = archive.getinfo(member).file_size
-    if size > limit:
-        raise ValueError(f"{member} would take {size} bytes, for this model at most {limit}")
-    return torch.load(io.BytesIO(archive.read(member)), map_location="cpu", weights_only=True)
 
 
 def resume(model: A3C, checkpoint: Checkpoint) -> None:
@@ -220,7 +192,7 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"cannot load {checkpoint.state}: {_reason(error)}") from error
+        raise CheckpointError(f"cannot load {checkpoint.state}: {reason_of(error)}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

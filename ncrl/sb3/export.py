@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import stable_baselines3
@@ -24,6 +24,8 @@ from ncrl.sb3.plain import from_plain, to_plain
 from ncrl.settings import nearest
 
 logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
 
 DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
 FORMAT = "ncrl policy"
@@ -109,7 +111,7 @@ def load_policy(
     try:
         build = _builder(description, classes)
         if not classes:
-            check_tensors(build, tensors)
+            compare_tensors(unique_tensors(without_memory(build)), tensors)
         with torch.random.fork_rng(devices=[]):
             policy = build()
         load_tensors(policy, tensors)
@@ -218,14 +220,10 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
-def check_tensors(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless tensors are those of the module that `build` makes.
-
-    It is built without memory for its weights, so that sizes which no tensor has do no harm.
-    """
+def without_memory(build: Callable[[], Module]) -> Module:
+    """The module that `build` makes, of meta tensors: sizes from a stranger's file do no harm."""
     with torch.device("meta"), _StayWithoutMemory():
-        expected = unique_tensors(build())
-    _compare(expected, tensors)
+        return build()
 
 
 class _StayWithoutMemory(TorchFunctionMode):
@@ -248,11 +246,12 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: naming the first tensor that does not fit.
     """
-    _compare(unique_tensors(module), tensors)
+    compare_tensors(unique_tensors(module), tensors)
     module.load_state_dict(tensors, strict=False)
 
 
-def _compare(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def compare_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first difference in names, shapes and types, if there is one."""
     for name in tensors:
         if name not in expected:
             hint = f"; nearest: {nearest(name, expected)!r}" if expected else ""

@@ -1,0 +1,384 @@
+"""Reading a model as SB3 saves it, without running code from the file.
+
+SB3 writes what is no JSON (spaces, classes, schedules) as pickles, and a pickle can do anything
+when it is read. `A3C.save` adds a description of the same values as JSON, `ncrl.json`, which SB3
+passes over. Reading takes the values from there and hands them to SB3's own loader in the place of
+the pickles, which are never opened. Tensors are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import pathlib
+import pickle
+import re
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.utils import ConstantSchedule
+from torch import Tensor, nn
+
+from agents.optim import SharedRMSProp
+from agents.supervision import Limits
+from ncrl.sb3.export import compare_tensors, without_memory
+from ncrl.sb3.plain import from_plain, to_plain
+from ncrl.settings import suggest
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = "ncrl.json"
+VERSION = 1
+
+PICKLED = ":serialized:"
+"""SB3's mark of a pickle in its JSON."""
+
+TENSORS = ("policy.pth", "policy.optimizer.pth", "pytorch_variables.pth")
+
+NEVER_SAVED = ("env", "env_factory", "policy", "_logger")
+"""Names that a checkpoint cannot give a meaning to: an id of an environment imports modules."""
+
+DERIVED = ("lr_schedule",)
+"""Attributes that `_setup_model` makes of others."""
+
+SMALL_BYTES = 16 << 20
+"""What names and containers may take beside the weights."""
+
+MOST_EXPANSION = 20
+"""Times its size that a file may unpack to; SB3 does not compress."""
+
+MAX_ROLLOUT_BYTES = 16 << 30
+"""Largest rollout that a checkpoint can ask for."""
+
+CLASSES = (SharedRMSProp, Limits)
+"""Classes of ours that a model refers to, besides those of `ncrl.sb3.plain`."""
+
+
+# Saving.
+
+
+def write_model(model: BaseAlgorithm, zipped: bytes, path: str | pathlib.Path | Any) -> None:
+    """Write the zip that SB3 made of `model`, with the description that `without_code` reads."""
+    described = io.BytesIO()
+    described.write(zipped)
+    with zipfile.ZipFile(described, "a") as archive:
+        data = json.loads(archive.read("data"))
+        archive.writestr(DESCRIPTION, json.dumps(_describe(vars(model), _pickled(data))))
+    file = open_path(path, "w", verbose=0, suffix="zip")
+    file.write(described.getbuffer())
+    if isinstance(path, (str, pathlib.Path)):
+        file.close()
+
+
+def _describe(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    fields = {}
+    for name in names:
+        if name in DERIVED:
+            continue
+        try:
+            fields[name] = to_plain(values[name], repr(name))
+        except ValueError as error:
+            logger.warning("saved, but load() will ask for trust=True or custom_objects: %s", error)
+    return {"version": VERSION, "fields": fields}
+
+
+def _pickled(data: Mapping[str, Any]) -> list[str]:
+    """The fields that SB3 has pickled."""
+    return [name for name, value in data.items() if isinstance(value, dict) and PICKLED in value]
+
+
+# Loading.
+
+
+def without_code(
+    kind: type[BaseAlgorithm],
+    path: str | pathlib.Path | io.BufferedIOBase,
+    custom_objects: dict[str, Any] | None,
+    replaced: Mapping[str, Any],
+) -> tuple[io.BytesIO, dict[str, Any]]:
+    """What to give to SB3's loader so that it opens no pickle.
+
+    Args:
+        kind: the class whose `load` reads.
+        path: of the zip, or the zip as an open file.
+        custom_objects: values by field, which come before those of the file.
+        replaced: attributes that the caller sets after loading.
+
+    Returns:
+        The content of the file, read once and checked, and custom objects for each of its pickles.
+
+    Raises:
+        ValueError: in one line that names the file and the reason.
+        OSError: if it cannot be opened.
+    """
+    if custom_objects is not None and not isinstance(custom_objects, dict):
+        raise ValueError(f"custom_objects must be a dict, got {type(custom_objects).__name__}")
+    content = _read(path)
+    with one_line(path), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        _check_members(archive, len(content))
+        data = _json(archive, "data")
+        given = {**replaced, **(custom_objects or {})}
+        objects = dict(custom_objects or {}) | _objects(kind, archive, data, given)
+        values = {**data, **objects}
+        tensors = {
+            name: read_tensors(archive, name, _limit(len(content)))
+            for name in TENSORS
+            if name in archive.namelist()
+        }
+        if tensors.get("pytorch_variables.pth"):
+            raise ValueError("it holds pytorch_variables, which A3C has not got")
+        if not {"policy_class", "policy_kwargs"} & set(given):
+            _check_policy(kind, values, tensors)
+        _check_rollout(values)
+    return io.BytesIO(content), objects
+
+
+def _read(path: str | pathlib.Path | io.BufferedIOBase) -> bytes:
+    file = open_path(path, "r", verbose=0, suffix="zip")
+    if not isinstance(path, (str, pathlib.Path)):
+        file.seek(0)
+        return file.read()
+    with file:
+        return file.read()
+
+
+def _limit(size: int) -> int:
+    return MOST_EXPANSION * size + SMALL_BYTES
+
+
+def _check_members(archive: zipfile.ZipFile, size: int) -> None:
+    for name in archive.namelist():
+        foreign = name.endswith(".pth") and name not in TENSORS
+        if foreign or "/" in name or "\\" in name:
+            raise ValueError(f"its member {name[:200]!r} is none of a saved A3C")
+    _check_size(archive, _limit(size))
+
+
+def _check_size(archive: zipfile.ZipFile, limit: int) -> None:
+    total = sum(member.file_size for member in archive.infolist())
+    if total > limit:
+        raise ValueError(f"it would unpack to {total} bytes, more than {limit}")
+
+
+def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
+    if name not in archive.namelist():
+        raise ValueError(f"it has no member {name!r}: it is no model that SB3 has saved")
+    try:
+        content = json.loads(archive.read(name))
+    except RecursionError as error:
+        raise ValueError(f"its member {name!r} is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"its member {name!r} is no dict")
+    return content
+
+
+def _objects(
+    kind: type[BaseAlgorithm],
+    archive: zipfile.ZipFile,
+    data: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The value of every field that SB3 would read from a pickle."""
+    for name in data:
+        if name in NEVER_SAVED or hasattr(kind, name):
+            raise ValueError(f"it gives a value to {name!r}, which no saved A3C does")
+    described: Any = {}
+    if DESCRIPTION in archive.namelist():
+        description = _json(archive, DESCRIPTION)
+        if description.get("version") != VERSION or not isinstance(description.get("fields"), dict):
+            raise ValueError(
+                f"its description has version {description.get('version')!r}, and this release of "
+                f"ncrl reads version {VERSION}"
+            )
+        described = description["fields"]
+    aliases = kind.policy_aliases.values()
+    objects: dict[str, Any] = {}
+    for name in _pickled(data):
+        if name in given:
+            objects[name] = given[name]
+        elif name in DERIVED:
+            objects[name] = None
+        elif name in described:
+            try:
+                objects[name] = from_plain(described[name], repr(name), (*CLASSES, *aliases))
+            except ValueError as error:
+                raise ValueError(f"{error}; {_way_out(name)}") from error
+        else:
+            what = " ".join(str(data[name].get(":type:", "value")).split())[:80]
+            raise ValueError(
+                f"its field {name!r}, a {what}, can only be restored by running code of the file; "
+                f"{_way_out(name)}"
+            )
+    return objects
+
+
+def _way_out(name: str) -> str:
+    return (
+        f"give its value, custom_objects={{{name!r}: ...}}, or, only if you trust whoever made the "
+        "file, load with trust=True"
+    )
+
+
+def _check_policy(
+    kind: type[BaseAlgorithm], values: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    """Raise ValueError unless weights and optimiser are those of the policy described.
+
+    Before any memory is asked for: the sizes come from the file too.
+    """
+    for name in ("policy_class", "observation_space", "action_space", "policy_kwargs"):
+        if name not in values:
+            raise ValueError(f"it has no field {name!r}")
+    for name in TENSORS[:2]:
+        if name not in tensors:
+            raise ValueError(f"it has no member {name!r}")
+    policy_class = values["policy_class"]
+    if isinstance(policy_class, str):
+        if policy_class not in kind.policy_aliases:
+            raise ValueError(
+                f"unknown policy {policy_class!r}; {suggest(policy_class, kind.policy_aliases)}"
+            )
+        policy_class = kind.policy_aliases[policy_class]
+    if not (isinstance(policy_class, type) and issubclass(policy_class, ActorCriticPolicy)):
+        raise ValueError("its policy_class is none of an actor-critic policy")
+    policy = without_memory(
+        lambda: policy_class(
+            values["observation_space"],
+            values["action_space"],
+            ConstantSchedule(0.0),
+            **{"use_sde": values.get("use_sde", False), **values["policy_kwargs"]},
+        )
+    )
+    weights = tensors["policy.pth"]
+    if not (isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values())):
+        raise ValueError("its weights are no tensors by name")
+    compare_tensors(policy.state_dict(), weights)
+    _check_optimizer(policy, tensors["policy.optimizer.pth"])
+
+
+def _check_optimizer(policy: nn.Module, state: Any) -> None:
+    """Raise ValueError unless every tensor of an optimiser's state fits the weight it is about."""
+    if not (isinstance(state, dict) and isinstance(state.get("state"), dict)):
+        raise ValueError("its optimiser has no state")
+    weights = list(policy.parameters())
+    for index, entry in state["state"].items():
+        if not (type(index) is int and 0 <= index < len(weights) and isinstance(entry, dict)):
+            raise ValueError(f"its optimiser has a state for {index!r}, which is no weight")
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.shape not in ((), weights[index].shape):
+                raise ValueError(
+                    f"its optimiser's {name!r} of weight {index} has shape {list(value.shape)}, "
+                    f"expected {list(weights[index].shape)}"
+                )
+
+
+def _check_rollout(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for sizes of rollouts that no training has."""
+    sizes = []
+    for name in ("n_steps", "n_envs"):
+        size = values.get(name)
+        if type(size) is not int or size < 1:
+            raise ValueError(f"its {name} must be a positive integer, got {size!r}")
+        sizes.append(size)
+    space = values["observation_space"]
+    one = sum(
+        math.prod(part.shape or ()) * part.dtype.itemsize
+        for part in getattr(space, "spaces", {"": space}).values()
+    )
+    if (total := one * math.prod(sizes)) > MAX_ROLLOUT_BYTES:
+        raise ValueError(
+            f"its n_steps={sizes[0]} and n_envs={sizes[1]} make rollouts of {total} bytes, more "
+            f"than {MAX_ROLLOUT_BYTES}"
+        )
+
+
+# Tensors, and what went wrong.
+
+
+def read_tensors(archive: zipfile.ZipFile, member: str, limit: int) -> Any:
+    """Tensors and plain values of a member that torch has saved, on the CPU.
+
+    Args:
+        archive: the zip that it is in.
+        member: its name.
+        limit: bytes that it may take in memory.
+
+    Raises:
+        KeyError: if there is no such member.
+        ValueError: if it is larger than `limit`.
+        Exception: as torch raises it, if it holds more than tensors and plain values.
+    """
+    size = archive.getinfo(member).file_size
+    if size > limit:
+        raise ValueError(f"{member} would take {size} bytes, for this model at most {limit}")
+    content = io.BytesIO(archive.read(member))
+    if zipfile.is_zipfile(content):
+        with zipfile.ZipFile(content) as records:  # which may be compressed in their turn
+            _check_size(records, limit)
+    content.seek(0)
+    loaded = torch.load(content, map_location="cpu", weights_only=True)
+    if (total := sum(t.numel() * t.element_size() for t in _tensors_in(loaded))) > limit:
+        # Views of one number can have any shape, and take memory when they are copied.
+        raise ValueError(f"the tensors of {member} would take {total} bytes, at most {limit}")
+    return loaded
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors_in(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors_in(part)
+
+
+@contextmanager
+def one_line(path: object) -> Iterator[None]:
+    """Turn what goes wrong with a file inside the block into a ValueError of one line."""
+    name = str(path) if isinstance(path, (str, pathlib.Path)) else "the file"
+    try:
+        yield
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"cannot load {name}: it is damaged, or no zip file") from error
+    except (torch.OutOfMemoryError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        # torch reports a forbidden pickle with several types, wrong attributes fail anywhere.
+        raise ValueError(f"cannot load {name}: {reason_of(error)}") from error
+
+
+@contextmanager
+def plain_faults(path: object) -> Iterator[None]:
+    """The same for what wrong types of plain values lead to while a model is built of them."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError) as error:
+        with one_line(path):
+            raise error
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    code = re.search(r"Unsupported (?:global|operand|class)\S*:? (?:GLOBAL )?(\S+)", text)
+    if code is not None:
+        return (
+            f"it refers to {code[1]}, and only tensors and plain values are read; if you trust the "
+            "file, convert it yourself: torch.load(file, weights_only=False)"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            f"it holds more than tensors and plain values ({' '.join(text.split())[-200:]}); if "
+            "you trust the file, convert it yourself: torch.load(file, weights_only=False)"
+        )
+    return " ".join(text.split())[:500] or type(error).__name__
