@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ncrl.baselines import FiLMLinear, HyperNetLinear, MoELinear, NSMLinear
 from ncrl.neurocoder import NeurocoderLinear
@@ -23,6 +23,12 @@ LAYERS: Mapping[str, LayerFactory] = {
     "nsm": NSMLinear,
 }
 """Layer constructors by the name that flags and `policy_kwargs` use."""
+
+
+def prepared(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What to call in place of a layer in a loop over time, until its weights change: see
+    `NeurocoderLinear.prepare`. Any other layer itself."""
+    return layer.prepare() if isinstance(layer, NeurocoderLinear) else layer
 
 
 def make_layer(name: str, in_features: int, out_features: int, **options: Any) -> nn.Module:

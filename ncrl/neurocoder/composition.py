@@ -24,7 +24,7 @@ class Control(NamedTuple):
 
     Queries and gates are linear in the state of the controller. They are kept in that form because
     gates, one for every slot, head and input, are by far the largest thing the network computes.
-    `split_head` says what the rows mean.
+    `split_slots` says what the rows mean.
     """
 
     hidden: Tensor
@@ -32,6 +32,22 @@ class Control(NamedTuple):
 
     weight: Tensor
     """[rows, h]."""
+
+    bias: Tensor
+    """[rows]."""
+
+    sharpness: Tensor
+    """beta, a scalar."""
+
+
+class Constants(NamedTuple):
+    """What follows from the weights of the composition network alone."""
+
+    controller_bias: Tensor
+    """[4h or h]."""
+
+    weight: Tensor
+    """Of the head, rows as `split_slots` reads them: [rows, h]."""
 
     bias: Tensor
     """[rows]."""
@@ -84,7 +100,8 @@ class CompositionNetwork(nn.Module):
         Returns:
             The program; its component n = step * H + head, steps and heads counted from 0.
         """
-        weights = attend(self.control(self.input_weight() @ x.T), keys, self.config)
+        control = self.control(self.input_weight() @ x.T, self.constants())
+        weights = attend(control, keys, self.config)
         sigma = singular_values(weights[2], memory_s)
         scale = None if integration is None else integration.scale(x, sigma)
         return Composed(weights, sigma, scale)
@@ -93,15 +110,25 @@ class CompositionNetwork(nn.Module):
         """What x is multiplied with, [4h or h, in]: the LSTM reads the same x at every step."""
         return self.linear.weight if self.config.controller == "linear" else self.lstm.weight_ih
 
-    def control(self, from_input: Tensor) -> Control:
+    def constants(self) -> Constants:
+        """What `control` needs beside the input."""
+        is_linear = self.config.controller == "linear"
+        weight, bias = (by_slot(rows, self.config) for rows in (self.head.weight, self.head.bias))
+        return Constants(
+            self.linear.bias if is_linear else self.lstm.bias_ih + self.lstm.bias_hh,
+            weight,
+            bias,
+            self.sharpness(bias),
+        )
+
+    def control(self, from_input: Tensor, constants: Constants) -> Control:
         """What the network says, from `input_weight` x, [4h or h, B]."""
+        bias, *head = constants
         if self.config.controller == "linear":
-            hidden = from_input + self.linear.bias.unsqueeze(1)
+            hidden = from_input + bias.unsqueeze(1)
         else:
-            lstm = self.lstm
-            bias = lstm.bias_ih + lstm.bias_hh
-            hidden = run_lstm(from_input, lstm.weight_hh, bias, self.config.num_steps)
-        return Control(hidden, self.head.weight, self.head.bias, self.sharpness(from_input))
+            hidden = run_lstm(from_input, self.lstm.weight_hh, bias, self.config.num_steps)
+        return Control(hidden, *head)
 
     def first_rows(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of what meets x in the first step: the gates i, g, o of the LSTM, each
@@ -131,12 +158,11 @@ class CompositionNetwork(nn.Module):
 def attend(control: Control, keys: Tensor, config: NeurocoderConfig) -> Tensor:
     """Attention weights w^u, w^v, w^s of all components, [3, R, P, B], for keys [3, P, K]."""
     rows = torch.addmm(control.bias.unsqueeze(1), control.weight, control.hidden)  # [rows, J B]
-    queries, gates = split_head(rows.T, config)
-    queries = unit(queries.permute(1, 3, 2, 0), dim=1)  # [3, K, H, J B]
+    queries, gates = split_slots(rows, config)
+    queries = unit(queries, dim=1)  # [3, K, H, J B]
     content = content_attention(queries * control.sharpness, keys)  # [3, P, H, J B]
     by_step = config.num_steps, rows.shape[1] // config.num_steps  # J, B
     if gates is not None:
-        gates = gates.permute(1, 3, 2, 0)
         gates = gates.reshape(*gates.shape[:3], *by_step)
     weights = compose_attention(
         content.view(*content.shape[:3], *by_step),
@@ -164,3 +190,28 @@ def split_head(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor |
         return queries.view(*rest, 3, heads, width), gates.unsqueeze(-2)
     rows = rows.view(*rest, 3, heads, rows.shape[-1] // (3 * heads))
     return rows[..., :width], rows[..., width:]
+
+
+def by_slot(rows: Tensor, config: NeurocoderConfig) -> Tensor:
+    """Rows of the head [rows, ...] in the order that `split_slots` reads: those of the queries
+    [3, K, H], then those of the gates [3, P or 1, H or 1]."""
+    parts = split_head(rows.movedim(0, -1), config)
+    return torch.cat(
+        [
+            part.transpose(-1, -2).movedim((-3, -2, -1), (0, 1, 2)).flatten(0, 2)
+            for part in parts
+            if part is not None
+        ]
+    )
+
+
+def split_slots(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor | None]:
+    """Views of what rows in the order of `by_slot` say, [rows, J B]: queries [3, K, H, J B] and
+    gates [3, P or 1, H or 1, J B], None without usage attention."""
+    heads, width, batch = config.num_heads, config.key_dim, rows.shape[1]
+    queries = rows[: 3 * width * heads].view(3, width, heads, batch)
+    if not config.num_least_used:
+        return queries, None
+    gates = rows[3 * width * heads :]
+    slots = 1 if config.gate == "head" else config.num_slots
+    return queries, gates.view(3, slots, 1 if config.gate == "slot" else heads, batch)

@@ -24,7 +24,7 @@ from ncrl.neurocoder.attention import (
     inverse_norm,
     kth_smallest,
 )
-from ncrl.neurocoder.composition import Control, attend, split_head
+from ncrl.neurocoder.composition import Control, attend, split_slots
 from ncrl.neurocoder.config import NeurocoderConfig
 from ncrl.neurocoder.integration import Composed, mix_slots, singular_values, sum_of_smaller
 from ncrl.neurocoder.tracing import has_hooks, plain_gradients, wants_plain_gradient
@@ -106,15 +106,15 @@ def _mix_program(
     inputs: Sequence[Tensor], config: NeurocoderConfig, *, reuse: bool, keep: bool
 ) -> tuple[Tensor, Tensor, _Kept]:
     """Mixture and sigma from hidden, weight, bias, sharpness, keys, M_S and projection."""
-    hidden, weight, bias, *shared, projection = inputs
+    hidden, *shared, projection = inputs
+    bias = shared[1]
     steps, size = config.num_steps, _block_size(projection, config)
-    weight, bias = _by_slot(weight, config), _by_slot(bias, config)
     scratch = _scratch(bias, size, config, reuse=reuse)
     kept: _Kept = []
     outputs = []
     for states, read in zip(_split(hidden, size, steps), _split(projection, size), strict=True):
         workspace = _workspace(bias, read.shape[1], config, reuse=reuse)
-        block = states, weight, bias, *shared, read
+        block = states, *shared, read
         mixture, sigma, saved = _mix_block(block, config, workspace, scratch)
         outputs.append((mixture, sigma))
         if keep:
@@ -126,13 +126,13 @@ def _mix_program(
 def _mix_block(
     inputs: Sequence[Tensor], config: NeurocoderConfig, workspace: Workspace, scratch: Workspace
 ) -> tuple[Tensor, Tensor, _Saved]:
-    """`_mix_program` for one block, from weight and bias that are `_by_slot`."""
+    """`_mix_program` for one block."""
     hidden, weight, bias, sharpness, keys, memory_s, projection = inputs
     steps, batch = config.num_steps, projection.shape[1]
     attention = 3, config.num_slots, config.num_heads, steps * batch
     rows = workspace.take("rows", len(bias), steps * batch)
     torch.addmm(bias.unsqueeze(1), weight, hidden, out=rows)
-    queries, gates = _split_slots(rows, config)
+    queries, gates = split_slots(rows, config)
     scale = inverse_norm(queries, dim=1)
     queries = queries * scale
     content, weights = (workspace.take(name, *attention) for name in ("content", "weights"))
@@ -279,25 +279,18 @@ def _gradients(
     grad_outputs: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven tensors that `_mix_program` takes."""
-    hidden, weight, bias, *shared, projection = inputs
+    hidden, *shared, projection = inputs
     steps, size = config.num_steps, _block_size(projection, config)
-    by_slot = _by_slot(weight, config), _by_slot(bias, config)
-    scratch = _scratch(bias, size, config, reuse=True)
+    scratch = _scratch(shared[1], size, config, reuse=True)
     hiddens = _split(hidden, size, steps)
     others = (_split(tensor, size) for tensor in (projection, sigma, *grad_outputs))
     found = []
     for saved, h, p, s, *grads in zip(kept, hiddens, *others, strict=True):
-        block = h, *by_slot, *shared, p
+        block = h, *shared, p
         found.append(_block_gradients(block, s, config, saved, scratch, *grads))
     by_block = list(zip(*found, strict=True))
-    grad_weight, grad_bias, *grad_shared = (sum(parts[1:], parts[0]) for parts in by_block[1:6])
-    return (
-        _join(by_block[0], steps),
-        _from_slots(grad_weight, weight, config),
-        _from_slots(grad_bias, bias, config),
-        *grad_shared,
-        _join(by_block[6]),
-    )
+    grad_shared = (sum(parts[1:], parts[0]) for parts in by_block[1:-1])
+    return _join(by_block[0], steps), *grad_shared, _join(by_block[-1])
 
 
 def first_largest(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,7 +338,7 @@ def _block_gradients(
 
     # The gates, backwards; then `grad` is content times the gradient of content.
     grad_rows = scratch.take("rows", len(bias), hidden.shape[1])
-    grad_queries, grad_gates = _split_slots(grad_rows, config)
+    grad_queries, grad_gates = split_slots(grad_rows, config)
     if gates is None or grad_gates is None:
         grad *= content
     else:
@@ -414,45 +407,6 @@ def _plain_mix_program(
     weights = attend(Control(*control), keys, config)
     sigma = singular_values(weights[2], memory_s)
     return mix_slots(Composed(weights, sigma, None), projection), sigma
-
-
-def _by_slot(rows: Tensor, config: NeurocoderConfig) -> Tensor:
-    """Rows of the head as this module computes with them: those of the queries [3, K, H], then
-    those of the gates [3, P or 1, H or 1]."""
-    return torch.cat([part.flatten(0, 2) for part in _slots_first(rows, config)])
-
-
-def _from_slots(by_slot: Tensor, like: Tensor, config: NeurocoderConfig) -> Tensor:
-    """The inverse of `_by_slot`, contiguous as `like` is."""
-    rows = torch.empty_like(like)
-    begin = 0
-    for part in _slots_first(rows, config):
-        end = begin + part.shape[:3].numel()
-        part.copy_(by_slot[begin:end].view(part.shape))
-        begin = end
-    return rows
-
-
-def _slots_first(rows: Tensor, config: NeurocoderConfig) -> list[Tensor]:
-    """Views of the head's rows [rows, ...]: [3, K, H, ...] and [3, P or 1, H or 1, ...]."""
-    parts = split_head(rows.movedim(0, -1), config)
-    return [
-        part.transpose(-1, -2).movedim((-3, -2, -1), (0, 1, 2))
-        for part in parts
-        if part is not None
-    ]
-
-
-def _split_slots(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor | None]:
-    """Views of what rows in the order of `_by_slot` say, [rows, J B]: queries [3, K, H, J B] and
-    gates [3, P or 1, H or 1, J B], None without usage attention."""
-    heads, width, batch = config.num_heads, config.key_dim, rows.shape[1]
-    queries = rows[: 3 * width * heads].view(3, width, heads, batch)
-    if not config.num_least_used:
-        return queries, None
-    gates = rows[3 * width * heads :]
-    slots = 1 if config.gate == "head" else config.num_slots
-    return queries, gates.view(3, slots, 1 if config.gate == "slot" else heads, batch)
 
 
 def _steps(config: NeurocoderConfig, batch: int) -> list[tuple[Any, ...]]:

@@ -6,16 +6,17 @@ Shapes: P slots, R = J * H components; `...` stands for any leading dimensions, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ncrl.neurocoder import acting, fused
-from ncrl.neurocoder.composition import CompositionNetwork
+from ncrl.neurocoder.composition import CompositionNetwork, Constants
 from ncrl.neurocoder.config import NeurocoderConfig, require_positive
 from ncrl.neurocoder.integration import (
     Composed,
@@ -42,6 +43,19 @@ class _Part(Protocol):
     def reset_parameters(self) -> None: ...
 
     def controller_parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class _Prepared(NamedTuple):
+    """What the layer computes from its weights alone."""
+
+    keys: Tensor
+    """[3, P, K]."""
+
+    constants: Constants
+
+    rows: Tensor
+    """The weights that meet x, put together: M_U, those of the controller, of the residual's gate,
+    and in a loop Rho. [..., in]."""
 
 
 class Attention(NamedTuple):
@@ -197,6 +211,22 @@ class NeurocoderLinear(nn.Module):
         y = self._act(flat) if self._can_act(flat) else self._compute(flat)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def prepare(self) -> Callable[[Tensor], Tensor]:
+        """`forward` for a loop over time: what follows from the weights alone is computed once.
+
+        For training, where that costs as much as the rest when inputs are few. Gradients are those
+        of `forward`; hooks of the layer do not run. Call it anew after every change of the weights.
+
+        Returns:
+            A function [B, in] -> [B, out]. The layer itself, where nothing is gained: without
+            gradient, for `preset="official"`, and while torch compiles or transforms the layer.
+        """
+        if not torch.is_grad_enabled() or self.config.preset == "official" or is_watched():
+            return self
+        with without_autocast(self.memory.u):
+            prepared = self._prepare(with_residual=True)
+        return partial(self._compute, prepared=prepared)
+
     def attend(self, x: Tensor) -> Attention:
         """Attention weights behind `forward(x)`, for x of shape [..., in]."""
         weights = self._compose(self._flatten(x)).weights  # [3, R, P, B]
@@ -233,36 +263,48 @@ class NeurocoderLinear(nn.Module):
             composed: Composed = self.composition(flat, memory.keys(), memory.s, self.integration)
         return composed
 
-    def _compute(self, flat: Tensor) -> Tensor:
+    def _compute(self, flat: Tensor, prepared: _Prepared | None = None) -> Tensor:
         """The output [B, out] for x [B, in]."""
-        mixture, scale = self._mix_slots(flat)
+        mixture, scale, share = self._mix_slots(flat, prepared)
         y = mixture.T @ self.memory.v
         if self.integration is not None and scale is not None:
-            y = y + scale.unsqueeze(1) * self.integration(flat)
+            share = self.integration(flat) if share is None else share.T  # x Rho, [B, out]
+            y = y + scale.unsqueeze(1) * share
         if self.bias is not None and self.adds_bias:
             y = y + self.bias
         return y
 
-    def _mix_slots(self, flat: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _prepare(self, *, with_residual: bool = False) -> _Prepared:
+        """Rho joins the other weights where many small products cost more than a copy of it."""
+        composition, integration = self.composition, self.integration
+        assert isinstance(composition, CompositionNetwork)
+        assert not isinstance(integration, OfficialIntegration)
+        rows = [self.memory.u, composition.input_weight()]
+        if integration is not None:
+            rows += [integration.gate.weight, *([integration.matrix().T] * with_residual)]
+        return _Prepared(self.memory.keys(), composition.constants(), torch.cat(rows))
+
+    def _mix_slots(
+        self, flat: Tensor, prepared: _Prepared | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the programs for inputs [B, in] make of them: the weight of every stored v, [P, B],
-        and that of the residual, [B]."""
+        that of the residual, [B], and what is known of the residual's output already, [out, B]."""
         memory, composition, integration = self.memory, self.composition, self.integration
         if not isinstance(composition, CompositionNetwork) or is_watched():
             composed = self._compose(flat)
-            return mix_slots(composed, memory.u @ flat.T), composed.residual_scale
+            return mix_slots(composed, memory.u @ flat.T), composed.residual_scale, None
         assert not isinstance(integration, OfficialIntegration)
-        rows = [memory.u, composition.input_weight()]
-        if integration is not None:
-            rows.append(integration.gate.weight)
         with without_autocast(flat):
-            # Everything that meets x but Rho, in one matrix product.
-            read = torch.cat(rows) @ flat.to(memory.u.dtype).T
-            projection, from_input, *from_gate = torch.split(read, [len(part) for part in rows])
-            mixture, sigma = fused.mix_program(
-                composition.control(from_input), memory.keys(), memory.s, projection, self.config
-            )
-            scale = None if integration is None else integration.scale_from(from_gate[0], sigma)
-        return mixture, scale
+            keys, constants, rows = prepared or self._prepare()
+            read = rows @ flat.to(memory.u.dtype).T
+            sizes = [len(memory.u), len(composition.input_weight())]
+            if integration is not None:
+                sizes += [1, *([self.out_features] * (prepared is not None))]
+            projection, from_input, *rest = torch.split(read, sizes)
+            control = composition.control(from_input, constants)
+            mixture, sigma = fused.mix_program(control, keys, memory.s, projection, self.config)
+            scale = None if integration is None else integration.scale_from(rest[0], sigma)
+        return mixture, scale, rest[1] if len(rest) > 1 else None
 
     def _can_act(self, flat: Tensor) -> bool:
         return not torch.is_grad_enabled() and self._is_small and acting.suits(self.memory.u, flat)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ncrl import NeurocoderConfig, NeurocoderLinear
 from ncrl.neurocoder import acting, fused
 from ncrl.neurocoder.attention import unit
-from ncrl.neurocoder.composition import Control, attend, split_head
+from ncrl.neurocoder.composition import Control, attend, split_slots
 from ncrl.neurocoder.controller import plain_lstm, run_lstm
 from ncrl.neurocoder.integration import Composed, mix_slots, singular_values
 from ncrl.neurocoder.memory import ProgramMemory
@@ -93,8 +93,8 @@ def random_inputs(config: NeurocoderConfig, batch: int, kind: str = "random") ->
         tensors[4] = tensors[4][
             :, torch.arange(P) // 2 * 2
         ]  # slots 0 and 1 are equal, 2 and 3, ...
-    for tensor in (tensors[1].T, tensors[2]):
-        queries, gates = split_head(tensor, config)
+    for tensor in (tensors[1], tensors[2].unsqueeze(1)):
+        queries, gates = split_slots(tensor, config)
         queries *= {"short-queries": 1e-8, "zero-queries": 0.0}.get(kind, 1.0)
         if gates is not None and kind in ("zero-queries", "twins"):
             # Half open: ties have to be exact, in whatever order numbers are summed and however
@@ -866,3 +866,31 @@ def test_a_training_forward_computes_its_own_keys(computed: list[str]) -> None:
         layer(x)
         layer(x)
     assert len(computed) == 4
+
+
+# Loops over time
+
+
+@every_layer
+def test_prepared_in_a_loop_is_forward(case: Case) -> None:
+    """Values and all gradients, where what goes in depends on what came out before."""
+    layer = make_layer(case)
+    x = random_input(3, case.in_features).requires_grad_()
+    back = random_input(case.out_features, case.in_features, seed=8)
+
+    def loop(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = function(x)
+        for _ in range(2):
+            y = function(x + y @ back)
+        return [y, *torch.autograd.grad(loss_of(y), [x, *layer.parameters()])]
+
+    for actual, expected in zip(loop(layer.prepare()), loop(layer), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_prepared_is_the_layer_where_nothing_is_gained() -> None:
+    layer, official = make_layer(LAYERS["one-step"]), NeurocoderLinear(3, 2, preset="official")
+    with torch.no_grad():
+        assert layer.prepare() is layer
+    assert official.prepare() is official
+    assert layer.prepare() is not layer
