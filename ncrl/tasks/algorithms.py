@@ -30,7 +30,7 @@ TESTED_TASKS = (4, 8)
 """n, how many algorithms are asked for in a sequence."""
 
 TEST_SEQUENCES = 256
-EVALUATE_EVERY = 250
+EVALUATE_EVERY = 100
 REPORT_SEQUENCES = 8
 """Test sequences on which the layers are described."""
 

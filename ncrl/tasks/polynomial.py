@@ -185,7 +185,8 @@ class Polynomials(Experiment):
         batch = self.generate(self.batch_size, draw(self.seed, "train", update))
         batch = self._on_device(batch)
         predictions, _ = self.model(batch.inputs)
-        return (predictions - batch.targets).square().mean()
+        loss: Tensor = (predictions - batch.targets).square().mean()
+        return loss
 
     def evaluate(self) -> dict[str, float]:
         """Mean squared errors: of all points, also undoing the division by the largest |y|, and of

@@ -1,13 +1,20 @@
 """Generators of algorithms against a decoder that reads questions vector by vector."""
 
+import dataclasses
+import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from ncrl.tasks import algorithms as command
 from ncrl.tasks.algorithmic import TASKS, Algorithms, algorithms
 from ncrl.tasks.algorithms import bit_errors
+from ncrl.tasks.recipes import CONFIGS, read_recipe
+from ncrl.tasks.results import read_results
+from ncrl.tasks.training import draw
 
 Vector = list[float]
 
@@ -170,3 +177,67 @@ def test_bit_errors_count_what_a_loop_counts() -> None:
     assert set(found) == set(seen) == {"all", *TASKS}
     for key, value in found.items():
         assert abs(value - 100 * wrong[key] / seen[key]) < 1e-3
+
+
+# The command
+
+SMALL = ["--iterations", "2", "--batch-size", "3", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Flags of a run of a second or two."""
+    monkeypatch.setattr(command, "TEST_SEQUENCES", 2)
+    sizes = ["--network-options", "controller_size=6", "num_rows=5"]
+    return [*SMALL, *sizes, "--logdir", str(tmp_path / "runs")]
+
+
+def test_the_command_writes_rows_table_and_figure(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = tmp_path / "algorithms.png"
+    assert command.main([*small, "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    rows = read_results(tmp_path / "runs", "algorithms")
+    assert {row.layer for row in rows} == {"linear", "hypernet", "film", "nsm", "neurocoder"}
+    for row in rows:
+        assert {"error_n4", "error_n8", "error_copy", "best_error_n4"} <= set(row.metrics)
+        assert set(row.details["errors_n8"]) == {"all", *TASKS}
+        assert ("layers" in row.details) is (row.layer == "neurocoder")
+        assert f"| {row.name} |" in out
+    assert figure.stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--network-options", "num_outputs=7"], "num_outputs must be 8 or 9, got 7"),
+        (["--network-options", "in_features=9"], "in_features must be 10, got 9"),
+        (["--config", "polynomial"], "the network must be 'ntm', got 'gru'"),
+        (["--variant", "nms"], "nearest: nsm"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main([*SMALL, "--logdir", str(tmp_path), *flags])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_the_loss_is_the_cross_entropy_of_the_answers() -> None:
+    recipe = read_recipe(CONFIGS / "algorithms.yaml", "linear")
+    sizes = {"controller_size": 6, "num_rows": 5}
+    recipe = dataclasses.replace(recipe, batch_size=3, network_options=sizes)
+    experiment = command.MultiAlgorithm(recipe, 1, torch.device("cpu"))
+    batch = experiment.generate(3, 4, draw(1, "train", 5))
+    logits, _ = experiment.model(batch.inputs)
+    losses = []
+    for t in range(len(logits)):
+        for n in range(3):
+            if batch.task[t, n] >= 0:
+                for logit, bit in zip(logits[t, n], batch.targets[t, n], strict=True):
+                    chance = 1 / (1 + math.exp(-float(logit.detach())))
+                    losses.append(-math.log(chance if bit else 1 - chance))
+    assert abs(float(experiment.loss(5)) - sum(losses) / len(losses)) < 1e-4

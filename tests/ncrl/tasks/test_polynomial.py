@@ -1,19 +1,23 @@
 """Polynomial sequences and what is measured on them, against literal loops."""
 
+import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from ncrl.tasks import polynomial
 from ncrl.tasks.polynomial import (
     information,
     mutual_information,
     polynomials,
     updates_until,
 )
-from ncrl.tasks.results import Result
+from ncrl.tasks.recipes import CONFIGS, read_recipe
+from ncrl.tasks.results import Result, read_results
 
 
 def slow_polynomials(
@@ -143,3 +147,95 @@ def test_updates_until_the_chunks_are_predicted() -> None:
     assert updates_until(row_of([5.0, 1.0, 2.0, 0.5])) == 200
     assert updates_until(row_of([5.0, 1.0, 2.0, 0.5]), share=0.06) == 400
     assert updates_until(row_of([5.0, 1.1])) is None
+
+
+# The command
+
+SMALL = ("--iterations", "4", "--batch-size", "8", "--threads", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Flags of a run of a second or two."""
+    monkeypatch.setattr(polynomial, "TEST_SEQUENCES", 4)
+    monkeypatch.setattr(polynomial, "EVALUATE_EVERY", 2)
+    return [*SMALL, "--logdir", str(tmp_path / "runs")]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        code = polynomial.main(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_the_command_writes_rows_table_and_figure(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = tmp_path / "polynomial.png"
+    code, out, _ = run([*small, "--noise", "0.3", "--figure", str(figure)], capsys)
+    assert code == 0
+    rows = read_results(tmp_path / "runs", "polynomial")
+    names = {" ".join(word for word in row.name.split() if "=" not in word) for row in rows}
+    variants = ("", " linear", " hypernet", " film", " j1", " no_usage")
+    assert names == {f"polynomial{variant}" for variant in variants}
+    for row in rows:
+        assert "noise=0.3" in row.name and row.data == "polynomials, 4 chunks, noise 0.3"
+        assert [point["update"] for point in row.curve] == [2, 4]
+        assert {"mse", "chunk_mse", "raw_mse", "clean_chunk_mse"} <= set(row.metrics)
+        assert ("information" in row.details) is (row.layer == "neurocoder")
+        assert row.details["zero_chunk_mse"] > 0
+        assert f"| {row.name} |" in out
+    assert figure.stat().st_size > 10_000
+    again, out, _ = run([*small, "--noise", "0.3", "--variant", "j1"], capsys)
+    assert again == 0 and "finished before" in out
+
+
+def test_chunks_change_the_data_and_the_name(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for chunks in ("4", "5"):
+        assert run([*small, "--variant", "linear", "--chunks", chunks], capsys)[0] == 0
+    rows = {row.data: row for row in read_results(tmp_path / "runs")}
+    assert set(rows) == {f"polynomials, {c} chunks, noise 0" for c in (4, 5)}
+    assert rows["polynomials, 5 chunks, noise 0"].name.endswith("chunks=5")
+    assert rows["polynomials, 4 chunks, noise 0"].metrics != (
+        rows["polynomials, 5 chunks, noise 0"].metrics
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--chunks", "3"], "possible are 1, 2, 4"),
+        (["--noise", "-1"], "noise must be a number of at least 0, got -1.0"),
+        (["--noise", "nan"], "noise must be a number"),
+        (["--variant", "j5"], "unknown variant 'j5'"),
+        (["--layer", "neurocder"], "nearest: neurocoder"),
+        (["--config", "mnist"], "the network must be 'gru', got 'projected_linear'"),
+        (["--epochs", "3"], "does not say iterations"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    flags: list[str], said: str, small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--epochs" in flags:
+        small = small[2:]
+    code, _, err = run([*small, *flags], capsys)
+    assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_batches_follow_from_seed_and_update_alone() -> None:
+    """So that a run which was stopped goes on as if it had not been."""
+    recipe = read_recipe(CONFIGS / "polynomial.yaml", "j1")
+    recipe = dataclasses.replace(recipe, batch_size=4)
+    cpu = torch.device("cpu")
+    one, same, other = (polynomial.Polynomials(recipe, seed, cpu) for seed in (5, 5, 6))
+    for experiment in (same, other):
+        experiment.model.load_state_dict(one.model.state_dict())
+    same.loss(0)
+    assert torch.equal(one.loss(3), same.loss(3))
+    assert not torch.equal(one.loss(3), one.loss(4))
+    assert not torch.equal(one.loss(3), other.loss(3))
