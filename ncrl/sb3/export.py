@@ -107,7 +107,7 @@ def load_policy(
     """
     folder, classes = Path(folder), tuple(classes)
     description = read_description(folder)
-    tensors = _read_weights(folder, description["weights"])
+    tensors = read_weights(folder, description)
     try:
         build = _builder(description, classes)
         if not classes:
@@ -143,13 +143,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _read_weights(folder: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The content of `policy.safetensors`; ValueError unless it is what the description is of."""
     path = folder / WEIGHTS  # whatever the description calls it: it cannot lead elsewhere
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+    if hashlib.sha256(data).hexdigest() != description["weights"].get("sha256"):
         raise ValueError(f"{path} is damaged, or of another policy (its checksum differs)")
     try:
         return load(data)
