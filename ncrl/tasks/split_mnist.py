@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +31,9 @@ from ncrl.tasks.continual.split import (
 )
 from ncrl.tasks.continual.tables import Cell, Column
 from ncrl.tasks.data import load_mnist
-from ncrl.tasks.recipes import Recipe, network_option_names
-from ncrl.tasks.results import Result, results_table
-from ncrl.tasks.training import NonFiniteError, say
+from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.results import Result, read_results, results_table
+from ncrl.tasks.training import NonFiniteError, identity, say
 
 CONFIG = "split_mnist.yaml"
 
@@ -100,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="fill Tables 1, 6 and 7, or some of them: every method, layer and control, "
         f"{tables.REPEATS['domain']} repeats (domain) or {tables.REPEATS['task']} (task)",
     )
+    add("--finished", action="store_true", help="train nothing, show the runs that are finished")
     add("--jobs", type=int, metavar="INT", help="processes that share the runs (default: 1)")
     return parser
 
@@ -119,19 +121,21 @@ def work(session: Session, words: Sequence[str]) -> None:
     say(f"data: {data.source}")
     if is_digits and "epochs" not in flags:
         say(f"{DIGITS_EPOCHS} epochs for each task: the protocol's 4 are for MNIST's size")
-    tasks = split_tasks(data.to(session.device))
-    with helpers(words, jobs - 1):
-        rows = [
-            row
-            for group, repeats in wanted
-            for row in run_all(session, group, tasks, data.name, seeds(session, repeats))
-        ]
+    rows: list[Result] = []
+    if "finished" in flags:
+        for group, repeats in wanted:
+            rows += finished(session, group, data.name, seeds(session, repeats))
+    else:
+        tasks = split_tasks(data.to(session.device))
+        with helpers(words, jobs - 1):
+            for group, repeats in wanted:
+                rows += run_all(session, group, tasks, data.name, seeds(session, repeats))
     if "tables" in flags:
         for number in chosen_tables(flags):
             say(f"\n{tables.table(number, rows)}")
     else:
         say(f"\n{results_table(rows, METRICS)}")
-    if session.figure is not None:
+    if session.figure is not None and rows:
         tables.draw(rows, session.figure)
 
 
@@ -166,6 +170,19 @@ def run_all(
                 say(f"diverged: {error}")
                 left = [plan for plan in left if plan.recipe is not current[0]]
     return rows
+
+
+def finished(
+    session: Session, wanted: Sequence[Plan], data: str, seeds: Sequence[int]
+) -> list[Result]:
+    """Rows of those plans and seeds that are there already."""
+    recipes = {plan.name: identity(plan.recipe, data) for plan in wanted}
+    same = {name: json.loads(json.dumps(what["recipe"])) for name, what in recipes.items()}
+    return [
+        row
+        for row in read_results(session.logdir, "split_mnist")
+        if row.seed in seeds and row.data == data and row.recipe == same.get(row.name)
+    ]
 
 
 @contextmanager
@@ -294,11 +311,6 @@ def plan(cell: Cell, flags: Mapping[str, Any], is_digits: bool = False) -> Plan:
     (base,) = plans({**shared, "variant": [variant]}, CONFIG)
     _, _, said = base.name.partition(f" {variant}")
     recipe = base.recipe
-    if recipe.network != "split_mlp":
-        raise ValueError(
-            f"{flags.get('config', CONFIG)} is for network {recipe.network!r}, expected split_mlp; "
-            f"its options are {', '.join(network_option_names('split_mlp'))}"
-        )
     changes: dict[str, Any] = {}
     if cell.method == "adagrad":
         changes |= {name: value for name, value in ADAGRAD.items() if name not in flags}

@@ -42,57 +42,70 @@ class Sums(NamedTuple):
     squares: Parameters
 
 
-def gradient_sums(
-    model: nn.Module, loss: SampleLoss, inputs: Tensor, *, chunk: int = CHUNK
-) -> Sums:
-    """Sum the gradients of `loss` by single samples, and their elementwise squares.
+class SampleGradients:
+    """The gradient of a loss by one sample, traced once, to be summed over any samples.
+
+    Between calls the values of parameters and buffers may change, but nothing else about the model:
+    neither its mode, training or evaluation, nor what requires a gradient.
 
     Args:
-        model: in the mode, training or evaluation, that is wanted; not changed.
+        model: not changed.
         loss: of one sample; has to call the model that it is given.
-        inputs: [N, ...].
-        chunk: samples that are vectorised together.
-
-    Returns:
-        Sums for every parameter that requires a gradient.
-
-    Raises:
-        ValueError: if there are no samples.
+        sample: inputs of one sample, without batch dimension; their shape and type count.
     """
-    if len(inputs) == 0:
-        raise ValueError("gradients of no samples: inputs must hold at least one")
-    wanted = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-    def flat_gradients(*arguments: Tensor) -> list[Tensor]:
-        """Of all parameters, for arguments parameters and sample."""
-        *values, sample = arguments
+    def __init__(self, model: nn.Module, loss: SampleLoss, sample: Tensor) -> None:
+        self._parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
-        def sample_loss(parameters: Parameters) -> Tensor:
-            return loss(partial(_call, model, parameters), sample.unsqueeze(0))
+        def flat_gradients(*arguments: Tensor) -> list[Tensor]:
+            """Of all parameters, for arguments parameters and sample."""
+            *values, sample = arguments
 
-        gradients = grad(sample_loss)(dict(zip(wanted, values, strict=True)))
-        return [gradients[name] for name in wanted]
+            def sample_loss(parameters: Parameters) -> Tensor:
+                return loss(partial(_call, model, parameters), sample.unsqueeze(0))
 
-    with torch.no_grad():
-        traced = make_fx(flat_gradients)(*wanted.values(), inputs[0])
-        plans = _cut(traced)
-        _share_matrices(traced)
-        batched = [part.batched for plan in plans for part in plan.parts]
+            gradients = grad(sample_loss)(dict(zip(self._parameters, values, strict=True)))
+            return [gradients[name] for name in self._parameters]
+
+        with torch.no_grad():
+            self._traced = make_fx(flat_gradients)(*self._parameters.values(), sample)
+        self._plans = _cut(self._traced)
+        _prepare(self._traced)
+
+    @torch.no_grad()
+    def sums(self, inputs: Tensor, *, chunk: int = CHUNK) -> Sums:
+        """Sum gradients and their elementwise squares.
+
+        Args:
+            inputs: [N, ...].
+            chunk: samples that are vectorised together.
+
+        Returns:
+            Sums for every parameter that requires a gradient.
+
+        Raises:
+            ValueError: if there are no samples.
+        """
+        if len(inputs) == 0:
+            raise ValueError("gradients of no samples: inputs must hold at least one")
+        plans = self._plans
         evaluate = vmap(
-            traced,
-            in_dims=(*[None] * len(wanted), 0),
-            out_dims=[0 if is_batched else None for is_batched in batched],  # type: ignore[arg-type]
+            self._traced,
+            in_dims=(*[None] * len(self._parameters), 0),
+            out_dims=[0 if part.batched else None for plan in plans for part in plan.parts],  # type: ignore[arg-type]
         )
+        for plan in plans:
+            plan.clear()
         for samples in torch.split(inputs, chunk):
-            values = iter(evaluate(*wanted.values(), samples))
+            values = iter(evaluate(*self._parameters.values(), samples))
             for plan in plans:
                 plan.add([next(values) for _ in plan.parts], len(samples))
-        sums = {name: plan.sums() for name, plan in zip(wanted, plans, strict=True)}
-    return Sums(
-        {name: total for name, (total, _) in sums.items()},
-        # Sums of products of factors can round to just below zero.
-        {name: squares.clamp_min(0) for name, (_, squares) in sums.items()},
-    )
+        found = {name: plan.sums() for name, plan in zip(self._parameters, plans, strict=True)}
+        return Sums(
+            {name: total for name, (total, _) in found.items()},
+            # Sums of products of factors can round to just below zero.
+            {name: squares.clamp_min(0) for name, (_, squares) in found.items()},
+        )
 
 
 def _call(model: nn.Module, parameters: Parameters, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,6 +140,10 @@ class _Plan(ABC):
     def sums(self) -> _Pair:
         """Over all samples so far."""
 
+    @abstractmethod
+    def clear(self) -> None:
+        """Begin anew."""
+
 
 class _Counted(_Plan):
     """Adds up what it finds in each chunk."""
@@ -142,6 +159,9 @@ class _Counted(_Plan):
     def sums(self) -> _Pair:
         assert self._sums is not None
         return self._sums
+
+    def clear(self) -> None:
+        self._sums = None
 
     @abstractmethod
     def sums_of(self, values: Sequence[Tensor], batch: int) -> _Pair:
@@ -236,6 +256,9 @@ class _Rearranged(_Plan):
         total, squares = self._plan.sums()
         return self._rearrange(total), self._rearrange(squares)
 
+    def clear(self) -> None:
+        self._plan.clear()
+
 
 class _Disjoint(_Plan):
     """A sum of two tensors of which one is zero wherever the other is not."""
@@ -251,6 +274,10 @@ class _Disjoint(_Plan):
     def sums(self) -> _Pair:
         (a, b), (c, d) = (plan.sums() for plan in self._plans)
         return a + c, b + d
+
+    def clear(self) -> None:
+        for plan in self._plans:
+            plan.clear()
 
 
 # Cutting a graph
@@ -423,16 +450,18 @@ def _shape(node: Any) -> tuple[int, ...]:
     return tuple(getattr(traced, "shape", ()))
 
 
-# Products with a matrix that is the same for all samples: `vmap` would copy it for each of them.
+# Making a graph fit for batches: a matrix that is the same for all samples is shared by them, where
+# `vmap` would copy it for each, and a view does not rely on how one sample lies in memory.
 
 
-def _share_matrices(traced: fx.GraphModule) -> None:
-    """Let products of a traced function share what is not batched."""
+def _prepare(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if node.target in _PRODUCTS:
             node.target = _matmul
         elif node.target == _aten.addmm.default and not node.kwargs:
             node.target = _addmm
+        elif node.target in _RESHAPES:
+            node.target = torch.reshape
     traced.recompile()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ncrl.settings import suggest
-from ncrl.tasks.continual.gradients import Parameters, SampleLoss, gradient_sums
+from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
 
 DAMPING = 0.1
 """Keeps the importance of weights that hardly move finite in synaptic intelligence."""
@@ -166,6 +166,7 @@ class OnlineEwc(Quadratic):
     ) -> None:
         super().__init__(model, coef)
         self.extra_loss = extra_loss
+        self._traced: tuple[SampleLoss, SampleGradients] | None = None
 
     def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
         for name, fisher in self.fisher(inputs, sample_loss).items():
@@ -178,7 +179,9 @@ class OnlineEwc(Quadratic):
         was_training = self.model.training
         self.model.eval()
         try:
-            sums = gradient_sums(self.model, sample_loss, inputs)
+            if self._traced is None or self._traced[0] is not sample_loss:
+                self._traced = sample_loss, SampleGradients(self.model, sample_loss, inputs[0])
+            sums = self._traced[1].sums(inputs)
         finally:
             self.model.train(was_training)
         count = len(inputs)

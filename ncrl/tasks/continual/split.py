@@ -145,13 +145,15 @@ class SplitLearning(Experiment):
         """Per cent, [T trained, T tested]."""
         options: dict[str, Any] = {}
         if recipe.fisher_orthogonality and issubclass_of_ewc(recipe.method):
-            options["extra_loss"] = self._orthogonality
+            options["extra_loss"] = self.orthogonality
         self.method = make_method(recipe.method, self.model, recipe.penalty_coef, **options)
         self.doubles = recipe.double_orth_coef and isinstance(self.method, Quadratic)
+        self._sample_losses = [partial(own_label_loss, task=head) for head in range(heads)]
         self._order_of = (-1, -1)  # task and epoch
         self._order = torch.empty(0)
 
-    def _orthogonality(self) -> Tensor:
+    def orthogonality(self) -> Tensor:
+        """The orthogonality loss with its coefficient, as the training loop adds it."""
         return self.recipe.orth_coef * orthogonal_loss(self.model)
 
     def _head(self, task: int) -> int:
@@ -179,7 +181,7 @@ class SplitLearning(Experiment):
         self._keep_heads_moving(task)
         loss = F.cross_entropy(self.model(images, self._head(task)), labels)
         if self.doubles and task:
-            loss = loss + self._orthogonality()  # the training loop adds it once more
+            loss = loss + self.orthogonality()  # the training loop adds it once more
         return self.method.loss(loss)
 
     def _keep_heads_moving(self, task: int) -> None:
@@ -199,8 +201,7 @@ class SplitLearning(Experiment):
         if update + 1 < self.ends[task]:
             return
         if task + 1 < len(self.tasks):  # after the last one nothing can be forgotten
-            sample_loss = partial(own_label_loss, task=self._head(task))
-            self.method.end_task(self.tasks[task].images, sample_loss)
+            self.method.end_task(self.tasks[task].images, self._sample_losses[self._head(task)])
         with evaluating(self.model):
             for tested in range(len(self.tasks)):
                 self.accuracy[task, tested] = self._accuracy_on(tested)

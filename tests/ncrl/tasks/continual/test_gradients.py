@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ncrl.baselines import FiLMLinear, HyperNetLinear, NSMLinear
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.neurocoder import NeurocoderLinear
-from ncrl.tasks.continual.gradients import SampleLoss, Sums, gradient_sums
+from ncrl.tasks.continual.gradients import SampleGradients, SampleLoss, Sums
 from ncrl.tasks.continual.methods import own_label_loss
 from ncrl.tasks.models.mlp import SplitMlp
 
@@ -30,6 +30,10 @@ def loop(model: nn.Module, loss: SampleLoss, inputs: Tensor) -> Sums:
             first[name] += gradient
             second[name] += gradient**2
     return Sums(first, second)
+
+
+def gradient_sums(model: nn.Module, loss: SampleLoss, inputs: Tensor, chunk: int = 4) -> Sums:
+    return SampleGradients(model, loss, inputs[0]).sums(inputs, chunk=chunk)
 
 
 def assert_same(found: Sums, expected: Sums) -> None:
@@ -127,14 +131,28 @@ def test_large_models_take_no_gradients_of_their_own_size() -> None:
     model = nn.Sequential(nn.Linear(2000, 2000, bias=False), nn.Linear(2000, 2, bias=False))
     x = torch.randn(256, 2000)
     with torch.profiler.profile(profile_memory=True) as profile:
-        gradient_sums(model, own_label_loss, x)
+        gradient_sums(model, own_label_loss, x, chunk=256)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < 256 * 2000 * 2000  # bytes; a quarter of what floats would take
 
 
 def test_no_samples_are_refused() -> None:
+    gradients = SampleGradients(nn.Linear(2, 2), own_label_loss, torch.zeros(2))
     with pytest.raises(ValueError, match="no samples"):
-        gradient_sums(nn.Linear(2, 2), own_label_loss, torch.zeros(0, 2))
+        gradients.sums(torch.zeros(0, 2))
+
+
+def test_weights_may_change_between_calls() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, 4), nn.BatchNorm1d(4), nn.Linear(4, OUT)).double()
+    model.eval()
+    x = torch.randn(5, IN, dtype=torch.float64)
+    gradients = SampleGradients(model, own_label_loss, x[0])
+    gradients.sums(x)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model[1].running_mean, model[1].running_var):
+            tensor += torch.rand_like(tensor)
+    assert_same(gradients.sums(x[:3]), loop(model, own_label_loss, x[:3]))
 
 
 def test_layers_whose_weights_depend_on_the_input() -> None:

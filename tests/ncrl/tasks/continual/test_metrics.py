@@ -48,10 +48,10 @@ def test_composed_weights_are_those_that_are_applied(layer: str) -> None:
     matrices = hidden.program(x)
     s = torch.linalg.svdvals(matrices)
     ranks = s.square().sum(1).square() / s.pow(4).sum(1)
-    assert found["hidden.0"].rank == pytest.approx(float(ranks.mean()), rel=1e-4)
+    assert found["hidden.0"].rank == pytest.approx(ranks.mean().item(), rel=1e-4)
     attention = hidden.attend(x)
     largest = attention.max() if layer == "nsm" else torch.stack(attention).max()
-    assert found["hidden.0"].attention == pytest.approx(float(largest))
+    assert found["hidden.0"].attention == pytest.approx(largest.item())
     # Nothing is left behind.
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -1,0 +1,260 @@
+"""The command: flags, rows, tables, bad input."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ncrl.tasks.continual import tables
+from ncrl.tasks.continual.methods import METHODS
+from ncrl.tasks.continual.split import COEFS, ContinualRecipe
+from ncrl.tasks.continual.tables import COLUMNS, Cell, Column
+from ncrl.tasks.recipes import build_network
+from ncrl.tasks.results import Result, read_results
+from ncrl.tasks.split_mnist import RECIPES, main, plan
+from ncrl.tasks.training import count_parameters
+
+ROOT = Path(__file__).resolve().parents[3]
+
+SMALL = ["--network-options", "hidden=[8, 8]", "--epochs", "1", "--device", "cpu"]
+
+
+def small(folder: Path, *words: str) -> list[str]:
+    return [*words, *SMALL, "--logdir", str(folder)]
+
+
+@pytest.fixture(autouse=True)
+def embedded_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCRL_DATA", raising=False)
+
+
+def recipe(cell: Cell, **flags: Any) -> ContinualRecipe:
+    found = plan(cell, flags).recipe
+    assert isinstance(found, ContinualRecipe)
+    return found
+
+
+# Parameters of sections 3, 4 and 10 of experiments.md, hidden width 400.
+PARAMETERS = {
+    ("domain", "mlp"): 570_402,
+    ("domain", "official"): 423_539,
+    ("domain", "paper"): 413_342,
+    ("domain", "paper residual"): 985_569,
+    ("domain", "rank 1"): 3_026,
+    ("domain", "nsm"): 3_833_984,
+    ("task", "mlp"): 573_610,
+    ("task", "official"): 757_431,
+    ("task", "paper"): 778_166,
+    ("task", "paper residual"): 1_355_197,
+}
+
+
+@pytest.mark.parametrize(("scenario", "name"), PARAMETERS)
+def test_networks_of_the_tables_have_the_sizes_they_should(scenario: str, name: str) -> None:
+    (column,) = (column for column in COLUMNS if column.name == name)
+    network = build_network(recipe(Cell(scenario, "adam", column)))
+    assert count_parameters(network) == PARAMETERS[scenario, name]
+
+
+def test_the_protocol_is_that_of_hsu_et_al() -> None:
+    for scenario in ("domain", "task"):
+        for method in METHODS:
+            found = recipe(Cell(scenario, method, Column("linear")))
+            assert (found.epochs, found.batch_size, found.schedule) == (4, 128, "constant")
+            rate = ("adagrad", 1e-2) if method == "adagrad" else ("adam", 1e-3)
+            assert (found.optimizer, found.learning_rate) == rate
+            assert found.penalty_coef == COEFS[scenario].get(method, 0)
+            assert found.network_options["num_outputs"] == 2
+            heads = found.network_options.get("num_tasks", 1)
+            assert heads == (5 if scenario == "task" else 1)
+
+
+def test_quirks_belong_to_the_official_variant() -> None:
+    for column in COLUMNS:
+        found = recipe(Cell("domain", "ewc", column))
+        official = column.variant == "official"
+        assert found.fisher_orthogonality == found.double_orth_coef == official
+    cell = Cell("domain", "ewc", Column("neurocoder", "official"))
+    without = plan(cell, {"fisher_orthogonality": False})
+    assert without.name == "domain ewc official fisher_orthogonality=False"
+    assert not vars(without.recipe)["fisher_orthogonality"]
+    assert vars(without.recipe)["double_orth_coef"]
+
+
+def test_flags_change_the_recipe_and_its_name() -> None:
+    cell = Cell("task", "adagrad", Column("neurocoder"))
+    changed = plan(cell, {"sharpness": 3.0, "penalty_coef": 5.0, "epochs": 2, "orth_coef": 7.0})
+    assert changed.recipe.layer_options["sharpness"] == 3
+    found = changed.recipe
+    assert (found.epochs, found.orth_coef, found.learning_rate) == (2, 7, 1e-2)
+    assert vars(found)["penalty_coef"] == 5
+    for said in ("sharpness=3", "penalty_coef=5", "epochs=2", "orth_coef=7"):
+        assert said in changed.name
+    kept = plan(cell, {"learning_rate": 0.5}).recipe
+    assert (kept.optimizer, kept.learning_rate) == ("adagrad", 0.5)
+    assert plan(Cell("domain", "si", Column("lowrank", rank=7)), {}).name == "domain si rank 7"
+    assert {column._replace(rank=None) for column in COLUMNS} == set(RECIPES)
+
+
+def test_rows_and_runs_that_are_finished_already(tmp_path: Path, capsys: Any) -> None:
+    words = small(tmp_path, "--layer", "linear", "lowrank", "--method", "ewc", "--repeats", "2")
+    words += ["--scenario", "task"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert "not the paper's data" in first
+    rows = read_results(tmp_path)
+    assert [(row.name.split(" epochs")[0], row.seed) for row in rows] == [
+        *(("task ewc mlp", seed) for seed in (0, 1)),
+        *(("task ewc rank 1", seed) for seed in (0, 1)),
+    ]
+    for row in rows:
+        matrix = row.details["accuracy"]
+        assert row.metrics["accuracy"] == pytest.approx(sum(matrix[4]) / 5)
+        assert len(matrix) == len(matrix[0]) == 5
+        assert row.recipe["method"] == "ewc" and row.recipe["scenario"] == "task"
+        assert row.recipe["network_options"]["num_tasks"] == 5
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("finished before") == 4
+    # Shown without training: of two methods and seeds those that there are.
+    others = small(tmp_path, "--layer", "linear", "--method", "ewc", "si", "--seeds", "1", "7")
+    assert main([*others, "--scenario", "task", "--finished"]) == 0
+    (line,) = (text for text in capsys.readouterr().out.splitlines() if " ewc mlp " in text)
+    assert "| 1 |" in line
+    assert len(read_results(tmp_path)) == 4
+
+
+def test_variants_of_the_coded_layer(tmp_path: Path) -> None:
+    options = ("--layer-options", "num_slots=6", "num_heads=2", "key_dim=2", "num_least_used=2")
+    words = ("--layer", "neurocoder", "--variant", "paper", "official")
+    figure = tmp_path / "figure.png"
+    methods = ("--method", "online-ewc", "--residual", "--figure", str(figure))
+    assert main(small(tmp_path, *words, *options, *methods)) == 0
+    rows = read_results(tmp_path)
+    assert len(rows) == 2 and figure.is_file()
+    for row in rows:
+        assert row.recipe["layer_options"]["residual"] is True
+        assert row.metrics["rank"] >= 1 and row.metrics["attention"] > 0
+        assert set(row.details["layers"]) == {"hidden.0", "hidden.1", "heads.0"}
+
+
+BAD_INPUT = {
+    "method": (["--method", "onlineewc"], "nearest: online-ewc"),
+    "scenario": (["--scenario", "class"], "--scenario must be one of domain, task, got 'class'"),
+    "layer": (["--layer", "film"], "--layer must be one of linear, lowrank, nsm, neurocoder"),
+    "variant": (["--variant", "papers"], "nearest: paper"),
+    "repeats": (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+    "jobs": (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+    "both seeds": (["--repeats", "2", "--seeds", "1"], "exclude each other"),
+    "rank": (["--layer", "lowrank", "--rank", "0"], "rank must be an integer of at least 1"),
+    "rank of what": (["--layer", "linear", "--rank", "2"], "--rank needs --layer lowrank"),
+    "sharpness": (["--sharpness", "0"], "sharpness must be a positive number, got 0.0"),
+    "of what": (["--layer", "nsm", "--sharpness", "2"], "--sharpness needs --layer neurocoder"),
+    "quirk": (["--double-orth-coef"], "--double-orth-coef needs --variant official"),
+    "table": (["--tables", "2"], "--tables takes 1, 6 and 7, got 2"),
+    "table of": (["--tables", "--method", "ewc"], "--method and --tables exclude each other"),
+    "coef": (["--penalty-coef", "-1"], "penalty_coef must lie in 0 .. inf, got -1.0"),
+    "config": (["--config", "polynomial"], "unknown variant 'tuned' of"),
+    "flag": (["--scenerio", "task"], "nearest: --scenario"),
+    "folder": (["--data-dir", "/no/such/folder"], "/no/such/folder does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_in_one_line(name: str, tmp_path: Path, capsys: Any) -> None:
+    words, message = BAD_INPUT[name]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--logdir", str(tmp_path)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, capsys: Any) -> None:
+    words = ("--layer", "linear", "lowrank", "--method", "adam", "--learning-rate", "1e38")
+    assert main(small(tmp_path, *words)) == 0
+    assert capsys.readouterr().out.count("diverged: ") == 2
+    assert not read_results(tmp_path)
+
+
+def test_processes_share_the_runs(tmp_path: Path) -> None:
+    words = ("--layer", "linear", "--method", "adam", "l2", "si", "--jobs", "2")
+    command = [sys.executable, "-m", "ncrl.tasks.split_mnist", *small(tmp_path, *words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    rows = read_results(tmp_path)
+    assert len(rows) == 3
+    assert all(row.name in done.stdout for row in rows)
+
+
+def test_the_benchmark_prints_steps_and_targets() -> None:
+    words = ("--seconds", "0.01", "--scale", "0.02")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/split_mnist.py", *words],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    for column in COLUMNS:
+        assert f"| {column.name} |" in done.stdout
+    assert done.stdout.count("| step of ") == 2
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    page = ROOT / "docs" / "continual.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(compile(example, str(page), "exec"), names)
+    method = names["method"]
+    # The last task's end is the anchor: the first step away from it would cost something.
+    assert method.penalty() == 0
+    assert all(bool((fisher > 0).any()) for fisher in method.importance.values())
+
+
+# Tables
+
+
+def made_up(cell: Cell, seed: int, accuracy: float, **metrics: float) -> Result:
+    values = {"accuracy": accuracy, "learn": 99.0, "failed_tasks": 0.0, "forgetting": 1.0}
+    return Result(
+        *("split_mnist", cell.name, seed, cell.column.layer, 1234),
+        {**values, "transfer": -1.0, "rank": 3.0, **metrics},
+        *("MNIST", 10, 1.0, {}),
+    )
+
+
+def test_tables_hold_every_cell_beside_the_printed_number() -> None:
+    cell = Cell("domain", "online-ewc", Column("neurocoder", "official"))
+    rows = [
+        made_up(cell, 0, 70.0, attention=0.025),
+        made_up(cell, 1, 74.0, attention=0.025, failed_tasks=2.0),
+        made_up(Cell("task", "adam", Column("linear")), 0, 90.0),
+    ]
+    text = tables.table(7, rows)
+    assert text.startswith("Table 7, incremental domain")
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(lines) == 1 + len(METHODS) * len(COLUMNS)
+    (line,) = (line for line in lines if line.startswith("| online-ewc | official |"))
+    cells = [part.strip() for part in line.strip("|").split("|")]
+    assert cells[2:5] == ["1,234", "72.0±2.0", "70.0 74.0"]  # the population's deviation
+    assert "1 of 2" in cells and cells[-3:] == ["73.97±1.50", "71.79±2.04", ""]
+    assert "| adam | mlp |  |" in text  # a cell of the other scenario does not fill this one
+    assert "90.0±0.0 | 90.0 |" in tables.table(6, rows)
+    short = tables.table(1, rows)
+    assert "| online-ewc | 57.78±1.84 |  | 73.97±1.50 | 72.0±2.0 | 73.97±1.50 |  |  |  |" in short
+
+
+def test_every_cell_is_wanted_once_and_known_to_the_paper() -> None:
+    for scenario in ("domain", "task"):
+        wanted = tables.cells(scenario)
+        assert len(set(wanted)) == len(wanted) == len(METHODS) * len(COLUMNS)
+        names = {cell.name for cell in wanted}
+        assert len(names) == len(wanted)
+        for method in METHODS:
+            assert tables.printed(scenario, method, "rank 1") is None
+            assert float(tables.printed(scenario, method, "nsm").split("±")[0]) > 50
