@@ -109,7 +109,9 @@ def plans(session: Session) -> list[Plan]:
     """
     flags = session.flags
     named = any(name in flags for name in ("config", "variant", "layer"))
-    wanted = session.plans(CONFIG, **({} if named else {"layer": ["linear", "neurocoder"]}))
+    wanted = session.plans(CONFIG)
+    if not named:  # to the plain network options of coded layers mean nothing
+        wanted = [*session.plans(CONFIG, layer=["linear"], layer_options=None), *wanted]
     for plan in wanted:
         if plan.recipe.task != "cifar":
             raise ValueError(f"{plan.name!r} is a recipe for {plan.recipe.task}, not for cifar")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ncrl import NeurocoderLinear
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import Plan, Session, run_command, task_parser
+from ncrl.tasks.command import BASE, Plan, Session, run_command, task_parser
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.mnist_figure import draw
 from ncrl.tasks.models import ProjectedLinear
@@ -160,7 +160,7 @@ def work(session: Session) -> None:
 
     rows = session.run(wanted, make)
     if session.figure is not None:
-        maps = session.run(base_plans(session, MAPS), make, seeds=session.seeds[:1])
+        maps = session.run(variants(session, MAPS), make, seeds=session.seeds[:1])
         draw(session.figure, rows, maps, first_of_each(data))
         say(f"drawn: {session.figure}")
     say(table(rows))
@@ -170,7 +170,7 @@ def plans(session: Session) -> list[Plan]:
     """The recipes that the flags name; without any, the linear classifier and every J."""
     flags = session.flags
     named = any(name in flags for name in ("config", "variant", "layer"))
-    recipes = session.plans(CONFIG) if named else base_plans(session, ("linear", "base"))
+    recipes = session.plans(CONFIG) if named else [linear(session), *variants(session, [BASE])]
     steps = flags.get("num_steps", () if named else STEPS)
     if not steps:
         return recipes
@@ -181,9 +181,22 @@ def plans(session: Session) -> list[Plan]:
     return wanted
 
 
-def base_plans(session: Session, variants: Sequence[str]) -> list[Plan]:
+def variants(session: Session, names: Sequence[str]) -> list[Plan]:
     """Variants of the command's own recipe, with the changes that the flags make."""
-    return session.plans(CONFIG, variant=list(variants), layer=None, config=None)
+    return session.plans(CONFIG, variant=list(names), layer=None, config=None)
+
+
+def linear(session: Session) -> Plan:
+    """The linear classifier, to which options of coded layers mean nothing."""
+    (plan,) = session.plans(
+        CONFIG,
+        variant=["linear"],
+        layer=None,
+        config=None,
+        layer_options=None,
+        network_options=None,
+    )
+    return plan
 
 
 def first_of_each(data: Images) -> Tensor:

@@ -156,21 +156,23 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 def results_table(
     rows: Iterable[Result],
     metrics: Sequence[str],
-    paper: Callable[[str], str | None] = lambda _name: None,
+    paper: Callable[[str], str | None] | None = None,
 ) -> str:
     """A Markdown table: a line for each recipe, with mean and spread of metrics over its seeds.
 
     Args:
         rows: of any number of recipes.
         metrics: columns.
-        paper: what the paper prints for a recipe, by its name.
+        paper: what the paper prints for a recipe, by its name; None for no such column.
     """
     lines = []
     for name, group in by_name(rows).items():
         summaries = [summarise(group, metric) for metric in metrics]
         seeds = " ".join(str(row.seed) for row in group)
-        lines.append([name, f"{group[0].parameters:,}", seeds, *summaries, paper(name)])
-    return markdown(["recipe", "parameters", "seeds", *metrics, "paper"], lines)
+        printed = [] if paper is None else [paper(name)]
+        lines.append([name, f"{group[0].parameters:,}", seeds, *summaries, *printed])
+    last = [] if paper is None else ["paper"]
+    return markdown(["recipe", "parameters", "seeds", *metrics, *last], lines)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -1,0 +1,289 @@
+"""The shared flags: which recipes they name, where runs are kept, and how a command ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ncrl.settings import parse
+from ncrl.tasks import recipes
+from ncrl.tasks.command import (
+    Plan,
+    Session,
+    check_figure,
+    choose_device,
+    find_config,
+    locked,
+    plans,
+    run_command,
+    task_parser,
+)
+from ncrl.tasks.recipes import CONFIGS, INSTALLED_CONFIGS, Recipe, read_recipe
+from ncrl.tasks.training import Experiment, draw
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Constant(Experiment):
+    """Learn one number."""
+
+    data = "generated"
+
+    def __init__(self, recipe: Recipe, seed: int, device: torch.device) -> None:
+        self.model = nn.Linear(1, 1).to(device)
+        self.seed, self.num_updates, self.evaluate_every = seed, recipe.iterations or 3, 2
+        self.rate = recipe.learning_rate
+
+    def loss(self, update: int) -> Tensor:
+        x = torch.randn(4, 1, generator=draw(self.seed, "train", update))
+        loss: Tensor = (self.model(x) - 1).square().mean()
+        return loss
+
+    def evaluate(self) -> dict[str, float]:
+        return {"mse": float((self.model(torch.ones(1, 1)) - 1).square())}
+
+
+def given(*words: str) -> dict[str, Any]:
+    return parse(task_parser("mnist", "A task."), words)
+
+
+def named(*words: str, config: str = "cifar_mlp.yaml") -> dict[str, Recipe]:
+    return {plan.name: plan.recipe for plan in plans(given(*words), config)}
+
+
+def test_without_flags_it_is_the_recipe_at_the_top() -> None:
+    assert named() == {"cifar_mlp": read_recipe(CONFIGS / "cifar_mlp.yaml")}
+
+
+def test_variants_and_layers_are_looked_up() -> None:
+    path = CONFIGS / "cifar_mlp.yaml"
+    assert named("--variant", "base", "moe") == {
+        "cifar_mlp": read_recipe(path),
+        "cifar_mlp moe": read_recipe(path, "moe"),
+    }
+    assert named("--layer", "neurocoder", "nsm", "neurocoder") == {
+        "cifar_mlp": read_recipe(path),
+        "cifar_mlp nsm": read_recipe(path, "nsm"),
+    }
+    found = named("--variant", "base", "cifar100", "--layer", "linear", "neurocoder")
+    assert found == {
+        "cifar_mlp linear": read_recipe(path, "linear"),
+        "cifar_mlp": read_recipe(path),
+        "cifar_mlp linear_cifar100": read_recipe(path, "linear_cifar100"),
+        "cifar_mlp cifar100": read_recipe(path, "cifar100"),
+    }
+
+
+def test_a_layer_without_a_variant_has_default_options() -> None:
+    ((name, recipe),) = named("--layer", "film").items()
+    assert name == "cifar_mlp film" and recipe.layer == "film" and recipe.layer_options == {}
+    assert recipe.network_options == read_recipe(CONFIGS / "cifar_mlp.yaml").network_options
+    assert recipe.paper_parameters is None
+
+
+def test_flags_change_the_recipe_and_its_name() -> None:
+    words = ["--learning-rate", "0.5", "--iterations", "7", "--max-grad-norm", "2"]
+    words += ["--layer-options", "sharpness=5", "residual=false", "--network-options", "hidden=[9]"]
+    ((name, recipe),) = named(*words).items()
+    base = read_recipe(CONFIGS / "cifar_mlp.yaml")
+    assert recipe.learning_rate == 0.5 and recipe.max_grad_norm == 2.0
+    assert (recipe.iterations, recipe.epochs) == (7, None)
+    assert recipe.layer_options == {**base.layer_options, "sharpness": 5, "residual": False}
+    assert recipe.network_options == {**base.network_options, "hidden": [9]}
+    for part in ("learning_rate=0.5", "iterations=7", "sharpness=5", "hidden=[9]"):
+        assert part in name
+    changed = Plan("x", base).changed(num_steps=3)
+    assert changed.name == "x num_steps=3" and changed.recipe.layer_options["num_steps"] == 3
+
+
+def test_configs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    assert find_config("mnist") == find_config("mnist.yaml") == CONFIGS / "mnist.yaml"
+    own = tmp_path / "own.yaml"
+    own.write_text("task: mnist\nnetwork: gru\n")
+    assert list(named("--config", str(own))) == ["own"]
+
+
+REFUSED: list[tuple[Sequence[str], str]] = [
+    (["--layer", "lineer"], r"unknown layer 'lineer'; nearest: linear"),
+    (["--variant", "mapsj1"], r"unknown variant 'mapsj1' of .*mnist.yaml; nearest: maps_j1"),
+    (["--config", "cifar_mpl"], r"no config 'cifar_mpl'; nearest: cifar_mlp"),
+    (["--layer-options", "sharpnes=5"], r"unknown option 'sharpnes'.*nearest: sharpness"),
+    (["--layer-options", "sharpness"], r"--layer-options takes NAME=VALUE, got 'sharpness'"),
+    (["--layer-options", "sharpness=[1"], r"--layer-options 'sharpness=\[1'"),
+    (["--layer-options", "num_slots=0"], r"num_slots must be an integer of at least 1"),
+    (["--optimizer", "adm"], r"optimizer must be one of .*nearest: adam"),
+    (["--epochs", "0"], r"epochs must lie in 1"),
+    (["--epochs", "1", "--iterations", "1"], r"exclude each other"),
+    (["--learning-rate", "nan"], r"learning_rate must .*nan"),
+    (["--learning-rate", "fast"], r"invalid float value: 'fast'"),
+    (["--seeds", "-1"], r"seeds must lie in 0"),
+    (["--seeds", "x"], r"invalid int value: 'x'"),
+    (["--sedes", "1"], r"unknown argument '--sedes'; nearest: --seeds"),
+    (["--device", "gpu"], r"device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+    (["--device", "cuda:99"], r"device cuda:99 is not there"),
+    (["--threads", "0"], r"threads must be at least 1"),
+    (["--figure", "x.gif"], r"--figure must end in one of .png, .svg, .pdf"),
+    (["--figure", "/no/such/x.png"], r"its folder does not exist"),
+    (["--data-dir", "/no/such"], r"--data-dir must be a folder: /no/such does not exist"),
+    (["--logdir", "/dev/null/x"], r"cannot write to /dev/null/x"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda x: str(x)[:40])
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ncrl.tasks.mnist import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def session(tmp_path: Path, *words: str) -> Session:
+    return Session("toy", given("--logdir", str(tmp_path), "--device", "cpu", *words))
+
+
+TOY = Plan("toy", Recipe())
+
+
+def test_a_finished_run_is_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = session(tmp_path, "--seeds", "0", "1", "0").run([TOY], Constant)
+    assert [row.seed for row in first] == [0, 1]
+    monkeypatch.setattr(Constant, "loss", None)
+    assert session(tmp_path, "--seeds", "1", "0").run([TOY], Constant) == first[::-1]
+    assert capsys.readouterr().out.count("finished before") == 2
+
+
+def test_other_settings_are_other_runs(tmp_path: Path) -> None:
+    changed = Plan("toy", Recipe(learning_rate=0.5))
+    rows = session(tmp_path).run([TOY, changed], Constant)
+    assert rows[0].metrics != rows[1].metrics
+    folders = {path.parent for path in tmp_path.rglob("result.json")}
+    assert len(folders) == 2
+    for folder in folders:
+        assert json.loads((folder / "recipe.json").read_text())["data"] == "generated"
+        assert list(folder.glob("events.out.tfevents.*")) and (folder / "model.pt").is_file()
+
+
+def test_the_trained_network_can_be_had_again(tmp_path: Path) -> None:
+    work = session(tmp_path)
+    (row,) = work.run([TOY], Constant)
+    experiment = work.experiment(TOY, 0, Constant)
+    assert not experiment.model.training
+    with torch.no_grad():
+        assert experiment.evaluate()["mse"] == row.metrics["mse"]
+    with pytest.raises(ValueError, match=r"cannot read .*model.pt"):
+        work.experiment(TOY, 1, Constant)
+
+
+def test_a_run_that_somebody_else_is_at_is_waited_for_last(tmp_path: Path) -> None:
+    work = session(tmp_path, "--seeds", "0", "1")
+    experiment = Constant(TOY.recipe, 0, torch.device("cpu"))
+    order = []
+
+    def make(recipe: Recipe, seed: int, device: torch.device) -> Experiment:
+        order.append(seed)
+        if len(order) == 3:  # seed 0 was passed over, seed 1 is done
+            assert work.at(TOY, 1, experiment).result is not None
+            elsewhere.close()
+        return Constant(recipe, seed, device)
+
+    # A lock belongs to an open file, so this process can stand for another one.
+    with contextlib.ExitStack() as elsewhere:
+        assert elsewhere.enter_context(locked(work.at(TOY, 0, experiment).folder))
+        rows = work.run([TOY], make)
+    assert order == [0, 1, 0] and [row.seed for row in rows] == [0, 1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_with_a_checkpoint(
+    tmp_path: Path, number: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopping(Constant):
+        def after_update(self, update: int) -> None:
+            if update == 1:
+                os.kill(os.getpid(), number)
+
+    def work(session: Session) -> None:
+        session.run([TOY], Stopping)
+
+    parser = task_parser("mnist", "A task.")
+    assert run_command("toy", parser, ["--logdir", str(tmp_path)], work) == code
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert list(tmp_path.rglob("checkpoint.pt"))
+    assert len(session(tmp_path).run([TOY], Constant)) == 1
+
+
+def test_a_failure_is_one_line_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(Constant):
+        def loss(self, update: int) -> Tensor:
+            return super().loss(update) * float("nan")
+
+    def work(session: Session) -> None:
+        session.run([TOY], Broken)
+
+    parser = task_parser("mnist", "A task.")
+    assert run_command("toy", parser, ["--logdir", str(tmp_path)], work) == 1
+    error = capsys.readouterr().err
+    assert "the loss of update 0 is nan" in error and "Traceback" not in error
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="finds 2 GPUs"):
+        choose_device("cuda:2")
+
+
+def test_figures_are_checked_before_anything_is_trained(tmp_path: Path) -> None:
+    check_figure(tmp_path / "x.svg")
+    with pytest.raises(ValueError, match="must end in"):
+        check_figure(tmp_path / "x")
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    from ncrl.tasks.cifar import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--layer", "--config", "--seeds", "--data-dir", "--figure", "--orth-coef"):
+        assert flag in text
+    assert "python -m ncrl.tasks.cifar" in text
+
+
+def test_configs_are_installed_where_they_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'data-files = {{ "{INSTALLED_CONFIGS}" = ["configs/*.yaml"] }}' in project
+    installed = tmp_path / "prefix" / INSTALLED_CONFIGS
+    installed.mkdir(parents=True)
+    # As from a wheel: no configs/ beside the package, data files below the prefix.
+    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "a" / "b" / "c" / "recipes.py"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "prefix"))
+    assert recipes.configs_folder() == installed

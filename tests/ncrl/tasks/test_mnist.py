@@ -1,0 +1,137 @@
+"""The MNIST command on the embedded digits, its attention maps and its tree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ncrl.tasks.mnist import (
+    attention_patterns,
+    attention_to_u,
+    decision_tree,
+    main,
+    maps_by_class,
+)
+from ncrl.tasks.models import Mlp, ProjectedLinear
+from ncrl.tasks.results import read_results
+
+
+def leaves(node: dict[str, Any], path: str = "") -> dict[str, list[int]]:
+    if not node["children"]:
+        return {path: node["digits"]}
+    found: dict[str, list[int]] = {}
+    for index, child in enumerate(node["children"]):
+        found |= leaves(child, f"{path}{index}")
+    return found
+
+
+def test_the_command_draws_its_figure_from_its_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = tmp_path / "mnist.png"
+    words = ["--num-steps", "1", "2", "--epochs", "2", "--learning-rate", "0.3"]
+    words += ["--schedule", "constant", "--device", "cpu"]
+    words += ["--logdir", str(tmp_path / "runs"), "--figure", str(figure)]
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    assert "digits of 8x8 pixels that scikit-learn ships" in output
+    rows = read_results(tmp_path / "runs", "mnist")
+    layers = [row.layer for row in rows]
+    assert sorted(layers) == ["linear"] + ["neurocoder"] * 4
+    assert figure.stat().st_size > 10_000
+    for row in rows:
+        assert row.curve[-1]["loss"] < row.curve[0]["loss"]
+        assert row.metrics["best_error"] <= row.metrics["error"]
+        assert f"| {row.name} |" in output or "maps" in row.name
+        if row.layer == "neurocoder":
+            options = row.recipe["layer_options"]
+            components = options["num_steps"] * options["num_heads"]
+            shape = (10, components, options["num_slots"])
+            assert np.shape(row.details["maps"]["mean"]) == shape
+            assert np.shape(row.details["patterns"]) == shape[:2]
+            tree = leaves(row.details["tree"])
+            assert sorted(digit for digits in tree.values() for digit in digits) == [*range(10)]
+            assert row.details["layers"]["output"]["max_attention"] <= 1
+    coded = [row.parameters for row in rows if "maps" not in row.name and row.layer != "linear"]
+    assert set(coded) == {7466}, "at most 7.5K"
+
+    # The same command again repeats nothing, and draws the same figure.
+    before, when = figure.read_bytes(), [path.stat() for path in tmp_path.rglob("model.pt")]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("finished before") == 5
+    assert [path.stat() for path in tmp_path.rglob("model.pt")] == when
+    assert figure.read_bytes() == before
+
+
+def test_settings_can_be_chosen_on_held_out_training_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--layer", "linear", "--validate", "--epochs", "1", "--logdir", str(tmp_path)]
+    assert main([*words, "--device", "cpu"]) == 0
+    (row,) = read_results(tmp_path)
+    assert "last 239 training images held out" in row.data
+    assert row.updates == (1438 - 239) // 32
+    (path,) = tmp_path.rglob("recipe.json")
+    assert json.loads(path.read_text())["data"] == row.data
+    assert "held out" in capsys.readouterr().out
+
+
+def test_attention_maps_are_means_and_first_examples() -> None:
+    torch.manual_seed(0)
+    options = {"num_slots": 6, "num_heads": 2, "num_steps": 2, "num_least_used": 1}
+    model = ProjectedLinear(12, 7, 3, layer="neurocoder", layer_options=options)
+    images, labels = torch.rand(9, 1, 3, 4), torch.tensor([2, 0, 1, 1, 0, 2, 2, 0, 0])
+    with torch.no_grad():
+        attention = attention_to_u(model, images)
+        assert attention is not None and attention.shape == (9, 4, 6)
+        for image, found in zip(images, attention, strict=True):
+            features = image.reshape(1, 12) @ model.projection
+            assert torch.allclose(model.output.attend(features).u[0], found, atol=1e-6)
+        means, examples = maps_by_class(attention, labels)
+    for digit in range(3):
+        own = [attention[i] for i in range(9) if labels[i] == digit]
+        assert torch.allclose(means[digit], sum(own) / len(own), atol=1e-6)
+        assert torch.equal(examples[digit], own[0])
+
+
+def test_networks_without_a_coded_layer_have_no_maps() -> None:
+    assert attention_to_u(Mlp(4, [], 2), torch.zeros(1, 1, 2, 2)) is None
+    plain = ProjectedLinear(4, 3, 2, layer="linear")
+    assert attention_to_u(plain, torch.zeros(1, 1, 2, 2)) is None
+
+
+def test_patterns_are_two_clusters_of_columns() -> None:
+    kinds = np.array([[0, 1, 1], [0, 0, 1], [1, 1, 0], [0, 1, 1]], bool)
+    noise = 0.01 * np.random.default_rng(0).random((4, 3, 5))
+    means = np.where(kinds[:, :, None], np.eye(5)[1], np.eye(5)[3]) + noise
+    assert np.array_equal(attention_patterns(torch.from_numpy(means)), kinds)
+    same = torch.ones(4, 3, 5)
+    assert not attention_patterns(same).any()
+
+
+def test_paths_of_the_tree_are_the_patterns() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        patterns = rng.random((10, 4)) < 0.4
+        tree = decision_tree(patterns)._asdict()
+
+        def check(node: dict[str, Any], depth: int, patterns: np.ndarray = patterns) -> None:
+            digits = node["digits"]
+            assert len({tuple(patterns[digit, :depth]) for digit in digits}) == 1
+            if depth == 4:
+                assert not node["children"]
+                return
+            parts = [child["digits"] for child in node["children"]]
+            assert sorted(digit for part in parts for digit in part) == digits and all(parts)
+            bits = [bool(patterns[part[0], depth]) for part in parts]
+            assert bits == sorted(set(bits))
+            for child in node["children"]:
+                check(child, depth + 1)
+
+        check(tree, 0)
+        assert len(leaves(tree)) == len({tuple(row) for row in patterns})

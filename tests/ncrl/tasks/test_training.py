@@ -1,0 +1,358 @@
+"""The training loop: what it minimises, resuming bit for bit, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ncrl.baselines import balance_loss, record_gates
+from ncrl.layers import make_layer
+from ncrl.neurocoder import orthogonal_loss
+from ncrl.tasks import training
+from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.results import read_result
+from ncrl.tasks.training import (
+    CHECKPOINT_FILE,
+    Experiment,
+    NonFiniteError,
+    Run,
+    Stopped,
+    attention_bound,
+    describe_layers,
+    draw,
+    evaluating,
+    fingerprint,
+    identity,
+    learning_rate,
+    load_weights,
+    make_optimizer,
+    train,
+)
+
+LAYER_OPTIONS: dict[str, dict[str, Any]] = {
+    "neurocoder": {"num_slots": 4, "num_heads": 2, "num_steps": 2, "num_least_used": 1},
+    "moe": {"num_experts": 3, "top_k": 2},
+}
+UPDATES = 9
+
+
+class Toy(Experiment):
+    """Learn to halve the input, with dropout, so that the random stream matters."""
+
+    data = "generated"
+    best = {"mse": "min"}  # noqa: RUF012 - as in the documentation
+
+    def __init__(self, recipe: Recipe, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        options = LAYER_OPTIONS.get(recipe.layer, {})
+        layer = make_layer(recipe.layer, 5, 5, **options)
+        self.model = nn.Sequential(nn.Dropout(0.2), layer)
+        self.seed = seed
+        self.num_updates = recipe.iterations or UPDATES
+        self.evaluate_every = 4
+        self.after: Callable[[int], None] = lambda update: None
+        self.count = 0
+
+    def loss(self, update: int) -> Tensor:
+        x = torch.randn(8, 5, generator=draw(self.seed, "train", update))
+        return (self.model(x) - x / 2).square().mean()
+
+    def after_update(self, update: int) -> None:
+        self.count += 1
+        self.after(update)
+
+    def evaluate(self) -> dict[str, float]:
+        assert not self.model.training and not torch.is_grad_enabled()
+        x = torch.randn(8, 5, generator=draw(0, "test", 0))
+        return {"mse": float((self.model(x) - x / 2).square().mean())}
+
+    def report(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def make_run(folder: Path, recipe: Recipe, seed: int = 0) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run("toy", "toy", recipe, seed, torch.device("cpu"), folder)
+
+
+def toy_recipe(**changes: Any) -> Recipe:
+    recipe = Recipe(layer="neurocoder", learning_rate=0.01, orth_coef=0.1)
+    return dataclasses.replace(recipe, **changes)
+
+
+def weights(experiment: Experiment) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in experiment.model.state_dict().items()}
+
+
+def stop_after(update: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
+    return lambda current: os.kill(os.getpid(), number) if current == update else None
+
+
+OPTIMIZERS = [
+    {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
+    {"optimizer": "adam"},
+    {"optimizer": "adagrad"},
+    {"optimizer": "rmsprop", "momentum": 0.9, "rmsprop_alpha": 0.95},
+]
+
+
+@pytest.mark.parametrize("layer", ["neurocoder", "moe", "linear"])
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=lambda options: options["optimizer"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, options: dict[str, Any], layer: str
+) -> None:
+    recipe = toy_recipe(layer=layer, **options)
+    whole = Toy(recipe, 7)
+    expected = train(make_run(tmp_path / "a", recipe, 7), whole)
+
+    run = make_run(tmp_path / "b", recipe, 7)
+    first = Toy(recipe, 7)
+    first.after = stop_after(5)
+    with pytest.raises(Stopped) as stopped:
+        train(run, first)
+    assert stopped.value.exit_code == 143
+    assert run.result is None and (run.folder / CHECKPOINT_FILE).is_file()
+    second = Toy(recipe, 7)
+    torch.manual_seed(12345)  # the state of a new process does not matter
+    result = train(run, second)
+
+    final = weights(second)
+    assert all(torch.equal(value, final[name]) for name, value in weights(whole).items())
+    assert result.curve == expected.curve and result.metrics == expected.metrics
+    assert result.details == {"count": UPDATES}
+    assert not (run.folder / CHECKPOINT_FILE).exists()
+    assert run.result == result == read_result(run.folder / "result.json")
+
+
+def test_runs_with_the_same_seed_are_equal_and_with_another_are_not(tmp_path: Path) -> None:
+    recipe = toy_recipe()
+    rows = [
+        train(make_run(tmp_path / str(index), recipe, seed), Toy(recipe, seed))
+        for index, seed in enumerate((3, 3, 4))
+    ]
+    assert rows[0].curve == rows[1].curve != rows[2].curve
+
+
+@pytest.mark.parametrize("layer", ["neurocoder", "moe", "linear"])
+def test_an_update_is_the_gradient_of_all_losses(tmp_path: Path, layer: str) -> None:
+    """One step of plain SGD, computed apart: task + a L_o + balance, limited, and decayed."""
+    recipe = toy_recipe(
+        layer=layer,
+        iterations=1,
+        optimizer="sgd",
+        learning_rate=0.5,
+        weight_decay=0.1,
+        max_grad_norm=0.05,
+        orth_coef=0.3,
+        balance_coef=0.7,
+    )
+    expected = Toy(recipe)
+    with record_gates(expected.model) as gates:
+        loss = expected.loss(0)
+    loss = loss + 0.3 * orthogonal_loss(expected.model)
+    if layer == "moe":
+        loss = loss + 0.7 * balance_loss(gates)
+    parameters = list(expected.model.parameters())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)]  # noqa: B905
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    scale = min(1.0, 0.05 / norm)
+    assert scale < 1, "the limit must matter"
+    before = [parameter.detach().clone() for parameter in parameters]
+    experiment = Toy(recipe)
+    train(make_run(tmp_path, recipe), experiment)
+    for old, gradient, new in zip(before, gradients, experiment.model.parameters(), strict=True):
+        if gradient.any():
+            step = scale * gradient + 0.1 * old
+            assert torch.allclose(new, old - 0.5 * step, atol=1e-6)
+
+
+def test_the_learning_rate_falls_to_a_tenth_after_half_and_three_quarters() -> None:
+    recipe = toy_recipe(schedule="steps", learning_rate=8.0)
+    rates = [learning_rate(recipe, update, 8) for update in range(8)]
+    assert rates == pytest.approx([8, 8, 8, 8, 0.8, 0.8, 0.08, 0.08])
+    assert {learning_rate(toy_recipe(), update, 8) for update in range(8)} == {0.01}
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=lambda options: options["optimizer"])
+def test_optimisers_have_the_recipes_settings(options: dict[str, Any]) -> None:
+    recipe = toy_recipe(**options)
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    optimizer = make_optimizer(recipe, model)
+    assert type(optimizer).__name__.lower() == options["optimizer"]
+    (group,) = optimizer.param_groups
+    assert group["params"] == [model.weight] and group["lr"] == 0.01
+    assert group["weight_decay"] == options.get("weight_decay", 0)
+    for ours, theirs in (("momentum", "momentum"), ("rmsprop_alpha", "alpha")):
+        if ours in options:
+            assert group[theirs] == options[ours]
+
+
+def test_best_metrics_are_over_all_evaluations(tmp_path: Path) -> None:
+    recipe = toy_recipe(learning_rate=0.1, iterations=16)
+    row = train(make_run(tmp_path, recipe), Toy(recipe))
+    assert [point["update"] for point in row.curve] == [4, 8, 12, 16]
+    assert row.metrics["best_mse"] == min(point["mse"] for point in row.curve)
+    assert row.metrics["mse"] == row.curve[-1]["mse"]
+    assert row.updates == 16 and row.data == "generated" and row.layer == "neurocoder"
+    assert row.recipe["learning_rate"] == 0.1 and row.seconds >= 0
+    assert row.hardware and row.versions["torch"] == torch.__version__ and row.command
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path: Path) -> None:
+    recipe = toy_recipe(optimizer="sgd", learning_rate=1e30, orth_coef=0.0, iterations=60)
+    run = make_run(tmp_path, recipe)
+    with pytest.raises(NonFiniteError, match=r"toy, seed 0: the loss of update \d+ is (nan|inf)"):
+        train(run, Toy(recipe))
+    assert not (tmp_path / CHECKPOINT_FILE).exists() and run.result is None
+
+
+def test_a_stop_beside_a_broken_loss_saves_nothing(tmp_path: Path) -> None:
+    recipe = toy_recipe(optimizer="sgd", learning_rate=1e30, orth_coef=0.0, iterations=60)
+    experiment = Toy(recipe)
+    experiment.evaluate_every = 100
+    experiment.after = stop_after(15)
+    with pytest.raises(NonFiniteError):
+        train(make_run(tmp_path, recipe), experiment)
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+
+
+def interrupted(folder: Path, recipe: Recipe) -> Run:
+    run, experiment = make_run(folder, recipe), Toy(recipe)
+    experiment.after = stop_after(2, signal.SIGINT)
+    with pytest.raises(Stopped) as stopped:
+        train(run, experiment)
+    assert stopped.value.exit_code == 130
+    return run
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    recipe = toy_recipe()
+    run = interrupted(tmp_path, recipe)
+    path = tmp_path / CHECKPOINT_FILE
+    good = path.read_bytes()
+    for data in (good[:-200], b"", b"no checkpoint"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"checkpoint.pt.*delete it to start anew") as error:
+            train(run, Toy(recipe))
+        assert "\n" not in str(error.value)
+    path.write_bytes(good)
+    assert train(run, Toy(recipe)).updates == UPDATES
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    recipe = toy_recipe()
+    run = interrupted(tmp_path, recipe)
+    other = toy_recipe(orth_coef=0.2)
+    with pytest.raises(ValueError, match="is no checkpoint of this run"):
+        train(run._replace(recipe=other), Toy(other))
+    with pytest.raises(ValueError, match="is no checkpoint of this run"):
+        train(run._replace(seed=1), Toy(recipe))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, tuple[Path]]:
+            return Path.touch, (Path("canary"),)
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(ValueError, match=r"cannot read .*checkpoint.pt"):
+        train(make_run(tmp_path, toy_recipe()), Toy(toy_recipe()))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_checkpoints_are_written_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no least time between them, and a save that counts as free: after every update."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_SHARE", math.inf)
+    recipe, seen = toy_recipe(), []
+    experiment = Toy(recipe)
+    experiment.after = lambda update: seen.append((tmp_path / CHECKPOINT_FILE).exists())
+    train(make_run(tmp_path, recipe), experiment)
+    assert seen == [False] + [True] * (UPDATES - 1)
+
+
+def test_weights_of_a_finished_run_are_loaded(tmp_path: Path) -> None:
+    recipe = toy_recipe()
+    run, experiment, fresh = make_run(tmp_path, recipe), Toy(recipe), Toy(recipe, 5)
+    train(run, experiment)
+    load_weights(run, fresh.model)
+    loaded = weights(fresh)
+    assert all(torch.equal(value, loaded[name]) for name, value in weights(experiment).items())
+    with pytest.raises(ValueError, match=r"model.pt does not fit"):
+        load_weights(run, nn.Linear(2, 2))
+
+
+def test_random_streams_follow_from_their_arguments() -> None:
+    def numbers(*key: Any) -> Tensor:
+        return torch.rand(4, generator=draw(*key))
+
+    assert torch.equal(numbers(1, "train", 2), numbers(1, "train", 2))
+    keys = [(1, "train", 2), (1, "train", 3), (2, "train", 2), (1, "test", 2), (2**31, "train", 2)]
+    streams = torch.stack([numbers(*key) for key in keys])
+    assert len(streams.unique(dim=0)) == len(keys)
+    state = torch.get_rng_state()
+    numbers(1, "train", 2)
+    assert torch.equal(torch.get_rng_state(), state), "the global stream is not touched"
+
+
+def test_the_fingerprint_is_of_what_matters() -> None:
+    recipe = toy_recipe()
+    base = fingerprint(identity(recipe, "data"))
+    assert base == fingerprint(identity(toy_recipe(note="x", paper_parameters=3), "data"))
+    others = [
+        identity(toy_recipe(learning_rate=0.02), "data"),
+        identity(toy_recipe(layer_options={"num_slots": 9}), "data"),
+        identity(recipe, "other data"),
+        identity(recipe, "data", {"pixels": "0 to 1"}),
+    ]
+    assert len({base, *map(fingerprint, others)}) == 5
+
+
+def test_layers_are_described_by_name_and_left_as_they_were() -> None:
+    torch.manual_seed(0)
+    layers = [make_layer("neurocoder", 6, 6, num_slots=5, num_heads=2) for _ in range(2)]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.Linear(6, 2))
+    x = torch.randn(7, 6)
+    reports = describe_layers(model, x)
+    assert list(reports) == ["0", "2"] and model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        inner = model[1](model[0](x))
+        largest = max(float(part.max()) for part in layers[1].attend(inner))
+    assert reports["2"]["max_attention"] == pytest.approx(largest)
+    assert reports["2"]["attention_bound"] == pytest.approx(math.e / (math.e + 4 / math.e))
+    assert reports["0"]["max_attention"] <= reports["0"]["attention_bound"]
+
+
+def test_the_bound_is_that_of_the_most_unequal_cosines() -> None:
+    for slots, sharpness in ((5, 1.0), (30, 10.0), (1, 3.0)):
+        scores = torch.tensor([sharpness] + [-sharpness] * (slots - 1), dtype=torch.float64)
+        assert attention_bound(slots, sharpness) == pytest.approx(float(scores.softmax(0)[0]))
+
+
+def test_evaluating_restores_the_mode_after_an_error() -> None:
+    model = nn.Dropout()
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not model.training
+        raise RuntimeError
+    assert model.training and torch.is_grad_enabled()
