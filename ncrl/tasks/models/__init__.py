@@ -21,6 +21,7 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "gru": GruRegressor,
     "ntm": Ntm,
     "split_mlp": SplitMlp,
+    "resnet18": ResNet18,
     "resnet_mlp": FrozenResNetMlp,
     "atari": atari_policy,
 }

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.layers import make_layer
+from ncrl.neurocoder.config import require_positive
 from ncrl.tasks.models.mlp import SplitMlp
 
 
@@ -44,30 +46,63 @@ class ResNet18(nn.Module):
 
     Args:
         num_outputs: width of the last layer `fc`; 1000 for ImageNet.
+        width: channels w of the first stage, doubled by each of the three that follow.
+        layer: name in `ncrl.layers.LAYERS`, of `fc`.
+        layer_options: its options.
 
     Shapes: [B, 3, height, width] -> [B, num_outputs]; made for 224x224, any size of 32 and more.
+
+    Raises:
+        ValueError: for an impossible size or an unknown layer.
     """
 
-    def __init__(self, num_outputs: int = 1000) -> None:
+    IMAGENET_CLASSES = 1000
+
+    STAGE_WIDTHS = 15
+    """Channels of all four stages together, in widths: 1 + 2 + 4 + 8."""
+
+    def __init__(
+        self,
+        num_outputs: int = IMAGENET_CLASSES,
+        *,
+        width: int = 64,
+        layer: str = "linear",
+        layer_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
-        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
-        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
-        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
-        self.fc = nn.Linear(512, num_outputs)
+        require_positive("num_outputs", num_outputs)
+        require_positive("width", width)
+        self.num_outputs, self.width = num_outputs, width
+        w = width
+        self.conv1 = nn.Conv2d(3, w, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(w)
+        self.layer1 = nn.Sequential(BasicBlock(w, w, 1), BasicBlock(w, w, 1))
+        self.layer2 = nn.Sequential(BasicBlock(w, 2 * w, 2), BasicBlock(2 * w, 2 * w, 1))
+        self.layer3 = nn.Sequential(BasicBlock(2 * w, 4 * w, 2), BasicBlock(4 * w, 4 * w, 1))
+        self.layer4 = nn.Sequential(BasicBlock(4 * w, 8 * w, 2), BasicBlock(8 * w, 8 * w, 1))
+        self.fc = make_layer(layer, 8 * w, num_outputs, **dict(layer_options or {}))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, num_outputs]."""
-        maps = F.relu(self.bn1(self.conv1(images)))  # [B, 64, height / 2, width / 2]
-        maps = F.max_pool2d(maps, 3, stride=2, padding=1)  # [B, 64, height / 4, width / 4]
+        outputs: Tensor = self.fc(self._stages(images)[-1].mean(dim=(2, 3)))
+        return outputs
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """The means of all four stages' maps, side by side: [B, 3, height, width] -> [B, 15 w]."""
+        return torch.cat([maps.mean(dim=(2, 3)) for maps in self._stages(images)], dim=1)
+
+    def _stages(self, images: Tensor) -> list[Tensor]:
+        """What the stages put out, from [B, w, height / 4, width / 4] to [B, 8 w, height / 32,
+        width / 32]."""
+        maps = F.relu(self.bn1(self.conv1(images)))  # [B, w, height / 2, width / 2]
+        maps = F.max_pool2d(maps, 3, stride=2, padding=1)  # [B, w, height / 4, width / 4]
+        outputs = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps = stage(maps)  # at the end [B, 512, height / 32, width / 32]
-        outputs: Tensor = self.fc(maps.mean(dim=(2, 3)))
+            maps = stage(maps)
+            outputs.append(maps)
         return outputs
 
 
@@ -82,6 +117,7 @@ class FrozenResNetMlp(nn.Module):
         num_outputs: classes of a task.
         hidden: widths of the hidden layers.
         num_tasks: heads; 1 if all tasks share one.
+        hidden_rank: see `SplitMlp`.
         layer: name in `ncrl.layers.LAYERS`, of all layers behind the backbone.
         layer_options: its options.
 
@@ -97,16 +133,18 @@ class FrozenResNetMlp(nn.Module):
         *,
         hidden: Sequence[int] = (500, 500, 500),
         num_tasks: int = 1,
+        hidden_rank: int | None = None,
         layer: str = "linear",
         layer_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = ResNet18().requires_grad_(False).eval()
         self.classify = SplitMlp(
-            self.backbone.fc.out_features,
+            self.backbone.num_outputs,
             hidden,
             num_outputs,
             num_tasks=num_tasks,
+            hidden_rank=hidden_rank,
             layer=layer,
             layer_options=layer_options,
         )

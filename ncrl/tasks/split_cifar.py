@@ -1,0 +1,571 @@
+"""Split CIFAR: tasks of 2 or 5 classes, on frozen ResNet-18 features (paper, Fig. 7 and 8).
+
+python -m ncrl.tasks.split_cifar                       # anywhere: on digits that scikit-learn ships
+python -m ncrl.tasks.split_cifar --data-dir DIR --seeds 0 1 --figure split_cifar.png
+python -m ncrl.tasks.split_cifar --data-dir DIR --classes 100 --backbone resnet18-f37072fd.pth
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncrl import NeurocoderLinear
+from ncrl.settings import nearest
+from ncrl.tasks.backbone import (
+    IMAGENET_SIDE,
+    Backbone,
+    Rotations,
+    check_backbone_recipe,
+    features_of,
+    frozen,
+    load_backbone,
+    pixel_statistics,
+)
+from ncrl.tasks.command import Plan, Session, find_config, run_command, task_parser
+from ncrl.tasks.continual.methods import METHODS
+from ncrl.tasks.continual.split import COEFS, ContinualRecipe, SplitLearning, Task
+from ncrl.tasks.data import Images, load_cifar
+from ncrl.tasks.figures import save_figure
+from ncrl.tasks.formats import CIFAR_SIDE
+from ncrl.tasks.models import ResNet18, SplitMlp
+from ncrl.tasks.recipes import Recipe, build_network, read_recipes
+from ncrl.tasks.results import Result, by_name, results_table
+from ncrl.tasks.training import describe_layers, evaluating, say
+
+CONFIG = "split_cifar.yaml"
+
+CLASSES_PER_TASK = {10: 2, 100: 5}
+"""By number of classes."""
+
+DEFAULT_VARIANTS = ["linear", "tuned_residual"]
+DEFAULT_METHODS = ["adam", "si"]
+
+PENALTY_COEFS: Mapping[str, float] = COEFS["task"]
+"""Weights of the penalties, where --penalty-coef says nothing."""
+
+BACKBONE = "backbone"
+"""Variant that is trained where there are no weights to load."""
+
+BACKBONE_SEED = 0
+"""One backbone serves all seeds, as ImageNet's would."""
+
+TRAINED_SIDE = 64
+"""Images are enlarged to this for a backbone of our own: of 32x32, one pixel is left."""
+
+DIGITS = "digits"
+DIGITS_EPOCHS, DIGITS_BACKBONE_EPOCHS = 20, 10
+"""On the embedded digits, where an epoch of a task has 3 updates."""
+
+HELD_OUT_EVERY = 5
+"""With --validate, every fifth training image is measured on. Files may be in order of classes."""
+
+SLOT_STEPS = 100
+"""Training steps of each task at which attention is looked at (Fig. 8)."""
+
+SLOT_IMAGES = 32
+"""Images of the batch that are looked at."""
+
+METRICS = (
+    *("accuracy", "learn", "failed_tasks", "forgetting", "transfer"),
+    *("rank", "attention", "slot_information"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    parser = task_parser("split_cifar", __doc__)
+    own = parser.add_argument_group("split CIFAR")
+    add = own.add_argument
+    add("--classes", type=int, metavar="INT", help="10: 5 tasks of 2 (default); 100: 20 of 5")
+    add("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)} (default: adam si)")
+    add("--penalty-coef", type=float, metavar="FLOAT", help="in place of the methods' own")
+    add(
+        "--backbone",
+        metavar="FILE",
+        help="torchvision's ResNet-18 weights for ImageNet, a state_dict; without it a narrow "
+        "ResNet-18 is trained first, to tell rotations of the training images apart",
+    )
+    add(
+        "--backbone-epochs",
+        type=int,
+        metavar="INT",
+        help="of a backbone that is trained here; 0: random weights (default: the recipe's)",
+    )
+    add(
+        "--image-side",
+        type=int,
+        metavar="INT",
+        help=f"images are enlarged to this for the backbone (default: {IMAGENET_SIDE} with "
+        f"--backbone, else {TRAINED_SIDE})",
+    )
+    add(
+        "--validate",
+        action="store_true",
+        help="hold every fifth training image out and measure on them: for the choice of settings",
+    )
+    return run_command("split_cifar", parser, arguments, work)
+
+
+def work(session: Session) -> None:
+    """Train what the flags name; print the table and draw the figures."""
+    flags = session.flags
+    source = backbone_source(flags)
+    bases = base_plans(session)
+    num_classes = flags.get("classes", 10)
+    if num_classes not in CLASSES_PER_TASK:
+        raise ValueError(f"--classes takes 10 or 100, got {num_classes}")
+    methods = named_methods(flags)
+    data = load_cifar(session.data_dir, num_classes, download=session.download)
+    is_digits = data.name.startswith(DIGITS)
+    plans = [
+        plan(base, method, flags, num_classes, source.num_features, is_digits)
+        for base in bases
+        for method in methods
+    ]
+    say(f"data: {data.source}")
+    data = data.to(session.device)
+    backbone = make_backbone(session, source, data, is_digits)
+    say(f"backbone: {backbone.title}")
+    features = features_of(backbone, data)
+    if flags.get("validate"):
+        features = held_out(features)
+        say(f"measured on: {features.name}")
+    if is_digits and "epochs" not in flags:
+        say(f"{DIGITS_EPOCHS} epochs for each task: the recipe's are for CIFAR's size")
+    tasks = feature_tasks(features, CLASSES_PER_TASK[num_classes])
+    readings = {
+        "backbone": f"{backbone.title}; {backbone.mark}",
+        "image_side": backbone.side,
+        "features": f"{'means of the four stages' if backbone.pooled else 'outputs'}, standardised",
+    }
+
+    def make(recipe: Recipe, seed: int, _device: torch.device) -> SplitFeatures:
+        assert isinstance(recipe, ContinualRecipe)
+        return SplitFeatures(recipe, tasks, features.name, seed, readings)
+
+    rows = session.run(plans, make)
+    if session.figure is not None:
+        draw_accuracy(session.figure, rows)
+        say(f"drawn: {session.figure}")
+        if any("top_slots" in row.details for row in rows):
+            path = slots_figure(session.figure)
+            draw_slots(path, rows)
+            say(f"drawn: {path}")
+    say(f"\n{results_table(rows, METRICS)}\n\nbackbone: {backbone.title}; data: {features.name}")
+
+
+# From flags to recipes
+
+
+class BackboneSource(NamedTuple):
+    """Where the frozen network comes from."""
+
+    file: Path | None
+    """With ImageNet's weights; None for one that is trained here."""
+
+    recipe: Recipe | None
+    """Of one that is trained here."""
+
+    epochs: int | None
+    """In place of the recipe's."""
+
+    side: int
+    """Images are enlarged to this."""
+
+    @property
+    def num_features(self) -> int:
+        """Numbers for each image."""
+        if self.recipe is None:
+            return ResNet18.IMAGENET_CLASSES
+        return ResNet18.STAGE_WIDTHS * int(self.recipe.network_options.get("width", 64))
+
+
+def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
+    """What the flags say about the backbone.
+
+    Raises:
+        ValueError: for a file that is not there, flags that do not go together, and a file of
+            recipes without one for the backbone.
+    """
+    side = flags.get("image_side", IMAGENET_SIDE if "backbone" in flags else TRAINED_SIDE)
+    if not CIFAR_SIDE <= side <= IMAGENET_SIDE:
+        raise ValueError(f"--image-side must lie in {CIFAR_SIDE} .. {IMAGENET_SIDE}, got {side}")
+    epochs = flags.get("backbone_epochs")
+    if "backbone" in flags:
+        if epochs is not None:
+            raise ValueError("--backbone-epochs is for a backbone trained here, not --backbone")
+        path = Path(flags["backbone"])
+        if not path.is_file():
+            reason = "is a folder" if path.is_dir() else "does not exist"
+            raise ValueError(f"--backbone must be a file of weights: {path} {reason}")
+        return BackboneSource(path, None, None, side)
+    if epochs is not None and epochs < 0:
+        raise ValueError(f"--backbone-epochs must be at least 0, got {epochs}")
+    config = find_config(flags.get("config", CONFIG))
+    recipes = read_recipes(config)
+    if BACKBONE not in recipes:
+        raise ValueError(f"{config} has no variant {BACKBONE!r}; give --backbone FILE")
+    check_backbone_recipe(recipes[BACKBONE])
+    return BackboneSource(None, recipes[BACKBONE], epochs, side)
+
+
+def base_plans(session: Session) -> list[Plan]:
+    """The recipes that the flags name, methods apart; the MLP and Neurocoder without any.
+
+    Raises:
+        ValueError: for recipes of other networks.
+    """
+    named = any(name in session.flags for name in ("config", "variant", "layer"))
+    plans = session.plans(CONFIG, **({} if named else {"variant": DEFAULT_VARIANTS}))
+    for base in plans:
+        if base.recipe.network != "resnet_mlp":
+            raise ValueError(
+                f"{base.name!r} has network {base.recipe.network}, expected resnet_mlp"
+            )
+    return plans
+
+
+def named_methods(flags: Mapping[str, Any]) -> list[str]:
+    """The methods that a flag names, without repetition.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    methods: list[str] = flags.get("method", DEFAULT_METHODS)
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(
+                f"--method must be one of {', '.join(METHODS)}, got {method!r}; "
+                f"nearest: {nearest(method, tuple(METHODS))}"
+            )
+    return list(dict.fromkeys(methods))
+
+
+def plan(
+    base: Plan,
+    method: str,
+    flags: Mapping[str, Any],
+    num_classes: int,
+    num_features: int,
+    is_digits: bool = False,
+) -> Plan:
+    """The recipe of the classifier behind a backbone, with a method.
+
+    Raises:
+        ValueError: for settings that make no sense.
+    """
+    per_task = CLASSES_PER_TASK[num_classes]
+    options = {
+        "hidden": (500, 500, 500),
+        **base.recipe.network_options,
+        "in_features": num_features,
+        "num_outputs": per_task,
+        "num_tasks": num_classes // per_task,
+    }
+    changes: dict[str, Any] = {"network": "split_mlp", "network_options": options}
+    if method == "adagrad" and "optimizer" not in flags:
+        changes["optimizer"] = "adagrad"
+        if "learning_rate" not in flags:
+            changes["learning_rate"] = 1e-2
+    if is_digits and "epochs" not in flags:
+        changes["epochs"] = DIGITS_EPOCHS
+    _, _, variant = base.name.partition(" ")
+    name = f"{num_classes // per_task}x{per_task} {method} {variant or 'printed'}"
+    coef = PENALTY_COEFS.get(method, 0.0)
+    if "penalty_coef" in flags:
+        coef = flags["penalty_coef"]
+        name += f" penalty_coef={coef:g}"
+    settings = {"scenario": "task", "method": method, "penalty_coef": coef}
+    recipe = ContinualRecipe(**{**vars(base.recipe), **changes, **settings})
+    if recipe.epochs is None:
+        raise ValueError(f"{base.name}: the recipe has to say how many epochs each task takes")
+    with torch.device("meta"):
+        build_network(recipe)  # what does not fit is said before hours of features
+    return Plan(name, recipe)
+
+
+# Backbone and tasks
+
+
+def make_backbone(
+    session: Session, source: BackboneSource, data: Images, is_digits: bool
+) -> Backbone:
+    """The frozen network: loaded, or trained to the end if it is not yet."""
+    if source.file is not None:
+        return load_backbone(source.file, source.side, session.device)
+    recipe, epochs = source.recipe, source.epochs
+    assert recipe is not None
+    if epochs is None and is_digits:
+        epochs = DIGITS_BACKBONE_EPOCHS
+    mean, std = pixel_statistics(data.train_images)
+    kind = f"no ImageNet weights: frozen ResNet-18 of width {recipe.network_options['width']}"
+    if epochs == 0:
+        torch.manual_seed(BACKBONE_SEED)
+        network = build_network(recipe)
+        assert isinstance(network, ResNet18)
+        title = f"{kind} with random weights"
+        return Backbone(frozen(network, session.device), title, source.side, mean, std, pooled=True)
+    if epochs is not None:
+        recipe = dataclasses.replace(recipe, epochs=epochs, iterations=None)
+    wanted = Plan(f"{BACKBONE} {recipe.epochs} epochs", recipe)
+
+    def make(recipe: Recipe, seed: int, _device: torch.device) -> Rotations:
+        return Rotations(recipe, data, source.side, seed)
+
+    (row,) = session.run([wanted], make, seeds=[BACKBONE_SEED])
+    network = session.experiment(wanted, BACKBONE_SEED, make).model
+    assert isinstance(network, ResNet18)
+    title = (
+        f"{kind}, trained here for {recipe.epochs} epochs to tell rotations of the training images "
+        f"apart, without labels (test accuracy {row.metrics['rotation_accuracy']:.1f} %, chance "
+        "25 %)"
+    )
+    return Backbone(frozen(network, session.device), title, source.side, mean, std, pooled=True)
+
+
+def held_out(data: Images) -> Images:
+    """Every fifth training image in place of the test images, which are not used."""
+    held = torch.arange(len(data.train_labels), device=data.train_labels.device)
+    held = held % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return data._replace(
+        name=f"{data.name}, every fifth training image held out and measured on",
+        train_images=data.train_images[~held],
+        train_labels=data.train_labels[~held],
+        test_images=data.train_images[held],
+        test_labels=data.train_labels[held],
+    )
+
+
+def feature_tasks(data: Images, classes_per_task: int) -> list[Task]:
+    """Tasks of consecutive classes; labels count from 0 in each.
+
+    Args:
+        data: with features [N, F] in place of pixels.
+        classes_per_task: divides the number of classes.
+
+    Raises:
+        ValueError: if a class lacks images.
+    """
+    tasks = []
+    for first in range(0, data.num_classes, classes_per_task):
+        parts: list[Tensor] = []
+        for features, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        ):
+            chosen = (labels >= first) & (labels < first + classes_per_task)
+            found = set(labels[chosen].tolist())
+            for label in range(first, first + classes_per_task):
+                if label not in found:
+                    raise ValueError(f"{data.name} has no images of class {label}")
+            parts += [features[chosen], labels[chosen] - first]
+        tasks.append(Task(*parts))
+    return tasks
+
+
+# What is trained
+
+
+class SplitFeatures(SplitLearning):
+    """A classifier of features that learns one task after the other, and what it attends to.
+
+    Args:
+        recipe: of the task scenario, with network `split_mlp`.
+        tasks: on the device.
+        data: name of the data set.
+        seed: of the order of the images.
+        readings: how features came about.
+
+    Raises:
+        ValueError: if the recipe does not fit the tasks.
+    """
+
+    model: SplitMlp
+
+    def __init__(
+        self,
+        recipe: ContinualRecipe,
+        tasks: list[Task],
+        data: str,
+        seed: int,
+        readings: Mapping[str, Any],
+    ) -> None:
+        super().__init__(recipe, tasks, data, seed)
+        self.readings = dict(readings)
+        self.coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
+        self.watched = watched_updates(self.ends) if self.coded else {}
+        self.top_slots = torch.full((len(tasks), SLOT_STEPS, len(self.coded)), -1)
+        """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
+        steps."""
+
+    def after_update(self, update: int) -> None:
+        super().after_update(update)
+        if update in self.watched:
+            task, step = self.watched[update]
+            _, x, _ = self.batch(update)
+            with evaluating(self.model):
+                attention = hidden_attention(self.model, x[:SLOT_IMAGES])
+            for layer, weights in enumerate(attention):
+                self.top_slots[task, step, layer] = weights.mean(0).argmax()
+
+    def evaluate(self) -> dict[str, float]:
+        """Beside what `SplitLearning` measures: `slot_information`, in bits how much the top slot
+        of an image tells about its task, mean over hidden layers; 0 if all tasks use the same."""
+        found = super().evaluate()
+        chance = 100 / int(self.recipe.network_options["num_outputs"])
+        half_way = (100 + chance) / 2
+        found["failed_tasks"] = float((self.accuracy.diagonal() < half_way).sum())
+        if self.coded:
+            information = [mutual_information(counts) for counts in self._slot_counts()]
+            found["slot_information"] = sum(information) / len(information)
+        return found
+
+    def _slot_counts(self) -> Tensor:
+        """Test images by their top slot, in the network as it is: [layers, T, P]."""
+        counts = []
+        for task in self.tasks:
+            tops = [
+                torch.bincount(weights.argmax(1), minlength=weights.shape[1])
+                for weights in hidden_attention(self.model, task.test_images)
+            ]
+            counts.append(torch.stack(tops))
+        return torch.stack(counts, dim=1)
+
+    def report(self) -> dict[str, Any]:
+        details = super().report()
+        details["seen"] = seen_accuracy(self.accuracy)
+        if self.coded:
+            details["top_slots"] = self.top_slots.tolist()
+            details["watched"] = sorted(self.watched)
+            details["slot_counts"] = self._slot_counts().tolist()
+            images = torch.cat([task.test_images[:50] for task in self.tasks])
+            details["attention"] = describe_layers(self.model, images)
+        return details
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "top_slots": self.top_slots}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.top_slots = state["top_slots"]
+
+
+def watched_updates(ends: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Task and number of the look, by update: SLOT_STEPS evenly spread over each task, or every
+    update of a task that has fewer.
+
+    Args:
+        ends: updates after which tasks end.
+    """
+    watched = {}
+    for task, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        steps = min(SLOT_STEPS, end - begin)
+        for step in range(steps):
+            watched[begin + (end - begin) * (step + 1) // steps - 1] = task, step
+    return watched
+
+
+def hidden_attention(model: SplitMlp, x: Tensor) -> list[Tensor]:
+    """Attention to the left vectors, M_U, of the coded hidden layers, mean over components:
+    [B, P] each, for features [B, F]."""
+    found = []
+    for layer in model.hidden:
+        if isinstance(layer, NeurocoderLinear):
+            found.append(layer.attend(x).u.mean(1))
+        x = F.relu(layer(x))
+    return found
+
+
+def mutual_information(counts: Tensor) -> float:
+    """In bits, between row and column of a table of counts [rows, columns]."""
+    shares = counts.double() / counts.sum()
+    independent = shares.sum(1, keepdim=True) * shares.sum(0, keepdim=True)
+    terms = torch.where(shares > 0, shares * torch.log2(shares / independent), 0.0)
+    return max(0.0, float(terms.sum()))
+
+
+def seen_accuracy(accuracy: Tensor) -> list[float]:
+    """Mean over the tasks learnt so far, after each (Fig. 7), for a matrix [trained, tested]."""
+    return [float(row[: task + 1].mean()) for task, row in enumerate(accuracy)]
+
+
+# Figures
+
+
+def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
+    """Mean accuracy on the tasks seen so far over their number (Fig. 7).
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for name, group in by_name(rows).items():
+        values = np.array([row.details["seen"] for row in group])  # [seeds, T]
+        numbers = np.arange(1, values.shape[1] + 1)
+        mean, std = values.mean(0), values.std(0)
+        label = f"{name} ({len(group)})"
+        (line,) = axes.plot(numbers, mean, "o-", markersize=3, linewidth=1.3, label=label)
+        if len(group) > 1:
+            axes.fill_between(numbers, mean - std, mean + std, alpha=0.2, color=line.get_color())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("accuracy on them, %")
+    axes.set_title(f"{rows[0].data}; {title_of(rows[0])}", fontsize=7, wrap=True)
+    axes.legend(fontsize=7, title="recipe (seeds)", title_fontsize=7)
+    save_figure(figure, path)
+
+
+def slots_figure(path: Path) -> Path:
+    """File of Fig. 8 beside that of Fig. 7: `figure.png` gives `figure_slots.png`."""
+    return path.with_name(f"{path.stem}_slots{path.suffix}")
+
+
+def draw_slots(path: Path, rows: Sequence[Result]) -> None:
+    """The slot of M_U that most attention goes to, over training, with lines between the tasks
+    (Fig. 8): a column for each recipe with coded layers, of its first seed; a row for each layer.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
+    drawn = [g[0] for g in by_name(rows).values() if "top_slots" in g[0].details]
+    layers = max(len(row.details["top_slots"][0][0]) for row in drawn)
+    figure = Figure(figsize=(3.2 * len(drawn) + 1, 1.5 * layers + 1), layout="constrained")
+    grid = figure.subplots(layers, len(drawn), squeeze=False, sharex="col")
+    for column, row in enumerate(drawn):
+        slots = np.array(row.details["top_slots"])  # [T, SLOT_STEPS, layers]
+        seen = slots[:, :, 0] >= 0
+        borders = np.cumsum(seen.sum(1))
+        for layer in range(slots.shape[2]):
+            axes = grid[layer][column]
+            axes.plot(slots[:, :, layer][seen], "k.", markersize=1.5)
+            for border in borders[:-1]:
+                axes.axvline(border - 0.5, color="red", linewidth=0.8)
+            axes.set_ylim(-2, row.recipe["layer_options"].get("num_slots", 100) + 1)
+            axes.set_ylabel(f"layer {layer + 1}: top slot", fontsize=7)
+            axes.tick_params(labelsize=6)
+        grid[0][column].set_title(f"{row.name}, seed {row.seed}", fontsize=7)
+        grid[-1][column].set_xlabel("look during training", fontsize=7)
+    figure.suptitle(f"{rows[0].data}; {title_of(rows[0])}", fontsize=7)
+    save_figure(figure, path)
+
+
+def title_of(row: Result) -> str:
+    """What features a row is about, in short."""
+    title: str = row.readings["backbone"]
+    return title.partition(",")[0].partition("; ")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
