@@ -441,6 +441,11 @@ class A3C(OnPolicyAlgorithm):
         if self.correction not in CORRECTIONS:
             hint = suggest(self.correction, CORRECTIONS)
             raise ValueError(f"unknown correction {self.correction!r}; {hint}")
+        for name in {"orth_coef", "balance_coef"} & set(self.policy_kwargs):
+            raise ValueError(
+                f"{name} is an argument of A3C itself, not of its policy: give "
+                f"A3C(..., {name}={self.policy_kwargs[name]!r}) and leave it out of policy_kwargs"
+            )
         if not (
             isinstance(self.policy_class, type) and issubclass(self.policy_class, EnginePolicy)
         ):

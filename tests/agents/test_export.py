@@ -1,0 +1,61 @@
+"""Policies of A3C as files: exported from any model, they act like it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
+
+from agents import A3C, export_policy, load_policy
+from envs import light, masked_cartpole
+
+SMALL = {"num_slots": 6, "num_heads": 2}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "MlpPolicy": (masked_cartpole(), {}),
+    "NeurocoderMlpLstmPolicy": (
+        masked_cartpole(), {"lstm_hidden_size": 8, "head_kwargs": SMALL, "net_arch": [5]},
+    ),
+    "NeurocoderCnnLstmPolicy": (
+        light(), {"lstm_hidden_size": 8, "head_kwargs": SMALL, "encoder": "a3c"},
+    ),
+    "MultiInputLstmPolicy": (make_vec_env(SimpleMultiObsEnv), {"enable_critic_lstm": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", CASES)
+def test_an_exported_policy_acts_like_the_model(policy: str, tmp_path: Path) -> None:
+    env, kwargs = CASES[policy]
+    n_envs = 1 if policy == "MultiInputLstmPolicy" else 2
+    model = A3C(
+        policy,
+        env,
+        n_workers=0,
+        n_envs=n_envs,
+        n_steps=5,
+        seed=1,
+        device="cpu",
+        policy_kwargs=kwargs,
+    ).learn(5 * n_envs)
+    loaded = load_policy(export_policy(model, tmp_path), "cpu")
+    assert type(loaded) is type(model.policy)
+    state = same_state = None
+    space = model.observation_space
+    space.seed(0)
+    for step in range(3):
+        obs, starts = space.sample(), np.array([step == 2])
+        action, state = model.predict(obs, state, starts, deterministic=True)
+        same, same_state = loaded.predict(obs, same_state, starts, deterministic=True)
+        assert np.array_equal(action, same)
+        for part, same_part in zip(state or (), same_state or (), strict=True):
+            assert np.array_equal(part, same_part)
+
+
+@pytest.mark.parametrize("name", ["orth_coef", "balance_coef"])
+def test_coefficients_are_arguments_of_a3c_itself(name: str) -> None:
+    """Its loss has the terms already: as arguments of the policy they would do nothing."""
+    with pytest.raises(
+        ValueError, match=rf"{name} is an argument of A3C itself.*A3C\(.*{name}=0.5"
+    ):
+        A3C("MlpPolicy", masked_cartpole(), n_workers=0, policy_kwargs={name: 0.5})
