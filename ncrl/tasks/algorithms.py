@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncrl.tasks.algorithmic import NUM_BITS, NUM_INPUTS, TASKS, Algorithms, algorithms
+from ncrl.tasks.algorithms_figure import draw_figure
 from ncrl.tasks.command import Plan, Session, run_command, task_parser
 from ncrl.tasks.models import Ntm
 from ncrl.tasks.recipes import Recipe, build_network
@@ -127,9 +128,7 @@ def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figure."""
     rows = session.run(plans(session), MultiAlgorithm)
     if session.figure is not None:
-        from ncrl.tasks.algorithms_figure import draw_figure
-
-        draw_figure(session.figure, rows)
+        draw_figure(session.figure, rows, TRAINED_TASKS, TESTED_TASKS)
         say(f"drawn: {session.figure}")
     say(table(rows))
 

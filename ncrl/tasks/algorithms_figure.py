@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ncrl.tasks.algorithms import TESTED_TASKS, TRAINED_TASKS
 from ncrl.tasks.figures import LAYER_NAMES, draw_curves, save_figure
 from ncrl.tasks.results import Result, by_name
 
@@ -17,7 +16,9 @@ GUESSING = 50.0
 """Per cent of the bits that are wrong by chance."""
 
 
-def draw_figure(path: Path, rows: Sequence[Result]) -> None:
+def draw_figure(
+    path: Path, rows: Sequence[Result], trained_tasks: int, tested_tasks: Sequence[int]
+) -> None:
     """Draw curves at the n trained on, and bars at every n tested.
 
     Raises:
@@ -29,17 +30,17 @@ def draw_figure(path: Path, rows: Sequence[Result]) -> None:
     labels = {name: LAYER_NAMES[group[0].layer] for name, group in groups.items()}
     if len(set(labels.values())) < len(labels):  # recipes of the same layer
         labels = {name: name for name in groups}
-    draw_curves(curves, rows, f"error_n{TRAINED_TASKS}", labels)
+    draw_curves(curves, rows, f"error_n{trained_tasks}", labels)
     curves.axhline(GUESSING, color="grey", linestyle=":", linewidth=1)
-    curves.set_ylabel(f"wrong bits at n = {TRAINED_TASKS} (%)")
+    curves.set_ylabel(f"wrong bits at n = {trained_tasks} (%)")
     curves.legend(fontsize=7)
 
     width = 0.8 / len(groups)
     for index, (name, group) in enumerate(groups.items()):
-        values = np.array([[row.metrics[f"error_n{n}"] for n in TESTED_TASKS] for row in group])
-        places = np.arange(len(TESTED_TASKS)) + (index - (len(groups) - 1) / 2) * width
+        values = np.array([[row.metrics[f"error_n{n}"] for n in tested_tasks] for row in group])
+        places = np.arange(len(tested_tasks)) + (index - (len(groups) - 1) / 2) * width
         bars.bar(places, values.mean(0), width, yerr=values.std(0), capsize=2, label=labels[name])
     bars.axhline(GUESSING, color="grey", linestyle=":", linewidth=1)
-    bars.set_xticks(range(len(TESTED_TASKS)), [f"n = {n}" for n in TESTED_TASKS])
+    bars.set_xticks(range(len(tested_tasks)), [f"n = {n}" for n in tested_tasks])
     bars.set_ylabel("wrong bits at the end (%)")
     save_figure(figure, path)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ncrl import NeurocoderLinear
 from ncrl.tasks.command import Plan, Session, run_command, task_parser
 from ncrl.tasks.models import GruRegressor
+from ncrl.tasks.polynomial_figure import Example, draw_figure
 from ncrl.tasks.recipes import Recipe, build_network
 from ncrl.tasks.results import Result, by_name, markdown, summarise
 from ncrl.tasks.training import Experiment, describe_layers, draw, say
@@ -226,6 +227,28 @@ class Polynomials(Experiment):
         weights: Tensor = layer.attend(self.model.gru(inputs)[0]).u
         return weights
 
+    @torch.no_grad()
+    def example(self) -> Example:
+        """The test sequence to draw, with attention of the first component."""
+        chosen = flattest_highest(self.test.clean[..., 0], self.chunk)
+        inputs = self.test.inputs[:, chosen : chosen + 1]
+        attention = self.attention(inputs)
+        assert attention is not None
+        predictions, _ = self.model(inputs)
+        targets = self.test.targets[:, chosen, 0]
+        return Example(attention[:, 0, 0].T, targets, predictions[:, 0, 0], self.num_chunks)
+
+
+def flattest_highest(y: Tensor, chunk: Tensor) -> int:
+    """The sequence whose flattest chunk is highest; in most, all chunks but one look empty.
+
+    Args:
+        y: [T, N].
+        chunk: of every timestep, [T].
+    """
+    highest = [y[chunk == c].abs().amax(0) for c in range(int(chunk.max()) + 1)]
+    return int(torch.stack(highest).amin(0).argmax())
+
 
 def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
     """What the most attended slot says about the chunk: in bits, the mean over sequences.
@@ -292,13 +315,13 @@ def work(session: Session) -> None:
 
     rows = session.run(wanted, make)
     if session.figure is not None:
-        from ncrl.tasks.polynomial_figure import draw_figure
-
         coded = [plan for plan in wanted if plan.recipe.layer == "neurocoder"]
-        experiments = {
-            plan.name: session.experiment(plan, session.seeds[0], make) for plan in coded
-        }
-        draw_figure(session.figure, rows, experiments)
+        examples = {}
+        for plan in coded:
+            experiment = session.experiment(plan, session.seeds[0], make)
+            assert isinstance(experiment, Polynomials)
+            examples[plan.name] = experiment.example()
+        draw_figure(session.figure, rows, examples)
         say(f"drawn: {session.figure}")
     say(table(rows))
 

@@ -126,6 +126,14 @@ def test_information_of_attention_that_follows_the_chunks() -> None:
     assert 0 < found["best_chance"] < 1
 
 
+def test_the_sequence_drawn_is_the_one_with_the_highest_flattest_chunk() -> None:
+    chunk = torch.arange(6) // 2
+    y = torch.tensor(
+        [[1.0, 0.4, 0.3], [0, 0, 0], [0.1, -0.5, 1], [0, 0, 0], [1, 1, 0], [0, 0, -0.2]]
+    )
+    assert polynomial.flattest_highest(y, chunk) == 1
+
+
 def row_of(curve: list[float]) -> Result:
     return Result(
         task="polynomial",
