@@ -128,7 +128,10 @@ def table(number: int, rows: Sequence[Result]) -> str:
     scenario = SCENARIO[number]
     found = by_name(rows)
     body = _short(scenario, found) if number == 1 else _long(scenario, found)
-    return f"Table {number}, incremental {scenario}\n\n{body}"
+    wanted = cells(scenario)
+    filled = sum(cell.name in found for cell in wanted)
+    complete = "" if filled == len(wanted) else f" ({filled} of {len(wanted)} cells so far)"
+    return f"Table {number}, incremental {scenario}{complete}\n\n{body}"
 
 
 def _long(scenario: str, found: Mapping[str, list[Result]]) -> str:
@@ -187,8 +190,11 @@ def _accuracy(found: Mapping[str, list[Result]], cell: Cell) -> str | None:
 
 
 def short(summary: Summary | None) -> str | None:
-    """Mean and population standard deviation, as the paper prints them."""
-    return None if summary is None else f"{summary.mean:.1f}±{summary.std:.1f}"
+    """Mean and population standard deviation, as the paper prints them; of one value no spread."""
+    if summary is None:
+        return None
+    spread = f"±{summary.std:.1f}" if len(summary.values) > 1 else ""
+    return f"{summary.mean:.1f}{spread}"
 
 
 def draw(rows: Sequence[Result], path: Path) -> None:
