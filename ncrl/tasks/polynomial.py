@@ -86,45 +86,55 @@ def polynomials(
     Args:
         num_sequences: N.
         generator: of the random numbers.
-        num_points: T, a multiple of `num_chunks`.
+        num_points: T.
         num_chunks: polynomials in a sequence.
         noise: standard deviation, as a share of the sequence's largest |y|.
 
     Raises:
-        ValueError: if the chunks would not have the same number of points, and at least three.
+        ValueError: if chunks would have fewer than three points.
     """
-    check_chunks(num_points, num_chunks)
-    length, highest = num_points // num_chunks, DEGREES[1]
-    powers = torch.arange(highest + 1)
-    x = torch.linspace(-LARGEST_X, LARGEST_X, length, dtype=torch.float64)
+    chunk, place, length = layout(num_points, num_chunks)
+    highest = DEGREES[1]
     degree = torch.randint(
         DEGREES[0], highest + 1, (num_sequences, num_chunks, 1), generator=generator
     )
     coefficients = torch.rand(
         num_sequences, num_chunks, highest + 1, dtype=torch.float64, generator=generator
     )
-    coefficients = (2 * coefficients - 1) * (powers <= degree)
-    y = (coefficients @ (x ** powers[:, None])).flatten(1)  # [N, T]
+    power = torch.arange(highest + 1)
+    coefficients = (2 * coefficients - 1) * (power <= degree)
+    x = LARGEST_X * (2 * place.double() / (length - 1) - 1)  # [T]
+    y = torch.einsum("ntk,tk->nt", coefficients[:, chunk], x[:, None] ** power)
     scale = y.abs().amax(1)
     clean = (y / scale[:, None]).float().T  # [T, N]
     observed = clean
     if noise:
         observed = clean + noise * torch.randn(clean.shape, generator=generator)
     before = torch.cat([torch.zeros(1, num_sequences), observed[:-1]])
-    at = (x / LARGEST_X).float().repeat(num_chunks)[:, None].expand_as(clean)
+    at = (x / LARGEST_X).float()[:, None].expand_as(clean)
     return Sequences(
         torch.stack([at, before], dim=2), observed[..., None], clean[..., None], scale.float()
     )
 
 
-def check_chunks(num_points: int, num_chunks: int) -> None:
-    """Raise ValueError unless so many points make so many chunks of at least three."""
-    if num_chunks < 1 or num_points % num_chunks or num_points // num_chunks <= UNPREDICTABLE:
-        possible = [n for n in range(1, num_points // 3 + 1) if not num_points % n]
+def layout(num_points: int, num_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks of equal length, or nearly so where the points cannot be divided.
+
+    Returns:
+        Of every point, [T] each: its chunk, its place in that, and how many points that has.
+
+    Raises:
+        ValueError: if chunks would have fewer than three points.
+    """
+    most = num_points // (UNPREDICTABLE + 1)
+    if not 1 <= num_chunks <= most:
         raise ValueError(
-            f"{num_points} points cannot be divided into {num_chunks} chunks of at least "
-            f"{UNPREDICTABLE + 1}; possible are {', '.join(map(str, possible))}"
+            f"chunks must lie in 1 .. {most} for {num_points} points, got {num_chunks}"
         )
+    chunk = torch.arange(num_points) * num_chunks // num_points
+    lengths = chunk.bincount()
+    begins = lengths.cumsum(0) - lengths
+    return chunk, torch.arange(num_points) - begins[chunk], lengths[chunk]
 
 
 def mutual_information(first: Tensor, second: Tensor) -> Tensor:
@@ -175,9 +185,9 @@ class Polynomials(Experiment):
         self.generate = partial(polynomials, num_chunks=num_chunks, noise=noise)
         self.num_chunks, self.noise = num_chunks, noise
         self.test = self._on_device(self.generate(TEST_SEQUENCES, draw(0, "test", 0)))
-        index = torch.arange(NUM_POINTS, device=device)
-        self.chunk = index // (NUM_POINTS // num_chunks)  # [T]
-        self.inside = index % (NUM_POINTS // num_chunks) >= UNPREDICTABLE  # [T]
+        chunk, place, _ = layout(NUM_POINTS, num_chunks)
+        self.chunk = chunk.to(device)  # [T]
+        self.inside = (place >= UNPREDICTABLE).to(device)  # [T]
 
     def _on_device(self, sequences: Sequences) -> Sequences:
         return Sequences(*(tensor.to(self.device) for tensor in sequences))
@@ -236,7 +246,7 @@ class Polynomials(Experiment):
         assert attention is not None
         predictions, _ = self.model(inputs)
         targets = self.test.targets[:, chosen, 0]
-        return Example(attention[:, 0, 0].T, targets, predictions[:, 0, 0], self.num_chunks)
+        return Example(attention[:, 0, 0].T, targets, predictions[:, 0, 0], self.chunk)
 
 
 def flattest_highest(y: Tensor, chunk: Tensor) -> int:
@@ -304,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figure."""
     chunks, noise = session.flags.get("chunks", NUM_CHUNKS), session.flags.get("noise", 0.0)
-    check_chunks(NUM_POINTS, chunks)
+    layout(NUM_POINTS, chunks)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a number of at least 0, got {noise}")
     data = {"chunks": chunks, "noise": noise}

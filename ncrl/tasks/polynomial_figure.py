@@ -29,7 +29,8 @@ class Example(NamedTuple):
     """[T]."""
     predictions: Tensor
     """[T]."""
-    num_chunks: int
+    chunk: Tensor
+    """[T]."""
 
 
 def draw_figure(path: Path, rows: Sequence[Result], examples: Mapping[str, Example]) -> None:
@@ -75,7 +76,6 @@ def draw_example(map_axes: Axes, y_axes: Axes, example: Example) -> None:
     y_axes.set_ylabel("y")
     y_axes.set_xlabel("timestep")
     y_axes.legend(fontsize=7, loc="upper right")
-    length = weights.shape[1] // example.num_chunks
-    for axes in (map_axes, y_axes):
-        for chunk in range(1, example.num_chunks):
-            axes.axvline(chunk * length - 0.5, color="tab:green", linestyle="--", linewidth=1)
+    for begin in (example.chunk.diff().nonzero()[:, 0] + 1).tolist():
+        for axes in (map_axes, y_axes):
+            axes.axvline(begin - 0.5, color="tab:green", linestyle="--", linewidth=1)

@@ -12,12 +12,18 @@ from torch import Tensor
 from ncrl.tasks import polynomial
 from ncrl.tasks.polynomial import (
     information,
+    layout,
     mutual_information,
     polynomials,
     updates_until,
 )
 from ncrl.tasks.recipes import CONFIGS, read_recipe
 from ncrl.tasks.results import Result, read_results
+
+
+def slow_lengths(points: int, chunks: int) -> list[int]:
+    """Points of each chunk: point t of T belongs to chunk floor(t n / T)."""
+    return [sum(t * chunks // points == c for t in range(points)) for c in range(chunks)]
 
 
 def slow_polynomials(
@@ -27,11 +33,11 @@ def slow_polynomials(
     generator = torch.Generator().manual_seed(seed)
     degree = torch.randint(2, 11, (num, chunks, 1), generator=generator)
     uniform = torch.rand(num, chunks, 11, dtype=torch.float64, generator=generator)
-    length = points // chunks
+    lengths = slow_lengths(points, chunks)
     clean = []
     for n in range(num):
         y = []
-        for c in range(chunks):
+        for c, length in enumerate(lengths):
             for i in range(length):
                 x = -5 + 10 * i / (length - 1)
                 terms = [
@@ -47,7 +53,9 @@ def slow_polynomials(
     return clean, observed
 
 
-@pytest.mark.parametrize(("points", "chunks", "noise"), [(20, 4, 0.0), (12, 2, 0.3), (5, 1, 0.1)])
+@pytest.mark.parametrize(
+    ("points", "chunks", "noise"), [(20, 4, 0.0), (12, 2, 0.3), (5, 1, 0.1), (22, 4, 0.0)]
+)
 def test_sequences_equal_a_literal_loop(points: int, chunks: int, noise: float) -> None:
     made = polynomials(
         6, torch.Generator().manual_seed(3), num_points=points, num_chunks=chunks, noise=noise
@@ -56,12 +64,14 @@ def test_sequences_equal_a_literal_loop(points: int, chunks: int, noise: float) 
     assert made.inputs.shape == (points, 6, 2) and made.targets.shape == (points, 6, 1)
     torch.testing.assert_close(made.clean[..., 0].T, torch.tensor(clean), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(made.targets[..., 0].T, torch.tensor(observed), rtol=1e-4, atol=1e-6)
-    length = points // chunks
+    lengths = slow_lengths(points, chunks)
+    places = [(i, length) for length in lengths for i in range(length)]
     for n in range(6):
         assert abs(float(made.clean[:, n].abs().max()) - 1) < 1e-6
         for t in range(points):
             at, before = made.inputs[t, n].tolist()
-            assert abs(5 * at - (-5 + 10 * (t % length) / (length - 1))) < 1e-5
+            place, length = places[t]
+            assert abs(5 * at - (-5 + 10 * place / (length - 1))) < 1e-5
             assert before == (float(made.targets[t - 1, n, 0]) if t else 0)
 
 
@@ -75,9 +85,16 @@ def test_the_scale_undoes_the_division() -> None:
     assert float(few.scale.median()) < float(made.scale.median())  # one degree instead of four
 
 
-@pytest.mark.parametrize("chunks", [0, -1, 3, 50, 100])
+def test_chunks_that_do_not_divide_the_points() -> None:
+    chunk, place, length = layout(100, 8)
+    assert chunk.bincount().tolist() == [13, 12, 13, 12] * 2
+    assert place.tolist() == [i for size in [13, 12, 13, 12] * 2 for i in range(size)]
+    assert torch.equal(length, chunk.bincount()[chunk])
+
+
+@pytest.mark.parametrize("chunks", [0, -1, 34, 100])
 def test_impossible_chunks_are_refused(chunks: int) -> None:
-    with pytest.raises(ValueError, match=f"into {chunks} chunks.*possible are 1, 2, 4, 5, 10, 20"):
+    with pytest.raises(ValueError, match=rf"chunks must lie in 1 \.\. 33.*got {chunks}"):
         polynomials(2, torch.Generator(), num_chunks=chunks)
 
 
@@ -217,7 +234,7 @@ def test_chunks_change_the_data_and_the_name(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--chunks", "3"], "possible are 1, 2, 4"),
+        (["--chunks", "34"], "chunks must lie in 1 .. 33 for 100 points, got 34"),
         (["--noise", "-1"], "noise must be a number of at least 0, got -1.0"),
         (["--noise", "nan"], "noise must be a number"),
         (["--variant", "j5"], "unknown variant 'j5'"),
