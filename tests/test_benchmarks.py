@@ -42,3 +42,14 @@ def test_soak_prints_samples_and_a_verdict() -> None:
     assert "Verdict: " in done.stdout, done.stderr
     assert len(table_rows(done.stdout, "0.")) >= 4
     assert len(table_rows(done.stdout, "growth of ")) == 5
+
+
+def test_tasks_prints_steps_and_targets() -> None:
+    done = run_script("tasks.py", "--seconds", "0", "--only", "mlp", "J = 5", "--cpu-time")
+    assert done.returncode == 0, done.stderr
+    for name in ("CIFAR MLP", "polynomial GRU, J = 5"):
+        layers = [row.split(" | ")[2] for row in table_rows(done.stdout, name)]
+        assert layers == ["linear", "neurocoder"]
+    assert len(table_rows(done.stdout, "step of ")) == 2 and "nan" not in done.stdout
+    done = run_script("tasks.py", "--only", "resnet")
+    assert done.returncode == 2 and "CIFAR LeNet" in done.stderr

@@ -216,6 +216,19 @@ def train(run: Run, experiment: Experiment) -> Result:
     return training.finish()
 
 
+def make_step(recipe: Recipe, experiment: Experiment) -> Callable[[], None]:
+    """One update as `train` makes it, again and again; for timing."""
+    device = next(experiment.model.parameters()).device
+    training = _Training(Run("", "", recipe, 0, device, Path()), experiment)
+    experiment.model.train()
+
+    def step() -> None:
+        training.step()
+        training.forget_losses()
+
+    return step
+
+
 class _Training:
     """State of a run between updates."""
 
@@ -238,7 +251,7 @@ class _Training:
         try:
             self.model.train()
             while self.update < experiment.num_updates:
-                self._step()
+                self.step()
                 at_end = self.update == experiment.num_updates
                 if self.update % CHECK_EVERY == 0:
                     self._check_losses()
@@ -260,7 +273,8 @@ class _Training:
             if writer is not None:
                 writer.close()
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One update."""
         rate = learning_rate(self.recipe, self.update, self.experiment.num_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -301,6 +315,10 @@ class _Training:
                 )
             self._loss_sum += value  # one by one: the sum must not depend on when it is looked at
         self._loss_count += len(values)
+
+    def forget_losses(self) -> None:
+        """Without a look at them."""
+        self._losses.clear()
 
     def _mean_loss(self) -> float:
         return self._loss_sum / max(self._loss_count, 1)
