@@ -64,7 +64,7 @@ TRAINED_SIDE = 64
 """Images are enlarged to this for a backbone of our own: of 32x32, one pixel is left."""
 
 DIGITS = "digits"
-DIGITS_EPOCHS, DIGITS_BACKBONE_EPOCHS = 20, 10
+DIGITS_EPOCHS, DIGITS_BACKBONE_EPOCHS = 10, 5
 """On the embedded digits, where an epoch of a task has 3 updates."""
 
 HELD_OUT_EVERY = 5
@@ -408,6 +408,7 @@ class SplitFeatures(SplitLearning):
         self.top_slots = torch.full((len(tasks), SLOT_STEPS, len(self.coded)), -1)
         """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
         steps."""
+        self._counts: Tensor | None = None  # of the trained network; see `_slot_counts`
 
     def after_update(self, update: int) -> None:
         super().after_update(update)
@@ -427,7 +428,8 @@ class SplitFeatures(SplitLearning):
         half_way = (100 + chance) / 2
         found["failed_tasks"] = float((self.accuracy.diagonal() < half_way).sum())
         if self.coded:
-            information = [mutual_information(counts) for counts in self._slot_counts()]
+            self._counts = self._slot_counts()
+            information = [mutual_information(counts) for counts in self._counts]
             found["slot_information"] = sum(information) / len(information)
         return found
 
@@ -448,7 +450,9 @@ class SplitFeatures(SplitLearning):
         if self.coded:
             details["top_slots"] = self.top_slots.tolist()
             details["watched"] = sorted(self.watched)
-            details["slot_counts"] = self._slot_counts().tolist()
+            # A run stopped after its last update has been measured by the process before.
+            counts = self._slot_counts() if self._counts is None else self._counts
+            details["slot_counts"] = counts.tolist()
             images = torch.cat([task.test_images[:50] for task in self.tasks])
             details["attention"] = describe_layers(self.model, images)
         return details
