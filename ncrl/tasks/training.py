@@ -552,8 +552,12 @@ def _signals() -> Iterator[_StopSignals]:
 def say(text: str, stream: IO[str] | None = None) -> None:
     """Write a line; a reader who has gone is no reason to stop training."""
     stream = sys.stdout if stream is None else stream
-    with contextlib.suppress(OSError, ValueError):
+    try:
         print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            # The interpreter flushes its streams once more when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Progress:

@@ -35,6 +35,7 @@ from ncrl.tasks.training import (
     learning_rate,
     load_weights,
     make_optimizer,
+    say,
     train,
 )
 
@@ -356,3 +357,12 @@ def test_evaluating_restores_the_mode_after_an_error() -> None:
         assert not model.training
         raise RuntimeError
     assert model.training and torch.is_grad_enabled()
+
+
+def test_a_reader_who_has_gone_is_no_reason_to_stop() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stream:
+        say("nobody reads this", stream)
+        say("nor this", stream)
+    # Closing flushes what is left, which must not fail either.
