@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
-from stable_baselines3.common.torch_layers import CombinedExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
@@ -86,6 +86,12 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
             share_features_extractor=share_features_extractor,
             **kwargs,
         )
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        extractor = super().make_features_extractor()
+        # SB3 counts the features of MultiDiscrete with numpy's integers, which nn.LSTM refuses.
+        extractor._features_dim = int(extractor.features_dim)
+        return extractor
 
     # The engine's interface: time-major, one network pass for actor and critic.
 
