@@ -328,6 +328,8 @@ class Tell(BaseCallback):
         return True
 
 if __name__ == "__main__":
+    # A shell without job control starts background jobs, such as these tests, with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     env = TickingFactory({trouble})
     model = A3C("MlpLstmPolicy", env, n_workers=1, n_envs=2, n_steps=5, seed=1,
                 device="cpu", policy_kwargs=dict(lstm_hidden_size=8))
