@@ -68,7 +68,7 @@ def draw_example(map_axes: Axes, y_axes: Axes, example: Example) -> None:
     )
     map_axes.figure.colorbar(image, ax=[map_axes, y_axes], pad=0.01)
     map_axes.set_ylabel("slot")
-    map_axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    map_axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     y_axes.plot(example.targets.cpu().numpy(), color="tab:blue", label="y")
     y_axes.plot(
         example.predictions.cpu().numpy(), color="tab:orange", label="prediction", linewidth=1
