@@ -6,7 +6,7 @@ cores / (environment + acting + learning), in seconds per timestep.
 
 Peers are sb3-contrib's RecurrentPPO on the same network, and Stable-Baselines3's A2C, which has no
 LSTM and sees four stacked frames instead. At equal work they use T = 20 and our environments and
-encoder; A2C is also run as its users have it, with SB3's make_atari_env and NatureCNN.
+encoder; both are also run as their users have them, with SB3's make_atari_env and NatureCNN.
 
 Rounds go through all rows in turn, and ratios are taken within a round, since the speed of a
 machine drifts; the tables show medians over the rounds. The machine has to be idle otherwise: other
@@ -41,7 +41,7 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecFrameStack
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from agents.a3c import default_workers
 from envs import atari
@@ -57,6 +57,10 @@ GAMES_PER_WORKER = 8
 
 EQUAL_RECURRENT_PPO = f"RecurrentPPO, one epoch over T = {N_STEPS}"
 EQUAL_A2C = f"A2C without LSTM, T = {N_STEPS}"
+USUAL_RECURRENT_PPO = (
+    f"RecurrentPPO as usual: make_atari_env, NatureCNN, one epoch over T = {N_STEPS}"
+)
+USUAL_A2C = "A2C as usual: make_atari_env, NatureCNN, T = 5"
 
 
 class Workload(NamedTuple):
@@ -216,6 +220,7 @@ def peer_rows(workload: Workload) -> Iterator[Row]:
         "shared_lstm": True,
         "enable_critic_lstm": False,
     }
+    one_epoch = {"n_steps": N_STEPS, "batch_size": N_STEPS * n_envs, "n_epochs": 1}
     stacked = atari(workload.factory.game, stack=STACK)
 
     def recurrent_ppo(**settings: Any) -> RecurrentPPO:
@@ -236,20 +241,29 @@ def peer_rows(workload: Workload) -> Iterator[Row]:
             policy_kwargs=encoder,
         )
 
-    def a2c_as_usual() -> A2C:
+    def usual_env() -> VecEnv:
         gymnasium.register_envs(ale_py)
         env_id = workload.factory.game.title().replace("_", "") + "NoFrameskip-v4"
-        env = VecFrameStack(make_atari_env(env_id, n_envs, seed=0), STACK)
-        return A2C("CnnPolicy", env, device=workload.device)
+        return make_atari_env(env_id, n_envs, seed=0)
 
-    yield Row(
-        EQUAL_RECURRENT_PPO,
-        partial(recurrent_ppo, n_steps=N_STEPS, batch_size=N_STEPS * n_envs, n_epochs=1),
-    )
+    def a2c_as_usual() -> A2C:
+        return A2C("CnnPolicy", VecFrameStack(usual_env(), STACK), device=workload.device)
+
+    def recurrent_ppo_as_usual() -> RecurrentPPO:
+        return RecurrentPPO(
+            "CnnLstmPolicy",
+            usual_env(),
+            device=workload.device,
+            policy_kwargs=shared_lstm,
+            **one_epoch,
+        )
+
+    yield Row(EQUAL_RECURRENT_PPO, partial(recurrent_ppo, **one_epoch))
     yield Row("RecurrentPPO, its usual settings", recurrent_ppo)
     yield Row(EQUAL_A2C, partial(a2c, N_STEPS))
     yield Row("A2C without LSTM, its usual T = 5", partial(a2c, 5))
-    yield Row("A2C as usual: make_atari_env, NatureCNN, T = 5", a2c_as_usual)
+    yield Row(USUAL_A2C, a2c_as_usual)
+    yield Row(USUAL_RECURRENT_PPO, recurrent_ppo_as_usual)
 
 
 # Measuring.
