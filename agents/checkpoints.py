@@ -7,14 +7,11 @@ Nothing that is read here can run code: weights and state are tensors and plain 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
-import os
 import random
-import tempfile
 import zipfile
 from collections import deque
 from pathlib import Path
@@ -28,6 +25,7 @@ from agents.a3c import A3C
 from agents.collector import Collector
 from agents.environments import RecordedEnv
 from agents.loading import SMALL_BYTES, read_tensors, reason_of
+from ncrl.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -193,30 +191,6 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
         raise
     except Exception as error:
         raise CheckpointError(f"cannot load {checkpoint.state}: {reason_of(error)}") from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that, whatever happens, it is there whole or as it was before."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # temporary files are private, ours is not
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 # The state beside the weights, as tensors and plain values.

@@ -31,8 +31,8 @@ from agents.checkpoints import (
     model_bytes,
     newest_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
+from ncrl.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncrl.files import write_atomically
 from ncrl.settings import nearest
 from ncrl.tasks.data import Images, cache_folder
 from ncrl.tasks.models import ResNet18
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.results import write_whole
 from ncrl.tasks.training import LINE_SECONDS, Experiment, draw, evaluating, say
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -366,6 +366,6 @@ def _write_features(path: Path, parts: tuple[Tensor, ...]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Whoever finishes last replaces a whole file by a whole and equal one.
-        write_whole(path, buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
         say(f"not cached in {path.parent}: {error.strerror}", sys.stderr)

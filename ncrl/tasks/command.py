@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from ncrl.files import write_atomically
 from ncrl.layers import LAYERS
 from ncrl.settings import add_flags, make_parser, nearest, parse, usage_error
 from ncrl.tasks.recipes import CONFIGS, Recipe, make_recipe, read_recipes, read_yaml
-from ncrl.tasks.results import Result, write_whole
+from ncrl.tasks.results import Result
 from ncrl.tasks.training import (
     RECIPE_FILE,
     Experiment,
@@ -156,7 +157,7 @@ class Session:
             result = run.result
             if result is None:
                 what = identity(plan.recipe, experiment.data, experiment.readings)
-                write_whole(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
+                write_atomically(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
                 result = train(run, experiment)
                 say(result.line())
             else:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from ncrl.files import write_atomically
 
 RESULT_FILE = "result.json"
 
@@ -84,7 +84,7 @@ def number(value: float) -> str:
 def write_result(folder: Path, result: Result) -> None:
     """Write a row, whole or not at all."""
     text = json.dumps(asdict(result), indent=1)
-    write_whole(folder / RESULT_FILE, text.encode())
+    write_atomically(folder / RESULT_FILE, text.encode())
 
 
 def read_result(path: Path) -> Result:
@@ -205,21 +205,3 @@ def command_line() -> str:
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = f"python -m {main.name}" if main is not None else f"python {sys.argv[0]}"
     return " ".join([program, *sys.argv[1:]])
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that, whatever happens, it is there whole or as it was before."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # temporary files are private, ours is not
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

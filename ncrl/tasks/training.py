@@ -34,6 +34,7 @@ from tqdm import tqdm
 from ncrl import NeurocoderLinear, orthogonal_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.diagnostics import describe
+from ncrl.files import write_atomically
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import (
     RESULT_FILE,
@@ -44,7 +45,6 @@ from ncrl.tasks.results import (
     read_result,
     versions,
     write_result,
-    write_whole,
 )
 
 CHECKPOINT_FILE, WEIGHTS_FILE, RECIPE_FILE = "checkpoint.pt", "model.pt", "recipe.json"
@@ -361,7 +361,7 @@ class _Training:
             versions=versions(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
-        write_whole(run.folder / WEIGHTS_FILE, _bytes(self.model.state_dict()))
+        write_atomically(run.folder / WEIGHTS_FILE, _bytes(self.model.state_dict()))
         write_result(run.folder, result)
         (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
@@ -391,7 +391,7 @@ class _Training:
             "random": _random_state(self.run.device),
             "experiment": self.experiment.state(),
         }
-        write_whole(self.run.folder / CHECKPOINT_FILE, _bytes(state))
+        write_atomically(self.run.folder / CHECKPOINT_FILE, _bytes(state))
         self._saved = time.monotonic()
         self._save_seconds = self._saved - begin
 
