@@ -10,7 +10,7 @@ import pathlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from agents.buffers import (
     Rollout,
     RolloutBatch,
     RolloutShape,
-    RolloutSlots,
-    first_rows,
-    shown_at,
     split_envs,
 )
 from agents.collector import Collector, Outcome
@@ -45,6 +42,7 @@ from agents.environments import (
 from agents.learner import CORRECTIONS, Objective, actor_critic_loss, apply_gradient
 from agents.loading import plain_faults, without_code, write_model
 from agents.optim import SharedRMSProp
+from agents.players import Player, SerialPlayer, WorkersPlayer
 from agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
 from agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
 from agents.weights import SharedWeights
@@ -638,10 +636,10 @@ class A3C(OnPolicyAlgorithm):
     # Playing.
 
     @contextmanager
-    def _player(self) -> Iterator[_Player]:
+    def _player(self) -> Iterator[Player]:
         """Whoever collects rollouts: the workers, or this process."""
         if not self.n_workers:
-            yield _SerialPlayer(self)
+            yield SerialPlayer(self)
             return
         assert self.env_factory is not None, "only factories are played by workers"
         shape = self._rollout_shape(self.n_envs // self.n_workers)
@@ -663,7 +661,7 @@ class A3C(OnPolicyAlgorithm):
         with pool:
             self._pool = pool
             try:
-                yield _WorkersPlayer(self, pool, weights)
+                yield WorkersPlayer(self, pool, weights)
             finally:
                 self._pool = None
 
@@ -701,99 +699,6 @@ class A3C(OnPolicyAlgorithm):
             "_stateless_predictions",
             "_warned_of_state",
         ]
-
-
-class _Player(Protocol):
-    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
-        """A batch of `n_steps` timesteps in every environment; None if a callback said stop."""
-
-    def publish(self) -> None:
-        """The learner has new weights."""
-
-
-class _SerialPlayer:
-    """Plays in this process, with the learner's own policy."""
-
-    def __init__(self, model: A3C) -> None:
-        self.model = model
-        self.slots = RolloutSlots(model._rollout_shape(model.n_envs), 1, shared=False)
-        collector = model._collector
-        # SB3 replaces `_last_obs` where a training starts anew or gets another environment.
-        if collector is None or collector.obs is not model._last_obs:
-            assert model.env is not None
-            collector = Collector(model.env, model.policy, model._last_obs)
-        collector.policy = model.policy  # it may have been replaced, by a compiled one for example
-        collector.sde_sample_freq = model.sde_sample_freq
-        self.collector = model._collector = collector
-        collector.stopwatch = model._stopwatch
-
-    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
-        model, rollout = self.model, self.slots[0]
-        complete = self.collector.collect(
-            rollout, n_steps, lambda outcome: model._after_step(callback, outcome)
-        )
-        model._last_obs = self.collector.obs
-        model._last_episode_starts = self.collector.episode_start
-        if not complete:
-            return None
-        model._record_lag([0])
-        with model._stopwatch.phase("copy"):
-            batch = model._batch_stage.gather([rollout])
-        return first_rows(batch, n_steps)
-
-    def publish(self) -> None:
-        """The policy that plays is the one that learns."""
-
-
-class _WorkersPlayer:
-    """Receives what the workers play, and sends them weights."""
-
-    def __init__(self, model: A3C, pool: WorkerPool, weights: SharedWeights) -> None:
-        self.model = model
-        self.pool = pool
-        self.weights = weights
-
-    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
-        model = self.model
-        stopwatch = model._stopwatch
-        with stopwatch.phase("setup" if self.pool.starting else "wait"):
-            deliveries = self.pool.take(model.n_workers, lambda: model._stop_requested)
-        if deliveries is None:
-            return None
-        with stopwatch.phase("copy"):
-            batch = model._batch_stage.gather([delivery.rollout for delivery in deliveries])
-            played = model._batch_stage.host
-            actions, rewards, dones = (
-                tensor.numpy().copy() for tensor in (played.actions, played.rewards, played.dones)
-            )
-        with stopwatch.phase("wait"):
-            self.pool.release(deliveries)
-
-        width = model.n_envs // model.n_workers
-        infos: list[list[dict[str, Any]]] = [
-            [{} for _ in range(model.n_envs)] for _ in range(model.n_steps)
-        ]
-        for place, delivery in enumerate(deliveries):
-            for row, i, info in delivery.infos:
-                infos[row][place * width + i] = info
-        for row in range(n_steps):
-            outcome = Outcome(
-                row,
-                actions[row],
-                shown_at(row + 1, played.obs),
-                rewards[row],
-                dones[row],
-                infos[row],
-            )
-            if not model._after_step(callback, outcome):
-                return None
-
-        version = self.weights.version
-        model._record_lag([version - delivery.played.version for delivery in deliveries])
-        return first_rows(batch, n_steps)
-
-    def publish(self) -> None:
-        self.weights.publish(self.model.policy, self.weights.version + 1)
 
 
 @contextmanager
