@@ -24,6 +24,9 @@ from ncrl.tasks.results import Result, by_name, markdown, summarise
 from ncrl.tasks.training import say
 
 CONFIG = "cifar_mlp.yaml"
+HELD_OUT_EVERY = 5
+"""With --validate, one of so many training images is measured on."""
+
 
 READINGS = {"pixels": "standardised by channel", "augmentation": "none"}
 
@@ -78,8 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--validate",
         action="store_true",
-        help="hold the last fifth of the training images out and measure on them: for the choice "
-        "of settings",
+        help="hold one of five training images out and measure on them: for the choice of settings",
     )
     return run_command("cifar", parser, arguments, work)
 
@@ -149,7 +151,7 @@ def view(session: Session, num_classes: int) -> Images:
     """The data set of so many classes, standardised and on the device."""
     data = load_cifar(session.data_dir, num_classes, download=session.download)
     if session.flags.get("validate"):
-        data = data.held_out(len(data.train_images) // 5)
+        data = data.held_out(HELD_OUT_EVERY)
     say(data.source)
     return data.standardised().to(session.device)
 

@@ -69,25 +69,25 @@ class Images(NamedTuple):
             *(part.to(device) if isinstance(part, Tensor) else part for part in self)  # type: ignore[arg-type]
         )
 
-    def held_out(self, count: int) -> Images:
-        """The last `count` training images in place of the test images, which are not used: what
-        settings are chosen on.
+    def held_out(self, every: int) -> Images:
+        """One of `every` training images in place of the test images, which are not used: what
+        settings are chosen on. Not the last ones, as files may be in order of classes.
 
         Raises:
             ValueError: if that leaves no image on either side.
         """
-        total = len(self.train_images)
-        if not 0 < count < total:
-            raise ValueError(f"cannot hold {count:,} of {total:,} training images out")
-        said = f", last {count:,} training images held out and measured on"
-        return Images(
-            self.name + said,
-            self.source + said,
-            self.train_images[:-count],
-            self.train_labels[:-count],
-            self.train_images[-count:],
-            self.train_labels[-count:],
-            self.num_classes,
+        total = len(self.train_labels)
+        if not 1 < every <= total:
+            raise ValueError(f"cannot hold one of {every} out of {total:,} training images")
+        held = torch.arange(total, device=self.train_labels.device) % every == every - 1
+        said = f", one of {every} training images held out and measured on"
+        return self._replace(
+            name=self.name + said,
+            source=self.source + said,
+            train_images=self.train_images[~held],
+            train_labels=self.train_labels[~held],
+            test_images=self.train_images[held],
+            test_labels=self.train_labels[held],
         )
 
     def standardised(self, dtype: torch.dtype = torch.float32) -> Images:

@@ -68,7 +68,7 @@ DIGITS_EPOCHS, DIGITS_BACKBONE_EPOCHS = 10, 5
 """On the embedded digits, where an epoch of a task has 3 updates."""
 
 HELD_OUT_EVERY = 5
-"""With --validate, every fifth training image is measured on. Files may be in order of classes."""
+"""With --validate, one of so many training images is measured on."""
 
 SLOT_STEPS = 100
 """Training steps of each task at which attention is looked at (Fig. 8)."""
@@ -139,7 +139,7 @@ def work(session: Session) -> None:
     say(f"backbone: {backbone.title}")
     features = features_of(backbone, data)
     if flags.get("validate"):
-        features = held_out(features)
+        features = features.held_out(HELD_OUT_EVERY)
         say(f"measured on: {features.name}")
     if is_digits and "epochs" not in flags:
         say(f"{DIGITS_EPOCHS} epochs for each task: the recipe's are for CIFAR's size")
@@ -332,19 +332,6 @@ def make_backbone(
         "25 %)"
     )
     return Backbone(frozen(network, session.device), title, source.side, mean, std, pooled=True)
-
-
-def held_out(data: Images) -> Images:
-    """Every fifth training image in place of the test images, which are not used."""
-    held = torch.arange(len(data.train_labels), device=data.train_labels.device)
-    held = held % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    return data._replace(
-        name=f"{data.name}, every fifth training image held out and measured on",
-        train_images=data.train_images[~held],
-        train_labels=data.train_labels[~held],
-        test_images=data.train_images[held],
-        test_labels=data.train_labels[held],
-    )
 
 
 def feature_tasks(data: Images, classes_per_task: int) -> list[Task]:

@@ -379,13 +379,20 @@ def test_standardised_pixels_have_mean_0_and_deviation_1_by_channel() -> None:
 
 def test_held_out_images_replace_the_test_images() -> None:
     data = some_images()
-    held = data.held_out(2)
-    assert torch.equal(held.train_images, data.train_images[:4])
-    assert torch.equal(held.test_images, data.train_images[4:])
-    assert held.test_labels.tolist() == [4, 5] and held.train_labels.tolist() == [0, 1, 2, 3]
+    held = data.held_out(3)
+    assert torch.equal(held.train_images, data.train_images[[0, 1, 3, 4]])
+    assert torch.equal(held.test_images, data.train_images[[2, 5]])
+    assert held.test_labels.tolist() == [2, 5] and held.train_labels.tolist() == [0, 1, 3, 4]
     assert held.name != data.name
-    with pytest.raises(ValueError, match="cannot hold 6 of 6"):
-        data.held_out(6)
+    for every in (1, 7):
+        with pytest.raises(ValueError, match=f"cannot hold one of {every} out of 6"):
+            data.held_out(every)
+
+
+def test_images_in_order_of_classes_are_held_out_of_each() -> None:
+    data = some_images()
+    data = data._replace(train_labels=torch.arange(6) // 3)
+    assert data.held_out(3).test_labels.tolist() == [0, 1]
 
 
 def test_no_network_is_one_line_with_the_offline_way(monkeypatch: pytest.MonkeyPatch) -> None:

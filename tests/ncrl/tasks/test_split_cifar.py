@@ -23,7 +23,6 @@ from ncrl.tasks.split_cifar import (
     SLOT_STEPS,
     SplitFeatures,
     feature_tasks,
-    held_out,
     hidden_attention,
     main,
     mutual_information,
@@ -79,9 +78,9 @@ def test_tasks_are_consecutive_classes() -> None:
         feature_tasks(lacking, 2)
 
 
-def test_held_out_images_are_every_fifth_and_not_trained_on() -> None:
+def test_held_out_features_are_every_fifth_and_not_trained_on() -> None:
     data = numbers(each=10)
-    found = held_out(data)
+    found = data.held_out(5)
     assert found.test_images[:, 0].tolist() == [4.0 + 5 * i for i in range(8)]
     both = torch.cat([found.train_images, found.test_images])[:, 0]
     assert sorted(both.tolist()) == data.train_images[:, 0].tolist()
