@@ -110,6 +110,7 @@ class A3C(OnPolicyAlgorithm):
         max_grad_norm: limit on the gradient's norm.
         rms_prop_eps: epsilon of RMSProp, inside the square root. Another optimiser is named in
             `policy_kwargs`, as in SB3: `optimizer_class`, `optimizer_kwargs`.
+        normalize_advantage: give the advantages of every update mean 0 and standard deviation 1.
         orth_coef: weight of the orthogonality loss of Neurocoder layers (paper: a).
         balance_coef: weight of the balance loss of mixtures of experts (`head="moe"`).
         correction: `vtrace`, or `none` for plain returns whatever the age of the rollouts.
@@ -166,6 +167,7 @@ class A3C(OnPolicyAlgorithm):
         vf_coef: float = 0.5,
         max_grad_norm: float = 40.0,
         rms_prop_eps: float = 0.1,
+        normalize_advantage: bool = False,
         orth_coef: float = 0.1,
         balance_coef: float = 0.01,
         correction: str = "vtrace",
@@ -192,6 +194,7 @@ class A3C(OnPolicyAlgorithm):
         self.orth_coef = orth_coef
         self.balance_coef = balance_coef
         self.rms_prop_eps = rms_prop_eps
+        self.normalize_advantage = normalize_advantage
         self.correction = correction
         self.reward_scale = reward_scale
         self.games_seed = _fresh_seed() if seed is None else seed
@@ -574,6 +577,7 @@ class A3C(OnPolicyAlgorithm):
             reward_scale=self.reward_scale,
             reward_clip=self.reward_clip,  # type: ignore[arg-type]
             correction=self.correction,
+            normalize_advantage=self.normalize_advantage,
         )
 
     # Logging.

@@ -22,6 +22,7 @@ from agents.losses import (
     explained_variance,
     gae,
     policy_gradient_loss,
+    standardised,
     value_loss,
     vtrace,
 )
@@ -52,6 +53,8 @@ class Objective:
     """Then they are clipped to plus or minus this, likewise."""
     correction: str
     """One of `CORRECTIONS`."""
+    normalize_advantage: bool = False
+    """Whether advantages get mean 0 and standard deviation 1 in every batch."""
 
 
 class Loss(NamedTuple):
@@ -101,8 +104,11 @@ def actor_critic_loss(policy: EnginePolicy, batch: Rollout, objective: Objective
         )
     values = evaluation.values[:-1]  # V(x_t); the last row is V(x_T)
     returns = _returns(batch, evaluation, objective)
+    advantages = returns.advantages
+    if objective.normalize_advantage:
+        advantages = standardised(advantages)
     terms = {
-        "policy": policy_gradient_loss(evaluation.log_prob, returns.advantages),
+        "policy": policy_gradient_loss(evaluation.log_prob, advantages),
         "value": value_loss(values, returns.returns),
         "entropy": entropy_loss(evaluation.entropy),
         "orthogonality": orthogonal_loss(policy).to(values.device),

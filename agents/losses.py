@@ -95,6 +95,14 @@ def gae(
     )
 
 
+def standardised(advantages: Tensor) -> Tensor:
+    """Advantages of mean 0 and standard deviation 1 over all timesteps, [T, B]; a single one stays
+    as it is."""
+    if advantages.numel() < 2:
+        return advantages
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     """-mean(log pi(a_t | x_t) A_t), a scalar; no gradient flows into the advantages."""
     _check_shapes(log_probs, advantages=advantages)

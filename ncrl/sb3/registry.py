@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import Tensor
 
 from ncrl.sb3.feedforward import (
     NeurocoderCnnPolicy,
@@ -40,14 +44,41 @@ POLICIES: dict[type[BaseAlgorithm], tuple[type[BasePolicy], ...]] = {
 def register() -> dict[str, list[str]]:
     """Let A2C, PPO and RecurrentPPO know our policies by name: `PPO("NeurocoderMlpPolicy", env)`.
 
-    May be called more than once. All other names keep their meaning.
+    May be called more than once. All other names keep their meaning. Names with Lstm given to A2C
+    or PPO, and names without given to RecurrentPPO, are answered with a TypeError that says what to
+    use instead.
 
     Returns:
         By name of the algorithm, the names of the policies that it knows now.
     """
     for algorithm, policies in POLICIES.items():
+        wrong = FEED_FORWARD if policies is RECURRENT else RECURRENT
         algorithm.policy_aliases.update({policy.__name__: policy for policy in policies})
+        algorithm.policy_aliases.update(
+            {policy.__name__: refusal(policy.__name__, algorithm.__name__) for policy in wrong}
+        )
     return {
         algorithm.__name__: [policy.__name__ for policy in policies]
         for algorithm, policies in POLICIES.items()
     }
+
+
+def refusal(name: str, algorithm: str) -> type[BasePolicy]:
+    """What stands for a policy that the algorithm cannot train."""
+    if "Lstm" in name:
+        other = name.replace("Lstm", "")
+        why = f"has an LSTM, whose state {algorithm} does not carry"
+        instead = f"use sb3_contrib.RecurrentPPO or agents.A3C, or {algorithm}({other!r}, ...)"
+    else:
+        other = name.replace("Policy", "LstmPolicy")
+        why = f"has no memory, which {algorithm} is made for"
+        instead = f"use {algorithm}({other!r}, ...), or A2C, PPO or agents.A3C"
+
+    class Refused(BasePolicy):
+        def __init__(self, *_arguments: Any, **_options: Any) -> None:
+            raise TypeError(f"{name} {why}: {instead}")
+
+        def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+            raise NotImplementedError
+
+    return Refused

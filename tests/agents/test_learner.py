@@ -88,6 +88,21 @@ def test_scalars_are_the_terms_of_the_loss() -> None:
     )
 
 
+def test_normalised_advantages_do_not_depend_on_the_scale_of_rewards() -> None:
+    model = trained("linear")
+    assert model._batch is not None
+    with torch.no_grad():  # values of 0, so that advantages are made of rewards alone
+        for parameter in model.policy.value_net.parameters():
+            parameter.zero_()
+    batch, losses = model._batch, []
+    for normalize, scale in ((False, 1.0), (False, 3.0), (True, 1.0), (True, 3.0)):
+        model.normalize_advantage, model.reward_scale = normalize, scale
+        losses.append(actor_critic_loss(model.policy, batch, model._objective()).policy.item())
+    assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4)
+    assert losses[3] == pytest.approx(losses[2], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-4)
+
+
 def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
     model = trained("linear")
     assert model._batch is not None

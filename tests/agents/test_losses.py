@@ -13,6 +13,7 @@ from agents.losses import (
     explained_variance,
     gae,
     policy_gradient_loss,
+    standardised,
     value_loss,
     vtrace,
 )
@@ -183,6 +184,18 @@ def test_a_very_large_ratio_stays_finite() -> None:
 def normal(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def test_standardised_advantages() -> None:
+    numbers = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0]
+    mean = sum(numbers) / 6
+    deviation = (sum((x - mean) ** 2 for x in numbers) / 5) ** 0.5
+    found = standardised(torch.tensor(numbers, dtype=torch.float64).view(3, 2))
+    assert found.shape == (3, 2)
+    expected = [(x - mean) / deviation for x in numbers]
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-7)
+    assert standardised(torch.tensor([[2.0]])).item() == 2.0
+    assert not standardised(torch.full((4, 1), 2.0)).any()
 
 
 def test_policy_gradient_loss_value_and_gradient() -> None:

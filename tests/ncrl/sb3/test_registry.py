@@ -23,15 +23,17 @@ def test_names_are_added_and_nothing_else_changes() -> None:
     for name, kind in ALGORITHMS.items():
         added = {policy: getattr(ncrl.sb3, policy) for policy in registered[name]}
         assert all(policy.startswith("Neurocoder") for policy in added)
-        assert kind.policy_aliases == before[name] | added
+        assert kind.policy_aliases.items() >= (before[name] | added).items()
         assert all(("Lstm" in policy) == (name == "RecurrentPPO") for policy in added)
+        others = kind.policy_aliases.keys() - before[name].keys() - added.keys()
+        assert all(policy.startswith("Neurocoder") for policy in others), "these are refused"
 
 
 def test_a_second_call_changes_nothing() -> None:
     first = register()
-    aliases = {name: dict(kind.policy_aliases) for name, kind in ALGORITHMS.items()}
+    aliases = {name: list(kind.policy_aliases) for name, kind in ALGORITHMS.items()}
     assert register() == first
-    assert aliases == {name: kind.policy_aliases for name, kind in ALGORITHMS.items()}
+    assert aliases == {name: list(kind.policy_aliases) for name, kind in ALGORITHMS.items()}
 
 
 def test_names_can_be_used() -> None:
@@ -44,11 +46,19 @@ def test_names_can_be_used() -> None:
 @pytest.mark.parametrize("algorithm", [A2C, PPO])
 def test_a_recurrent_policy_is_refused_by_name_and_by_class(algorithm: Any) -> None:
     register()
-    with pytest.raises(ValueError, match="NeurocoderMlpLstmPolicy unknown"):
+    with pytest.raises(
+        TypeError, match=r"use sb3_contrib\.RecurrentPPO or agents\.A3C, or \w+\('Neur"
+    ):
         algorithm("NeurocoderMlpLstmPolicy", "CartPole-v1", device="cpu")
     model = algorithm(NeurocoderMlpLstmPolicy, "CartPole-v1", device="cpu")
     with pytest.raises(TypeError, match=r"use sb3_contrib\.RecurrentPPO or agents\.A3C"):
         model.learn(10)
+
+
+def test_a_policy_without_memory_is_refused_by_recurrent_ppo() -> None:
+    register()
+    with pytest.raises(TypeError, match=r"use RecurrentPPO\('NeurocoderCnnLstmPolicy', \.\.\.\)"):
+        RecurrentPPO("NeurocoderCnnPolicy", "CartPole-v1", device="cpu")
 
 
 def test_recurrent_ppo_learns_to_remember() -> None:
