@@ -99,8 +99,8 @@ def test_normalised_advantages_do_not_depend_on_the_scale_of_rewards() -> None:
         model.normalize_advantage, model.reward_scale = normalize, scale
         losses.append(actor_critic_loss(model.policy, batch, model._objective()).policy.item())
     assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4)
-    assert losses[3] == pytest.approx(losses[2], rel=1e-4)
-    assert losses[2] != pytest.approx(losses[0], rel=1e-4)
+    assert losses[3] == pytest.approx(losses[2], abs=1e-6)
+    assert losses[2] != pytest.approx(losses[0], abs=1e-2)
 
 
 def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
