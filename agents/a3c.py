@@ -657,8 +657,9 @@ class A3C(OnPolicyAlgorithm):
             shape,
             weights,
             n_workers=self.n_workers,
-            # Games that go on after an earlier `learn` do not repeat those played before.
-            seed=self.games_seed + 7_919 * self.num_timesteps,
+            # Games after an earlier `learn` do not repeat those played before; `num_timesteps` may
+            # have been set back to 0.
+            seed=self.games_seed + 7_919 * self._n_updates,
             limits=self.limits,
             profile=self.time_spent,
         )

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 import agents.a3c
 from agents import A3C
+from agents.supervision import WorkerPool
 from envs import light, masked_cartpole
 from tests.agents.environments import TickingFactory
 
@@ -426,6 +427,21 @@ def test_the_lag_of_one_worker_is_bounded_by_its_slots() -> None:
     model, record = make_model(TickingFactory(), n_workers=1, n_envs=1), Record()
     model.learn(5 * 60, callback=record, log_interval=None)
     assert max(largest for _, largest in record.lags) <= 3
+
+
+def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    class Pool(WorkerPool):
+        def __init__(self, *arguments: Any, seed: int, **options: Any) -> None:
+            seeds.append(seed)
+            super().__init__(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr("agents.a3c.WorkerPool", Pool)
+    model = make_model(TickingFactory(), n_workers=1, n_envs=2)
+    for reset in (True, True, False):
+        model.learn(40, reset_num_timesteps=reset)
+    assert len(set(seeds)) == 3
 
 
 @pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type")
