@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ncrl.tasks.algorithmic import NUM_BITS, NUM_INPUTS, TASKS, Algorithms, algorithms
 from ncrl.tasks.algorithms_figure import draw_figure
-from ncrl.tasks.command import Plan, Session, run_command, task_parser
+from ncrl.tasks.command import Session, run_command, task_parser
 from ncrl.tasks.models import Ntm
 from ncrl.tasks.recipes import Recipe, build_network
 from ncrl.tasks.results import Result, results_table
@@ -126,18 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figure."""
-    rows = session.run(plans(session), MultiAlgorithm)
+    rows = session.run(session.plans(CONFIG, default_variants=VARIANTS), MultiAlgorithm)
     if session.figure is not None:
         draw_figure(session.figure, rows, TRAINED_TASKS, TESTED_TASKS)
         say(f"drawn: {session.figure}")
     say(table(rows))
-
-
-def plans(session: Session) -> list[Plan]:
-    """The recipes that the flags name; without any, those that the paper compares."""
-    if any(name in session.flags for name in ("config", "variant", "layer")):
-        return session.plans(CONFIG)
-    return session.plans(CONFIG, variant=list(VARIANTS))
 
 
 def table(rows: Sequence[Result]) -> str:

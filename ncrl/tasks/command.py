@@ -105,14 +105,23 @@ class Session:
                 raise ValueError(f"threads must be at least 1, got {flags['threads']}")
             torch.set_num_threads(flags["threads"])
 
-    def plans(self, default_config: str, **instead: Any) -> list[Plan]:
+    @property
+    def names_recipes(self) -> bool:
+        """Whether --config, --variant or --layer is given."""
+        return any(name in self.flags for name in ("config", "variant", "layer"))
+
+    def plans(
+        self, default_config: str, *, default_variants: Sequence[str] = (BASE,), **instead: Any
+    ) -> list[Plan]:
         """The recipes that --config, --variant, --layer and the overrides name.
 
         Args:
             default_config: name of a file in configs/.
+            default_variants: those of it that are meant where none of these flags is given.
             instead: values of flags in place of those given; None for a flag not given.
         """
-        flags = {**self.flags, **instead}
+        default = {} if self.names_recipes else {"variant": list(default_variants)}
+        flags = {**default, **self.flags, **instead}
         return plans({k: v for k, v in flags.items() if v is not None}, default_config)
 
     def run(

@@ -170,10 +170,9 @@ def work(session: Session) -> None:
 
 def plans(session: Session) -> list[Plan]:
     """The recipes that the flags name; without any, the linear classifier and every J."""
-    flags = session.flags
-    named = any(name in flags for name in ("config", "variant", "layer"))
+    named = session.names_recipes
     recipes = session.plans(CONFIG) if named else [linear(session), *variants(session, [BASE])]
-    steps = flags.get("num_steps", () if named else STEPS)
+    steps = session.flags.get("num_steps", () if named else STEPS)
     if not steps:
         return recipes
     wanted: list[Plan] = []

@@ -318,7 +318,7 @@ def work(session: Session) -> None:
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a number of at least 0, got {noise}")
     data = {"chunks": chunks, "noise": noise}
-    wanted = [named(plan, data) for plan in plans(session)]
+    wanted = [named(plan, data) for plan in session.plans(CONFIG, default_variants=VARIANTS)]
 
     def make(recipe: Recipe, seed: int, device: torch.device) -> Polynomials:
         return Polynomials(recipe, seed, device, num_chunks=chunks, noise=noise)
@@ -334,13 +334,6 @@ def work(session: Session) -> None:
         draw_figure(session.figure, rows, examples)
         say(f"drawn: {session.figure}")
     say(table(rows))
-
-
-def plans(session: Session) -> list[Plan]:
-    """The recipes that the flags name; without any, those that the paper compares."""
-    if any(name in session.flags for name in ("config", "variant", "layer")):
-        return session.plans(CONFIG)
-    return session.plans(CONFIG, variant=list(VARIANTS))
 
 
 def named(plan: Plan, data: Mapping[str, float]) -> Plan:

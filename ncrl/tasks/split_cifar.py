@@ -226,8 +226,7 @@ def base_plans(session: Session) -> list[Plan]:
     Raises:
         ValueError: for recipes of other networks.
     """
-    named = any(name in session.flags for name in ("config", "variant", "layer"))
-    plans = session.plans(CONFIG, **({} if named else {"variant": DEFAULT_VARIANTS}))
+    plans = session.plans(CONFIG, default_variants=DEFAULT_VARIANTS)
     for base in plans:
         if base.recipe.network != "resnet_mlp":
             raise ValueError(

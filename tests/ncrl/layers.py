@@ -3,6 +3,7 @@
 Shape letters: B batch, P slots, K key, H heads, J steps, R = J*H components.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -112,6 +113,38 @@ def parameters_of(layer: nn.Module) -> dict[str, Tensor]:
 def reference_output(layer: nn.Module, case: Case, x: Tensor) -> Tensor:
     with torch.no_grad():
         return neurocoder_reference(parameters_of(layer), case.sizes, x)["output"]
+
+
+def assert_gradients_equal_those_of(
+    reference: Callable[[dict[str, Tensor], Tensor], Tensor], layer: nn.Module, x: Tensor
+) -> None:
+    """Of every parameter and of x, for a random loss.
+
+    Args:
+        reference: outputs from parameters by name and inputs. A parameter that it does not use gets
+            no gradient, or one of zeros.
+        layer: what is tested.
+        x: inputs.
+    """
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    target = random_input(*y.shape, seed=5)
+    y.mul(target).sum().backward()
+    state, reference_x = parameters_of(layer), x.detach().clone().requires_grad_()
+    reference(state, reference_x).mul(target).sum().backward()
+    assert x.grad is not None and reference_x.grad is not None
+    assert relative_error(x.grad, reference_x.grad) < 1e-9
+    for name, parameter in layer.named_parameters():
+        expected = state[name].grad
+        if expected is None:
+            assert not touched(parameter), name
+        else:
+            assert parameter.grad is not None, name
+            assert relative_error(parameter.grad, expected) < 1e-9, name
+
+
+def touched(parameter: Tensor) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

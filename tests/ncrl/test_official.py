@@ -25,6 +25,13 @@ from ncrl.neurocoder.official import (
     load_authors_state_dict,
     scaled_cosine,
 )
+from tests.ncrl.layers import (
+    assert_gradients_equal_those_of,
+    parameters_of,
+    random_input,
+    relative_error,
+    touched,
+)
 from tests.official_reference import (
     OfficialSizes,
     official_orthogonality_reference,
@@ -107,29 +114,6 @@ def make_layer(case: Case, seed: int = 0) -> NeurocoderLinear:
     return layer
 
 
-def random_input(*shape: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def parameters_of(layer: nn.Module) -> dict[str, Tensor]:
-    """Float64 copies that carry their own gradients."""
-    return {
-        name: parameter.detach().double().clone().requires_grad_()
-        for name, parameter in layer.named_parameters()
-    }
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    scale = float(expected.detach().abs().max())
-    return float((actual - expected).detach().abs().max()) / max(scale, 1e-30)
-
-
-def touched(parameter: Tensor) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
-
-
 # Values
 
 
@@ -169,24 +153,11 @@ GRADIENT_CASES = [name for name in CASES if not name.startswith("one-key")]
 def test_gradients_equal_those_of_the_reference(name: str) -> None:
     """Including the parameters that get none."""
     case = CASES[name]
-    layer = make_layer(case)
-    x = random_input(2, case.in_features).requires_grad_()
-    target = random_input(2, case.out_features, seed=5)
-    layer(x).mul(target).sum().backward()
 
-    state = parameters_of(layer)
-    reference_x = x.detach().clone().requires_grad_()
-    official_reference(state, case.sizes, reference_x)["output"].mul(target).sum().backward()
-    assert x.grad is not None
-    assert reference_x.grad is not None
-    assert relative_error(x.grad, reference_x.grad) < 1e-9
-    for parameter_name, parameter in layer.named_parameters():
-        expected = state[parameter_name].grad
-        if expected is None:
-            assert not touched(parameter), parameter_name
-        else:
-            assert parameter.grad is not None, parameter_name
-            assert relative_error(parameter.grad, expected) < 1e-9, parameter_name
+    def reference(state: dict[str, Tensor], x: Tensor) -> Tensor:
+        return official_reference(state, case.sizes, x)["output"]
+
+    assert_gradients_equal_those_of(reference, make_layer(case), random_input(2, case.in_features))
 
 
 def authors_layer(options: dict[str, Any]) -> NeurocoderLinear:

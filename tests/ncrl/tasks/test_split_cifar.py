@@ -32,6 +32,7 @@ from ncrl.tasks.split_cifar import (
 )
 from ncrl.tasks.training import CHECKPOINT_FILE, Run, train
 from tests.ncrl.tasks.continual.test_split import stop_after
+from tests.ncrl.tasks.refusals import assert_refused
 
 SMALL_LAYER = {"num_slots": 6, "num_heads": 2, "key_dim": 2, "num_least_used": 2}
 SMALL = [
@@ -367,10 +368,4 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_ends_in_one_line(name: str, tmp_path: Path, capsys: Any) -> None:
-    words, message = BAD_INPUT[name]
-    with pytest.raises(SystemExit) as stopped:
-        main([*words, "--logdir", str(tmp_path)])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
-    assert not list(tmp_path.rglob("result.json"))
+    assert_refused(main, *BAD_INPUT[name], tmp_path, capsys)

@@ -16,6 +16,7 @@ from ncrl.tasks.recipes import build_network
 from ncrl.tasks.results import Result, read_results
 from ncrl.tasks.split_mnist import RECIPES, main, plan
 from ncrl.tasks.training import count_parameters
+from tests.ncrl.tasks.refusals import assert_refused
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -164,13 +165,7 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_ends_in_one_line(name: str, tmp_path: Path, capsys: Any) -> None:
-    words, message = BAD_INPUT[name]
-    with pytest.raises(SystemExit) as stopped:
-        main([*words, "--logdir", str(tmp_path)])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
-    assert not list(tmp_path.rglob("result.json"))
+    assert_refused(main, *BAD_INPUT[name], tmp_path, capsys)
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, capsys: Any) -> None:
