@@ -220,7 +220,7 @@ def peer_rows(workload: Workload) -> Iterator[Row]:
         "shared_lstm": True,
         "enable_critic_lstm": False,
     }
-    one_epoch = {"n_steps": N_STEPS, "batch_size": N_STEPS * n_envs, "n_epochs": 1}
+    one_epoch: dict[str, Any] = {"n_steps": N_STEPS, "batch_size": N_STEPS * n_envs, "n_epochs": 1}
     stacked = atari(workload.factory.game, stack=STACK)
 
     def recurrent_ppo(**settings: Any) -> RecurrentPPO:

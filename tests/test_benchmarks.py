@@ -59,3 +59,12 @@ def test_tasks_prints_steps_and_targets() -> None:
     assert len(table_rows(done.stdout, "step of ")) == 2 and "nan" not in done.stdout
     done = run_script("tasks.py", "--only", "resnet")
     assert done.returncode == 2 and "CIFAR LeNet" in done.stderr
+
+
+def test_policy_heads_prints_a_row_for_each_training() -> None:
+    heads = ("linear", "neurocoder, sharpness 10")
+    done = run_script("policy_heads.py", "--timesteps", "400", "--seeds", "0", "--heads", *heads)
+    assert done.returncode == 0, done.stderr
+    for head in heads:
+        (row,) = table_rows(done.stdout, f"{head} | 0")
+        assert all(0 <= float(cell) <= 1 for cell in row.strip("| ").split(" | ")[2:])

@@ -1,0 +1,100 @@
+"""How fast policies with different output layers learn which of 18 actions belongs to which of 18
+observations: the number of Atari's actions, on a task that takes seconds.
+
+The mean reward over each eighth of the training is the share of right answers; guessing gives .06.
+
+python benchmarks/policy_heads.py --seeds 0 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import torch
+from common import NEUROCODER
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.envs import IdentityEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from agents import A3C
+
+NUM_ACTIONS, NUM_ENVS, PARTS = 18, 16, 8
+
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", {}),
+    "hypernet": ("hypernet", {}),
+    "film": ("film", {}),
+    **{
+        f"neurocoder, sharpness {beta:g}{'' if residual else ', no residual'}": (
+            "neurocoder",
+            NEUROCODER | {"sharpness": beta, "residual": residual},
+        )
+        for residual in (True, False)
+        for beta in (1.0, 5.0, 10.0)
+    },
+    "neurocoder, learned sharpness": ("neurocoder", NEUROCODER | {"learned_sharpness": True}),
+}
+
+
+class Rewards(BaseCallback):
+    """The mean reward of every timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: list[float] = []
+
+    def _on_step(self) -> bool:
+        self.means.append(float(self.locals["rewards"].mean()))
+        return True
+
+    def by_part(self) -> list[float]:
+        """Means over equal parts of the training."""
+        size = len(self.means) // PARTS
+        return [statistics.fmean(self.means[i * size : (i + 1) * size]) for i in range(PARTS)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--timesteps", type=int, default=64_000)
+    arguments = parser.parse_args()
+    if arguments.timesteps < PARTS * NUM_ENVS:
+        parser.error(f"--timesteps must be at least {PARTS * NUM_ENVS}, got {arguments.timesteps}")
+    torch.set_num_threads(1)
+    columns = [f"{i + 1}/{PARTS}" for i in range(PARTS)]
+    print(f"| head | seed | {' | '.join(columns)} |\n{'|---' * (2 + PARTS)}|")
+    for name in arguments.heads:
+        for seed in arguments.seeds:
+            parts = train(*HEADS[name], seed, arguments.timesteps)
+            cells = " | ".join(f"{part:.2f}" for part in parts)
+            print(f"| {name} | {seed} | {cells} |", flush=True)
+
+
+def train(head: str, options: dict[str, Any], seed: int, timesteps: int) -> list[float]:
+    """Mean reward in every part of one training."""
+    env = DummyVecEnv([lambda: IdentityEnv(NUM_ACTIONS, ep_length=10)] * NUM_ENVS)
+    model = A3C(
+        "MlpPolicy",
+        env,
+        n_steps=5,
+        learning_rate=1e-3,
+        gamma=0.4,
+        seed=seed,
+        device="cpu",
+        policy_kwargs={
+            "net_arch": [64],
+            "head": head,
+            "head_kwargs": options,
+            "optimizer_class": torch.optim.Adam,
+        },
+    )
+    rewards = Rewards()
+    model.learn(timesteps, callback=rewards)
+    return rewards.by_part()
+
+
+if __name__ == "__main__":
+    main()
