@@ -108,8 +108,9 @@ class A3C(OnPolicyAlgorithm):
         ent_coef: weight of the entropy.
         vf_coef: weight of the value loss.
         max_grad_norm: limit on the gradient's norm.
-        rms_prop_eps: epsilon of RMSProp, inside the square root. Another optimiser is named in
+        use_rms_prop: RMSProp as in A3C; False takes Adam, as in A2C. Any other optimiser is named in
             `policy_kwargs`, as in SB3: `optimizer_class`, `optimizer_kwargs`.
+        rms_prop_eps: epsilon of RMSProp, inside the square root.
         normalize_advantage: give the advantages of every update mean 0 and standard deviation 1.
         orth_coef: weight of the orthogonality loss of Neurocoder layers (paper: a).
         balance_coef: weight of the balance loss of mixtures of experts (`head="moe"`).
@@ -167,6 +168,7 @@ class A3C(OnPolicyAlgorithm):
         vf_coef: float = 0.5,
         max_grad_norm: float = 40.0,
         rms_prop_eps: float = 0.1,
+        use_rms_prop: bool = True,
         normalize_advantage: bool = False,
         orth_coef: float = 0.1,
         balance_coef: float = 0.01,
@@ -194,6 +196,7 @@ class A3C(OnPolicyAlgorithm):
         self.orth_coef = orth_coef
         self.balance_coef = balance_coef
         self.rms_prop_eps = rms_prop_eps
+        self.use_rms_prop = use_rms_prop
         self.normalize_advantage = normalize_advantage
         self.correction = correction
         self.reward_scale = reward_scale
@@ -273,7 +276,7 @@ class A3C(OnPolicyAlgorithm):
     def _policy_spec(self) -> PolicySpec:
         """What the policy is built from, here and in the workers."""
         options = dict(self.policy_kwargs)
-        if "optimizer_class" not in options:
+        if self.use_rms_prop and "optimizer_class" not in options:
             options["optimizer_class"] = SharedRMSProp
             options["optimizer_kwargs"] = {"alpha": 0.99, "eps": self.rms_prop_eps} | (
                 options.get("optimizer_kwargs") or {}

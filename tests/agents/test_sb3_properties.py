@@ -295,6 +295,17 @@ def test_half_named_optimisers_keep_the_rest_of_the_default() -> None:
     assert model.policy.optimizer.defaults["eps"] == model.rms_prop_eps == 0.1
 
 
+def test_settings_of_a2c_mean_the_same(tmp_path: Path) -> None:
+    """What a user of A2C has in a file of hyper-parameters."""
+    options = {"use_rms_prop": False, "normalize_advantage": True, "max_grad_norm": 0.5}
+    model = make_model("MlpPolicy", sampled(VECTORS), **options).learn(12)
+    assert type(model.policy.optimizer) is torch.optim.Adam
+    model.save(tmp_path / "model")
+    loaded = A3C.load(tmp_path / "model", device="cpu")
+    assert not loaded.use_rms_prop and loaded.normalize_advantage
+    assert equal(state_dict(model), state_dict(loaded))
+
+
 @pytest.mark.parametrize("policy", ["CnnPolicy", "CnnLstmPolicy"])
 def test_images_that_are_normalised_already(policy: str) -> None:
     space = spaces.Box(0, 1, (1, 36, 36), np.float32)
