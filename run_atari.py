@@ -110,7 +110,11 @@ class RunConfig:
     num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1)
     num_least_used: int = setting(5, "Neurocoder: least-used slots l_I", low=0)
     controller_size: int = setting(8, "Neurocoder: width of the composition network", low=1)
-    sharpness: float = setting(1.0, "Neurocoder: softmax temperature beta", low=1e-6)
+    sharpness: float = setting(
+        10.0,
+        "Neurocoder: softmax temperature beta; 1 in the paper, where heads hardly attend",
+        low=1e-6,
+    )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     # The algorithm.
     n_steps: int = setting(20, "timesteps per rollout", low=1)
