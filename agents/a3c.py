@@ -8,8 +8,9 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -37,6 +38,7 @@ from agents.environments import (
     RemoteEnvs,
     as_factory,
     build,
+    check_object,
     is_factory,
 )
 from agents.learner import CORRECTIONS, Objective, actor_critic_loss, apply_gradient
@@ -45,8 +47,8 @@ from agents.optim import SharedRMSProp
 from agents.players import Player, SerialPlayer, WorkersPlayer
 from agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
 from agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
-from agents.weights import SharedWeights
-from agents.worker import PolicySpec
+from agents.weights import SharedWeights, layout
+from agents.worker import PolicySpec, is_importing_main
 from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
 from ncrl.sb3 import (
@@ -108,8 +110,8 @@ class A3C(OnPolicyAlgorithm):
         ent_coef: weight of the entropy.
         vf_coef: weight of the value loss.
         max_grad_norm: limit on the gradient's norm.
-        use_rms_prop: RMSProp as in A3C; False takes Adam, as in A2C. Any other optimiser is named in
-            `policy_kwargs`, as in SB3: `optimizer_class`, `optimizer_kwargs`.
+        use_rms_prop: RMSProp as in A3C; False takes Adam, as in A2C. Any other optimiser is named
+            in `policy_kwargs`, as in SB3: `optimizer_class`, `optimizer_kwargs`.
         rms_prop_eps: epsilon of RMSProp, inside the square root.
         normalize_advantage: give the advantages of every update mean 0 and standard deviation 1.
         orth_coef: weight of the orthogonality loss of Neurocoder layers (paper: a).
@@ -119,6 +121,8 @@ class A3C(OnPolicyAlgorithm):
             one LSTM: returns far above 1 saturate it.
         reward_clip: limit on rewards in the loss; "env" asks the environment or factory for its
             attribute `reward_clip` (Atari: 1), None does not clip.
+        info_keywords: entries of `info` that callbacks are shown for every timestep of workers; all
+            others arrive where a game ends, and everything where this process plays.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
             per core.
         n_envs: environments of all workers together; a multiple of `n_workers`.
@@ -175,6 +179,7 @@ class A3C(OnPolicyAlgorithm):
         correction: str = "vtrace",
         reward_scale: float = 1.0,
         reward_clip: float | str | None = "env",
+        info_keywords: Sequence[str] = (),
         n_workers: int | None = None,
         n_envs: int = 16,
         limits: Limits | None = None,
@@ -190,6 +195,7 @@ class A3C(OnPolicyAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         self.n_workers = 0
+        self._is_loaded = False
         self.profile = profile
         self.limits = limits or Limits()
         self.batch_size = batch_size
@@ -200,6 +206,7 @@ class A3C(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.correction = correction
         self.reward_scale = reward_scale
+        self.info_keywords = list(info_keywords)
         self.games_seed = _fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
         played: GymEnv | None
@@ -208,11 +215,9 @@ class A3C(OnPolicyAlgorithm):
             self.env_factory = as_factory(env)  # type: ignore[arg-type]
             played = self._played_by(self.env_factory, n_envs)
         elif n_workers:
-            raise ValueError(
-                f"n_workers={n_workers} needs an env that workers can build: a Gymnasium id or a "
-                f"factory, got {type(env).__name__}; with an environment object use n_workers=0"
-            )
+            raise ValueError(_needs_factory(n_workers, env))
         else:
+            check_object(env)
             played = env  # type: ignore[assignment]
         source = self.env_factory or env
         self.reward_clip = (
@@ -251,6 +256,7 @@ class A3C(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         """Build what is not saved, from the attributes alone: `load` calls this too."""
         self._check_arguments()
+        self._is_loaded = False
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         policy = self._policy_spec().build(self.lr_schedule)
@@ -305,6 +311,7 @@ class A3C(OnPolicyAlgorithm):
             self.env_factory = as_factory(env)  # type: ignore[arg-type]
             env = self._played_by(self.env_factory, self.n_envs)
         else:
+            check_object(env)
             self.env_factory, self.n_workers = None, 0
         super().set_env(env, force_reset)  # type: ignore[arg-type]
 
@@ -379,7 +386,14 @@ class A3C(OnPolicyAlgorithm):
         """
         from_factory = is_factory(env)
         if env is not None and not from_factory:
-            kwargs.setdefault("n_workers", 0)
+            check_object(env)
+            if kwargs.setdefault("n_workers", 0):
+                raise ValueError(_needs_factory(kwargs["n_workers"], env))
+        one_per_core = from_factory and kwargs.get("n_workers", 0) is None
+        if one_per_core:
+            kwargs["n_workers"] = 0
+        if "batch_size" not in kwargs:  # the saved one was made for the saved number of n_envs
+            kwargs["_is_loaded"] = True
         source: Any = path
         if not trust:
             source, custom_objects = without_code(cls, path, custom_objects, kwargs)
@@ -395,6 +409,8 @@ class A3C(OnPolicyAlgorithm):
             )
         if from_factory:
             assert env is not None
+            if one_per_core:
+                model.n_workers = default_workers(model.n_envs)
             model.set_env(env, force_reset)
         return model
 
@@ -410,8 +426,7 @@ class A3C(OnPolicyAlgorithm):
         write_model(self, zipped.getvalue(), path)
 
     def _check_arguments(self) -> None:
-        if type(self.n_steps) is not int:
-            raise ValueError(f"n_steps must be an integer, got {self.n_steps!r}")
+        self._check_batch()
         clip = self.reward_clip
         if clip is not None and not (isinstance(clip, (int, float)) and 0 < clip < math.inf):
             raise ValueError(f"reward_clip must be a positive number, None or 'env', got {clip!r}")
@@ -421,7 +436,6 @@ class A3C(OnPolicyAlgorithm):
             ("gae_lambda", 0, 1),
             ("ent_coef", 0, math.inf),
             ("vf_coef", 0, math.inf),
-            ("max_grad_norm", 0, math.inf),
             ("orth_coef", 0, math.inf),
             ("balance_coef", 0, math.inf),
             ("reward_scale", 0, math.inf),
@@ -429,14 +443,9 @@ class A3C(OnPolicyAlgorithm):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must lie in {low} .. {high}, got {value}")
-        whole = self.n_steps * self.n_envs
-        if self.batch_size is not None and (
-            self.batch_size < 1 or self.batch_size % self.n_steps or whole % self.batch_size
-        ):
+        if not (isinstance(self.max_grad_norm, (int, float)) and self.max_grad_norm >= 0):
             raise ValueError(
-                f"batch_size must be a multiple of n_steps that divides n_steps * n_envs, got "
-                f"batch_size={self.batch_size} with n_steps={self.n_steps} and "
-                f"n_envs={self.n_envs}"
+                f"max_grad_norm must be at least 0, got {self.max_grad_norm}; inf sets no limit"
             )
         if isinstance(self.learning_rate, (int, float)) and not (
             math.isfinite(self.learning_rate) and self.learning_rate >= 0
@@ -454,6 +463,23 @@ class A3C(OnPolicyAlgorithm):
             isinstance(self.policy_class, type) and issubclass(self.policy_class, EnginePolicy)
         ):
             raise TypeError(_wrong_policy(self.policy_class))
+
+    def _check_batch(self) -> None:
+        self.n_steps = _whole_number("n_steps", self.n_steps)
+        if self.batch_size is None or self.n_steps < 1:
+            return
+        self.batch_size = _whole_number("batch_size", self.batch_size)
+        whole = self.n_steps * self.n_envs
+        if self.batch_size >= 1 and self.batch_size % self.n_steps == whole % self.batch_size == 0:
+            return
+        wrong = (
+            f"batch_size must be a multiple of n_steps that divides n_steps * n_envs, got "
+            f"batch_size={self.batch_size} with n_steps={self.n_steps} and n_envs={self.n_envs}"
+        )
+        if not self._is_loaded:
+            raise ValueError(f"{wrong}; batch_size=None takes all environments at once")
+        warnings.warn(f"{wrong}; all environments are taken at once", stacklevel=2)
+        self.batch_size = None
 
     # Learning.
 
@@ -649,6 +675,12 @@ class A3C(OnPolicyAlgorithm):
             yield SerialPlayer(self)
             return
         assert self.env_factory is not None, "only factories are played by workers"
+        if is_importing_main():
+            raise RuntimeError(
+                "a worker process imports your file again, which must not start another training: "
+                'put what starts it under `if __name__ == "__main__":`, or use n_workers=0'
+            )
+        self._check_workers_can_build()
         shape = self._rollout_shape(self.n_envs // self.n_workers)
         weights = SharedWeights(self.policy)
         slots = slots_for(self.n_workers) * sum(t.nbytes for t in shape.allocate().tensors())
@@ -665,6 +697,7 @@ class A3C(OnPolicyAlgorithm):
             seed=self.games_seed + 7_919 * self._n_updates,
             limits=self.limits,
             profile=self.time_spent,
+            info_keywords=tuple(self.info_keywords),
         )
         with pool:
             self._pool = pool
@@ -672,6 +705,16 @@ class A3C(OnPolicyAlgorithm):
                 yield WorkersPlayer(self, pool, weights)
             finally:
                 self._pool = None
+
+    def _check_workers_can_build(self) -> None:
+        """Raise ValueError if the policy is not the one that workers build for themselves."""
+        with torch.random.fork_rng(devices=[]):
+            theirs = self._policy_spec().build(lambda _: 0.0)
+        if layout(theirs) != layout(self.policy):
+            raise ValueError(
+                "the policy was changed after it was made, and workers cannot do the same: use "
+                "n_workers=0, or a policy class whose constructor makes the change"
+            )
 
     def _rollout_shape(self, n_envs: int) -> RolloutShape:
         return RolloutShape(
@@ -706,6 +749,7 @@ class A3C(OnPolicyAlgorithm):
             "time_spent",
             "_stateless_predictions",
             "_warned_of_state",
+            "_is_loaded",
         ]
 
 
@@ -748,6 +792,19 @@ def _check_workers(n_workers: int, n_envs: int) -> None:
             f"n_envs must be a multiple of n_workers, got n_envs={n_envs} with "
             f"n_workers={n_workers}; nearest: n_envs={near}"
         )
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def _needs_factory(n_workers: int, env: object) -> str:
+    return (
+        f"n_workers={n_workers} needs an env that workers can build: a Gymnasium id or a "
+        f"factory, got {type(env).__name__}; with an environment object use n_workers=0"
+    )
 
 
 def _wrong_policy(policy: Any) -> str:

@@ -6,6 +6,8 @@ one. An environment object stays what it is and is played in this process.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -14,9 +16,15 @@ from typing import Any, NoReturn
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import (
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    unwrap_vec_normalize,
+)
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 EnvFactory = Callable[[int, int], VecEnv]
@@ -33,15 +41,23 @@ class GymFactory:
     """Copies of one registered Gymnasium environment, each under SB3's Monitor.
 
     Raises:
-        ValueError: at construction, for an id that is not registered.
+        ValueError: at construction, for an id that `gymnasium.make` does not know.
     """
 
     env_id: str
+    """As for `gymnasium.make`: also without a version, or with the module that registers it before
+    a colon."""
 
     def __post_init__(self) -> None:
+        module, _, name = self.env_id.rpartition(":")
         try:
-            gymnasium.spec(self.env_id)
-        except gymnasium.error.Error as error:
+            if module:
+                importlib.import_module(module)
+            namespace, plain_name, version = parse_env_id(name)
+            if version is None:
+                version = find_highest_version(namespace, plain_name)
+            gymnasium.spec(get_env_id(namespace, plain_name, version))
+        except (gymnasium.error.Error, ImportError) as error:
             raise ValueError(f"unknown environment {self.env_id!r}: {error}") from error
 
     def __call__(self, n_envs: int, seed: int) -> VecEnv:
@@ -53,9 +69,18 @@ def as_factory(env: str | EnvFactory) -> EnvFactory:
     """The factory behind a Gymnasium id, or the factory itself.
 
     Raises:
-        ValueError: for an unknown id.
+        ValueError: for an unknown id, or for a function of other arguments.
     """
     if not isinstance(env, str):
+        try:
+            inspect.signature(env).bind(1, 0)
+        except ValueError:
+            return env  # it does not tell its arguments
+        except TypeError as error:
+            raise ValueError(
+                f"an environment factory is called as factory(n_envs, seed), which {env!r} is not "
+                "made for; for example: lambda n_envs, seed: make_vec_env(make, n_envs, seed=seed)"
+            ) from error
         return env
     namespace = env.split("/")[0] if "/" in env else None
     for entry_point in entry_points(group=ENTRY_POINTS):
@@ -70,6 +95,23 @@ def is_factory(env: object) -> bool:
     return isinstance(env, str) or (
         callable(env) and not isinstance(env, (VecEnv, gymnasium.Env, type))
     )
+
+
+def check_object(env: object) -> None:
+    """What SB3 does not say about objects that are no environments.
+
+    Raises:
+        ValueError: for classes, lists, and the stand-in for what workers of another model play.
+    """
+    if isinstance(env, RemoteEnvs):
+        raise ValueError(
+            "this environment is played by the workers of another model; give its id or factory"
+        )
+    if env is not None and not isinstance(env, (VecEnv, gymnasium.Env)):
+        raise ValueError(
+            "env must be an environment, a Gymnasium id or a factory(n_envs, seed) -> VecEnv, got "
+            f"{env!r}; lists of functions make a DummyVecEnv"
+        )
 
 
 def build(factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
@@ -100,7 +142,7 @@ class RemoteEnvs(VecEnv):
 
         Raises:
             ValueError: for a factory of `VecNormalize`, whose statistics every worker would gather
-                for itself, and nobody would save.
+                for itself, and nobody would save; and for one of `SubprocVecEnv`.
         """
         probe = build(factory, 1, 0)
         try:
@@ -108,6 +150,11 @@ class RemoteEnvs(VecEnv):
                 raise ValueError(
                     "the environment factory returns a VecNormalize, which workers cannot share; "
                     "use n_workers=0, or normalise in a wrapper without statistics"
+                )
+            if isinstance(probe.unwrapped, SubprocVecEnv):
+                raise ValueError(
+                    "the environment factory returns a SubprocVecEnv, but workers may not start "
+                    "processes of their own; return a DummyVecEnv, or use n_workers=0"
                 )
             return cls(n_envs, probe.observation_space, probe.action_space)
         finally:
@@ -161,19 +208,20 @@ class RecordedEnv(VecEnvWrapper):
     """Remembers every reset and action, so that a fresh copy can be brought to the same state.
 
     Most emulators and environments cannot be cloned, but all of ours play the same game again from
-    the same seed and actions. Costs memory and replay time in proportion to the run.
+    the same seed and actions. Costs the memory of the actions (a byte for one of few discrete ones)
+    and replay time in proportion to the run.
     """
 
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv)
-        self._episodes: list[list[np.ndarray]] = []  # actions since each reset
+        self._episodes: list[_Rows] = []  # actions since each reset
 
     def reset(self) -> Any:
-        self._episodes.append([])
+        self._episodes.append(_Rows())
         return self.venv.reset()
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._episodes[-1].append(self._compact(actions))
+        self._episodes[-1].append(self._compact(np.asarray(actions)))
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -182,7 +230,7 @@ class RecordedEnv(VecEnvWrapper):
     def history(self) -> list[np.ndarray]:
         """Actions [N, n_envs, ...] after each reset."""
         empty = np.empty((0, self.num_envs), dtype=np.int64)
-        return [np.stack(actions) if actions else empty for actions in self._episodes]
+        return [rows.array(empty).copy() for rows in self._episodes]
 
     def replay(self, history: Sequence[np.ndarray]) -> Any:
         """Repeat a recorded history on a fresh copy; returns the observations it ends in."""
@@ -197,4 +245,24 @@ class RecordedEnv(VecEnvWrapper):
     def _compact(self, actions: np.ndarray) -> np.ndarray:
         if isinstance(self.action_space, spaces.Discrete) and self.action_space.n <= 256:
             return actions.astype(np.uint8)
-        return actions.copy()
+        return actions
+
+
+class _Rows:
+    """Arrays of one shape, one after the other in one block of memory."""
+
+    def __init__(self) -> None:
+        self._block: np.ndarray | None = None
+        self._count = 0
+
+    def append(self, row: np.ndarray) -> None:
+        if self._block is None:
+            self._block = np.empty((16, *row.shape), row.dtype)
+        elif self._count == len(self._block):
+            self._block = np.concatenate([self._block, np.empty_like(self._block)])
+        self._block[self._count] = row
+        self._count += 1
+
+    def array(self, empty: np.ndarray) -> np.ndarray:
+        """All rows, or `empty` if there are none."""
+        return empty if self._block is None else self._block[: self._count]

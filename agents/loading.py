@@ -273,11 +273,20 @@ def _check_optimizer(policy: nn.Module, state: Any) -> None:
         if not (type(index) is int and 0 <= index < len(weights) and isinstance(entry, dict)):
             raise ValueError(f"its optimiser has a state for {index!r}, which is no weight")
         for name, value in entry.items():
-            if isinstance(value, Tensor) and value.shape not in ((), weights[index].shape):
+            if isinstance(value, Tensor) and not _fits(value.shape, weights[index].shape):
                 raise ValueError(
                     f"its optimiser's {name!r} of weight {index} has shape {list(value.shape)}, "
                     f"expected {list(weights[index].shape)}"
                 )
+
+
+def _fits(shape: torch.Size, weight: torch.Size) -> bool:
+    """Whether a tensor is no larger than a weight in any dimension; some optimisers keep rows and
+    columns alone."""
+    try:
+        return torch.broadcast_shapes(shape, weight) == weight
+    except RuntimeError:
+        return math.prod(shape) <= 1
 
 
 def _check_rollout(values: Mapping[str, Any]) -> None:

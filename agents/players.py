@@ -32,10 +32,11 @@ class SerialPlayer:
         self.model = model
         self.slots = RolloutSlots(model._rollout_shape(model.n_envs), 1, shared=False)
         collector = model._collector
+        assert model.env is not None
         # SB3 replaces `_last_obs` where a training starts anew or gets another environment.
         if collector is None or collector.obs is not model._last_obs:
-            assert model.env is not None
             collector = Collector(model.env, model.policy, model._last_obs)
+        collector.env = model.env  # with `set_env(env, force_reset=False)` another one goes on
         collector.policy = model.policy  # it may have been replaced, by a compiled one for example
         collector.sde_sample_freq = model.sde_sample_freq
         self.collector = model._collector = collector

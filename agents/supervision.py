@@ -108,6 +108,13 @@ class _Worker:
     traceback: str = ""
 
 
+NO_START = (
+    "it said why above. If it wanted to start a training of its own: worker processes import your "
+    'file again, so what starts one belongs under `if __name__ == "__main__":`'
+)
+"""Of a worker that ended before it was set up, and so could not send its traceback."""
+
+
 class WorkerPool:
     """Runs `n_workers` processes of `n_envs` environments each; used as a context manager.
 
@@ -126,6 +133,7 @@ class WorkerPool:
         seed: int,
         limits: Limits,
         profile: Profile | None = None,
+        info_keywords: tuple[str, ...] = (),
     ) -> None:
         self.limits = limits
         self.worker_restarts = 0
@@ -136,6 +144,7 @@ class WorkerPool:
         self._weights = weights
         self._seed = seed
         self._profile = profile
+        self._info_keywords = info_keywords
         self._slots = RolloutSlots(shape, slots_for(n_workers), shared=True)
         self._free = deque(range(self._slots.num_slots))
         self._played: deque[Delivery] = deque()
@@ -281,7 +290,12 @@ class WorkerPool:
         """Bury a worker and set the time at which its successor starts."""
         pid = worker.process.pid if worker.process else None
         # What fails at the first start fails at every other one.
-        hopeless = worker.incarnation == 1 and not worker.ready and bool(worker.traceback)
+        first_start = worker.incarnation == 1 and not worker.ready
+        if worker.process is not None and first_start and not worker.traceback:
+            worker.process.join(1.0)
+            if (worker.process.exitcode or 0) > 0:  # not killed: it ended by itself
+                worker.traceback = NO_START
+        hopeless = first_start and bool(worker.traceback)
         self._bury(worker)
         worker.failures += 1
         if hopeless or worker.failures > self.limits.max_restarts:
@@ -330,6 +344,7 @@ class WorkerPool:
             weights=self._weights,
             heartbeats=self._heartbeats,
             profile=self._profile is not None,
+            info_keywords=self._info_keywords,
         )
         process = self._context.Process(
             target=worker_main,

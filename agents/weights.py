@@ -64,6 +64,21 @@ class SharedWeights:
         return version
 
 
+def layout(module: nn.Module) -> list[tuple[str, torch.Size | None]]:
+    """Names and shapes of what is shared, and the kinds of all parts; equal for two modules where
+    the weights of one are those of the other. A compiled module counts as what it was made of."""
+    shared = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    kinds = [type(part).__qualname__ for part in module.modules() if not _is_wrapper(part)]
+    return [
+        *((name.replace("_orig_mod.", ""), tensor.shape) for name, tensor in shared.items()),
+        *((kind, None) for kind in kinds),
+    ]
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod")
+
+
 def _floats(module: nn.Module) -> Iterable[Tensor]:
     yield from module.parameters()
     for buffer in module.buffers():

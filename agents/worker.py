@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -85,6 +86,8 @@ class WorkerSpec:
     """[n_workers] int64 in shared memory: steps played; a worker counts up its own entry."""
     profile: bool
     """Whether it measures where its time goes."""
+    info_keywords: tuple[str, ...]
+    """Entries of infos that are reported for every timestep."""
 
 
 class Ready(NamedTuple):
@@ -128,6 +131,11 @@ class Failed(NamedTuple):
 
 
 Message = Ready | Reported | Played | EnvFailed | Failed
+
+
+def is_importing_main() -> bool:
+    """Whether this is a spawned process that is still importing the script of its parent."""
+    return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
@@ -214,6 +222,8 @@ def _play(
             if "episode" in info or outcome.dones[i]:
                 small = {k: v for k, v in info.items() if k != "terminal_observation"}
                 infos.append((outcome.row, i, small))
+            elif wanted := {k: info[k] for k in spec.info_keywords if k in info}:
+                infos.append((outcome.row, i, wanted))
         return True
 
     started = time.monotonic()

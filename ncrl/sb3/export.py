@@ -20,7 +20,7 @@ from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ncrl.sb3.plain import from_plain, to_plain
+from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
 from ncrl.settings import nearest
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,10 @@ def _builder(
     """What makes the policy with fresh weights."""
 
     def read(name: str) -> Any:
-        return from_plain(description.get(name), f"its {name}", classes)
+        try:
+            return from_plain(description.get(name), f"its {name}", classes)
+        except UnknownClassError as error:
+            raise ValueError(f"{error}; give classes of your own: classes=[...]") from error
 
     kind = read("policy_class")
     if not (isinstance(kind, type) and issubclass(kind, ActorCriticPolicy)):

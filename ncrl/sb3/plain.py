@@ -70,6 +70,10 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 """Arguments, and attributes, that make an object of these classes; dataclasses say theirs."""
 
 
+class UnknownClassError(ValueError):
+    """A description names a class that is neither of ncrl, SB3 or torch nor given."""
+
+
 def name_of(kind: type) -> str:
     """The name by which a class is written: `module.Class`, for torch's own `torch.nn.Class`."""
     for module in (nn, torch.optim):
@@ -274,7 +278,7 @@ class _Reader:
             found = getattr(module, last, None) if prefix == module.__name__ else None
             if isinstance(found, type) and issubclass(found, base):
                 return found
-        raise ValueError(
+        raise UnknownClassError(
             f"{self.where} refers to the class {name[:200]!r}, which is not known here"
         )
 

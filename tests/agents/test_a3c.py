@@ -1,9 +1,13 @@
 """`A3C`: exact where it is serial, honest where workers play, and clear about wrong arguments."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -18,11 +22,12 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 
 import agents.a3c
 from agents import A3C
 from agents.supervision import WorkerPool
+from agents.weights import layout
 from envs import light, masked_cartpole
 from tests.agents.environments import TickingFactory
 
@@ -254,6 +259,8 @@ def test_load_with_a_factory_or_an_id(tmp_path: Path) -> None:
     make_model("CartPole-v1").learn(20).save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", env="CartPole-v1", device="cpu")
     assert loaded.learn(20).num_timesteps == 20
+    loaded = A3C.load(tmp_path / "model", env="CartPole-v1", n_workers=None, device="cpu")
+    assert loaded.n_workers >= 1
 
 
 def test_evaluate_policy_carries_the_state() -> None:
@@ -283,6 +290,50 @@ def test_gymnasium_ids() -> None:
     assert pong.num_timesteps == 5
 
 
+@pytest.mark.parametrize("env", ["CartPole", "gymnasium.envs.classic_control:CartPole-v1"])
+def test_ids_as_gymnasium_takes_them(env: str) -> None:
+    assert make_model(env).learn(20).num_timesteps == 20
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_an_environment_of_a_factory_can_be_stepped_like_any_other(lists: bool) -> None:
+    env = make_model("CartPole-v1").get_env()
+    assert env is not None
+    env.reset()
+    actions: Any = [0, 1] if lists else np.array([0, 1])
+    for _ in range(40):
+        observations = env.step(actions)[0]
+    assert observations.shape == (2, 4)
+    (history,) = env.history()  # type: ignore[attr-defined]
+    assert history.tolist() == [[0, 1]] * 40 and history.nbytes == 80
+
+
+def test_loaded_for_another_number_of_environments(tmp_path: Path) -> None:
+    model = make_model(n_envs=4, batch_size=10).learn(20)
+    model.save(tmp_path / "model")
+    one = gym.make("CartPole-v1")
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        A3C.load(tmp_path / "model", env=one, device="cpu")
+    env = masked_cartpole()(1, 0)
+    with pytest.warns(UserWarning, match="batch_size=10 .*n_envs=1; all environments"):
+        loaded = A3C.load(tmp_path / "model", env=env, device="cpu")
+    assert loaded.batch_size is None and loaded.learn(10).num_timesteps == 10
+    loaded = A3C.load(tmp_path / "model", env=env, batch_size=5, device="cpu")
+    assert loaded.batch_size == 5
+    assert A3C.load(tmp_path / "model", device="cpu").batch_size == 10
+    with pytest.raises(ValueError, match=r"n_workers=2 needs an env that workers can build"):
+        A3C.load(tmp_path / "model", env=env, n_workers=2)
+
+
+def test_another_environment_goes_on_without_a_reset() -> None:
+    first, second = (TickingFactory()(2, 0) for _ in range(2))
+    model = make_model(first).learn(20)
+    model.set_env(second, force_reset=False)
+    second.reset()
+    model.learn(20, reset_num_timesteps=False)
+    assert first.get_attr("_tick") == second.get_attr("_tick") == [10, 10]
+
+
 # Wrong arguments.
 
 
@@ -308,12 +359,24 @@ def test_gymnasium_ids() -> None:
         ({"use_sde": True}, r"gSDE.* can only be used with continuous actions"),
         ({"env": "CartPol-v1"}, r"'CartPol-v1'.*CartPole"),
         ({"policy_kwargs": {"head": "neurocodr"}}, r"did you mean 'neurocoder'"),
+        ({"max_grad_norm": None}, r"max_grad_norm .*got None; inf sets no limit"),
+        ({"batch_size": 10.0}, r"batch_size must be an integer, got 10.0"),
+        ({"batch_size": 7}, r"got batch_size=7 .*batch_size=None takes all"),
+        ({"env": lambda: None}, r"factory\(n_envs, seed\), which .*lambda"),
+        ({"env": gym.Env}, r"env must be an environment, .*got <class"),
+        ({"env": [lambda: None]}, r"lists of functions make a DummyVecEnv"),
+        ({"env": "no.such.module:CartPole-v1"}, r"unknown environment 'no.such.*No module"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_wrong_values_are_named(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model(**wrong)
+
+
+def test_numbers_of_other_kinds_are_taken() -> None:
+    model = make_model(n_steps=np.int64(5), batch_size=np.int32(5), max_grad_norm=math.inf)
+    assert model.learn(10).num_timesteps == 10
 
 
 @pytest.mark.parametrize(
@@ -427,6 +490,74 @@ def test_the_lag_of_one_worker_is_bounded_by_its_slots() -> None:
     model, record = make_model(TickingFactory(), n_workers=1, n_envs=1), Record()
     model.learn(5 * 60, callback=record, log_interval=None)
     assert max(largest for _, largest in record.lags) <= 3
+
+
+def test_workers_refuse_a_policy_that_was_changed() -> None:
+    """They would play another network with weights in the wrong places."""
+    model = make_model(TickingFactory(), n_workers=1, n_envs=2)
+    model.policy.action_net = torch.nn.Sequential(model.policy.action_net)
+    with pytest.raises(ValueError, match=r"changed after it was made.*n_workers=0"):
+        model.learn(10)
+
+
+def test_a_compiled_policy_counts_as_what_it_was_made_of() -> None:
+    policy = make_model().policy
+    compiled = torch.compile(policy)
+    assert isinstance(compiled, torch.nn.Module)
+    assert layout(compiled) == layout(policy)
+    policy.value_net = torch.nn.Linear(8, 1, bias=False)
+    assert layout(make_model().policy) != layout(policy)
+
+
+def test_infos_that_are_asked_for_come_with_every_timestep() -> None:
+    class Ticks(BaseCallback):
+        ticks: ClassVar[list[int]] = []
+
+        def _on_step(self) -> bool:
+            self.ticks.extend(info["tick"] for info in self.locals["infos"])
+            assert all("seed" not in info or "pid" in info for info in self.locals["infos"])
+            return True
+
+    model = make_model(TickingFactory(), n_workers=1, n_envs=2, info_keywords=["tick", "none"])
+    model.learn(40, callback=Ticks())
+    assert Ticks.ticks == [tick for tick in range(1, 21) for _ in range(2)]
+
+
+def test_environments_of_workers_are_nobody_elses() -> None:
+    model = make_model(TickingFactory(), n_workers=1, n_envs=2)
+    for use in (lambda env: make_model(env), lambda env: make_model().set_env(env)):
+        with pytest.raises(ValueError, match="workers of another model; give its id or factory"):
+            use(model.get_env())
+    spawn = {"start_method": "spawn"}
+    subprocesses = partial(
+        make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=spawn
+    )
+    with pytest.raises(ValueError, match=r"SubprocVecEnv.*return a DummyVecEnv"):
+        make_model(lambda n_envs, seed: subprocesses(n_envs, seed=seed), n_workers=1)
+
+
+UNGUARDED = """
+from agents import A3C
+A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_envs=1, device="cpu").learn(100)
+"""
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    root = str(Path(agents.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert 'under `if __name__ == "__main__":`' in last
+    assert done.stderr.count("a new one starts") == 0
 
 
 def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,7 +169,7 @@ def test_own_classes_have_to_be_given(tmp_path: Path) -> None:
         },
     ).learn(8)  # fmt: skip
     export_policy(model, tmp_path)
-    with pytest.raises(ValueError, match=r"the class '.*\.Shifting', which is not known"):
+    with pytest.raises(ValueError, match=r"the class '.*\.Shifting', which is not known.*classes="):
         load_policy(tmp_path, "cpu")
     loaded: Any = load_policy(tmp_path, "cpu", classes=[Shifting])
     assert loaded.features_extractor.shift == 3.0
