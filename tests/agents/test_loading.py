@@ -89,6 +89,9 @@ MODELS: dict[str, Callable[[], A3C]] = {
         "MlpLstmPolicy", learning_rate=ConstantSchedule(1e-3),
         policy_kwargs={"optimizer_class": torch.optim.Adam, "activation_fn": torch.nn.ReLU},
     ),
+    "rows and columns": lambda: make_model(
+        "MlpPolicy", policy_kwargs={"net_arch": [4], "optimizer_class": torch.optim.Adafactor},
+    ),
     "dict": lambda: make_model(
         "MultiInputPolicy", make_vec_env(SimpleMultiObsEnv), policy_kwargs={}, verbose=0,
     ),
