@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from sb3_contrib import RecurrentPPO
@@ -63,6 +64,7 @@ def register() -> dict[str, list[str]]:
     }
 
 
+@cache
 def refusal(name: str, algorithm: str) -> type[BasePolicy]:
     """What stands for a policy that the algorithm cannot train."""
     if "Lstm" in name:

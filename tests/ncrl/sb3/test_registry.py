@@ -31,9 +31,9 @@ def test_names_are_added_and_nothing_else_changes() -> None:
 
 def test_a_second_call_changes_nothing() -> None:
     first = register()
-    aliases = {name: list(kind.policy_aliases) for name, kind in ALGORITHMS.items()}
+    aliases = {name: dict(kind.policy_aliases) for name, kind in ALGORITHMS.items()}
     assert register() == first
-    assert aliases == {name: list(kind.policy_aliases) for name, kind in ALGORITHMS.items()}
+    assert aliases == {name: kind.policy_aliases for name, kind in ALGORITHMS.items()}
 
 
 def test_names_can_be_used() -> None:
