@@ -116,7 +116,9 @@ def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
         torch.testing.assert_close(now, then, equal_nan=True, rtol=0, atol=0)
 
 
-def test_distributions_elsewhere_are_validated_as_before() -> None:
+def test_distributions_elsewhere_are_validated_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.compile, called by any earlier test, ends validation in the whole process.
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     model = trained("linear")
     assert model._batch is not None
     actor_critic_loss(model.policy, model._batch, model._objective())
