@@ -697,7 +697,7 @@ class A3C(OnPolicyAlgorithm):
             seed=self.games_seed + 7_919 * self._n_updates,
             limits=self.limits,
             profile=self.time_spent,
-            info_keywords=tuple(self.info_keywords),
+            info_keywords=self.info_keywords,
         )
         with pool:
             self._pool = pool
@@ -709,7 +709,7 @@ class A3C(OnPolicyAlgorithm):
     def _check_workers_can_build(self) -> None:
         """Raise ValueError if the policy is not the one that workers build for themselves."""
         with torch.random.fork_rng(devices=[]):
-            theirs = self._policy_spec().build(lambda _: 0.0)
+            theirs = self._policy_spec().build()
         if layout(theirs) != layout(self.policy):
             raise ValueError(
                 "the policy was changed after it was made, and workers cannot do the same: use "

@@ -281,12 +281,11 @@ def _check_optimizer(policy: nn.Module, state: Any) -> None:
 
 
 def _fits(shape: torch.Size, weight: torch.Size) -> bool:
-    """Whether a tensor is no larger than a weight in any dimension; some optimisers keep rows and
-    columns alone."""
+    """Whether a tensor broadcasts to a weight: some optimisers keep rows and columns alone."""
     try:
         return torch.broadcast_shapes(shape, weight) == weight
     except RuntimeError:
-        return math.prod(shape) <= 1
+        return False
 
 
 def _check_rollout(values: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -133,7 +133,7 @@ class WorkerPool:
         seed: int,
         limits: Limits,
         profile: Profile | None = None,
-        info_keywords: tuple[str, ...] = (),
+        info_keywords: Sequence[str] = (),
     ) -> None:
         self.limits = limits
         self.worker_restarts = 0

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -46,6 +46,10 @@ ENTRY_BYTES = 400
 """Size of an entry that an info over `MESSAGE_BYTES` keeps; what SB3 reads of infos is smaller."""
 
 
+def _no_learning(_progress_remaining: float) -> float:
+    return 0.0
+
+
 class PolicySpec(NamedTuple):
     """What it takes to build the policy again in another process."""
 
@@ -55,15 +59,11 @@ class PolicySpec(NamedTuple):
     policy_kwargs: dict[str, Any]
     sde_sample_freq: int
 
-    def build(self, lr_schedule: Schedule) -> EnginePolicy:
-        """A policy on the CPU with fresh weights."""
+    def build(self, lr_schedule: Schedule = _no_learning) -> EnginePolicy:
+        """A policy on the CPU with fresh weights; without a schedule, one that only plays."""
         return self.policy_class(
             self.observation_space, self.action_space, lr_schedule, **self.policy_kwargs
         )
-
-
-def _no_learning(_progress_remaining: float) -> float:
-    return 0.0
 
 
 @dataclass
@@ -86,7 +86,7 @@ class WorkerSpec:
     """[n_workers] int64 in shared memory: steps played; a worker counts up its own entry."""
     profile: bool
     """Whether it measures where its time goes."""
-    info_keywords: tuple[str, ...]
+    info_keywords: Sequence[str]
     """Entries of infos that are reported for every timestep."""
 
 
@@ -165,7 +165,7 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
     factory: EnvFactory = spec.factory.var
     with stopwatch.phase("setup"):
         # With fresh weights, which the first published version replaces.
-        policy: EnginePolicy = spec.policy.var.build(_no_learning)
+        policy: EnginePolicy = spec.policy.var.build()
         policy.set_training_mode(False)
     collector = _start_games(factory, spec, seeds, policy, stopwatch)
     connection.send(Ready())

@@ -27,7 +27,6 @@ CONFIG = "cifar_mlp.yaml"
 HELD_OUT_EVERY = 5
 """With --validate, one of so many training images is measured on."""
 
-
 READINGS = {"pixels": "standardised by channel", "augmentation": "none"}
 
 TABLE_4: Mapping[tuple[str, int], Mapping[str, float]] = {
@@ -110,9 +109,8 @@ def plans(session: Session) -> list[Plan]:
         ValueError: for recipes of other tasks, and a number of classes that is not clear.
     """
     flags = session.flags
-    named = any(name in flags for name in ("config", "variant", "layer"))
     wanted = session.plans(CONFIG)
-    if not named:  # to the plain network options of coded layers mean nothing
+    if not session.names_recipes:  # to the plain network options of coded layers mean nothing
         wanted = [*session.plans(CONFIG, layer=["linear"], layer_options=None), *wanted]
     for plan in wanted:
         if plan.recipe.task != "cifar":
