@@ -5,9 +5,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import psutil
 import pytest
+import torch
+
+import agents.a3c
 
 SECONDS = 90
 """No test waits longer than this, whatever hangs."""
@@ -64,3 +68,18 @@ def nothing_left_behind(watchdog: None) -> Iterator[None]:
     yield
     assert wait_until(lambda: not living_children(), 5.0), living_children()
     assert shared_memory_of({os.getpid()}) == []
+
+
+@pytest.fixture
+def log_rhos(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """For every update, what the learner takes for log p(a) minus what was recorded of it."""
+    found: list[torch.Tensor] = []
+    loss = agents.a3c.actor_critic_loss
+
+    def watched(policy: Any, batch: Any, objective: Any) -> Any:
+        result = loss(policy, batch, objective)
+        found.append(result.evaluation.log_prob.detach() - batch.log_prob)
+        return result
+
+    monkeypatch.setattr(agents.a3c, "actor_critic_loss", watched)
+    return found

@@ -39,7 +39,6 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-import agents.a3c
 from agents import A3C
 from tests.agents.environments import Ticking, TickingFactory, Trouble
 
@@ -128,21 +127,6 @@ def state_dict(model: A3C) -> dict[str, torch.Tensor]:
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture
-def log_rhos(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """For every update, what the learner takes for log p(a) minus what was recorded of it."""
-    found: list[torch.Tensor] = []
-    loss = agents.a3c.actor_critic_loss
-
-    def watched(policy: Any, batch: Any, objective: Any) -> Any:
-        result = loss(policy, batch, objective)
-        found.append(result.evaluation.log_prob.detach() - batch.log_prob)
-        return result
-
-    monkeypatch.setattr(agents.a3c, "actor_critic_loss", watched)
-    return found
 
 
 # Policies, spaces, networks.

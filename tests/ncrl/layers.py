@@ -116,15 +116,19 @@ def reference_output(layer: nn.Module, case: Case, x: Tensor) -> Tensor:
 
 
 def assert_gradients_equal_those_of(
-    reference: Callable[[dict[str, Tensor], Tensor], Tensor], layer: nn.Module, x: Tensor
+    reference: Callable[[dict[str, Tensor], Tensor], Tensor],
+    layer: nn.Module,
+    x: Tensor,
+    *,
+    some_idle: bool = False,
 ) -> None:
     """Of every parameter and of x, for a random loss.
 
     Args:
-        reference: outputs from parameters by name and inputs. A parameter that it does not use gets
-            no gradient, or one of zeros.
+        reference: outputs from parameters by name and inputs.
         layer: what is tested.
         x: inputs.
+        some_idle: as for `assert_same_gradients`.
     """
     x = x.detach().clone().requires_grad_()
     y = layer(x)
@@ -134,13 +138,25 @@ def assert_gradients_equal_those_of(
     reference(state, reference_x).mul(target).sum().backward()
     assert x.grad is not None and reference_x.grad is not None
     assert relative_error(x.grad, reference_x.grad) < 1e-9
+    assert_same_gradients(layer, state, some_idle=some_idle)
+
+
+def assert_same_gradients(
+    layer: nn.Module, state: dict[str, Tensor], *, some_idle: bool = False
+) -> None:
+    """Of every parameter, and of the reference's copies of them.
+
+    With `some_idle`, a parameter that the reference does not use has no gradient or one of zeros;
+    else there must be none such.
+    """
     for name, parameter in layer.named_parameters():
         expected = state[name].grad
-        if expected is None:
+        if expected is None and some_idle:
             assert not touched(parameter), name
-        else:
-            assert parameter.grad is not None, name
-            assert relative_error(parameter.grad, expected) < 1e-9, name
+            continue
+        assert parameter.grad is not None, name
+        assert expected is not None, name
+        assert relative_error(parameter.grad, expected) < 1e-9, name
 
 
 def touched(parameter: Tensor) -> bool:

@@ -15,6 +15,7 @@ from ncrl.tasks.data import Images, load_digits
 from ncrl.tasks.recipes import CONFIGS, Recipe, read_recipe
 from ncrl.tasks.results import Result, read_results
 from tests.ncrl.tasks import files
+from tests.ncrl.tasks.refusals import assert_refused
 
 SMALL = ["--network-options", "hidden=[16,8]", "--batch-size", "128", "--device", "cpu"]
 
@@ -138,12 +139,7 @@ REFUSED = [
 def test_what_makes_no_sense_is_one_line(
     tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--logdir", str(tmp_path)])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert not list(tmp_path.rglob("result.json"))
+    assert_refused(main, words, message, tmp_path, capsys)
 
 
 def test_cifar_100_is_read_and_trained_on(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 import shutil
 import tarfile
@@ -16,7 +17,9 @@ import torch
 from ncrl.tasks.data import Images, cache_folder, load_cifar, load_digits, load_mnist
 from tests.ncrl.tasks import files
 
-SHARED = Path("/work/shared/datasets")
+ROOT = Path(__file__).resolve().parents[3]
+SHARED = Path(os.environ.get("NCRL_DATA", ROOT.parent / "shared" / "datasets"))
+"""Real data, where there is any: beside the checkout unless NCRL_DATA says otherwise."""
 
 
 @pytest.fixture(autouse=True)
