@@ -69,17 +69,48 @@ ENCODERS = {"a3c": a3c_encoder, "nature": nature_encoder, "paper": paper_encoder
 linear layer its width."""
 
 
+class MeanImage(nn.Module):
+    """Subtracts the mean of all images that it has been shown, pixel by pixel.
+
+    Args:
+        shape: of an image, (channels, height, width).
+    """
+
+    mean: Tensor
+    """[channels, height, width], zero before the first image."""
+
+    num_images: Tensor
+    """Images behind the mean, a scalar."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("num_images", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def watch(self, images: Tensor) -> None:
+        """Take images [B, channels, height, width] into the mean."""
+        self.num_images += len(images)
+        self.mean.lerp_(images.mean(0), len(images) / self.num_images.to(self.mean.dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, height, width] -> the same shape."""
+        return images - self.mean
+
+
 class AtariEncoder(BaseFeaturesExtractor):
     """An SB3 features extractor over one of `ENCODERS`.
 
     Args:
         observation_space: images, channel first.
         encoder: `a3c`, `nature` or `paper`.
-        standardize: subtract each image's mean and divide by its standard deviation, and do the
-            same to its features; nothing of this is learned. Most of a frame is background, which
-            otherwise makes up nearly all of every feature: on Pong the LSTM's output then varies by
-            2.5 % of its size from frame to frame. Features that are left as they are grow within
-            thousands of updates until they saturate the LSTM for good.
+        standardize: subtract the mean of all images so far (`watch`), then divide what is left of
+            each image by its standard deviation, and do the same to its features; no gradient
+            learns any of this. Most of a frame never changes, and would make up nearly all of every
+            feature: on Breakout, where the ball is two pixels, features then vary by 1 % of their
+            size from frame to frame and the critic learns nothing in a million frames. Features
+            that are left as they are grow within thousands of updates until they saturate the LSTM
+            for good.
         features_dim: width of the last layer of `a3c` (256) or `nature` (512).
 
     Raises:
@@ -116,16 +147,26 @@ class AtariEncoder(BaseFeaturesExtractor):
             ) from error
         super().__init__(observation_space, features)
         self.network = network
-        self.standardize = standardize
+        self.background = MeanImage(observation_space.shape) if standardize else None
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] of numbers in [0, 1] -> [B, features]."""
-        if self.standardize:
-            images = F.layer_norm(images, images.shape[1:], eps=CONTRAST_FLOOR)
-        features: Tensor = self.network(images)
-        if self.standardize:
-            features = F.layer_norm(features, features.shape[1:], eps=CONTRAST_FLOOR)
-        return features
+        if self.background is None:
+            features: Tensor = self.network(images)
+            return features
+        moving = self.background(images)
+        moving = F.layer_norm(moving, moving.shape[1:], eps=CONTRAST_FLOOR)
+        features = self.network(moving)
+        return F.layer_norm(features, features.shape[1:], eps=CONTRAST_FLOOR)
+
+    def watch(self, images: Tensor) -> None:
+        """Take images as `forward` gets them into the mean of all, where it is subtracted.
+
+        Whoever trains calls this with what it has trained on: `EnginePolicy.watch`. Acting never
+        does.
+        """
+        if self.background is not None:
+            self.background.watch(images)
 
 
 class VectorEncoder(BaseFeaturesExtractor):

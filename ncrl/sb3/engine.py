@@ -16,10 +16,11 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
-from ncrl.networks import LstmState
+from ncrl.networks import AtariEncoder, LstmState
 from ncrl.settings import suggest
 
 
@@ -107,6 +108,27 @@ class EnginePolicy(ActorCriticPolicy):
         else:
             actor = critic = features
         return Latent(actor, critic).map(lambda x: x.view(*leading, -1))
+
+    def watch(self, obs: PyTorchObs) -> None:
+        """Show observations [B, ...] that were trained on to the encoders that keep a mean of them.
+
+        A3C calls this once for every batch of rollouts.
+        """
+        encoders = [part for part in self.modules() if isinstance(part, AtariEncoder)]
+        if encoders:
+            images = preprocess_obs(obs, self.observation_space, self.normalize_images)
+            assert isinstance(images, Tensor)  # an AtariEncoder reads no dicts
+            for encoder in encoders:
+                encoder.watch(images)
+
+    def watch_in_training(self, obs: PyTorchObs) -> None:
+        """`watch`, if a gradient is wanted in training mode.
+
+        A2C, PPO and RecurrentPPO do not know `watch`, but what they train on goes through
+        `evaluate_actions`, which calls this when it has done its work.
+        """
+        if self.training and torch.is_grad_enabled():
+            self.watch(obs)
 
     def encode(
         self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor

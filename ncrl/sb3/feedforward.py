@@ -24,7 +24,9 @@ class FeedForwardPolicy(EnginePolicy, ChosenHeads):
 
         A gradient through the log-probabilities brings along that of the heads' own losses.
         """
-        return super().evaluate_actions(obs, actions)
+        evaluation = super().evaluate_actions(obs, actions)
+        self.watch_in_training(obs)
+        return evaluation
 
 
 class MlpPolicy(FeedForwardPolicy, ActorCriticPolicy):

@@ -171,6 +171,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         """
         latent, _ = self._latent(obs, lstm_states, episode_starts)
         distribution = self.distribution(latent)
+        self.watch_in_training(obs)
         return self.values(latent), distribution.log_prob(actions), distribution.entropy()
 
     def predict_values(  # type: ignore[override]

@@ -1,5 +1,6 @@
 """`ncrl.networks`: the LSTM over whole rollouts against a loop, and the encoders' sizes."""
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -8,7 +9,14 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ncrl.networks import CONTRAST_FLOOR, ENCODERS, AtariEncoder, run_one_step, unroll_lstm
+from ncrl.networks import (
+    CONTRAST_FLOOR,
+    ENCODERS,
+    AtariEncoder,
+    MeanImage,
+    run_one_step,
+    unroll_lstm,
+)
 from ncrl.sb3 import CnnLstmPolicy, NeurocoderCnnLstmPolicy
 from tests.reference import lstm_over_time_reference
 
@@ -249,7 +257,52 @@ def test_the_size_of_features_does_not_reach_the_lstm(encoder_name: str) -> None
     assert (empty == 0).all()
 
 
+def test_the_mean_image_is_that_of_all_images_shown() -> None:
+    batches = [torch.rand(size, 2, 3, 4) for size in (5, 1, 8)]
+    background = MeanImage((2, 3, 4))
+    assert torch.equal(background(batches[0]), batches[0])  # nothing to subtract before the first
+    for batch in batches:
+        background.watch(batch)
+    everything = torch.cat(batches)
+    assert background.num_images == 14
+    torch.testing.assert_close(background.mean, everything.mean(0))
+    torch.testing.assert_close(background(everything), everything - everything.mean(0))
+
+
+@pytest.mark.parametrize("encoder_name", ENCODERS)
+def test_what_never_changes_in_a_picture_does_not_reach_the_features(encoder_name: str) -> None:
+    encoder = AtariEncoder(images(1, 84, 84), encoder_name)
+    other = copy.deepcopy(encoder)
+    frames = 0.5 * torch.rand(6, 1, 84, 84)
+    scenery = 0.5 * torch.rand(1, 84, 84)
+    encoder.watch(frames)
+    other.watch(frames + scenery)
+    with torch.no_grad():
+        features, with_scenery = encoder(frames), other(frames + scenery)
+    torch.testing.assert_close(with_scenery, features, rtol=0, atol=1e-3)
+
+
+def test_a_dot_before_bright_bricks_is_seen() -> None:
+    """Where it is makes up a large part of the features, as on Breakout it has to."""
+    torch.manual_seed(0)
+    encoder = AtariEncoder(images(1, 84, 84))
+    frames = torch.zeros(40, 1, 84, 84)
+    frames[:, :, 20:35] = 0.6
+    for frame, (row, column) in zip(frames, torch.randint(40, 84, (40, 2)).tolist(), strict=True):
+        frame[0, row, column] = 0.4
+    with torch.no_grad():
+        assert variation(encoder.network(frames)) < 0.05  # the test would show it otherwise
+        encoder.watch(frames)
+        assert variation(encoder(frames)) > 0.3
+
+
+def variation(features: Tensor) -> float:
+    """How much features [B, width] differ from their mean, beside their size."""
+    return float((features - features.mean(0)).norm() / features.norm())
+
+
 def test_encoders_leave_images_and_features_alone_on_request() -> None:
     encoder = AtariEncoder(images(1, 84, 84), standardize=False)
     frames = torch.rand(3, 1, 84, 84)
+    encoder.watch(frames)
     assert torch.equal(encoder(frames), encoder.network(frames))
