@@ -573,8 +573,8 @@ class A3C(OnPolicyAlgorithm):
         num_parts = self.n_envs // self.envs_per_update
         for part in split_envs(self._batch, num_parts):
             self._update(part)
-        # Not before: the actions were chosen under the mean as it was.
-        self.policy.watch(map_obs(lambda x: x.flatten(0, 1), self._batch.obs))
+        # Not before: the actions were chosen under the mean as it was. The last row comes again.
+        self.policy.watch(map_obs(lambda x: x[:-1].flatten(0, 1), self._batch.obs))
 
     def _update(self, batch: Rollout) -> None:
         """One step of the optimiser."""

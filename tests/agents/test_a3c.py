@@ -616,7 +616,39 @@ def test_equal_weights_give_equal_log_probabilities(
     """Whatever a worker does differently from the learner would show as log rho."""
     n_workers = 2 if policy == "NeurocoderMlpLstmPolicy" else 1
     model = make_model(env, policy, n_workers=n_workers, n_envs=4, learning_rate=0.0)
+    model.policy.watch = lambda obs: None  # type: ignore[method-assign]  # no new mean image
     model.learn(4 * (5 * 8 + 3))
     assert len(log_rhos) == 9 and log_rhos[-1].shape == (3, 4)
     for update, log_rho in enumerate(log_rhos):
         assert log_rho.abs().max() < 1e-5, f"update {update}"
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_the_mean_image_is_that_of_the_frames_trained_on(n_workers: int) -> None:
+    model = make_model(light(), "CnnLstmPolicy", n_workers=n_workers, n_envs=2)
+    shown: list[torch.Tensor] = []
+    watch = model.policy.watch
+
+    def record(obs: torch.Tensor) -> None:
+        shown.append(obs.clone())
+        watch(obs)
+
+    model.policy.watch = record  # type: ignore[method-assign]
+    model.learn(2 * (5 * 4 + 3))
+    background = model.policy.features_extractor.background
+    frames = torch.cat(shown)
+    assert background.num_images == len(frames) == model.num_timesteps == 46
+    torch.testing.assert_close(background.mean, frames.float().mean(0) / 255)
+
+
+def test_workers_play_with_the_mean_image(log_rhos: list[torch.Tensor]) -> None:
+    """Without it, what they do would never come close to what the learner makes of it."""
+    policy_kwargs = {"lstm_hidden_size": 16}
+    model = make_model(
+        light(), "CnnLstmPolicy", policy_kwargs, n_workers=1, n_envs=2, learning_rate=0.0
+    )
+    with torch.no_grad():
+        model.policy.action_net.weight.normal_()
+    model.learn(2 * 5 * 60)
+    first, last = (rho.abs().max() for rho in (torch.cat(log_rhos[1:8]), torch.cat(log_rhos[-8:])))
+    assert last < 0.05 < 0.2 < first
