@@ -40,10 +40,12 @@ def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1).mean()
     uniform = torch.tensor(max(layer.config.num_slots, 2)).log()
     floor = layer.memory.orthogonality_floor()
+    # From everywhere in the batch: inputs that follow each other may be alike.
+    few = x[torch.linspace(0, len(x) - 1, min(len(x), RANK_SAMPLES)).long()]
     return LayerReport(
         attention_entropy=float(entropy / uniform),
         max_attention=float(weights.max()),
-        effective_rank=float(participation_ratio(layer.active_program(x[:RANK_SAMPLES])).mean()),
+        effective_rank=float(participation_ratio(layer.active_program(few)).mean()),
         orthogonality=float(layer.memory.orthogonality()) - floor,
         slot_usage=shares.mean(dim=(0, 1, 2)),
     )

@@ -39,6 +39,8 @@ def make_layer(name: str, in_features: int, out_features: int, **options: Any) -
     """
     if name not in LAYERS:
         raise ValueError(f"unknown layer {name!r}; {suggest(name, LAYERS)}")
+    if not isinstance(bias := options.get("bias", True), bool):
+        raise ValueError(f"bias must be True or False, got {bias!r}")
     try:
         return LAYERS[name](in_features, out_features, **options)
     except TypeError as error:

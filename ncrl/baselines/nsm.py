@@ -107,18 +107,19 @@ class NSMLinear(LinearSeat):
 
     def attend(self, x: Tensor) -> Tensor:
         """Weights of the slots behind `forward(x)`: [..., in] -> [..., p], summing to 1."""
-        return self._attend(self._flatten(x)).reshape(*x.shape[:-1], self.num_slots)
+        keys, _, _ = self._parts()
+        return self._attend(self._flatten(x), keys).reshape(*x.shape[:-1], self.num_slots)
 
     def program(self, x: Tensor) -> Tensor:
         """The weight matrix W for x [..., in]: [..., in, out]. Costly; for inspection."""
-        weights, _ = self._programs()
-        return torch.einsum("...p,pio->...io", self.attend(x), weights)
+        _, programs, _ = self._parts()
+        return torch.einsum("...p,pio->...io", self.attend(x), programs)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, keys: Tensor) -> Tensor:
         """[B, in] -> [B, p], always in the parameters' own precision."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.memory.dtype)
-            keys = F.normalize(self.memory[:, : self.key_dim].tanh(), dim=1, eps=NORM_FLOOR)
+            keys = F.normalize(keys.tanh(), dim=1, eps=NORM_FLOOR)
             query = F.normalize(self.query(x).tanh(), dim=1, eps=NORM_FLOOR)  # [B, K]
             cosine = query @ keys.T  # [B, p]
             if self.cosine == "official":
@@ -126,19 +127,23 @@ class NSMLinear(LinearSeat):
             return (F.softplus(self.strength(x)) * cosine).softmax(1)
 
     def _transform(self, x: Tensor) -> Tensor:
-        attention = self._attend(x)  # [B, p]
-        programs, biases = self._programs()  # [p, in, out], [p, out]
+        keys, programs, biases = self._parts()
+        attention = self._attend(x, keys)  # [B, p]
         outputs = torch.matmul(x, programs)  # [p, B, out]
-        if biases is not None:
+        if self.bias:
             outputs = outputs + biases.unsqueeze(1).to(outputs.dtype)
         mixed = (attention.T.unsqueeze(2) * outputs).sum(0)  # [B, out]
         return mixed.to(outputs.dtype)
 
-    def _programs(self) -> tuple[Tensor, Tensor | None]:
-        """The stored weight matrices [p, in, out] and biases [p, out]."""
-        end = self.key_dim + self.in_features * self.out_features
-        weights = self.memory[:, self.key_dim : end].view(-1, self.in_features, self.out_features)
-        return weights, self.memory[:, end:] if self.bias else None
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The stored keys [p, K], weight matrices [p, in, out] and biases [p, out], or [p, 0].
+
+        Split at once: the gradient of every slice by itself would be as large as the memory.
+        """
+        shape = self.num_slots, self.in_features, self.out_features
+        sizes = [self.key_dim, self.in_features * self.out_features, self.bias * self.out_features]
+        keys, programs, biases = torch.split(self.memory, sizes, dim=1)
+        return keys, programs.view(shape), biases
 
     def _unused_sizes(self) -> dict[str, tuple[int, int]]:
         """Input and output widths of the Linear layers that only `official_count` has.

@@ -15,6 +15,9 @@ CHOICES = {
 }
 """The values that the named switches can take; the first is the default."""
 
+SWITCHES = ("learned_sharpness", "residual", "detach_usage", "frozen_controller")
+"""What is either on or off."""
+
 PAPER_ONLY = ("gate", "learned_sharpness", "detach_usage", "residual_rank", "memory_init")
 """Switches of the paper's equations that the authors' published layer has not got."""
 
@@ -109,6 +112,9 @@ class NeurocoderConfig:
             )
         if not (math.isfinite(self.sharpness) and self.sharpness > 0):
             raise ValueError(f"sharpness must be a positive number, got {self.sharpness}")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(

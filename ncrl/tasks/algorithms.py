@@ -97,8 +97,10 @@ class MultiAlgorithm(Experiment):
         details: dict[str, Any] = {}
         for n, test in self.test.items():
             details[f"errors_n{n}"] = bit_errors(self.model(test.inputs)[0], test)
-        few = self.test[TRAINED_TASKS].inputs[:, :REPORT_SEQUENCES]
-        layers = describe_layers(self.model, few)
+        test = self.test[TRAINED_TASKS]
+        goes_on = (test.task >= 0).flip(0).cummax(0).values.flip(0)  # an answer is still to come
+        inputs, counted = (part[:, :REPORT_SEQUENCES] for part in (test.inputs, goes_on))
+        layers = describe_layers(self.model, inputs, counted=counted.flatten())
         return {**details, "layers": layers} if layers else details
 
 
@@ -127,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figure."""
     rows = session.run(session.plans(CONFIG, default_variants=VARIANTS), MultiAlgorithm)
-    if session.figure is not None:
+    if session.figure is not None and rows:
         draw_figure(session.figure, rows, TRAINED_TASKS, TESTED_TASKS)
         say(f"drawn: {session.figure}")
     say(table(rows))

@@ -215,6 +215,7 @@ class Rotations(Experiment):
             "augmentation": "mirrored at random",
             "side": side,
             "precision": "bfloat16, torch's autocast",
+            **images.readings,
         }
         self.batch_size = recipe.batch_size
         self.per_epoch = len(images.train_images) // recipe.batch_size

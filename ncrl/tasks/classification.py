@@ -49,7 +49,7 @@ class Classification(Experiment):
         self.images, self.seed, self.measure = images, seed, measure
         self.data = images.name
         self.best = {measure: "max" if measure == "accuracy" else "min"}
-        self.readings = dict(readings or {})
+        self.readings = {**(readings or {}), **images.readings}
         self.batch_size = recipe.batch_size
         self.per_epoch = len(images.train_images) // recipe.batch_size
         if not self.per_epoch:
@@ -73,13 +73,14 @@ class Classification(Experiment):
     def _try_shapes(self) -> None:
         with torch.no_grad():
             self.model.eval()
-            try:
-                logits = self.model(self.images.train_images[:1])
-            except RuntimeError as error:
-                shape = list(self.images.train_images.shape[1:])
-                raise ValueError(
-                    f"the network does not take images of shape {shape}: {error}"
-                ) from error
+            for images in (self.images.train_images, self.images.test_images):
+                try:
+                    logits = self.model(images[:1])
+                except RuntimeError as error:
+                    shape = list(images.shape[1:])
+                    raise ValueError(
+                        f"the network does not take images of shape {shape}: {error}"
+                    ) from error
         if logits.shape[1] < self.images.num_classes:
             raise ValueError(
                 f"num_outputs={logits.shape[1]} is less than the {self.images.num_classes} classes "

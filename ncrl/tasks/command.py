@@ -24,7 +24,14 @@ import yaml
 from ncrl.files import write_atomically
 from ncrl.layers import LAYERS
 from ncrl.settings import add_flags, make_parser, nearest, parse, usage_error
-from ncrl.tasks.recipes import CONFIGS, Recipe, make_recipe, read_recipes, read_yaml
+from ncrl.tasks.recipes import (
+    CONFIGS,
+    Recipe,
+    build_network,
+    make_recipe,
+    read_recipes,
+    read_yaml,
+)
 from ncrl.tasks.results import Result
 from ncrl.tasks.training import (
     RECIPE_FILE,
@@ -85,10 +92,12 @@ class Session:
         data_dir: folder with data sets; None if none was named.
         download: whether data may be fetched.
         figure: file to draw to; None if none is wanted.
+        diverged: what is to be said of runs whose loss was not finite.
     """
 
     def __init__(self, task: str, flags: Mapping[str, Any]) -> None:
         self.task, self.flags = task, flags
+        self.diverged: list[str] = []
         self.seeds: list[int] = list(dict.fromkeys(flags.get("seeds", [0])))
         for seed in self.seeds:
             if not 0 <= seed <= LARGEST_SEED:
@@ -130,7 +139,8 @@ class Session:
         """Train every recipe with every seed, seed by seed, unless it is finished already.
 
         Runs that another process is at are left to it, and waited for at the end: the same command
-        started twice shares the work.
+        started twice shares the work. A run whose loss is not finite any more is said, kept in
+        `diverged`, and has no row; the command's exit code will tell.
 
         Returns:
             The rows, recipe by recipe.
@@ -138,22 +148,34 @@ class Session:
         Raises:
             ValueError: for a recipe that makes no sense with this task, and for files that cannot
                 be written or used.
-            NonFiniteError, Stopped: see `train`.
+            Stopped: see `train`.
         """
+        for plan in wanted:  # before hours go into the first of them
+            try:
+                with torch.device("meta"):
+                    build_network(plan.recipe)
+            except ValueError as error:
+                raise ValueError(f"{plan.name}: {error}") from error
         seeds = self.seeds if seeds is None else seeds
-        pending = [(plan, seed) for seed in seeds for plan in wanted]
+        pending = [(index, seed) for seed in seeds for index in range(len(wanted))]
         found: dict[tuple[int, int], Result] = {}
         patience = False
         while pending:
             elsewhere = []
-            for plan, seed in pending:
-                result = self._run_one(plan, seed, make, wait=patience)
+            for index, seed in pending:
+                try:
+                    result = self._run_one(wanted[index], seed, make, wait=patience)
+                except NonFiniteError as error:
+                    say(f"diverged: {error}", sys.stderr)
+                    self.diverged.append(str(error))
+                    continue
                 if result is None:
-                    elsewhere.append((plan, seed))
+                    elsewhere.append((index, seed))
                 else:
-                    found[wanted.index(plan), seed] = result
+                    found[index, seed] = result
             pending, patience = elsewhere, True
-        return [found[index, seed] for index in range(len(wanted)) for seed in seeds]
+        order = ((index, seed) for index in range(len(wanted)) for seed in seeds)
+        return [found[which] for which in order if which in found]
 
     def _run_one(self, plan: Plan, seed: int, make: Make, *, wait: bool) -> Result | None:
         """The row of one run; None if another process is at it."""
@@ -232,7 +254,10 @@ def run_command(
     """Parse, work, and turn what goes wrong into one line; returns the exit code."""
     flags = parse(parser, sys.argv[1:] if arguments is None else arguments)
     try:
-        work(Session(task, flags))
+        session = Session(task, flags)
+        work(session)
+        if session.diverged:
+            raise NonFiniteError(f"{len(session.diverged)} run(s) diverged, and have no row above")
     except ValueError as error:
         usage_error(parser.prog, str(error))
     except Stopped as stop:
@@ -363,6 +388,8 @@ def check_figure(path: Path) -> None:
     """Raise ValueError, before anything is trained, unless a figure can be written there."""
     if path.suffix not in FIGURE_SUFFIXES:
         raise ValueError(f"--figure must end in one of {', '.join(FIGURE_SUFFIXES)}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"--figure {path} is a folder")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"--figure {path}: its folder does not exist")
 

@@ -37,6 +37,9 @@ MNIST_SIDE = 28
 DIGITS_TEST_EVERY = 5
 """Of the embedded digits every fifth is kept for testing."""
 
+HELD_OUT = "held out and measured on"
+"""What the name of a data set says whose test images are not used."""
+
 FETCH_HINT = "--download fetches it from OpenML"
 
 
@@ -44,7 +47,7 @@ class Images(NamedTuple):
     """A data set of images, on the CPU; `to` moves it."""
 
     name: str
-    """What it is, for result rows; runs on data of another name are other runs."""
+    """What it is, for result rows; runs on data of another name or `mark` are other runs."""
 
     source: str
     """The same with where it comes from, for outputs."""
@@ -63,6 +66,14 @@ class Images(NamedTuple):
 
     num_classes: int
 
+    mark: str = ""
+    """A hash of all images and labels; empty for the embedded digits, which are always the same."""
+
+    @property
+    def readings(self) -> dict[str, str]:
+        """What tells this data set from another of the same name, for `Experiment.readings`."""
+        return {"images": self.mark} if self.mark else {}
+
     def to(self, device: torch.device | str) -> Images:
         """The same data set on a device."""
         return Images(
@@ -80,7 +91,7 @@ class Images(NamedTuple):
         if not 1 < every <= total:
             raise ValueError(f"cannot hold one of {every} out of {total:,} training images")
         held = torch.arange(total, device=self.train_labels.device) % every == every - 1
-        said = f", one of {every} training images held out and measured on"
+        said = f", one of {every} training images {HELD_OUT}"
         return self._replace(
             name=self.name + said,
             source=self.source + said,
@@ -188,8 +199,10 @@ def load_cifar(
             raise ValueError("there are 10 embedded digits; CIFAR-100 needs --data-dir")
         return load_digits(CIFAR_SIDE, channels=3)
     data = _find_cifar(folder, num_classes)
-    if data.train_images.shape[1:] != shape:
-        raise ValueError(f"{data.source}: images must be of shape {shape}, 3x32x32")
+    for part, images in (("training", data.train_images), ("test", data.test_images)):
+        if images.shape[1:] != shape:
+            found = "x".join(map(str, images.shape[1:]))
+            raise ValueError(f"{data.source}: {part} images must be 3x32x32, got {found}")
     return data
 
 
@@ -261,6 +274,9 @@ def _image_tree(
 
 
 def _images(name: str, place: object, train: Labelled, test: Labelled, num_classes: int) -> Images:
+    mark = hashlib.sha256()
+    for array in (*train, *test):
+        mark.update(np.ascontiguousarray(array).data)
     return Images(
         name,
         f"{name} ({place})",
@@ -269,6 +285,7 @@ def _images(name: str, place: object, train: Labelled, test: Labelled, num_class
         torch.from_numpy(test.images),
         torch.from_numpy(test.labels).long(),
         num_classes,
+        mark.hexdigest()[:16],
     )
 
 

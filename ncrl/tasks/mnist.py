@@ -155,13 +155,16 @@ def work(session: Session) -> None:
     if session.flags.get("validate"):
         data = data.held_out(HELD_OUT_EVERY)
     say(data.source)
+    for digit in range(data.num_classes):
+        if not (data.test_labels == digit).any():
+            raise ValueError(f"{data.source}: no test image shows a {digit}")
     images = data.standardised().to(session.device)
 
     def make(recipe: Recipe, seed: int, _device: torch.device) -> DigitClassifier:
         return DigitClassifier(recipe, images, seed)
 
     rows = session.run(wanted, make)
-    if session.figure is not None:
+    if session.figure is not None and rows:
         maps = session.run(variants(session, MAPS), make, seeds=session.seeds[:1])
         draw(session.figure, rows, maps, first_of_each(data))
         say(f"drawn: {session.figure}")
@@ -172,7 +175,7 @@ def plans(session: Session) -> list[Plan]:
     """The recipes that the flags name; without any, the linear classifier and every J."""
     named = session.names_recipes
     recipes = session.plans(CONFIG) if named else [linear(session), *variants(session, [BASE])]
-    steps = session.flags.get("num_steps", () if named else STEPS)
+    steps = dict.fromkeys(session.flags.get("num_steps", () if named else STEPS))
     if not steps:
         return recipes
     wanted: list[Plan] = []

@@ -170,6 +170,13 @@ class Polynomials(Experiment):
         self.model = build_network(recipe).to(device)
         if not isinstance(self.model, GruRegressor):
             raise ValueError(f"the network must be 'gru', got {recipe.network!r}")
+        sizes = {
+            "in_features": self.model.gru.input_size,
+            "num_outputs": self.model.output.out_features,
+        }
+        for (name, size), expected in zip(sizes.items(), (2, 1), strict=True):
+            if size != expected:
+                raise ValueError(f"{name} must be {expected}, got {size}")
         self.data = f"polynomials, {num_chunks} chunks, noise {noise:g}"
         self.readings = {
             "points": NUM_POINTS,
@@ -179,7 +186,7 @@ class Polynomials(Experiment):
             "coefficients": "U(-1, 1)",
             "noise": "standard deviation, part of inputs and targets",
         }
-        self.best = {"chunk_mse": "min"}
+        self.best = {chunk_error(noise): "min"}
         self.num_updates, self.evaluate_every = recipe.iterations, EVALUATE_EVERY
         self.seed, self.device, self.batch_size = seed, device, recipe.batch_size
         self.generate = partial(polynomials, num_chunks=num_chunks, noise=noise)
@@ -209,7 +216,7 @@ class Polynomials(Experiment):
             "chunk_mse": float(squared[self.inside].mean()),
             "raw_mse": float((squared * self.test.scale.square()).mean()),
         }
-        if self.noise:
+        if self.noise:  # no network can predict that
             clean = (predictions - self.test.clean).square()[self.inside]
             metrics["clean_chunk_mse"] = float(clean.mean())
         return metrics
@@ -221,6 +228,9 @@ class Polynomials(Experiment):
             "zero_mse": float(squared.mean()),
             "zero_chunk_mse": float(squared[self.inside].mean()),
         }
+        if self.noise:
+            clean = self.test.clean.square()[self.inside]
+            details["zero_clean_chunk_mse"] = float(clean.mean())
         attention = self.attention(self.test.inputs)
         if attention is not None:
             details["information"] = information(attention, self.chunk)
@@ -289,11 +299,23 @@ def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
     }
 
 
+def chunk_error(noise: float) -> str:
+    """The metric that says how well chunks are predicted. Noise cannot be, so where there is some,
+    predictions are held against what it was added to."""
+    return "clean_chunk_mse" if noise else "chunk_mse"
+
+
+def measured(row: Result) -> str:
+    """`chunk_error` of a row."""
+    return next(name for name in ("clean_chunk_mse", "chunk_mse") if name in row.curve[0])
+
+
 def updates_until(row: Result, share: float = SOLVED) -> float | None:
-    """Updates at the first evaluation whose `chunk_mse` is at most this share of that of predicting
-    zero; None if there is none."""
-    limit = share * row.details["zero_chunk_mse"]
-    reached = [point["update"] for point in row.curve if point["chunk_mse"] <= limit]
+    """Updates at the first evaluation whose `chunk_error` is at most this share of that of
+    predicting zero; None if there is none."""
+    error = measured(row)
+    limit = share * row.details[f"zero_{error}"]
+    reached = [point["update"] for point in row.curve if point[error] <= limit]
     return reached[0] if reached else None
 
 
@@ -324,14 +346,17 @@ def work(session: Session) -> None:
         return Polynomials(recipe, seed, device, num_chunks=chunks, noise=noise)
 
     rows = session.run(wanted, make)
-    if session.figure is not None:
+    if session.figure is not None and rows:
+        ended = {row.name for row in rows if row.seed == session.seeds[0]}
         coded = [plan for plan in wanted if plan.recipe.layer == "neurocoder"]
         examples = {}
         for plan in coded:
+            if plan.name not in ended:
+                continue
             experiment = session.experiment(plan, session.seeds[0], make)
             assert isinstance(experiment, Polynomials)
             examples[plan.name] = experiment.example()
-        draw_figure(session.figure, rows, examples)
+        draw_figure(session.figure, rows, examples, chunk_error(noise))
         say(f"drawn: {session.figure}")
     say(table(rows))
 
@@ -346,6 +371,7 @@ def named(plan: Plan, data: Mapping[str, float]) -> Plan:
 def table(rows: Sequence[Result]) -> str:
     """Errors, updates until chunks are predicted, and what the attention says of the chunk."""
     lines = []
+    error = measured(rows[0]) if rows else chunk_error(0)
     for name, group in by_name(rows).items():
         reached = [updates_until(row) for row in group]
         bits = [row.details["information"] for row in group if "information" in row.details]
@@ -355,13 +381,13 @@ def table(rows: Sequence[Result]) -> str:
                 name,
                 f"{group[0].parameters:,}",
                 " ".join(str(row.seed) for row in group),
-                *(summarise(group, metric) for metric in ("mse", "chunk_mse")),
+                *(summarise(group, metric) for metric in ("mse", error)),
                 " ".join("never" if value is None else f"{value:g}" for value in reached),
                 " ".join(f"{value['bits']:.2f} ({value['chance']:.2f})" for value in bits),
                 PAPER.get(variant),
             ]
         )
-    header = ["recipe", "parameters", "seeds", "mse", "chunk_mse", f"updates to {SOLVED:.0%}"]
+    header = ["recipe", "parameters", "seeds", "mse", error, f"updates to {SOLVED:.0%}"]
     return markdown([*header, "bits of chunk (chance)", "paper"], lines)
 
 

@@ -33,13 +33,16 @@ class Example(NamedTuple):
     """[T]."""
 
 
-def draw_figure(path: Path, rows: Sequence[Result], examples: Mapping[str, Example]) -> None:
+def draw_figure(
+    path: Path, rows: Sequence[Result], examples: Mapping[str, Example], metric: str
+) -> None:
     """Draw curves of all rows, and for every trained Neurocoder its attention on one sequence.
 
     Args:
         path: of the figure.
         rows: of all runs.
         examples: by the recipe's name.
+        metric: error inside chunks to draw, a metric of `Result.curve`.
 
     Raises:
         ValueError: if the figure cannot be written.
@@ -48,7 +51,7 @@ def draw_figure(path: Path, rows: Sequence[Result], examples: Mapping[str, Examp
     figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     curves = parts[0].subplots()
-    draw_curves(curves, rows, "chunk_mse")
+    draw_curves(curves, rows, metric)
     curves.set_yscale("log")
     curves.set_ylabel("squared error inside chunks")
     curves.legend(fontsize=7)

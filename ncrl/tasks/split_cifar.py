@@ -148,6 +148,7 @@ def work(session: Session) -> None:
         "backbone": f"{backbone.title}; {backbone.mark}",
         "image_side": backbone.side,
         "features": f"{'means of the four stages' if backbone.pooled else 'outputs'}, standardised",
+        **data.readings,
     }
 
     def make(recipe: Recipe, seed: int, _device: torch.device) -> SplitFeatures:
@@ -155,7 +156,7 @@ def work(session: Session) -> None:
         return SplitFeatures(recipe, tasks, features.name, seed, readings)
 
     rows = session.run(plans, make)
-    if session.figure is not None:
+    if session.figure is not None and rows:
         draw_accuracy(session.figure, rows)
         say(f"drawn: {session.figure}")
         if any("top_slots" in row.details for row in rows):
@@ -387,8 +388,7 @@ class SplitFeatures(SplitLearning):
         seed: int,
         readings: Mapping[str, Any],
     ) -> None:
-        super().__init__(recipe, tasks, data, seed)
-        self.readings = dict(readings)
+        super().__init__(recipe, tasks, data, seed, readings)
         self.coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
         self.watched = watched_updates(self.ends) if self.coded else {}
         self.top_slots = torch.full((len(tasks), SLOT_STEPS, len(self.coded)), -1)

@@ -30,10 +30,10 @@ from ncrl.tasks.continual.split import (
     split_tasks,
 )
 from ncrl.tasks.continual.tables import Cell, Column
-from ncrl.tasks.data import load_mnist
+from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import Result, read_results, results_table
-from ncrl.tasks.training import NonFiniteError, identity, say
+from ncrl.tasks.training import identity, say
 
 CONFIG = "split_mnist.yaml"
 
@@ -124,12 +124,12 @@ def work(session: Session, words: Sequence[str]) -> None:
     rows: list[Result] = []
     if "finished" in flags:
         for group, repeats in wanted:
-            rows += finished(session, group, data.name, seeds(session, repeats))
+            rows += finished(session, group, data, seeds(session, repeats))
     else:
         tasks = split_tasks(data.to(session.device))
         with helpers(words, jobs - 1):
             for group, repeats in wanted:
-                rows += run_all(session, group, tasks, data.name, seeds(session, repeats))
+                rows += run_all(session, group, tasks, data, seeds(session, repeats))
     if "tables" in flags:
         for number in chosen_tables(flags):
             say(f"\n{tables.table(number, rows)}")
@@ -149,39 +149,29 @@ def seeds(session: Session, repeats: int | None) -> list[int]:
 
 
 def run_all(
-    session: Session, wanted: Sequence[Plan], tasks: list[Task], data: str, seeds: Sequence[int]
+    session: Session, wanted: Sequence[Plan], tasks: list[Task], data: Images, seeds: Sequence[int]
 ) -> list[Result]:
-    """Rows of all plans and seeds; a run whose loss is not finite is said and left out."""
-    rows: list[Result] = []
-    current: list[Recipe] = []
+    """Rows of all plans and seeds that did not diverge."""
 
     def make(recipe: Recipe, seed: int, _device: torch.device) -> SplitLearning:
-        current[:] = [recipe]
         assert isinstance(recipe, ContinualRecipe)
-        return SplitLearning(recipe, tasks, data, seed)
+        return SplitLearning(recipe, tasks, data.name, seed, data.readings)
 
-    for seed in seeds:
-        left = list(wanted)
-        while left:
-            try:
-                rows += session.run(left, make, seeds=[seed])
-                break
-            except NonFiniteError as error:
-                say(f"diverged: {error}")
-                left = [plan for plan in left if plan.recipe is not current[0]]
-    return rows
+    return session.run(wanted, make, seeds=seeds)
 
 
 def finished(
-    session: Session, wanted: Sequence[Plan], data: str, seeds: Sequence[int]
+    session: Session, wanted: Sequence[Plan], data: Images, seeds: Sequence[int]
 ) -> list[Result]:
     """Rows of those plans and seeds that are there already."""
-    recipes = {plan.name: identity(plan.recipe, data) for plan in wanted}
+    recipes = {plan.name: identity(plan.recipe, data.name) for plan in wanted}
     same = {name: json.loads(json.dumps(what["recipe"])) for name, what in recipes.items()}
     return [
         row
         for row in read_results(session.logdir, "split_mnist")
-        if row.seed in seeds and row.data == data and row.recipe == same.get(row.name)
+        if row.seed in seeds
+        and (row.data, row.readings) == (data.name, data.readings)
+        and row.recipe == same.get(row.name)
     ]
 
 

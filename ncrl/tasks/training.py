@@ -462,18 +462,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def describe_layers(model: nn.Module, *inputs: Tensor) -> dict[str, dict[str, Any]]:
+def describe_layers(
+    model: nn.Module, *inputs: Tensor, counted: Tensor | None = None
+) -> dict[str, dict[str, Any]]:
     """What the Neurocoder layers of a model do with a batch, by the layer's name.
 
     See `ncrl.diagnostics.LayerReport`; beside the largest attention weight stands the largest one
     that the layer's sharpness allows.
+
+    Args:
+        model: called once.
+        inputs: that it is called with.
+        counted: which of a layer's inputs count, in the order in which they come, [T * B] bool for
+            a model that calls its layers T times on B inputs; all if None.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, NeurocoderLinear)}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen[name] = given[0].reshape(-1, given[0].shape[-1])
+            seen.setdefault(name, []).append(given[0].reshape(-1, given[0].shape[-1]))
 
         return hook
 
@@ -485,7 +493,10 @@ def describe_layers(model: nn.Module, *inputs: Tensor) -> dict[str, dict[str, An
         for handle in handles:
             handle.remove()
     reports = {}
-    for name, x in seen.items():
+    for name, calls in seen.items():
+        x = torch.cat(calls)
+        if counted is not None:
+            x = x[counted]
         report = describe(layers[name], x)._asdict()
         report["slot_usage"] = [round(share, 4) for share in report["slot_usage"].tolist()]
         config = layers[name].config

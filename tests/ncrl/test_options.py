@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ncrl import NeurocoderConfig, NeurocoderLinear, orthogonal_loss
-from ncrl.neurocoder.config import CHOICES, PAPER_ONLY
+from ncrl.neurocoder.config import CHOICES, PAPER_ONLY, SWITCHES
 from tests.ncrl.layers import Case, close, empty_layer, make_layer, parameters_of, random_input
 from tests.reference import neurocoder_reference, orthogonal_loss_reference
 
@@ -410,6 +410,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"residual_rank": -1}, ["residual_rank", "-1"]),
     ({"residual_rank": 1.5}, ["residual_rank", "1.5"]),
     ({"key_mode": "lk"}, ["key_mode", "lk", "official"]),
+    *[({name: "maybe"}, [name, "True or False", "maybe"]) for name in SWITCHES],
+    ({"residual": None}, ["residual", "True or False", "None"]),
     *[({name: "none-such"}, [name, "none-such", *choices]) for name, choices in CHOICES.items()],
 ]
 

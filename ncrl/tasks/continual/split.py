@@ -120,13 +120,22 @@ class SplitLearning(Experiment):
         tasks: on the device.
         data: name of the data set.
         seed: of the order of the images.
+        readings: see `Experiment`; at least `Images.readings` of the data set.
 
     Raises:
         ValueError: if the recipe does not fit the tasks.
     """
 
-    def __init__(self, recipe: ContinualRecipe, tasks: list[Task], data: str, seed: int) -> None:
+    def __init__(
+        self,
+        recipe: ContinualRecipe,
+        tasks: list[Task],
+        data: str,
+        seed: int,
+        readings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.recipe, self.tasks, self.data, self.seed = recipe, tasks, data, seed
+        self.readings = dict(readings or {})
         if recipe.epochs is None:
             raise ValueError("the recipe has to say how many epochs each task takes")
         device = tasks[0].images.device

@@ -101,6 +101,9 @@ class Ntm(nn.Module):
         require_positive("controller_size", controller_size)
         require_positive("num_rows", num_rows)
         require_positive("row_size", row_size)
+        for name, switch in {"tanh": tanh, "official_count": official_count}.items():
+            if not isinstance(switch, bool):
+                raise ValueError(f"{name} must be True or False, got {switch!r}")
         self.tanh = tanh
         self.controller = nn.LSTMCell(in_features + row_size, controller_size)
         self.hidden_start = nn.Parameter(0.05 * torch.randn(controller_size))

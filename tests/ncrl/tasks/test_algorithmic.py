@@ -4,12 +4,15 @@ import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ncrl.diagnostics import LayerReport, describe
 from ncrl.tasks import algorithms as command
+from ncrl.tasks import training
 from ncrl.tasks.algorithmic import TASKS, Algorithms, algorithms
 from ncrl.tasks.algorithms import bit_errors
 from ncrl.tasks.recipes import CONFIGS, read_recipe
@@ -241,3 +244,36 @@ def test_the_loss_is_the_cross_entropy_of_the_answers() -> None:
                     chance = 1 / (1 + math.exp(-float(logit.detach())))
                     losses.append(-math.log(chance if bit else 1 - chance))
     assert abs(float(experiment.loss(5)) - sum(losses) / len(losses)) < 1e-4
+
+
+def test_layers_are_described_until_the_last_answer_of_a_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = read_recipe(CONFIGS / "algorithms.yaml")
+    recipe = dataclasses.replace(recipe, network_options={"controller_size": 6, "num_rows": 5})
+    monkeypatch.setattr(command, "TEST_SEQUENCES", 3)
+    experiment = command.MultiAlgorithm(recipe, 1, torch.device("cpu"))
+    described: list[int] = []
+
+    def count(_layer: Any, x: Tensor) -> LayerReport:
+        described.append(len(x))
+        return describe(_layer, x)
+
+    monkeypatch.setattr(training, "describe", count)
+    with torch.no_grad():
+        experiment.report()
+    test = experiment.test[command.TRAINED_TASKS]
+    steps = sum(int((test.task[:, n] >= 0).nonzero()[-1]) + 1 for n in range(3))
+    assert described == [steps, steps] and steps < test.task.numel()
+
+
+@pytest.mark.parametrize("variant", ["linear", "base"])
+def test_the_loss_falls(
+    variant: str, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Towards what knowing the ends of answers gives, for lack of time for more."""
+    monkeypatch.setattr(command, "EVALUATE_EVERY", 5)
+    words = ["--variant", variant, "--iterations", "30", "--learning-rate", "0.01"]
+    assert command.main([*small, *words, "--batch-size", "4"]) == 0
+    (row,) = read_results(tmp_path / "runs")
+    assert row.curve[-1]["loss"] < 0.97 * row.curve[0]["loss"]

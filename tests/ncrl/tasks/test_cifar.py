@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -58,7 +61,7 @@ def test_a_small_densenet_takes_a_few_steps(tmp_path: Path, layer: str) -> None:
 
 def test_the_ablation_of_table_2_is_there() -> None:
     for variant, heads, residual, accuracy in (
-        ("", 3, True, 95.6),
+        ("", 3, True, 95.61),
         ("h1", 1, True, 88.9),
         ("h1_no_residual", 1, False, 77.4),
         ("h3_no_residual", 3, False, 80.8),
@@ -95,13 +98,19 @@ def test_the_papers_numbers_stand_beside_the_right_rows() -> None:
         ("cifar_lenet", ""): 78.92,
         ("cifar_lenet", "linear_cifar100"): 42.73,
         ("cifar_densenet", "moe"): 69.48,
-        ("cifar_densenet", "cifar100"): 79.3,
+        ("cifar_densenet", "cifar100"): 79.34,
     }
     for (file, variant), accuracy in expected.items():
         assert paper_accuracy(row_of(read_recipe(CONFIGS / f"{file}.yaml", variant))) == accuracy
     film = Recipe(task="cifar", network="lenet", layer="film")
     assert paper_accuracy(row_of(film)) is None
-    assert paper_accuracy(row_of(read_recipe(CONFIGS / "cifar_lenet.yaml"), "digits")) is None
+    lenet = read_recipe(CONFIGS / "cifar_lenet.yaml")
+    assert paper_accuracy(row_of(lenet, "digits")) is None
+    held_out = load_digits(32).held_out(5).name.replace("digits of scikit-learn", "CIFAR-10")
+    assert paper_accuracy(row_of(lenet, held_out)) is None
+    for change in ({"sharpness": 5}, {"num_steps": 1}, {"preset": "official"}):
+        other = dataclasses.replace(lenet, layer_options={**lenet.layer_options, **change})
+        assert paper_accuracy(row_of(other)) is None
 
 
 def plans_of(*words: str) -> dict[str, int]:
@@ -206,3 +215,14 @@ def test_accuracy_and_error_are_shares_of_the_test_images() -> None:
         assert found[measure] == pytest.approx(share if measure == "accuracy" else 100 - share)
         picked = logits.log_softmax(1)[torch.arange(len(logits)), images.test_labels]
         assert found["test_loss"] == pytest.approx(-float(picked.mean()), rel=1e-5)
+
+
+def test_test_images_of_another_size_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files.write_tree(tmp_path / "data")
+    for path in (tmp_path / "data" / "test").rglob("*.jpg"):
+        assert cv2.imwrite(str(path), np.zeros((28, 28, 3), np.uint8))
+    words = ["--data-dir", str(tmp_path / "data")]
+    message = "test images must be 3x32x32, got 3x28x28"
+    assert_refused(main, words, message, tmp_path / "runs", capsys)

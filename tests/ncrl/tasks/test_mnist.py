@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ncrl.tasks.mnist import (
 )
 from ncrl.tasks.models import Mlp, ProjectedLinear
 from ncrl.tasks.results import read_results
+from tests.ncrl.tasks import files
+from tests.ncrl.tasks.refusals import assert_refused
 
 
 def leaves(node: dict[str, Any], path: str = "") -> dict[str, list[int]]:
@@ -135,3 +138,32 @@ def test_paths_of_the_tree_are_the_patterns() -> None:
 
         check(tree, 0)
         assert len(leaves(tree)) == len({tuple(row) for row in patterns})
+
+
+def test_other_images_of_the_same_name_are_another_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--layer", "linear", "--epochs", "1", "--batch-size", "4", "--device", "cpu"]
+    words += ["--logdir", str(tmp_path / "runs"), "--data-dir"]
+    for place, count in (("one", 20), ("other", 24), ("copy", 20)):
+        files.write_mnist(tmp_path / place, count=count)
+        assert main([*words, str(tmp_path / place)]) == 0
+        assert ("finished before" in capsys.readouterr().out) is (place == "copy")
+    rows = read_results(tmp_path / "runs")
+    assert [row.data for row in rows] == ["MNIST", "MNIST"]
+    assert len({row.readings["images"] for row in rows}) == 2
+
+
+def test_the_same_number_of_steps_twice_is_one_run(tmp_path: Path) -> None:
+    words = ["--num-steps", "2", "2", "--layer", "neurocoder", "--iterations", "1"]
+    assert main([*words, "--device", "cpu", "--logdir", str(tmp_path)]) == 0
+    assert len(read_results(tmp_path)) == 1
+
+
+def test_test_images_must_show_every_digit(tmp_path: Path, capsys: Any) -> None:
+    files.write_mnist(tmp_path)
+    labels = np.arange(10, dtype=np.uint8) % 9
+    path = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(files.idx(labels)))
+    words = ["--data-dir", str(tmp_path)]
+    assert_refused(main, words, "no test image shows a 9", tmp_path / "runs", capsys)

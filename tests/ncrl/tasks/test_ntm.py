@@ -1,5 +1,6 @@
 """The Neural Turing machine against a slow, literal reading, and the parts of its addressing."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -163,3 +164,9 @@ def test_the_authors_unused_norms_are_counted_and_nothing_else() -> None:
     counted(torch.randn(2, 1, 10))[0].sum().backward()
     assert all(p.grad is None for p in unused)
     assert not any("unused" in name for name, _ in Ntm().named_parameters())
+
+
+@pytest.mark.parametrize("name", ["tanh", "official_count"])
+def test_switches_are_on_or_off(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 7"):
+        Ntm(2, 3, H, **{name: 7})

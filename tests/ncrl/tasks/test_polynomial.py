@@ -174,6 +174,15 @@ def test_updates_until_the_chunks_are_predicted() -> None:
     assert updates_until(row_of([5.0, 1.1])) is None
 
 
+def test_noise_is_not_what_predictions_are_held_against() -> None:
+    """No network predicts noise, whose square alone may be more than the limit."""
+    row = row_of([10.2, 9.5, 9.1])
+    curve = [{**point, "clean_chunk_mse": point["chunk_mse"] - 9} for point in row.curve]
+    details = {"zero_chunk_mse": 10.0 + 9.0, "zero_clean_chunk_mse": 10.0}
+    noisy = dataclasses.replace(row, curve=curve, details=details)
+    assert updates_until(noisy) == 200
+
+
 # The command
 
 SMALL = ("--iterations", "4", "--batch-size", "8", "--threads", "1", "--device", "cpu")
@@ -211,8 +220,11 @@ def test_the_command_writes_rows_table_and_figure(
         assert [point["update"] for point in row.curve] == [2, 4]
         assert {"mse", "chunk_mse", "raw_mse", "clean_chunk_mse"} <= set(row.metrics)
         assert ("information" in row.details) is (row.layer == "neurocoder")
-        assert row.details["zero_chunk_mse"] > 0
+        assert row.details["zero_chunk_mse"] > row.details["zero_clean_chunk_mse"] > 0
+        clean = [point["clean_chunk_mse"] for point in row.curve]
+        assert row.metrics["best_clean_chunk_mse"] == min(clean)
         assert f"| {row.name} |" in out
+    assert "| clean_chunk_mse |" in out
     assert figure.stat().st_size > 10_000
     again, out, _ = run([*small, "--noise", "0.3", "--variant", "j1"], capsys)
     assert again == 0 and "finished before" in out
@@ -241,6 +253,13 @@ def test_chunks_change_the_data_and_the_name(
         (["--layer", "neurocder"], "nearest: neurocoder"),
         (["--config", "mnist"], "the network must be 'gru', got 'projected_linear'"),
         (["--epochs", "3"], "does not say iterations"),
+        (["--network-options", "in_features=3"], "in_features must be 2, got 3"),
+        (["--network-options", "num_outputs=2"], "num_outputs must be 1, got 2"),
+        (
+            ["--variant", "base", "--layer-options", "residual=maybe"],
+            "residual must be True or False, got 'maybe'",
+        ),
+        (["--figure", "."], "--figure must end in one of"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -250,6 +269,28 @@ def test_bad_input_is_one_line_and_exit_code_2(
         small = small[2:]
     code, _, err = run([*small, *flags], capsys)
     assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_all_recipes_are_checked_before_the_first_is_trained(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--variant", "linear", "base", "--network-options", "hidden_size=0"]
+    figure = tmp_path / "folder.png"
+    figure.mkdir()
+    for flags, said in (
+        (options, "hidden_size must be an integer of at least 1, got 0"),
+        (["--variant", "linear", "--figure", str(figure)], f"{figure} is a folder"),
+    ):
+        code, _, err = run([*small, *flags], capsys)
+        assert code == 2 and said in err
+        assert not (tmp_path / "runs").exists()
+
+
+def test_the_loss_falls(small: list[str], tmp_path: Path) -> None:
+    words = ["--variant", "linear", "base", "--iterations", "60", "--learning-rate", "0.01"]
+    assert polynomial.main([*small, *words, "--noise", "0.1"]) == 0
+    for row in read_results(tmp_path / "runs"):
+        assert row.curve[-1]["loss"] < 0.8 * row.curve[0]["loss"]
 
 
 def test_batches_follow_from_seed_and_update_alone() -> None:

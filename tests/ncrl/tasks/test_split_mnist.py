@@ -170,8 +170,11 @@ def test_bad_input_ends_in_one_line(name: str, tmp_path: Path, capsys: Any) -> N
 
 def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, capsys: Any) -> None:
     words = ("--layer", "linear", "lowrank", "--method", "adam", "--learning-rate", "1e38")
-    assert main(small(tmp_path, *words)) == 0
-    assert capsys.readouterr().out.count("diverged: ") == 2
+    assert main(small(tmp_path, *words)) == 1
+    output = capsys.readouterr()
+    assert output.err.count("diverged: ") == 2
+    assert "2 run(s) diverged, and have no row above" in output.err
+    assert "| recipe |" in output.out
     assert not read_results(tmp_path)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ncrl.baselines import balance_loss, record_gates
+from ncrl.diagnostics import describe
 from ncrl.layers import make_layer
 from ncrl.neurocoder import orthogonal_loss
 from ncrl.tasks import training
@@ -343,6 +344,30 @@ def test_layers_are_described_by_name_and_left_as_they_were() -> None:
     assert reports["2"]["max_attention"] == pytest.approx(largest)
     assert reports["2"]["attention_bound"] == pytest.approx(math.e / (math.e + 4 / math.e))
     assert reports["0"]["max_attention"] <= reports["0"]["attention_bound"]
+
+
+def test_layers_are_described_on_all_their_calls_that_count() -> None:
+    torch.manual_seed(0)
+    layer = make_layer("neurocoder", 6, 6, num_slots=5, num_heads=2)
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return torch.stack([self.layer(x) for x in inputs])
+
+    x = torch.randn(4, 3, 6)  # [T, B, features]
+    counted = torch.arange(4)[:, None] < torch.tensor([1, 4, 2])
+    for keep in (None, counted):
+        used = x.flatten(0, 1) if keep is None else x[keep]
+        report = describe_layers(Loop(), x, counted=None if keep is None else keep.flatten())
+        with torch.no_grad():
+            largest = max(float(part.max()) for part in layer.attend(used))
+        assert report["layer"]["max_attention"] == pytest.approx(largest)
+        expected = describe(layer, used).attention_entropy
+        assert report["layer"]["attention_entropy"] == pytest.approx(expected)
 
 
 def test_the_bound_is_that_of_the_most_unequal_cosines() -> None:

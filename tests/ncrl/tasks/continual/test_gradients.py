@@ -162,7 +162,7 @@ def test_layers_whose_weights_depend_on_the_input() -> None:
     assert_same(gradient_sums(model, own_label_loss, x), loop(model, own_label_loss, x))
     weights = model.program(x)
     torch.testing.assert_close(
-        torch.einsum("bi,bio->bo", x, weights) + model.attend(x) @ model._programs()[1], model(x)
+        torch.einsum("bi,bio->bo", x, weights) + model.attend(x) @ model._parts()[2], model(x)
     )
     coded = NeurocoderLinear(IN, OUT, **NEUROCODER).double()
     assert_same(gradient_sums(coded, own_label_loss, x), loop(coded, own_label_loss, x))
