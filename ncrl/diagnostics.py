@@ -31,6 +31,9 @@ class LayerReport(NamedTuple):
     slot_usage: Tensor
     """Mean share of the attention that each slot receives, [P]."""
 
+    singular_values: Tensor
+    """Mean sigma_n of the active programs, [R]."""
+
 
 @torch.no_grad()
 def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
@@ -48,6 +51,7 @@ def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
         effective_rank=float(participation_ratio(layer.active_program(few)).mean()),
         orthogonality=float(layer.memory.orthogonality()) - floor,
         slot_usage=shares.mean(dim=(0, 1, 2)),
+        singular_values=layer.singular_values(x).mean(0),
     )
 
 

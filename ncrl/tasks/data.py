@@ -121,6 +121,8 @@ class Images(NamedTuple):
 def load_mnist(data_dir: str | Path | None = None, *, download: bool = False) -> Images:
     """MNIST, or what else comes in its four idx files (also .gz); the digits if no folder is named.
 
+    Files in the folder come before what could be fetched.
+
     Args:
         data_dir: folder that holds the files, or holds them in `mnist/` or `MNIST/raw/`; NCRL_DATA
             if None.
@@ -130,11 +132,10 @@ def load_mnist(data_dir: str | Path | None = None, *, download: bool = False) ->
         ValueError: naming the file and what is wrong with it, or where it was looked for.
     """
     folder = data_folder(data_dir)
-    if download:
-        return _fetch("mnist_784", "MNIST", folder, 60_000, (1, MNIST_SIDE, MNIST_SIDE))
-    if folder is None:
+    if folder is None and not download:
         return load_digits(MNIST_SIDE)
-    for place in (folder, folder / "mnist", folder / "MNIST" / "raw"):
+    places = [] if folder is None else [folder, folder / "mnist", folder / "MNIST" / "raw"]
+    for place in places:
         paths = [_idx_path(place, name) for name in IDX_FILES]
         found = [path for path in paths if path is not None]
         if not found:
@@ -146,6 +147,8 @@ def load_mnist(data_dir: str | Path | None = None, *, download: bool = False) ->
         if train.images.shape[1:] != test.images.shape[1:]:
             raise ValueError(f"{place}: training and test images differ in size")
         return _images("MNIST", place, train, test, 10)
+    if download:
+        return _fetch("mnist_784", "MNIST", folder, 60_000, (1, MNIST_SIDE, MNIST_SIDE))
     raise ValueError(
         f"no MNIST in {folder}: expected {IDX_FILES[0]}.gz and its three companions there, in "
         f"mnist/ or in MNIST/raw/; {FETCH_HINT}"
@@ -173,6 +176,8 @@ def load_cifar(
 ) -> Images:
     """CIFAR-10 or CIFAR-100; the embedded digits, as colour images, if no folder is named.
 
+    Files in the folder come before what could be fetched.
+
     Args:
         data_dir: folder that holds one of these, or NCRL_DATA if None: the unpacked python or
             binary version (`cifar-10-batches-py`, `cifar-100-binary`, ...), images as
@@ -187,18 +192,24 @@ def load_cifar(
         raise ValueError(f"CIFAR has 10 or 100 classes, got {num_classes}")
     folder = data_folder(data_dir)
     shape = 3, CIFAR_SIDE, CIFAR_SIDE
-    if download:
+    if folder is None and not download:
+        if num_classes == 100:
+            raise ValueError("there are 10 embedded digits; CIFAR-100 needs --data-dir")
+        return load_digits(CIFAR_SIDE, channels=3)
+    data = None if folder is None else _find_cifar(folder, num_classes)
+    if data is None and download:
         if num_classes == 100:
             raise ValueError(
                 "OpenML's CIFAR-100 has no split into training and test images; give --data-dir "
                 "with cifar-100-python or cifar-100-binary"
             )
         return _fetch("CIFAR_10", "CIFAR-10", folder, 50_000, shape)
-    if folder is None:
-        if num_classes == 100:
-            raise ValueError("there are 10 embedded digits; CIFAR-100 needs --data-dir")
-        return load_digits(CIFAR_SIDE, channels=3)
-    data = _find_cifar(folder, num_classes)
+    if data is None:
+        raise ValueError(
+            f"no CIFAR-{num_classes} in {folder}: expected {CIFAR_LAYOUTS[num_classes][0].folder}/,"
+            f" {CIFAR_LAYOUTS[num_classes][1].folder}/, train/<class>/*.jpg or "
+            f"cifar{num_classes}_jpeg.tar.xz; {FETCH_HINT}"
+        )
     for part, images in (("training", data.train_images), ("test", data.test_images)):
         if images.shape[1:] != shape:
             found = "x".join(map(str, images.shape[1:]))
@@ -206,7 +217,8 @@ def load_cifar(
     return data
 
 
-def _find_cifar(folder: Path, num_classes: int) -> Images:
+def _find_cifar(folder: Path, num_classes: int) -> Images | None:
+    """What is in a folder; None if nothing is."""
     name = f"CIFAR-{num_classes}"
     for layout in CIFAR_LAYOUTS[num_classes]:
         for place in (folder / layout.folder, folder):
@@ -223,11 +235,7 @@ def _find_cifar(folder: Path, num_classes: int) -> Images:
             return _image_tree(name + JPEG, place, tree, num_classes)
     for path in sorted(folder.glob(f"cifar{num_classes}_jpeg.tar*")):
         return _cached_archive(path, name, num_classes)
-    raise ValueError(
-        f"no {name} in {folder}: expected {CIFAR_LAYOUTS[num_classes][0].folder}/, "
-        f"{CIFAR_LAYOUTS[num_classes][1].folder}/, train/<class>/*.jpg or "
-        f"cifar{num_classes}_jpeg.tar.xz; {FETCH_HINT}"
-    )
+    return None
 
 
 class _Layout(NamedTuple):

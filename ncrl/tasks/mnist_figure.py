@@ -121,7 +121,7 @@ def _draw_maps(figure: Any, maps: Sequence[Result], images: Tensor) -> None:
         grid[0, digit].axis("off")
     for index, row in enumerate(maps):
         shown = row.details["maps"]
-        largest = float(np.max(shown["mean"]))
+        largest = float(np.max([shown["mean"], shown["example"]]))
         for offset, (kind, said) in enumerate((("example", "this image"), ("mean", "class mean"))):
             line = grid[1 + 2 * index + offset]
             for digit in range(len(images)):

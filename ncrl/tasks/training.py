@@ -468,7 +468,7 @@ def describe_layers(
     """What the Neurocoder layers of a model do with a batch, by the layer's name.
 
     See `ncrl.diagnostics.LayerReport`; beside the largest attention weight stands the largest one
-    that the layer's sharpness allows.
+    that the layer's sharpness allows, and beside the layer's parameters those of `nn.Linear`.
 
     Args:
         model: called once.
@@ -498,12 +498,20 @@ def describe_layers(
         if counted is not None:
             x = x[counted]
         report = describe(layers[name], x)._asdict()
-        report["slot_usage"] = [round(share, 4) for share in report["slot_usage"].tolist()]
+        for values in ("slot_usage", "singular_values"):
+            report[values] = [round(value, 4) for value in report[values].tolist()]
+        report["parameters"] = count_parameters(layers[name])
+        report["parameters_of_plain"] = count_parameters(_plain_layer(layers[name]))
         config = layers[name].config
         if config.preset == "paper" and not config.learned_sharpness:
             report["attention_bound"] = attention_bound(config.num_slots, config.sharpness)
         reports[name] = report
     return reports
+
+
+def _plain_layer(layer: NeurocoderLinear) -> nn.Linear:
+    has_bias = layer.bias is not None
+    return nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
 
 
 def attention_bound(num_slots: int, sharpness: float) -> float:

@@ -67,6 +67,12 @@ def test_report_equals_the_formulas(options: dict) -> None:
     assert report.effective_rank == pytest.approx(sum(ranks) / len(ranks), rel=1e-3)
     assert report.orthogonality == pytest.approx(distance - floor, rel=1e-4, abs=1e-4)
     assert report.slot_usage.tolist() == pytest.approx(usage, rel=1e-4)
+    amounts = [  # by input and component
+        [math.log1p(math.exp(float(row @ layer.memory.s[:, 0].detach()))) for row in weights]
+        for weights in layer.attend(x).s.detach()
+    ]
+    sigma = [sum(sum(row[n:]) for row in amounts) / len(amounts) for n in range(len(amounts[0]))]
+    assert report.singular_values.tolist() == pytest.approx(sigma, rel=1e-4)
 
 
 def test_rank_is_measured_on_inputs_from_everywhere_in_the_batch() -> None:

@@ -48,6 +48,14 @@ def test_all_four_layers_learn_and_are_drawn(
     assert figure.stat().st_size > 10_000
 
 
+def test_lenet_learns(tmp_path: Path) -> None:
+    words = ["--config", "cifar_lenet", "--layer", "linear", "neurocoder", "--epochs", "2"]
+    words += ["--learning-rate", "0.003", "--batch-size", "128", "--device", "cpu"]
+    assert main([*words, "--logdir", str(tmp_path)]) == 0
+    for row in read_results(tmp_path, "cifar"):
+        assert row.curve[-1]["loss"] < 0.95 * row.curve[0]["loss"]
+
+
 @pytest.mark.parametrize("layer", ["linear", "moe", "nsm", "neurocoder"])
 def test_a_small_densenet_takes_a_few_steps(tmp_path: Path, layer: str) -> None:
     words = ["--config", "cifar_densenet", "--layer", layer, "--network-options", "depth=7"]

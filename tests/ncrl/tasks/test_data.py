@@ -444,3 +444,14 @@ def test_the_real_mnist() -> None:
     ]
     mean = int(data.train_images.sum(dtype=torch.int64)) / data.train_images.numel() / 255
     assert mean == pytest.approx(0.1307, abs=1e-4)
+
+
+def test_files_at_hand_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("there is no need to")
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
+    files.write_mnist(tmp_path / "mnist")
+    files.write_cifar(tmp_path, "python", 10)
+    assert len(load_mnist(tmp_path, download=True).train_labels) == 20
+    assert len(load_cifar(tmp_path, download=True).train_labels) == 10

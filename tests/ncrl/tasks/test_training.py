@@ -344,6 +344,9 @@ def test_layers_are_described_by_name_and_left_as_they_were() -> None:
     assert reports["2"]["max_attention"] == pytest.approx(largest)
     assert reports["2"]["attention_bound"] == pytest.approx(math.e / (math.e + 4 / math.e))
     assert reports["0"]["max_attention"] <= reports["0"]["attention_bound"]
+    assert reports["0"]["parameters"] == sum(p.numel() for p in layers[0].parameters())
+    assert reports["0"]["parameters_of_plain"] == 6 * 6 + 6
+    assert len(reports["0"]["singular_values"]) == 2
 
 
 def test_layers_are_described_on_all_their_calls_that_count() -> None:
