@@ -43,8 +43,7 @@ def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1).mean()
     uniform = torch.tensor(max(layer.config.num_slots, 2)).log()
     floor = layer.memory.orthogonality_floor()
-    # From everywhere in the batch: inputs that follow each other may be alike.
-    few = x[torch.linspace(0, len(x) - 1, min(len(x), RANK_SAMPLES)).long()]
+    few = spread(x, RANK_SAMPLES)
     return LayerReport(
         attention_entropy=float(entropy / uniform),
         max_attention=float(weights.max()),
@@ -56,6 +55,19 @@ def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
 
 
 def participation_ratio(matrices: Tensor) -> Tensor:
-    """(sum s^2)^2 / sum s^4 over the singular values s of matrices [..., m, n]: [...], 1 to n."""
-    squares: Tensor = torch.linalg.svdvals(matrices.float()).square()
-    return squares.sum(-1).square() / squares.square().sum(-1).clamp_min(1e-30)
+    """(sum s^2)^2 / sum s^4 over the singular values s of matrices [..., m, n]: [...], 1 to n.
+
+    The sums are |W|^2 and |W W^T|^2 (Frobenius), so that no singular value has to be computed.
+    """
+    matrices = matrices.float()
+    if matrices.shape[-2] > matrices.shape[-1]:
+        matrices = matrices.mT
+    squares = matrices.square().sum((-2, -1))
+    fourth_powers: Tensor = (matrices @ matrices.mT).square().sum((-2, -1))
+    return squares.square() / fourth_powers.clamp_min(1e-30)
+
+
+def spread(x: Tensor, count: int) -> Tensor:
+    """At most `count` of inputs x [B, ...], from everywhere: those that follow each other may be
+    alike."""
+    return x[torch.linspace(0, len(x) - 1, min(len(x), count)).long()]

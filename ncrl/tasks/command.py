@@ -48,6 +48,9 @@ from ncrl.tasks.training import (
 
 EXIT_FAILED, EXIT_SIGINT = 1, 130
 
+DIVERGED_FILE = "diverged.txt"
+"""In the folder of a run whose loss was not finite: the same run would end there again."""
+
 LARGEST_SEED = 2**31 - 1
 
 OVERRIDES = (
@@ -186,10 +189,18 @@ class Session:
             if not is_ours:
                 return None
             result = run.result
+            diverged = run.folder / DIVERGED_FILE
             if result is None:
+                if diverged.is_file():
+                    said = diverged.read_text(encoding="utf-8")
+                    raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
                 what = identity(plan.recipe, experiment.data, experiment.readings)
                 write_atomically(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
-                result = train(run, experiment)
+                try:
+                    result = train(run, experiment)
+                except NonFiniteError as error:
+                    write_atomically(diverged, str(error).encode())
+                    raise
                 say(result.line())
             else:
                 say(f"{result.line()} (finished before, {run.folder})")

@@ -131,8 +131,15 @@ def work(session: Session, words: Sequence[str]) -> None:
             for group, repeats in wanted:
                 rows += run_all(session, group, tasks, data, seeds(session, repeats))
     if "tables" in flags:
+        names = {
+            plan.name: cell.name
+            for (group, _), (plans_of_group, _) in zip(groups, wanted, strict=True)
+            for cell, plan in zip(group, plans_of_group, strict=True)
+        }
+        changed = sorted({name.removeprefix(cell) for name, cell in names.items()} - {""})
+        rows_by_cell = [dataclasses.replace(row, name=names[row.name]) for row in rows]
         for number in chosen_tables(flags):
-            say(f"\n{tables.table(number, rows)}")
+            say(f"\n{tables.table(number, rows_by_cell, ','.join(changed))}")
     else:
         say(f"\n{results_table(rows, METRICS)}")
     if session.figure is not None and rows:
@@ -183,7 +190,10 @@ def helpers(words: Sequence[str], count: int) -> Iterator[None]:
         command += ["--threads", str(torch.get_num_threads())]
     nowhere = subprocess.DEVNULL
     # What a helper fails at stays to be done here, and fails here, too, where it is said.
-    processes = [subprocess.Popen(command, stdout=nowhere, stderr=nowhere) for _ in range(count)]
+    processes = [  # in sessions of their own: Ctrl-C reaches this process, which ends them below
+        subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
+        for _ in range(count)
+    ]
     try:
         yield
     finally:
@@ -235,7 +245,7 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
             residual = flags.get("residual", False)
             columns += [Column(layer, variant, residual=residual) for variant in variants]
         elif layer == "lowrank":
-            columns += [Column(layer, rank=rank) for rank in flags.get("rank", [1])]
+            columns += [Column(layer, rank=rank) for rank in dict.fromkeys(flags.get("rank", [1]))]
         else:
             columns.append(Column(layer))
     return [
@@ -255,8 +265,11 @@ def table_cells(flags: Mapping[str, Any]) -> list[tuple[list[Cell], int | None]]
     for name in ("scenario", "method", "layer", "variant", "residual", "sharpness", "rank"):
         if name in flags:
             raise ValueError(f"--{name} and --tables exclude each other: tables have every cell")
-    scenarios = dict.fromkeys(tables.SCENARIO[number] for number in chosen_tables(flags))
-    return [(tables.cells(scenario), tables.REPEATS[scenario]) for scenario in scenarios]
+    groups: dict[str, list[Cell]] = {}
+    for number in chosen_tables(flags):
+        wanted = groups.setdefault(tables.SCENARIO[number], [])
+        wanted += [cell for cell in tables.cells(number) if cell not in wanted]
+    return [(group, tables.REPEATS[scenario]) for scenario, group in groups.items()]
 
 
 def chosen_tables(flags: Mapping[str, Any]) -> list[int]:

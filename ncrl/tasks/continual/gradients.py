@@ -416,8 +416,9 @@ def _filled(node: Any) -> _Region | None:
     if not isinstance(node, fx.Node):
         return None
     if node.target == _aten.slice_backward.default:
-        _, sizes, dim, begin, end, step = node.args
-        return (dim, [range(begin, min(end, sizes[dim]))]) if step == 1 else None  # type: ignore[index,arg-type,type-var]
+        arguments: tuple[Any, ...] = node.args
+        _, sizes, dim, begin, end, step = arguments
+        return (dim, [range(sizes[dim])[begin:end]]) if step == 1 else None
     if node.target == _aten.add.Tensor and not node.kwargs:
         first, second = map(_filled, node.args)
         if first and second and first[0] == second[0]:

@@ -53,7 +53,11 @@ class Method:
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned, wherever its tensors are."""
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> Parameters:
+        """Tensors by the names of parameters, each where its parameter is."""
+        return {n: tensor.to(self.parameters[n].device) for n, tensor in tensors.items()}
 
 
 class Quadratic(Method):
@@ -89,7 +93,7 @@ class Quadratic(Method):
         return {"importance": self.importance, "anchor": self.anchor}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.importance, self.anchor = dict(state["importance"]), dict(state["anchor"])
+        self.importance, self.anchor = (self.placed(state[n]) for n in ("importance", "anchor"))
 
 
 class L2(Quadratic):
@@ -107,7 +111,8 @@ class SynapticIntelligence(Quadratic):
 
     omega sums -gradient * step, for the gradient of the loss without penalty, and at a task's end
     Omega grows by max(omega, 0) / (distance moved in the task^2 + damping). The clamp is ours: a
-    negative Omega would make the penalty unbounded below.
+    negative Omega would make the penalty unbounded below. Gradients must not be clipped: what the
+    penalty added to them is taken out again.
     """
 
     def __init__(self, model: nn.Module, coef: float) -> None:
@@ -147,7 +152,9 @@ class SynapticIntelligence(Quadratic):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.path, self.start, self.last = (dict(state[n]) for n in ("path", "start", "last"))
+        self.path, self.start, self.last = (
+            self.placed(state[n]) for n in ("path", "start", "last")
+        )
 
 
 class OnlineEwc(Quadratic):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ncrl.baselines import NSMLinear
 from ncrl.baselines.lowrank import LowRankLinear
-from ncrl.diagnostics import participation_ratio
+from ncrl.diagnostics import participation_ratio, spread
 from ncrl.neurocoder import NeurocoderLinear
 
 RANK_SAMPLES = 8
-"""Inputs whose weights are composed in full."""
+"""Inputs whose weights are composed in full, from everywhere in the batch."""
 
 
 def final_accuracy(accuracy: Tensor) -> float:
@@ -34,8 +34,8 @@ def learning_accuracy(accuracy: Tensor) -> float:
 
 
 def forgetting(accuracy: Tensor) -> float:
-    """Mean over all tasks but the last of how far each fell below its best (Chaudhry et al. 2018);
-    0 if there is one task."""
+    """Mean over all tasks but the last of how far each fell below the best that it had since it was
+    learnt; 0 if there is one task. (Chaudhry et al. 2018 count what it had before as well.)"""
     if len(accuracy) == 1:
         return 0.0
     falls = [accuracy[j:-1, j].max() - accuracy[-1, j] for j in range(len(accuracy) - 1)]
@@ -99,10 +99,10 @@ def _describer(name: str, report: dict[str, Weights]) -> Any:
 def _describe(layer: nn.Module, x: Tensor) -> Weights:
     attention = None
     if isinstance(layer, NeurocoderLinear):
-        matrices = layer.program(x[:RANK_SAMPLES])
+        matrices = layer.program(spread(x, RANK_SAMPLES))
         attention = max(float(weights.max()) for weights in layer.attend(x))
     elif isinstance(layer, NSMLinear):
-        matrices = layer.program(x[:RANK_SAMPLES])
+        matrices = layer.program(spread(x, RANK_SAMPLES))
         attention = float(layer.attend(x).max())
     elif isinstance(layer, LowRankLinear):
         matrices = layer.matrix()

@@ -145,6 +145,12 @@ class SplitLearning(Experiment):
             raise ValueError(
                 f"the {recipe.scenario} scenario needs network split_mlp with num_tasks={heads}"
             )
+        self._try_shapes()
+        if recipe.method == "si" and recipe.max_grad_norm is not None:
+            raise ValueError(
+                "method si reads gradients that must not be clipped, got "
+                f"max_grad_norm={recipe.max_grad_norm:g}"
+            )
         self.batch_size, self.epochs = recipe.batch_size, recipe.epochs
         self.per_epoch = [math.ceil(len(t.images) / recipe.batch_size) for t in tasks]
         self.ends = list(accumulate(self.epochs * count for count in self.per_epoch))
@@ -160,6 +166,18 @@ class SplitLearning(Experiment):
         self._sample_losses = [partial(own_label_loss, task=head) for head in range(heads)]
         self._order_of = (-1, -1)  # task and epoch
         self._order = torch.empty(0)
+
+    def _try_shapes(self) -> None:
+        images, labels = self.tasks[0][:2]
+        try:
+            with torch.no_grad():
+                logits = self.model(images[:1])
+        except (RuntimeError, ValueError) as error:
+            size = images[0].numel()
+            raise ValueError(f"the network does not take {size} numbers: {error}") from error
+        classes = int(labels.max()) + 1
+        if logits.shape[1] < classes:
+            raise ValueError(f"num_outputs must be at least {classes}, got {logits.shape[1]}")
 
     def orthogonality(self) -> Tensor:
         """The orthogonality loss with its coefficient, as the training loop adds it."""

@@ -59,9 +59,19 @@ COLUMNS = (
 rank whatever the input."""
 
 
-def cells(scenario: str) -> list[Cell]:
-    """All cells of a scenario, those that say most first."""
-    return [Cell(scenario, method, column) for column in COLUMNS for method in METHODS]
+MAIN_COLUMNS = COLUMNS[:5]
+"""Those of Table 1: without residual, and what explains them."""
+
+
+def columns(number: int) -> Sequence[Column]:
+    """Those of a table."""
+    return MAIN_COLUMNS if number == 1 else COLUMNS
+
+
+def cells(number: int) -> list[Cell]:
+    """All cells of a table, those that say most first."""
+    scenario = SCENARIO[number]
+    return [Cell(scenario, method, column) for column in columns(number) for method in METHODS]
 
 
 PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -118,30 +128,30 @@ def logged(scenario: str, method: str, column: str) -> str | None:
     return LOGGED.get(column, {}).get(method) if scenario == "domain" else None
 
 
-def table(number: int, rows: Sequence[Result]) -> str:
-    """One of the paper's tables as Markdown, with its heading.
+def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
+    """One of the paper's tables as Markdown, a line for every cell, with its heading.
 
     Args:
         number: 1, 6 or 7.
-        rows: of any scenarios, methods and columns.
+        rows: of any scenarios, methods and columns, under the names of their cells.
+        changed: what is not as in the tables' recipes, for the heading.
     """
     scenario = SCENARIO[number]
+    repeats = REPEATS[scenario]
     found = by_name(rows)
-    body = _short(scenario, found) if number == 1 else _long(scenario, found)
-    wanted = cells(scenario)
-    filled = sum(cell.name in found for cell in wanted)
-    complete = "" if filled == len(wanted) else f" ({filled} of {len(wanted)} cells so far)"
-    return f"Table {number}, incremental {scenario}{complete}\n\n{body}"
-
-
-def _long(scenario: str, found: Mapping[str, list[Result]]) -> str:
-    """A line for every cell."""
+    wanted = cells(number)
+    filled = sum(
+        set(range(repeats)) <= {row.seed for row in found.get(cell.name, ())} for cell in wanted
+    )
+    said = [changed.strip()] if changed else []
+    if filled < len(wanted):
+        said.append(f"{filled} of {len(wanted)} cells have all {repeats} seeds")
     lines = []
     for method in METHODS:
-        for column in COLUMNS:
+        for column in columns(number):
             name = column.name
             group = found.get(Cell(scenario, method, column).name)
-            ours = _measured(group) if group else [None] * 9
+            ours = _measured(group, repeats) if group else [None] * 9
             beside = printed(scenario, method, name), logged(scenario, method, name)
             hsu = printed(scenario, method, "hsu") if name == "mlp" else None
             lines.append([method, name, *ours, *beside, hsu])
@@ -149,13 +159,20 @@ def _long(scenario: str, found: Mapping[str, list[Result]]) -> str:
         *("method", "layer", "parameters", "accuracy", "seeds 0, 1, ...", "learn", "failed"),
         *("forgetting", "transfer", "rank", "attention", "paper", "authors' log", "Hsu"),
     )
-    return markdown(header, lines)
+    title = "; ".join([f"Table {number}, incremental {scenario}", *said])
+    return f"{title}\n\n{markdown(header, lines)}"
 
 
-def _measured(group: Sequence[Result]) -> list[str | None]:
+MISSING = "-"
+"""In place of the accuracy with a seed that has not been run, or diverged."""
+
+
+def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
     accuracy = summarise(group, "accuracy")
     assert accuracy is not None
-    values = " ".join(f"{row.metrics['accuracy']:.1f}" for row in group)
+    by_seed = {row.seed: f"{row.metrics['accuracy']:.1f}" for row in group}
+    seeds = range(max(repeats, max(by_seed) + 1))
+    values = " ".join(by_seed.get(seed, MISSING) for seed in seeds)
     failed = sum(row.metrics["failed_tasks"] > 0 for row in group)
     cells: list[str | None] = [f"{group[0].parameters:,}", short(accuracy), values]
     cells += [short(summarise(group, "learn")), f"{failed} of {len(group)}"]
@@ -164,29 +181,6 @@ def _measured(group: Sequence[Result]) -> list[str | None]:
         summary = summarise(group, name)
         cells.append(None if summary is None else f"{summary.mean:.{digits}f}")
     return cells
-
-
-def _short(scenario: str, found: Mapping[str, list[Result]]) -> str:
-    """A line for every method: MLP, Neurocoder and what explains it."""
-    lines = []
-    columns = [Column("linear"), Column("neurocoder", "official"), Column("neurocoder")]
-    controls = [Column("lowrank", rank=1), Column("lowrank", rank=50)]
-    for method in METHODS:
-        line: list[str | None] = [method]
-        for column in columns:
-            line.append(printed(scenario, method, column.name))
-            line.append(_accuracy(found, Cell(scenario, method, column)))
-        line += [_accuracy(found, Cell(scenario, method, column)) for column in controls]
-        lines.append(line)
-    header = ["method"]
-    for column in columns:
-        header += [f"{column.name}: printed", "ours"]
-    return markdown([*header, *(f"{column.name}, ours" for column in controls)], lines)
-
-
-def _accuracy(found: Mapping[str, list[Result]], cell: Cell) -> str | None:
-    group = found.get(cell.name)
-    return short(summarise(group, "accuracy")) if group else None
 
 
 def short(summary: Summary | None) -> str | None:

@@ -158,6 +158,12 @@ BAD_INPUT = {
     "table of": (["--tables", "--method", "ewc"], "--method and --tables exclude each other"),
     "coef": (["--penalty-coef", "-1"], "penalty_coef must lie in 0 .. inf, got -1.0"),
     "config": (["--config", "polynomial"], "unknown variant 'tuned' of"),
+    "clipped": (
+        ["--method", "si", "--max-grad-norm", "1"],
+        "must not be clipped, got max_grad_nor",
+    ),
+    "inputs": (["--network-options", "in_features=784"], "does not take 1024 numbers"),
+    "outputs": (["--network-options", "num_outputs=1"], "num_outputs must be at least 2, got 1"),
     "flag": (["--scenerio", "task"], "nearest: --scenario"),
     "folder": (["--data-dir", "/no/such/folder"], "/no/such/folder does not exist"),
 }
@@ -176,6 +182,34 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, capsys: An
     assert "2 run(s) diverged, and have no row above" in output.err
     assert "| recipe |" in output.out
     assert not read_results(tmp_path)
+
+
+def test_a_run_that_diverged_is_not_tried_again(tmp_path: Path, capsys: Any) -> None:
+    words = small(tmp_path, "--layer", "linear", "--method", "adam", "--learning-rate", "1e38")
+    assert main(words) == 1
+    (mark,) = tmp_path.rglob("diverged.txt")
+    when = mark.stat()
+    capsys.readouterr()
+    assert main(words) == 1
+    assert f"(found before; delete {mark} to try again)" in capsys.readouterr().err
+    assert mark.stat() == when
+
+
+def test_a_rank_that_is_named_twice_is_one_run(tmp_path: Path) -> None:
+    assert main(small(tmp_path, "--layer", "lowrank", "--rank", "1", "1")) == 0
+    assert len(read_results(tmp_path)) == 1
+
+
+def test_tables_with_other_settings_show_their_rows(tmp_path: Path, capsys: Any) -> None:
+    words = ["--method", "adam", "--layer", "linear", "--seeds", "0", "2"]
+    assert main(small(tmp_path, *words)) == 0
+    capsys.readouterr()
+    assert main(small(tmp_path, "--tables", "1", "--finished", "--seeds", "0", "2")) == 0
+    text = capsys.readouterr().out
+    values = " ".join(f"{row.metrics['accuracy']:.1f}" for row in read_results(tmp_path))
+    first, second = values.split()
+    assert "Table 1, incremental domain; epochs=1" in text
+    assert f"| {first} - {second} - - |" in text
 
 
 def test_processes_share_the_runs(tmp_path: Path) -> None:
@@ -230,26 +264,30 @@ def test_tables_hold_every_cell_beside_the_printed_number() -> None:
     cell = Cell("domain", "online-ewc", Column("neurocoder", "official"))
     rows = [
         made_up(cell, 0, 70.0, attention=0.025),
-        made_up(cell, 1, 74.0, attention=0.025, failed_tasks=2.0),
+        made_up(cell, 2, 74.0, attention=0.025, failed_tasks=2.0),
         made_up(Cell("task", "adam", Column("linear")), 0, 90.0),
     ]
     text = tables.table(7, rows)
-    assert text.startswith("Table 7, incremental domain (1 of 48 cells so far)\n")
+    assert text.startswith("Table 7, incremental domain; 0 of 48 cells have all 5 seeds\n")
     lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(lines) == 1 + len(METHODS) * len(COLUMNS)
     (line,) = (line for line in lines if line.startswith("| online-ewc | official |"))
     cells = [part.strip() for part in line.strip("|").split("|")]
-    assert cells[2:5] == ["1,234", "72.0±2.0", "70.0 74.0"]  # the population's deviation
+    assert cells[2:5] == ["1,234", "72.0±2.0", "70.0 - 74.0 - -"]  # the population's deviation
     assert "1 of 2" in cells and cells[-3:] == ["73.97±1.50", "71.79±2.04", ""]
     assert "| adam | mlp |  |" in text  # a cell of the other scenario does not fill this one
-    assert "| 90.0 | 90.0 | 99.0 |" in tables.table(6, rows)
-    short = tables.table(1, rows)
-    assert "| online-ewc | 57.78±1.84 |  | 73.97±1.50 | 72.0±2.0 | 73.97±1.50 |  |  |  |" in short
+    assert "| 90.0 | 90.0 - - | 99.0 |" in tables.table(6, rows)
+    short = tables.table(1, rows, " epochs=1")
+    assert short.startswith("Table 1, incremental domain; epochs=1; 0 of 30 cells have all 5 seeds")
+    assert line in short and "residual" not in short
+    whole = [made_up(cell, seed, 70.0) for seed in range(5)]
+    assert "; 1 of 48 cells have" in tables.table(7, whole)
 
 
 def test_every_cell_is_wanted_once_and_known_to_the_paper() -> None:
-    for scenario in ("domain", "task"):
-        wanted = tables.cells(scenario)
+    assert set(tables.cells(1)) <= set(tables.cells(7))
+    for number, scenario in ((7, "domain"), (6, "task")):
+        wanted = tables.cells(number)
         assert len(set(wanted)) == len(wanted) == len(METHODS) * len(COLUMNS)
         names = {cell.name for cell in wanted}
         assert len(names) == len(wanted)

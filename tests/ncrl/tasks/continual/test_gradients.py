@@ -126,6 +126,22 @@ def test_a_gradient_that_no_sample_changes_counts_for_each() -> None:
     assert_same(found, loop(model, loss, torch.zeros(5, 2)))
 
 
+@pytest.mark.parametrize("ends", [(-2, 2), (6, 2), (-1, -3), (99, -99)])
+def test_slices_of_a_weight_that_overlap(ends: tuple[int, int]) -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(OUT, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.weight[:, : ends[0]], self.weight[:, ends[1] :]
+            return x[:, : left.shape[1]] @ left.T + x[:, -right.shape[1] :] @ right.T
+
+    torch.manual_seed(0)
+    model, x = Sliced().double(), torch.randn(5, 8, dtype=torch.float64)
+    assert_same(gradient_sums(model, own_label_loss, x), loop(model, own_label_loss, x))
+
+
 def test_large_models_take_no_gradients_of_their_own_size() -> None:
     """256 gradients of this model would be 4 GB."""
     model = nn.Sequential(nn.Linear(2000, 2000, bias=False), nn.Linear(2000, 2, bias=False))

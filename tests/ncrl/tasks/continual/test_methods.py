@@ -230,6 +230,17 @@ def test_what_a_method_remembers_can_be_restored(name: str) -> None:
     torch.testing.assert_close(again.penalty(), method.penalty())
 
 
+@pytest.mark.parametrize("name", ["l2", "si", "ewc"])
+def test_restored_tensors_lie_where_the_parameters_are(name: str) -> None:
+    """As checkpoints are read to the CPU; the meta device stands in for a GPU."""
+    method = make_method(name, network(), COEF)
+    two_tasks(method)
+    elsewhere = make_method(name, network().to("meta"), COEF)
+    elsewhere.restore(method.state())
+    for tensors in elsewhere.state().values():
+        assert tensors and all(tensor.is_meta for tensor in tensors.values())
+
+
 def test_bad_names_and_coefficients_are_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'online-ewc'"):
         make_method("onlin-ewc", network(), 1.0)
