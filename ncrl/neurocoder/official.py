@@ -339,7 +339,8 @@ def scaled_cosine(queries: Tensor, keys: Tensor, sharpness: float) -> Tensor:
     query_norm = torch.linalg.vector_norm(queries, dim=1, keepdim=True) + EPSILON  # [3, 1, R B]
     key_norm = torch.linalg.vector_norm(keys, dim=2, keepdim=True) + EPSILON  # [3, P, 1]
     norms = torch.addcmul(keys.new_full((), EPSILON), key_dim * key_norm, query_norm)
-    return (product / norms).view(3, keys.shape[1], num_components, batch)
+    # Not a division, whose gradient divides three times over.
+    return (product * norms.reciprocal()).view(3, keys.shape[1], num_components, batch)
 
 
 def least_used_attention(usage: Tensor, num_least_used: int) -> Tensor:
