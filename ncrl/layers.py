@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ncrl.baselines import FiLMLinear, HyperNetLinear, MoELinear, NSMLinear
 from ncrl.neurocoder import NeurocoderLinear
+from ncrl.neurocoder.config import require_switch
 from ncrl.settings import suggest
 
 LayerFactory = Callable[..., nn.Module]
@@ -39,8 +40,7 @@ def make_layer(name: str, in_features: int, out_features: int, **options: Any) -
     """
     if name not in LAYERS:
         raise ValueError(f"unknown layer {name!r}; {suggest(name, LAYERS)}")
-    if not isinstance(bias := options.get("bias", True), bool):
-        raise ValueError(f"bias must be True or False, got {bias!r}")
+    require_switch("bias", options.get("bias", True))
     try:
         return LAYERS[name](in_features, out_features, **options)
     except TypeError as error:

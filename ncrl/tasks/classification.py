@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ncrl.tasks.data import Images
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import Experiment, describe_layers, draw
+from ncrl.tasks.training import Experiment, describe_layers, draw, try_network
 
 EVALUATION_BATCH = 1000
 """Images that are classified at a time."""
@@ -71,16 +71,10 @@ class Classification(Experiment):
         self._try_shapes()
 
     def _try_shapes(self) -> None:
-        with torch.no_grad():
-            self.model.eval()
-            for images in (self.images.train_images, self.images.test_images):
-                try:
-                    logits = self.model(images[:1])
-                except RuntimeError as error:
-                    shape = list(images.shape[1:])
-                    raise ValueError(
-                        f"the network does not take images of shape {shape}: {error}"
-                    ) from error
+        for images in (self.images.train_images, self.images.test_images):
+            logits = try_network(
+                self.model, images[:1], f"images of shape {list(images.shape[1:])}"
+            )
         if logits.shape[1] < self.images.num_classes:
             raise ValueError(
                 f"num_outputs={logits.shape[1]} is less than the {self.images.num_classes} classes "

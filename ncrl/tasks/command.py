@@ -27,8 +27,8 @@ from ncrl.settings import add_flags, make_parser, nearest, parse, usage_error
 from ncrl.tasks.recipes import (
     CONFIGS,
     Recipe,
-    build_network,
     make_recipe,
+    outline_network,
     read_recipes,
     read_yaml,
 )
@@ -95,12 +95,12 @@ class Session:
         data_dir: folder with data sets; None if none was named.
         download: whether data may be fetched.
         figure: file to draw to; None if none is wanted.
-        diverged: what is to be said of runs whose loss was not finite.
+        num_diverged: runs so far whose loss was not finite.
     """
 
     def __init__(self, task: str, flags: Mapping[str, Any]) -> None:
         self.task, self.flags = task, flags
-        self.diverged: list[str] = []
+        self.num_diverged = 0
         self.seeds: list[int] = list(dict.fromkeys(flags.get("seeds", [0])))
         for seed in self.seeds:
             if not 0 <= seed <= LARGEST_SEED:
@@ -142,8 +142,8 @@ class Session:
         """Train every recipe with every seed, seed by seed, unless it is finished already.
 
         Runs that another process is at are left to it, and waited for at the end: the same command
-        started twice shares the work. A run whose loss is not finite any more is said, kept in
-        `diverged`, and has no row; the command's exit code will tell.
+        started twice shares the work. A run whose loss is not finite any more is said, counted in
+        `num_diverged`, and has no row; the command's exit code will tell.
 
         Returns:
             The rows, recipe by recipe.
@@ -155,8 +155,7 @@ class Session:
         """
         for plan in wanted:  # before hours go into the first of them
             try:
-                with torch.device("meta"):
-                    build_network(plan.recipe)
+                outline_network(plan.recipe)
             except ValueError as error:
                 raise ValueError(f"{plan.name}: {error}") from error
         seeds = self.seeds if seeds is None else seeds
@@ -170,7 +169,7 @@ class Session:
                     result = self._run_one(wanted[index], seed, make, wait=patience)
                 except NonFiniteError as error:
                     say(f"diverged: {error}", sys.stderr)
-                    self.diverged.append(str(error))
+                    self.num_diverged += 1
                     continue
                 if result is None:
                     elsewhere.append((index, seed))
@@ -189,18 +188,8 @@ class Session:
             if not is_ours:
                 return None
             result = run.result
-            diverged = run.folder / DIVERGED_FILE
             if result is None:
-                if diverged.is_file():
-                    said = diverged.read_text(encoding="utf-8")
-                    raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
-                what = identity(plan.recipe, experiment.data, experiment.readings)
-                write_atomically(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
-                try:
-                    result = train(run, experiment)
-                except NonFiniteError as error:
-                    write_atomically(diverged, str(error).encode())
-                    raise
+                result = _train(run, experiment)
                 say(result.line())
             else:
                 say(f"{result.line()} (finished before, {run.folder})")
@@ -225,6 +214,25 @@ class Session:
         load_weights(self.at(plan, seed, experiment), experiment.model)
         experiment.model.eval()
         return experiment
+
+
+def _train(run: Run, experiment: Experiment) -> Result:
+    """`train`, unless the run diverged before; if it does now, that is remembered.
+
+    Raises:
+        NonFiniteError, Stopped, ValueError: see `train`.
+    """
+    diverged = run.folder / DIVERGED_FILE
+    if diverged.is_file():
+        said = diverged.read_text(encoding="utf-8")
+        raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
+    what = identity(run.recipe, experiment.data, experiment.readings)
+    write_atomically(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
+    try:
+        return train(run, experiment)
+    except NonFiniteError as error:
+        write_atomically(diverged, str(error).encode())
+        raise
 
 
 def task_parser(task: str, description: str | None) -> argparse.ArgumentParser:
@@ -267,8 +275,8 @@ def run_command(
     try:
         session = Session(task, flags)
         work(session)
-        if session.diverged:
-            raise NonFiniteError(f"{len(session.diverged)} run(s) diverged, and have no row above")
+        if session.num_diverged:
+            raise NonFiniteError(f"{session.num_diverged} run(s) diverged, and have no row above")
     except ValueError as error:
         usage_error(parser.prog, str(error))
     except Stopped as stop:

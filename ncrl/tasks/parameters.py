@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ncrl.settings import make_parser, parse, usage_error
-from ncrl.tasks.recipes import CONFIGS, Recipe, build_network, read_recipes, read_yaml
+from ncrl.tasks.recipes import CONFIGS, Recipe, outline_network, read_recipes, read_yaml
 
 TOLERANCE = 0.05
 """Relative difference up to which a count of Table 9, printed with two digits, is reproduced."""
@@ -45,9 +43,7 @@ def count_parameters(recipe: Recipe) -> int:
     Raises:
         ValueError: for sizes that the network or the layer refuses.
     """
-    with torch.device("meta"):
-        network = build_network(recipe)
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(parameter.numel() for parameter in outline_network(recipe).parameters())
 
 
 def count_file(path: Path) -> list[Row]:

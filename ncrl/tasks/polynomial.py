@@ -170,11 +170,10 @@ class Polynomials(Experiment):
         self.model = build_network(recipe).to(device)
         if not isinstance(self.model, GruRegressor):
             raise ValueError(f"the network must be 'gru', got {recipe.network!r}")
-        sizes = {
-            "in_features": self.model.gru.input_size,
-            "num_outputs": self.model.output.out_features,
-        }
-        for (name, size), expected in zip(sizes.items(), (2, 1), strict=True):
+        for name, size, expected in (
+            ("in_features", self.model.gru.input_size, 2),  # x_t and y_{t-1}
+            ("num_outputs", self.model.output.out_features, 1),
+        ):
             if size != expected:
                 raise ValueError(f"{name} must be {expected}, got {size}")
         self.data = f"polynomials, {num_chunks} chunks, noise {noise:g}"
@@ -350,15 +349,13 @@ def work(session: Session) -> None:
         ended = {row.name for row in rows if row.seed == session.seeds[0]}
         coded = [plan for plan in wanted if plan.recipe.layer == "neurocoder"]
         examples = {}
-        for plan in coded:
-            if plan.name not in ended:
-                continue
+        for plan in (plan for plan in coded if plan.name in ended):
             experiment = session.experiment(plan, session.seeds[0], make)
             assert isinstance(experiment, Polynomials)
             examples[plan.name] = experiment.example()
         draw_figure(session.figure, rows, examples, chunk_error(noise))
         say(f"drawn: {session.figure}")
-    say(table(rows))
+    say(table(rows, chunk_error(noise)))
 
 
 def named(plan: Plan, data: Mapping[str, float]) -> Plan:
@@ -368,10 +365,14 @@ def named(plan: Plan, data: Mapping[str, float]) -> Plan:
     return Plan(" ".join([plan.name, *said]), plan.recipe)
 
 
-def table(rows: Sequence[Result]) -> str:
-    """Errors, updates until chunks are predicted, and what the attention says of the chunk."""
+def table(rows: Sequence[Result], error: str) -> str:
+    """Errors, updates until chunks are predicted, and what the attention says of the chunk.
+
+    Args:
+        rows: of all runs.
+        error: `chunk_error` of their data.
+    """
     lines = []
-    error = measured(rows[0]) if rows else chunk_error(0)
     for name, group in by_name(rows).items():
         reached = [updates_until(row) for row in group]
         bits = [row.details["information"] for row in group if "information" in row.details]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -233,3 +234,13 @@ def build_network(recipe: Recipe) -> nn.Module:
         )
     except TypeError as error:
         raise ValueError(f"network {recipe.network!r}: {error}") from error
+
+
+def outline_network(recipe: Recipe) -> nn.Module:
+    """The network of a recipe on torch's meta device, where parameters have sizes but no numbers.
+
+    Raises:
+        ValueError: as `build_network`.
+    """
+    with torch.device("meta"):
+        return build_network(recipe)

@@ -367,12 +367,8 @@ def feature_tasks(data: Images, classes_per_task: int) -> list[Task]:
 class SplitFeatures(SplitLearning):
     """A classifier of features that learns one task after the other, and what it attends to.
 
-    Args:
-        recipe: of the task scenario, with network `split_mlp`.
-        tasks: on the device.
-        data: name of the data set.
-        seed: of the order of the images.
-        readings: how features came about.
+    Args: those of `SplitLearning`; `recipe` is of the task scenario, with network `split_mlp`, and
+    `readings` say how features came about.
 
     Raises:
         ValueError: if the recipe does not fit the tasks.
@@ -380,18 +376,11 @@ class SplitFeatures(SplitLearning):
 
     model: SplitMlp
 
-    def __init__(
-        self,
-        recipe: ContinualRecipe,
-        tasks: list[Task],
-        data: str,
-        seed: int,
-        readings: Mapping[str, Any],
-    ) -> None:
-        super().__init__(recipe, tasks, data, seed, readings)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
         self.watched = watched_updates(self.ends) if self.coded else {}
-        self.top_slots = torch.full((len(tasks), SLOT_STEPS, len(self.coded)), -1)
+        self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(self.coded)), -1)
         """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
         steps."""
         self._counts: Tensor | None = None  # of the trained network; see `_slot_counts`

@@ -131,19 +131,30 @@ def work(session: Session, words: Sequence[str]) -> None:
             for group, repeats in wanted:
                 rows += run_all(session, group, tasks, data, seeds(session, repeats))
     if "tables" in flags:
-        names = {
-            plan.name: cell.name
-            for (group, _), (plans_of_group, _) in zip(groups, wanted, strict=True)
-            for cell, plan in zip(group, plans_of_group, strict=True)
-        }
-        changed = sorted({name.removeprefix(cell) for name, cell in names.items()} - {""})
-        rows_by_cell = [dataclasses.replace(row, name=names[row.name]) for row in rows]
+        all_cells = [cell for group, _ in groups for cell in group]
+        all_plans = [plan for group, _ in wanted for plan in group]
+        by_cell, changed = under_cells(rows, all_cells, all_plans)
         for number in chosen_tables(flags):
-            say(f"\n{tables.table(number, rows_by_cell, ','.join(changed))}")
+            say(f"\n{tables.table(number, by_cell, changed)}")
     else:
         say(f"\n{results_table(rows, METRICS)}")
     if session.figure is not None and rows:
         tables.draw(rows, session.figure)
+
+
+def under_cells(
+    rows: Sequence[Result], cells: Sequence[Cell], plans: Sequence[Plan]
+) -> tuple[list[Result], str]:
+    """Rows under the names of the cells that they fill, and what flags added to their plans' names.
+
+    Args:
+        rows: of some of the plans.
+        cells: each with its plan at the same place.
+        plans: those of the cells.
+    """
+    names = {plan.name: cell.name for cell, plan in zip(cells, plans, strict=True)}
+    changed = sorted({name.removeprefix(cell) for name, cell in names.items()} - {""})
+    return [dataclasses.replace(row, name=names[row.name]) for row in rows], ",".join(changed)
 
 
 def seeds(session: Session, repeats: int | None) -> list[int]:

@@ -450,6 +450,20 @@ def load_weights(run: Run, model: nn.Module) -> None:
         raise ValueError(f"{path} does not fit the network: {error}") from error
 
 
+def try_network(model: nn.Module, x: Tensor, said: str) -> Tensor:
+    """What the model answers to inputs before it is trained, in eval mode without gradient.
+
+    Raises:
+        ValueError: if it does not take them; `said` is what they are.
+    """
+    with evaluating(model):
+        try:
+            answer: Tensor = model(x)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the network does not take {said}: {error}") from error
+    return answer
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient inside the block."""
@@ -497,21 +511,18 @@ def describe_layers(
         x = torch.cat(calls)
         if counted is not None:
             x = x[counted]
-        report = describe(layers[name], x)._asdict()
+        layer = layers[name]
+        report = describe(layer, x)._asdict()
         for values in ("slot_usage", "singular_values"):
             report[values] = [round(value, 4) for value in report[values].tolist()]
-        report["parameters"] = count_parameters(layers[name])
-        report["parameters_of_plain"] = count_parameters(_plain_layer(layers[name]))
-        config = layers[name].config
+        report["parameters"] = count_parameters(layer)
+        has_bias = layer.bias is not None
+        report["parameters_of_plain"] = (layer.in_features + has_bias) * layer.out_features
+        config = layer.config
         if config.preset == "paper" and not config.learned_sharpness:
             report["attention_bound"] = attention_bound(config.num_slots, config.sharpness)
         reports[name] = report
     return reports
-
-
-def _plain_layer(layer: NeurocoderLinear) -> nn.Linear:
-    has_bias = layer.bias is not None
-    return nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
 
 
 def attention_bound(num_slots: int, sharpness: float) -> float:

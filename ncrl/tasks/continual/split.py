@@ -25,7 +25,7 @@ from ncrl.tasks.continual.methods import METHODS, OnlineEwc, Quadratic, make_met
 from ncrl.tasks.data import Images
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import Experiment, draw, evaluating
+from ncrl.tasks.training import Experiment, draw, evaluating, try_network
 
 SCENARIOS = ("domain", "task")
 """Whether all tasks share one output layer (incremental domain), or each has its own, and the task
@@ -169,12 +169,7 @@ class SplitLearning(Experiment):
 
     def _try_shapes(self) -> None:
         images, labels = self.tasks[0][:2]
-        try:
-            with torch.no_grad():
-                logits = self.model(images[:1])
-        except (RuntimeError, ValueError) as error:
-            size = images[0].numel()
-            raise ValueError(f"the network does not take {size} numbers: {error}") from error
+        logits = try_network(self.model, images[:1], f"{images[0].numel()} numbers")
         classes = int(labels.max()) + 1
         if logits.shape[1] < classes:
             raise ValueError(f"num_outputs must be at least {classes}, got {logits.shape[1]}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl.layers import make_layer, prepared
-from ncrl.neurocoder.config import require_positive
+from ncrl.neurocoder.config import require_positive, require_switch
 
 NORM_FLOOR = 1e-6
 """Smallest norm that a key or a memory row is divided by."""
@@ -101,9 +101,8 @@ class Ntm(nn.Module):
         require_positive("controller_size", controller_size)
         require_positive("num_rows", num_rows)
         require_positive("row_size", row_size)
-        for name, switch in {"tanh": tanh, "official_count": official_count}.items():
-            if not isinstance(switch, bool):
-                raise ValueError(f"{name} must be True or False, got {switch!r}")
+        require_switch("tanh", tanh)
+        require_switch("official_count", official_count)
         self.tanh = tanh
         self.controller = nn.LSTMCell(in_features + row_size, controller_size)
         self.hidden_start = nn.Parameter(0.05 * torch.randn(controller_size))
