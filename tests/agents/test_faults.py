@@ -178,7 +178,6 @@ def test_f2_a_worker_killed_inside_a_message() -> None:
 def test_f6_a_worker_stopped_inside_a_message() -> None:
     def stop(model: A3C) -> None:
         stopped_while_sending(model).suspend()
-        signal.alarm(10)
 
     trouble, limits = Trouble("big info"), Limits(heartbeat_timeout=2.0, first_pause=0.05)
     model = make_model(TickingFactory(length=1, trouble=trouble), limits=limits)
