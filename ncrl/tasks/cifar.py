@@ -132,7 +132,8 @@ def plans(session: Session) -> list[Plan]:
     size = flags.get("classes")
     if size is None and "layer" in flags:
         # The variant that is found for a layer may be of the other data set.
-        sizes = {num_outputs(plan.recipe) for plan in session.plans(CONFIG, layer=None)}
+        others = session.plans(CONFIG, layer=None, layer_options=None)
+        sizes = {num_outputs(plan.recipe) for plan in others}
         if len(sizes) > 1:
             raise ValueError("variants of 10 and of 100 classes with --layer: say --classes")
         (size,) = sizes

@@ -140,6 +140,8 @@ def test_all_layers_of_a_comparison_tell_the_same_classes_apart() -> None:
         "cifar_mlp linear": 10,
         "cifar_mlp sharpness=5": 10,
     }
+    options = "--layer-options", "top_k=10"
+    assert plans_of("--layer", "moe", *options) == {"cifar_mlp moe top_k=10": 10}
     with pytest.raises(ValueError, match="say --classes"):
         plans_of("--layer", "linear", "neurocoder", "--variant", "base", "cifar100")
 
