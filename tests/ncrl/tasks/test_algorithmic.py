@@ -243,7 +243,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers() -> None:
                 for logit, bit in zip(logits[t, n], batch.targets[t, n], strict=True):
                     chance = 1 / (1 + math.exp(-float(logit.detach())))
                     losses.append(-math.log(chance if bit else 1 - chance))
-    assert abs(float(experiment.loss(5)) - sum(losses) / len(losses)) < 1e-4
+    assert abs(experiment.loss(5).item() - sum(losses) / len(losses)) < 1e-4
 
 
 def test_layers_are_described_until_the_last_answer_of_a_sequence(
