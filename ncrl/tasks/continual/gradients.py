@@ -243,37 +243,22 @@ def _times_constant(left: Tensor, right: Tensor) -> _Pair:
     return left.sum(0) @ right, ((gram @ right_of_row) * right_of_row).sum(-2)
 
 
-class _Rearranged(_Plan):
-    """Another tensor with its elements moved, left out or set among zeros: so are its sums."""
+class _Combined(_Plan):
+    """A tensor whose every element is one element of other tensors, or zero: its sums are theirs,
+    combined alike."""
 
-    def __init__(self, plan: _Plan, rearrange: Callable[[Tensor], Tensor]) -> None:
-        self.parts, self._plan, self._rearrange = plan.parts, plan, rearrange
-
-    def add(self, values: Sequence[Tensor], batch: int) -> None:
-        self._plan.add(values, batch)
-
-    def sums(self) -> _Pair:
-        total, squares = self._plan.sums()
-        return self._rearrange(total), self._rearrange(squares)
-
-    def clear(self) -> None:
-        self._plan.clear()
-
-
-class _Disjoint(_Plan):
-    """A sum of two tensors of which one is zero wherever the other is not."""
-
-    def __init__(self, first: _Plan, second: _Plan) -> None:
-        self.parts, self._plans = [*first.parts, *second.parts], (first, second)
+    def __init__(self, plans: Sequence[_Plan], combine: Callable[..., Tensor]) -> None:
+        self.parts = [part for plan in plans for part in plan.parts]
+        self._plans, self._combine = plans, combine
 
     def add(self, values: Sequence[Tensor], batch: int) -> None:
-        first, second = self._plans
-        first.add(values[: len(first.parts)], batch)
-        second.add(values[len(first.parts) :], batch)
+        rest = iter(values)
+        for plan in self._plans:
+            plan.add([next(rest) for _ in plan.parts], batch)
 
     def sums(self) -> _Pair:
-        (a, b), (c, d) = (plan.sums() for plan in self._plans)
-        return a + c, b + d
+        totals, squares = zip(*(plan.sums() for plan in self._plans), strict=True)
+        return self._combine(*totals), self._combine(*squares)
 
     def clear(self) -> None:
         for plan in self._plans:
@@ -328,16 +313,20 @@ class _Cutter:
             return plan if plan.is_worthwhile else _Whole(self._part(node))
         if node.target in _RESHAPES:
             inner = self.plan(_argument(node))
-            return _Rearranged(inner, partial(torch.reshape, shape=_shape(node)))
+            return _Combined([inner], partial(torch.reshape, shape=_shape(node)))
         if node.target in _REARRANGES:
             rest = node.args[1:]
             inner = self.plan(_argument(node))
-            return _Rearranged(inner, lambda sums: node.target(sums, *rest))  # type: ignore[operator]
+            return _Combined([inner], lambda sums: node.target(sums, *rest))  # type: ignore[operator]
+        if node.target == _aten.cat.default:
+            arguments: tuple[Any, ...] = node.args
+            tensors, *dim = arguments
+            return _Combined([self.plan(t) for t in tensors], lambda *sums: torch.cat(sums, *dim))
         if node.target == _aten.add.Tensor and not node.kwargs:
             first, second = node.args
             if not _overlap(_filled(first), _filled(second)):
                 assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
-                return _Disjoint(self.plan(first), self.plan(second))
+                return _Combined([self.plan(first), self.plan(second)], torch.add)
         return _Whole(self._part(node))
 
     def factors(self, node: Any) -> list[tuple[fx.Node, fx.Node]] | None:

@@ -142,9 +142,16 @@ def test_slices_of_a_weight_that_overlap(ends: tuple[int, int]) -> None:
     assert_same(gradient_sums(model, own_label_loss, x), loop(model, own_label_loss, x))
 
 
-def test_large_models_take_no_gradients_of_their_own_size() -> None:
-    """256 gradients of this model would be 4 GB."""
-    model = nn.Sequential(nn.Linear(2000, 2000, bias=False), nn.Linear(2000, 2, bias=False))
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(2000, 2000, bias=False), nn.Linear(2000, 2, bias=False)),
+        NSMLinear(2000, 400, num_slots=5, key_dim=5),
+    ],
+    ids=["linear", "nsm"],
+)
+def test_large_models_take_no_gradients_of_their_own_size(model: nn.Module) -> None:
+    """256 gradients of these models would be 4 GB."""
     x = torch.randn(256, 2000)
     with torch.profiler.profile(profile_memory=True) as profile:
         gradient_sums(model, own_label_loss, x, chunk=256)
