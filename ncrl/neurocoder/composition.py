@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ncrl.neurocoder.attention import compose_attention, content_attention, unit
 from ncrl.neurocoder.config import NeurocoderConfig
-from ncrl.neurocoder.controller import run_lstm
+from ncrl.neurocoder.controller import plain_states
 from ncrl.neurocoder.integration import Composed, IntegrationNetwork, singular_values
+from ncrl.neurocoder.tracing import is_watched
 
 
 class Control(NamedTuple):
@@ -42,6 +44,9 @@ class Control(NamedTuple):
 
 class Constants(NamedTuple):
     """What follows from the weights of the composition network alone."""
+
+    controller_weight: Tensor
+    """That of the LSTM's state, weight_hh: [4h, h]. A linear controller has no state: [0, h]."""
 
     controller_bias: Tensor
     """[4h or h]."""
@@ -112,23 +117,16 @@ class CompositionNetwork(nn.Module):
 
     def constants(self) -> Constants:
         """What `control` needs beside the input."""
-        is_linear = self.config.controller == "linear"
         weight, bias = (by_slot(rows, self.config) for rows in (self.head.weight, self.head.bias))
-        return Constants(
-            self.linear.bias if is_linear else self.lstm.bias_ih + self.lstm.bias_hh,
-            weight,
-            bias,
-            self.sharpness(bias),
-        )
+        head = weight, bias, self.sharpness(bias)
+        if self.config.controller == "linear":
+            return Constants(bias.new_empty(0, len(self.linear.bias)), self.linear.bias, *head)
+        return Constants(self.lstm.weight_hh, self.lstm.bias_ih + self.lstm.bias_hh, *head)
 
     def control(self, from_input: Tensor, constants: Constants) -> Control:
         """What the network says, from `input_weight` x, [4h or h, B]."""
-        bias, *head = constants
-        if self.config.controller == "linear":
-            hidden = from_input + bias.unsqueeze(1)
-        else:
-            hidden = run_lstm(from_input, self.lstm.weight_hh, bias, self.config.num_steps)
-        return Control(hidden, *head)
+        state, bias, *head = constants
+        return Control(plain_states(from_input, state, bias, self.config.num_steps), *head)
 
     def first_rows(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of what meets x in the first step: the gates i, g, o of the LSTM, each
@@ -195,6 +193,13 @@ def split_head(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor |
 def by_slot(rows: Tensor, config: NeurocoderConfig) -> Tensor:
     """Rows of the head [rows, ...] in the order that `split_slots` reads: those of the queries
     [3, K, H], then those of the gates [3, P or 1, H or 1]."""
+    if is_watched():
+        return _by_slot(rows, config)
+    reordered: Tensor = _Reordered.apply(rows, *_slot_order(len(rows), config, rows.device))  # type: ignore[no-untyped-call]
+    return reordered
+
+
+def _by_slot(rows: Tensor, config: NeurocoderConfig) -> Tensor:
     parts = split_head(rows.movedim(0, -1), config)
     return torch.cat(
         [
@@ -203,6 +208,29 @@ def by_slot(rows: Tensor, config: NeurocoderConfig) -> Tensor:
             if part is not None
         ]
     )
+
+
+@lru_cache(maxsize=64)
+def _slot_order(
+    num_rows: int, config: NeurocoderConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The row that comes to each place in `by_slot`, and the place that each row comes to."""
+    order = _by_slot(torch.arange(num_rows, device=device), config)
+    return order, order.argsort()
+
+
+class _Reordered(torch.autograd.Function):
+    """Rows in another order: whole rows are copied, where views of views are copied number by
+    number, and torch's own gradient adds them up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_outputs[0].index_select(0, ctx.inverse), None, None
 
 
 def split_slots(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor | None]:

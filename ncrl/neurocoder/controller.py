@@ -1,119 +1,94 @@
-"""The LSTM of the composition network, which reads the same input at each of its J steps.
+"""The controller of the composition network, which reads the same input at each of its J steps.
 
-With a state of a few numbers per input it is all overhead: so it is one node of the graph, with a
-gradient derived by hand.
+An LSTM, or for one step a linear map. `plain_states` are the equations; `states` and `gradients`
+compute the same, and its gradient derived by hand, in few operations: with a state of a few numbers
+per input it is all overhead.
 
-Shapes: B inputs, J steps, h LSTM width; gates in torch's order i, f, g, o.
+Shapes: B inputs, J steps, h width; gates in torch's order i, f, g, o.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ncrl.neurocoder.tracing import is_watched, plain_gradients, wants_plain_gradient
+# The gradient of what the function was taken of, from that of its value and the value.
+sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
-def run_lstm(from_input: Tensor, weight_hh: Tensor, bias: Tensor, num_steps: int) -> Tensor:
+def plain_states(from_input: Tensor, weight_hh: Tensor, bias: Tensor, num_steps: int) -> Tensor:
     """Hidden states of all steps from a zero state, [h, J B]: those of step 1 first.
 
     Args:
-        from_input: weight_ih x, [4h, B], the same at every step.
-        weight_hh: [4h, h].
-        bias: [4h], of both.
-        num_steps: J.
+        from_input: weight_ih x, [4h, B], the same at every step; of a linear controller [h, B].
+        weight_hh: [4h, h]; of a linear controller [0, h].
+        bias: [4h], of both; of a linear controller [h].
+        num_steps: J; 1 for a linear controller.
     """
-    if is_watched():
-        return plain_lstm(from_input, weight_hh, bias, num_steps)
-    if not torch.is_grad_enabled():
-        return _forward(from_input, weight_hh, bias, num_steps)[0]
-    hidden: Tensor = _RunLstm.apply(  # type: ignore[no-untyped-call]
-        from_input, weight_hh, bias, num_steps
-    )
-    return hidden
-
-
-def plain_lstm(from_input: Tensor, weight_hh: Tensor, bias: Tensor, num_steps: int) -> Tensor:
-    """`run_lstm` as the equations stand, differentiable as often as one likes."""
+    if len(weight_hh) == 0:
+        return from_input + bias.unsqueeze(1)
     # The initial state is one column of zeros that broadcasts over the batch.
     hidden = cell = from_input.new_zeros(weight_hh.shape[1], 1)
-    states: list[Tensor] = []
+    found: list[Tensor] = []
     for _ in range(num_steps):
         from_state = torch.addmm(bias.unsqueeze(1), weight_hh, hidden)
         i, f, g, o = (from_input + from_state).chunk(4)
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()  # [h, B]
         hidden = o.sigmoid() * cell.tanh()  # [h, B]
-        states.append(hidden)
-    return torch.cat(states, dim=1)
+        found.append(hidden)
+    return torch.cat(found, dim=1)
 
 
-def _plain_lstm(
-    num_steps: int, from_input: Tensor, weight_hh: Tensor, bias: Tensor
-) -> tuple[Tensor]:
-    return (plain_lstm(from_input, weight_hh, bias, num_steps),)
+class Step(NamedTuple):
+    """What one step of the LSTM leaves for the backward pass."""
+
+    gates: Tensor
+    """After the nonlinearity, [4h, B]; the forget gate of the first step is void."""
+
+    cell: Tensor
+    """[h, B]."""
+
+    squashed: Tensor
+    """tanh(cell)."""
 
 
-_Step = tuple[Tensor, Tensor, Tensor]
-"""What one step leaves for the backward pass: its gates after the nonlinearity [4h, B], and its
-cell and tanh(cell) [h, B]."""
-
-
-def _forward(
+def states(
     from_input: Tensor, weight_hh: Tensor, bias: Tensor, num_steps: int
-) -> tuple[Tensor, list[_Step]]:
+) -> tuple[Tensor, list[Step]]:
+    """`plain_states`, without a graph, and what `gradients` needs."""
+    steps: list[Step] = []
+    if len(weight_hh) == 0:
+        return from_input + bias.unsqueeze(1), steps
     width, batch = weight_hh.shape[1], from_input.shape[1]
-    states = from_input.new_empty(width, num_steps * batch)
-    steps: list[_Step] = []
+    found = from_input.new_empty(width, num_steps * batch)
     for j in range(num_steps):
         gates = from_input + bias.unsqueeze(1)
         if j:
-            gates.addmm_(weight_hh, states[:, (j - 1) * batch : j * batch])
+            gates.addmm_(weight_hh, found[:, (j - 1) * batch : j * batch])
         i, f, g, o = gates.chunk(4)
         gates[: 2 * width].sigmoid_()
         g.tanh_()
         o.sigmoid_()
         cell = i * g
         if j:
-            cell.addcmul_(f, steps[-1][1])
+            cell.addcmul_(f, steps[-1].cell)
         squashed = cell.tanh()
-        torch.mul(o, squashed, out=states[:, j * batch : (j + 1) * batch])
-        steps.append((gates, cell, squashed))
-    return states, steps
+        torch.mul(o, squashed, out=found[:, j * batch : (j + 1) * batch])
+        steps.append(Step(gates, cell, squashed))
+    return found, steps
 
 
-class _RunLstm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, from_input: Tensor, weight_hh: Tensor, bias: Tensor, num_steps: int
-    ) -> Tensor:
-        states, steps = _forward(from_input, weight_hh, bias, num_steps)
-        ctx.num_steps = num_steps
-        ctx.save_for_backward(from_input, weight_hh, bias, states, *sum(steps, ()))
-        return states
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_states,) = grad_outputs
-        # Asked for once: `checkpoint` computes them anew for every asking.
-        from_input, weight_hh, bias, states, *flat = ctx.saved_tensors
-        with torch.autocast(from_input.device.type, enabled=False):
-            if wants_plain_gradient(grad_outputs):
-                equations = partial(_plain_lstm, ctx.num_steps)
-                inputs, wanted = (from_input, weight_hh, bias), ctx.needs_input_grad[:3]
-                return *plain_gradients(equations, inputs, wanted, grad_outputs), None
-            steps = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
-            return *_gradients(weight_hh, states, steps, grad_states), None
-
-
-def _gradients(
-    weight_hh: Tensor, states: Tensor, steps: list[_Step], grad_states: Tensor
+def gradients(
+    weight_hh: Tensor, found: Tensor, steps: list[Step], grad_states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of from_input, weight_hh and bias."""
-    batch = steps[0][1].shape[1]
-    total = torch.zeros_like(steps[0][0])  # of from_input
+    """Gradients of from_input, weight_hh and bias, from `states` and the gradient of its result."""
+    if len(weight_hh) == 0:
+        return grad_states, weight_hh, grad_states.sum(1)
+    batch = steps[0].cell.shape[1]
+    total: Tensor | None = None  # of from_input
     grad_weight = torch.zeros_like(weight_hh)
     grad_hidden: Tensor | None = None
     grad_cell: Tensor | None = None
@@ -123,20 +98,21 @@ def _gradients(
         grad = grad_states[:, j * batch : (j + 1) * batch]
         if grad_hidden is not None:
             grad = grad + grad_hidden
-        through_cell = grad * o
-        through_cell = torch.addcmul(through_cell, through_cell, squashed * squashed, value=-1)
+        through_cell = tanh_backward(grad * o, squashed, grad_input=torch.empty_like(squashed))
         if grad_cell is not None:
             through_cell += grad_cell
-        # Of the gates before their nonlinearity: sigmoid' = s (1 - s), tanh' = 1 - t^2.
-        before = gates.new_zeros(gates.shape) if j == 0 else torch.empty_like(gates)
+        before = torch.empty_like(gates)  # of the gates before their nonlinearity
         d_i, d_f, d_g, d_o = before.chunk(4)
-        torch.mul(through_cell * g, i - i * i, out=d_i)
-        torch.mul(through_cell * i, 1 - g * g, out=d_g)
-        torch.mul(grad * squashed, o - o * o, out=d_o)
+        sigmoid_backward(through_cell * g, i, grad_input=d_i)
+        tanh_backward(through_cell * i, g, grad_input=d_g)
+        sigmoid_backward(grad * squashed, o, grad_input=d_o)
         if j:
-            torch.mul(through_cell * steps[j - 1][1], f - f * f, out=d_f)
+            sigmoid_backward(through_cell * steps[j - 1].cell, f, grad_input=d_f)
             grad_cell = through_cell * f
-            grad_weight.addmm_(before, states[:, (j - 1) * batch : j * batch].T)
+            grad_weight.addmm_(before, found[:, (j - 1) * batch : j * batch].T)
             grad_hidden = weight_hh.T @ before
-        total += before
+        else:
+            d_f.zero_()
+        total = before if total is None else total.add_(before)
+    assert total is not None
     return total, grad_weight, total.sum(1)

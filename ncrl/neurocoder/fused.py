@@ -12,53 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncrl.neurocoder.attention import (
-    NORM_FLOOR,
-    inverse_norm,
-    kth_smallest,
-)
-from ncrl.neurocoder.composition import Control, attend, split_slots
+from ncrl.neurocoder.attention import NORM_FLOOR, inverse_norm, kth_smallest
+from ncrl.neurocoder.composition import split_slots
 from ncrl.neurocoder.config import NeurocoderConfig
-from ncrl.neurocoder.integration import Composed, mix_slots, singular_values, sum_of_smaller
-from ncrl.neurocoder.tracing import has_hooks, plain_gradients, wants_plain_gradient
+from ncrl.neurocoder.integration import sum_of_smaller
 from ncrl.neurocoder.workspace import Workspace
 
 BLOCK = 1 << 21
 """Attention weights, 3 R P for each input, that are worked on at a time."""
 
 
-def mix_program(
-    control: Control, keys: Tensor, memory_s: Tensor, projection: Tensor, config: NeurocoderConfig
-) -> tuple[Tensor, Tensor]:
-    """Attend to the memory, and apply the program found there.
-
-    Args:
-        control: what the composition network says about B inputs.
-        keys: [3, P, K], unit length.
-        memory_s: [P, 1].
-        projection: M_U x^T, [P, B].
-        config: sizes and switches.
-
-    Returns:
-        The weight of every stored v in the output (c of y = c M_V), [P, B], and the singular values
-        sigma, [R, B].
-    """
-    inputs = *control, keys, memory_s, projection
-    if not torch.is_grad_enabled():
-        mixture, sigma, _ = _mix_program(inputs, config, reuse=True, keep=False)
-    else:
-        mixture, sigma = _MixProgram.apply(*inputs, config)  # type: ignore[no-untyped-call]
-    return mixture, sigma
-
-
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """What the backward pass needs of a block, beside inputs and outputs."""
 
     queries: Tensor
@@ -98,22 +68,34 @@ class _Saved(NamedTuple):
 
 _Usage = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-_Kept = list[tuple[_Saved, Workspace]]
+Kept = list[tuple[Saved, Workspace]]
 """What the backward pass needs of every block, and the memory that it lies in."""
 
 
-def _mix_program(
-    inputs: Sequence[Tensor], config: NeurocoderConfig, *, reuse: bool, keep: bool
-) -> tuple[Tensor, Tensor, _Kept]:
-    """Mixture and sigma from hidden, weight, bias, sharpness, keys, M_S and projection."""
+def mix_program(
+    inputs: Sequence[Tensor], config: NeurocoderConfig, *, keep: bool
+) -> tuple[Tensor, Tensor, Kept]:
+    """Attend to the memory, and apply the program found there.
+
+    Args:
+        inputs: hidden, weight, bias and sharpness, what the composition network says about B inputs
+            (see `Control`); keys [3, P, K], unit length; M_S [P, 1]; and the projection M_U x^T,
+            [P, B].
+        config: sizes and switches.
+        keep: whether there will be a backward pass.
+
+    Returns:
+        The weight of every stored v in the output (c of y = c M_V), [P, B], the singular values
+        sigma, [R, B], and what `gradients` needs.
+    """
     hidden, *shared, projection = inputs
     bias = shared[1]
     steps, size = config.num_steps, _block_size(projection, config)
-    scratch = _scratch(bias, size, config, reuse=reuse)
-    kept: _Kept = []
+    scratch = _scratch(bias, size, config)
+    kept: Kept = []
     outputs = []
     for states, read in zip(_split(hidden, size, steps), _split(projection, size), strict=True):
-        workspace = _workspace(bias, read.shape[1], config, reuse=reuse)
+        workspace = _workspace(bias, read.shape[1], config)
         block = states, *shared, read
         mixture, sigma, saved = _mix_block(block, config, workspace, scratch)
         outputs.append((mixture, sigma))
@@ -125,8 +107,8 @@ def _mix_program(
 
 def _mix_block(
     inputs: Sequence[Tensor], config: NeurocoderConfig, workspace: Workspace, scratch: Workspace
-) -> tuple[Tensor, Tensor, _Saved]:
-    """`_mix_program` for one block."""
+) -> tuple[Tensor, Tensor, Saved]:
+    """`mix_program` for one block."""
     hidden, weight, bias, sharpness, keys, memory_s, projection = inputs
     steps, batch = config.num_steps, projection.shape[1]
     attention = 3, config.num_slots, config.num_heads, steps * batch
@@ -155,39 +137,8 @@ def _mix_block(
     sigma = sum_of_smaller(F.softplus(read_s.transpose(0, 1)).flatten(0, 1))  # [R, B]
     strength = _by_head(sigma, steps) * read_u  # [H, J, B]
     mixture = torch.mul(weight_v, strength, out=scratch_v).sum((1, 2))  # [P, B]
-    saved = _Saved(queries, scale, content, gates, moved, weights, read_u, read_s, *usage)
+    saved = Saved(queries, scale, content, gates, moved, weights, read_u, read_s, *usage)
     return mixture, sigma, saved
-
-
-class _MixProgram(torch.autograd.Function):
-    """Attention and program in one node of the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.config = inputs
-        # Hooks may keep what is saved for longer than this node lives.
-        hooked = has_hooks()
-        mixture, sigma, kept = _mix_program(tensors, ctx.config, reuse=not hooked, keep=True)
-        ctx.kept = None if hooked else [saved for saved, _ in kept]
-        ctx.workspaces = None if hooked else [workspace for _, workspace in kept]
-        flat = [tensor for saved, _ in kept for tensor in saved] if hooked else []
-        ctx.save_for_backward(*tensors, sigma, *flat)
-        return mixture, sigma
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Asked for once: `checkpoint` computes them anew for every asking.
-        *inputs, sigma = (tensors := ctx.saved_tensors)[:8]
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            if wants_plain_gradient(grad_outputs):
-                equations = partial(_plain_mix_program, ctx.config)
-                wanted = ctx.needs_input_grad[:7]
-                return *plain_gradients(equations, inputs, wanted, grad_outputs), None
-            width = len(_Saved._fields)
-            kept = ctx.kept or [
-                _Saved(*tensors[begin : begin + width]) for begin in range(8, len(tensors), width)
-            ]
-            return *_gradients(inputs, sigma, ctx.config, kept, grad_outputs), None
 
 
 def _block_size(projection: Tensor, config: NeurocoderConfig) -> int:
@@ -213,26 +164,24 @@ def _join(blocks: Sequence[Tensor], steps: int = 1) -> Tensor:
     return torch.cat(by_step, dim=2).flatten(1)
 
 
-def _workspace(bias: Tensor, size: int, config: NeurocoderConfig, *, reuse: bool) -> Workspace:
+def _workspace(bias: Tensor, size: int, config: NeurocoderConfig) -> Workspace:
     """Memory for what a block keeps for the backward pass that is as large as attention."""
     # content, weights; moved, selected, won. The gates are among the rows.
     several = config.num_steps > 1 and config.num_least_used > 0
-    return _space(bias, size, config, 5 if several else 2, reuse)
+    return _space(bias, size, config, 5 if several else 2)
 
 
-def _scratch(bias: Tensor, size: int, config: NeurocoderConfig, *, reuse: bool) -> Workspace:
+def _scratch(bias: Tensor, size: int, config: NeurocoderConfig) -> Workspace:
     """Memory that one block after the other writes over."""
     # grad; at_gates
-    return _space(bias, size, config, 1 if config.num_steps == 1 else 2, reuse)
+    return _space(bias, size, config, 1 if config.num_steps == 1 else 2)
 
 
-def _space(
-    bias: Tensor, size: int, config: NeurocoderConfig, num_attentions: int, reuse: bool
-) -> Workspace:
+def _space(bias: Tensor, size: int, config: NeurocoderConfig, num_attentions: int) -> Workspace:
     """Memory for this many tensors as large as attention, and for one of the head's rows."""
     per_input = len(bias) + num_attentions * 3 * config.num_slots * config.num_heads
     numel = per_input * config.num_steps * size
-    return Workspace(bias, numel, num_attentions + 1, reuse=reuse)
+    return Workspace(bias, numel, num_attentions + 1)
 
 
 def _gate(
@@ -248,7 +197,7 @@ def _gate(
     `weights`.
 
     Returns:
-        The last three fields of `_Saved`.
+        The last three fields of `Saved`.
     """
     # Numbers, not truth values: torch converts those, slowly, wherever they meet numbers.
     selected, won = (workspace.take(name, *content.shape) for name in ("selected", "won"))
@@ -271,21 +220,21 @@ def _gate(
     return selected, won, torch.stack(peaks)
 
 
-def _gradients(
+def gradients(
     inputs: Sequence[Tensor],
     sigma: Tensor,
     config: NeurocoderConfig,
-    kept: Sequence[_Saved],
+    kept: Kept,
     grad_outputs: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Gradients of the seven tensors that `_mix_program` takes."""
+    """Gradients of the seven tensors that `mix_program` takes, from those of mixture and sigma."""
     hidden, *shared, projection = inputs
     steps, size = config.num_steps, _block_size(projection, config)
-    scratch = _scratch(shared[1], size, config, reuse=True)
+    scratch = _scratch(shared[1], size, config)
     hiddens = _split(hidden, size, steps)
     others = (_split(tensor, size) for tensor in (projection, sigma, *grad_outputs))
     found = []
-    for saved, h, p, s, *grads in zip(kept, hiddens, *others, strict=True):
+    for (saved, _), h, p, s, *grads in zip(kept, hiddens, *others, strict=True):
         block = h, *shared, p
         found.append(_block_gradients(block, s, config, saved, scratch, *grads))
     by_block = list(zip(*found, strict=True))
@@ -309,7 +258,7 @@ def _block_gradients(
     inputs: Sequence[Tensor],
     sigma: Tensor,
     config: NeurocoderConfig,
-    saved: _Saved,
+    saved: Saved,
     scratch: Workspace,
     grad_mixture: Tensor,
     grad_sigma: Tensor,
@@ -381,7 +330,7 @@ def _block_gradients(
 
 
 def _add_gradient_through_usage(
-    grad: Tensor, saved: _Saved, config: NeurocoderConfig, batch: int
+    grad: Tensor, saved: Saved, config: NeurocoderConfig, batch: int
 ) -> None:
     """Add to `grad`, from the last step to the first, what weights do to later steps."""
     gates, selected, won, peaks = saved.gates, saved.selected, saved.won, saved.peaks
@@ -396,17 +345,6 @@ def _add_gradient_through_usage(
         grad_usage.sub_(passed_on).sub_(grad_least)
         grad_usage.scatter_add_(1, peak, grad_least.sum(1, keepdim=True))
     grad[first] += grad_usage  # the usage after the first step is that step's weights
-
-
-def _plain_mix_program(
-    config: NeurocoderConfig,
-    *inputs: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`_mix_program` as the equations stand."""
-    *control, keys, memory_s, projection = inputs
-    weights = attend(Control(*control), keys, config)
-    sigma = singular_values(weights[2], memory_s)
-    return mix_slots(Composed(weights, sigma, None), projection), sigma
 
 
 def _steps(config: NeurocoderConfig, batch: int) -> list[tuple[Any, ...]]:

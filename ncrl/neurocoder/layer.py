@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ncrl.neurocoder import acting, fused
+from ncrl.neurocoder import acting
 from ncrl.neurocoder.composition import CompositionNetwork, Constants
 from ncrl.neurocoder.config import NeurocoderConfig, require_positive
 from ncrl.neurocoder.integration import (
@@ -25,6 +25,7 @@ from ncrl.neurocoder.integration import (
     mix_slots,
 )
 from ncrl.neurocoder.memory import ProgramMemory
+from ncrl.neurocoder.node import run_layer
 from ncrl.neurocoder.official import (
     OfficialIntegration,
     OfficialMemory,
@@ -296,15 +297,12 @@ class NeurocoderLinear(nn.Module):
         assert not isinstance(integration, OfficialIntegration)
         with without_autocast(flat):
             keys, constants, rows = prepared or self._prepare()
-            read = rows @ flat.to(memory.u.dtype).T
-            sizes = [len(memory.u), len(composition.input_weight())]
-            if integration is not None:
-                sizes += [1, *([self.out_features] * (prepared is not None))]
-            projection, from_input, *rest = torch.split(read, sizes)
-            control = composition.control(from_input, constants)
-            mixture, sigma = fused.mix_program(control, keys, memory.s, projection, self.config)
-            scale = None if integration is None else integration.scale_from(rest[0], sigma)
-        return mixture, scale, rest[1] if len(rest) > 1 else None
+            x = flat.to(memory.u.dtype)
+            mixture, sigma, read = run_layer(x, rows, constants, keys, memory.s, self.config)
+            if integration is None:
+                return mixture, None, None
+            scale = integration.scale_from(read[:1], sigma)
+        return mixture, scale, read[1:] if prepared else None
 
     def _can_act(self, flat: Tensor) -> bool:
         return not torch.is_grad_enabled() and self._is_small and acting.suits(self.memory.u, flat)

@@ -25,32 +25,26 @@ class Workspace:
     """Uninitialised memory, handed out in pieces with names.
 
     A piece is a part of one block that is given back when the object dies, so whoever uses a piece
-    has to hold on to the object. Without `reuse` pieces are tensors like any other.
+    has to hold on to the object.
     """
 
-    def __init__(self, like: Tensor, numel: int, num_pieces: int, *, reuse: bool) -> None:
+    def __init__(self, like: Tensor, numel: int, num_pieces: int) -> None:
         """Memory for `num_pieces` tensors of `numel` elements in all, of the type of `like`."""
-        self._like = like
         self._align = ALIGNMENT // like.element_size()
         self._pieces: dict[str, Tensor] = {}
         self._used = 0
-        self._block = _borrow(like, numel + num_pieces * self._align) if reuse else None
+        self._block = _borrow(like, numel + num_pieces * self._align)
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The piece with this name, as a tensor of this shape, at most as large as the first."""
         if name not in self._pieces:
-            self._pieces[name] = self._new(math.prod(shape))
+            begin, size = self._used, math.prod(shape)
+            self._used += math.ceil(size / self._align) * self._align
+            self._pieces[name] = self._block[begin : begin + size]
         return self._pieces[name][: math.prod(shape)].view(shape)
 
-    def _new(self, size: int) -> Tensor:
-        if self._block is None:
-            return self._like.new_empty(size)
-        begin = self._used
-        self._used += math.ceil(size / self._align) * self._align
-        return self._block[begin : begin + size]
-
     def __del__(self) -> None:
-        if self._block is not None and self._block.device.type == "cpu":
+        if self._block.device.type == "cpu":
             _give_back(self._block)
 
 
