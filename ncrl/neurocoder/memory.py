@@ -84,24 +84,24 @@ class ProgramMemory(nn.Module):
 
 def distance_from_orthonormal(rows: Tensor) -> Tensor:
     """|M M^T - I_P| in the Frobenius norm, a scalar; its gradient at exactly 0 is 0."""
-    squared = squared_distance_from_orthonormal(rows)
-    # sqrt has an infinite slope at 0: keep the exact zero, with a zero gradient, out of its reach.
-    at_minimum = squared == 0
-    return torch.where(at_minimum, squared, squared.masked_fill(at_minimum, 1.0).sqrt())
+    error, missing = _gram_error(rows)
+    distance = torch.linalg.vector_norm(error)
+    return (distance.square() + missing).sqrt() if missing else distance
 
 
 def squared_distance_from_orthonormal(rows: Tensor) -> Tensor:
-    """|M M^T - I_P|^2, a scalar.
+    """|M M^T - I_P|^2, a scalar."""
+    error, missing = _gram_error(rows)
+    return error.square().sum() + missing
 
-    Uses |M M^T - I_P|^2 = |M^T M - I_d|^2 + (P - d), so the smaller Gram matrix is the one built.
-    """
+
+def _gram_error(rows: Tensor) -> tuple[Tensor, int]:
+    """The smaller of M M^T - I_P and M^T M - I_d, and by how much its squared norm falls short of
+    that of the first: |M M^T - I_P|^2 = |M^T M - I_d|^2 + (P - d)."""
     num_rows, width = rows.shape
-    if width < num_rows:
-        gram, missing = rows.T @ rows, num_rows - width
-    else:
-        gram, missing = rows @ rows.T, 0
-    eye = torch.eye(gram.shape[0], dtype=rows.dtype, device=rows.device)
-    return (gram - eye).square().sum() + missing
+    gram = rows.T @ rows if width < num_rows else rows @ rows.T
+    eye = torch.eye(len(gram), dtype=rows.dtype, device=rows.device)
+    return gram - eye, max(0, num_rows - width)
 
 
 def orthonormality_floor(rows: Tensor) -> float:
