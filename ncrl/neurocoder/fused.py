@@ -309,8 +309,8 @@ def _block_gradients(
     grad.addcmul_(content, grad.sum(1, keepdim=True), value=-1)
     grad = grad.flatten(2)  # [3, P, H J B]
     # The long side first: MKL is twice as fast in this order as in the other, here and below.
-    grad_keys = (saved.queries.flatten(2) @ grad.transpose(1, 2)).transpose(1, 2) * sharpness
-    grad_sharp = (keys.transpose(1, 2) @ grad).view_as(grad_queries)
+    grad_keys = torch.bmm(saved.queries.flatten(2), grad.transpose(1, 2)).mT * sharpness
+    grad_sharp = torch.bmm(keys.mT, grad).view_as(grad_queries)
     along = (grad_sharp * saved.queries).sum(1, keepdim=True)  # [3, 1, H, J B]
     grad_sharpness = along.sum()
     # A query shorter than the floor is divided by a constant.
