@@ -85,7 +85,7 @@ class ProgramMemory(nn.Module):
 def distance_from_orthonormal(rows: Tensor) -> Tensor:
     """|M M^T - I_P| in the Frobenius norm, a scalar; its gradient at exactly 0 is 0."""
     error, missing = _gram_error(rows)
-    distance = torch.linalg.vector_norm(error)
+    distance: Tensor = torch.linalg.vector_norm(error)
     return (distance.square() + missing).sqrt() if missing else distance
 
 
