@@ -233,7 +233,13 @@ def draw(rows: Sequence[Result], path: Path) -> None:
         axes.set_xticks(range(len(METHODS)), list(METHODS))
         axes.set_ylabel("accuracy after 5 tasks, %")
         axes.set_title(f"incremental {scenario}; black marks: the paper's", fontsize=9)
-        axes.legend(fontsize=7, ncols=2, loc="upper left")
+        axes.legend(
+            fontsize=7,
+            ncols=max(1, len(columns)),
+            frameon=False,
+            loc="upper center",  # below the axis
+            bbox_to_anchor=(0.5, -0.07),
+        )
     figure.savefig(path, dpi=130)
 
 
