@@ -215,8 +215,10 @@ def _slot_order(
     num_rows: int, config: NeurocoderConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The row that comes to each place in `by_slot`, and the place that each row comes to."""
-    order = _by_slot(torch.arange(num_rows, device=device), config)
-    return order, order.argsort()
+    # Whoever asks first: what is made in inference mode could not be used in training.
+    with torch.inference_mode(False):
+        order = _by_slot(torch.arange(num_rows, device=device), config)
+        return order, order.argsort()
 
 
 class _Reordered(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ncrl import NeurocoderConfig, NeurocoderLinear
-from ncrl.neurocoder import acting, fused, node
+from ncrl.neurocoder import acting, composition, fused, node
 from ncrl.neurocoder.attention import unit
 from ncrl.neurocoder.composition import Constants, Control, attend, split_slots
 from ncrl.neurocoder.controller import plain_states
@@ -294,6 +294,18 @@ def test_second_derivatives_are_plain(name: str) -> None:
     found, expected = hessian_products(node.run_layer), hessian_products(plain_layer)
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=1e-9)
+
+
+def test_second_derivatives_after_a_first_call_in_inference_mode() -> None:
+    """Nothing that the first call leaves behind may be an inference tensor."""
+    composition._slot_order.cache_clear()
+    layer = make_layer(Case())
+    x = random_input(40, 5).requires_grad_()
+    with torch.inference_mode():
+        layer(x)
+    slopes = torch.autograd.grad(layer(x).square().sum(), layer.parameters(), create_graph=True)
+    sum(slope.square().sum() for slope in slopes).backward()
+    assert x.grad is not None and x.grad.any()
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
