@@ -105,8 +105,10 @@ class CompositionNetwork(nn.Module):
         Returns:
             The program; its component n = step * H + head, steps and heads counted from 0.
         """
-        control = self.control(self.input_weight() @ x.T, self.constants())
-        weights = attend(control, keys, self.config)
+        from_input = self.input_weight() @ x.T
+        weights = attend(
+            run_controller(from_input, self.constants(), self.config), keys, self.config
+        )
         sigma = singular_values(weights[2], memory_s)
         scale = None if integration is None else integration.scale(x, sigma)
         return Composed(weights, sigma, scale)
@@ -116,17 +118,12 @@ class CompositionNetwork(nn.Module):
         return self.linear.weight if self.config.controller == "linear" else self.lstm.weight_ih
 
     def constants(self) -> Constants:
-        """What `control` needs beside the input."""
+        """What `run_controller` needs beside the input."""
         weight, bias = (by_slot(rows, self.config) for rows in (self.head.weight, self.head.bias))
         head = weight, bias, self.sharpness(bias)
         if self.config.controller == "linear":
             return Constants(bias.new_empty(0, len(self.linear.bias)), self.linear.bias, *head)
         return Constants(self.lstm.weight_hh, self.lstm.bias_ih + self.lstm.bias_hh, *head)
-
-    def control(self, from_input: Tensor, constants: Constants) -> Control:
-        """What the network says, from `input_weight` x, [4h or h, B]."""
-        state, bias, *head = constants
-        return Control(plain_states(from_input, state, bias, self.config.num_steps), *head)
 
     def first_rows(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of what meets x in the first step: the gates i, g, o of the LSTM, each
@@ -151,6 +148,12 @@ class CompositionNetwork(nn.Module):
             return 0
         per_gate = {"slot-head": config.num_heads * config.num_slots, "slot": config.num_slots}
         return per_gate.get(config.gate, config.num_heads)
+
+
+def run_controller(from_input: Tensor, constants: Constants, config: NeurocoderConfig) -> Control:
+    """What the network says, from `input_weight` x, [4h or h, B]."""
+    state, bias, *head = constants
+    return Control(plain_states(from_input, state, bias, config.num_steps), *head)
 
 
 def attend(control: Control, keys: Tensor, config: NeurocoderConfig) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ncrl.neurocoder import controller, fused
-from ncrl.neurocoder.composition import Constants, Control, attend
+from ncrl.neurocoder.composition import Constants, attend, run_controller
 from ncrl.neurocoder.config import NeurocoderConfig
 from ncrl.neurocoder.integration import Composed, mix_slots, singular_values
 from ncrl.neurocoder.tracing import has_hooks, plain_gradients, wants_plain_gradient
@@ -117,10 +117,10 @@ def _gradients(
 
 def _plain(config: NeurocoderConfig, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`_forward` as the equations stand."""
-    x, rows, weight_hh, bias, *head, keys, memory_s = inputs
-    projection, from_input, others = _split(rows @ x.T, bias, config)
-    states = controller.plain_states(from_input, weight_hh, bias, config.num_steps)
-    weights = attend(Control(states, *head), keys, config)
+    x, rows, *rest, keys, memory_s = inputs
+    constants = Constants(*rest)
+    projection, from_input, others = _split(rows @ x.T, constants.controller_bias, config)
+    weights = attend(run_controller(from_input, constants, config), keys, config)
     sigma = singular_values(weights[2], memory_s)
     return mix_slots(Composed(weights, sigma, None), projection), sigma, others
 

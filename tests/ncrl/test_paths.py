@@ -1,7 +1,7 @@
 """All ways of computing a layer give the same: plain equations, one node, rows, and torch's own.
 
 `composition.attend` with `integration.mix_slots` are the plain equations, which tests/reference.py
-is the judge of in other modules. Here they judge `fused` and `acting`, and whatever torch makes of
+is the judge of in other modules. Here they judge `node` and `acting`, and whatever torch makes of
 the layer. Shape letters: B batch, P slots, K key, H heads, J steps, R = J*H, h controller width.
 """
 
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ncrl import NeurocoderConfig, NeurocoderLinear
-from ncrl.neurocoder import acting, composition, fused, node
+from ncrl.neurocoder import acting, composition, controller, fused, node
 from ncrl.neurocoder.attention import unit
 from ncrl.neurocoder.composition import Constants, Control, attend, split_slots
 from ncrl.neurocoder.controller import plain_states
@@ -42,22 +42,24 @@ IN, OTHERS = 3, 2
 
 
 def plain_layer(
-    x: Tensor,
-    rows: Tensor,
-    constants: Constants,
-    keys: Tensor,
-    memory_s: Tensor,
-    config: NeurocoderConfig,
+    x: Tensor, rows: Tensor, constants: Constants, keys: Tensor, memory_s: Tensor, config: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `node.run_layer` computes, from the plain equations."""
-    weight_hh, bias, *head = constants
-    projection, from_input, others = torch.split(
-        rows @ x.T, [config.num_slots, len(bias), len(rows) - config.num_slots - len(bias)]
-    )
-    states = plain_states(from_input, weight_hh, bias, config.num_steps)
-    weights = attend(Control(states, *head), keys, config)
+    weights = attention_of(x, rows, constants, keys, config)
     sigma = singular_values(weights[2], memory_s)
+    projection = rows[: config.num_slots] @ x.T
+    others = rows[config.num_slots + len(constants.controller_bias) :] @ x.T
     return mix_slots(Composed(weights, sigma, None), projection), sigma, others
+
+
+def attention_of(
+    x: Tensor, rows: Tensor, constants: Constants, keys: Tensor, config: NeurocoderConfig
+) -> Tensor:
+    """Weights, [3, R, P, B]."""
+    weight_hh, bias, *head = constants
+    from_input = rows[config.num_slots :][: len(bias)] @ x.T
+    states = plain_states(from_input, weight_hh, bias, config.num_steps)
+    return attend(Control(states, *head), keys, config)
 
 
 def config_of(**options: Any) -> NeurocoderConfig:
@@ -100,8 +102,6 @@ def random_inputs(config: NeurocoderConfig, batch: int, kind: str = "random") ->
     Kinds: `zero-queries` makes every slot tie; `twins` makes slots tie in pairs, for random
     queries; `short-queries` stay below the floor of a norm.
     """
-    if kind == "twins" and config.key_dim == 1:  # unit queries of all steps tie but for rounding
-        kind = "random"
     P, K, h = config.num_slots, config.key_dim, config.controller_size
     gates = h if config.controller == "linear" else 4 * h
     recurrent = (0 if config.controller == "linear" else gates, h)
@@ -127,14 +127,6 @@ def random_inputs(config: NeurocoderConfig, batch: int, kind: str = "random") ->
 def run_program(program: Program, inputs: list[Tensor], config: NeurocoderConfig) -> list[Tensor]:
     x, rows, *constants, keys, memory_s = inputs
     return list(program(x, rows, Constants(*constants), keys, memory_s, config))
-
-
-def attention_of(inputs: list[Tensor], config: NeurocoderConfig) -> Tensor:
-    """Weights behind `run_program`, [3, R, P, B]."""
-    x, rows, weight_hh, bias, *head, keys, _ = inputs
-    from_input = rows[config.num_slots :][: len(bias)] @ x.T
-    states = plain_states(from_input, weight_hh, bias, config.num_steps)
-    return attend(Control(states, *head), keys, config)
 
 
 def all_gradients(program: Program, inputs: list[Tensor], config: NeurocoderConfig) -> list[Tensor]:
@@ -179,6 +171,8 @@ def test_fused_is_plain(config: NeurocoderConfig, batch: int) -> None:
 def test_fused_is_plain_where_slots_tie_or_queries_are_short(
     config: NeurocoderConfig, kind: str
 ) -> None:
+    if kind == "twins" and config.key_dim == 1:  # unit queries of all steps tie but for rounding
+        kind = "random"
     agree(config, random_inputs(config, 3, kind))
 
 
@@ -211,7 +205,8 @@ def test_the_first_largest_of_nan_is_a_slot() -> None:
 def test_twins_do_tie() -> None:
     """Else the test above would be empty."""
     config = CONFIGS["usual-J2"]
-    weights = attention_of(random_inputs(config, 3, "twins"), config)
+    x, rows, *constants, keys, _ = random_inputs(config, 3, "twins")
+    weights = attention_of(x, rows, Constants(*constants), keys, config)
     assert torch.equal(weights[:, :, 0], weights[:, :, 1])
     assert not torch.equal(weights[:, :, 0], weights[:, :, 2])
     assert (weights[:, 2:] > 0).all(), "usage attention"
@@ -423,6 +418,25 @@ def test_inputs_changed_before_backward_are_noticed() -> None:
         inputs[INPUTS.index("keys")].add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         mixture.sum().backward()
+
+
+# The controller by itself
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize(("width", "batch"), [(1, 1), (3, 0), (3, 4)])
+def test_the_controller_is_plain(steps: int, width: int, batch: int) -> None:
+    shapes = ((4 * width, batch), (4 * width, width), (4 * width,))
+    inputs = [random_input(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    towards = random_input(width, steps * batch, seed=9)
+    expected = plain_states(*inputs, steps)
+    wanted = torch.autograd.grad(expected, inputs, towards)
+    with torch.no_grad():
+        found, kept = controller.states(*inputs, steps)
+        slopes = controller.gradients(inputs[1], found, kept, towards)
+    close(found, expected, 1e-12)
+    for actual, slope in zip(slopes, wanted, strict=True):
+        torch.testing.assert_close(actual, slope, rtol=1e-10, atol=1e-12)
 
 
 # Rows
