@@ -80,6 +80,8 @@ CONFIGS = {
         "one-key": {"key_dim": 1},
         "two-slots": {"num_slots": 2, "num_least_used": 1},
         "all-but-one": {"num_slots": 6, "num_least_used": 5, "sharpness": 10.0},
+        "sharp": {"sharpness": fused.LARGEST_EXPONENT},
+        "sharper": {"sharpness": 2 * fused.LARGEST_EXPONENT},
         "many-slots": {"num_slots": 33, "num_heads": 3, "num_least_used": 7},
         "many-heads": {"num_slots": 4, "num_heads": 9, "key_dim": 5, "controller_size": 1},
     }.items()
@@ -174,6 +176,21 @@ def test_fused_is_plain_where_slots_tie_or_queries_are_short(
     if kind == "twins" and config.key_dim == 1:  # unit queries of all steps tie but for rounding
         kind = "random"
     agree(config, random_inputs(config, 3, kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sharpness", [1.0, fused.LARGEST_EXPONENT, 1e4])
+@pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (1, -1)])
+def test_no_sharpness_is_too_large(
+    dtype: torch.dtype, sharpness: float, signs: tuple[int, int]
+) -> None:
+    """Cosines of 1 and -1, where powers are the largest and the smallest."""
+    keys = torch.tensor(signs, dtype=dtype).repeat(3, 40).unsqueeze(2)  # [3, 80, 1]
+    queries = torch.tensor([1, -1], dtype=dtype).expand(3, 1, 2)
+    scores, content = (torch.empty(3, 80, 2, dtype=dtype) for _ in range(2))
+    fused._attend(keys, torch.tensor(sharpness, dtype=dtype), queries, scores, content)
+    expected = (sharpness * (keys.double() @ queries.double())).softmax(dim=1)
+    close(content.double(), expected, 4 * torch.finfo(dtype).eps * max(1, sharpness))
 
 
 @every_config
