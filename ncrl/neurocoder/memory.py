@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,11 @@ from torch import Tensor, nn
 from ncrl.neurocoder.attention import unit
 from ncrl.neurocoder.caching import Source, is_comparable
 from ncrl.neurocoder.config import NeurocoderConfig
+from ncrl.neurocoder.orthogonality import (
+    distance_from_orthonormal,
+    orthonormality_floor,
+    squared_distance_from_orthonormal,
+)
 
 
 class ProgramMemory(nn.Module):
@@ -61,8 +65,9 @@ class ProgramMemory(nn.Module):
 
     def _compute_keys(self) -> Tensor:
         slots = torch.cat([self.u, self.v, self.s], dim=1).detach()  # [P, in + out + 1]
-        keys = self.key_net(slots).unflatten(1, (3, self.config.key_dim))  # [P, 3, K]
-        return unit(keys, dim=2).transpose(0, 1).contiguous()
+        # Slots last: twice as fast as slots first, as there are more of them than key numbers.
+        keys = torch.addmm(self.key_net.bias.unsqueeze(1), self.key_net.weight, slots.T)
+        return unit(keys.view(3, self.config.key_dim, len(slots)), dim=1).transpose(1, 2)
 
     def orthogonality(self, squared: bool = False) -> Tensor:
         """L_o = |M_U M_U^T - I| + |M_V M_V^T - I| in Frobenius norms, a scalar (section 2.3).
@@ -80,31 +85,3 @@ class ProgramMemory(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles start without cached keys.
         return {**self.__dict__, "_cache": None}
-
-
-def distance_from_orthonormal(rows: Tensor) -> Tensor:
-    """|M M^T - I_P| in the Frobenius norm, a scalar; its gradient at exactly 0 is 0."""
-    error, missing = _gram_error(rows)
-    distance: Tensor = torch.linalg.vector_norm(error)
-    return (distance.square() + missing).sqrt() if missing else distance
-
-
-def squared_distance_from_orthonormal(rows: Tensor) -> Tensor:
-    """|M M^T - I_P|^2, a scalar."""
-    error, missing = _gram_error(rows)
-    return error.square().sum() + missing
-
-
-def _gram_error(rows: Tensor) -> tuple[Tensor, int]:
-    """The smaller of M M^T - I_P and M^T M - I_d, and by how much its squared norm falls short of
-    that of the first: |M M^T - I_P|^2 = |M^T M - I_d|^2 + (P - d)."""
-    num_rows, width = rows.shape
-    gram = rows.T @ rows if width < num_rows else rows @ rows.T
-    eye = torch.eye(len(gram), dtype=rows.dtype, device=rows.device)
-    return gram - eye, max(0, num_rows - width)
-
-
-def orthonormality_floor(rows: Tensor) -> float:
-    """The least |M M^T - I_P| for a matrix of this shape, sqrt(P - d) where P > d."""
-    num_rows, width = rows.shape
-    return math.sqrt(max(0, num_rows - width))

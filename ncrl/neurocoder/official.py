@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ncrl.neurocoder.attention import kth_smallest
 from ncrl.neurocoder.config import NeurocoderConfig
 from ncrl.neurocoder.integration import Composed
-from ncrl.neurocoder.memory import (
+from ncrl.neurocoder.orthogonality import (
     distance_from_orthonormal,
     orthonormality_floor,
     squared_distance_from_orthonormal,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ncrl import NeurocoderLinear, orthogonal_loss
+from ncrl.neurocoder.orthogonality import distance_from_orthonormal
 from tests.reference import orthogonal_loss_reference
 
 
@@ -87,6 +88,17 @@ def test_gradient_by_hand(widths: tuple[int, int, int]) -> None:
         e = m @ m.T - torch.eye(len(m), dtype=m.dtype)
         assert memory.grad is not None
         torch.testing.assert_close(memory.grad, 2 * e @ m / e.norm(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(3, 5), (5, 3), (4, 4), (1, 2)])
+def test_gradients_of_gradients(num_rows: int, width: int) -> None:
+    rows = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(0)).double()
+    rows.requires_grad_()
+    assert torch.autograd.gradcheck(distance_from_orthonormal, rows)
+    assert torch.autograd.gradgradcheck(distance_from_orthonormal, rows)
+    by_transform = torch.func.grad(distance_from_orthonormal)(rows.detach())
+    (by_hand,) = torch.autograd.grad(distance_from_orthonormal(rows), rows)
+    torch.testing.assert_close(by_hand, by_transform, rtol=1e-10, atol=1e-12)
 
 
 def test_only_the_memories_of_vectors_receive_a_gradient() -> None:
