@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-CHUNK = 256
+CHUNK = 512
 """Samples that are vectorised together."""
 
 WIDEST = 8
@@ -188,6 +188,7 @@ class _Products(_Counted):
     def __init__(self, pairs: Sequence[tuple[_Part, _Part]]) -> None:
         super().__init__()
         self.parts = [part for pair in pairs for part in pair]
+        self._constant = torch.empty(0)  # the factor that is the same for all samples
 
     @property
     def has_constant(self) -> bool:
@@ -206,11 +207,24 @@ class _Products(_Counted):
     def sums_of(self, values: Sequence[Tensor], batch: int) -> _Pair:
         if not self.has_constant:
             return self._of_rank_one(values, batch)
+        left, self._constant = self._constant_last(values)
+        of_row = left.movedim(0, -2)  # [..., rows, B, k]
+        return left.sum(0), of_row.mT @ of_row  # its Gram matrix: [..., rows, k, k]
+
+    def sums(self) -> _Pair:
+        totals = super().sums()
+        if not self.has_constant:
+            return totals
+        # What meets the constant factor is added up first: the products are as large as the tensor.
+        (left, gram), right = totals, self._constant  # [..., rows, k], ..., [..., k, columns]
+        of_row = right.unsqueeze(-3)  # [..., 1, k, columns]
+        total, squares = left @ right, ((gram @ of_row) * of_row).sum(-2)
+        return (total, squares) if self.parts[0].batched else (total.mT, squares.mT)
+
+    def _constant_last(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The factors [B, ..., rows, k] and [..., k, columns], transposed if need be."""
         left, right = values
-        if self.parts[0].batched:
-            return _times_constant(left, right)
-        total, squares = _times_constant(right.mT, left.mT)
-        return total.mT, squares.mT
+        return (left, right) if self.parts[0].batched else (right.mT, left.mT)
 
     def _of_rank_one(self, values: Sequence[Tensor], batch: int) -> _Pair:
         """From all columns of left factors and all rows of right ones."""
@@ -233,14 +247,6 @@ def _outer_sum(left: Tensor, right: Tensor) -> Tensor:
     """Sum over samples of outer products: [B, ..., rows] and [B, ..., columns] give
     [..., rows, columns]."""
     return left.movedim(0, -1) @ right.movedim(0, -2)
-
-
-def _times_constant(left: Tensor, right: Tensor) -> _Pair:
-    """For the products of left [B, ..., rows, k] and right [..., k, columns]."""
-    of_row = left.movedim(0, -2)  # [..., rows, B, k]
-    gram = of_row.mT @ of_row  # [..., rows, k, k]
-    right_of_row = right.unsqueeze(-3)  # [..., 1, k, columns]
-    return left.sum(0) @ right, ((gram @ right_of_row) * right_of_row).sum(-2)
 
 
 class _Combined(_Plan):
