@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from common import Target, machine, print_targets
 
+from ncrl.tasks.command import keep_freed_memory
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import SplitLearning, Task
 from ncrl.tasks.continual.tables import COLUMNS, Cell, Column
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the command does
     print(f"{machine()}, {arguments.threads} thread(s)\n")
     tasks = [random_task(max(2, int(arguments.scale * size))) for size in TASK_SIZES]
     targets = measure_steps(tasks, arguments.seconds)

@@ -25,7 +25,7 @@ from common import Target, machine, print_targets
 from ncrl.layers import LAYERS
 from ncrl.tasks.algorithms import MultiAlgorithm
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import plans
+from ncrl.tasks.command import keep_freed_memory, plans
 from ncrl.tasks.data import Images
 from ncrl.tasks.polynomial import Polynomials
 from ncrl.tasks.recipes import Recipe
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the commands do
     chosen = [row for row in ROWS if wanted(row.name, arguments.only)]
     if not chosen:
         names = ", ".join(row.name for row in ROWS)

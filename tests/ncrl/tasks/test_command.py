@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import signal
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -287,3 +290,28 @@ def test_configs_are_installed_where_they_are_looked_for(
     monkeypatch.setattr(recipes, "__file__", str(tmp_path / "a" / "b" / "c" / "recipes.py"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "prefix"))
     assert recipes.configs_folder() == installed
+
+
+KEEPING = """
+import resource, torch
+from ncrl.tasks.command import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [torch.ones(1 << 20) for _ in range(8)]  # 4 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept() -> None:
+    """What is allocated again comes from the process itself, not page by page from the kernel."""
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPING], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) < 1000, "20 times 8,192 pages without"
