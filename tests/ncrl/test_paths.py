@@ -115,7 +115,8 @@ def random_inputs(config: NeurocoderConfig, batch: int, kind: str = "random") ->
     named["sharpness"].fill_(config.sharpness)
     named["keys"].copy_(unit(named["keys"], dim=2))
     if kind == "twins":  # slots 0 and 1 are equal, 2 and 3, ...
-        named["keys"].copy_(named["keys"][:, torch.arange(P) // 2 * 2])
+        # Along axes, so that cosines are entries of the query, in whatever order they are summed.
+        named["keys"].copy_(torch.eye(K)[torch.arange(P) // 2 % K])
     for tensor in (named["weight"], named["bias"].unsqueeze(1)):
         queries, head_gates = split_slots(tensor, config)
         queries *= {"short-queries": 1e-8, "zero-queries": 0.0}.get(kind, 1.0)
@@ -173,7 +174,9 @@ def test_fused_is_plain(config: NeurocoderConfig, batch: int) -> None:
 def test_fused_is_plain_where_slots_tie_or_queries_are_short(
     config: NeurocoderConfig, kind: str
 ) -> None:
-    if kind == "twins" and config.key_dim == 1:  # unit queries of all steps tie but for rounding
+    # Unit queries of one number tie in all steps but for rounding, and so do slots with attention
+    # that is nothing beside the largest.
+    if kind == "twins" and (config.key_dim == 1 or config.sharpness > 10):
         kind = "random"
     agree(config, random_inputs(config, 3, kind))
 
