@@ -90,7 +90,9 @@ class Classification(Experiment):
             )
             self._epoch, self._order = epoch, order.to(self.images.train_images.device)
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
-        return self.images.train_images[chosen], self.images.train_labels[chosen]
+        # Whole rows at a time, where indexing copies number by number.
+        images, labels = self.images.train_images, self.images.train_labels
+        return images.index_select(0, chosen), labels.index_select(0, chosen)
 
     def loss(self, update: int) -> Tensor:
         x, labels = self.batch(update)

@@ -196,7 +196,7 @@ class SplitLearning(Experiment):
             self._order = torch.randperm(len(images), generator=stream).to(images.device)
             self._order_of = task, epoch
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
-        # Several times faster than indexing, which copies number by number.
+        # Whole rows at a time, where indexing copies number by number.
         return task, images.index_select(0, chosen), labels.index_select(0, chosen)
 
     def loss(self, update: int) -> Tensor:
