@@ -165,7 +165,7 @@ class _Counted(_Plan):
 
     @abstractmethod
     def sums_of(self, values: Sequence[Tensor], batch: int) -> _Pair:
-        """Of one chunk."""
+        """Two tensors of one chunk, to be added up: where nothing else is said, its sums."""
 
 
 class _Whole(_Counted):
