@@ -11,6 +11,7 @@ Shapes: N samples, B of them in a chunk, k inner width of a product.
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -24,7 +25,10 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 CHUNK = 512
-"""Samples that are vectorised together."""
+"""Samples that are vectorised together, where memory allows."""
+
+MOST_NUMBERS = 1 << 28
+"""In the gradients and factors of a chunk: a gibibyte in single precision."""
 
 WIDEST = 8
 """Largest k up to which factors are kept apart: it takes k (k + 1) / 2 products over the chunk."""
@@ -70,15 +74,19 @@ class SampleGradients:
         with torch.no_grad():
             self._traced = make_fx(flat_gradients)(*self._parameters.values(), sample)
         self._plans = _cut(self._traced)
+        parts = [part for plan in self._plans for part in plan.parts]
+        per_sample = sum(math.prod(_shape(part.node)) for part in parts if part.batched)
+        self._chunk = min(CHUNK, max(1, MOST_NUMBERS // max(1, per_sample)))
         _prepare(self._traced)
 
     @torch.no_grad()
-    def sums(self, inputs: Tensor, *, chunk: int = CHUNK) -> Sums:
+    def sums(self, inputs: Tensor, *, chunk: int | None = None) -> Sums:
         """Sum gradients and their elementwise squares.
 
         Args:
             inputs: [N, ...].
-            chunk: samples that are vectorised together.
+            chunk: samples that are vectorised together; None for `CHUNK`, or as many as keep
+                within `MOST_NUMBERS`.
 
         Returns:
             Sums for every parameter that requires a gradient.
@@ -96,7 +104,7 @@ class SampleGradients:
         )
         for plan in plans:
             plan.clear()
-        for samples in torch.split(inputs, chunk):
+        for samples in torch.split(inputs, chunk or self._chunk):
             values = iter(evaluate(*self._parameters.values(), samples))
             for plan in plans:
                 plan.add([next(values) for _ in plan.parts], len(samples))

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from ncrl.baselines import FiLMLinear, HyperNetLinear, NSMLinear
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.neurocoder import NeurocoderLinear
-from ncrl.tasks.continual.gradients import SampleGradients, SampleLoss, Sums
+from ncrl.tasks.continual import gradients as gradients_module
+from ncrl.tasks.continual.gradients import CHUNK, SampleGradients, SampleLoss, Sums
 from ncrl.tasks.continual.methods import own_label_loss
 from ncrl.tasks.models.mlp import SplitMlp
 
@@ -157,6 +158,20 @@ def test_large_models_take_no_gradients_of_their_own_size(model: nn.Module) -> N
         gradient_sums(model, own_label_loss, x, chunk=256)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < 256 * 2000 * 2000  # bytes; a quarter of what floats would take
+
+
+@pytest.mark.parametrize(("most_numbers", "largest"), [(1, 1), (3 * 20, 3), (1 << 28, CHUNK)])
+def test_large_gradients_come_in_small_chunks(
+    most_numbers: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution's gradient is no thin product: 20 numbers for each of these samples."""
+    monkeypatch.setattr(gradients_module, "MOST_NUMBERS", most_numbers)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 4, 5, bias=False), nn.Flatten()).double()
+    x = torch.randn(8, 1, 5, dtype=torch.float64)
+    gradients = SampleGradients(model, own_label_loss, x[0])
+    assert gradients._chunk == largest
+    assert_same(gradients.sums(x), loop(model, own_label_loss, x))
 
 
 def test_no_samples_are_refused() -> None:
