@@ -2,6 +2,7 @@
 
 python -m ncrl.tasks.split_mnist --method online-ewc --layer linear neurocoder --repeats 5
 python -m ncrl.tasks.split_mnist --tables --jobs 2 --data-dir ~/data --figure split_mnist.png
+python -m ncrl.tasks.split_mnist --method ewc --layer linear lowrank --penalty-coef 1 10 100
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from ncrl.settings import nearest
 from ncrl.tasks.command import Plan, Session, plans, run_command, task_parser
-from ncrl.tasks.continual import tables
+from ncrl.tasks.continual import tables, tradeoff
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import (
     COEFS,
@@ -81,7 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--residual", action=both, help="neurocoder: with the residual program (default: without)")
     add("--sharpness", type=float, metavar="FLOAT", help="neurocoder: in place of the recipe's")
     add("--rank", nargs="+", type=int, metavar="INT", help="lowrank: of hidden layers (default: 1)")
-    add("--penalty-coef", type=float, metavar="FLOAT", help="in place of Hsu et al.'s")
+    add(
+        "--penalty-coef",
+        nargs="+",
+        type=float,
+        metavar="FLOAT",
+        help="in place of Hsu et al.'s; with several, --figure draws what they trade",
+    )
     add(
         "--fisher-orthogonality",
         action=both,
@@ -113,10 +120,12 @@ def work(session: Session, words: Sequence[str]) -> None:
     if jobs > 1 and "threads" not in flags:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     groups = table_cells(flags) if "tables" in flags else [(cells(flags), None)]
+    coefs: list[float] = list(dict.fromkeys(flags.get("penalty_coef", [])))
     data = load_mnist(session.data_dir, download=session.download)
     is_digits = data.name.startswith(DIGITS)
     wanted = [
-        ([plan(cell, flags, is_digits) for cell in group], repeats) for group, repeats in groups
+        ([one for cell in group for one in sweep(cell, flags, coefs, is_digits)], repeats)
+        for group, repeats in groups
     ]
     say(f"data: {data.source}")
     if is_digits and "epochs" not in flags:
@@ -139,7 +148,7 @@ def work(session: Session, words: Sequence[str]) -> None:
     else:
         say(f"\n{results_table(rows, METRICS)}")
     if session.figure is not None and rows:
-        tables.draw(rows, session.figure)
+        (tables if len(coefs) < 2 else tradeoff).draw(rows, session.figure)
 
 
 def under_cells(
@@ -250,6 +259,11 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
     for name in ("fisher_orthogonality", "double_orth_coef"):
         if name in flags and ("official" not in variants or "neurocoder" not in layers):
             raise ValueError(f"--{name.replace('_', '-')} needs --variant official")
+    if "penalty_coef" in flags and not any(method in COEFS["domain"] for method in methods):
+        raise ValueError(
+            f"--penalty-coef needs a method out of {', '.join(COEFS['domain'])}, "
+            f"got {', '.join(methods)}"
+        )
     columns: list[Column] = []
     for layer in layers:
         if layer == "neurocoder":
@@ -276,6 +290,8 @@ def table_cells(flags: Mapping[str, Any]) -> list[tuple[list[Cell], int | None]]
     for name in ("scenario", "method", "layer", "variant", "residual", "sharpness", "rank"):
         if name in flags:
             raise ValueError(f"--{name} and --tables exclude each other: tables have every cell")
+    if len(flags.get("penalty_coef", [])) > 1:
+        raise ValueError("--tables takes one --penalty-coef: a cell has place for one")
     groups: dict[str, list[Cell]] = {}
     for number in chosen_tables(flags):
         wanted = groups.setdefault(tables.SCENARIO[number], [])
@@ -314,8 +330,27 @@ def named(
     return list(dict.fromkeys(names))
 
 
-def plan(cell: Cell, flags: Mapping[str, Any], is_digits: bool = False) -> Plan:
+def sweep(
+    cell: Cell, flags: Mapping[str, Any], coefs: Sequence[float], is_digits: bool
+) -> Iterator[Plan]:
+    """The recipes of a cell, one for each coefficient where its method has a penalty."""
+    if not coefs or cell.method not in COEFS[cell.scenario]:
+        yield plan(cell, flags, is_digits)
+    else:
+        for coef in coefs:
+            yield plan(cell, flags, is_digits, coef)
+
+
+def plan(
+    cell: Cell, flags: Mapping[str, Any], is_digits: bool = False, coef: float | None = None
+) -> Plan:
     """The recipe of a cell, with what the flags change, and a name that says so.
+
+    Args:
+        cell: of a table.
+        flags: those that were given.
+        is_digits: whether the data are the embedded digits.
+        coef: weight of the penalty, in place of Hsu et al.'s.
 
     Raises:
         ValueError: for changes that make no sense.
@@ -342,9 +377,9 @@ def plan(cell: Cell, flags: Mapping[str, Any], is_digits: bool = False) -> Plan:
         said += f" sharpness={flags['sharpness']:g}"
     settings: dict[str, Any] = {"scenario": cell.scenario, "method": cell.method}
     settings["penalty_coef"] = COEFS[cell.scenario].get(cell.method, 0.0)
-    if "penalty_coef" in flags:
-        settings["penalty_coef"] = flags["penalty_coef"]
-        said += f" penalty_coef={flags['penalty_coef']:g}"
+    if coef is not None:
+        settings["penalty_coef"] = coef
+        said += f" {tradeoff.coef_words(coef)}"
     for name in ("fisher_orthogonality", "double_orth_coef"):
         is_official = is_neurocoder and cell.column.variant == "official"
         settings[name] = is_official and flags.get(name, True)

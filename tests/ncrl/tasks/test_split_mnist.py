@@ -1,5 +1,6 @@
 """The command: flags, rows, tables, bad input."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ncrl.tasks.continual import tables
+from ncrl.tasks.continual import tables, tradeoff
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import COEFS, ContinualRecipe
 from ncrl.tasks.continual.tables import COLUMNS, Cell, Column
@@ -87,7 +88,7 @@ def test_quirks_belong_to_the_official_variant() -> None:
 
 def test_flags_change_the_recipe_and_its_name() -> None:
     cell = Cell("task", "adagrad", Column("neurocoder"))
-    changed = plan(cell, {"sharpness": 3.0, "penalty_coef": 5.0, "epochs": 2, "orth_coef": 7.0})
+    changed = plan(cell, {"sharpness": 3.0, "epochs": 2, "orth_coef": 7.0}, coef=5.0)
     assert changed.recipe.layer_options["sharpness"] == 3
     found = changed.recipe
     assert (found.epochs, found.orth_coef, found.learning_rate) == (2, 7, 1e-2)
@@ -156,7 +157,12 @@ BAD_INPUT = {
     "quirk": (["--double-orth-coef"], "--double-orth-coef needs --variant official"),
     "table": (["--tables", "2"], "--tables takes 1, 6 and 7, got 2"),
     "table of": (["--tables", "--method", "ewc"], "--method and --tables exclude each other"),
-    "coef": (["--penalty-coef", "-1"], "penalty_coef must lie in 0 .. inf, got -1.0"),
+    "coef": (
+        ["--method", "ewc", "--penalty-coef", "1", "-1"],
+        "penalty_coef must lie in 0 .. inf, got -1.0",
+    ),
+    "coef of what": (["--penalty-coef", "1"], "--penalty-coef needs a method out of l2, si, ewc"),
+    "coefs": (["--tables", "1", "--penalty-coef", "1", "2"], "--tables takes one --penalty-coef"),
     "config": (["--config", "polynomial"], "unknown variant 'tuned' of"),
     "clipped": (
         ["--method", "si", "--max-grad-norm", "1"],
@@ -246,6 +252,38 @@ def test_the_example_of_the_documentation_runs() -> None:
     # The last task's end is the anchor: the first step away from it would cost something.
     assert method.penalty() == 0
     assert all(bool((fisher > 0).any()) for fisher in method.importance.values())
+
+
+# What a penalty's weight trades
+
+
+def test_a_sweep_trains_with_every_coefficient(tmp_path: Path) -> None:
+    figure = tmp_path / "figure.png"
+    words = ("--layer", "lowrank", "--method", "l2", "adam", "--penalty-coef", "0", "1e3", "1e3")
+    assert main(small(tmp_path, *words, "--figure", str(figure))) == 0
+    rows = read_results(tmp_path)
+    trained = sorted((row.recipe["method"], row.recipe["penalty_coef"]) for row in rows)
+    assert trained == [("adam", 0), ("l2", 0), ("l2", 1000)]
+    assert figure.is_file()
+
+
+def test_points_are_means_over_seeds_in_the_order_of_the_coefficient() -> None:
+    cell = Cell("domain", "ewc", Column("lowrank", rank=1))
+
+    def row(coef: float, seed: int, learn: float, accuracy: float, said: str = "") -> Result:
+        made = made_up(cell, seed, accuracy, learn=learn)
+        name = f"{cell.name} epochs=2 penalty_coef={coef:g}" if said else made.name
+        return dataclasses.replace(made, name=name, recipe={"penalty_coef": coef})
+
+    rows = [row(100.0, 0, 80.0, 70.0, "said"), row(1e-6, 0, 99.0, 50.0, "said")]
+    rows += [row(1e-6, 1, 97.0, 54.0, "said"), row(7.0, 0, 90.0, 60.0)]
+    found = tradeoff.curves(rows)
+    assert found == {
+        "domain ewc": {
+            "rank 1 epochs=2": [(1e-6, 98.0, 52.0), (100.0, 80.0, 70.0)],
+            "rank 1": [(7.0, 90.0, 60.0)],
+        }
+    }
 
 
 # Tables
