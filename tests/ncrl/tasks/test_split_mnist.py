@@ -95,6 +95,8 @@ def test_flags_change_the_recipe_and_its_name() -> None:
     assert vars(found)["penalty_coef"] == 5
     for said in ("sharpness=3", "penalty_coef=5", "epochs=2", "orth_coef=7"):
         assert said in changed.name
+    ewc = Cell("domain", "ewc", Column("linear"))
+    assert plan(ewc, {}, coef=100.0) == plan(ewc, {}), "the coefficient that it has anyway"
     kept = plan(cell, {"learning_rate": 0.5}).recipe
     assert (kept.optimizer, kept.learning_rate) == ("adagrad", 0.5)
     assert plan(Cell("domain", "si", Column("lowrank", rank=7)), {}).name == "domain si rank 7"
