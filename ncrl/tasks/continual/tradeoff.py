@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from ncrl.tasks.figures import save_figure
 from ncrl.tasks.results import Result, summarise
 
-LOWEST = 45.0
-"""Per cent: just below chance, where the axes begin."""
+LEAST_ERROR, MOST_ERROR = 0.2, 60.0
+"""Per cent: ends of the axis of errors, which is logarithmic because most networks learn well."""
 
 
 class Point(NamedTuple):
@@ -65,34 +65,39 @@ def _mean(rows: Sequence[Result], metric: str) -> float:
 
 
 def draw(rows: Sequence[Result], path: Path) -> None:
-    """A panel for every scenario and method: accuracy after all tasks over that right after each,
-    with the coefficients beside the points."""
+    """A panel for every scenario and method: accuracy after all tasks over the error on each right
+    after training on it, with the coefficients beside the points."""
     found = curves(rows)
-    columns = min(2, len(found))
+    columns = min(3, len(found))
     lines = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(5 * columns, 4 * lines), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 4 * lines), layout="constrained")
     layers = list(dict.fromkeys(layer for by_layer in found.values() for layer in by_layer))
+    lowest = min(row.metrics["accuracy"] for row in rows)
+    errors = [LEAST_ERROR * (MOST_ERROR / LEAST_ERROR) ** (i / 50) for i in range(51)]
     for index, (where, by_layer) in enumerate(found.items()):
         axes = figure.add_subplot(lines, columns, index + 1)
         for layer, points in by_layer.items():
             _draw_curve(axes, points, layer, f"C{layers.index(layer)}")
-        axes.plot([LOWEST, 100], [LOWEST, 100], color="0.8", linewidth=0.8, zorder=0)
-        axes.set_xlim(LOWEST, 101)
-        axes.set_ylim(LOWEST, 101)
-        axes.set_xlabel("accuracy on a task right after it, %")
+        axes.plot(errors, [100 - error for error in errors], color="0.8", linewidth=0.8, zorder=0)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(LEAST_ERROR, MOST_ERROR)
+        axes.set_ylim(lowest - 3, 101)
+        axes.set_xlabel("error on a task right after training on it, %")
         axes.set_ylabel("accuracy after all tasks, %")
         axes.set_title(f"{where}; grey: nothing forgotten", fontsize=9)
-        axes.legend(fontsize=7, frameon=False, loc="upper left")
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
     save_figure(figure, path)
 
 
 def _draw_curve(axes: Axes, points: Sequence[Point], label: str, color: str) -> None:
-    x, y = [point.learn for point in points], [point.accuracy for point in points]
+    x = [max(100 - point.learn, LEAST_ERROR) for point in points]
+    y = [point.accuracy for point in points]
     axes.plot(x, y, "o-", markersize=4, linewidth=1, label=label, color=color)
-    for point in points:
+    for point, *place in zip(points, x, y, strict=True):
         axes.annotate(
             f"{point.coef:g}",
-            (point.learn, point.accuracy),
+            (place[0], place[1]),
             xytext=(3, 3),
             textcoords="offset points",
             fontsize=6,
