@@ -488,7 +488,7 @@ def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
     Raises:
         ValueError: if the file cannot be written.
     """
-    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, group in by_name(rows).items():
         values = np.array([row.details["seen"] for row in group])  # [seeds, T]
@@ -502,7 +502,14 @@ def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("accuracy on them, %")
     axes.set_title(f"{rows[0].data}; {title_of(rows[0])}", fontsize=7, wrap=True)
-    axes.legend(fontsize=7, title="recipe (seeds)", title_fontsize=7)
+    axes.legend(
+        fontsize=7,
+        title="recipe (seeds)",
+        title_fontsize=7,
+        frameon=False,
+        loc="center left",  # beside the axes, where it hides no curve
+        bbox_to_anchor=(1, 0.5),
+    )
     save_figure(figure, path)
 
 
