@@ -125,7 +125,10 @@ def _mix_block(
     scale = inverse_norm(queries, dim=1)
     queries = queries * scale
     content, weights = (workspace.take(name, *attention) for name in ("content", "weights"))
-    _attend(keys, sharpness, queries.flatten(2), weights.flatten(2), content.flatten(2))
+    # A learned one is known to the device alone, and asking would wait for it.
+    largest = math.inf if config.learned_sharpness else config.sharpness
+    flat = (tensor.flatten(2) for tensor in (queries, weights, content))
+    _attend(keys, sharpness, *flat, largest=largest)
     usage: _Usage = (None, None, None)
     if gates is None:
         moved = weights = content
@@ -148,12 +151,18 @@ def _mix_block(
 
 
 def _attend(
-    keys: Tensor, sharpness: Tensor, queries: Tensor, scores: Tensor, content: Tensor
+    keys: Tensor,
+    sharpness: Tensor,
+    queries: Tensor,
+    scores: Tensor,
+    content: Tensor,
+    *,
+    largest: float,
 ) -> None:
     """Softmax over slots of the sharpened cosine of unit keys [3, P, K] and queries [3, K, N], into
-    `content`; `scores` is written over. Both are [3, P, N]."""
+    `content`; `scores` is written over. Both are [3, P, N]. `largest`: bound of the sharpness."""
     is_double_or_single = keys.dtype in (torch.float64, torch.float32)
-    if keys.device.type != "cpu" or not is_double_or_single or float(sharpness) > LARGEST_EXPONENT:
+    if keys.device.type != "cpu" or not is_double_or_single or largest > LARGEST_EXPONENT:
         torch.bmm(keys * sharpness, queries, out=scores)
         torch.softmax(scores, dim=1, out=content)
         return

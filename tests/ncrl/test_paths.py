@@ -191,7 +191,8 @@ def test_no_sharpness_is_too_large(
     keys = torch.tensor(signs, dtype=dtype).repeat(3, 40).unsqueeze(2)  # [3, 80, 1]
     queries = torch.tensor([1, -1], dtype=dtype).expand(3, 1, 2)
     scores, content = (torch.empty(3, 80, 2, dtype=dtype) for _ in range(2))
-    fused._attend(keys, torch.tensor(sharpness, dtype=dtype), queries, scores, content)
+    of_keys = keys, torch.tensor(sharpness, dtype=dtype)
+    fused._attend(*of_keys, queries, scores, content, largest=sharpness)
     expected = (sharpness * (keys.double() @ queries.double())).softmax(dim=1)
     close(content.double(), expected, 4 * torch.finfo(dtype).eps * max(1, sharpness))
 
