@@ -1,7 +1,9 @@
 """What continual learning costs: a training step beside the plain MLP's, and whole runs.
 
 python benchmarks/split_mnist.py                   # steps, one thread, half a minute
-python benchmarks/split_mnist.py --runs            # also a whole run of every method: minutes
+python benchmarks/split_mnist.py --runs            # also a whole run of every method: half an hour
+python benchmarks/split_mnist.py --runs ewc --only nsm paper
+python benchmarks/split_mnist.py --fisher          # also Fisher information: a minute
 python benchmarks/split_mnist.py --check           # exit status 1 if a target is missed
 
 Images are random numbers in the sizes of MNIST's: what they show does not change the time.
@@ -14,14 +16,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from common import Target, machine, print_targets
 
 from ncrl.tasks.command import keep_freed_memory
-from ncrl.tasks.continual.methods import METHODS
+from ncrl.tasks.continual.methods import METHODS, OnlineEwc
 from ncrl.tasks.continual.split import SplitLearning, Task
 from ncrl.tasks.continual.tables import COLUMNS, Cell, Column
 from ncrl.tasks.split_mnist import plan
@@ -29,6 +31,8 @@ from ncrl.tasks.training import Run, train
 
 TASK_SIZES = (12665, 12089, 11263, 12183, 11800)
 """Training images of the five tasks of MNIST; each has about 2,000 test images."""
+
+FISHER_IMAGES = 2048
 
 MOST_RATIO = 2.0
 """Of a step of the coded MLP without residual to the plain MLP's."""
@@ -43,7 +47,15 @@ WANTED = (Column("neurocoder"), Column("neurocoder", "official"))
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of all steps together")
-    parser.add_argument("--runs", action="store_true", help="whole runs as well")
+    parser.add_argument(
+        "--runs",
+        nargs="*",
+        choices=list(METHODS),
+        help="whole runs as well, of all methods or these",
+    )
+    parser.add_argument("--fisher", action="store_true", help="Fisher information as well")
+    names = [column.name for column in COLUMNS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="columns")
     parser.add_argument("--epochs", type=int, help="of the runs, in place of the recipe's 4")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the images, for runs")
     parser.add_argument("--threads", type=int, default=1)
@@ -54,9 +66,12 @@ def main() -> None:
     print(f"{machine()}, {arguments.threads} thread(s)\n")
     tasks = [random_task(max(2, int(arguments.scale * size))) for size in TASK_SIZES]
     targets = measure_steps(tasks, arguments.seconds)
-    if arguments.runs:
+    chosen = [column for column in COLUMNS if column.name in arguments.only]
+    if arguments.fisher:
+        measure_fisher(tasks, chosen)
+    if arguments.runs is not None:
         flags = {} if arguments.epochs is None else {"epochs": arguments.epochs}
-        targets += measure_runs(tasks, flags)
+        targets += measure_runs(tasks, chosen, arguments.runs or list(METHODS), flags)
     print()
     print_targets(targets)
     if arguments.check and any(target.failed for target in targets):
@@ -115,12 +130,29 @@ def medians(steps: Mapping[Column, Callable[[], None]], seconds: float) -> dict[
     return {column: statistics.median(seen) for column, seen in times.items()}
 
 
-def measure_runs(tasks: list[Task], flags: Mapping[str, int]) -> list[Target]:
+def measure_fisher(tasks: list[Task], columns: Sequence[Column]) -> None:
+    """Print the seconds that the Fisher information of some images takes, the best of three."""
+    images = tasks[0].images[:FISHER_IMAGES]
+    print(f"\n| Fisher information of {len(images):,} images | s |\n|---|---|")
+    for column in columns:
+        run = experiment(tasks, Cell("domain", "online-ewc", column), {})
+        assert isinstance(run.method, OnlineEwc)
+        seconds = []
+        for _ in range(4):  # the first one traces
+            began = time.perf_counter()
+            run.method.fisher(images, run._sample_losses[0])
+            seconds.append(time.perf_counter() - began)
+        print(f"| {column.name} | {min(seconds[1:]):.2f} |", flush=True)
+
+
+def measure_runs(
+    tasks: list[Task], columns: Sequence[Column], methods: Sequence[str], flags: Mapping[str, int]
+) -> list[Target]:
     """Print the seconds of whole runs, with their evaluations and Fisher information."""
-    print(f"\n| whole run, s | {' | '.join(METHODS)} |\n|---|{'---|' * len(METHODS)}")
+    print(f"\n| whole run, s | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
     targets = []
-    for column in COLUMNS:
-        seconds = {method: whole_run(tasks, column, method, flags) for method in METHODS}
+    for column in columns:
+        seconds = {method: whole_run(tasks, column, method, flags) for method in methods}
         print(f"| {column.name} | {' | '.join(f'{s:.1f}' for s in seconds.values())} |", flush=True)
         slowest = max(seconds, key=lambda method: seconds[method])
         name = f"run of {column.name}, slowest method ({slowest})"

@@ -32,7 +32,7 @@ LOG2_E = math.log2(math.e)
 LARGEST_EXPONENT = 60.0
 """Up to this sharpness e to the power of a score, and sums of them, can neither overflow nor vanish
 in single precision, so that the softmax need not look for the largest first. On the CPU, powers of
-two then take a third of the time of `torch.softmax`."""
+two then take half the time of `torch.softmax`."""
 
 
 class Saved(NamedTuple):

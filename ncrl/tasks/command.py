@@ -298,7 +298,7 @@ def run_command(
 def keep_freed_memory() -> None:
     """Have the C library hold on to freed memory for what is allocated next.
 
-    It would give large blocks back to the kernel, which hands out new ones page by page: a fifth of
+    It would give large blocks back to the kernel, which hands out new ones page by page: a sixth of
     a training step of NSM, which makes and frees megabytes in each. glibc only; elsewhere nothing
     happens.
     """

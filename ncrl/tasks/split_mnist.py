@@ -377,9 +377,9 @@ def plan(
         said += f" sharpness={flags['sharpness']:g}"
     settings: dict[str, Any] = {"scenario": cell.scenario, "method": cell.method}
     settings["penalty_coef"] = COEFS[cell.scenario].get(cell.method, 0.0)
-    if coef not in (None, settings["penalty_coef"]):
+    if coef is not None and coef != settings["penalty_coef"]:
         settings["penalty_coef"] = coef
-        said += f" {tradeoff.coef_words(settings['penalty_coef'])}"
+        said += f" {tradeoff.coef_words(coef)}"
     for name in ("fisher_orthogonality", "double_orth_coef"):
         is_official = is_neurocoder and cell.column.variant == "official"
         settings[name] = is_official and flags.get(name, True)

@@ -94,10 +94,10 @@ def _draw_curve(axes: Axes, points: Sequence[Point], label: str, color: str) -> 
     x = [max(100 - point.learn, LEAST_ERROR) for point in points]
     y = [point.accuracy for point in points]
     axes.plot(x, y, "o-", markersize=4, linewidth=1, label=label, color=color)
-    for point, *place in zip(points, x, y, strict=True):
+    for point, error in zip(points, x, strict=True):
         axes.annotate(
             f"{point.coef:g}",
-            (place[0], place[1]),
+            (error, point.accuracy),
             xytext=(3, 3),
             textcoords="offset points",
             fontsize=6,

@@ -245,6 +245,21 @@ def test_the_benchmark_prints_steps_and_targets() -> None:
     assert done.stdout.count("| step of ") == 2
 
 
+def test_the_benchmark_measures_what_is_chosen() -> None:
+    words = ("--seconds", "0.01", "--scale", "0.02", "--fisher", "--runs", "ewc", "--epochs", "1")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/split_mnist.py", *words, "--only", "rank 1"],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| Fisher information of 253 images | s |" in done.stdout
+    assert "| whole run, s | ewc |" in done.stdout
+    assert done.stdout.count("| rank 1 |") == 3  # its step, its Fisher information, its run
+
+
 def test_the_example_of_the_documentation_runs() -> None:
     page = ROOT / "docs" / "continual.md"
     (example,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
