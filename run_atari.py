@@ -28,20 +28,20 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import LinearSchedule
 
-from agents import A3C, Limits, NonFiniteError, WorkerError
-from agents.a3c import default_workers
-from agents.checkpoints import (
+from ncrl import NeurocoderConfig
+from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
+from ncrl.agents.a3c import default_workers
+from ncrl.agents.checkpoints import (
     Checkpoint,
     CheckpointError,
     load_weights,
     newest_checkpoint,
     resume,
 )
-from agents.progress import Progress, Screen
-from agents.runs import RunDirectory, SaveCheckpoints, read_config
-from agents.video import GameVideo, Moment, check_path, view_heads
-from envs import AtariFactory, AtariPlayer, atari
-from ncrl import NeurocoderConfig
+from ncrl.agents.progress import Progress, Screen
+from ncrl.agents.runs import RunDirectory, SaveCheckpoints, read_config
+from ncrl.agents.video import GameVideo, Moment, check_path, view_heads
+from ncrl.envs import AtariFactory, AtariPlayer, atari
 from ncrl.layers import LAYERS
 from ncrl.settings import add_flags, configure, make_parser, parse, setting, usage_error
 

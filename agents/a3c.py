@@ -25,14 +25,15 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.buffers import (
+from ncrl import NeurocoderLinear
+from ncrl.agents.buffers import (
     Rollout,
     RolloutBatch,
     RolloutShape,
     split_envs,
 )
-from agents.collector import Collector, Outcome
-from agents.environments import (
+from ncrl.agents.collector import Collector, Outcome
+from ncrl.agents.environments import (
     EnvFactory,
     RecordedEnv,
     RemoteEnvs,
@@ -41,15 +42,14 @@ from agents.environments import (
     check_object,
     is_factory,
 )
-from agents.learner import CORRECTIONS, Objective, actor_critic_loss, apply_gradient
-from agents.loading import plain_faults, without_code, write_model
-from agents.optim import SharedRMSProp
-from agents.players import Player, SerialPlayer, WorkersPlayer
-from agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
-from agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
-from agents.weights import SharedWeights, layout
-from agents.worker import PolicySpec, is_importing_main
-from ncrl import NeurocoderLinear
+from ncrl.agents.learner import CORRECTIONS, Objective, actor_critic_loss, apply_gradient
+from ncrl.agents.loading import plain_faults, without_code, write_model
+from ncrl.agents.optim import SharedRMSProp
+from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
+from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
+from ncrl.agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
+from ncrl.agents.weights import SharedWeights, layout
+from ncrl.agents.worker import PolicySpec, is_importing_main
 from ncrl.diagnostics import describe
 from ncrl.sb3 import (
     CnnLstmPolicy,
@@ -99,7 +99,7 @@ class A3C(OnPolicyAlgorithm):
         policy: a name in `policy_aliases` or a subclass of `ncrl.sb3.EnginePolicy`. Those with
             `Lstm` in their name have a memory, those with `Neurocoder` have Neurocoder heads.
         env: where it plays. A factory `factory(n_envs, seed) -> VecEnv` (such as
-            `envs.atari("Pong")`) or a Gymnasium id is built inside the worker processes. An
+            `ncrl.envs.atari("Pong")`) or a Gymnasium id is built inside the worker processes. An
             environment object is played in this process, serially and reproducibly.
         learning_rate: a number, or a schedule of the remaining progress; 7e-4 falling linearly
             to 0 by default.

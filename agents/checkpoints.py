@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.a3c import A3C
-from agents.collector import Collector
-from agents.environments import RecordedEnv
-from agents.loading import SMALL_BYTES, read_tensors, reason_of
+from ncrl.agents.a3c import A3C
+from ncrl.agents.collector import Collector
+from ncrl.agents.environments import RecordedEnv
+from ncrl.agents.loading import SMALL_BYTES, read_tensors, reason_of
 from ncrl.files import write_atomically
 
 logger = logging.getLogger(__name__)

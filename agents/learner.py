@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from agents.buffers import Rollout
-from agents.losses import (
+from ncrl import orthogonal_loss
+from ncrl.agents.buffers import Rollout
+from ncrl.agents.losses import (
     Returns,
     entropy_loss,
     explained_variance,
@@ -26,8 +27,7 @@ from agents.losses import (
     value_loss,
     vtrace,
 )
-from agents.profiling import OFF, Stopwatch
-from ncrl import orthogonal_loss
+from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.baselines import balance_loss, record_gates
 from ncrl.sb3 import EnginePolicy, RolloutEvaluation
 

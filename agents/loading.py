@@ -27,8 +27,8 @@ from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor, nn
 
-from agents.optim import SharedRMSProp
-from agents.supervision import Limits
+from ncrl.agents.optim import SharedRMSProp
+from ncrl.agents.supervision import Limits
 from ncrl.sb3.export import compare_tensors, without_memory
 from ncrl.sb3.plain import from_plain, to_plain
 from ncrl.settings import suggest

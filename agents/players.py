@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.buffers import Rollout, RolloutSlots, first_rows, shown_at
-from agents.collector import Collector, Outcome
-from agents.supervision import WorkerPool
-from agents.weights import SharedWeights
+from ncrl.agents.buffers import Rollout, RolloutSlots, first_rows, shown_at
+from ncrl.agents.collector import Collector, Outcome
+from ncrl.agents.supervision import WorkerPool
+from ncrl.agents.weights import SharedWeights
 
 if TYPE_CHECKING:
-    from agents.a3c import A3C
+    from ncrl.agents.a3c import A3C
 
 
 class Player(Protocol):

@@ -11,7 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 from tqdm import tqdm
 
-from agents.a3c import A3C
+from ncrl.agents.a3c import A3C
 
 LINE_SECONDS = 10.0
 """Time between plain lines."""

@@ -24,8 +24,8 @@ from stable_baselines3.common.logger import (
 from stable_baselines3.common.utils import safe_mean
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.a3c import A3C
-from agents.checkpoints import (
+from ncrl.agents.a3c import A3C
+from ncrl.agents.checkpoints import (
     Checkpoint,
     CheckpointError,
     model_bytes,
@@ -117,7 +117,7 @@ class RunDirectory:
             raise ValueError(f"{self.path} is in use by another process") from error
 
     def newest_checkpoint(self) -> Checkpoint:
-        """See `agents.checkpoints.newest_checkpoint`."""
+        """See `ncrl.agents.checkpoints.newest_checkpoint`."""
         return newest_checkpoint(self.checkpoints)
 
     def write_config(self, config: Mapping[str, Any]) -> None:

@@ -25,11 +25,11 @@ from typing import NamedTuple
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
-from agents.buffers import Rollout, RolloutShape, RolloutSlots
-from agents.environments import EnvFactory
-from agents.profiling import Profile
-from agents.weights import SharedWeights
-from agents.worker import (
+from ncrl.agents.buffers import Rollout, RolloutShape, RolloutSlots
+from ncrl.agents.environments import EnvFactory
+from ncrl.agents.profiling import Profile
+from ncrl.agents.weights import SharedWeights
+from ncrl.agents.worker import (
     THREAD_VARIABLES,
     EnvFailed,
     Failed,

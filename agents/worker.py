@@ -22,12 +22,12 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
-from agents.buffers import RolloutSlots
-from agents.collector import Collector, Outcome
-from agents.environments import EnvFactory, build
-from agents.profiling import OFF, Seconds, Stopwatch
-from agents.weights import SharedWeights
 from ncrl import constant_weights
+from ncrl.agents.buffers import RolloutSlots
+from ncrl.agents.collector import Collector, Outcome
+from ncrl.agents.environments import EnvFactory, build
+from ncrl.agents.profiling import OFF, Seconds, Stopwatch
+from ncrl.agents.weights import SharedWeights
 from ncrl.sb3 import EnginePolicy
 
 THREAD_VARIABLES = (

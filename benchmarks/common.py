@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from agents import A3C
-from envs.atari import AtariFactory
+from ncrl.agents import A3C
+from ncrl.envs.atari import AtariFactory
 
 NEUROCODER = {"num_slots": 80, "num_heads": 15, "num_least_used": 5, "controller_size": 8}
 """The paper's Atari heads (Table 8)."""

@@ -15,8 +15,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 
-from agents import A3C
-from envs import masked_cartpole
+from ncrl.agents import A3C
+from ncrl.envs import masked_cartpole
 
 SOLVED = 475.0
 """Mean return of 100 games at which CartPole-v1 counts as solved; 500 is the most."""

@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents import A3C
+from ncrl.agents import A3C
 
 NUM_ACTIONS, NUM_ENVS, PARTS = 18, 16, 8
 

@@ -23,8 +23,8 @@ import psutil
 from common import HEADS, Target, build_a3c, machine, print_targets
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import A3C
-from envs import atari
+from ncrl.agents import A3C
+from ncrl.envs import atari
 
 MIB = 2**20
 SHM = "/dev/shm"

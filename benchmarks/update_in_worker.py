@@ -19,8 +19,8 @@ import torch
 from common import HEADS, N_STEPS, build_a3c, machine
 from torch import Tensor
 
-from envs import atari
 from ncrl import constant_weights
+from ncrl.envs import atari
 from ncrl.networks import LstmState
 from ncrl.sb3 import Latent
 

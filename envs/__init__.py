@@ -4,9 +4,12 @@ A factory is called with a batch size and a seed and returns a Stable-Baselines3
 Importing this package does not load ale-py; naming a game does.
 """
 
-from envs.atari import AtariFactory, AtariVecEnv, atari, game_name
-from envs.player import AtariPlayer
-from envs.small import GymFactory, light, masked_cartpole, remember
+if __name__ != "ncrl.envs":  # a second copy of every class would not be the first's
+    raise ImportError("this folder is the package ncrl.envs: import ncrl.envs")
+
+from ncrl.envs.atari import AtariFactory, AtariVecEnv, atari, game_name
+from ncrl.envs.player import AtariPlayer
+from ncrl.envs.small import GymFactory, light, masked_cartpole, remember
 
 __all__ = [
     "AtariFactory",

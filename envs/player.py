@@ -7,7 +7,7 @@ ale-py 0.12.1) over a single emulator. Rewards are raw; games do not restart by 
 import cv2
 import numpy as np
 
-from envs.atari import MAX_SEED, AtariFactory, action_set, load_game
+from ncrl.envs.atari import MAX_SEED, AtariFactory, action_set, load_game
 
 
 class AtariPlayer:

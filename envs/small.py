@@ -1,6 +1,6 @@
 """Small environments that train within seconds or minutes: for tests, examples and debugging.
 
-Each function returns a picklable factory, called like that of `envs.atari`:
+Each function returns a picklable factory, called like that of `ncrl.envs.atari`:
 `factory(n_envs, seed)` builds a monitored vector environment that plays from exactly that seed.
 """
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import yaml
 
-from agents.runs import RunDirectory
 from benchmarks import atari_figure3
 from benchmarks.atari_figure3 import (
     Cell,
@@ -33,6 +32,7 @@ from benchmarks.atari_figure3 import (
     read_curve,
     run_jobs,
 )
+from ncrl.agents.runs import RunDirectory
 from run_atari import RunConfig, canonical, with_sizes
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,

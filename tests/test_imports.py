@@ -1,9 +1,11 @@
-"""The direction of imports: run_atari.py -> agents, envs, ncrl; agents -> ncrl; nothing else.
+"""The direction of imports: run_atari.py -> ncrl.agents, ncrl.envs -> the rest of ncrl.
 
 Sources are parsed, not imported, so an import inside a function or under TYPE_CHECKING counts too.
 """
 
 import ast
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,18 +22,20 @@ class Rule(NamedTuple):
     """A file or a folder, relative to the repository."""
     ours: tuple[str, ...]
     """The packages of this repository that it may import."""
+    but: tuple[str, ...] = ()
+    """Packages within those that it may not."""
     only: frozenset[str] | None = None
     """The foreign packages that it may import; None: any."""
 
 
 CORE = frozenset({"torch"}) | sys.stdlib_module_names
 RULES = [
-    Rule("run_atari.py", ("agents", "envs", "ncrl")),
-    Rule("agents", ("agents", "ncrl")),
-    Rule("envs", ("envs",)),
-    Rule("ncrl", ("ncrl",)),
-    Rule("ncrl/neurocoder", ("ncrl.neurocoder",), CORE),
-    Rule("ncrl/baselines", ("ncrl.baselines",), CORE),
+    Rule("run_atari.py", ("ncrl",)),
+    Rule("agents", ("ncrl",)),
+    Rule("envs", ("ncrl.envs",)),
+    Rule("ncrl", ("ncrl",), but=("ncrl.agents", "ncrl.envs")),
+    Rule("ncrl/neurocoder", ("ncrl.neurocoder",), only=CORE),
+    Rule("ncrl/baselines", ("ncrl.baselines",), only=CORE),
 ]
 
 
@@ -53,12 +57,16 @@ def imported_names(source: str, package: str) -> list[str]:
     return names
 
 
+def is_within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
 def violations(rule: Rule, source: str, package: str) -> list[str]:
     wrong = []
     for name in imported_names(source, package):
         root = name.split(".")[0]
         if root in OURS:
-            allowed = any(name == own or name.startswith(own + ".") for own in rule.ours)
+            allowed = is_within(name, rule.ours) and not is_within(name, rule.but)
         else:
             allowed = rule.only is None or root in rule.only
         if not allowed:
@@ -66,9 +74,23 @@ def violations(rule: Rule, source: str, package: str) -> list[str]:
     return wrong
 
 
+def package_of(folder: Path) -> str:
+    """`agents` and `envs` are parts of `ncrl`, wherever they lie."""
+    parts = folder.parts
+    return ".".join(("ncrl", *parts) if parts[:1] in (("agents",), ("envs",)) else parts)
+
+
 def sources(rule: Rule) -> list[Path]:
+    """Links are not followed: `ncrl/agents` and `ncrl/envs` are the folders `agents`, `envs`."""
     path = ROOT / rule.path
-    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+    if path.is_file():
+        return [path]
+    return sorted(
+        Path(top) / name
+        for top, _, names in os.walk(path)
+        for name in names
+        if name.endswith(".py")
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.path)
@@ -77,7 +99,7 @@ def test_imports_point_in_one_direction(rule: Rule) -> None:
         pytest.skip(f"{rule.path} does not exist")
     wrong = {}
     for path in sources(rule):
-        package = ".".join(path.relative_to(ROOT).parent.parts)
+        package = package_of(path.relative_to(ROOT).parent)
         found = violations(rule, path.read_text(encoding="utf-8"), package)
         if found:
             wrong[str(path.relative_to(ROOT))] = found
@@ -95,10 +117,12 @@ def test_sources_are_found(folder: str) -> None:
 
 CAUGHT = [
     ("agents", "import envs", "envs"),
-    ("agents", "def f():\n    from envs.atari import Atari", "envs.atari.Atari"),
-    ("agents", "import importlib\nimportlib.import_module('envs')", "envs"),
+    ("agents", "from agents import losses", "agents.losses"),
+    ("agents", "import importlib\nimportlib.import_module('run_atari')", "run_atari"),
     ("envs", "from ncrl import inject", "ncrl.inject"),
-    ("ncrl", "if TYPE_CHECKING:\n    import agents.losses as losses", "agents.losses"),
+    ("envs", "def f():\n    from ncrl.agents import A3C", "ncrl.agents.A3C"),
+    ("ncrl", "if TYPE_CHECKING:\n    import ncrl.agents.losses as losses", "ncrl.agents.losses"),
+    ("ncrl", "from ncrl.envs import atari", "ncrl.envs.atari"),
     ("ncrl/neurocoder", "import numpy as np", "numpy"),
     ("ncrl/neurocoder", "from .. import injection", "ncrl.injection"),
     ("ncrl/neurocoder", "from ncrl import NeurocoderLinear", "ncrl.NeurocoderLinear"),
@@ -110,18 +134,29 @@ CAUGHT = [
 @pytest.mark.parametrize(("path", "source", "name"), CAUGHT)
 def test_a_forbidden_import_is_caught(path: str, source: str, name: str) -> None:
     rule = next(rule for rule in RULES if rule.path == path)
-    assert violations(rule, source, path.replace("/", ".")) == [name]
+    assert violations(rule, source, package_of(Path(path))) == [name]
 
 
 ALLOWED = [
-    ("agents", "from ncrl import inject\nfrom . import losses\nimport numpy"),
+    ("agents", "from ncrl import envs, inject\nfrom . import losses\nimport numpy"),
     ("ncrl/neurocoder", "import math\nimport torch.nn.functional as F\nfrom .memory import Memory"),
     ("ncrl/neurocoder", "from __future__ import annotations\nfrom ..neurocoder import layer"),
-    ("run_atari.py", "from agents import A3C\nimport envs, ncrl.sb3"),
+    ("run_atari.py", "from ncrl.agents import A3C\nimport ncrl.envs, ncrl.sb3"),
 ]
 
 
 @pytest.mark.parametrize(("path", "source"), ALLOWED)
 def test_an_allowed_import_is_not_caught(path: str, source: str) -> None:
     rule = next(rule for rule in RULES if rule.path == path)
-    assert violations(rule, source, path.replace("/", ".")) == []
+    assert violations(rule, source, package_of(Path(path))) == []
+
+
+@pytest.mark.parametrize("name", ["agents", "envs"])
+def test_a_package_is_never_loaded_twice(name: str) -> None:
+    """In a clone the folder lies on the path, but under its own name it does not load."""
+    code = f"import ncrl.{name}, {name}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert f"import ncrl.{name}" in done.stderr.strip().splitlines()[-1]

@@ -25,13 +25,13 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import agents.runs
-import agents.supervision
+import ncrl.agents.runs
+import ncrl.agents.supervision
 import run_atari
-from agents import A3C, NonFiniteError, WorkerError
-from agents.checkpoints import newest_checkpoint
-from agents.profiling import PHASES
-from agents.runs import RunDirectory
+from ncrl.agents import A3C, NonFiniteError, WorkerError
+from ncrl.agents.checkpoints import newest_checkpoint
+from ncrl.agents.profiling import PHASES
+from ncrl.agents.runs import RunDirectory
 from ncrl.layers import LAYERS
 from run_atari import RunConfig, main, make_model
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
@@ -202,7 +202,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(run_atari, "make_model", too_late)
-    monkeypatch.setattr(agents.supervision.WorkerPool, "__enter__", too_late)
+    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "__enter__", too_late)
     before = tree(folder)
     with pytest.raises(SystemExit) as error:
         main(arguments.split())
@@ -612,7 +612,7 @@ def test_f11_a_full_disk(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(
-        agents.runs, "save_checkpoint", raising(OSError(28, "No space left on device"))
+        ncrl.agents.runs, "save_checkpoint", raising(OSError(28, "No space left on device"))
     )
     flag = "--stop-on-save-error" if stop else "--no-stop-on-save-error"
     try:
@@ -736,7 +736,7 @@ def test_f8_a_second_interrupt_during_the_last_save(
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
-    monkeypatch.setattr(agents.runs, "save_checkpoint", impatient)
+    monkeypatch.setattr(ncrl.agents.runs, "save_checkpoint", impatient)
     try:
         code: Any = main(short(tmp_path))
     except SystemExit as exit_:

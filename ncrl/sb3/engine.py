@@ -1,4 +1,4 @@
-"""What `agents.A3C` asks of a policy: SB3's actor-critic, but over whole rollouts and with a state.
+"""What `ncrl.agents.A3C` asks of a policy: SB3's, but over whole rollouts and with a state.
 
 Policies with an LSTM carry their state from step to step; to all others the same interface passes a
 state without layers.

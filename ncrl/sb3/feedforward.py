@@ -1,4 +1,4 @@
-"""Policies without memory, for A2C, PPO and `agents.A3C`: SB3's own, with heads of choice."""
+"""Policies without memory, for A2C, PPO and `ncrl.agents.A3C`: SB3's own, with heads of choice."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class ChosenHeads(ActorCriticPolicy):
         head_kwargs: options of the output layers, such as `num_slots`.
         orth_coef: weight of the orthogonality loss of Neurocoder heads (paper: a) in what A2C, PPO
             and RecurrentPPO minimise; see `ncrl.sb3.regularise`. 0 leaves it out. These minimise
-            means and clip the gradient at 0.5, so that 0.1 slows A2C down. `agents.A3C`, which
+            means and clip the gradient at 0.5, so that 0.1 slows A2C down. `ncrl.agents.A3C`, which
             minimises sums, has an argument of that name instead, and refuses this one.
         balance_coef: likewise, weight of the balance loss of mixtures of experts.
         args, kwargs: arguments of the policy that this is mixed into.

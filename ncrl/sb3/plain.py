@@ -271,6 +271,8 @@ class _Reader:
         return array.astype(dtype.newbyteorder("="))  # which is writable as well
 
     def find(self, name: str) -> type:
+        if name.startswith("agents."):  # as files of earlier releases call ncrl.agents
+            name = f"ncrl.{name}"
         if name in self.known:
             return self.known[name]
         for module, base in ((nn, nn.Module), (torch.optim, torch.optim.Optimizer)):

@@ -1,4 +1,4 @@
-"""Policies with an LSTM, for `agents.A3C` and for sb3-contrib's RecurrentPPO.
+"""Policies with an LSTM, for `ncrl.agents.A3C` and for sb3-contrib's RecurrentPPO.
 
 Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 """
@@ -151,8 +151,8 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         if lstm_states is None or episode_starts is None:
             raise TypeError(
                 f"{type(self).__name__} has an LSTM, but was called without its state: PPO and A2C "
-                "cannot train it; use sb3_contrib.RecurrentPPO or agents.A3C, or a policy without "
-                "Lstm in its name"
+                "cannot train it; use sb3_contrib.RecurrentPPO or ncrl.agents.A3C, or a policy "
+                "without Lstm in its name"
             )
         latent, lstm_states = self._latent(obs, lstm_states, episode_starts)
         distribution = self.distribution(latent)

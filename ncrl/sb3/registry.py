@@ -70,11 +70,11 @@ def refusal(name: str, algorithm: str) -> type[BasePolicy]:
     if "Lstm" in name:
         other = name.replace("Lstm", "")
         why = f"has an LSTM, whose state {algorithm} does not carry"
-        instead = f"use sb3_contrib.RecurrentPPO or agents.A3C, or {algorithm}({other!r}, ...)"
+        instead = f"use sb3_contrib.RecurrentPPO or ncrl.agents.A3C, or {algorithm}({other!r}, ...)"
     else:
         other = name.replace("Policy", "LstmPolicy")
         why = f"has no memory, which {algorithm} is made for"
-        instead = f"use {algorithm}({other!r}, ...), or A2C, PPO or agents.A3C"
+        instead = f"use {algorithm}({other!r}, ...), or A2C, PPO or ncrl.agents.A3C"
 
     class Refused(BasePolicy):
         def __init__(self, *_arguments: Any, **_options: Any) -> None:

@@ -9,8 +9,8 @@ clipped and accumulated like the rest, and neither copies of a policy, nor pickl
 optimiser lose it. (A hook on the optimiser would act behind the clipping, and hooks on parameters
 would act in every `backward()`, also in that of an algorithm that adds the terms itself.)
 
-What SB3 logs as `train/loss` does not contain them. `agents.A3C` adds the terms in its own loss; it
-calls `evaluate_rollout`, on which nothing rides.
+What SB3 logs as `train/loss` does not contain them. `ncrl.agents.A3C` adds the terms in its own
+loss; it calls `evaluate_rollout`, on which nothing rides.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 
-import agents.a3c
-from agents import A3C
-from agents.supervision import WorkerPool
-from agents.weights import layout
-from envs import light, masked_cartpole
+import ncrl.agents.a3c
+from ncrl.agents import A3C
+from ncrl.agents.supervision import WorkerPool
+from ncrl.agents.weights import layout
+from ncrl.envs import light, masked_cartpole
 from tests.agents.environments import TickingFactory
 
 SMALL = {"lstm_hidden_size": 8}
@@ -539,7 +539,7 @@ def test_environments_of_workers_are_nobody_elses() -> None:
 
 
 UNGUARDED = """
-from agents import A3C
+from ncrl.agents import A3C
 A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_envs=1, device="cpu").learn(100)
 """
 
@@ -547,7 +547,7 @@ A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_envs=1, device="cpu").learn(100)
 def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(UNGUARDED)
-    root = str(Path(agents.__file__).parent.parent)
+    root = str(Path(ncrl.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=tmp_path,
@@ -570,7 +570,7 @@ def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.Monke
             seeds.append(seed)
             super().__init__(*arguments, seed=seed, **options)
 
-    monkeypatch.setattr("agents.a3c.WorkerPool", Pool)
+    monkeypatch.setattr("ncrl.agents.a3c.WorkerPool", Pool)
     model = make_model(TickingFactory(), n_workers=1, n_envs=2)
     for reset in (True, True, False):
         model.learn(40, reset_num_timesteps=reset)

@@ -1,4 +1,4 @@
-"""`agents.buffers`: layout, poison, slots that share memory, batches that keep columns apart."""
+"""`ncrl.agents.buffers`: layout, poison, shared memory, batches that keep columns apart."""
 
 import multiprocessing
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from agents.buffers import (
+from ncrl.agents.buffers import (
     Rollout,
     RolloutBatch,
     RolloutShape,

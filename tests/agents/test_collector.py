@@ -1,4 +1,4 @@
-"""`agents.collector`: which row holds what, and what must not get into a rollout."""
+"""`ncrl.agents.collector`: which row holds what, and what must not get into a rollout."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agents.buffers import Rollout, RolloutShape
-from agents.collector import Collector, Outcome
+from ncrl.agents.buffers import Rollout, RolloutShape
+from ncrl.agents.collector import Collector, Outcome
 from ncrl.sb3 import (
     CnnLstmPolicy,
     LstmPolicy,

@@ -8,8 +8,8 @@ import pytest
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 
-from agents import A3C, export_policy, load_policy
-from envs import light, masked_cartpole
+from ncrl.agents import A3C, export_policy, load_policy
+from ncrl.envs import light, masked_cartpole
 
 SMALL = {"num_slots": 6, "num_heads": 2}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {

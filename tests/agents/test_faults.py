@@ -21,8 +21,8 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-import agents.supervision
-from agents import A3C, Limits, NonFiniteError, WorkerError
+import ncrl.agents.supervision
+from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
 from tests.agents.conftest import living_children, shared_memory_of, wait_until
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
 
@@ -317,7 +317,7 @@ def test_f6_f27_a_short_stop_is_no_alarm(caplog: pytest.LogCaptureFixture) -> No
 SCRIPT = """
 import os, signal, sys, threading, time
 from stable_baselines3.common.callbacks import BaseCallback
-from agents import A3C
+from ncrl.agents import A3C
 from tests.agents.environments import TickingFactory, Trouble
 
 class Tell(BaseCallback):
@@ -450,14 +450,14 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_model(TickingFactory(), n_workers=0)
-    loss = agents.a3c.actor_critic_loss
+    loss = ncrl.agents.a3c.actor_critic_loss
     bad = {2: float("nan"), 3: float("inf"), 5: float("nan")}
 
     def poisoned(*arguments: Any) -> Any:
         result = loss(*arguments)
         return result._replace(total=result.total * bad.get(model._n_updates + 1, 1.0))
 
-    monkeypatch.setattr(agents.a3c, "actor_critic_loss", poisoned)
+    monkeypatch.setattr(ncrl.agents.a3c, "actor_critic_loss", poisoned)
     changed = []
 
     class Watch(BaseCallback):
@@ -482,9 +482,9 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
 def test_f19_ten_skipped_updates_in_a_row_end_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loss = agents.a3c.actor_critic_loss
+    loss = ncrl.agents.a3c.actor_critic_loss
     monkeypatch.setattr(
-        agents.a3c, "actor_critic_loss", lambda *a: loss(*a)._replace(total=loss(*a).total / 0)
+        ncrl.agents.a3c, "actor_critic_loss", lambda *a: loss(*a)._replace(total=loss(*a).total / 0)
     )
     model = make_model(TickingFactory())
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
@@ -509,7 +509,7 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
     model = make_model(TickingFactory(), n_steps=20_000, n_envs=64)
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     started = []
-    monkeypatch.setattr(agents.supervision.WorkerPool, "_start", lambda *a: started.append(a))
+    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "_start", lambda *a: started.append(a))
     with pytest.raises(ValueError, match=r"need (\d+) MB .*/dev/shm has 4 MB.*n_envs or n_steps"):
         model.learn(100)
     assert asked == ["/dev/shm"] and started == []
@@ -518,7 +518,7 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
 def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots and weights, to within the pages that the system adds."""
     asked: list[int] = []
-    monkeypatch.setattr(agents.a3c, "check_shared_memory", asked.append)
+    monkeypatch.setattr(ncrl.agents.a3c, "check_shared_memory", asked.append)
     taken = []
 
     def look(model: A3C) -> None:

@@ -10,10 +10,10 @@ from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from torch import nn
 
-from agents import A3C
-from agents.learner import Loss, actor_critic_loss
-from envs import masked_cartpole
+from ncrl.agents import A3C
+from ncrl.agents.learner import Loss, actor_critic_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
+from ncrl.envs import masked_cartpole
 from ncrl.layers import LAYERS
 from ncrl.sb3 import MlpLstmPolicy
 

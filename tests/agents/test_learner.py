@@ -8,8 +8,8 @@ import torch
 from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agents import A3C
-from agents.learner import actor_critic_loss, apply_gradient
+from ncrl.agents import A3C
+from ncrl.agents.learner import actor_critic_loss, apply_gradient
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {},

@@ -23,8 +23,8 @@ from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
-from agents import A3C, Limits
-from envs import masked_cartpole
+from ncrl.agents import A3C, Limits
+from ncrl.envs import masked_cartpole
 from ncrl.sb3 import MlpLstmPolicy
 
 PROGRAMS = {"num_slots": 6, "num_heads": 2}
@@ -317,7 +317,10 @@ def test_no_other_member_is_unpickled(saved: bytes, member: str, tmp_path: Path)
         ("policy_kwargs", {"features_extractor_class": {"$": "class", "name": "builtins.exec"}}),
         ("policy_kwargs", {"activation_fn": "__import__('os').mkdir('canary')"}),
         ("learning_rate", {"$": "object", "class": "torch.nn.Linear", "arguments": {}}),
-        ("limits", {"$": "object", "class": "agents.supervision.Limits", "arguments": {"x": 1}}),
+        (
+            "limits",
+            {"$": "object", "class": "ncrl.agents.supervision.Limits", "arguments": {"x": 1}},
+        ),
         ("limits", {"$": "call", "function": "os.mkdir"}),
         ("observation_space", {"$": "space", "kind": "Graph"}),
         ("_last_obs", {"$": "array", "dtype": "|O", "shape": [1], "base64": ""}),

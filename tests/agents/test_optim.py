@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from agents.optim import SharedRMSProp
+from ncrl.agents.optim import SharedRMSProp
 from tests.reference import rmsprop_reference
 
 

@@ -17,10 +17,10 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents import A3C
-from agents.checkpoints import CheckpointError, newest_checkpoint
-from agents.runs import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints, read_config
-from envs import masked_cartpole
+from ncrl.agents import A3C
+from ncrl.agents.checkpoints import CheckpointError, newest_checkpoint
+from ncrl.agents.runs import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints, read_config
+from ncrl.envs import masked_cartpole
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
@@ -90,7 +90,7 @@ def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from agents.runs import RunDirectory
+from ncrl.agents.runs import RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -39,7 +39,7 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from agents import A3C
+from ncrl.agents import A3C
 from tests.agents.environments import Ticking, TickingFactory, Trouble
 
 VECTORS = spaces.Box(-1, 1, (3,), np.float32)

@@ -18,12 +18,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
-import agents.a3c
-import agents.learner
-from agents import A3C
-from agents.a3c import FORGOTTEN_AFTER
-from agents.losses import policy_gradient_loss, value_loss
-from envs import remember
+import ncrl.agents.a3c
+import ncrl.agents.learner
+from ncrl.agents import A3C
+from ncrl.agents.a3c import FORGOTTEN_AFTER
+from ncrl.agents.losses import policy_gradient_loss, value_loss
+from ncrl.envs import remember
 from ncrl.sb3 import MlpLstmPolicy
 
 WIDTH = 8
@@ -164,8 +164,8 @@ def test_advantages_through_limits_ends_and_rollouts(
         returns.append(given)
         return value_loss(values, given)
 
-    monkeypatch.setattr(agents.learner, "policy_gradient_loss", watched_policy_loss)
-    monkeypatch.setattr(agents.learner, "value_loss", watched_value_loss)
+    monkeypatch.setattr(ncrl.agents.learner, "policy_gradient_loss", watched_policy_loss)
+    monkeypatch.setattr(ncrl.agents.learner, "value_loss", watched_value_loss)
     diaries = [Diary() for _ in range(3)]
     env = DummyVecEnv([lambda i=i: Alternating(diaries[i], i) for i in range(3)])
     model = make_model(
@@ -260,7 +260,7 @@ def test_lstms_of_actor_and_critic(
 ) -> None:
     """They train and are saved, and learner and player agree on what they remember."""
     differences = []
-    loss = agents.a3c.actor_critic_loss
+    loss = ncrl.agents.a3c.actor_critic_loss
 
     def watched(policy: Any, batch: Any, objective: Any) -> Any:
         policy.set_training_mode(False)  # else dropout makes a difference, as it should
@@ -269,7 +269,7 @@ def test_lstms_of_actor_and_critic(
         differences.append((result.evaluation.log_prob.detach() - batch.log_prob).abs().max())
         return result
 
-    monkeypatch.setattr(agents.a3c, "actor_critic_loss", watched)
+    monkeypatch.setattr(ncrl.agents.a3c, "actor_critic_loss", watched)
     env = DummyVecEnv([lambda i=i: Alternating(Diary(), i) for i in range(2)])
     model = make_model("MlpLstmPolicy", env, LSTMS[name], learning_rate=0.01)
     unsettle(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agents.video import (
+from ncrl.agents.video import (
     ACTIONS,
     GAME,
     HEADS,

@@ -17,7 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
-from agents import A3C
+from ncrl.agents import A3C
 
 gymnasium.register_envs(ale_py)
 ROOT = Path(__file__).resolve().parents[2]

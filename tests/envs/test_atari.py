@@ -1,4 +1,4 @@
-"""`envs.atari`: names, protocols, seeds, scores of whole games, and what SB3 asks of a VecEnv."""
+"""`ncrl.envs.atari`: names, protocols, seeds, scores of whole games, what SB3 asks of a VecEnv."""
 
 import pickle
 import subprocess
@@ -14,8 +14,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNormalize
 
-import envs
-from envs import AtariFactory, AtariVecEnv, atari, game_name
+import ncrl.envs
+from ncrl.envs import AtariFactory, AtariVecEnv, atari, game_name
 
 # Random play loses a game of Asterix (three lives, rewards of 50 and more) in about 200 timesteps.
 QUICK = "asterix"
@@ -96,7 +96,7 @@ def test_unusable_options_are_refused_at_construction(options, message):
 
 def test_importing_envs_does_not_load_ale_py():
     code = "import sys, envs; sys.exit('ale_py' in sys.modules)"
-    root = Path(envs.__file__).parents[1]
+    root = Path(ncrl.envs.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 

@@ -1,10 +1,10 @@
-"""`envs.player`: one visible game that is the vector environment's game, bit for bit."""
+"""`ncrl.envs.player`: one visible game that is the vector environment's game, bit for bit."""
 
 import cv2
 import numpy as np
 import pytest
 
-from envs import AtariPlayer, atari
+from ncrl.envs import AtariPlayer, atari
 
 
 @pytest.mark.parametrize("game", ["breakout", "seaquest"])

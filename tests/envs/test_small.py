@@ -1,4 +1,4 @@
-"""`envs.small`: exact seeds, rewards that mean what they say, and observations that hide enough."""
+"""`ncrl.envs.small`: exact seeds, rewards that mean what they say, how much is hidden."""
 
 import pickle
 
@@ -8,7 +8,7 @@ import pytest
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 
-from envs import light, masked_cartpole, remember
+from ncrl.envs import light, masked_cartpole, remember
 
 FACTORIES = [masked_cartpole(), remember(delay=3, n_cues=3), light(max_steps=10)]
 

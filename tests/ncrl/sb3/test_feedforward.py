@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from envs.small import Light
+from ncrl.envs.small import Light
 from ncrl.layers import LAYERS
 from ncrl.sb3 import NeurocoderCnnPolicy, NeurocoderMlpPolicy, NeurocoderMultiInputPolicy
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 import ncrl.sb3
-from envs.small import Remember
+from ncrl.envs.small import Remember
 from ncrl.sb3 import NeurocoderMlpLstmPolicy, NeurocoderMlpPolicy, register
 
 ALGORITHMS: dict[str, Any] = {"A2C": A2C, "PPO": PPO, "RecurrentPPO": RecurrentPPO}
