@@ -22,7 +22,6 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
-from ncrl import constant_weights
 from ncrl.agents.buffers import RolloutSlots
 from ncrl.agents.collector import Collector, Outcome
 from ncrl.agents.environments import EnvFactory, build
@@ -227,8 +226,7 @@ def _play(
         return True
 
     started = time.monotonic()
-    with constant_weights(collector.policy):
-        collector.collect(spec.slots[slot], spec.n_steps, after_step)
+    collector.collect(spec.slots[slot], spec.n_steps, after_step)
     return Played(slot, version, collector.env_seconds, time.monotonic() - started, {})
 
 

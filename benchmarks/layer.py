@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from ncrl import NeurocoderLinear, constant_weights
-from ncrl.layers import LAYERS, make_layer
+from ncrl import NeurocoderLinear
+from ncrl.layers import LAYERS, make_layer, neurocoder
 from ncrl.networks import ENCODERS
-from ncrl.neurocoder import workspace
 
 WIDE = {"num_slots": 30, "num_steps": 5, "num_heads": 3, "key_dim": 5, "num_least_used": 5}
 MIDDLE = {"num_slots": 50, "num_heads": 10, "key_dim": 5, "num_least_used": 5}
@@ -137,9 +136,6 @@ def acting(bench: Bench) -> Iterator[Row]:
 
     (milliseconds,) = bench.medians(act)
     yield Row("acting, both heads, batch 8, beside 1 ms", milliseconds, 1.0, 0.4)
-    with constant_weights(heads):
-        (milliseconds,) = bench.medians(act)
-    yield Row("the same under constant_weights", milliseconds, 1.0, 0.4)
     for name in WIDTHS:
 
         @torch.no_grad()
@@ -203,7 +199,7 @@ class Bench:
         return module.to(self.device)
 
     def layer(self, in_features: int, out_features: int, **options: Any) -> NeurocoderLinear:
-        layer = NeurocoderLinear(in_features, out_features, device=self.device, **options)
+        layer = neurocoder(in_features, out_features, device=self.device, **options)
         if self.compiled:
             layer.compile()
         return layer
@@ -268,7 +264,6 @@ class Bench:
 def peak_bytes(function: Callable[[], None]) -> int:
     """The most bytes that tensors allocated inside `function` take at any moment, on the CPU."""
     function()  # gradients of the parameters exist from now on
-    workspace.release()
     with profile(profile_memory=True) as prof:
         function()
     assert prof.profiler is not None

@@ -43,7 +43,6 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-from ncrl import constant_weights
 from ncrl.agents.a3c import default_workers
 from ncrl.envs import atari
 from ncrl.envs.atari import AtariFactory
@@ -313,7 +312,7 @@ class Parts:
         functions = (self.play, self.act, self.learn)
         seen: tuple[list[float], ...] = ([], [], [])
         until = time.monotonic() + seconds
-        with one_thread(), constant_weights(self.policy):
+        with one_thread():
             for function in functions:
                 function()
             while not seen[-1] or time.monotonic() < until:

@@ -19,7 +19,6 @@ import torch
 from common import HEADS, N_STEPS, build_a3c, machine
 from torch import Tensor
 
-from ncrl import constant_weights
 from ncrl.envs import atari
 from ncrl.networks import LstmState
 from ncrl.sb3 import Latent
@@ -68,9 +67,8 @@ class Rollout:
     def act(self) -> None:
         """As workers do."""
         state = self.state(GAMES)
-        with constant_weights(self.policy):
-            for obs, starts in zip(self.obs[:-1], self.starts[:-1], strict=True):
-                state = self.policy.act(obs, state, starts).lstm_state
+        for obs, starts in zip(self.obs[:-1], self.starts[:-1], strict=True):
+            state = self.policy.act(obs, state, starts).lstm_state
 
     def learn(self) -> None:
         """As the learner does, from the rollouts of all workers at once."""

@@ -5,7 +5,6 @@ from ncrl.neurocoder import (
     Attention,
     NeurocoderConfig,
     NeurocoderLinear,
-    constant_weights,
     orthogonal_loss,
 )
 
@@ -13,7 +12,6 @@ __all__ = [
     "Attention",
     "NeurocoderConfig",
     "NeurocoderLinear",
-    "constant_weights",
     "eject",
     "inject",
     "orthogonal_loss",

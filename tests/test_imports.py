@@ -34,8 +34,9 @@ RULES = [
     Rule("agents", ("ncrl",)),
     Rule("envs", ("ncrl.envs",)),
     Rule("ncrl", ("ncrl",), but=("ncrl.agents", "ncrl.envs")),
-    Rule("ncrl/neurocoder", ("ncrl.neurocoder",), only=CORE),
-    Rule("ncrl/baselines", ("ncrl.baselines",), only=CORE),
+    Rule("ncrl/neurocoder", ("ncrl.neurocoder", "ncrl.seat"), only=CORE),
+    Rule("ncrl/baselines", ("ncrl.baselines", "ncrl.seat"), only=CORE),
+    Rule("ncrl/seat.py", (), only=CORE),
 ]
 
 

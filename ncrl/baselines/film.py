@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ncrl.baselines.seat import LinearSeat, modulation_net, reset_modulation_net
+from ncrl.seat import LinearSeat, modulation_net, reset_modulation_net
 
 
 class FiLMLinear(LinearSeat):

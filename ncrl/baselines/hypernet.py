@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.baselines.seat import (
+from ncrl.seat import (
     LinearSeat,
     modulation_net,
     require_choice,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.baselines.seat import LinearSeat, require_positive, reset_linear
+from ncrl.seat import LinearSeat, require_positive, reset_linear
 
 NOISE_FLOOR = 1e-2
 """Least standard deviation of the gate's noise: without it the noise could be learned away."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.baselines.seat import LinearSeat, require_choice, require_positive
+from ncrl.seat import LinearSeat, require_choice, require_positive
 
 VARIANTS = ("lean", "official_count")
 COSINES = ("true", "official")

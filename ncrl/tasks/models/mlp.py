@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.layers import make_layer
-from ncrl.neurocoder.config import require_positive
+from ncrl.seat import require_positive
 
 
 def dense_layers(

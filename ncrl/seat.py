@@ -1,4 +1,4 @@
-"""What the baselines share: the seat of a linear layer, checks of sizes, a small network.
+"""What all layers share: the seat of a linear layer, checks of sizes, a small network.
 
 `...` stands for any leading dimensions, B for their product.
 """
@@ -100,3 +100,9 @@ def reset_modulation_net(net: nn.Sequential, start: float) -> None:
         layer.reset_parameters()
     nn.init.zeros_(linears[-1].weight)
     nn.init.constant_(linears[-1].bias, start)
+
+
+def require_switch(name: str, value: bool) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
