@@ -166,6 +166,30 @@ class RolloutBatch:
         return batch._replace(episode_start=self.host.episode_start)
 
 
+class Batch(NamedTuple):
+    """What the learner learns from at once: one rollout of every environment."""
+
+    rollout: Rollout
+    """On the learner's device, except `episode_start`."""
+
+    host: Rollout
+    """The same on the host."""
+
+    games: list[int]
+    """Which game each column is: those of a worker follow each other, but the order of workers
+    differs from batch to batch, and one worker may have two rollouts in it."""
+
+
+def beside(rollout: Rollout, other: Rollout) -> Rollout:
+    """The environments of two rollouts of equal T side by side; the second on the host."""
+
+    def join(one: PyTorchObs, two: PyTorchObs) -> Tensor:
+        assert isinstance(one, Tensor) and isinstance(two, Tensor)  # what is kept is never a dict
+        return torch.cat([one, two.to(one.device)], dim=1)
+
+    return Rollout(*map(join, rollout, other))  # type: ignore[arg-type]
+
+
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
     """The first `n_steps` timesteps of a rollout, with the observation that follows them."""
     return rollout._replace(

@@ -115,6 +115,32 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     return (values - returns.detach()).square().mean()
 
 
+class ImitationLoss(NamedTuple):
+    """Two means over all timesteps, both scalars."""
+
+    policy: Tensor
+    value: Tensor
+
+
+def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> ImitationLoss:
+    """Self-imitation (Oh et al. 2018): only where more was reached than the value expects.
+
+    -mean(log pi(a_t | x_t) (R_t - V(x_t))+) and mean((R_t - V(x_t))+ ^ 2) / 2.
+
+    Args:
+        log_probs: of the actions that were taken then, under the policy of now, [T, B].
+        values: V(x_t) of now, [T, B].
+        returns: R_t, what was reached then, [T, B]; timesteps with 0 are left out.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
+    _check_shapes(values, log_probs=log_probs, returns=returns)
+    surplus = torch.where(returns > 0, (returns - values).clamp(min=0), 0.0)
+    policy = -(log_probs * surplus.detach()).mean()
+    return ImitationLoss(policy, surplus.square().mean() / 2)
+
+
 def entropy_loss(entropy: Tensor) -> Tensor:
     """-mean entropy, a scalar: adding it to the loss keeps the policy from collapsing."""
     return -entropy.mean()
