@@ -21,7 +21,11 @@ from ncrl.agents.imitation import Kept, RolloutMemory
 from ncrl.agents.intrinsic import RND, SOURCES, IntrinsicReward, make_source
 
 RATE = 0.01
-"""Share of a new batch in the running numbers."""
+"""Share of a new batch in the running deviations."""
+
+MEAN_TIMESTEPS = 1000
+"""Timesteps that the running mean of the bonus is taken over, or those of a batch. The bonus falls
+fast at first, and a mean that lags behind would leave a constant that values have to carry."""
 
 SMALLEST = 1e-8
 """Least deviation that is divided by."""
@@ -59,14 +63,16 @@ class RunningScale(nn.Module):
     @torch.no_grad()
     def update(self, bonus: Tensor) -> None:
         """Take in the bonuses of a batch, [T, B]."""
-        self.weight.lerp_(torch.ones_like(self.weight), RATE)
-        self.mean.lerp_(bonus.mean(), RATE)
+        first = self.weight == 0
+        share = min(1.0, bonus.numel() / MEAN_TIMESTEPS)
+        self.mean.copy_(torch.where(first, bonus.mean(), self.mean.lerp(bonus.mean(), share)))
         returns = discounted_sums(self.centred(bonus), self.gamma)
         self.square.lerp_(returns.square().mean(), RATE)
+        self.weight.lerp_(torch.ones_like(self.weight), RATE)
 
     def centred(self, bonus: Tensor) -> Tensor:
         """Bonuses without their running mean."""
-        return bonus - self.mean / self.weight.clamp(min=RATE)
+        return bonus - self.mean
 
     def normalise(self, bonus: Tensor) -> Tensor:
         """Centred bonuses over the deviation of their return."""
