@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,6 +46,7 @@ from ncrl.agents.loading import plain_faults, without_code, write_model
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
 from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
+from ncrl.agents.sizes import available_cores
 from ncrl.agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
 from ncrl.agents.weights import SharedWeights, layout
 from ncrl.agents.worker import PolicySpec, is_importing_main
@@ -508,7 +508,7 @@ class A3C(OnPolicyAlgorithm):
         self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
         stopwatch = self._stopwatch
         with (
-            _learner_threads(self.n_workers, self.device),
+            _learner_threads(self.n_workers),
             stopwatch.phase("setup"),
             self._player() as player,
             stopwatch.phase("other"),
@@ -757,29 +757,22 @@ class A3C(OnPolicyAlgorithm):
 
 
 @contextmanager
-def _learner_threads(n_workers: int, device: torch.device) -> Iterator[None]:
-    """Leave the workers their cores while the learner computes beside them on the CPU."""
-    if not n_workers or device.type != "cpu":
+def _learner_threads(n_workers: int) -> Iterator[None]:
+    """Leave the workers their cores while the learner works beside them, whatever its device."""
+    if not n_workers:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, _cores() - n_workers)))
+    torch.set_num_threads(max(1, min(before, available_cores() - n_workers)))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def default_workers(n_envs: int) -> int:
     """One worker per core, or the next smaller number that divides `n_envs`."""
-    most = max(1, min(_cores(), n_envs))
+    most = max(1, min(available_cores(), n_envs))
     return max(n for n in range(1, most + 1) if n_envs % n == 0)
 
 

@@ -156,7 +156,8 @@ class RolloutBatch:
         for rollout in rollouts:
             width = rollout.rewards.shape[1]
             for target, source in zip(self.host.tensors(), rollout.tensors(), strict=True):
-                target[:, column : column + width].copy_(source)
+                # Not by torch, whose threads would fight those of the workers for their cores.
+                target.numpy()[:, column : column + width] = source.numpy()
             column += width
         assert column == self.host.rewards.shape[1], "a batch holds every environment once"
         if self.device.type == "cpu":
