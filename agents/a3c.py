@@ -41,7 +41,8 @@ from ncrl.agents.environments import (
     check_object,
     is_factory,
 )
-from ncrl.agents.learner import CORRECTIONS, Objective, actor_critic_loss, apply_gradient
+from ncrl.agents.graph import GraphedUpdates
+from ncrl.agents.learner import CORRECTIONS, Objective, Update, actor_critic_loss, apply_gradient
 from ncrl.agents.loading import plain_faults, without_code, write_model
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
@@ -263,6 +264,8 @@ class A3C(OnPolicyAlgorithm):
         policy = self._policy_spec().build(self.lr_schedule)
         self.policy = policy.to(self.device)
         self._batch_stage = RolloutBatch(self._rollout_shape(self.n_envs), self.device)
+        self._graphed = GraphedUpdates(self.device)
+        self._batch_stage.starts_on_host = self._graphed.reason is not None
         self._batch: Rollout | None = None
         self._collector: Collector | None = None
         self._pool: WorkerPool | None = None
@@ -283,10 +286,18 @@ class A3C(OnPolicyAlgorithm):
     def _policy_spec(self) -> PolicySpec:
         """What the policy is built from, here and in the workers."""
         options = dict(self.policy_kwargs)
-        if self.use_rms_prop and "optimizer_class" not in options:
+        kind = options.get("optimizer_class")
+        chosen = options.get("optimizer_kwargs")
+        if self.use_rms_prop and kind is None:
             options["optimizer_class"] = SharedRMSProp
-            options["optimizer_kwargs"] = {"alpha": 0.99, "eps": self.rms_prop_eps} | (
-                options.get("optimizer_kwargs") or {}
+            options["optimizer_kwargs"] = {"alpha": 0.99, "eps": self.rms_prop_eps} | (chosen or {})
+        elif kind in (None, torch.optim.Adam) and not {"foreach", "differentiable"} & set(
+            chosen or ()
+        ):
+            # SB3's epsilon for Adam. Fused, a step is one operation, and can be left out by the
+            # device itself.
+            options["optimizer_kwargs"] = {"fused": True} | (
+                {"eps": 1e-5} if chosen is None else chosen
             )
         return PolicySpec(
             self.policy_class,  # type: ignore[arg-type]
@@ -579,11 +590,7 @@ class A3C(OnPolicyAlgorithm):
     def _update(self, batch: Rollout) -> None:
         """One step of the optimiser."""
         stopwatch = self._stopwatch
-        with stopwatch.phase("evaluation"):
-            loss = actor_critic_loss(self.policy, batch, self._objective())
-        update = apply_gradient(
-            self.policy, self.policy.optimizer, loss, self.max_grad_norm, stopwatch=stopwatch
-        )
+        update, latent = self._graphed_update(batch) or self._eager_update(batch)
         self._n_updates += 1
         self._skipped_in_a_row = 0 if update.stepped else self._skipped_in_a_row + 1
         if not update.stepped:
@@ -594,9 +601,29 @@ class A3C(OnPolicyAlgorithm):
                     f"the learning rate is {self.policy.optimizer.param_groups[0]['lr']:g}"
                 )
             logger.warning("update %d skipped: its gradient is not finite", self._n_updates)
-        self._latent = loss.evaluation.latent.map(Tensor.detach)
+        self._latent = latent
         with stopwatch.phase("callbacks"):
             self._record_update(update.scalars)
+
+    def _eager_update(self, batch: Rollout) -> tuple[Update, Latent]:
+        stopwatch = self._stopwatch
+        with stopwatch.phase("evaluation"):
+            loss = actor_critic_loss(self.policy, batch, self._objective())
+        update = apply_gradient(
+            self.policy, self.policy.optimizer, loss, self.max_grad_norm, stopwatch=stopwatch
+        )
+        return update, loss.evaluation.latent.map(Tensor.detach)
+
+    def _graphed_update(self, batch: Rollout) -> tuple[Update, Latent] | None:
+        """None for rollouts that the end of the training cut short, and where there is no graph."""
+        if len(batch.rewards) < self.n_steps or self._graphed.reason is not None:
+            return None
+        with self._stopwatch.phase("graph"):
+            measured = self._graphed.update(
+                self.policy, batch, self._objective(), self.max_grad_norm
+            )
+            self._batch_stage.starts_on_host = self._graphed.reason is not None
+            return None if measured is None else (measured.on_host(), measured.latent)
 
     def _objective(self) -> Objective:
         return Objective(
@@ -745,6 +772,7 @@ class A3C(OnPolicyAlgorithm):
             "env_factory",
             "_batch",
             "_batch_stage",
+            "_graphed",
             "_collector",
             "_pool",
             "_latent",
