@@ -123,7 +123,7 @@ def test_other_settings_and_other_memory_are_captured_anew(captures: list[int]) 
     model.policy.optimizer.load_state_dict(copy.deepcopy(model.policy.optimizer.state_dict()))
     twin = with_rate("linear")
     twin.ent_coef, twin._batch = 0.5, model._batch
-    twin.set_parameters(model.get_parameters())
+    twin.set_parameters(copy.deepcopy(model.get_parameters()))
     model.train()
     twin.train()
     assert len(captures) == 3
