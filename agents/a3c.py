@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,12 +43,14 @@ from ncrl.agents.environments import (
     is_factory,
 )
 from ncrl.agents.exploration import Exploration, make_exploration
-from ncrl.agents.imitation import Kept
+from ncrl.agents.graph import GraphedUpdates
 from ncrl.agents.intrinsic import IntrinsicReward
 from ncrl.agents.learner import (
     CORRECTIONS,
+    Lesson,
     Novelty,
     Objective,
+    Update,
     actor_critic_loss,
     apply_gradient,
     rewards_in_loss,
@@ -58,6 +59,7 @@ from ncrl.agents.loading import plain_faults, without_code, write_model
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
 from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
+from ncrl.agents.sizes import available_cores
 from ncrl.agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
 from ncrl.agents.weights import SharedWeights, layout
 from ncrl.agents.worker import PolicySpec, is_importing_main
@@ -301,6 +303,8 @@ class A3C(OnPolicyAlgorithm):
         self.policy = policy.to(self.device)
         self.exploration = self._make_exploration()
         self._batch_stage = RolloutBatch(self._rollout_shape(self.n_envs), self.device)
+        self._graphed = GraphedUpdates(self.device)
+        self._batch_stage.starts_on_host = self._graphed.reason is not None
         self._batch: Batch | None = None
         self._collector: Collector | None = None
         self._pool: WorkerPool | None = None
@@ -348,10 +352,18 @@ class A3C(OnPolicyAlgorithm):
         options = dict(self.policy_kwargs)
         if of_learner and self.intrinsic_reward is not None and self.int_coef:
             options["int_value"] = True
-        if self.use_rms_prop and "optimizer_class" not in options:
+        kind = options.get("optimizer_class")
+        chosen = options.get("optimizer_kwargs")
+        if self.use_rms_prop and kind is None:
             options["optimizer_class"] = SharedRMSProp
-            options["optimizer_kwargs"] = {"alpha": 0.99, "eps": self.rms_prop_eps} | (
-                options.get("optimizer_kwargs") or {}
+            options["optimizer_kwargs"] = {"alpha": 0.99, "eps": self.rms_prop_eps} | (chosen or {})
+        elif kind in (None, torch.optim.Adam) and not {"foreach", "differentiable"} & set(
+            chosen or ()
+        ):
+            # SB3's epsilon for Adam. Fused, a step is one operation, and can be left out by the
+            # device itself.
+            options["optimizer_kwargs"] = {"fused": True} | (
+                {"eps": 1e-5} if chosen is None else chosen
             )
         return PolicySpec(
             self.policy_class,  # type: ignore[arg-type]
@@ -577,7 +589,7 @@ class A3C(OnPolicyAlgorithm):
         self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
         stopwatch = self._stopwatch
         with (
-            _learner_threads(self.n_workers, self.device),
+            _learner_threads(self.n_workers),
             stopwatch.phase("setup"),
             self._player() as player,
             stopwatch.phase("other"),
@@ -643,7 +655,7 @@ class A3C(OnPolicyAlgorithm):
         with self._stopwatch.phase("exploration"):
             rewards = self._score(batch)
         for i, part in enumerate(split_envs(batch.rollout, self.n_envs // self.envs_per_update)):
-            self._update(part, *self._explored(rewards, i))
+            self._update(self._lesson(part, rewards, i))
         with self._stopwatch.phase("exploration"):
             self._learn_novelty(batch)
         # Not before: the actions were chosen under the mean as it was. The last row comes again.
@@ -659,16 +671,18 @@ class A3C(OnPolicyAlgorithm):
         self._record_means(scalars)
         return rewards if self.int_coef else None
 
-    def _explored(self, rewards: Tensor | None, part: int) -> tuple[Novelty | None, Kept | None]:
-        """What exploration adds to one of the parts of a batch."""
+    def _lesson(self, rollout: Rollout, rewards: Tensor | None, part: int) -> Lesson:
+        """One of the parts of a batch, with what exploration adds to it."""
         if self.exploration is None:
-            return None, None
+            return Lesson(rollout)
         width = self.envs_per_update
         kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
+        if len(rollout.rewards) < self.n_steps:
+            kept = None  # the end of the training cut the new ones short
         if rewards is None:
-            return None, kept
-        deviation = self.exploration.advantage_deviation
-        return Novelty(rewards.narrow(1, part * width, width), deviation), kept
+            return Lesson(rollout, kept=kept)
+        deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)
+        return Lesson(rollout, Novelty(rewards.narrow(1, part * width, width), deviation), kept)
 
     def _learn_novelty(self, batch: Batch) -> None:
         """After the policy has learnt from a batch, so does the intrinsic reward."""
@@ -678,16 +692,10 @@ class A3C(OnPolicyAlgorithm):
         if self.exploration.memory is not None:
             self.logger.record("train/kept_rollouts", len(self.exploration.memory))
 
-    def _update(
-        self, batch: Rollout, novelty: Novelty | None = None, kept: Kept | None = None
-    ) -> None:
+    def _update(self, lesson: Lesson) -> None:
         """One step of the optimiser."""
         stopwatch = self._stopwatch
-        with stopwatch.phase("evaluation"):
-            loss = actor_critic_loss(self.policy, batch, self._objective(), novelty, kept)
-        update = apply_gradient(
-            self.policy, self.policy.optimizer, loss, self.max_grad_norm, stopwatch=stopwatch
-        )
+        update, latent = self._graphed_update(lesson) or self._eager_update(lesson)
         self._n_updates += 1
         self._skipped_in_a_row = 0 if update.stepped else self._skipped_in_a_row + 1
         if not update.stepped:
@@ -698,11 +706,32 @@ class A3C(OnPolicyAlgorithm):
                     f"the learning rate is {self.policy.optimizer.param_groups[0]['lr']:g}"
                 )
             logger.warning("update %d skipped: its gradient is not finite", self._n_updates)
-        if novelty is not None and self.exploration is not None and update.stepped:
-            self.exploration.observe_advantages(loss.exploration["int_advantage_std"])
-        self._latent = loss.evaluation.latent.map(Tensor.detach)
+        if lesson.novelty is not None and self.exploration is not None and update.stepped:
+            self.exploration.observe_advantages(update.scalars["int_advantage_std"])
+        self._latent = latent
         with stopwatch.phase("callbacks"):
             self._record_update(update.scalars)
+
+    def _eager_update(self, lesson: Lesson) -> tuple[Update, Latent]:
+        stopwatch = self._stopwatch
+        with stopwatch.phase("evaluation"):
+            rollout, novelty, kept = lesson
+            loss = actor_critic_loss(self.policy, rollout, self._objective(), novelty, kept)
+        update = apply_gradient(
+            self.policy, self.policy.optimizer, loss, self.max_grad_norm, stopwatch=stopwatch
+        )
+        return update, loss.evaluation.latent.map(Tensor.detach)
+
+    def _graphed_update(self, lesson: Lesson) -> tuple[Update, Latent] | None:
+        """None for rollouts that the end of the training cut short, and where there is no graph."""
+        if len(lesson.rollout.rewards) < self.n_steps or self._graphed.reason is not None:
+            return None
+        with self._stopwatch.phase("graph"):
+            measured = self._graphed.update(
+                self.policy, lesson, self._objective(), self.max_grad_norm
+            )
+            self._batch_stage.starts_on_host = self._graphed.reason is not None
+            return None if measured is None else (measured.on_host(), measured.latent)
 
     def _objective(self) -> Objective:
         return Objective(
@@ -879,6 +908,7 @@ class A3C(OnPolicyAlgorithm):
             "env_factory",
             "_batch",
             "_batch_stage",
+            "_graphed",
             "_collector",
             "_pool",
             "_latent",
@@ -896,29 +926,22 @@ class A3C(OnPolicyAlgorithm):
 
 
 @contextmanager
-def _learner_threads(n_workers: int, device: torch.device) -> Iterator[None]:
-    """Leave the workers their cores while the learner computes beside them on the CPU."""
-    if not n_workers or device.type != "cpu":
+def _learner_threads(n_workers: int) -> Iterator[None]:
+    """Leave the workers their cores while the learner works beside them, whatever its device."""
+    if not n_workers:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, _cores() - n_workers)))
+    torch.set_num_threads(max(1, min(before, available_cores() - n_workers)))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def default_workers(n_envs: int) -> int:
     """One worker per core, or the next smaller number that divides `n_envs`."""
-    most = max(1, min(_cores(), n_envs))
+    most = max(1, min(available_cores(), n_envs))
     return max(n for n in range(1, most + 1) if n_envs % n == 0)
 
 

@@ -109,7 +109,7 @@ class Exploration(nn.Module):
         ValueError: for impossible numbers.
     """
 
-    advantage_deviation: Tensor
+    advantage_deviation: float
     """Running deviation of the intrinsic advantages, which are divided by it; 0 before the first.
     The bonus itself persists from timestep to timestep and its value explains it, so what is left
     as advantage is smaller than the entropy's pull."""
@@ -142,7 +142,7 @@ class Exploration(nn.Module):
         self.n_steps = n_steps
         self.warmup_timesteps = warmup_timesteps
         self.num_timesteps = 0
-        self.register_buffer("advantage_deviation", torch.zeros(()))
+        self.advantage_deviation = 0.0
         self.memory: RolloutMemory | None = None
         if imitation_coef:
             self.memory = RolloutMemory(
@@ -188,12 +188,10 @@ class Exploration(nn.Module):
         self.source.watch(following)
         return learnt
 
-    @torch.no_grad()
-    def observe_advantages(self, deviation: Tensor) -> None:
+    def observe_advantages(self, deviation: float) -> None:
         """Take in the deviation of the intrinsic advantages of an update."""
-        first = self.advantage_deviation == 0
-        moved = self.advantage_deviation.lerp(deviation, RATE)
-        self.advantage_deviation.copy_(torch.where(first, deviation, moved))
+        before = self.advantage_deviation
+        self.advantage_deviation = before + RATE * (deviation - before) if before else deviation
 
     def remember(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
         """Keep what led to a score; see `RolloutMemory.watch`. The last, shorter batch is left."""
@@ -206,10 +204,15 @@ class Exploration(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         memory = None if self.memory is None else self.memory.state_dict()
-        return {"num_timesteps": self.num_timesteps, "memory": memory}
+        return {
+            "num_timesteps": self.num_timesteps,
+            "advantage_deviation": self.advantage_deviation,
+            "memory": memory,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.num_timesteps = int(state["num_timesteps"])
+        self.advantage_deviation = float(state["advantage_deviation"])
         if self.memory is not None and state["memory"] is not None:
             self.memory.load_state_dict(state["memory"])
 

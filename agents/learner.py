@@ -6,7 +6,7 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,9 +28,11 @@ from ncrl.agents.losses import (
     value_loss,
     vtrace,
 )
+from ncrl.agents.optim import scaled_step
 from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.baselines import balance_loss, record_gates
-from ncrl.sb3 import EnginePolicy, RolloutEvaluation
+from ncrl.networks import static_unroll
+from ncrl.sb3 import EnginePolicy, Latent, RolloutEvaluation
 
 CORRECTIONS = ("vtrace", "none")
 """Ways to treat rollouts played by older weights: V-trace, or plain n-step returns as in A3C."""
@@ -79,6 +81,29 @@ class Novelty(NamedTuple):
 
     advantage_deviation: Tensor
     """What their advantages are divided by, a scalar; 0 takes their own."""
+
+
+class Lesson(NamedTuple):
+    """What one update learns from."""
+
+    rollout: Rollout
+    novelty: Novelty | None = None
+    kept: Kept | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Lesson:
+        """A lesson of the function of every tensor."""
+        rollout, novelty, kept = self
+        return Lesson(
+            rollout.map(function),
+            None if novelty is None else Novelty(*map(function, novelty)),
+            None if kept is None else Kept(kept.rollout.map(function), function(kept.returns)),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        rollout, novelty, kept = self
+        again = [] if kept is None else [*kept.rollout.tensors(), kept.returns]
+        return [*rollout.tensors(), *(novelty or ()), *again]
 
 
 class Loss(NamedTuple):
@@ -186,8 +211,8 @@ def actor_critic_loss(
         "policy": policy_gradient_loss(evaluation.log_prob, advantages),
         "value": value_loss(values, returns.returns),
         "entropy": entropy_loss(evaluation.entropy),
-        "orthogonality": orthogonal_loss(policy).to(values.device),
-        "balance": balance_loss(gates).to(values.device),
+        "orthogonality": _beside(values, orthogonal_loss(policy)),
+        "balance": _beside(values, balance_loss(gates)),
     }
     # The balance loss is about the batch, and its usual coefficient is made for a mean.
     total = (
@@ -273,14 +298,81 @@ def apply_gradient(
     with stopwatch.phase("backward"):
         loss.total.backward()
     with stopwatch.phase("optimiser"):
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-        measured = loss.scalars() | {"grad_norm": norm}
-        values = torch.stack([value.detach() for value in measured.values()]).tolist()
-        scalars = dict(zip(measured, values, strict=True))
-        finite = math.isfinite(scalars["grad_norm"])
-        if finite:
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        measured = _measured(loss, norm)
+        update = measured.on_host()
+        if update.stepped:
+            if update.scalars["grad_norm"] > max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
             optimizer.step()
-    return Update(finite, scalars)
+    return update
+
+
+class Measured(NamedTuple):
+    """What an update was made of, not waited for yet."""
+
+    names: tuple[str, ...]
+    values: Tensor
+    """Scalars of these names, on the device of the weights, [n]."""
+    latent: Latent
+    """What actor and critic read, [T + 1, B, ...]."""
+
+    def on_host(self) -> Update:
+        """Wait for the values."""
+        scalars = dict(zip(self.names, self.values.tolist(), strict=True))
+        return Update(math.isfinite(scalars["grad_norm"]), scalars)
+
+
+def update_on_device(
+    policy: EnginePolicy,
+    optimizer: torch.optim.Optimizer,
+    lesson: Lesson,
+    objective: Objective,
+    max_grad_norm: float,
+) -> Measured:
+    """One optimiser step, unless the gradient is not finite, which the device finds out by itself.
+
+    The host waits for nothing, and what it asks for does not depend on data: always the same
+    operations, which can be captured as a CUDA graph. `apply_gradient` gives the same weights to
+    rounding.
+
+    Args:
+        policy: what learns.
+        optimizer: of its parameters, one that `can_scale`.
+        lesson: on the policy's device, `episode_start` too.
+        objective: what is minimised.
+        max_grad_norm: limit on the gradient's norm.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with static_unroll():
+        loss = actor_critic_loss(policy, lesson.rollout, objective, lesson.novelty, lesson.kept)
+    loss.total.backward()
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in policy.parameters() if p.grad is not None]
+    )
+    found_inf = (~norm.isfinite()).to(norm.dtype)
+    scaled_step(optimizer, _excess(norm, max_grad_norm), found_inf)
+    return _measured(loss, norm)
+
+
+def _measured(loss: Loss, norm: Tensor) -> Measured:
+    scalars = loss.scalars() | {"grad_norm": norm}
+    values = torch.stack([value.detach() for value in scalars.values()])
+    return Measured(tuple(scalars), values, loss.evaluation.latent.map(Tensor.detach))
+
+
+def _excess(norm: Tensor, limit: float) -> Tensor:
+    """By what a gradient of this norm is divided to keep the limit; as in torch's
+    `clip_grad_norm_`, but where there is nothing to limit exactly 1."""
+    return ((norm + 1e-6) / limit).clamp(min=1) if limit else torch.full_like(norm, math.inf)
+
+
+def _beside(values: Tensor, term: Tensor) -> Tensor:
+    """A term of the loss on the device of the values; a constant 0 is not copied there."""
+    if term.device == values.device:
+        return term
+    return term.to(values.device) if term.requires_grad else torch.zeros_like(values[0, 0])
 
 
 @contextmanager

@@ -60,11 +60,13 @@ def vtrace(
     deltas = clipped_rhos * (rewards + discounts * values_next - values)
 
     # v_t - V(x_t) = delta_t + discount_t c_t (v_{t+1} - V(x_{t+1})), from the last row backwards.
-    corrections = torch.empty_like(values)
     correction = torch.zeros_like(bootstrap_value)
-    for t in range(values.shape[0] - 1, -1, -1):
-        correction = deltas[t] + discounts[t] * traces[t] * correction
-        corrections[t] = correction
+    later = []
+    factors = (discounts * traces).unbind()
+    for delta, factor in zip(reversed(deltas.unbind()), reversed(factors), strict=True):
+        correction = torch.addcmul(delta, factor, correction)
+        later.append(correction)
+    corrections = torch.stack(later[::-1])
     returns = values + corrections
 
     # The action's worth looks one step ahead to v_{t+1}, which lambda mixes with V(x_{t+1}).
