@@ -38,6 +38,7 @@ from ncrl.agents.checkpoints import (
     newest_checkpoint,
     resume,
 )
+from ncrl.agents.intrinsic import SOURCES
 from ncrl.agents.progress import Progress, Screen
 from ncrl.agents.runs import RunDirectory, SaveCheckpoints, read_config
 from ncrl.agents.video import GameVideo, Moment, check_path, view_heads
@@ -49,6 +50,9 @@ PROGRAM = "run_atari.py"
 FRAMES_PER_TIMESTEP = 4
 DEFAULT_ENVS = 16
 """Games of all workers together, as in A3C."""
+
+EXPLORING_ENVS = 64
+"""The same with an intrinsic reward: more games find more, and are faster by the timestep."""
 
 GAMES_PER_UPDATE = 4
 """Small updates learn faster from the same games than one update from all of them (RESULTS.md)."""
@@ -137,6 +141,32 @@ class RunConfig:
     correction: str = setting(
         "vtrace", "for rollouts played by older weights", choices=("vtrace", "none")
     )
+    # Exploration.
+    intrinsic_reward: str = setting(
+        "auto",
+        "bonus for what is new: rnd, snd, count or none; auto: rnd for games whose rewards are "
+        "rare, none for all others",
+        choices=("auto", "none", *SOURCES),
+    )
+    int_coef: float = setting(0.5, "bonus: weight of its advantages, of deviation 1", low=0)
+    ext_coef: float = setting(2.0, "bonus: weight of the game's own advantages beside it", low=0)
+    int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
+    imitation_coef: float = setting(
+        0.1, "bonus: weight of rollouts that led to a score, learnt from again", low=0
+    )
+    bonus_encoder: str = setting(
+        "a3c", "rnd and snd: size of target and predictor", choices=("a3c", "nature")
+    )
+    bonus_learning_rate: float = setting(1e-4, "rnd and snd: learning rate", low=1e-9)
+    update_proportion: float | None = setting(
+        None,
+        "rnd and snd: share of timesteps learnt from; those of 32 games if not given",
+        low=1e-3,
+        high=1,
+    )
+    bonus_warmup: int = setting(
+        100_000, "bonus: timesteps in which statistics are gathered first", low=0
+    )
     # What is written.
     log_every: int = setting(10, "updates between points of the curves", low=1)
     checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1)
@@ -161,8 +191,17 @@ that makes 3.65 million parameters with the encoder `paper`, where the paper pri
 NETWORK_FIELDS = (
     *("env", "protocol", "stack", "layer", "encoder", "lstm_hidden_size", "num_slots", "key_dim"),
     *("num_heads", "num_steps", "num_least_used", "controller_size", "sharpness", "residual"),
+    *("intrinsic_reward", "bonus_encoder"),
 )
 """What a resumed run cannot change: the weights would not fit, or mean something else."""
+
+EXPLORING: dict[str, Any] = {
+    "frames": 200_000_000,
+    "learning_rate": 3e-4,
+    "gamma": 0.999,
+    "anneal": False,
+}
+"""Defaults of a run with an intrinsic reward, where they differ from `RunConfig`'s."""
 
 SAME_IN_A3C = (
     *(
@@ -176,6 +215,7 @@ SAME_IN_A3C = (
         "rms_prop_eps",
     ),
     *("orth_coef", "balance_coef", "correction"),
+    *("intrinsic_reward", "int_coef", "ext_coef", "int_gamma", "imitation_coef"),
 )
 """Fields that are arguments of `A3C` under the same name."""
 
@@ -266,21 +306,40 @@ def choose_config(
 ) -> tuple[RunConfig, RunDirectory | None]:
     """The configuration of the run, and its directory if it exists already."""
     if modes["resume"] is None:
-        config = RunConfig()
-        if modes["config"] is not None:
-            config = configure(read_config(Path(modes["config"])), config, modes["config"])
-        config = configure(flags, config, "the flags")
-        if not config.env:
-            raise ValueError("--env is needed: a game such as MontezumaRevenge")
+        file = modes["config"]
+        values = {} if file is None else read_config(Path(file))
+
+        def chosen(base: RunConfig) -> RunConfig:
+            return configure(flags, configure(values, base, str(file)), "the flags")
+
+        config = with_bonus(chosen(RunConfig()))
+        if config.intrinsic_reward != "none":
+            config = with_bonus(chosen(replace(RunConfig(), **EXPLORING)))
         _check_heads(config)
         return with_sizes(canonical(config)), None
     if modes["config"] is not None:
         raise ValueError("--resume takes the run's own config.yaml; leave --config out")
     path = Path(modes["resume"])
     before = stored_config(path)
+    if before.intrinsic_reward == "auto":  # a run from before there was a bonus
+        before = replace(before, intrinsic_reward="none")
     config = with_sizes(canonical(configure(flags, before, "the flags")))
     _check_same_network(before, config)
     return config, RunDirectory.open(path)
+
+
+def with_bonus(config: RunConfig) -> RunConfig:
+    """With an intrinsic reward chosen by the game, unless one was asked for.
+
+    Raises:
+        ValueError: without a game, or for one that does not exist.
+    """
+    if not config.env:
+        raise ValueError("--env is needed: a game such as MontezumaRevenge")
+    if config.intrinsic_reward != "auto":
+        return config
+    is_hard = make_factory(config).game in HARD_GAMES
+    return replace(config, intrinsic_reward="rnd" if is_hard else "none")
 
 
 def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
@@ -325,6 +384,8 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
     }
     for name in SAME_IN_A3C:
         arguments[name] = getattr(config, name)
+    if config.intrinsic_reward != "none":
+        arguments["intrinsic_kwargs"] = bonus_options(config)
     return A3C("CnnLstmPolicy", **(arguments | options))
 
 
@@ -472,8 +533,9 @@ def with_sizes(config: RunConfig) -> RunConfig:
     Raises:
         ValueError: if `batch_size` does not divide what the games play in a rollout.
     """
-    workers = default_workers(DEFAULT_ENVS) if config.workers is None else config.workers
-    envs = config.envs_per_worker or max(1, DEFAULT_ENVS // max(1, workers))
+    games = DEFAULT_ENVS if config.intrinsic_reward == "none" else EXPLORING_ENVS
+    workers = default_workers(games) if config.workers is None else config.workers
+    envs = config.envs_per_worker or max(1, games // max(1, workers))
     config = replace(config, workers=workers, envs_per_worker=envs)
     size, whole = config.batch_size, config.n_steps * num_games(config)
     if size is not None and (size % config.n_steps or whole % size):
@@ -522,6 +584,16 @@ def _check_device(device: str) -> None:
 def _check_heads(config: RunConfig) -> None:
     if config.layer == "neurocoder":
         NeurocoderConfig(**head_options(config))
+
+
+def bonus_options(config: RunConfig) -> dict[str, Any]:
+    """Options of the intrinsic reward, for `A3C(intrinsic_kwargs=...)`."""
+    options: dict[str, Any] = {"warmup_timesteps": config.bonus_warmup}
+    if config.intrinsic_reward != "count":
+        options |= {"encoder": config.bonus_encoder, "learning_rate": config.bonus_learning_rate}
+        if config.update_proportion is not None:
+            options["update_proportion"] = config.update_proportion
+    return options
 
 
 def head_options(config: RunConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from ncrl import NeurocoderLinear
 from ncrl.agents.buffers import (
+    Batch,
     Rollout,
     RolloutBatch,
     RolloutShape,
@@ -42,11 +42,24 @@ from ncrl.agents.environments import (
     check_object,
     is_factory,
 )
-from ncrl.agents.learner import CORRECTIONS, Objective, actor_critic_loss, apply_gradient
+from ncrl.agents.exploration import Exploration, make_exploration
+from ncrl.agents.graph import GraphedUpdates
+from ncrl.agents.intrinsic import IntrinsicReward
+from ncrl.agents.learner import (
+    CORRECTIONS,
+    Lesson,
+    Novelty,
+    Objective,
+    Update,
+    actor_critic_loss,
+    apply_gradient,
+    rewards_in_loss,
+)
 from ncrl.agents.loading import plain_faults, without_code, write_model
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
 from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
+from ncrl.agents.sizes import available_cores
 from ncrl.agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
 from ncrl.agents.weights import SharedWeights, layout
 from ncrl.agents.worker import PolicySpec, is_importing_main
@@ -77,6 +90,9 @@ MAX_SKIPPED_UPDATES = 10
 
 DIAGNOSTIC_SAMPLES = 256
 """Latents of the latest batch on which the heads are described."""
+
+IMITATED_SHARE = 0.25
+"""Rollouts that are learnt from again, for each new one of an update; at least one."""
 
 FORGOTTEN_AFTER = 10
 """Predictions in a row without a state after which a policy with memory warns."""
@@ -122,6 +138,17 @@ class A3C(OnPolicyAlgorithm):
             one LSTM: returns far above 1 saturate it.
         reward_clip: limit on rewards in the loss; "env" asks the environment or factory for its
             attribute `reward_clip` (Atari: 1), None does not clip.
+        intrinsic_reward: a bonus for what is new, for games whose rewards are rare: `rnd`, `snd`,
+            `count`, or an `ncrl.agents.IntrinsicReward` of your own; None for no bonus. It has a
+            value head and a discount of its own, and no end of a game cuts its return.
+        int_coef: weight of intrinsic advantages, which have deviation 1; 0 for no bonus.
+        ext_coef: weight of the others beside them.
+        int_gamma: discount of the intrinsic return.
+        imitation_coef: weight of rollouts that led to a reward, which are learnt from again beside
+            an intrinsic reward; 0 keeps none.
+        intrinsic_kwargs: `warmup_timesteps`, `reach` and `capacity` of
+            `ncrl.agents.exploration.Exploration`, and options of the bonus, such as `encoder`,
+            `learning_rate` and `update_proportion` of `rnd`.
         info_keywords: entries of `info` that callbacks are shown for every timestep of workers; all
             others arrive where a game ends, and everything where this process plays.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
@@ -180,6 +207,12 @@ class A3C(OnPolicyAlgorithm):
         correction: str = "vtrace",
         reward_scale: float = 1.0,
         reward_clip: float | str | None = "env",
+        intrinsic_reward: str | IntrinsicReward | None = None,
+        int_coef: float = 0.5,
+        ext_coef: float = 2.0,
+        int_gamma: float = 0.99,
+        imitation_coef: float = 0.1,
+        intrinsic_kwargs: dict[str, Any] | None = None,
         info_keywords: Sequence[str] = (),
         n_workers: int | None = None,
         n_envs: int = 16,
@@ -207,6 +240,12 @@ class A3C(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.correction = correction
         self.reward_scale = reward_scale
+        self.intrinsic_reward = None if intrinsic_reward == "none" else intrinsic_reward
+        self.int_coef = int_coef
+        self.ext_coef = ext_coef
+        self.int_gamma = int_gamma
+        self.imitation_coef = imitation_coef
+        self.intrinsic_kwargs = intrinsic_kwargs or {}
         self.info_keywords = list(info_keywords)
         self.games_seed = _fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
@@ -260,10 +299,13 @@ class A3C(OnPolicyAlgorithm):
         self._is_loaded = False
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        policy = self._policy_spec().build(self.lr_schedule)
+        policy = self._policy_spec(of_learner=True).build(self.lr_schedule)
         self.policy = policy.to(self.device)
+        self.exploration = self._make_exploration()
         self._batch_stage = RolloutBatch(self._rollout_shape(self.n_envs), self.device)
-        self._batch: Rollout | None = None
+        self._graphed = GraphedUpdates(self.device)
+        self._batch_stage.starts_on_host = self._graphed.reason is not None
+        self._batch: Batch | None = None
         self._collector: Collector | None = None
         self._pool: WorkerPool | None = None
         self._latent: Latent | None = None
@@ -271,6 +313,10 @@ class A3C(OnPolicyAlgorithm):
         self._dumped_at = -1
         self._stateless_predictions = 0
         self._warned_of_state = False
+        self.best_score = -math.inf
+        """Of all whole games."""
+        self.first_scored_at = -1
+        """Timesteps after which the first game with a score above 0 ended."""
         self.policy_lag = 0.0
         """Mean age, in updates, of the weights behind the latest batch."""
         self._skipped_updates = 0
@@ -280,13 +326,44 @@ class A3C(OnPolicyAlgorithm):
         if self.profile:
             self.time_spent = Profile(stopwatch_for(self.device))
 
-    def _policy_spec(self) -> PolicySpec:
-        """What the policy is built from, here and in the workers."""
+    def _make_exploration(self) -> Exploration | None:
+        """The intrinsic reward and what belongs to it, if there is one.
+
+        With it and without, everything else starts from the same random numbers.
+        """
+        if self.intrinsic_reward is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            exploration = make_exploration(
+                self.intrinsic_reward,
+                self.observation_space,
+                n_envs=self.n_envs,
+                n_steps=self.n_steps,
+                int_gamma=self.int_gamma,
+                gamma=self.gamma,
+                imitation_coef=self.imitation_coef,
+                seed=self.games_seed,
+                options=self.intrinsic_kwargs,
+            )
+        return exploration.to(self.device)
+
+    def _policy_spec(self, *, of_learner: bool = False) -> PolicySpec:
+        """What the policy is built from, here and in the workers, who need no intrinsic values."""
         options = dict(self.policy_kwargs)
-        if self.use_rms_prop and "optimizer_class" not in options:
+        if of_learner and self.intrinsic_reward is not None and self.int_coef:
+            options["int_value"] = True
+        kind = options.get("optimizer_class")
+        chosen = options.get("optimizer_kwargs")
+        if self.use_rms_prop and kind is None:
             options["optimizer_class"] = SharedRMSProp
-            options["optimizer_kwargs"] = {"alpha": 0.99, "eps": self.rms_prop_eps} | (
-                options.get("optimizer_kwargs") or {}
+            options["optimizer_kwargs"] = {"alpha": 0.99, "eps": self.rms_prop_eps} | (chosen or {})
+        elif kind in (None, torch.optim.Adam) and not {"foreach", "differentiable"} & set(
+            chosen or ()
+        ):
+            # SB3's epsilon for Adam. Fused, a step is one operation, and can be left out by the
+            # device itself.
+            options["optimizer_kwargs"] = {"fused": True} | (
+                {"eps": 1e-5} if chosen is None else chosen
             )
         return PolicySpec(
             self.policy_class,  # type: ignore[arg-type]
@@ -440,6 +517,10 @@ class A3C(OnPolicyAlgorithm):
             ("orth_coef", 0, math.inf),
             ("balance_coef", 0, math.inf),
             ("reward_scale", 0, math.inf),
+            ("int_coef", 0, math.inf),
+            ("ext_coef", 0, math.inf),
+            ("int_gamma", 0, 1),
+            ("imitation_coef", 0, math.inf),
         ):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
@@ -508,7 +589,7 @@ class A3C(OnPolicyAlgorithm):
         self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
         stopwatch = self._stopwatch
         with (
-            _learner_threads(self.n_workers, self.device),
+            _learner_threads(self.n_workers),
             stopwatch.phase("setup"),
             self._player() as player,
             stopwatch.phase("other"),
@@ -570,20 +651,51 @@ class A3C(OnPolicyAlgorithm):
         assert self._batch is not None, "train() follows a rollout"
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        num_parts = self.n_envs // self.envs_per_update
-        for part in split_envs(self._batch, num_parts):
-            self._update(part)
+        batch = self._batch
+        with self._stopwatch.phase("exploration"):
+            rewards = self._score(batch)
+        for i, part in enumerate(split_envs(batch.rollout, self.n_envs // self.envs_per_update)):
+            self._update(self._lesson(part, rewards, i))
+        with self._stopwatch.phase("exploration"):
+            self._learn_novelty(batch)
         # Not before: the actions were chosen under the mean as it was. The last row comes again.
-        self.policy.watch(map_obs(lambda x: x[:-1].flatten(0, 1), self._batch.obs))
+        self.policy.watch(map_obs(lambda x: x[:-1].flatten(0, 1), batch.rollout.obs))
 
-    def _update(self, batch: Rollout) -> None:
+    def _score(self, batch: Batch) -> Tensor | None:
+        """Intrinsic rewards of a batch, [T, B], if there are any; what led to a score is kept."""
+        if self.exploration is None:
+            return None
+        clipped = rewards_in_loss(batch.host.rewards, self._objective())
+        self.exploration.remember(batch.host, batch.games, clipped)
+        rewards, scalars = self.exploration.intrinsic_rewards(batch.rollout)
+        self._record_means(scalars)
+        return rewards if self.int_coef else None
+
+    def _lesson(self, rollout: Rollout, rewards: Tensor | None, part: int) -> Lesson:
+        """One of the parts of a batch, with what exploration adds to it."""
+        if self.exploration is None:
+            return Lesson(rollout)
+        width = self.envs_per_update
+        kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
+        if len(rollout.rewards) < self.n_steps:
+            kept = None  # the end of the training cut the new ones short
+        if rewards is None:
+            return Lesson(rollout, kept=kept)
+        deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)
+        return Lesson(rollout, Novelty(rewards.narrow(1, part * width, width), deviation), kept)
+
+    def _learn_novelty(self, batch: Batch) -> None:
+        """After the policy has learnt from a batch, so does the intrinsic reward."""
+        if self.exploration is None:
+            return
+        self._record_means(self.exploration.learn(batch.rollout))
+        if self.exploration.memory is not None:
+            self.logger.record("train/kept_rollouts", len(self.exploration.memory))
+
+    def _update(self, lesson: Lesson) -> None:
         """One step of the optimiser."""
         stopwatch = self._stopwatch
-        with stopwatch.phase("evaluation"):
-            loss = actor_critic_loss(self.policy, batch, self._objective())
-        update = apply_gradient(
-            self.policy, self.policy.optimizer, loss, self.max_grad_norm, stopwatch=stopwatch
-        )
+        update, latent = self._graphed_update(lesson) or self._eager_update(lesson)
         self._n_updates += 1
         self._skipped_in_a_row = 0 if update.stepped else self._skipped_in_a_row + 1
         if not update.stepped:
@@ -594,9 +706,32 @@ class A3C(OnPolicyAlgorithm):
                     f"the learning rate is {self.policy.optimizer.param_groups[0]['lr']:g}"
                 )
             logger.warning("update %d skipped: its gradient is not finite", self._n_updates)
-        self._latent = loss.evaluation.latent.map(Tensor.detach)
+        if lesson.novelty is not None and self.exploration is not None and update.stepped:
+            self.exploration.observe_advantages(update.scalars["int_advantage_std"])
+        self._latent = latent
         with stopwatch.phase("callbacks"):
             self._record_update(update.scalars)
+
+    def _eager_update(self, lesson: Lesson) -> tuple[Update, Latent]:
+        stopwatch = self._stopwatch
+        with stopwatch.phase("evaluation"):
+            rollout, novelty, kept = lesson
+            loss = actor_critic_loss(self.policy, rollout, self._objective(), novelty, kept)
+        update = apply_gradient(
+            self.policy, self.policy.optimizer, loss, self.max_grad_norm, stopwatch=stopwatch
+        )
+        return update, loss.evaluation.latent.map(Tensor.detach)
+
+    def _graphed_update(self, lesson: Lesson) -> tuple[Update, Latent] | None:
+        """None for rollouts that the end of the training cut short, and where there is no graph."""
+        if len(lesson.rollout.rewards) < self.n_steps or self._graphed.reason is not None:
+            return None
+        with self._stopwatch.phase("graph"):
+            measured = self._graphed.update(
+                self.policy, lesson, self._objective(), self.max_grad_norm
+            )
+            self._batch_stage.starts_on_host = self._graphed.reason is not None
+            return None if measured is None else (measured.on_host(), measured.latent)
 
     def _objective(self) -> Objective:
         return Objective(
@@ -610,9 +745,20 @@ class A3C(OnPolicyAlgorithm):
             reward_clip=self.reward_clip,  # type: ignore[arg-type]
             correction=self.correction,
             normalize_advantage=self.normalize_advantage,
+            int_gamma=self.int_gamma,
+            int_coef=self.int_coef,
+            ext_coef=self.ext_coef,
+            imitation_coef=self.imitation_coef,
         )
 
     # Logging.
+
+    def _record_means(self, scalars: dict[str, Tensor]) -> None:
+        """Means over the batches since the last dump."""
+        if scalars:
+            values = torch.stack([value.float() for value in scalars.values()]).tolist()
+            for name, value in zip(scalars, values, strict=True):
+                self.logger.record_mean(f"train/{name}", value)
 
     def _record_update(self, scalars: dict[str, float]) -> None:
         """Means over the updates since the last dump."""
@@ -634,6 +780,13 @@ class A3C(OnPolicyAlgorithm):
             return
         self._dumped_at = self.num_timesteps
         self.logger.record("time/frames", self.num_timesteps * self.frames_per_timestep)
+        if self.ep_info_buffer:
+            rewarded = [episode["r"] > 0 for episode in self.ep_info_buffer]
+            self.logger.record("rollout/rewarded_share", sum(rewarded) / len(rewarded))
+            self.logger.record("rollout/best_score", self.best_score)
+        if self.first_scored_at >= 0:
+            frames = self.first_scored_at * self.frames_per_timestep
+            self.logger.record("rollout/first_reward_frames", frames)
         if self._pool is not None:
             self.logger.record("time/worker_restarts", self._pool.worker_restarts)
             self.logger.record("time/env_restarts", self._pool.env_restarts)
@@ -737,7 +890,17 @@ class A3C(OnPolicyAlgorithm):
             if not callback.on_step():
                 return False
             self._update_info_buffer(outcome.infos, outcome.dones)
+            self._note_scores(outcome.infos)
         return True
+
+    def _note_scores(self, infos: list[dict[str, Any]]) -> None:
+        """Keep the best score of all games, and when the first of them had any."""
+        for info in infos:
+            if "episode" in info:
+                score = float(info["episode"]["r"])
+                self.best_score = max(self.best_score, score)
+                if score > 0 and self.first_scored_at < 0:
+                    self.first_scored_at = self.num_timesteps
 
     def _excluded_save_params(self) -> list[str]:
         return [
@@ -745,6 +908,7 @@ class A3C(OnPolicyAlgorithm):
             "env_factory",
             "_batch",
             "_batch_stage",
+            "_graphed",
             "_collector",
             "_pool",
             "_latent",
@@ -753,33 +917,31 @@ class A3C(OnPolicyAlgorithm):
             "_stateless_predictions",
             "_warned_of_state",
             "_is_loaded",
+            "exploration",
         ]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        names, variables = super()._get_torch_save_params()
+        return [*names, *(["exploration"] if self.exploration is not None else [])], variables
 
 
 @contextmanager
-def _learner_threads(n_workers: int, device: torch.device) -> Iterator[None]:
-    """Leave the workers their cores while the learner computes beside them on the CPU."""
-    if not n_workers or device.type != "cpu":
+def _learner_threads(n_workers: int) -> Iterator[None]:
+    """Leave the workers their cores while the learner works beside them, whatever its device."""
+    if not n_workers:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, _cores() - n_workers)))
+    torch.set_num_threads(max(1, min(before, available_cores() - n_workers)))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def default_workers(n_envs: int) -> int:
     """One worker per core, or the next smaller number that divides `n_envs`."""
-    most = max(1, min(_cores(), n_envs))
+    most = max(1, min(available_cores(), n_envs))
     return max(n for n in range(1, most + 1) if n_envs % n == 0)
 
 

@@ -136,34 +136,126 @@ class RolloutSlots:
 class RolloutBatch:
     """Staging area in which the learner lays rollouts side by side, then moves them to its device.
 
-    On CUDA the staging tensors are pinned, so the copies run while the host goes on.
+    On CUDA the whole batch is one pinned block and goes over in one copy, on a stream of its own,
+    into one of two blocks on the device: while the host goes on, and while the updates from the
+    batch before may still be running.
     """
+
+    starts_on_host = True
+    """Whether `episode_start` of what is gathered stays on the host, which looks at it to find
+    where the LSTM starts anew, and would have to wait for the device."""
 
     def __init__(self, shape: RolloutShape, device: torch.device) -> None:
         self.device = device
         self.host = shape.allocate()
         """What was gathered last."""
+        self._mover: _Mover | None = None
         if device.type == "cuda":
-            self.host = self.host.map(Tensor.pin_memory)
+            self._mover = _Mover(self.host, device)
+            self.host = self._mover.host
 
     def gather(self, rollouts: Sequence[Rollout]) -> Rollout:
         """Copy rollouts into one batch along the axis of environments.
 
-        The result lives on the learner's device, except `episode_start`, which stays on the host.
-        It is overwritten by the next call; the slots may be reused at once.
+        The result lives on the learner's device. It is overwritten by the next call, on CUDA by the
+        one after that; the slots may be reused at once.
         """
+        if self._mover is not None:
+            self._mover.wait()
         column = 0
         for rollout in rollouts:
             width = rollout.rewards.shape[1]
             for target, source in zip(self.host.tensors(), rollout.tensors(), strict=True):
-                target[:, column : column + width].copy_(source)
+                # Not by torch, whose threads would fight those of the workers for their cores.
+                target.numpy()[:, column : column + width] = source.numpy()
             column += width
         assert column == self.host.rewards.shape[1], "a batch holds every environment once"
-        if self.device.type == "cpu":
+        if self._mover is None:
             return self.host
-        batch = self.host.map(lambda tensor: tensor.to(self.device, non_blocking=True))
-        # Where the LSTM starts anew is looked at by the host, which would have to wait for it.
-        return batch._replace(episode_start=self.host.episode_start)
+        batch = self._mover.move()
+        if self.starts_on_host:
+            return batch._replace(episode_start=self.host.episode_start)
+        return batch
+
+
+class _Mover:
+    """Copies a batch from pinned memory to a CUDA device."""
+
+    def __init__(self, like: Rollout, device: torch.device) -> None:
+        self._pinned = packed(like, torch.device("cpu"))[0].pin_memory()
+        self.host = unpacked(self._pinned, like)
+        self._blocks = [packed(like, device) for _ in range(2)]
+        self._stream = torch.cuda.Stream(device)
+        self._arrived = torch.cuda.Event()
+        self._read = [torch.cuda.Event() for _ in self._blocks]
+        """Recorded when all that reads a block has been asked for."""
+        self._moves = 0
+
+    def wait(self) -> None:
+        """Until the pinned memory may be written again."""
+        self._arrived.synchronize()
+
+    def move(self) -> Rollout:
+        """A copy of the pinned batch on the device; whatever is asked for next waits for it."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._read[(self._moves - 1) % 2].record(current)
+        index = self._moves % 2
+        self._moves += 1
+        block, batch = self._blocks[index]
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._read[index])
+            block.copy_(self._pinned, non_blocking=True)
+            self._arrived.record(self._stream)
+        current.wait_event(self._arrived)
+        return batch
+
+
+ALIGNMENT = 64
+"""Bytes; every tensor in a block begins at a multiple of it."""
+
+
+def packed(like: Rollout, device: torch.device) -> tuple[Tensor, Rollout]:
+    """One new block of bytes, and the rollout in it whose tensors have the shapes of `like`."""
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in like.tensors()]
+    block = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    return block, unpacked(block, like)
+
+
+def unpacked(block: Tensor, like: Rollout) -> Rollout:
+    """The rollout that lies in a block of `packed`."""
+    first = 0
+
+    def take(tensor: Tensor) -> Tensor:
+        nonlocal first
+        part = block[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        first += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        return part
+
+    return like.map(take)
+
+
+class Batch(NamedTuple):
+    """What the learner learns from at once: one rollout of every environment."""
+
+    rollout: Rollout
+    """On the learner's device, except `episode_start`."""
+
+    host: Rollout
+    """The same on the host."""
+
+    games: list[int]
+    """Which game each column is: those of a worker follow each other, but the order of workers
+    differs from batch to batch, and one worker may have two rollouts in it."""
+
+
+def beside(rollout: Rollout, other: Rollout) -> Rollout:
+    """The environments of two rollouts of equal T side by side; the second on the host."""
+
+    def join(one: PyTorchObs, two: PyTorchObs) -> Tensor:
+        assert isinstance(one, Tensor) and isinstance(two, Tensor)  # what is kept is never a dict
+        return torch.cat([one, two.to(one.device)], dim=1)
+
+    return Rollout(*map(join, rollout, other))  # type: ignore[arg-type]
 
 
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:

@@ -32,6 +32,12 @@ logger = logging.getLogger(__name__)
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "games_seed")
 """Attributes of `A3C` that go on where they were."""
 
+SCORES = ("best_score", "first_scored_at")
+"""Likewise; a checkpoint of an earlier release has none."""
+
+MAX_KEPT_BYTES = 256 << 20
+"""What the rollouts that an exploring model keeps may take in its checkpoint, a quarter of it."""
+
 MAX_MEMBER_BYTES = 4 << 30
 """Largest member of a checkpoint that is unpacked into memory, whatever the model's size."""
 
@@ -153,7 +159,9 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
     Raises:
         CheckpointError: if the file is no such zip, or was made by another network.
     """
-    names = ["policy", *(["policy.optimizer"] if optimizer else [])]
+    names = ["policy"]
+    if optimizer:
+        names = model._get_torch_save_params()[0]
     try:
         with zipfile.ZipFile(path) as archive:
             # RMSProp and Adam keep one or two numbers for each weight.
@@ -170,7 +178,11 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
 
 
 def _size_of(model: A3C) -> int:
-    return sum(tensor.nbytes for tensor in model.policy.state_dict().values())
+    size = sum(tensor.nbytes for tensor in model.policy.state_dict().values())
+    if model.exploration is not None:
+        size += sum(tensor.nbytes for tensor in model.exploration.parameters())
+        size += MAX_KEPT_BYTES
+    return size
 
 
 def resume(model: A3C, checkpoint: Checkpoint) -> None:
@@ -199,6 +211,7 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
 def _state_of(model: A3C) -> dict[str, Any]:
     return {
         "counters": {name: getattr(model, name) for name in COUNTERS},
+        "scores": {name: getattr(model, name) for name in SCORES},
         "episodes": [_plain(episode) for episode in model.ep_info_buffer or ()],
         "successes": [float(success) for success in model.ep_success_buffer or ()],
         "random": _random_state(),
@@ -214,6 +227,9 @@ def _plain(episode: dict[str, Any]) -> dict[str, float]:
 def _restore(model: A3C, state: dict[str, Any]) -> None:
     for name in COUNTERS:
         setattr(model, name, state["counters"][name])
+    for name, value in state.get("scores", {}).items():
+        if name in SCORES:
+            setattr(model, name, value)
     window = model._stats_window_size
     model.ep_info_buffer = deque(state["episodes"], maxlen=window)
     model.ep_success_buffer = deque(state["successes"], maxlen=window)
@@ -222,6 +238,8 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
         _restore_games(model, games)
     elif model.n_workers:
         assert model.env is not None
+        if model.exploration is not None and model.exploration.memory is not None:
+            model.exploration.memory.forget_recent()
         # A placeholder: the workers reset their own games.
         model._last_obs = model.env.reset()  # type: ignore[assignment]
     # Last, so that building and replaying draws from none of the restored streams.

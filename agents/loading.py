@@ -41,7 +41,7 @@ VERSION = 1
 PICKLED = ":serialized:"
 """SB3's mark of a pickle in its JSON."""
 
-TENSORS = ("policy.pth", "policy.optimizer.pth", "pytorch_variables.pth")
+TENSORS = ("policy.pth", "policy.optimizer.pth", "exploration.pth", "pytorch_variables.pth")
 
 NEVER_SAVED = ("env", "env_factory", "policy", "_logger")
 """Names that a checkpoint cannot give a meaning to: an id of an environment imports modules."""
@@ -254,7 +254,11 @@ def _check_policy(
             values["observation_space"],
             values["action_space"],
             ConstantSchedule(0.0),
-            **{"use_sde": values.get("use_sde", False), **values["policy_kwargs"]},
+            **{
+                "use_sde": values.get("use_sde", False),
+                **values["policy_kwargs"],
+                **({"int_value": True} if _has_int_value(values) else {}),
+            },
         )
     )
     weights = tensors["policy.pth"]
@@ -262,6 +266,10 @@ def _check_policy(
         raise ValueError("its weights are no tensors by name")
     compare_tensors(policy.state_dict(), weights)
     _check_optimizer(policy, tensors["policy.optimizer.pth"])
+
+
+def _has_int_value(values: Mapping[str, Any]) -> bool:
+    return values.get("intrinsic_reward") is not None and bool(values.get("int_coef"))
 
 
 def _check_optimizer(policy: nn.Module, state: Any) -> None:

@@ -60,11 +60,13 @@ def vtrace(
     deltas = clipped_rhos * (rewards + discounts * values_next - values)
 
     # v_t - V(x_t) = delta_t + discount_t c_t (v_{t+1} - V(x_{t+1})), from the last row backwards.
-    corrections = torch.empty_like(values)
     correction = torch.zeros_like(bootstrap_value)
-    for t in range(values.shape[0] - 1, -1, -1):
-        correction = deltas[t] + discounts[t] * traces[t] * correction
-        corrections[t] = correction
+    later = []
+    factors = (discounts * traces).unbind()
+    for delta, factor in zip(reversed(deltas.unbind()), reversed(factors), strict=True):
+        correction = torch.addcmul(delta, factor, correction)
+        later.append(correction)
+    corrections = torch.stack(later[::-1])
     returns = values + corrections
 
     # The action's worth looks one step ahead to v_{t+1}, which lambda mixes with V(x_{t+1}).
@@ -113,6 +115,32 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """Mean squared distance of the values from their targets, a scalar."""
     _check_shapes(values, returns=returns)
     return (values - returns.detach()).square().mean()
+
+
+class ImitationLoss(NamedTuple):
+    """Two means over all timesteps, both scalars."""
+
+    policy: Tensor
+    value: Tensor
+
+
+def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> ImitationLoss:
+    """Self-imitation (Oh et al. 2018): only where more was reached than the value expects.
+
+    -mean(log pi(a_t | x_t) (R_t - V(x_t))+) and mean((R_t - V(x_t))+ ^ 2) / 2.
+
+    Args:
+        log_probs: of the actions that were taken then, under the policy of now, [T, B].
+        values: V(x_t) of now, [T, B].
+        returns: R_t, what was reached then, [T, B]; timesteps with 0 are left out.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
+    _check_shapes(values, log_probs=log_probs, returns=returns)
+    surplus = torch.where(returns > 0, (returns - values).clamp(min=0), 0.0)
+    policy = -(log_probs * surplus.detach()).mean()
+    return ImitationLoss(policy, surplus.square().mean() / 2)
 
 
 def entropy_loss(entropy: Tensor) -> Tensor:

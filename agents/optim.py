@@ -1,4 +1,5 @@
-"""The optimiser of A3C: RMSProp with epsilon inside the square root."""
+"""The optimiser of A3C, RMSProp with epsilon inside the square root, and steps that the device of
+the weights decides about."""
 
 from __future__ import annotations
 
@@ -16,9 +17,13 @@ class SharedRMSProp(torch.optim.Optimizer):
     which a single learner gives by itself. `torch.optim.RMSprop` adds epsilon outside the root,
     where A3C's 0.1 means something else.
 
+    As for torch's fused optimisers, `step` divides gradients by the attribute `grad_scale`, and
+    changes nothing if the attribute `found_inf` is 1; both are scalars on the weights' device. See
+    `scaled_step`.
+
     Args:
         params: as for any torch optimiser.
-        lr: learning rate.
+        lr: learning rate; may be a scalar tensor.
         alpha: decay of m.
         eps: epsilon.
         initial_average: m at the start. 1, as in TensorFlow's RMSProp, warms the step size up over
@@ -52,17 +57,30 @@ class SharedRMSProp(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            gradients = [p.grad for p in params]
+            gradients: list[Tensor] = [p.grad for p in params]
             averages = [self._average(p, group["initial_average"]) for p in params]
-            torch._foreach_mul_(averages, group["alpha"])
+            lr, alpha = group["lr"], group["alpha"]
+            if scale is not None:
+                gradients = list(torch._foreach_div(gradients, scale))
+            if found_inf is not None:  # then the gradients are 0 and the averages stay
+                skipped = found_inf > 0
+                gradients = [g.masked_fill(skipped, 0) for g in gradients]
+                alpha = torch.full_like(found_inf, alpha).masked_fill(skipped, 1)
+            torch._foreach_mul_(averages, alpha)
             torch._foreach_addcmul_(averages, gradients, gradients, 1 - group["alpha"])
             roots = torch._foreach_add(averages, group["eps"])
             torch._foreach_sqrt_(roots)
-            torch._foreach_addcdiv_(params, gradients, roots, -group["lr"])
+            if isinstance(lr, Tensor):
+                steps = torch._foreach_div(gradients, roots)
+                torch._foreach_mul_(steps, lr)
+                torch._foreach_sub_(params, steps)
+            else:
+                torch._foreach_addcdiv_(params, gradients, roots, -lr)
         return loss
 
     def _average(self, param: Tensor, initial: float) -> Tensor:
@@ -71,3 +89,31 @@ class SharedRMSProp(torch.optim.Optimizer):
             state["square_avg"] = torch.full_like(param, initial)
         average: Tensor = state["square_avg"]
         return average
+
+
+def can_scale(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it takes a `scaled_step`: `SharedRMSProp`, and torch's own with `fused=True`."""
+    return isinstance(optimizer, SharedRMSProp) or all(
+        group.get("fused") for group in optimizer.param_groups
+    )
+
+
+def scaled_step(
+    optimizer: torch.optim.Optimizer, scale: Tensor, found_inf: Tensor | None = None
+) -> None:
+    """One step along the gradients divided by `scale`, in the way of torch's `GradScaler`.
+
+    Args:
+        optimizer: one that `can_scale`.
+        scale: a scalar on the weights' device.
+        found_inf: likewise; where it is 1, weights and state of the optimiser stay as they are, and
+            the host need not know.
+    """
+    attributes = {"grad_scale": scale, "found_inf": found_inf}
+    try:
+        for name, value in attributes.items():
+            setattr(optimizer, name, value)
+        optimizer.step()
+    finally:
+        for name in attributes:
+            delattr(optimizer, name)

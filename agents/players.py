@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ncrl.agents.buffers import Rollout, RolloutSlots, first_rows, shown_at
+from ncrl.agents.buffers import Batch, RolloutSlots, first_rows, shown_at
 from ncrl.agents.collector import Collector, Outcome
 from ncrl.agents.supervision import WorkerPool
 from ncrl.agents.weights import SharedWeights
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Player(Protocol):
     """Collects rollouts, and learns of new weights."""
 
-    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
+    def collect(self, n_steps: int, callback: BaseCallback) -> Batch | None:
         """A batch of `n_steps` timesteps in every environment; None if a callback said stop."""
 
     def publish(self) -> None:
@@ -42,7 +42,7 @@ class SerialPlayer:
         self.collector = model._collector = collector
         collector.stopwatch = model._stopwatch
 
-    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
+    def collect(self, n_steps: int, callback: BaseCallback) -> Batch | None:
         model, rollout = self.model, self.slots[0]
         complete = self.collector.collect(
             rollout, n_steps, lambda outcome: model._after_step(callback, outcome)
@@ -54,7 +54,8 @@ class SerialPlayer:
         model._record_lag([0])
         with model._stopwatch.phase("copy"):
             batch = model._batch_stage.gather([rollout])
-        return first_rows(batch, n_steps)
+        games = list(range(model.n_envs))
+        return Batch(first_rows(batch, n_steps), first_rows(rollout, n_steps), games)
 
     def publish(self) -> None:
         """The policy that plays is the one that learns."""
@@ -68,7 +69,7 @@ class WorkersPlayer:
         self.pool = pool
         self.weights = weights
 
-    def collect(self, n_steps: int, callback: BaseCallback) -> Rollout | None:
+    def collect(self, n_steps: int, callback: BaseCallback) -> Batch | None:
         model = self.model
         stopwatch = model._stopwatch
         with stopwatch.phase("setup" if self.pool.starting else "wait"):
@@ -105,7 +106,8 @@ class WorkersPlayer:
 
         version = self.weights.version
         model._record_lag([version - delivery.played.version for delivery in deliveries])
-        return first_rows(batch, n_steps)
+        games = [delivery.worker * width + i for delivery in deliveries for i in range(width)]
+        return Batch(first_rows(batch, n_steps), first_rows(played, n_steps), games)
 
     def publish(self) -> None:
         self.weights.publish(self.model.policy, self.weights.version + 1)

@@ -8,6 +8,8 @@ wait         for rollouts (learner; the messages they come in are handled meanwh
 evaluation   the learner's pass over a batch, up to the loss
 backward     gradients of the loss
 optimiser    limiting the gradient, and the step
+graph        all three of a learner's update at once, where it is captured as a CUDA graph
+exploration  scoring rollouts by what is new in them, and learning from that
 publishing   weights for the workers
 callbacks    callbacks with all that they do (checkpoints, progress), and logging
 setup        building environments and policies, starting and ending processes
@@ -31,6 +33,8 @@ Phase = Literal[
     "evaluation",
     "backward",
     "optimiser",
+    "graph",
+    "exploration",
     "publishing",
     "callbacks",
     "setup",

@@ -96,6 +96,8 @@ class _Worker:
     """It is building them now, for the first time or again."""
     slots: deque[int] = field(default_factory=deque)
     """Slots it holds, the one it plays first."""
+    last_given: int = 0
+    """Number of the hand-out in which it was given its latest slot."""
     failures: int = 0
     """In a row, without a rollout between them."""
     infos: list[Info] = field(default_factory=list)
@@ -147,6 +149,8 @@ class WorkerPool:
         self._info_keywords = info_keywords
         self._slots = RolloutSlots(shape, slots_for(n_workers), shared=True)
         self._free = deque(range(self._slots.num_slots))
+        self._given = 0
+        """Slots handed out so far."""
         self._played: deque[Delivery] = deque()
         self._heartbeats = torch.zeros(n_workers, dtype=torch.int64).share_memory_()
         self._workers = [_Worker(index) for index in range(n_workers)]
@@ -223,7 +227,7 @@ class WorkerPool:
         for worker in self._workers:
             if worker.restart_at is not None and now >= worker.restart_at:
                 self._start(worker)
-            self._supply(worker)
+        self._hand_out()
 
     def _receive(self, worker: _Worker) -> None:
         """Handle all that a worker has sent; the end of its pipe is its death."""
@@ -361,16 +365,24 @@ class WorkerPool:
         worker.incarnation += 1
         worker.last_sign = time.monotonic()
 
-    def _supply(self, worker: _Worker) -> None:
-        if worker.connection is None or not worker.ready:
-            return
-        while self._free and len(worker.slots) < SLOTS_PER_WORKER:
-            slot = self._free.popleft()
-            worker.slots.append(slot)
+    def _hand_out(self) -> None:
+        """Give free slots to the workers, those with the fewest first.
+
+        Among equals the one that was given its last slot the longest ago goes first: where slots
+        are scarce, everybody waits in turn.
+        """
+        ready = [w for w in self._workers if w.connection is not None and w.ready]
+        while self._free and ready:
+            worker = min(ready, key=lambda w: (len(w.slots), w.last_given))
+            if len(worker.slots) >= SLOTS_PER_WORKER:
+                return
+            self._given += 1
+            worker.last_given = self._given
+            worker.slots.append(self._free.popleft())
             try:
-                worker.connection.send(slot)
+                worker.connection.send(worker.slots[-1])  # type: ignore[union-attr]
             except OSError:
-                return  # it died; the next look finds the end of its pipe
+                ready.remove(worker)  # it died; the next look finds the end of its pipe
 
 
 def slots_for(n_workers: int) -> int:

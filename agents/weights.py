@@ -15,6 +15,10 @@ VERSIONS = 2
 """Copies kept: the writer fills one while readers copy the other."""
 
 
+LEARNER_ONLY = "value_net_int"
+"""Part of a policy that nobody needs for acting: it is not shared."""
+
+
 class SharedWeights:
     """Parameters and floating-point buffers of a module, published whole under a version number.
 
@@ -67,12 +71,20 @@ class SharedWeights:
 def layout(module: nn.Module) -> list[tuple[str, torch.Size | None]]:
     """Names and shapes of what is shared, and the kinds of all parts; equal for two modules where
     the weights of one are those of the other. A compiled module counts as what it was made of."""
-    shared = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    kinds = [type(part).__qualname__ for part in module.modules() if not _is_wrapper(part)]
-    return [
-        *((name.replace("_orig_mod.", ""), tensor.shape) for name, tensor in shared.items()),
-        *((kind, None) for kind in kinds),
+    shared = [*module.named_parameters(), *module.named_buffers()]
+    parts = [
+        type(part).__qualname__
+        for name, part in module.named_modules()
+        if not _is_wrapper(part) and _is_shared(name)
     ]
+    return [
+        *((name.replace("_orig_mod.", ""), t.shape) for name, t in shared if _is_shared(name)),
+        *((kind, None) for kind in parts),
+    ]
+
+
+def _is_shared(name: str) -> bool:
+    return LEARNER_ONLY not in name.split(".")
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -80,10 +92,9 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _floats(module: nn.Module) -> Iterable[Tensor]:
-    yield from module.parameters()
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            yield buffer
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and _is_shared(name):
+            yield tensor
 
 
 def _flatten_into(target: Tensor, module: nn.Module) -> None:

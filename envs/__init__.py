@@ -9,7 +9,7 @@ if __name__ != "ncrl.envs":  # a second copy of every class would not be the fir
 
 from ncrl.envs.atari import AtariFactory, AtariVecEnv, atari, game_name
 from ncrl.envs.player import AtariPlayer
-from ncrl.envs.small import GymFactory, light, masked_cartpole, remember
+from ncrl.envs.small import GymFactory, key_and_door, light, masked_cartpole, remember
 
 __all__ = [
     "AtariFactory",
@@ -18,6 +18,7 @@ __all__ = [
     "GymFactory",
     "atari",
     "game_name",
+    "key_and_door",
     "light",
     "masked_cartpole",
     "remember",

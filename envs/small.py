@@ -75,6 +75,52 @@ def light(*, n_actions: int = 4, max_steps: int = 50) -> GymFactory:
     return GymFactory(partial(_light, n_actions, max_steps))
 
 
+def key_and_door(*, length: int = 21, max_steps: int = 64) -> GymFactory:
+    """A corridor with a key at one end and a door at the other; see `KeyAndDoor`.
+
+    The best return is 1. Chance opens the door in about one of ten thousand episodes.
+    """
+    length, max_steps = _at_least_1("length", length), _at_least_1("max_steps", max_steps)
+    return GymFactory(partial(_key_and_door, length, max_steps))
+
+
+class KeyAndDoor(gym.Env):
+    """A corridor of cells. Walking through the door at its right end, with the key from its left
+    end, gives reward 1 and ends the episode; nothing else gives any.
+
+    Observation: float32 [length + 1], the cell as a one-hot vector, and a 1 in the last place with
+    the key. Actions: left, right. An episode begins in the middle.
+    """
+
+    def __init__(self, length: int):
+        self.observation_space = spaces.Box(0, 1, (length + 1,), np.float32)
+        self.action_space = spaces.Discrete(2)
+        self._length = length
+        self._cell = 0
+        self._has_key = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._cell = self._length // 2
+        self._has_key = False
+        return self._observe(), {}
+
+    def step(self, action: int) -> StepReturn:
+        step = 1 if action else -1
+        is_open = self._has_key and self._cell + step == self._length
+        self._cell = min(max(self._cell + step, 0), self._length - 1)
+        self._has_key |= self._cell == 0
+        return self._observe(), float(is_open), is_open, False, {}
+
+    def _observe(self) -> np.ndarray:
+        observation = np.zeros(self._length + 1, np.float32)
+        observation[self._cell] = 1
+        observation[-1] = self._has_key
+        return observation
+
+
 class Remember(gym.Env):
     """Shows a cue, then nothing, then a question; answering with the cue gives reward 1.
 
@@ -161,6 +207,10 @@ class _HideVelocities(gym.ObservationWrapper):
 
 def _masked_cartpole(max_steps: int) -> gym.Env:
     return gym.wrappers.TimeLimit(_HideVelocities(CartPoleEnv()), max_steps)
+
+
+def _key_and_door(length: int, max_steps: int) -> gym.Env:
+    return gym.wrappers.TimeLimit(KeyAndDoor(length), max_steps)
 
 
 def _light(n_actions: int, max_steps: int) -> gym.Env:

@@ -5,6 +5,9 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width. Rollouts are t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any
 
@@ -203,30 +206,53 @@ def _policy_for(observation_space: spaces.Space[Any]) -> str:
     return "an Mlp policy, such as MlpLstmPolicy"
 
 
+_is_static: ContextVar[bool] = ContextVar("_is_static", default=False)
+
+
+@contextmanager
+def static_unroll() -> Iterator[None]:
+    """`unroll_lstm` inside takes steps one by one, whatever the rows in which episodes start.
+
+    What it does then does not depend on data, so that it can be traced, or captured as a CUDA
+    graph. Without a graph, one call per stretch is faster.
+    """
+    token = _is_static.set(True)
+    try:
+        yield
+    finally:
+        _is_static.reset(token)
+
+
 def unroll_lstm(
     lstm: nn.LSTM, inputs: Tensor, state: LstmState, episode_start: Tensor
 ) -> tuple[Tensor, LstmState]:
     """Run an LSTM over time, from a zero state wherever an episode starts.
 
-    One call per stretch between rows in which some episode starts, never one per timestep.
+    One call per stretch between rows in which some episode starts; one per timestep inside
+    `static_unroll`.
 
     Args:
         lstm: time-major.
         inputs: [T, B, features].
         state: before row 0.
         episode_start: [T, B] bool; row t is the first observation of an episode. Best on the host,
-            which has to know the rows before it can go on; the inputs may be elsewhere.
+            which has to know the rows before it can go on; the inputs may be elsewhere. Inside
+            `static_unroll`, best where the inputs are.
 
     Returns:
         Outputs [T, B, h] and the state after row T - 1.
     """
+    if _is_static.get():
+        return _unroll_steps(lstm, inputs, state, episode_start)
     starts = episode_start.any(dim=1).nonzero().flatten().tolist()  # rows with a start
     bounds = sorted({0, *starts, inputs.shape[0]})
     outputs = []
     for first, last in pairwise(bounds):
         keep = (~episode_start[first]).unsqueeze(1).to(inputs.device, non_blocking=True)  # [B, 1]
         state = (state[0] * keep, state[1] * keep)
-        if last - first == 1 and _has_plain_cells(lstm):
+        # On the CPU `nn.LSTM` rearranges its weights at every call, which for one timestep takes
+        # several times as long as the step itself.
+        if last - first == 1 and inputs.device.type == "cpu" and _has_plain_cells(lstm):
             output, state = run_one_step(lstm, inputs[first:last], state)
         else:
             output, state = lstm(inputs[first:last], state)
@@ -234,26 +260,42 @@ def unroll_lstm(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), state
 
 
-def run_one_step(lstm: nn.LSTM, inputs: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
-    """What `lstm` answers to one timestep, [1, B, features].
+def _unroll_steps(
+    lstm: nn.LSTM, inputs: Tensor, state: LstmState, episode_start: Tensor
+) -> tuple[Tensor, LstmState]:
+    """`unroll_lstm`, one step at a time."""
+    keep = (~episode_start).unsqueeze(2).to(inputs.device)  # [T, B, 1]
+    outputs = []
+    if not _has_plain_cells(lstm):
+        for row, kept in zip(inputs.unbind(), keep.unbind(), strict=True):
+            output, state = lstm(row[None], (state[0] * kept, state[1] * kept))
+            outputs.append(output)
+        return torch.cat(outputs), state
+    hidden, cells = state[0].unbind(), state[1].unbind()
+    for row, kept in zip(inputs.unbind(), keep.unbind(), strict=True):
+        hidden, cells = _step(lstm, row, [h * kept for h in hidden], [c * kept for c in cells])
+        outputs.append(hidden[-1])
+    return torch.stack(outputs), (torch.stack(hidden), torch.stack(cells))
 
-    On the CPU `nn.LSTM` rearranges its weights at every call, which for one timestep takes several
-    times as long as the step itself.
-    """
-    hidden, cells = [], []
-    output = inputs[0]
-    for layer, weights in enumerate(lstm.all_weights):
-        output, cell = torch.lstm_cell(output, (state[0][layer], state[1][layer]), *weights)
-        hidden.append(output)
-        cells.append(cell)
-    return output.unsqueeze(0), (torch.stack(hidden), torch.stack(cells))
+
+def run_one_step(lstm: nn.LSTM, inputs: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
+    """What `lstm`, a stack of plain cells, answers to one timestep, [1, B, features]."""
+    hidden, cells = _step(lstm, inputs[0], state[0].unbind(), state[1].unbind())
+    return hidden[-1].unsqueeze(0), (torch.stack(hidden), torch.stack(cells))
+
+
+def _step(
+    lstm: nn.LSTM, inputs: Tensor, hidden: Sequence[Tensor], cells: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """One timestep [B, features] through all layers; the states are one tensor for each."""
+    states = []
+    for h, c, weights in zip(hidden, cells, lstm.all_weights, strict=True):
+        states.append(torch.lstm_cell(inputs, (h, c), *weights))
+        inputs = states[-1][0]
+    hidden, cells = zip(*states, strict=True)
+    return hidden, cells
 
 
 def _has_plain_cells(lstm: nn.LSTM) -> bool:
-    """Whether `lstm` is a stack of cells on the CPU, with nothing between or behind them."""
-    return (
-        lstm.weight_ih_l0.device.type == "cpu"
-        and not lstm.bidirectional
-        and not lstm.proj_size
-        and not (lstm.dropout and lstm.training)
-    )
+    """Whether `lstm` is a stack of cells with nothing between or behind them."""
+    return not (lstm.bidirectional or lstm.proj_size or (lstm.dropout and lstm.training))

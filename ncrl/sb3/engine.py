@@ -18,7 +18,7 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState
 from ncrl.settings import suggest
@@ -55,6 +55,9 @@ class RolloutEvaluation(NamedTuple):
     values: Tensor
     """V(x_t), [T + 1, B]; the last row is the bootstrap value."""
 
+    int_values: Tensor | None
+    """The same of the intrinsic reward, if the policy has a head for it."""
+
     log_prob: Tensor
     """Log-probability of the actions taken, [T, B]."""
 
@@ -63,6 +66,18 @@ class RolloutEvaluation(NamedTuple):
 
     latent: Latent
     """What actor and critic read, [T + 1, B, ...]."""
+
+    def narrow(self, first: int, length: int) -> RolloutEvaluation:
+        """That of some of the environments."""
+
+        def part(x: Tensor) -> Tensor:
+            return x.narrow(1, first, length)
+
+        int_values = None if self.int_values is None else part(self.int_values)
+        return RolloutEvaluation(
+            *(part(self.values), int_values, part(self.log_prob), part(self.entropy)),
+            self.latent.map(part),
+        )
 
 
 class EnginePolicy(ActorCriticPolicy):
@@ -73,6 +88,10 @@ class EnginePolicy(ActorCriticPolicy):
 
     Dict observations are dicts of tensors of the shapes that are given for `obs`.
     """
+
+    value_net_int: nn.Module
+    """Head for the value of the intrinsic reward, where there is one. It serves the learner alone:
+    workers have none."""
 
     @property
     def state_shape(self) -> tuple[int, int]:
@@ -182,8 +201,12 @@ class EnginePolicy(ActorCriticPolicy):
         entropy = distribution.entropy()
         if entropy is None:  # squashed Gaussians have none; SB3 estimates it like this
             entropy = -log_prob
+        critic = self.mlp_extractor.forward_critic(latent.critic)
         return RolloutEvaluation(
-            values=self.values(latent).squeeze(-1),
+            values=self.value_net(critic).squeeze(-1),
+            int_values=self.value_net_int(critic).squeeze(-1)
+            if hasattr(self, "value_net_int")
+            else None,
             log_prob=log_prob.view(num_steps, num_envs),
             entropy=entropy.view(num_steps, num_envs),
             latent=latent,

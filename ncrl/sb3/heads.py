@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
@@ -24,6 +25,8 @@ class ChosenHeads(ActorCriticPolicy):
             means and clip the gradient at 0.5, so that 0.1 slows A2C down. `ncrl.agents.A3C`, which
             minimises sums, has an argument of that name instead, and refuses this one.
         balance_coef: likewise, weight of the balance loss of mixtures of experts.
+        int_value: add a head for the value of an intrinsic reward, as `ncrl.agents.A3C` does where
+            it has one. Everything else starts from the same numbers with it and without.
         args, kwargs: arguments of the policy that this is mixed into.
 
     Raises:
@@ -42,6 +45,7 @@ class ChosenHeads(ActorCriticPolicy):
         head_kwargs: dict[str, Any] | None = None,
         orth_coef: float = 0.01,
         balance_coef: float = 0.01,
+        int_value: bool = False,
         **kwargs: Any,
     ) -> None:
         # Before the base class, which builds the network.
@@ -52,14 +56,20 @@ class ChosenHeads(ActorCriticPolicy):
         self.head_kwargs = head_kwargs or {}
         self.orth_coef = check_coefficient("orth_coef", orth_coef)
         self.balance_coef = check_coefficient("balance_coef", balance_coef)
+        self.int_value = int_value
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        if self.head == "linear" and not self.head_kwargs:
-            return  # SB3's own layers, with its orthogonal initialisation
-        self.action_net = self._make_head(self.action_net)
-        self.value_net = self._make_head(self.value_net)  # type: ignore[assignment]
+        is_sb3s = self.head == "linear" and not self.head_kwargs  # orthogonally initialised there
+        if is_sb3s and not self.int_value:
+            return
+        if self.int_value:
+            with torch.random.fork_rng(devices=[]):
+                self.value_net_int = self._make_head(self.value_net)
+        if not is_sb3s:
+            self.action_net = self._make_head(self.action_net)
+            self.value_net = self._make_head(self.value_net)  # type: ignore[assignment]
         self.optimizer = self.optimizer_class(
             self.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
@@ -79,4 +89,5 @@ class ChosenHeads(ActorCriticPolicy):
             "head_kwargs": self.head_kwargs,
             "orth_coef": self.orth_coef,
             "balance_coef": self.balance_coef,
+            "int_value": self.int_value,
         }

@@ -1,15 +1,20 @@
 """A step of the learner: what it makes the host wait for, and steps that are not made."""
 
+import copy
+import math
 import traceback
 from typing import Any
 
 import pytest
 import torch
 from torch.distributions import Categorical
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncrl.agents import A3C
-from ncrl.agents.learner import actor_critic_loss, apply_gradient
+from ncrl.agents.buffers import Rollout
+from ncrl.agents.learner import Lesson, actor_critic_loss, apply_gradient, update_on_device
+from ncrl.networks import static_unroll
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -18,11 +23,17 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(head: str) -> A3C:
+def trained(head: str, use_rms_prop: bool = True) -> A3C:
     """A model with a batch to learn from, in which episodes end."""
     options = {"lstm_hidden_size": 8, "head": head, "head_kwargs": HEADS[head]}
     model = A3C(
-        "MlpLstmPolicy", "CartPole-v1", n_workers=0, n_envs=4, seed=0, policy_kwargs=options
+        "MlpLstmPolicy",
+        "CartPole-v1",
+        n_workers=0,
+        n_envs=4,
+        seed=0,
+        use_rms_prop=use_rms_prop,
+        policy_kwargs=options,
     )
     return model.learn(160)
 
@@ -52,7 +63,7 @@ class Waits(TorchDispatchMode):
 def test_an_update_waits_for_the_device_once(head: str) -> None:
     """Once is the list of all scalars, which asks for no value by itself."""
     model = trained(head)
-    assert model._batch is not None and model._batch.episode_start[1:].any()
+    assert model._batch is not None and model._batch.rollout.episode_start[1:].any()
     with Waits() as waits:
         model.train()
     assert not waits.places
@@ -68,7 +79,7 @@ def test_the_counter_of_waits_counts() -> None:
 def test_scalars_are_the_terms_of_the_loss() -> None:
     model = trained("linear")
     assert model._batch is not None
-    loss = actor_critic_loss(model.policy, model._batch, model._objective())
+    loss = actor_critic_loss(model.policy, model._batch.rollout, model._objective())
     gradients = torch.autograd.grad(loss.total, list(model.policy.parameters()), retain_graph=True)
     norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
     update = apply_gradient(model.policy, model.policy.optimizer, loss, 1e-3)
@@ -94,7 +105,7 @@ def test_normalised_advantages_do_not_depend_on_the_scale_of_rewards() -> None:
     with torch.no_grad():  # values of 0, so that advantages are made of rewards alone
         for parameter in model.policy.value_net.parameters():
             parameter.zero_()
-    batch, losses = model._batch, []
+    batch, losses = model._batch.rollout, []
     for normalize, scale in ((False, 1.0), (False, 3.0), (True, 1.0), (True, 3.0)):
         model.normalize_advantage, model.reward_scale = normalize, scale
         losses.append(actor_critic_loss(model.policy, batch, model._objective()).policy.item())
@@ -109,7 +120,7 @@ def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
     with torch.no_grad():
         next(iter(model.policy.action_net.parameters())).fill_(float("nan"))
     before = [p.clone() for p in model.policy.parameters()]
-    loss = actor_critic_loss(model.policy, model._batch, model._objective())
+    loss = actor_critic_loss(model.policy, model._batch.rollout, model._objective())
     update = apply_gradient(model.policy, model.policy.optimizer, loss, 40.0)
     assert not update.stepped
     for now, then in zip(model.policy.parameters(), before, strict=True):
@@ -121,6 +132,118 @@ def test_distributions_elsewhere_are_validated_as_before(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     model = trained("linear")
     assert model._batch is not None
-    actor_critic_loss(model.policy, model._batch, model._objective())
+    actor_critic_loss(model.policy, model._batch.rollout, model._objective())
     with pytest.raises(ValueError, match="logits"):
         Categorical(logits=torch.tensor([float("nan")]))
+
+
+both_optimisers = pytest.mark.parametrize("use_rms_prop", [True, False], ids=["rmsprop", "adam"])
+static_heads = pytest.mark.parametrize("head", ["linear", "neurocoder"])
+
+
+def other_batch(model: A3C) -> Rollout:
+    """Like the batch of the model, but episodes start elsewhere and actions differ."""
+    assert model._batch is not None
+    starts = torch.rand(21, 4, generator=torch.Generator().manual_seed(5)) < 0.4
+    assert not torch.equal(starts.any(1), model._batch.rollout.episode_start.any(1))
+    return model._batch.rollout._replace(
+        episode_start=starts,
+        actions=1 - model._batch.rollout.actions,
+        rewards=model._batch.rollout.rewards * 3,
+        obs=model._batch.rollout.obs.flip(0),  # type: ignore[union-attr]
+    )
+
+
+def update_device(model: A3C, batch: Rollout, limit: float = 40.0) -> Any:
+    policy = model.policy
+    return update_on_device(policy, policy.optimizer, Lesson(batch), model._objective(), limit)
+
+
+@both_optimisers
+@static_heads
+@pytest.mark.parametrize("limit", [1e-2, 40.0, float("inf"), 0.0])
+def test_an_update_on_the_device_is_the_update(head: str, limit: float, use_rms_prop: bool) -> None:
+    one, other = trained(head, use_rms_prop), trained(head, use_rms_prop)
+    for batch in (one._batch.rollout, other_batch(one)):
+        assert batch is not None
+        loss = actor_critic_loss(one.policy, batch, one._objective())
+        update = apply_gradient(one.policy, one.policy.optimizer, loss, limit)
+        measured = update_device(other, batch, limit)
+        assert measured.on_host().stepped and update.stepped
+        assert measured.on_host().scalars == pytest.approx(
+            update.scalars, nan_ok=True, rel=1e-4, abs=1e-5
+        )
+        torch.testing.assert_close(measured.latent.actor, loss.evaluation.latent.actor)
+    for mine, theirs in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+@both_optimisers
+def test_the_device_leaves_out_a_step_that_is_not_finite(use_rms_prop: bool) -> None:
+    model = trained("neurocoder", use_rms_prop)
+    assert model._batch is not None
+    rewards = model._batch.rollout.rewards.clone()
+    rewards[3, 1] = float("nan")
+    before = copy.deepcopy(
+        (list(model.policy.parameters()), model.policy.optimizer.state_dict()["state"])
+    )
+    update = update_device(model, model._batch.rollout._replace(rewards=rewards)).on_host()
+    assert not update.stepped and math.isnan(update.scalars["grad_norm"])
+    for now, then in zip(model.policy.parameters(), before[0], strict=True):
+        assert torch.equal(now, then)
+    torch.testing.assert_close(
+        model.policy.optimizer.state_dict()["state"], before[1], rtol=0, atol=0
+    )
+    assert update_device(model, model._batch.rollout).on_host().stepped
+
+
+class Operations(TorchDispatchMode):
+    """What was asked of torch, with the shapes of what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else None for a in args]
+        self.seen.append((func, *shapes))
+        return func(*args, **(kwargs or {}))
+
+
+@both_optimisers
+@static_heads
+def test_an_update_on_the_device_never_depends_on_data(head: str, use_rms_prop: bool) -> None:
+    """The same operations for other starts of episodes, and for a gradient that is not finite."""
+    model = trained(head, use_rms_prop)
+    batch = model._batch.rollout
+    assert batch is not None
+    seen = []
+    for given in (batch, other_batch(model), batch._replace(rewards=batch.rewards * float("nan"))):
+        with Waits() as waits, Operations() as operations:
+            update_device(model, given)
+        # The fused step of the CPU asks for the number of steps; that of CUDA does not.
+        assert not [place for place in waits.places if "/torch/optim/" not in place]
+        seen.append(operations.seen)
+    assert seen[0] == seen[1] == seen[2]
+
+
+@static_heads
+def test_a_trace_with_one_batch_is_right_for_another(head: str) -> None:
+    model = trained(head)
+    first, second = model._batch.rollout, other_batch(model)
+    assert first is not None
+    weights = list(model.policy.parameters())
+
+    def gradients(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        with static_unroll():
+            loss = actor_critic_loss(model.policy, Rollout(*tensors), model._objective())
+        return [loss.total, *torch.autograd.grad(loss.total, weights)]
+
+    traced = make_fx(gradients)(*first)
+    for batch in (first, second):
+        loss = actor_critic_loss(model.policy, batch, model._objective())
+        expected = [loss.total, *torch.autograd.grad(loss.total, weights)]
+        with torch.no_grad():  # the trace holds the backward pass as well
+            found = traced(*batch)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -1,11 +1,14 @@
 """`SharedRMSProp` against a loop over numbers and against a value by hand."""
 
+import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from ncrl.agents.optim import SharedRMSProp
+from ncrl.agents.optim import SharedRMSProp, can_scale, scaled_step
 from tests.reference import rmsprop_reference
 
 
@@ -109,3 +112,86 @@ def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         SharedRMSProp([torch.nn.Parameter(torch.zeros(1))], **wrong)
+
+
+def fused_adam(parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True)
+
+
+def rmsprop(parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return SharedRMSProp(parameters, lr=lr)
+
+
+both = pytest.mark.parametrize("make", [fused_adam, rmsprop])
+Make = Callable[[list[torch.nn.Parameter], Any], torch.optim.Optimizer]
+
+
+def some_parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (3, 5)]
+
+
+def give_gradients(parameters: list[torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = 10 * torch.randn(parameter.shape, generator=generator)
+
+
+@both
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_a_scaled_step_is_a_step_along_smaller_gradients(make: Make, scale: float) -> None:
+    parameters, others = some_parameters(), some_parameters()
+    scaled, plain = make(parameters, lr=0.1), make(others, lr=0.1)
+    for step in range(4):
+        give_gradients(parameters, step)
+        give_gradients(others, step)
+        for other in others:
+            assert other.grad is not None
+            other.grad /= scale
+        scaled_step(scaled, torch.tensor(scale), torch.tensor(0.0) if step % 2 else None)
+        plain.step()
+    for one, other in zip(parameters, others, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@both
+def test_a_step_that_the_device_leaves_out_changes_nothing(make: Make) -> None:
+    parameters = some_parameters()
+    optimizer = make(parameters, lr=0.1)
+    for skipped in (True, False, True):
+        give_gradients(parameters, 0)
+        if skipped:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad[0], parameter.grad[1] = float("nan"), float("inf")
+        before = copy.deepcopy((parameters, optimizer.state_dict()["state"]))
+        scaled_step(optimizer, torch.tensor(2.0), torch.tensor(float(skipped)))
+        for one, other in zip(parameters, before[0], strict=True):
+            assert torch.equal(one, other) == skipped
+        now = optimizer.state_dict()["state"]
+        for index, state in before[1].items():
+            for name, value in state.items():
+                assert torch.equal(value, now[index][name]) == skipped, name
+
+
+@both
+def test_the_learning_rate_may_be_a_tensor(make: Make) -> None:
+    parameters, others = some_parameters(), some_parameters()
+    rate = torch.tensor(0.1)
+    optimizers = make(parameters, lr=rate), make(others, lr=0.1)
+    for step, lr in enumerate((0.1, 0.05, 0.0)):
+        rate.fill_(lr)
+        optimizers[1].param_groups[0]["lr"] = lr
+        give_gradients(parameters, step)
+        give_gradients(others, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(parameters, others, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_who_can_scale() -> None:
+    parameters = some_parameters()
+    assert can_scale(rmsprop(parameters, 0.1)) and can_scale(fused_adam(parameters, 0.1))
+    assert not can_scale(torch.optim.Adam(parameters))
+    assert not can_scale(torch.optim.RMSprop(parameters))

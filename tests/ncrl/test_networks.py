@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ncrl.networks import (
     AtariEncoder,
     MeanImage,
     run_one_step,
+    static_unroll,
     unroll_lstm,
 )
 from ncrl.sb3 import CnnLstmPolicy, NeurocoderCnnLstmPolicy
@@ -61,10 +63,16 @@ def random_starts(num_times: int, batch: int, share: float, generator: torch.Gen
     return torch.rand(num_times, batch, generator=generator) < share
 
 
+def unroll_by_steps(*arguments: Any) -> Any:
+    with static_unroll():
+        return unroll_lstm(*arguments)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("unroll_quickly", [unroll_lstm, unroll_by_steps])
 def test_unroll_equals_the_loop_in_values_and_gradients(
-    size: tuple[int, int, int], share: float
+    size: tuple[int, int, int], share: float, unroll_quickly: Callable
 ) -> None:
     num_times, batch, layers = size
     torch.manual_seed(num_times + 10 * batch)
@@ -73,7 +81,7 @@ def test_unroll_equals_the_loop_in_values_and_gradients(
     starts = random_starts(num_times, batch, share, generator)
     direction = torch.randn(num_times, batch, HIDDEN, dtype=torch.float64)
     results = []
-    for unroll in (unroll_lstm, slow_unroll):
+    for unroll in (unroll_quickly, slow_unroll):
         torch.manual_seed(1)
         inputs = torch.randn(num_times, batch, INPUTS, dtype=torch.float64, requires_grad=True)
         state = tuple(
@@ -86,6 +94,22 @@ def test_unroll_equals_the_loop_in_values_and_gradients(
         results.append([outputs, *last, *gradients])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"proj_size": 2}, {"dropout": 0.5, "num_layers": 2}])
+def test_lstms_that_are_more_than_cells_unroll_by_steps(options: dict) -> None:
+    lstm = nn.LSTM(INPUTS, HIDDEN, **options).double().eval()
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 3, INPUTS, dtype=torch.float64)
+    width = lstm.proj_size or HIDDEN
+    state = tuple(torch.randn(lstm.num_layers, 3, n, dtype=torch.float64) for n in (width, HIDDEN))
+    starts = random_starts(6, 3, 0.3, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        unroll_by_steps(lstm, inputs, state, starts), unroll_lstm(lstm, inputs, state, starts)
+    )
+    lstm.train()
+    outputs = [unroll_by_steps(lstm, inputs, state, starts)[0] for _ in range(2)]
+    assert torch.equal(*outputs) == (not lstm.dropout), "dropout is drawn anew"
 
 
 def test_no_gradient_and_no_state_crosses_an_episode_start() -> None:

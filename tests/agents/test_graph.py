@@ -1,0 +1,177 @@
+"""Captured updates, with a recorder for the CPU that runs again what a graph would launch again."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import ncrl.agents.graph
+from ncrl.agents import A3C
+from ncrl.agents.graph import MAX_CAPTURES, WARM_UPS
+from ncrl.agents.learner import Lesson, Measured
+from tests.agents.test_learner import both_optimisers, trained
+
+
+def record_on_cpu(run: Callable[[], Measured]) -> tuple[Callable[[], None], Measured]:
+    """Like a graph: what it returns is made once, and every replay writes into that."""
+    for _ in range(WARM_UPS):
+        run()
+    measured = run()
+
+    def replay() -> None:
+        again = run()
+        measured.values.copy_(again.values)
+        measured.latent.actor.copy_(again.latent.actor)
+
+    return replay, measured
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each capture; all models made by `graphed` have captured updates."""
+    made: list[int] = []
+
+    def record(run: Callable[[], Measured]) -> Any:
+        made.append(1)
+        return record_on_cpu(run)
+
+    monkeypatch.setattr(ncrl.agents.graph, "record", record)
+    return made
+
+
+def with_rate(*arguments: Any) -> A3C:
+    """A trained model whose learning rate is not 0 again."""
+    model = trained(*arguments)
+    model._current_progress_remaining = 0.5
+    return model
+
+
+def graphed(*arguments: Any) -> A3C:
+    model = with_rate(*arguments)
+    assert model._graphed.reason == "the learner is on cpu, not on CUDA"
+    model._graphed.reason = None
+    return model
+
+
+def assert_close(one: A3C, other: A3C) -> None:
+    for mine, theirs in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+@both_optimisers
+@pytest.mark.parametrize("head", ["linear", "neurocoder"])
+def test_a_training_by_replays_is_the_training(
+    head: str, use_rms_prop: bool, captures: list[int]
+) -> None:
+    """With a schedule of the learning rate, and parts of the batch, and a short last rollout."""
+    eager, replayed = trained(head, use_rms_prop), graphed(head, use_rms_prop)
+    for model in (eager, replayed):
+        model.set_random_seed(1)
+        model.batch_size = 40
+        model.learn(3 * 80 + 4 * 7, log_interval=None)
+    assert captures == [1]
+    assert replayed._n_updates == eager._n_updates
+    assert replayed._latent is not None and eager._latent is not None
+    torch.testing.assert_close(replayed._latent, eager._latent, rtol=1e-3, atol=1e-4)
+    assert replayed.policy.optimizer.param_groups[0]["lr"] == pytest.approx(
+        eager.policy.optimizer.param_groups[0]["lr"]
+    )
+    assert_close(eager, replayed)
+
+
+@both_optimisers
+def test_capturing_changes_nothing_and_leaves_the_optimiser_as_it_was(
+    use_rms_prop: bool, captures: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = graphed("linear", use_rms_prop)
+    assert model._batch is not None
+    before = copy.deepcopy((model.policy.state_dict(), model.policy.optimizer.state_dict()))
+    record = ncrl.agents.graph.record
+
+    def nothing(run: Callable[[], Measured]) -> Any:
+        return (lambda: None), record(run)[1]
+
+    monkeypatch.setattr(ncrl.agents.graph, "record", nothing)
+    model._graphed_update(Lesson(model._batch.rollout))
+    after = (model.policy.state_dict(), model.policy.optimizer.state_dict())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert captures == [1]
+
+
+def test_a_replayed_update_that_is_not_finite_is_skipped(captures: list[int]) -> None:
+    model = graphed("linear")
+    assert model._batch is not None
+    model.train()
+    before = copy.deepcopy(model.policy.state_dict())
+    rollout = model._batch.rollout
+    model._batch = model._batch._replace(
+        rollout=rollout._replace(rewards=rollout.rewards * float("inf"))
+    )
+    model.train()
+    assert model._skipped_updates == 1
+    torch.testing.assert_close(model.policy.state_dict(), before, rtol=0, atol=0)
+
+
+def test_other_settings_and_other_memory_are_captured_anew(captures: list[int]) -> None:
+    model = graphed("linear")
+    model.train()
+    model.train()
+    assert len(captures) == 1
+    model.ent_coef = 0.5
+    model.train()
+    assert len(captures) == 2
+    model.policy.optimizer.load_state_dict(copy.deepcopy(model.policy.optimizer.state_dict()))
+    twin = with_rate("linear")
+    twin.ent_coef, twin._batch = 0.5, model._batch
+    twin.set_parameters(copy.deepcopy(model.get_parameters()))
+    model.train()
+    twin.train()
+    assert len(captures) == 3
+    assert_close(model, twin)
+
+
+def test_settings_that_always_change_end_in_eager_updates(
+    captures: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = graphed("linear")
+    for step in range(MAX_CAPTURES + 3):
+        model.ent_coef = 0.01 * step
+        model.train()
+    assert len(captures) == MAX_CAPTURES
+    assert model._n_updates == 2 + MAX_CAPTURES + 3
+    assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [
+        f"updates are not captured as a CUDA graph: settings changed {MAX_CAPTURES} times"
+    ]
+
+
+@pytest.mark.parametrize("trouble", ["moe", "optimiser", "compiled", "capture"])
+def test_what_cannot_be_captured_is_made_eagerly_and_said_once(
+    trouble: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(run: Any) -> Any:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(ncrl.agents.graph, "record", fail)
+    model = graphed("moe" if trouble == "moe" else "linear")
+    expected = "RuntimeError: operation not permitted"
+    if trouble == "moe":
+        expected = "mixture"
+    elif trouble == "optimiser":
+        model.policy.optimizer = torch.optim.Adam(model.policy.parameters())
+        expected = "Adam cannot leave out a step"
+    elif trouble == "compiled":
+        model.policy.value_net._orig_mod = None  # type: ignore[assignment]
+        expected = "compiled"
+    before = [p.clone() for p in model.policy.parameters()]
+    model.train()
+    model.train()
+    (message,) = [r.message for r in caplog.records]
+    assert expected in message and "\n" not in message
+    assert model._batch_stage.starts_on_host
+    assert any(
+        not torch.equal(now, then)
+        for now, then in zip(model.policy.parameters(), before, strict=True)
+    )

@@ -1,0 +1,76 @@
+"""How the pool shares out its slots, counted with workers that are no processes."""
+
+from collections import deque
+from typing import Any
+
+import pytest
+from gymnasium import spaces
+
+from ncrl.agents.buffers import RolloutShape
+from ncrl.agents.supervision import SLOTS_PER_WORKER, Limits, WorkerPool
+from ncrl.agents.worker import Played
+
+
+class FakeWorker:
+    """Takes slots as a pipe would, and plays them one after the other."""
+
+    def __init__(self) -> None:
+        self.slots: deque[int] = deque()
+        self.waited = 0
+        self.played = 0
+
+    def send(self, slot: int) -> None:
+        self.slots.append(slot)
+
+
+def make_pool(n_workers: int) -> tuple[WorkerPool, list[FakeWorker]]:
+    shape = RolloutShape(1, 1, spaces.Discrete(2), spaces.Discrete(2), 0, 0)
+    pool = WorkerPool(
+        Any,
+        Any,
+        shape,
+        Any,
+        n_workers=n_workers,
+        seed=0,
+        limits=Limits(),  # type: ignore[arg-type]
+    )
+    workers = [FakeWorker() for _ in range(n_workers)]
+    for worker, fake in zip(pool._workers, workers, strict=True):
+        worker.connection, worker.ready = fake, True  # type: ignore[assignment]
+    return pool, workers
+
+
+@pytest.mark.parametrize("n_workers", [2, 16])
+@pytest.mark.parametrize("batch_ticks", [1, 3, 8])
+def test_no_worker_waits_more_than_twice_the_mean(n_workers: int, batch_ticks: int) -> None:
+    """In a tick every worker plays a slot if it has one; a batch takes the learner some ticks."""
+    pool, workers = make_pool(n_workers)
+    learner_free_at = 0
+    taken: list[Any] = []
+    for tick in range(600):
+        pool._hand_out()
+        for index, fake in enumerate(workers):
+            if not fake.slots:
+                fake.waited += 1
+                continue
+            fake.played += 1
+            pool._handle(pool._workers[index], Played(fake.slots.popleft(), 0, 0.0, 0.0, {}))
+        if tick >= learner_free_at and len(pool._played) >= n_workers:
+            pool._free.extend(delivery.played.slot for delivery in taken)
+            taken = [pool._played.popleft() for _ in range(n_workers)]
+            learner_free_at = tick + batch_ticks
+    waits, plays = [fake.waited for fake in workers], [fake.played for fake in workers]
+    assert max(waits) <= 2 * sum(waits) / n_workers + SLOTS_PER_WORKER
+    assert min(plays) >= sum(plays) / n_workers / 2
+    if batch_ticks > SLOTS_PER_WORKER + 1:
+        assert min(waits) > 0, "the learner is what limits"
+
+
+def test_scarce_slots_go_round() -> None:
+    pool, workers = make_pool(4)
+    held = [pool._free.popleft() for _ in range(len(pool._free) - 2)]
+    pool._hand_out()
+    assert [len(fake.slots) for fake in workers] == [1, 1, 0, 0]
+    pool._free.extend(held[:3])
+    pool._hand_out()
+    assert [len(fake.slots) for fake in workers] == [2, 1, 1, 1]

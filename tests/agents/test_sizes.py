@@ -1,0 +1,80 @@
+"""What a machine is worth, and that the learner leaves the workers their cores."""
+
+import os
+
+import psutil
+import pytest
+import torch
+
+import ncrl.agents.a3c
+from ncrl.agents.a3c import _learner_threads
+from ncrl.agents.buffers import RolloutBatch
+from ncrl.agents.sizes import choose_sizes
+from tests.agents.test_buffers import CPU, make_shape, numbered
+
+
+@pytest.mark.parametrize(
+    ("cores", "has_gpu", "workers", "games", "batch"),
+    [
+        (1, False, 1, 16, 4),
+        (2, False, 2, 8, 4),
+        (3, False, 3, 8, 4),
+        (4, False, 3, 8, 4),
+        (16, False, 12, 8, 4),
+        (1, True, 1, 16, 4),
+        (2, True, 1, 16, 4),
+        (4, True, 3, 16, 12),
+        (8, True, 7, 16, 16),
+        (16, True, 15, 16, 24),
+        (64, True, 63, 16, 24),
+    ],
+)
+def test_sizes(cores: int, has_gpu: bool, workers: int, games: int, batch: int) -> None:
+    assert choose_sizes(cores, has_gpu)[:3] == (workers, games, batch)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_sizes_fit_any_machine(has_gpu: bool) -> None:
+    for cores in range(1, 130):
+        sizes = choose_sizes(cores, has_gpu)
+        assert 8 <= sizes.games <= 32
+        assert 1 <= sizes.workers <= cores
+        assert (sizes.workers * sizes.games) % sizes.batch == 0
+        if has_gpu and cores > 1:
+            assert sizes.workers == cores - 1
+        assert str(cores) in sizes.reason and "\n" not in sizes.reason
+
+
+@pytest.mark.parametrize(
+    ("n_workers", "threads"), [(0, 6), (2, 6), (12, 4), (15, 1), (16, 1), (20, 1)]
+)
+def test_the_learner_takes_the_cores_that_workers_leave(
+    n_workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ncrl.agents.a3c, "available_cores", lambda: 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        with _learner_threads(n_workers):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gathering_starts_no_threads() -> None:
+    """Where torch copies so much with 4 threads, it starts three."""
+    shape = make_shape(n_steps=500, n_envs=200)
+    slots = [numbered(shape, first) for first in (0, 1)]
+    batch = RolloutBatch(make_shape(n_steps=500, n_envs=400), CPU)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    threads = psutil.Process(os.getpid()).num_threads()
+    try:
+        batch.gather(slots)
+        assert psutil.Process(os.getpid()).num_threads() == threads
+        big = torch.zeros(1000, 1000)
+        big[:, :500].copy_(torch.ones(1000, 500))
+        assert psutil.Process(os.getpid()).num_threads() > threads, "the test sees threads"
+    finally:
+        torch.set_num_threads(before)
