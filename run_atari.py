@@ -30,7 +30,6 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl import NeurocoderConfig
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
-from ncrl.agents.a3c import default_workers
 from ncrl.agents.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -41,6 +40,7 @@ from ncrl.agents.checkpoints import (
 from ncrl.agents.intrinsic import SOURCES
 from ncrl.agents.progress import Progress, Screen
 from ncrl.agents.runs import RunDirectory, SaveCheckpoints, read_config
+from ncrl.agents.sizes import Sizes, available_cores, choose_sizes, games_per_update
 from ncrl.agents.video import GameVideo, Moment, check_path, view_heads
 from ncrl.envs import AtariFactory, AtariPlayer, atari
 from ncrl.layers import LAYERS
@@ -49,13 +49,10 @@ from ncrl.settings import add_flags, configure, make_parser, parse, setting, usa
 PROGRAM = "run_atari.py"
 FRAMES_PER_TIMESTEP = 4
 DEFAULT_ENVS = 16
-"""Games of all workers together, as in A3C."""
+"""Games of all workers together, as in A3C, where their number is given and there is no GPU."""
 
 EXPLORING_ENVS = 64
-"""The same with an intrinsic reward: more games find more, and are faster by the timestep."""
-
-GAMES_PER_UPDATE = 4
-"""Small updates learn faster from the same games than one update from all of them (RESULTS.md)."""
+"""The least with an intrinsic reward: more games find more, and are faster by the timestep."""
 
 EVALUATION_ENVS = 8
 """Games that are evaluated side by side."""
@@ -92,10 +89,10 @@ class RunConfig:
     device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
     logdir: str = setting("runs", "folder in which the run directory is made")
     workers: int | None = setting(
-        None, "worker processes, 0 for none (reproducible); one per core if not given", low=0
+        None, "worker processes, 0 for none (reproducible); chosen by cores and GPU", low=0
     )
     envs_per_worker: int | None = setting(
-        None, "games per worker; 16 games in all if not given", low=1
+        None, "games per worker; chosen by cores and GPU, 16 in all with --workers", low=1
     )
     stack: int = setting(1, "timesteps shown in one observation", low=1)
     # The network.
@@ -123,7 +120,7 @@ class RunConfig:
     # The algorithm.
     n_steps: int = setting(20, "timesteps per rollout", low=1)
     batch_size: int | None = setting(
-        None, "timesteps per update; whole rollouts of 4 games if not given", low=1
+        None, "timesteps per update; rollouts of 4 games, of up to 24 with a GPU", low=1
     )
     optimizer: str = setting(
         "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
@@ -503,6 +500,13 @@ def summary(job: Job) -> list[str]:
         f"run        {run.path}",
         f"curves     tensorboard --logdir {run.path.parent}",
     ]
+    fitting = machine_sizes(config)
+    if (config.workers, config.envs_per_worker) == (fitting.workers, fitting.games):
+        lines.insert(
+            3,
+            f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and these "
+            f"games for {fitting.reason}",
+        )
     if factory.game in HARD_GAMES:
         lines.append(
             f"expect     plain actor-critics reach {HARD_GAMES[factory.game]}; "
@@ -528,14 +532,17 @@ def canonical(config: RunConfig) -> RunConfig:
 def with_sizes(config: RunConfig) -> RunConfig:
     """Numbers of workers and games, where they are not given; checks them with `batch_size`.
 
-    The default is 16 games whatever the number of cores, so that results do not depend on it.
-
     Raises:
         ValueError: if `batch_size` does not divide what the games play in a rollout.
     """
-    games = DEFAULT_ENVS if config.intrinsic_reward == "none" else EXPLORING_ENVS
-    workers = default_workers(games) if config.workers is None else config.workers
-    envs = config.envs_per_worker or max(1, games // max(1, workers))
+    sizes = machine_sizes(config)
+    workers = sizes.workers if config.workers is None else config.workers
+    envs = config.envs_per_worker
+    if envs is None:
+        chosen = config.workers is None or (workers > 0 and uses_gpu(config))
+        envs = sizes.games if chosen else max(1, DEFAULT_ENVS // max(1, workers))
+        if config.intrinsic_reward != "none":
+            envs = max(envs, EXPLORING_ENVS // max(1, workers))
     config = replace(config, workers=workers, envs_per_worker=envs)
     size, whole = config.batch_size, config.n_steps * num_games(config)
     if size is not None and (size % config.n_steps or whole % size):
@@ -553,9 +560,18 @@ def num_games(config: RunConfig) -> int:
 
 
 def timesteps_per_update(config: RunConfig, batch_size: int | None) -> int:
-    """`batch_size`, or the rollouts of the default number of games."""
-    games = max(n for n in range(1, GAMES_PER_UPDATE + 1) if num_games(config) % n == 0)
-    return batch_size or games * config.n_steps
+    """`batch_size`, or the rollouts of a number of games that fits the learner."""
+    return batch_size or games_per_update(num_games(config), uses_gpu(config)) * config.n_steps
+
+
+def machine_sizes(config: RunConfig) -> Sizes:
+    """Numbers of workers and games that fit this machine."""
+    return choose_sizes(available_cores(), uses_gpu(config))
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether the learner computes on a GPU."""
+    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
 
 
 def stored_config(run: Path) -> RunConfig:
