@@ -245,6 +245,10 @@ class A3C(OnPolicyAlgorithm):
         self.imitation_coef = imitation_coef
         self.intrinsic_kwargs = intrinsic_kwargs or {}
         self.info_keywords = list(info_keywords)
+        self.best_score = -math.inf
+        """Of all whole games."""
+        self.first_scored_at = -1
+        """Timesteps after which the first game with a score above 0 ended."""
         self.games_seed = _fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
         played: GymEnv | None
@@ -309,10 +313,6 @@ class A3C(OnPolicyAlgorithm):
         self._dumped_at = -1
         self._stateless_predictions = 0
         self._warned_of_state = False
-        self.best_score = -math.inf
-        """Of all whole games."""
-        self.first_scored_at = -1
-        """Timesteps after which the first game with a score above 0 ended."""
         self.policy_lag = 0.0
         """Mean age, in updates, of the weights behind the latest batch."""
         self._skipped_updates = 0
@@ -643,7 +643,7 @@ class A3C(OnPolicyAlgorithm):
         with self._stopwatch.phase("exploration"):
             rewards = self._score(batch)
         for i, part in enumerate(split_envs(batch.rollout, self.n_envs // self.envs_per_update)):
-            self._update(part, *self._explored(rewards, i))
+            self._update(part, *self._explored(part, rewards, i))
         with self._stopwatch.phase("exploration"):
             self._learn_novelty(batch)
         # Not before: the actions were chosen under the mean as it was. The last row comes again.
@@ -659,16 +659,20 @@ class A3C(OnPolicyAlgorithm):
         self._record_means(scalars)
         return rewards if self.int_coef else None
 
-    def _explored(self, rewards: Tensor | None, part: int) -> tuple[Novelty | None, Kept | None]:
+    def _explored(
+        self, part: Rollout, rewards: Tensor | None, index: int
+    ) -> tuple[Novelty | None, Kept | None]:
         """What exploration adds to one of the parts of a batch."""
         if self.exploration is None:
             return None, None
-        width = self.envs_per_update
-        kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
+        steps, width = part.rewards.shape
+        kept = None
+        if steps == self.n_steps:  # the last batch of a training can be shorter than what is kept
+            kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
         if rewards is None:
             return None, kept
         deviation = self.exploration.advantage_deviation
-        return Novelty(rewards.narrow(1, part * width, width), deviation), kept
+        return Novelty(rewards.narrow(1, index * width, width), deviation), kept
 
     def _learn_novelty(self, batch: Batch) -> None:
         """After the policy has learnt from a batch, so does the intrinsic reward."""

@@ -52,7 +52,7 @@ class Waits(TorchDispatchMode):
 def test_an_update_waits_for_the_device_once(head: str) -> None:
     """Once is the list of all scalars, which asks for no value by itself."""
     model = trained(head)
-    assert model._batch is not None and model._batch.episode_start[1:].any()
+    assert model._batch is not None and model._batch.rollout.episode_start[1:].any()
     with Waits() as waits:
         model.train()
     assert not waits.places
@@ -68,7 +68,7 @@ def test_the_counter_of_waits_counts() -> None:
 def test_scalars_are_the_terms_of_the_loss() -> None:
     model = trained("linear")
     assert model._batch is not None
-    loss = actor_critic_loss(model.policy, model._batch, model._objective())
+    loss = actor_critic_loss(model.policy, model._batch.rollout, model._objective())
     gradients = torch.autograd.grad(loss.total, list(model.policy.parameters()), retain_graph=True)
     norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
     update = apply_gradient(model.policy, model.policy.optimizer, loss, 1e-3)
@@ -94,7 +94,7 @@ def test_normalised_advantages_do_not_depend_on_the_scale_of_rewards() -> None:
     with torch.no_grad():  # values of 0, so that advantages are made of rewards alone
         for parameter in model.policy.value_net.parameters():
             parameter.zero_()
-    batch, losses = model._batch, []
+    batch, losses = model._batch.rollout, []
     for normalize, scale in ((False, 1.0), (False, 3.0), (True, 1.0), (True, 3.0)):
         model.normalize_advantage, model.reward_scale = normalize, scale
         losses.append(actor_critic_loss(model.policy, batch, model._objective()).policy.item())
@@ -109,7 +109,7 @@ def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
     with torch.no_grad():
         next(iter(model.policy.action_net.parameters())).fill_(float("nan"))
     before = [p.clone() for p in model.policy.parameters()]
-    loss = actor_critic_loss(model.policy, model._batch, model._objective())
+    loss = actor_critic_loss(model.policy, model._batch.rollout, model._objective())
     update = apply_gradient(model.policy, model.policy.optimizer, loss, 40.0)
     assert not update.stepped
     for now, then in zip(model.policy.parameters(), before, strict=True):
@@ -121,6 +121,6 @@ def test_distributions_elsewhere_are_validated_as_before(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     model = trained("linear")
     assert model._batch is not None
-    actor_critic_loss(model.policy, model._batch, model._objective())
+    actor_critic_loss(model.policy, model._batch.rollout, model._objective())
     with pytest.raises(ValueError, match="logits"):
         Categorical(logits=torch.tensor([float("nan")]))

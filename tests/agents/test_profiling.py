@@ -183,7 +183,7 @@ def test_a_serial_run_has_no_column_of_workers() -> None:
 def test_shares_in_the_table_add_up_whatever_they_are() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
-        some = [dict(zip(PHASES, rng.random(11) ** 6, strict=True)) for _ in range(4)]
+        some = [dict(zip(PHASES, rng.random(len(PHASES)) ** 6, strict=True)) for _ in range(4)]
         *rows, last = shares_in(profile_of(*some).table())
         assert last == [100.0, 100.0]
         for column in zip(*rows, strict=True):
