@@ -170,7 +170,10 @@ class RolloutMemory:
             for kept in self._kept.values():
                 for packed in kept:
                     _unpack(packed)
-        except (KeyError, TypeError, AttributeError, RuntimeError, zlib.error) as error:
+        except (
+            *(KeyError, TypeError, ValueError, AttributeError),
+            *(RuntimeError, OverflowError, zlib.error),
+        ) as error:
             raise ValueError(f"the kept rollouts cannot be read: {error}") from error
 
 
@@ -193,6 +196,6 @@ def _unpack(packed: dict[str, Any]) -> Kept:
     size = int(np.prod(packed["shape"])) * dtype.itemsize
     raw = zlib.decompressobj().decompress(packed["obs"].numpy().tobytes(), size)
     if len(raw) != size:
-        raise ValueError(f"the kept rollouts are damaged: {len(raw)} bytes in place of {size}")
+        raise ValueError(f"{len(raw)} bytes in place of {size}")
     obs = torch.frombuffer(bytearray(raw), dtype=dtype).view(packed["shape"])
     return Kept(Rollout(obs, *packed["others"]), packed["returns"])
