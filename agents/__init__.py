@@ -8,4 +8,12 @@ from ncrl.agents.intrinsic import IntrinsicReward
 from ncrl.agents.supervision import Limits, WorkerError
 from ncrl.sb3 import export_policy, load_policy
 
-__all__ = ["A3C", "IntrinsicReward", "Limits", "NonFiniteError", "WorkerError", "export_policy", "load_policy"]
+__all__ = [
+    "A3C",
+    "IntrinsicReward",
+    "Limits",
+    "NonFiniteError",
+    "WorkerError",
+    "export_policy",
+    "load_policy",
+]

@@ -47,13 +47,16 @@ class RunningScale(nn.Module):
     """
 
     mean: Tensor
+    """In double precision: a constant bonus is none, and its rounding errors must not be enlarged."""
+
     square: Tensor
     weight: Tensor
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
         self.gamma = gamma
-        for name in ("mean", "square", "weight"):
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        for name in ("square", "weight"):
             self.register_buffer(name, torch.zeros(()))
 
     @property
@@ -66,7 +69,8 @@ class RunningScale(nn.Module):
         """Take in the bonuses of a batch, [T, B]."""
         first = self.weight == 0
         share = min(1.0, bonus.numel() / MEAN_TIMESTEPS)
-        self.mean.copy_(torch.where(first, bonus.mean(), self.mean.lerp(bonus.mean(), share)))
+        mean = bonus.mean(dtype=torch.float64)
+        self.mean.copy_(torch.where(first, mean, self.mean.lerp(mean, share)))
         returns = discounted_sums(self.centred(bonus), self.gamma)
         self.square.lerp_(returns.square().mean(), RATE)
         self.weight.lerp_(torch.ones_like(self.weight), RATE)

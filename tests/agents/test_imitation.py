@@ -314,5 +314,3 @@ def test_imitation_loss_refuses_shapes_that_would_broadcast() -> None:
         imitation_loss(torch.zeros(5, 3), torch.zeros(5, 3), torch.zeros(5, 1))
     with pytest.raises(ValueError, match="log_probs has shape"):
         imitation_loss(torch.zeros(5, 3, 1), torch.zeros(5, 3), torch.zeros(5, 3))
-
-

@@ -224,9 +224,7 @@ def vicreg_reference(a: list[list[float]], b: list[list[float]]) -> float:
             return sum((row[j] - means[j]) * (row[k] - means[k]) for row in z) / (n - 1)
 
         total += sum(max(0.0, 1 - math.sqrt(covariance(j, j) + 1e-4)) for j in range(d)) / d
-        total += (
-            sum(covariance(j, k) ** 2 for j in range(d) for k in range(d) if j != k) / d / 25
-        )
+        total += sum(covariance(j, k) ** 2 for j in range(d) for k in range(d) if j != k) / d / 25
     return total
 
 
