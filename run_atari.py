@@ -318,8 +318,6 @@ def choose_config(
         raise ValueError("--resume takes the run's own config.yaml; leave --config out")
     path = Path(modes["resume"])
     before = stored_config(path)
-    if before.intrinsic_reward == "auto":  # a run from before there was a bonus
-        before = replace(before, intrinsic_reward="none")
     config = with_sizes(canonical(configure(flags, before, "the flags")))
     _check_same_network(before, config)
     return config, RunDirectory.open(path)
@@ -579,7 +577,9 @@ def stored_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    return configure(read_config(path), RunConfig(), str(path))
+    # A run of an earlier release says nothing of a bonus, because there was none.
+    before = replace(RunConfig(), intrinsic_reward="none")
+    return configure(read_config(path), before, str(path))
 
 
 def _check_same_network(before: RunConfig, after: RunConfig) -> None:

@@ -247,6 +247,10 @@ class A3C(OnPolicyAlgorithm):
         self.imitation_coef = imitation_coef
         self.intrinsic_kwargs = intrinsic_kwargs or {}
         self.info_keywords = list(info_keywords)
+        self.best_score = -math.inf
+        """Of all whole games."""
+        self.first_scored_at = -1
+        """Timesteps after which the first game with a score above 0 ended."""
         self.games_seed = _fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
         played: GymEnv | None
@@ -313,10 +317,6 @@ class A3C(OnPolicyAlgorithm):
         self._dumped_at = -1
         self._stateless_predictions = 0
         self._warned_of_state = False
-        self.best_score = -math.inf
-        """Of all whole games."""
-        self.first_scored_at = -1
-        """Timesteps after which the first game with a score above 0 ended."""
         self.policy_lag = 0.0
         """Mean age, in updates, of the weights behind the latest batch."""
         self._skipped_updates = 0
@@ -671,18 +671,18 @@ class A3C(OnPolicyAlgorithm):
         self._record_means(scalars)
         return rewards if self.int_coef else None
 
-    def _lesson(self, rollout: Rollout, rewards: Tensor | None, part: int) -> Lesson:
+    def _lesson(self, part: Rollout, rewards: Tensor | None, index: int) -> Lesson:
         """One of the parts of a batch, with what exploration adds to it."""
         if self.exploration is None:
-            return Lesson(rollout)
-        width = self.envs_per_update
-        kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
-        if len(rollout.rewards) < self.n_steps:
-            kept = None  # the end of the training cut the new ones short
+            return Lesson(part)
+        steps, width = part.rewards.shape
+        kept = None
+        if steps == self.n_steps:  # the last batch of a training can be shorter than what is kept
+            kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
         if rewards is None:
-            return Lesson(rollout, kept=kept)
+            return Lesson(part, kept=kept)
         deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)
-        return Lesson(rollout, Novelty(rewards.narrow(1, part * width, width), deviation), kept)
+        return Lesson(part, Novelty(rewards.narrow(1, index * width, width), deviation), kept)
 
     def _learn_novelty(self, batch: Batch) -> None:
         """After the policy has learnt from a batch, so does the intrinsic reward."""

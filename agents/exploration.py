@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ncrl.agents.buffers import Rollout
 from ncrl.agents.imitation import Kept, RolloutMemory
-from ncrl.agents.intrinsic import RND, SOURCES, IntrinsicReward, make_source
+from ncrl.agents.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 
 RATE = 0.01
 """Share of a new batch in the running deviations."""
@@ -46,13 +47,16 @@ class RunningScale(nn.Module):
     """
 
     mean: Tensor
+    """In double precision: a constant bonus is none, and its rounding errors must not be enlarged."""
+
     square: Tensor
     weight: Tensor
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
         self.gamma = gamma
-        for name in ("mean", "square", "weight"):
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        for name in ("square", "weight"):
             self.register_buffer(name, torch.zeros(()))
 
     @property
@@ -65,7 +69,8 @@ class RunningScale(nn.Module):
         """Take in the bonuses of a batch, [T, B]."""
         first = self.weight == 0
         share = min(1.0, bonus.numel() / MEAN_TIMESTEPS)
-        self.mean.copy_(torch.where(first, bonus.mean(), self.mean.lerp(bonus.mean(), share)))
+        mean = bonus.mean(dtype=torch.float64)
+        self.mean.copy_(torch.where(first, mean, self.mean.lerp(mean, share)))
         returns = discounted_sums(self.centred(bonus), self.gamma)
         self.square.lerp_(returns.square().mean(), RATE)
         self.weight.lerp_(torch.ones_like(self.weight), RATE)
@@ -129,13 +134,15 @@ class Exploration(nn.Module):
         capacity: int = 10_000,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("warmup_timesteps", warmup_timesteps + 1),
-            ("reach", reach),
-            ("capacity", capacity),
+        for name, value, least in (
+            ("warmup_timesteps", warmup_timesteps, 0),
+            ("reach", reach, 1),
+            ("capacity", capacity, 1),
         ):
-            if not 0 < value < 2**40:
-                raise ValueError(f"{name} of the bonus must be a positive integer, got {value}")
+            if not (isinstance(value, Integral) and least <= value < 2**40):
+                raise ValueError(
+                    f"{name} of the bonus must be an integer of at least {least}, got {value!r}"
+                )
         self.source = source
         self.scale = RunningScale(int_gamma)
         self.n_envs = n_envs
@@ -194,9 +201,17 @@ class Exploration(nn.Module):
         self.advantage_deviation = before + RATE * (deviation - before) if before else deviation
 
     def remember(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
-        """Keep what led to a score; see `RolloutMemory.watch`. The last, shorter batch is left."""
-        if self.memory is not None and len(batch.rewards) == self.n_steps:
+        """Keep what led to a score; see `RolloutMemory.watch`.
+
+        The last batch of a training can be shorter. It is left out, and what is played after it
+        does not follow what was played before.
+        """
+        if self.memory is None:
+            return
+        if len(batch.rewards) == self.n_steps:
             self.memory.watch(batch, games, rewards)
+        else:
+            self.memory.forget_recent()
 
     def draw(self, count: int) -> Kept | None:
         """Rollouts to learn from again, if there are any."""
@@ -207,13 +222,15 @@ class Exploration(nn.Module):
         return {
             "num_timesteps": self.num_timesteps,
             "advantage_deviation": self.advantage_deviation,
+            "n_steps": self.n_steps,
             "memory": memory,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.num_timesteps = int(state["num_timesteps"])
         self.advantage_deviation = float(state["advantage_deviation"])
-        if self.memory is not None and state["memory"] is not None:
+        # Rollouts of another length do not fit beside new ones.
+        if self.memory is not None and state["memory"] and state["n_steps"] == self.n_steps:
             self.memory.load_state_dict(state["memory"])
 
 
@@ -245,6 +262,7 @@ def make_exploration(
                 f"intrinsic_kwargs {', '.join(others)} cannot be given to an object; give them to "
                 f"{type(intrinsic_reward).__name__} itself"
             )
+        refuse_dicts(space)
         source = intrinsic_reward
     elif isinstance(intrinsic_reward, str):
         if issubclass(SOURCES.get(intrinsic_reward, object), RND):  # type: ignore[arg-type]

@@ -87,18 +87,26 @@ class RolloutMemory:
                 recent.clear()
                 self._num_rewards[game] = 0
             recent.append(rollout)
+            depth = self._count_rewards(game, rollout)
             if bool((rollout.rewards > 0).any()):
-                self._keep(game, list(recent))
+                self._keep(depth, list(recent))
             if bool(rollout.dones.any()):
-                last = int(rollout.dones[:, 0].nonzero()[-1])
-                self._num_rewards[game] = int((rollout.rewards[last + 1 :] > 0).sum())
                 recent.clear()
                 recent.append(rollout)
 
-    def _keep(self, game: int, rollouts: list[Rollout]) -> None:
-        found = int((rollouts[-1].rewards > 0).sum())
-        self._num_rewards[game] = self._num_rewards.get(game, 0) + found
-        depth = min(self._num_rewards[game], MAX_DEPTH)
+    def _count_rewards(self, game: int, rollout: Rollout) -> int:
+        """Go on counting the rewards of a game; returns the most that one had in the rollout."""
+        count = most = self._num_rewards.get(game, 0)
+        found, dones = (rollout.rewards[:, 0] > 0).tolist(), rollout.dones[:, 0].tolist()
+        for is_reward, is_end in zip(found, dones, strict=True):
+            count += is_reward
+            most = max(most, count)
+            count = 0 if is_end else count
+        self._num_rewards[game] = count
+        return most
+
+    def _keep(self, num_rewards: int, rollouts: list[Rollout]) -> None:
+        depth = min(num_rewards, MAX_DEPTH)
         kept = self._kept.setdefault(depth, deque(maxlen=self.capacity))
         rewards, dones = (
             torch.cat([getattr(r, name)[:, 0] for r in rollouts]) for name in ("rewards", "dones")
@@ -162,7 +170,10 @@ class RolloutMemory:
             for kept in self._kept.values():
                 for packed in kept:
                     _unpack(packed)
-        except (KeyError, TypeError, AttributeError, RuntimeError, zlib.error) as error:
+        except (
+            *(KeyError, TypeError, ValueError, AttributeError),
+            *(RuntimeError, OverflowError, zlib.error),
+        ) as error:
             raise ValueError(f"the kept rollouts cannot be read: {error}") from error
 
 
@@ -185,6 +196,6 @@ def _unpack(packed: dict[str, Any]) -> Kept:
     size = int(np.prod(packed["shape"])) * dtype.itemsize
     raw = zlib.decompressobj().decompress(packed["obs"].numpy().tobytes(), size)
     if len(raw) != size:
-        raise ValueError(f"the kept rollouts are damaged: {len(raw)} bytes in place of {size}")
+        raise ValueError(f"{len(raw)} bytes in place of {size}")
     obs = torch.frombuffer(bytearray(raw), dtype=dtype).view(packed["shape"])
     return Kept(Rollout(obs, *packed["others"]), packed["returns"])

@@ -65,11 +65,7 @@ class ObservationView:
     """
 
     def __init__(self, space: spaces.Space[Any]) -> None:
-        if isinstance(space, spaces.Dict):
-            raise ValueError(
-                "an intrinsic reward scores images or vectors, got Dict observations with "
-                f"{', '.join(space.spaces)}; use intrinsic_reward=None"
-            )
+        refuse_dicts(space)
         self.space = space
         self.is_image = is_image_space(space)
         if not self.is_image:
@@ -87,6 +83,15 @@ class ObservationView:
         vectors = preprocess_obs(obs, self.space, normalize_images=False)
         assert isinstance(vectors, Tensor)  # of a space that is no Dict
         return vectors.flatten(1)
+
+
+def refuse_dicts(space: spaces.Space[Any]) -> None:
+    """Raise ValueError for Dict observations."""
+    if isinstance(space, spaces.Dict):
+        raise ValueError(
+            "an intrinsic reward scores images or vectors, got Dict observations with "
+            f"{', '.join(space.spaces)}; use intrinsic_reward=None"
+        )
 
 
 class RunningMoments(nn.Module):
@@ -112,9 +117,10 @@ class RunningMoments(nn.Module):
         mean = values.mean(0, dtype=torch.float64)
         squares = (values - mean.to(values.dtype)).square().sum(0, dtype=torch.float64)
         total = self.count + len(values)
+        share = len(values) / total.double()
         distance = mean - self.mean
-        self.mean += distance * (len(values) / total)
-        self.squares += squares + distance.square() * (self.count * len(values) / total)
+        self.mean += distance * share
+        self.squares += squares + distance.square() * (self.count * share)
         self.count.copy_(total)
 
     def standardise(self, values: Tensor) -> Tensor:
@@ -284,7 +290,7 @@ class PseudoCount(IntrinsicReward):
         never seen has N = 0.
         """
         seen = self.counts.gather(1, self.levels(obs)).double()  # [P, N]
-        total = self.counts[0].sum().double()
+        total = self.counts[0].sum().clamp(min=1).double()
         log_ratio = (1 / seen).log1p().sum(0) - len(self.counts) * (1 / total).log1p()
         return 1 / log_ratio.clamp(min=1e-12).expm1()
 

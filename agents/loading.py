@@ -375,10 +375,10 @@ def one_line(path: object) -> Iterator[None]:
 
 @contextmanager
 def plain_faults(path: object) -> Iterator[None]:
-    """The same for what wrong types of plain values lead to while a model is built of them."""
+    """The same for what wrong types and shapes lead to while a model is built of them."""
     try:
         yield
-    except (TypeError, AttributeError, KeyError) as error:
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:
         with one_line(path):
             raise error
 

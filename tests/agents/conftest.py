@@ -76,8 +76,8 @@ def log_rhos(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     loss = ncrl.agents.a3c.actor_critic_loss
 
-    def watched(policy: Any, batch: Any, objective: Any) -> Any:
-        result = loss(policy, batch, objective)
+    def watched(policy: Any, batch: Any, *others: Any) -> Any:
+        result = loss(policy, batch, *others)
         found.append(result.evaluation.log_prob.detach() - batch.log_prob)
         return result
 

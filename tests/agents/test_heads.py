@@ -99,9 +99,8 @@ def test_every_head_trains_in_sb3_contrib(head: str) -> None:
 def loss_of(model: A3C, **objective: Any) -> Loss:
     assert model._batch is not None
     torch.manual_seed(0)
-    return actor_critic_loss(
-        model.policy, model._batch.rollout, replace(model._objective(), **objective)
-    )
+    objective_ = replace(model._objective(), **objective)
+    return actor_critic_loss(model.policy, model._batch.rollout, objective_)
 
 
 def test_the_total_is_the_sum_of_its_terms() -> None:
@@ -117,8 +116,8 @@ def test_the_balance_loss_is_that_of_the_evaluated_rollout() -> None:
     """Both heads, with the noise that the values and log-probabilities have."""
     model = trained("moe")
     loss = loss_of(model)
+    assert model._batch is not None
     batch = model._batch.rollout
-    assert batch is not None
     torch.manual_seed(0)
     with record_gates(model.policy) as gates:
         again = model.policy.evaluate_rollout(

@@ -262,9 +262,9 @@ def test_lstms_of_actor_and_critic(
     differences = []
     loss = ncrl.agents.a3c.actor_critic_loss
 
-    def watched(policy: Any, batch: Any, objective: Any) -> Any:
+    def watched(policy: Any, batch: Any, *others: Any) -> Any:
         policy.set_training_mode(False)  # else dropout makes a difference, as it should
-        result = loss(policy, batch, objective)
+        result = loss(policy, batch, *others)
         policy.set_training_mode(True)
         differences.append((result.evaluation.log_prob.detach() - batch.log_prob).abs().max())
         return result
