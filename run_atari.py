@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import signal
 import statistics
 import sys
@@ -21,6 +22,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    # While the imports below take their seconds there is nothing to save and nothing to tell.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda number, _frame: os._exit(128 + number))
 
 import numpy as np
 import torch
@@ -39,11 +45,20 @@ from ncrl.agents.checkpoints import (
     resume,
 )
 from ncrl.agents.progress import Progress, Screen
-from ncrl.agents.runs import RunDirectory, SaveCheckpoints, read_config
+from ncrl.agents.runs import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.video import GameVideo, Moment, check_path, view_heads
 from ncrl.envs import AtariFactory, AtariPlayer, atari
 from ncrl.layers import LAYERS
-from ncrl.settings import add_flags, configure, make_parser, parse, setting, usage_error
+from ncrl.settings import (
+    add_flags,
+    configure,
+    make_parser,
+    parse,
+    read_yaml,
+    setting,
+    shown,
+    usage_error,
+)
 
 PROGRAM = "run_atari.py"
 FRAMES_PER_TIMESTEP = 4
@@ -52,6 +67,8 @@ DEFAULT_ENVS = 16
 
 GAMES_PER_UPDATE = 4
 """Small updates learn faster from the same games than one update from all of them (RESULTS.md)."""
+
+MOST_EPISODES = 1_000_000
 
 EVALUATION_ENVS = 8
 """Games that are evaluated side by side."""
@@ -83,17 +100,25 @@ class RunConfig:
         "minimal actions, a lost life cuts the return",
         choices=("machado", "classic"),
     )
-    frames: int = setting(10_000_000, "emulator frames of the whole run, 4 per timestep", low=1)
+    frames: int = setting(
+        10_000_000, "emulator frames of the whole run, 4 per timestep", low=1, high=10**12
+    )
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
     device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
     logdir: str = setting("runs", "folder in which the run directory is made")
     workers: int | None = setting(
-        None, "worker processes, 0 for none (reproducible); one per core if not given", low=0
+        None,
+        "worker processes, 0 for none (reproducible); one per core if not given",
+        low=0,
+        high=1024,
+    )
+    games: int | None = setting(
+        None, "games of all workers together; 16 if not given", low=1, high=16_384
     )
     envs_per_worker: int | None = setting(
-        None, "games per worker; 16 games in all if not given", low=1
+        None, "games per worker, in place of --games", low=1, high=1024
     )
-    stack: int = setting(1, "timesteps shown in one observation", low=1)
+    stack: int = setting(1, "timesteps shown in one observation", low=1, high=64)
     # The network.
     layer: str = setting(
         "neurocoder",
@@ -103,13 +128,15 @@ class RunConfig:
     encoder: str = setting(
         "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
     )
-    lstm_hidden_size: int = setting(512, "width of the LSTM", low=1)
-    num_slots: int = setting(80, "Neurocoder: slots P of the program memory", low=1)
-    key_dim: int = setting(3, "Neurocoder: width K of keys", low=1)
-    num_heads: int = setting(15, "Neurocoder: attention heads H", low=1)
-    num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1)
-    num_least_used: int = setting(5, "Neurocoder: least-used slots l_I", low=0)
-    controller_size: int = setting(8, "Neurocoder: width of the composition network", low=1)
+    lstm_hidden_size: int = setting(512, "width of the LSTM", low=1, high=8192)
+    num_slots: int = setting(80, "Neurocoder: slots P of the program memory", low=1, high=65_536)
+    key_dim: int = setting(3, "Neurocoder: width K of keys", low=1, high=4096)
+    num_heads: int = setting(15, "Neurocoder: attention heads H", low=1, high=4096)
+    num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1, high=256)
+    num_least_used: int = setting(5, "Neurocoder: least-used slots l_I", low=0, high=65_536)
+    controller_size: int = setting(
+        8, "Neurocoder: width of the composition network", low=1, high=4096
+    )
     sharpness: float = setting(
         10.0,
         "Neurocoder: softmax temperature beta; 1 in the paper, where heads hardly attend",
@@ -117,9 +144,9 @@ class RunConfig:
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     # The algorithm.
-    n_steps: int = setting(20, "timesteps per rollout", low=1)
+    n_steps: int = setting(20, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
-        None, "timesteps per update; whole rollouts of 4 games if not given", low=1
+        None, "timesteps per update; whole rollouts of 4 games if not given", low=1, high=10**9
     )
     optimizer: str = setting(
         "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
@@ -138,15 +165,20 @@ class RunConfig:
         "vtrace", "for rollouts played by older weights", choices=("vtrace", "none")
     )
     # What is written.
-    log_every: int = setting(10, "updates between points of the curves", low=1)
-    checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1)
-    keep_checkpoints: int = setting(3, "checkpoints to keep", low=1)
+    log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)
+    checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1, high=10**12)
+    keep_checkpoints: int = setting(3, "checkpoints to keep", low=1, high=10**6)
     stop_on_save_error: bool = setting(False, "whether a full disk ends the run")
     # Workers.
     heartbeat_timeout: float = setting(
-        60.0, "seconds after which a silent worker is replaced", low=0.1
+        60.0, "seconds after which a silent worker is replaced", low=0.1, high=10**6
     )
-    max_restarts: int = setting(5, "deaths in a row that a worker is replaced after", low=0)
+    max_restarts: int = setting(
+        5,
+        "deaths in a row, and a fourth of those in 10 minutes, that a worker is replaced after",
+        low=0,
+        high=1000,
+    )
 
 
 BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -158,11 +190,13 @@ BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
 """Options of the baselines' heads, from the paper's search grids; but HyperNet's width is the one
 that makes 3.65 million parameters with the encoder `paper`, where the paper prints 3.6 million."""
 
-NETWORK_FIELDS = (
+FIXED_FIELDS = (
     *("env", "protocol", "stack", "layer", "encoder", "lstm_hidden_size", "num_slots", "key_dim"),
     *("num_heads", "num_steps", "num_least_used", "controller_size", "sharpness", "residual"),
+    *("optimizer", "seed"),
 )
-"""What a resumed run cannot change: the weights would not fit, or mean something else."""
+"""What a resumed run cannot change: weights or optimiser would not fit or mean something else, and
+random numbers go on where they were."""
 
 SAME_IN_A3C = (
     *(
@@ -252,13 +286,53 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
     config, resumed = choose_config(flags, modes)
     _check_device(config.device)
     with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
-        checkpoint = None if resumed is None else newest_unfinished(run, config)
-        model = make_model(config, profile=bool(modes["profile"]))
-        if checkpoint is not None:
-            resume(model, checkpoint)
-        run.write_config(asdict(config))
-        model.set_logger(run.make_logger(model.num_timesteps))
-        yield Job(model, config, run)
+        model: A3C | None = None
+        try:
+            checkpoint = None if resumed is None else newest_unfinished(run, config)
+            model = build_model(config, profile=bool(modes["profile"]))
+            if checkpoint is not None:
+                resume(model, checkpoint)
+            try:
+                if resumed is None:  # else with the first checkpoint
+                    run.write_config(asdict(config))
+                model.set_logger(run.make_logger(model.num_timesteps))
+            except OSError as error:
+                raise cannot_write(run.path, error) from error
+            yield Job(model, config, run)
+        finally:
+            if resumed is None and (model is None or not model.num_timesteps):
+                run.remove()
+
+
+def build_model(config: RunConfig, **options: Any) -> A3C:
+    """`make_model`, on a machine that is large enough.
+
+    Raises:
+        ValueError: naming what is too large for it.
+    """
+    try:
+        model = make_model(config, **options)
+        model.check_machine()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(out_of_memory(config)) from error
+    return model
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on the CPU torch reports that as a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def out_of_memory(config: RunConfig) -> str:
+    """What to lower, in one line."""
+    return (
+        f"out of memory; lower games ({num_games(config)}; n_envs of A3C), n_steps "
+        f"({config.n_steps}) or lstm_hidden_size ({config.lstm_hidden_size})"
+    )
 
 
 def choose_config(
@@ -268,7 +342,7 @@ def choose_config(
     if modes["resume"] is None:
         config = RunConfig()
         if modes["config"] is not None:
-            config = configure(read_config(Path(modes["config"])), config, modes["config"])
+            config = configure(read_yaml(Path(modes["config"])), config, modes["config"])
         config = configure(flags, config, "the flags")
         if not config.env:
             raise ValueError("--env is needed: a game such as MontezumaRevenge")
@@ -278,8 +352,9 @@ def choose_config(
         raise ValueError("--resume takes the run's own config.yaml; leave --config out")
     path = Path(modes["resume"])
     before = stored_config(path)
-    config = with_sizes(canonical(configure(flags, before, "the flags")))
-    _check_same_network(before, config)
+    base = replace(before, games=None) if "envs_per_worker" in flags else before
+    config = with_sizes(canonical(configure(flags, base, "the flags")))
+    _check_unchanged(before, config)
     return config, RunDirectory.open(path)
 
 
@@ -338,6 +413,7 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         math.ceil(config.checkpoint_every / FRAMES_PER_TIMESTEP),
         config.keep_checkpoints,
         stop_on_error=config.stop_on_save_error,
+        config=asdict(config),
     )
     checkpoints.init_callback(model)
     total = math.ceil(config.frames / FRAMES_PER_TIMESTEP)
@@ -353,17 +429,16 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         finally:
             if model.time_spent is not None:
                 screen.line(model.time_spent.table())
+        if not model.num_timesteps:
+            screen.line("stopped before the first timestep; nothing was kept")
+            return signals.exit_code
         saved = checkpoints.save()
         model.dump_logs()
     except (WorkerError, NonFiniteError, CheckpointError, OSError) as error:
         return failed(str(error))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return failed(
-            f"out of memory ({type(error).__name__}); lower envs_per_worker "
-            f"({config.envs_per_worker}) or n_steps ({config.n_steps}), that is n_envs and n_steps "
-            "of A3C"
-        )
     except Exception as error:
+        if is_out_of_memory(error):
+            return failed(out_of_memory(config))
         logging.exception("training failed")
         return failed(f"{type(error).__name__}: {error}")
     assert model.env is not None
@@ -467,14 +542,30 @@ def canonical(config: RunConfig) -> RunConfig:
 def with_sizes(config: RunConfig) -> RunConfig:
     """Numbers of workers and games, where they are not given; checks them with `batch_size`.
 
-    The default is 16 games whatever the number of cores, so that results do not depend on it.
+    The default is 16 games whatever the number of cores, so that results do not depend on it. The
+    games are what a run keeps, and workers share them out equally: where their number does not
+    divide the games, the nearest one that does is taken, with a warning.
 
     Raises:
-        ValueError: if `batch_size` does not divide what the games play in a rollout.
+        ValueError: if `batch_size` does not divide what the games play in a rollout, or if games
+            are given in two ways.
     """
-    workers = default_workers(DEFAULT_ENVS) if config.workers is None else config.workers
-    envs = config.envs_per_worker or max(1, DEFAULT_ENVS // max(1, workers))
-    config = replace(config, workers=workers, envs_per_worker=envs)
+    if config.games is not None and config.envs_per_worker is not None:
+        raise ValueError(
+            f"games ({config.games}) and envs_per_worker ({config.envs_per_worker}) both say how "
+            "many games there are; leave one out"
+        )
+    asked = config.workers
+    if asked is None:
+        asked = default_workers(config.games or DEFAULT_ENVS)
+    games = num_games(replace(config, workers=asked))
+    divisors = [n for n in range(1, games + 1) if games % n == 0]
+    workers = min(divisors, key=lambda n: abs(n - asked)) if asked else 0
+    if workers != asked:
+        logging.warning(
+            "%d workers cannot share out %d games equally: taking %d", asked, games, workers
+        )
+    config = replace(config, workers=workers, games=games, envs_per_worker=None)
     size, whole = config.batch_size, config.n_steps * num_games(config)
     if size is not None and (size % config.n_steps or whole % size):
         raise ValueError(
@@ -487,7 +578,8 @@ def with_sizes(config: RunConfig) -> RunConfig:
 
 def num_games(config: RunConfig) -> int:
     """Games of all workers together."""
-    return max(1, config.workers or 0) * (config.envs_per_worker or DEFAULT_ENVS)
+    workers = max(1, config.workers or 0)
+    return config.games or workers * (config.envs_per_worker or max(1, DEFAULT_ENVS // workers))
 
 
 def timesteps_per_update(config: RunConfig, batch_size: int | None) -> int:
@@ -497,21 +589,30 @@ def timesteps_per_update(config: RunConfig, batch_size: int | None) -> int:
 
 
 def stored_config(run: Path) -> RunConfig:
-    """The configuration in a run directory."""
+    """The configuration in a run directory.
+
+    Older runs tell their games by workers and games per worker.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    return configure(read_config(path), RunConfig(), str(path))
+    config = configure(read_yaml(path), RunConfig(), str(path))
+    if config.workers is not None and config.games is None:
+        config = replace(config, games=num_games(config), envs_per_worker=None)
+    return config
 
 
-def _check_same_network(before: RunConfig, after: RunConfig) -> None:
+def _check_unchanged(before: RunConfig, after: RunConfig) -> None:
     changed = [
         f"{name} {getattr(before, name)!r} -> {getattr(after, name)!r}"
-        for name in NETWORK_FIELDS
+        for name in FIXED_FIELDS
         if getattr(before, name) != getattr(after, name)
     ]
     if changed:
-        raise ValueError(f"a resumed run keeps its game and network; changed: {', '.join(changed)}")
+        raise ValueError(
+            "a resumed run keeps its game, network, optimiser and seed; "
+            f"changed: {', '.join(changed)}"
+        )
 
 
 def _check_device(device: str) -> None:
@@ -547,8 +648,8 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
             f"(allowed: {', '.join(sorted(allowed))})"
         )
     episodes = 10 if modes["episodes"] is None else modes["episodes"]
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if not 1 <= episodes <= MOST_EPISODES:
+        raise ValueError(f"episodes must lie in 1 .. {MOST_EPISODES}, got {shown(episodes)}")
     config = configure(flags, stored_config(path), "the flags")
     _check_device(config.device)
     if modes["video"] is not None:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pathlib
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,7 +33,7 @@ from ncrl.agents.buffers import (
     RolloutShape,
     split_envs,
 )
-from ncrl.agents.collector import Collector, Outcome
+from ncrl.agents.collector import Collector, NonFiniteError, Outcome
 from ncrl.agents.environments import (
     EnvFactory,
     RecordedEnv,
@@ -47,9 +48,16 @@ from ncrl.agents.loading import plain_faults, without_code, write_model
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
 from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
-from ncrl.agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
+from ncrl.agents.supervision import (
+    Limits,
+    WorkerPool,
+    check_memory,
+    check_open_files,
+    check_shared_memory,
+    slots_for,
+)
 from ncrl.agents.weights import SharedWeights, layout
-from ncrl.agents.worker import PolicySpec, is_importing_main
+from ncrl.agents.worker import PolicySpec, end_if_importing_main
 from ncrl.diagnostics import describe
 from ncrl.sb3 import (
     CnnLstmPolicy,
@@ -82,10 +90,6 @@ FORGOTTEN_AFTER = 10
 """Predictions in a row without a state after which a policy with memory warns."""
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
-
-
-class NonFiniteError(RuntimeError):
-    """Training stopped because the gradient was not finite for many updates in a row."""
 
 
 class A3C(OnPolicyAlgorithm):
@@ -262,6 +266,8 @@ class A3C(OnPolicyAlgorithm):
         self.set_random_seed(self.seed)
         policy = self._policy_spec().build(self.lr_schedule)
         self.policy = policy.to(self.device)
+        # The rollout that is played and the batch that is learned from.
+        check_memory(2 * self._rollout_shape(self.n_envs).nbytes)
         self._batch_stage = RolloutBatch(self._rollout_shape(self.n_envs), self.device)
         self._batch: Rollout | None = None
         self._collector: Collector | None = None
@@ -269,6 +275,7 @@ class A3C(OnPolicyAlgorithm):
         self._latent: Latent | None = None
         self._stop_requested = False
         self._dumped_at = -1
+        self._started = time.monotonic_ns()
         self._stateless_predictions = 0
         self._warned_of_state = False
         self.policy_lag = 0.0
@@ -506,6 +513,7 @@ class A3C(OnPolicyAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
+        self._started = time.monotonic_ns()
         stopwatch = self._stopwatch
         with (
             _learner_threads(self.n_workers, self.device),
@@ -643,6 +651,8 @@ class A3C(OnPolicyAlgorithm):
             for key, share in self.time_spent.shares().items():
                 self.logger.record(f"profile/{key}", share)
         self._record_heads()
+        # SB3 asks the clock of the day, which may be set back.
+        self.start_time = time.time_ns() - (time.monotonic_ns() - self._started)
         super().dump_logs(iteration)
 
     def _record_heads(self) -> None:
@@ -678,16 +688,11 @@ class A3C(OnPolicyAlgorithm):
             yield SerialPlayer(self)
             return
         assert self.env_factory is not None, "only factories are played by workers"
-        if is_importing_main():
-            raise RuntimeError(
-                "a worker process imports your file again, which must not start another training: "
-                'put what starts it under `if __name__ == "__main__":`, or use n_workers=0'
-            )
+        end_if_importing_main()
         self._check_workers_can_build()
+        self.check_machine()
         shape = self._rollout_shape(self.n_envs // self.n_workers)
         weights = SharedWeights(self.policy)
-        slots = slots_for(self.n_workers) * sum(t.nbytes for t in shape.allocate().tensors())
-        check_shared_memory(slots + weights.nbytes)
         weights.publish(self.policy, 0)
         pool = WorkerPool(
             self.env_factory,
@@ -708,6 +713,18 @@ class A3C(OnPolicyAlgorithm):
                 yield WorkersPlayer(self, pool, weights)
             finally:
                 self._pool = None
+
+    def check_machine(self) -> None:
+        """Refuse to start workers for which shared memory or open files do not suffice.
+
+        Raises:
+            ValueError: naming what is needed and what there is.
+        """
+        if self.n_workers:
+            shape = self._rollout_shape(self.n_envs // self.n_workers)
+            slots = slots_for(self.n_workers) * shape.nbytes
+            check_shared_memory(slots + SharedWeights.bytes_for(self.policy))
+            check_open_files(self.n_workers)
 
     def _check_workers_can_build(self) -> None:
         """Raise ValueError if the policy is not the one that workers build for themselves."""
@@ -753,6 +770,7 @@ class A3C(OnPolicyAlgorithm):
             "_stateless_predictions",
             "_warned_of_state",
             "_is_loaded",
+            "_started",
         ]
 
 

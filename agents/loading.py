@@ -312,9 +312,7 @@ def _check_entry(what: str, name: Any, value: Any, weight: Tensor) -> None:
             raise ValueError(f"{what} must be a number of steps, got {shown(steps)}")
     elif isinstance(value, Tensor):
         if not _fits(value.shape, weight.shape):
-            raise ValueError(
-                f"{what} has shape {list(value.shape)}, expected {list(weight.shape)}"
-            )
+            raise ValueError(f"{what} has shape {list(value.shape)}, expected {list(weight.shape)}")
         if value.dtype != weight.dtype:
             raise ValueError(f"{what} is of type {value.dtype}, expected {weight.dtype}")
     elif value is not None and type(value) not in (int, float, bool):

@@ -56,6 +56,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._logger: Logger | None = None
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -135,13 +136,15 @@ class RunDirectory:
             _Csv(self.path / "progress.csv", timesteps),
             _TensorBoard(self.path, timesteps),
         ]
-        return _Logger(str(self.path), formats)
+        self._logger = _Logger(str(self.path), formats)
+        return self._logger
 
-    def remove_if_empty(self) -> None:
-        """Remove the folder of a run that has no checkpoint, and close it."""
+    def remove(self) -> None:
+        """Remove the folder of a run that never began."""
+        if self._logger is not None:
+            self._logger.close()
+        shutil.rmtree(self.path, ignore_errors=True)
         self.close()
-        if not any(self.checkpoints.glob("step_*.json")):
-            shutil.rmtree(self.path, ignore_errors=True)
 
 
 class SaveCheckpoints(BaseCallback):
