@@ -13,9 +13,11 @@ import contextlib
 import logging
 import math
 import os
+import shlex
 import signal
 import statistics
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -86,6 +88,9 @@ HARD_GAMES = {
     "frostbite": "about 300 points after 200 million frames",
 }
 """What plain actor-critics without an exploration bonus are known to reach."""
+
+COLUMNS = 79
+"""Width of the summary."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ SAME_IN_A3C = (
 )
 """Fields that are arguments of `A3C` under the same name."""
 
-MODES = ("config", "resume", "profile", "evaluate", "episodes", "video", "deterministic")
+MODES = ("config", "resume", "profile", "evaluate", "episodes", "video", "deterministic", "best")
 """Flags that are not settings of a run."""
 
 
@@ -223,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
     modes = {name: flags.pop(name, None) for name in MODES}
     screen = Screen(sys.stdout)
-    signals = StopSignals()
+    signals = StopSignals(screen)
     try:
         with signals:
             if modes["evaluate"] is not None:
@@ -255,6 +260,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--episodes", type=int, help="games to evaluate (default: 10)")
     parser.add_argument("--video", help="with --evaluate: an .mp4 or .webm of one game")
     parser.add_argument(
+        "--best",
+        action="store_true",
+        help="with --evaluate: best_model.zip, not the last checkpoint",
+    )
+    parser.add_argument(
         "--deterministic",
         action="store_true",
         help="with --evaluate: the likeliest action, not a sampled one",
@@ -280,7 +290,7 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
     Raises:
         ValueError: for arguments or a run directory that cannot be used.
     """
-    for name in ("episodes", "video", "deterministic"):
+    for name in ("episodes", "video", "deterministic", "best"):
         if modes[name] is not None:
             raise ValueError(f"--{name} goes with --evaluate RUN_DIR")
     config, resumed = choose_config(flags, modes)
@@ -447,7 +457,7 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         return failed(f"the last checkpoint could not be written to {run.path}")
     screen.line(
         f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
-        f"python run_atari.py --resume {run.path}"
+        f"{command_line(shown_path(__file__), '--resume', str(run.path))}"
     )
     return signals.exit_code
 
@@ -464,8 +474,9 @@ class StopSignals:
     Before there is a model to `watch`, the first one ends the process at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen) -> None:
         self.exit_code = 0
+        self._screen = screen
         self._model: A3C | None = None
 
     def __enter__(self) -> None:
@@ -490,6 +501,9 @@ class StopSignals:
         if second or self._model is None:
             raise KeyboardInterrupt
         self._model.request_stop()
+        self._screen.line_from_signal(
+            "stopping after this update, with a checkpoint; once more leaves at once, without"
+        )
 
 
 def summary(job: Job) -> list[str]:
@@ -514,15 +528,30 @@ def summary(job: Job) -> list[str]:
         f"learner    {model.device}, seed {config.seed}",
         f"network    {_parameters(model.policy):,} parameters: encoder {config.encoder}, "
         f"LSTM {config.lstm_hidden_size}, {config.layer} heads ({sizes})",
-        f"run        {run.path}",
-        f"curves     tensorboard --logdir {run.path.parent}",
     ]
+    lines = [part for line in lines for part in wrapped(line)]
+    curves = command_line("-m", "tensorboard.main", "--logdir", str(run.path.parent))
+    lines += [f"run        {run.path}", f"curves     {curves}"]  # to be pasted, so never wrapped
     if factory.game in HARD_GAMES:
-        lines.append(
-            f"expect     plain actor-critics reach {HARD_GAMES[factory.game]}; "
-            "a score of 0 is no fault"
-        )
+        lines.append(f"expect     {HARD_GAMES[factory.game]}; a score of 0 is no fault")
     return lines
+
+
+def wrapped(line: str) -> list[str]:
+    """A line of the summary in lines of `COLUMNS`, below each other after its first word."""
+    return textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 11, break_long_words=False)
+
+
+def command_line(*words: str) -> str:
+    """What to paste into the shell: this Python with these words."""
+    return shlex.join([shown_path(sys.executable or "python"), *words])
+
+
+def shown_path(path: str) -> str:
+    """A path as short as the current folder allows."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
 
 
 def _parameters(module: Any) -> int:
@@ -654,15 +683,15 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     _check_device(config.device)
     if modes["video"] is not None:
         check_path(Path(modes["video"]))
-    checkpoint = newest_checkpoint(path / "checkpoints")
-    model = make_model(config, n_workers=0, n_envs=1, batch_size=None)
-    load_weights(model, checkpoint.path, optimizer=False)
+    weights, after = chosen_weights(path, best=bool(modes["best"]))
+    screen.line(f"playing {episodes} whole games with {weights}")
+    model = build_model(config, n_workers=0, n_envs=1, batch_size=None)
+    load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
-    scores, lengths = play_games(model, config, episodes, deterministic)
+    scores, lengths = play_games(model, config, episodes, deterministic, screen)
     rules = make_factory(config).describe()
     screen.line(
-        f"{camel_case(make_factory(config).game)} after {checkpoint.timesteps:,} timesteps "
-        f"({checkpoint.timesteps * FRAMES_PER_TIMESTEP:,} frames): raw score of {episodes} whole "
+        f"{camel_case(make_factory(config).game)} {after}raw score of {episodes} whole "
         f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
         f"min {min(scores):g}, max {max(scores):g}; mean length {statistics.fmean(lengths):.0f} "
         "timesteps"
@@ -670,19 +699,47 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     screen.line(
         f"protocol {config.protocol} (sticky actions {rules['sticky_actions']:g}, "
         f"{rules['action_set']} actions, no-ops {rules['no_ops']}), "
-        f"{'likeliest' if deterministic else 'sampled'} actions, last checkpoint, "
-        f"seed {config.seed}"
+        f"{'likeliest' if deterministic else 'sampled'} actions, "
+        f"{'best model' if modes['best'] else 'last checkpoint'}, seed {config.seed}"
     )
     if modes["video"] is not None:
+        screen.line("filming one more game")
         score = film(model, config, Path(modes["video"]), deterministic)
         screen.line(f"video of one game (score {score:g}): {modes['video']}")
     return 0
 
 
+def chosen_weights(run: Path, *, best: bool) -> tuple[Path, str]:
+    """The file to play with, and after how much training it was written, as far as that is known.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if best:
+        path = run / "best_model.zip"
+        if not path.is_file():
+            raise ValueError(f"{run} has no best_model.zip yet; leave --best out")
+        return path, "with its best model: "
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    frames = checkpoint.timesteps * FRAMES_PER_TIMESTEP
+    return checkpoint.path, f"after {checkpoint.timesteps:,} timesteps ({frames:,} frames): "
+
+
 def play_games(
-    model: A3C, config: RunConfig, episodes: int, deterministic: bool
+    model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
 ) -> tuple[list[float], list[int]]:
-    """Raw scores and lengths (in timesteps) of whole games."""
+    """Raw scores and lengths (in timesteps) of whole games, each told when it is over."""
+    told = 0
+
+    def tell(scores: Sequence[float], lengths: Sequence[int]) -> None:
+        nonlocal told
+        for score, length in zip(scores[told:], lengths[told:], strict=True):
+            told += 1
+            screen.line(f"game {told} of {episodes}: score {score:g}, {length:,} timesteps")
+
+    def after_step(seen: dict[str, Any], _globals: dict[str, Any]) -> None:
+        tell(seen["episode_rewards"], seen["episode_lengths"])
+
     env = make_factory(config)(min(episodes, EVALUATION_ENVS), evaluation_seed(config))
     try:
         scores, lengths = evaluate_policy(
@@ -690,11 +747,13 @@ def play_games(
             env,
             n_eval_episodes=episodes,
             deterministic=deterministic,
+            callback=after_step,
             return_episode_rewards=True,
         )
     finally:
         env.close()
     assert isinstance(scores, list) and isinstance(lengths, list)
+    tell(scores, lengths)
     return scores, lengths
 
 

@@ -138,16 +138,21 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
     """The newest checkpoint whose files are whole; damaged ones are passed over with a warning.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is none, with what is wrong with the newest.
     """
-    manifests = sorted(folder.glob("step_*.json"), key=_order, reverse=True)
-    for manifest in manifests:
+    faults: list[str] = []
+    for manifest in sorted(folder.glob("step_*.json"), key=_order, reverse=True):
         try:
-            return _verified(manifest)
+            found = _verified(manifest)
         except CheckpointError as error:
-            logger.warning("%s; going back to the checkpoint before", error)
-    reason = "none of its checkpoints is whole" if manifests else "it has no checkpoint"
-    raise CheckpointError(f"cannot use {folder}: {reason}")
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            logger.warning("%s; going back to the checkpoint before", fault)
+        return found
+    if faults:
+        raise CheckpointError(f"cannot use {folder}: {faults[0]}; none of its checkpoints is whole")
+    raise CheckpointError(f"cannot use {folder}: it has no checkpoint")
 
 
 def _verified(manifest: Path) -> Checkpoint:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -177,6 +178,7 @@ class WorkerPool:
         self._starting = True
 
     def __enter__(self) -> WorkerPool:
+        _check_script()
         try:
             for worker in self._workers:
                 self._start(worker)
@@ -472,6 +474,16 @@ def check_open_files(n_workers: int) -> None:
             f"{n_workers} workers need a limit of {needed} open files, and it is {hard}; raise it "
             f"(ulimit -n {needed}) or lower n_workers"
         ) from error
+
+
+def _check_script() -> None:
+    """Raise ValueError for a program that workers cannot import again."""
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    if script is not None and os.path.basename(script) == "<stdin>":
+        raise ValueError(
+            "a program that Python reads from standard input cannot be imported again by worker "
+            "processes: save it as a file, or use n_workers=0"
+        )
 
 
 @contextlib.contextmanager
