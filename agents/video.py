@@ -182,7 +182,8 @@ class GameVideo:
     def __init__(self, path: str | Path, fps: float = FPS) -> None:
         self.path = Path(path)
         check_path(self.path)
-        self._growing = self.path.with_name(f".{self.path.stem}.growing{self.path.suffix}")
+        self._target = self.path.resolve()  # a link stays one
+        self._growing = self._target.with_name(f".{self.path.stem}.growing{self.path.suffix}")
         codec = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix.lower()])
         with _writer_options():
             self._writer = cv2.VideoWriter(
@@ -209,7 +210,7 @@ class GameVideo:
         """Finish the file, which is then there under its name."""
         if self._writer.isOpened():
             self._writer.release()
-            os.replace(self._growing, self.path)
+            os.replace(self._growing, self._target)
 
     def __enter__(self) -> GameVideo:
         return self
