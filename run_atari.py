@@ -12,15 +12,23 @@ import argparse
 import contextlib
 import logging
 import math
+import os
+import shlex
 import signal
 import statistics
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    # While the imports below take their seconds there is nothing to save and nothing to tell.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda number, _frame: os._exit(128 + number))
 
 import numpy as np
 import torch
@@ -39,12 +47,21 @@ from ncrl.agents.checkpoints import (
 )
 from ncrl.agents.intrinsic import SOURCES
 from ncrl.agents.progress import Progress, Screen
-from ncrl.agents.runs import RunDirectory, SaveCheckpoints, read_config
+from ncrl.agents.runs import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.sizes import Sizes, available_cores, choose_sizes, games_per_update
 from ncrl.agents.video import GameVideo, Moment, check_path, view_heads
 from ncrl.envs import AtariFactory, AtariPlayer, atari
 from ncrl.layers import LAYERS
-from ncrl.settings import add_flags, configure, make_parser, parse, setting, usage_error
+from ncrl.settings import (
+    add_flags,
+    configure,
+    make_parser,
+    parse,
+    read_yaml,
+    setting,
+    shown,
+    usage_error,
+)
 
 PROGRAM = "run_atari.py"
 FRAMES_PER_TIMESTEP = 4
@@ -53,6 +70,8 @@ DEFAULT_ENVS = 16
 
 EXPLORING_ENVS = 64
 """The least with an intrinsic reward: more games find more, and are faster by the timestep."""
+
+MOST_EPISODES = 1_000_000
 
 EVALUATION_ENVS = 8
 """Games that are evaluated side by side."""
@@ -71,6 +90,9 @@ HARD_GAMES = {
 }
 """What plain actor-critics without an exploration bonus are known to reach."""
 
+COLUMNS = 79
+"""Width of the summary."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -84,17 +106,28 @@ class RunConfig:
         "minimal actions, a lost life cuts the return",
         choices=("machado", "classic"),
     )
-    frames: int = setting(10_000_000, "emulator frames of the whole run, 4 per timestep", low=1)
+    frames: int = setting(
+        10_000_000, "emulator frames of the whole run, 4 per timestep", low=1, high=10**12
+    )
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
     device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
     logdir: str = setting("runs", "folder in which the run directory is made")
     workers: int | None = setting(
-        None, "worker processes, 0 for none (reproducible); chosen by cores and GPU", low=0
+        None,
+        "worker processes, 0 for none (reproducible); chosen by cores and GPU",
+        low=0,
+        high=1024,
+    )
+    games: int | None = setting(
+        None,
+        "games of all workers together; chosen by cores and GPU, 16 with --workers",
+        low=1,
+        high=16_384,
     )
     envs_per_worker: int | None = setting(
-        None, "games per worker; chosen by cores and GPU, 16 in all with --workers", low=1
+        None, "games per worker, in place of --games", low=1, high=1024
     )
-    stack: int = setting(1, "timesteps shown in one observation", low=1)
+    stack: int = setting(1, "timesteps shown in one observation", low=1, high=64)
     # The network.
     layer: str = setting(
         "neurocoder",
@@ -104,13 +137,15 @@ class RunConfig:
     encoder: str = setting(
         "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
     )
-    lstm_hidden_size: int = setting(512, "width of the LSTM", low=1)
-    num_slots: int = setting(80, "Neurocoder: slots P of the program memory", low=1)
-    key_dim: int = setting(3, "Neurocoder: width K of keys", low=1)
-    num_heads: int = setting(15, "Neurocoder: attention heads H", low=1)
-    num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1)
-    num_least_used: int = setting(5, "Neurocoder: least-used slots l_I", low=0)
-    controller_size: int = setting(8, "Neurocoder: width of the composition network", low=1)
+    lstm_hidden_size: int = setting(512, "width of the LSTM", low=1, high=8192)
+    num_slots: int = setting(80, "Neurocoder: slots P of the program memory", low=1, high=65_536)
+    key_dim: int = setting(3, "Neurocoder: width K of keys", low=1, high=4096)
+    num_heads: int = setting(15, "Neurocoder: attention heads H", low=1, high=4096)
+    num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1, high=256)
+    num_least_used: int = setting(5, "Neurocoder: least-used slots l_I", low=0, high=65_536)
+    controller_size: int = setting(
+        8, "Neurocoder: width of the composition network", low=1, high=4096
+    )
     sharpness: float = setting(
         10.0,
         "Neurocoder: softmax temperature beta; 1 in the paper, where heads hardly attend",
@@ -118,9 +153,12 @@ class RunConfig:
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     # The algorithm.
-    n_steps: int = setting(20, "timesteps per rollout", low=1)
+    n_steps: int = setting(20, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
-        None, "timesteps per update; rollouts of 4 games, of up to 24 with a GPU", low=1
+        None,
+        "timesteps per update; rollouts of 4 games, of up to 24 with a GPU",
+        low=1,
+        high=10**9,
     )
     optimizer: str = setting(
         "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
@@ -165,15 +203,20 @@ class RunConfig:
         100_000, "bonus: timesteps in which statistics are gathered first", low=0
     )
     # What is written.
-    log_every: int = setting(10, "updates between points of the curves", low=1)
-    checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1)
-    keep_checkpoints: int = setting(3, "checkpoints to keep", low=1)
+    log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)
+    checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1, high=10**12)
+    keep_checkpoints: int = setting(3, "checkpoints to keep", low=1, high=10**6)
     stop_on_save_error: bool = setting(False, "whether a full disk ends the run")
     # Workers.
     heartbeat_timeout: float = setting(
-        60.0, "seconds after which a silent worker is replaced", low=0.1
+        60.0, "seconds after which a silent worker is replaced", low=0.1, high=10**6
     )
-    max_restarts: int = setting(5, "deaths in a row that a worker is replaced after", low=0)
+    max_restarts: int = setting(
+        5,
+        "deaths in a row, and a fourth of those in 10 minutes, that a worker is replaced after",
+        low=0,
+        high=1000,
+    )
 
 
 BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -185,12 +228,13 @@ BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
 """Options of the baselines' heads, from the paper's search grids; but HyperNet's width is the one
 that makes 3.65 million parameters with the encoder `paper`, where the paper prints 3.6 million."""
 
-NETWORK_FIELDS = (
+FIXED_FIELDS = (
     *("env", "protocol", "stack", "layer", "encoder", "lstm_hidden_size", "num_slots", "key_dim"),
     *("num_heads", "num_steps", "num_least_used", "controller_size", "sharpness", "residual"),
-    *("intrinsic_reward", "bonus_encoder"),
+    *("optimizer", "seed", "intrinsic_reward", "bonus_encoder"),
 )
-"""What a resumed run cannot change: the weights would not fit, or mean something else."""
+"""What a resumed run cannot change: weights or optimiser would not fit or mean something else, and
+random numbers go on where they were."""
 
 EXPLORING: dict[str, Any] = {
     "frames": 200_000_000,
@@ -201,22 +245,13 @@ EXPLORING: dict[str, Any] = {
 """Defaults of a run with an intrinsic reward, where they differ from `RunConfig`'s."""
 
 SAME_IN_A3C = (
-    *(
-        "n_steps",
-        "batch_size",
-        "gamma",
-        "gae_lambda",
-        "ent_coef",
-        "vf_coef",
-        "max_grad_norm",
-        "rms_prop_eps",
-    ),
+    *("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "rms_prop_eps"),
     *("orth_coef", "balance_coef", "correction"),
     *("intrinsic_reward", "int_coef", "ext_coef", "int_gamma", "imitation_coef"),
 )
 """Fields that are arguments of `A3C` under the same name."""
 
-MODES = ("config", "resume", "profile", "evaluate", "episodes", "video", "deterministic")
+MODES = ("config", "resume", "profile", "evaluate", "episodes", "video", "deterministic", "best")
 """Flags that are not settings of a run."""
 
 
@@ -226,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
     modes = {name: flags.pop(name, None) for name in MODES}
     screen = Screen(sys.stdout)
-    signals = StopSignals()
+    signals = StopSignals(screen)
     try:
         with signals:
             if modes["evaluate"] is not None:
@@ -258,6 +293,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--episodes", type=int, help="games to evaluate (default: 10)")
     parser.add_argument("--video", help="with --evaluate: an .mp4 or .webm of one game")
     parser.add_argument(
+        "--best",
+        action="store_true",
+        help="with --evaluate: best_model.zip, not the last checkpoint",
+    )
+    parser.add_argument(
         "--deterministic",
         action="store_true",
         help="with --evaluate: the likeliest action, not a sampled one",
@@ -283,19 +323,59 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
     Raises:
         ValueError: for arguments or a run directory that cannot be used.
     """
-    for name in ("episodes", "video", "deterministic"):
+    for name in ("episodes", "video", "deterministic", "best"):
         if modes[name] is not None:
             raise ValueError(f"--{name} goes with --evaluate RUN_DIR")
     config, resumed = choose_config(flags, modes)
     _check_device(config.device)
     with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
-        checkpoint = None if resumed is None else newest_unfinished(run, config)
-        model = make_model(config, profile=bool(modes["profile"]))
-        if checkpoint is not None:
-            resume(model, checkpoint)
-        run.write_config(asdict(config))
-        model.set_logger(run.make_logger(model.num_timesteps))
-        yield Job(model, config, run)
+        model: A3C | None = None
+        try:
+            checkpoint = None if resumed is None else newest_unfinished(run, config)
+            model = build_model(config, profile=bool(modes["profile"]))
+            if checkpoint is not None:
+                resume(model, checkpoint)
+            try:
+                if resumed is None:  # else with the first checkpoint
+                    run.write_config(asdict(config))
+                model.set_logger(run.make_logger(model.num_timesteps))
+            except OSError as error:
+                raise cannot_write(run.path, error) from error
+            yield Job(model, config, run)
+        finally:
+            if resumed is None and (model is None or not model.num_timesteps):
+                run.remove()
+
+
+def build_model(config: RunConfig, **options: Any) -> A3C:
+    """`make_model`, on a machine that is large enough.
+
+    Raises:
+        ValueError: naming what is too large for it.
+    """
+    try:
+        model = make_model(config, **options)
+        model.check_machine()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(out_of_memory(config)) from error
+    return model
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on the CPU torch reports that as a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def out_of_memory(config: RunConfig) -> str:
+    """What to lower, in one line."""
+    return (
+        f"out of memory; lower games ({num_games(config)}; n_envs of A3C), n_steps "
+        f"({config.n_steps}) or lstm_hidden_size ({config.lstm_hidden_size})"
+    )
 
 
 def choose_config(
@@ -304,7 +384,7 @@ def choose_config(
     """The configuration of the run, and its directory if it exists already."""
     if modes["resume"] is None:
         file = modes["config"]
-        values = {} if file is None else read_config(Path(file))
+        values = {} if file is None else read_yaml(Path(file))
 
         def chosen(base: RunConfig) -> RunConfig:
             return configure(flags, configure(values, base, str(file)), "the flags")
@@ -318,8 +398,9 @@ def choose_config(
         raise ValueError("--resume takes the run's own config.yaml; leave --config out")
     path = Path(modes["resume"])
     before = stored_config(path)
-    config = with_sizes(canonical(configure(flags, before, "the flags")))
-    _check_same_network(before, config)
+    base = replace(before, games=None) if "envs_per_worker" in flags else before
+    config = with_sizes(canonical(configure(flags, base, "the flags")))
+    _check_unchanged(before, config)
     return config, RunDirectory.open(path)
 
 
@@ -394,6 +475,7 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         math.ceil(config.checkpoint_every / FRAMES_PER_TIMESTEP),
         config.keep_checkpoints,
         stop_on_error=config.stop_on_save_error,
+        config=asdict(config),
     )
     checkpoints.init_callback(model)
     total = math.ceil(config.frames / FRAMES_PER_TIMESTEP)
@@ -409,17 +491,16 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         finally:
             if model.time_spent is not None:
                 screen.line(model.time_spent.table())
+        if not model.num_timesteps:
+            screen.line("stopped before the first timestep; nothing was kept")
+            return signals.exit_code
         saved = checkpoints.save()
         model.dump_logs()
     except (WorkerError, NonFiniteError, CheckpointError, OSError) as error:
         return failed(str(error))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return failed(
-            f"out of memory ({type(error).__name__}); lower envs_per_worker "
-            f"({config.envs_per_worker}) or n_steps ({config.n_steps}), that is n_envs and n_steps "
-            "of A3C"
-        )
     except Exception as error:
+        if is_out_of_memory(error):
+            return failed(out_of_memory(config))
         logging.exception("training failed")
         return failed(f"{type(error).__name__}: {error}")
     assert model.env is not None
@@ -428,7 +509,7 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         return failed(f"the last checkpoint could not be written to {run.path}")
     screen.line(
         f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
-        f"python run_atari.py --resume {run.path}"
+        f"{command_line(shown_path(__file__), '--resume', str(run.path))}"
     )
     return signals.exit_code
 
@@ -445,8 +526,9 @@ class StopSignals:
     Before there is a model to `watch`, the first one ends the process at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen) -> None:
         self.exit_code = 0
+        self._screen = screen
         self._model: A3C | None = None
 
     def __enter__(self) -> None:
@@ -471,6 +553,9 @@ class StopSignals:
         if second or self._model is None:
             raise KeyboardInterrupt
         self._model.request_stop()
+        self._screen.line_from_signal(
+            "stopping after this update, with a checkpoint; once more leaves at once, without"
+        )
 
 
 def summary(job: Job) -> list[str]:
@@ -495,22 +580,37 @@ def summary(job: Job) -> list[str]:
         f"learner    {model.device}, seed {config.seed}",
         f"network    {_parameters(model.policy):,} parameters: encoder {config.encoder}, "
         f"LSTM {config.lstm_hidden_size}, {config.layer} heads ({sizes})",
-        f"run        {run.path}",
-        f"curves     tensorboard --logdir {run.path.parent}",
     ]
     fitting = machine_sizes(config)
-    if (config.workers, config.envs_per_worker) == (fitting.workers, fitting.games):
+    if (config.workers, config.games) == (fitting.workers, fitting.workers * fitting.games):
         lines.insert(
             3,
             f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and these "
             f"games for {fitting.reason}",
         )
+    lines = [part for line in lines for part in wrapped(line)]
+    curves = command_line("-m", "tensorboard.main", "--logdir", str(run.path.parent))
+    lines += [f"run        {run.path}", f"curves     {curves}"]  # to be pasted, so never wrapped
     if factory.game in HARD_GAMES:
-        lines.append(
-            f"expect     plain actor-critics reach {HARD_GAMES[factory.game]}; "
-            "a score of 0 is no fault"
-        )
+        lines.append(f"expect     {HARD_GAMES[factory.game]}; a score of 0 is no fault")
     return lines
+
+
+def wrapped(line: str) -> list[str]:
+    """A line of the summary in lines of `COLUMNS`, below each other after its first word."""
+    return textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 11, break_long_words=False)
+
+
+def command_line(*words: str) -> str:
+    """What to paste into the shell: this Python with these words."""
+    return shlex.join([shown_path(sys.executable or "python"), *words])
+
+
+def shown_path(path: str) -> str:
+    """A path as short as the current folder allows."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
 
 
 def _parameters(module: Any) -> int:
@@ -530,18 +630,27 @@ def canonical(config: RunConfig) -> RunConfig:
 def with_sizes(config: RunConfig) -> RunConfig:
     """Numbers of workers and games, where they are not given; checks them with `batch_size`.
 
+    The games are what a run keeps, and workers share them out equally: where their number does not
+    divide the games, the nearest one that does is taken, with a warning.
+
     Raises:
-        ValueError: if `batch_size` does not divide what the games play in a rollout.
+        ValueError: if `batch_size` does not divide what the games play in a rollout, or if games
+            are given in two ways.
     """
-    sizes = machine_sizes(config)
-    workers = sizes.workers if config.workers is None else config.workers
-    envs = config.envs_per_worker
-    if envs is None:
-        chosen = config.workers is None or (workers > 0 and uses_gpu(config))
-        envs = sizes.games if chosen else max(1, DEFAULT_ENVS // max(1, workers))
-        if config.intrinsic_reward != "none":
-            envs = max(envs, EXPLORING_ENVS // max(1, workers))
-    config = replace(config, workers=workers, envs_per_worker=envs)
+    if config.games is not None and config.envs_per_worker is not None:
+        raise ValueError(
+            f"games ({config.games}) and envs_per_worker ({config.envs_per_worker}) both say how "
+            "many games there are; leave one out"
+        )
+    asked = machine_sizes(config).workers if config.workers is None else config.workers
+    games = config.games or _default_games(config, asked)
+    divisors = [n for n in range(1, games + 1) if games % n == 0]
+    workers = min(divisors, key=lambda n: abs(n - asked)) if asked else 0
+    if workers != asked and config.workers is not None:
+        logging.warning(
+            "%d workers cannot share out %d games equally: taking %d", asked, games, workers
+        )
+    config = replace(config, workers=workers, games=games, envs_per_worker=None)
     size, whole = config.batch_size, config.n_steps * num_games(config)
     if size is not None and (size % config.n_steps or whole % size):
         raise ValueError(
@@ -552,9 +661,21 @@ def with_sizes(config: RunConfig) -> RunConfig:
     return config
 
 
+def _default_games(config: RunConfig, workers: int) -> int:
+    """Games of all workers together, where their number is not given."""
+    if config.envs_per_worker is not None:
+        return max(1, workers) * config.envs_per_worker
+    is_chosen = config.workers is None or (workers > 0 and uses_gpu(config))
+    games = machine_sizes(config).games * workers if is_chosen else DEFAULT_ENVS
+    if config.intrinsic_reward == "none":
+        return games
+    return max(games, EXPLORING_ENVS // max(1, workers) * max(1, workers))
+
+
 def num_games(config: RunConfig) -> int:
-    """Games of all workers together."""
-    return max(1, config.workers or 0) * (config.envs_per_worker or DEFAULT_ENVS)
+    """Games of all workers together, after `with_sizes`."""
+    assert config.games is not None
+    return config.games
 
 
 def timesteps_per_update(config: RunConfig, batch_size: int | None) -> int:
@@ -573,23 +694,34 @@ def uses_gpu(config: RunConfig) -> bool:
 
 
 def stored_config(run: Path) -> RunConfig:
-    """The configuration in a run directory."""
+    """The configuration in a run directory.
+
+    Older runs tell their games by workers and games per worker.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    # A run of an earlier release says nothing of a bonus, because there was none.
+    # A run of an earlier release says nothing of a bonus, because there was none; its games were
+    # told by workers and games per worker.
     before = replace(RunConfig(), intrinsic_reward="none")
-    return configure(read_config(path), before, str(path))
+    config = configure(read_yaml(path), before, str(path))
+    if config.envs_per_worker is not None and config.games is None:
+        games = max(1, config.workers or 0) * config.envs_per_worker
+        config = replace(config, games=games, envs_per_worker=None)
+    return config
 
 
-def _check_same_network(before: RunConfig, after: RunConfig) -> None:
+def _check_unchanged(before: RunConfig, after: RunConfig) -> None:
     changed = [
         f"{name} {getattr(before, name)!r} -> {getattr(after, name)!r}"
-        for name in NETWORK_FIELDS
+        for name in FIXED_FIELDS
         if getattr(before, name) != getattr(after, name)
     ]
     if changed:
-        raise ValueError(f"a resumed run keeps its game and network; changed: {', '.join(changed)}")
+        raise ValueError(
+            "a resumed run keeps its game, network, optimiser and seed; "
+            f"changed: {', '.join(changed)}"
+        )
 
 
 def _check_device(device: str) -> None:
@@ -635,21 +767,21 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
             f"(allowed: {', '.join(sorted(allowed))})"
         )
     episodes = 10 if modes["episodes"] is None else modes["episodes"]
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if not 1 <= episodes <= MOST_EPISODES:
+        raise ValueError(f"episodes must lie in 1 .. {MOST_EPISODES}, got {shown(episodes)}")
     config = configure(flags, stored_config(path), "the flags")
     _check_device(config.device)
     if modes["video"] is not None:
         check_path(Path(modes["video"]))
-    checkpoint = newest_checkpoint(path / "checkpoints")
-    model = make_model(config, n_workers=0, n_envs=1, batch_size=None)
-    load_weights(model, checkpoint.path, optimizer=False)
+    weights, after = chosen_weights(path, best=bool(modes["best"]))
+    screen.line(f"playing {episodes} whole games with {weights}")
+    model = build_model(config, n_workers=0, n_envs=1, batch_size=None)
+    load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
-    scores, lengths = play_games(model, config, episodes, deterministic)
+    scores, lengths = play_games(model, config, episodes, deterministic, screen)
     rules = make_factory(config).describe()
     screen.line(
-        f"{camel_case(make_factory(config).game)} after {checkpoint.timesteps:,} timesteps "
-        f"({checkpoint.timesteps * FRAMES_PER_TIMESTEP:,} frames): raw score of {episodes} whole "
+        f"{camel_case(make_factory(config).game)} {after}raw score of {episodes} whole "
         f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
         f"min {min(scores):g}, max {max(scores):g}; mean length {statistics.fmean(lengths):.0f} "
         "timesteps"
@@ -657,19 +789,47 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     screen.line(
         f"protocol {config.protocol} (sticky actions {rules['sticky_actions']:g}, "
         f"{rules['action_set']} actions, no-ops {rules['no_ops']}), "
-        f"{'likeliest' if deterministic else 'sampled'} actions, last checkpoint, "
-        f"seed {config.seed}"
+        f"{'likeliest' if deterministic else 'sampled'} actions, "
+        f"{'best model' if modes['best'] else 'last checkpoint'}, seed {config.seed}"
     )
     if modes["video"] is not None:
+        screen.line("filming one more game")
         score = film(model, config, Path(modes["video"]), deterministic)
         screen.line(f"video of one game (score {score:g}): {modes['video']}")
     return 0
 
 
+def chosen_weights(run: Path, *, best: bool) -> tuple[Path, str]:
+    """The file to play with, and after how much training it was written, as far as that is known.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if best:
+        path = run / "best_model.zip"
+        if not path.is_file():
+            raise ValueError(f"{run} has no best_model.zip yet; leave --best out")
+        return path, "with its best model: "
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    frames = checkpoint.timesteps * FRAMES_PER_TIMESTEP
+    return checkpoint.path, f"after {checkpoint.timesteps:,} timesteps ({frames:,} frames): "
+
+
 def play_games(
-    model: A3C, config: RunConfig, episodes: int, deterministic: bool
+    model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
 ) -> tuple[list[float], list[int]]:
-    """Raw scores and lengths (in timesteps) of whole games."""
+    """Raw scores and lengths (in timesteps) of whole games, each told when it is over."""
+    told = 0
+
+    def tell(scores: Sequence[float], lengths: Sequence[int]) -> None:
+        nonlocal told
+        for score, length in zip(scores[told:], lengths[told:], strict=True):
+            told += 1
+            screen.line(f"game {told} of {episodes}: score {score:g}, {length:,} timesteps")
+
+    def after_step(seen: dict[str, Any], _globals: dict[str, Any]) -> None:
+        tell(seen["episode_rewards"], seen["episode_lengths"])
+
     env = make_factory(config)(min(episodes, EVALUATION_ENVS), evaluation_seed(config))
     try:
         scores, lengths = evaluate_policy(
@@ -677,11 +837,13 @@ def play_games(
             env,
             n_eval_episodes=episodes,
             deterministic=deterministic,
+            callback=after_step,
             return_episode_rewards=True,
         )
     finally:
         env.close()
     assert isinstance(scores, list) and isinstance(lengths, list)
+    tell(scores, lengths)
     return scores, lengths
 
 

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import pathlib
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,7 +33,7 @@ from ncrl.agents.buffers import (
     RolloutShape,
     split_envs,
 )
-from ncrl.agents.collector import Collector, Outcome
+from ncrl.agents.collector import Collector, NonFiniteError, Outcome
 from ncrl.agents.environments import (
     EnvFactory,
     RecordedEnv,
@@ -60,9 +61,16 @@ from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
 from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
 from ncrl.agents.sizes import available_cores
-from ncrl.agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
+from ncrl.agents.supervision import (
+    Limits,
+    WorkerPool,
+    check_memory,
+    check_open_files,
+    check_shared_memory,
+    slots_for,
+)
 from ncrl.agents.weights import SharedWeights, layout
-from ncrl.agents.worker import PolicySpec, is_importing_main
+from ncrl.agents.worker import PolicySpec, end_if_importing_main
 from ncrl.diagnostics import describe
 from ncrl.sb3 import (
     CnnLstmPolicy,
@@ -98,10 +106,6 @@ FORGOTTEN_AFTER = 10
 """Predictions in a row without a state after which a policy with memory warns."""
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
-
-
-class NonFiniteError(RuntimeError):
-    """Training stopped because the gradient was not finite for many updates in a row."""
 
 
 class A3C(OnPolicyAlgorithm):
@@ -306,6 +310,8 @@ class A3C(OnPolicyAlgorithm):
         policy = self._policy_spec(of_learner=True).build(self.lr_schedule)
         self.policy = policy.to(self.device)
         self.exploration = self._make_exploration()
+        # The rollout that is played and the batch that is learned from.
+        check_memory(2 * self._rollout_shape(self.n_envs).nbytes)
         self._batch_stage = RolloutBatch(self._rollout_shape(self.n_envs), self.device)
         self._graphed = GraphedUpdates(self.device)
         self._batch_stage.starts_on_host = self._graphed.reason is not None
@@ -315,6 +321,7 @@ class A3C(OnPolicyAlgorithm):
         self._latent: Latent | None = None
         self._stop_requested = False
         self._dumped_at = -1
+        self._started = time.monotonic_ns()
         self._stateless_predictions = 0
         self._warned_of_state = False
         self.policy_lag = 0.0
@@ -587,6 +594,7 @@ class A3C(OnPolicyAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
+        self._started = time.monotonic_ns()
         stopwatch = self._stopwatch
         with (
             _learner_threads(self.n_workers),
@@ -796,6 +804,8 @@ class A3C(OnPolicyAlgorithm):
             for key, share in self.time_spent.shares().items():
                 self.logger.record(f"profile/{key}", share)
         self._record_heads()
+        # SB3 asks the clock of the day, which may be set back.
+        self.start_time = time.time_ns() - (time.monotonic_ns() - self._started)
         super().dump_logs(iteration)
 
     def _record_heads(self) -> None:
@@ -831,16 +841,11 @@ class A3C(OnPolicyAlgorithm):
             yield SerialPlayer(self)
             return
         assert self.env_factory is not None, "only factories are played by workers"
-        if is_importing_main():
-            raise RuntimeError(
-                "a worker process imports your file again, which must not start another training: "
-                'put what starts it under `if __name__ == "__main__":`, or use n_workers=0'
-            )
+        end_if_importing_main()
         self._check_workers_can_build()
+        self.check_machine()
         shape = self._rollout_shape(self.n_envs // self.n_workers)
         weights = SharedWeights(self.policy)
-        slots = slots_for(self.n_workers) * sum(t.nbytes for t in shape.allocate().tensors())
-        check_shared_memory(slots + weights.nbytes)
         weights.publish(self.policy, 0)
         pool = WorkerPool(
             self.env_factory,
@@ -861,6 +866,18 @@ class A3C(OnPolicyAlgorithm):
                 yield WorkersPlayer(self, pool, weights)
             finally:
                 self._pool = None
+
+    def check_machine(self) -> None:
+        """Refuse to start workers for which shared memory or open files do not suffice.
+
+        Raises:
+            ValueError: naming what is needed and what there is.
+        """
+        if self.n_workers:
+            shape = self._rollout_shape(self.n_envs // self.n_workers)
+            slots = slots_for(self.n_workers) * shape.nbytes
+            check_shared_memory(slots + SharedWeights.bytes_for(self.policy))
+            check_open_files(self.n_workers)
 
     def _check_workers_can_build(self) -> None:
         """Raise ValueError if the policy is not the one that workers build for themselves."""
@@ -918,6 +935,7 @@ class A3C(OnPolicyAlgorithm):
             "_warned_of_state",
             "_is_loaded",
             "exploration",
+            "_started",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

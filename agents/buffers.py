@@ -76,6 +76,12 @@ class RolloutShape(NamedTuple):
     lstm_layers: int
     lstm_size: int
 
+    @property
+    def nbytes(self) -> int:
+        """Size of one rollout in bytes; nothing is allocated."""
+        with torch.device("meta"):
+            return sum(tensor.nbytes for tensor in self.allocate().tensors())
+
     def allocate(self, *leading: int) -> Rollout:
         """A rollout of conspicuous values, with `leading` dimensions in front of every tensor.
 

@@ -7,13 +7,16 @@ Nothing that is read here can run code: weights and state are tensors and plain 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
 import logging
+import math
 import random
+import re
 import zipfile
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +27,15 @@ from torch import Tensor
 from ncrl.agents.a3c import A3C
 from ncrl.agents.collector import Collector
 from ncrl.agents.environments import RecordedEnv
-from ncrl.agents.loading import SMALL_BYTES, read_tensors, reason_of
-from ncrl.files import write_atomically
+from ncrl.agents.loading import (
+    SMALL_BYTES,
+    check_optimizer,
+    load_tensors,
+    read_tensors,
+    reason_of,
+)
+from ncrl.files import read_small, write_atomically
+from ncrl.settings import shown
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +91,7 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
     write_atomically(checkpoint.path, zipped)
     write_atomically(checkpoint.state, state)
     write_atomically(folder / f"{stem}.json", json.dumps(manifest, indent=2).encode())
-    _clear_away(folder, keep)
+    _clear_away(folder, keep, stem)
     return checkpoint
 
 
@@ -100,20 +110,33 @@ def model_bytes(model: A3C) -> bytes:
 
 
 def _free_stem(folder: Path, timesteps: int) -> str:
-    """A name that nobody has and that sorts last: files of a checkpoint are never replaced.
+    """A name that sorts last and that nobody has or had: files of a checkpoint are never replaced.
 
     A run that is stopped right after it was resumed saves the same number of timesteps again.
     """
+    taken = [order for path in folder.glob("step_*") if (order := _order(path))[0] == timesteps]
+    number = max(taken)[1] + 1 if taken else 0
     stem = f"step_{timesteps:012d}"
-    count = len(list(folder.glob(f"{stem}*.json")))
-    return f"{stem}_{count:03d}" if count else stem
+    return f"{stem}_{number:03d}" if number else stem
 
 
-def _clear_away(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, and what killed processes left unfinished."""
-    kept = {manifest.stem for manifest in sorted(folder.glob("step_*.json"))[-keep:]}
+def _order(path: Path) -> tuple[int, int]:
+    """Timesteps of a checkpoint, and which of those with as many it is; (-1, 0) for other files."""
+    found = re.fullmatch(r"step_(\d{12,18})(?:_(\d{3,9}))?\..*", path.name)
+    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
+
+
+def _clear_away(folder: Path, keep: int, newest: str) -> None:
+    """Remove what is older than the `keep` checkpoints up to `newest`, the one just written.
+
+    Also what killed processes left unfinished. Checkpoints of more timesteps stay: a run that went
+    back behind damaged ones does not count them among the ones that it keeps.
+    """
+    last = _order(folder / f"{newest}.json")
+    orders = sorted(order for path in folder.glob("step_*.json") if (order := _order(path)) <= last)
+    kept = set(orders[-keep:])
     for path in [*folder.glob("step_*"), *folder.glob(".step_*")]:
-        if path.name.split(".")[0] not in kept:
+        if path.name.startswith(".") or (_order(path) <= last and _order(path) not in kept):
             path.unlink(missing_ok=True)
 
 
@@ -121,36 +144,63 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
     """The newest checkpoint whose files are whole; damaged ones are passed over with a warning.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is none, with what is wrong with the newest.
     """
-    manifests = sorted(folder.glob("step_*.json"), reverse=True)
-    for manifest in manifests:
+    faults: list[str] = []
+    for manifest in sorted(folder.glob("step_*.json"), key=_order, reverse=True):
         try:
-            return _verified(manifest)
+            found = _verified(manifest)
         except CheckpointError as error:
-            logger.warning("%s; going back to the checkpoint before", error)
-    reason = "none of its checkpoints is whole" if manifests else "it has no checkpoint"
-    raise CheckpointError(f"cannot use {folder}: {reason}")
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            logger.warning("%s; going back to the checkpoint before", fault)
+        return found
+    if faults:
+        raise CheckpointError(f"cannot use {folder}: {faults[0]}; none of its checkpoints is whole")
+    raise CheckpointError(f"cannot use {folder}: it has no checkpoint")
 
 
 def _verified(manifest: Path) -> Checkpoint:
     try:
-        entry = json.loads(manifest.read_text())
-        checksums: dict[str, str] = dict(entry["sha256"])
-        timesteps = int(entry["timesteps"])
+        entry = json.loads(read_small(manifest))
+        checksums = dict(entry["sha256"])
+        timesteps = entry["timesteps"]
+        if not is_count(timesteps):
+            raise ValueError(f"timesteps must be a positive integer, got {shown(timesteps)}")
+    except RecursionError as error:
+        raise CheckpointError(f"{manifest} is damaged (it is nested too deeply)") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({error})") from error
+        raise CheckpointError(f"{manifest} is damaged ({reason_of(error)})") from error
     stem = manifest.stem
-    if not stem.startswith(f"step_{timesteps:012d}"):
+    if _order(manifest)[0] != timesteps:
         raise CheckpointError(f"{manifest} is damaged (it speaks of {timesteps} timesteps)")
     names = (f"{stem}.zip", f"{stem}.state.pt")
     for name in names:
         path = manifest.with_name(name)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != checksums.get(name):
+        if path.stat().st_size > MAX_MEMBER_BYTES:
+            raise CheckpointError(f"{path} is damaged ({path.stat().st_size:,} bytes)")
+        if _sha256(path) != checksums.get(name):
             raise CheckpointError(f"{path} is damaged (its checksum differs)")
     return Checkpoint(manifest.with_name(names[0]), manifest.with_name(names[1]), timesteps)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a file is a number of things: an integer, and not negative."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
@@ -167,14 +217,50 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
             # RMSProp and Adam keep one or two numbers for each weight.
             limit = min(MAX_MEMBER_BYTES, 4 * _size_of(model) + SMALL_BYTES)
             parameters = {name: read_tensors(archive, f"{name}.pth", limit) for name in names}
+        model.policy.load_state_dict(parameters["policy"])
         if optimizer:
-            model.set_parameters(parameters, exact_match=True, device=model.device)
-        else:
-            model.policy.load_state_dict(parameters["policy"])
+            stored = parameters["policy.optimizer"]
+            check_optimizer(model.policy, stored)
+            own = model.policy.optimizer
+            own.load_state_dict(_with_own_groups(own, stored))
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {path}: {reason_of(error)}") from error
     except Exception as error:  # torch reports a forbidden pickle with several exception types
         raise CheckpointError(f"refused {path}: {reason_of(error)}") from error
+
+
+def _with_own_groups(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored optimiser, whose settings are those that the run has now, but for the learning rate.
+
+    Raises:
+        ValueError: if it is about other weights, or is another kind of optimiser.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [g["params"] for g in stored["param_groups"]] != [g["params"] for g in own]:
+        raise ValueError("its optimiser is about other weights")
+    expected = _state_names(optimizer)
+    for entry in stored["state"].values():
+        if set(entry) != expected:
+            raise ValueError(
+                f"its optimiser keeps {sorted(map(str, entry))} of a weight, and "
+                f"{type(optimizer).__name__} keeps {sorted(expected)}"
+            )
+    for group, theirs in zip(own, stored["param_groups"], strict=True):
+        group["lr"] = float(theirs["lr"])
+        if not 0 <= group["lr"] < math.inf:
+            raise ValueError(f"its learning rate must be a positive number, got {theirs['lr']}")
+    return {**stored, "param_groups": own}
+
+
+def _state_names(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What an optimiser of this kind remembers of each weight."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    other = copy.copy(optimizer)  # of the same settings
+    other.state = defaultdict(dict)
+    other.param_groups = [{**optimizer.param_groups[0], "params": [weight]}]
+    other.step()
+    return set(other.state[weight])
 
 
 def _size_of(model: A3C) -> int:
@@ -197,8 +283,10 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
     """
     load_weights(model, checkpoint.path)
     try:
-        state = torch.load(checkpoint.state, map_location="cpu", weights_only=True)
-        _restore(model, state)
+        content = checkpoint.state.read_bytes()
+        # What torch saves is not compressed, so it takes no more memory than its file has bytes.
+        state = load_tensors(content, checkpoint.state.name, len(content))
+        _restore(model, state, checkpoint.timesteps)
     except CheckpointError:
         raise
     except Exception as error:
@@ -224,16 +312,17 @@ def _plain(episode: dict[str, Any]) -> dict[str, float]:
     return {key: getattr(value, "item", lambda v=value: v)() for key, value in episode.items()}
 
 
-def _restore(model: A3C, state: dict[str, Any]) -> None:
-    for name in COUNTERS:
-        setattr(model, name, state["counters"][name])
+def _restore(model: A3C, state: dict[str, Any], timesteps: int) -> None:
+    counters, games = _checked_counters(state["counters"], timesteps), state["games"]
+    episodes, successes = _checked_scores(state["episodes"], state["successes"])
+    for name, value in counters.items():
+        setattr(model, name, value)
     for name, value in state.get("scores", {}).items():
-        if name in SCORES:
+        if name in SCORES and isinstance(value, (int, float)):
             setattr(model, name, value)
     window = model._stats_window_size
-    model.ep_info_buffer = deque(state["episodes"], maxlen=window)
-    model.ep_success_buffer = deque(state["successes"], maxlen=window)
-    games = state["games"]
+    model.ep_info_buffer = deque(episodes, maxlen=window)
+    model.ep_success_buffer = deque(successes, maxlen=window)
     if games is not None and not model.n_workers and games["n_envs"] == model.n_envs:
         _restore_games(model, games)
     elif model.n_workers:
@@ -244,6 +333,28 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
         model._last_obs = model.env.reset()  # type: ignore[assignment]
     # Last, so that building and replaying draws from none of the restored streams.
     _restore_random_state(state["random"])
+
+
+def _checked_counters(counters: dict[str, Any], timesteps: int) -> dict[str, int]:
+    for name in COUNTERS:
+        if not is_count(counters[name]):
+            raise CheckpointError(
+                f"its {name} must be a positive integer, got {shown(counters[name])}"
+            )
+    if counters["num_timesteps"] != timesteps:
+        raise CheckpointError(
+            f"it is of {counters['num_timesteps']} timesteps, its manifest of {timesteps}"
+        )
+    return {name: counters[name] for name in COUNTERS}
+
+
+def _checked_scores(
+    episodes: list[dict[str, Any]], successes: list[Any]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    for value in [entry[key] for entry in episodes for key in "rl"] + successes:
+        if type(value) not in (int, float):
+            raise CheckpointError(f"its scores must be numbers, got {shown(value)}")
+    return episodes, successes
 
 
 def _games_state(model: A3C) -> dict[str, Any] | None:

@@ -21,6 +21,10 @@ from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.sb3.engine import EnginePolicy, map_obs
 
 
+class NonFiniteError(RuntimeError):
+    """Training stopped because the network computes no finite numbers any more."""
+
+
 class Outcome(NamedTuple):
     """What the environments answered to one row of actions."""
 
@@ -66,6 +70,7 @@ class Collector:
 
         Raises:
             ValueError: if the environment answers with a reward or observation that is not finite.
+            NonFiniteError: if the policy answers with probabilities that are not.
         """
         self.policy.set_training_mode(False)
         self.env_seconds = 0.0
@@ -93,7 +98,13 @@ class Collector:
         device = self.policy.device
         with self.stopwatch.phase("forward"):
             obs = map_obs(lambda tensor: tensor[t].to(device), rollout.obs)
-            step = self.policy.act(obs, self.lstm_state, rollout.episode_start[t])
+            try:
+                step = self.policy.act(obs, self.lstm_state, rollout.episode_start[t])
+            except ValueError as error:  # a distribution refuses its parameters
+                raise NonFiniteError(
+                    "the policy computes no finite probabilities any more; a lower learning rate "
+                    "or max_grad_norm may help"
+                ) from error
         self.lstm_state = step.lstm_state
         with self.stopwatch.phase("copy"):
             rollout.actions[t] = step.actions

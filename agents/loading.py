@@ -26,12 +26,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.supervision import Limits
 from ncrl.sb3.export import compare_tensors, without_memory
 from ncrl.sb3.plain import from_plain, to_plain
-from ncrl.settings import suggest
+from ncrl.settings import shown, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ SMALL_BYTES = 16 << 20
 
 MOST_EXPANSION = 20
 """Times its size that a file may unpack to; SB3 does not compress."""
+
+MOST_BUILT = 4
+"""Times the number of weights in the file that a policy may make, some only to replace them."""
 
 MAX_ROLLOUT_BYTES = 16 << 30
 """Largest rollout that a checkpoint can ask for."""
@@ -249,31 +253,56 @@ def _check_policy(
         policy_class = kind.policy_aliases[policy_class]
     if not (isinstance(policy_class, type) and issubclass(policy_class, ActorCriticPolicy)):
         raise ValueError("its policy_class is none of an actor-critic policy")
-    policy = without_memory(
-        lambda: policy_class(
-            values["observation_space"],
-            values["action_space"],
-            ConstantSchedule(0.0),
-            **{
-                "use_sde": values.get("use_sde", False),
-                **values["policy_kwargs"],
-                **({"int_value": True} if _has_int_value(values) else {}),
-            },
-        )
-    )
     weights = tensors["policy.pth"]
     if not (isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values())):
         raise ValueError("its weights are no tensors by name")
+    with _at_most_weights(MOST_BUILT * len(weights)):
+        policy = without_memory(
+            lambda: policy_class(
+                values["observation_space"],
+                values["action_space"],
+                ConstantSchedule(0.0),
+                **{
+                    "use_sde": values.get("use_sde", False),
+                    **values["policy_kwargs"],
+                    **({"int_value": True} if _has_int_value(values) else {}),
+                },
+            )
+        )
     compare_tensors(policy.state_dict(), weights)
-    _check_optimizer(policy, tensors["policy.optimizer.pth"])
+    check_optimizer(policy, tensors["policy.optimizer.pth"])
 
 
 def _has_int_value(values: Mapping[str, Any]) -> bool:
     return values.get("intrinsic_reward") is not None and bool(values.get("int_coef"))
 
 
-def _check_optimizer(policy: nn.Module, state: Any) -> None:
-    """Raise ValueError unless every tensor of an optimiser's state fits the weight it is about."""
+@contextmanager
+def _at_most_weights(most: int) -> Iterator[None]:
+    """Raise ValueError inside where a module gets more weights than the file can hold.
+
+    One number of the file, such as a number of layers, could keep the constructor busy for hours.
+    """
+    count = 0
+
+    def one_more(*_arguments: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"the network that it describes has more than {most} weights")
+
+    hook = register_module_parameter_registration_hook(one_more)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_optimizer(policy: nn.Module, state: Any) -> None:
+    """Raise ValueError unless every tensor of an optimiser's state fits the weight it is about.
+
+    Optimisers do not look: with other shapes or types, fused ones write past the end of memory.
+    """
     if not (isinstance(state, dict) and isinstance(state.get("state"), dict)):
         raise ValueError("its optimiser has no state")
     weights = list(policy.parameters())
@@ -281,11 +310,21 @@ def _check_optimizer(policy: nn.Module, state: Any) -> None:
         if not (type(index) is int and 0 <= index < len(weights) and isinstance(entry, dict)):
             raise ValueError(f"its optimiser has a state for {index!r}, which is no weight")
         for name, value in entry.items():
-            if isinstance(value, Tensor) and not _fits(value.shape, weights[index].shape):
-                raise ValueError(
-                    f"its optimiser's {name!r} of weight {index} has shape {list(value.shape)}, "
-                    f"expected {list(weights[index].shape)}"
-                )
+            _check_entry(f"its optimiser's {name!r} of weight {index}", name, value, weights[index])
+
+
+def _check_entry(what: str, name: Any, value: Any, weight: Tensor) -> None:
+    if name == "step":
+        steps = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+        if type(steps) not in (int, float) or not 0 <= steps < math.inf:
+            raise ValueError(f"{what} must be a number of steps, got {shown(steps)}")
+    elif isinstance(value, Tensor):
+        if not _fits(value.shape, weight.shape):
+            raise ValueError(f"{what} has shape {list(value.shape)}, expected {list(weight.shape)}")
+        if value.dtype != weight.dtype:
+            raise ValueError(f"{what} is of type {value.dtype}, expected {weight.dtype}")
+    elif value is not None and type(value) not in (int, float, bool):
+        raise ValueError(f"{what} must be a tensor or a number, got {shown(value)}")
 
 
 def _fits(shape: torch.Size, weight: torch.Size) -> bool:
@@ -335,27 +374,36 @@ def read_tensors(archive: zipfile.ZipFile, member: str, limit: int) -> Any:
     size = archive.getinfo(member).file_size
     if size > limit:
         raise ValueError(f"{member} would take {size} bytes, for this model at most {limit}")
-    content = io.BytesIO(archive.read(member))
-    if zipfile.is_zipfile(content):
-        with zipfile.ZipFile(content) as records:  # which may be compressed in their turn
+    return load_tensors(archive.read(member), member, limit)
+
+
+def load_tensors(content: bytes, name: str, limit: int) -> Any:
+    """Tensors and plain values of a file that torch has saved, on the CPU.
+
+    Raises:
+        ValueError: if they would take more than `limit` bytes.
+        Exception: as torch raises it, if it holds more than tensors and plain values.
+    """
+    file = io.BytesIO(content)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as records:  # which may be compressed in their turn
             _check_size(records, limit)
-    content.seek(0)
-    loaded = torch.load(content, map_location="cpu", weights_only=True)
-    if (total := sum(t.numel() * t.element_size() for t in _tensors_in(loaded))) > limit:
+    file.seek(0)
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    if (total := sum(t.numel() * t.element_size() for t in _tensors_in(loaded, set()))) > limit:
         # Views of one number can have any shape, and take memory when they are copied.
-        raise ValueError(f"the tensors of {member} would take {total} bytes, at most {limit}")
+        raise ValueError(f"the tensors of {name} would take {total} bytes, at most {limit}")
     return loaded
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Each container is looked into once: few bytes can name one list many times."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors_in(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors_in(part)
+    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part, seen)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -57,9 +58,28 @@ class Screen:
     def flush(self) -> None:
         """Nothing is held back."""
 
+    def fileno(self) -> int:
+        """Of the stream: what tqdm asks for the width of the terminal."""
+        if self.stream is None:
+            raise OSError("no stream")
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str | None:
+        """Of the stream; what tqdm chooses its blocks by."""
+        return getattr(self.stream, "encoding", None)
+
+    def line_from_signal(self, text: str) -> None:
+        """Write one line past all buffers, as a signal handler may interrupt another write."""
+        with contextlib.suppress(OSError, ValueError):
+            start = "\n" if self.is_terminal else ""  # after the bar
+            os.write(self.fileno(), f"{start}{text}\n".encode())
+
 
 class Progress(BaseCallback):
-    """Frames played and to play, frames per second, mean raw score, policy lag and time left.
+    """Frames played and to play, frames per second, mean raw score and time left.
+
+    Speed and time left are measured from the end of the first rollout, as nobody starts twice.
 
     Args:
         total_frames: emulator frames at which the run ends.
@@ -74,17 +94,16 @@ class Progress(BaseCallback):
         self._shown = 0.0
 
     def _on_training_start(self) -> None:
-        self._started = self._shown = time.monotonic()
-        self._first_frame = self._frames()
+        self._shown = time.monotonic()
+        self._measured_from: tuple[float, int] | None = None
         if self.screen.is_terminal:
             self._bar = tqdm(
                 total=self.total_frames,
-                initial=self._first_frame,
-                unit=" frames",
+                initial=self._frames(),
                 unit_scale=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
                 dynamic_ncols=True,
                 mininterval=BAR_SECONDS,
-                smoothing=0.05,
                 file=self.screen,  # type: ignore[arg-type]
             )
 
@@ -95,34 +114,39 @@ class Progress(BaseCallback):
             self._show()
         return True
 
+    def _on_rollout_end(self) -> None:
+        if self._measured_from is None:
+            self._measured_from = time.monotonic(), self._frames()
+
     def _on_training_end(self) -> None:
         self._show()
         if self._bar is not None:
             self._bar.close()
 
     def _show(self) -> None:
+        frames, speed = self._frames(), self._speed()
+        left = f"{_clock((self.total_frames - frames) / speed)} left" if speed > 0 else "starting"
         if self._bar is not None:
-            self._bar.set_postfix_str(self._figures(), refresh=False)
-            self._bar.update(self._frames() - self._bar.n)
+            self._bar.set_postfix_str(f"{left}, {speed:,.0f}/s, {self._score()}", refresh=False)
+            self._bar.update(frames - self._bar.n)
             return
-        frames = self._frames()
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        speed = (frames - self._first_frame) / seconds
-        left = f"{_clock((self.total_frames - frames) / speed)} left" if speed > 0 else ""
         self.screen.line(
-            f"{frames:,} / {self.total_frames:,} frames, {speed:,.0f} frames/s, "
-            f"{self._figures()}, {left}"
+            f"{frames:,} / {self.total_frames:,} frames, {speed:,.0f} frames/s, {self._score()}, "
+            f"policy lag {self._model().policy_lag:.1f}, {left}"
         )
 
-    def _figures(self) -> str:
-        model = self._model()
-        games = model.ep_info_buffer
-        score = (
-            f"score {safe_mean([game['r'] for game in games]):.2f} ({len(games)} games)"
-            if games
-            else "no game finished yet"
-        )
-        return f"{score}, policy lag {model.policy_lag:.1f}"
+    def _speed(self) -> float:
+        """Frames per second since the first rollout; 0 during it."""
+        if self._measured_from is None:
+            return 0.0
+        since, first = self._measured_from
+        return (self._frames() - first) / max(time.monotonic() - since, 1e-9)
+
+    def _score(self) -> str:
+        games = self._model().ep_info_buffer
+        if not games:
+            return "no game finished yet"
+        return f"score {safe_mean([game['r'] for game in games]):.2f} ({len(games)} games)"
 
     def _frames(self) -> int:
         model = self._model()

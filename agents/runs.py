@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from ncrl.agents.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from ncrl.files import write_atomically
+from ncrl.files import read_small, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,12 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._logger: Logger | None = None
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ValueError(f"cannot write to {path}: {error.strerror}") from error
+            raise cannot_write(path, error) from error
         try:
             self._take_lock()
         except ValueError:
@@ -91,7 +93,7 @@ class RunDirectory:
                 except FileExistsError:
                     number += 1
         except OSError as error:
-            raise ValueError(f"cannot write to {logdir}: {error.strerror}") from error
+            raise cannot_write(logdir, error) from error
         return cls(logdir / f"{name}-{number}")
 
     @classmethod
@@ -134,24 +136,15 @@ class RunDirectory:
             _Csv(self.path / "progress.csv", timesteps),
             _TensorBoard(self.path, timesteps),
         ]
-        return _Logger(str(self.path), formats)
+        self._logger = _Logger(str(self.path), formats)
+        return self._logger
 
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A YAML file of settings.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read or is no mapping.
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold settings as 'name: value' lines")
-    return loaded
+    def remove(self) -> None:
+        """Remove the folder of a run that never began."""
+        if self._logger is not None:
+            self._logger.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
 
 
 class SaveCheckpoints(BaseCallback):
@@ -162,10 +155,21 @@ class SaveCheckpoints(BaseCallback):
         every: timesteps between checkpoints.
         keep: checkpoints to keep.
         stop_on_error: whether a full disk ends the run; otherwise it is reported and play goes on.
+        config: stored after the first checkpoint. A resumed run whose new settings do not work
+            keeps those with which it can go on.
     """
 
-    def __init__(self, run: RunDirectory, every: int, keep: int, *, stop_on_error: bool) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        every: int,
+        keep: int,
+        *,
+        stop_on_error: bool,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self.config = config
         self.run = run
         self.every = every
         self.keep = keep
@@ -194,7 +198,12 @@ class SaveCheckpoints(BaseCallback):
         self._saved_at = self._compared_at = self.num_timesteps
         model = self._model()
         saved = self._guard(lambda: save_checkpoint(model, self.run.checkpoints, keep=self.keep))
-        return saved and self._guard(self._save_best)
+        return saved and self._guard(self._save_config) and self._guard(self._save_best)
+
+    def _save_config(self) -> None:
+        if self.config is not None:
+            self.run.write_config(self.config)
+            self.config = None
 
     def _save_best(self) -> None:
         games = self.model.ep_info_buffer
@@ -209,9 +218,10 @@ class SaveCheckpoints(BaseCallback):
     def _best_score(self) -> float:
         """Of the best model so far, also before the run was resumed."""
         try:
-            return float(json.loads((self.run.path / BEST_NOTE).read_text())["score"])
-        except (OSError, ValueError, KeyError, TypeError):
+            score = float(json.loads(read_small(self.run.path / BEST_NOTE))["score"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return -math.inf
+        return score if math.isfinite(score) else -math.inf
 
     def _model(self) -> A3C:
         assert isinstance(self.model, A3C)
@@ -226,6 +236,11 @@ class SaveCheckpoints(BaseCallback):
             logger.error("could not save to %s: %s; going on without", self.run.path, error)
             return False
         return True
+
+
+def cannot_write(path: Path, error: OSError) -> ValueError:
+    """What to raise where a run cannot begin because the disk refuses."""
+    return ValueError(f"cannot write to {path}: {error.strerror or error}")
 
 
 class _Logger(Logger):

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +21,19 @@ from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
 from ncrl.agents.buffers import Rollout, RolloutShape, RolloutSlots
+from ncrl.agents.collector import NonFiniteError
 from ncrl.agents.environments import EnvFactory
 from ncrl.agents.profiling import Profile
 from ncrl.agents.weights import SharedWeights
 from ncrl.agents.worker import (
+    EXIT_NO_GUARD,
     THREAD_VARIABLES,
     EnvFailed,
     Failed,
@@ -52,7 +56,21 @@ for a learner that is in the middle of an update."""
 POLL_SECONDS = 0.2
 """Longest the pool waits before it looks at its workers again."""
 
+WINDOW_SECONDS = 600.0
+"""Time over which failures of one worker are counted whatever it played between them."""
+
+FAILURES_PER_WINDOW = 4
+
+LONGEST_PAUSE = 60.0
+"""Seconds before a replacement, however many there were."""
+
 SHM = "/dev/shm"
+
+FILES_PER_WORKER = 4
+"""Open files of this process for each worker: its pipe, what tells of its end, and two to spare."""
+
+FILES_FOR_SHARING = 64
+"""Open files for shared memory, checkpoints, curves, and a worker that is being started."""
 
 
 class WorkerError(RuntimeError):
@@ -78,7 +96,8 @@ class Limits:
     startup_timeout: float = 180.0
     """Seconds a worker may take to build its environments."""
     max_restarts: int = 5
-    """Deaths, or environment failures, of one worker without a rollout between them."""
+    """Deaths, or environment failures, of one worker without a rollout between them. With rollouts
+    between them it may have `FAILURES_PER_WINDOW` times as many in `WINDOW_SECONDS`."""
     first_pause: float = 0.5
     """Seconds before a first replacement; doubles with each further death."""
 
@@ -100,6 +119,8 @@ class _Worker:
     """Number of the hand-out in which it was given its latest slot."""
     failures: int = 0
     """In a row, without a rollout between them."""
+    failed_at: deque[float] = field(default_factory=deque)
+    """Monotonic times of its failures in the last `WINDOW_SECONDS`."""
     infos: list[Info] = field(default_factory=list)
     """Reported for the rollout that it announces next."""
     incarnation: int = 0
@@ -110,10 +131,12 @@ class _Worker:
     traceback: str = ""
 
 
-NO_START = (
-    "it said why above. If it wanted to start a training of its own: worker processes import your "
-    'file again, so what starts one belongs under `if __name__ == "__main__":`'
+NO_GUARD = (
+    "a worker process imports your file again, which must not start another training: put what "
+    'starts it under `if __name__ == "__main__":`, or use n_workers=0'
 )
+
+NO_START = "it said why above, while it imported your file again as worker processes do"
 """Of a worker that ended before it was set up, and so could not send its traceback."""
 
 
@@ -159,6 +182,7 @@ class WorkerPool:
         self._starting = True
 
     def __enter__(self) -> WorkerPool:
+        _check_script()
         try:
             for worker in self._workers:
                 self._start(worker)
@@ -255,7 +279,7 @@ class WorkerPool:
                 self._profile.add_worker(worker.index, message.phases)
         elif isinstance(message, EnvFailed):
             self.env_restarts += 1
-            worker.failures += 1
+            too_often = self._count_failure(worker)
             worker.building = True
             logger.warning(
                 "worker %d (pid %s): its environments failed and are built anew: %s",
@@ -263,13 +287,28 @@ class WorkerPool:
                 worker.process.pid if worker.process else None,
                 message.reason.strip().splitlines()[-1],
             )
-            if worker.failures > self.limits.max_restarts:
+            if too_often:
                 raise WorkerError(
-                    f"the environments of worker {worker.index} fail again and again:\n"
-                    f"{message.reason}"
+                    f"the environments of worker {worker.index} fail again and again, {too_often}:"
+                    f"\n{message.reason}"
                 )
         elif isinstance(message, Failed):
             worker.traceback = message.traceback
+            if message.not_finite:
+                raise NonFiniteError(message.not_finite)
+
+    def _count_failure(self, worker: _Worker) -> str:
+        """One more; returns how many there were if they were too many."""
+        now = time.monotonic()
+        worker.failures += 1
+        worker.failed_at.append(now)
+        while worker.failed_at[0] < now - WINDOW_SECONDS:
+            worker.failed_at.popleft()
+        if worker.failures > self.limits.max_restarts:
+            return f"{worker.failures} times in a row"
+        if len(worker.failed_at) > FAILURES_PER_WINDOW * self.limits.max_restarts:
+            return f"{len(worker.failed_at)} times in {WINDOW_SECONDS / 60:.0f} minutes"
+        return ""
 
     def _check_silence(self) -> None:
         """Replace workers whose environments hang."""
@@ -297,16 +336,17 @@ class WorkerPool:
         first_start = worker.incarnation == 1 and not worker.ready
         if worker.process is not None and first_start and not worker.traceback:
             worker.process.join(1.0)
+            if worker.process.exitcode == EXIT_NO_GUARD:
+                raise WorkerError(NO_GUARD)
             if (worker.process.exitcode or 0) > 0:  # not killed: it ended by itself
                 worker.traceback = NO_START
         hopeless = first_start and bool(worker.traceback)
         self._bury(worker)
-        worker.failures += 1
-        if hopeless or worker.failures > self.limits.max_restarts:
+        too_often = "at its start" if hopeless else self._count_failure(worker)
+        if too_often:
             reason = f":\n{worker.traceback}" if worker.traceback else ""
-            times = "at its start" if hopeless else f"{worker.failures} times in a row"
-            raise WorkerError(f"worker {worker.index} (pid {pid}) {what} {times}{reason}")
-        pause = self.limits.first_pause * 2 ** (worker.failures - 1)
+            raise WorkerError(f"worker {worker.index} (pid {pid}) {what} {too_often}{reason}")
+        pause = min(LONGEST_PAUSE, self.limits.first_pause * 2 ** min(worker.failures - 1, 30))
         last = worker.traceback.strip().splitlines()[-1:] or ["no traceback"]
         logger.warning(
             "worker %d (pid %s) %s (%s); a new one starts in %.1f s",
@@ -407,6 +447,57 @@ def check_shared_memory(needed: int) -> None:
         )
 
 
+def check_memory(needed: int) -> None:
+    """Refuse to fill more memory than there is: the system would end the process without a word.
+
+    Raises:
+        ValueError: naming the size needed and the size found, in MB.
+    """
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        if needed > 1024 * available:
+            raise ValueError(
+                f"rollouts need {needed / 1e6:,.0f} MB of memory and {available / 1e3:,.0f} MB are "
+                "free; lower n_envs or n_steps"
+            )
+
+
+def check_open_files(n_workers: int) -> None:
+    """Raise this process's limit of open files where the workers need it and the system lets it.
+
+    Raises:
+        ValueError: naming the limit needed, where it does not.
+    """
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    needed = FILES_PER_WORKER * n_workers + FILES_FOR_SHARING
+    with contextlib.suppress(OSError):
+        needed += len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{n_workers} workers need a limit of {needed} open files, and it is {hard}; raise it "
+            f"(ulimit -n {needed}) or lower n_workers"
+        ) from error
+
+
+def _check_script() -> None:
+    """Raise ValueError for a program that workers cannot import again."""
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    if script is not None and os.path.basename(script) == "<stdin>":
+        raise ValueError(
+            "a program that Python reads from standard input cannot be imported again by worker "
+            "processes: save it as a file, or use n_workers=0"
+        )
+
+
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
     """Processes started inside begin with SIGINT blocked: they ignore it once they are set up."""
@@ -436,4 +527,13 @@ def _one_thread_for_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
-__all__ = ["Delivery", "Limits", "WorkerError", "WorkerPool", "check_shared_memory", "slots_for"]
+__all__ = [
+    "Delivery",
+    "Limits",
+    "WorkerError",
+    "WorkerPool",
+    "check_memory",
+    "check_open_files",
+    "check_shared_memory",
+    "slots_for",
+]

@@ -6,8 +6,9 @@ Components and slots are numbered from 1 on the picture; component 1 has the lar
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -28,6 +29,9 @@ FFmpeg prints that it does not support the tag VP90, and writes VP9 all the same
 
 FPS = 15
 """Timesteps shown per second: a game of 60 frames per second in real time at 4 frames a step."""
+
+WRITER_OPTIONS = "qmin;8|g;150"
+"""Quantisation that leaves small text legible, and a whole picture every 10 seconds."""
 
 HISTORY = 160
 """Timesteps that the strips of slots over time show."""
@@ -160,7 +164,7 @@ def check_path(path: Path) -> None:
 
 
 class GameVideo:
-    """A video file that grows by one picture per timestep.
+    """A video file that grows by one picture per timestep, under another name until it is closed.
 
     Args:
         path: ends in `.mp4` or `.webm`; an existing file is replaced.
@@ -178,8 +182,13 @@ class GameVideo:
     def __init__(self, path: str | Path, fps: float = FPS) -> None:
         self.path = Path(path)
         check_path(self.path)
+        self._target = self.path.resolve()  # a link stays one
+        self._growing = self._target.with_name(f".{self.path.stem}.growing{self.path.suffix}")
         codec = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix.lower()])
-        self._writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT))
+        with _writer_options():
+            self._writer = cv2.VideoWriter(
+                str(self._growing), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT)
+            )
         if not self._writer.isOpened():
             raise OSError(f"OpenCV cannot write the video {str(path)!r}")
         self._traces: dict[str, Trace] = {}
@@ -198,8 +207,10 @@ class GameVideo:
         self._writer.write(cv2.cvtColor(compose(moment, self._traces), cv2.COLOR_RGB2BGR))
 
     def close(self) -> None:
-        """Finish the file; it cannot be played before."""
-        self._writer.release()
+        """Finish the file, which is then there under its name."""
+        if self._writer.isOpened():
+            self._writer.release()
+            os.replace(self._growing, self._target)
 
     def __enter__(self) -> GameVideo:
         return self
@@ -210,7 +221,23 @@ class GameVideo:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            self._writer.release()
+            self._growing.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writer_options() -> Iterator[None]:
+    """OpenCV asks for hundreds of megabits per second, and takes other wishes from here alone."""
+    name, before = "OPENCV_FFMPEG_WRITER_OPTIONS", os.environ.get("OPENCV_FFMPEG_WRITER_OPTIONS")
+    os.environ[name] = before or WRITER_OPTIONS
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def remember(trace: Trace | None, attention: np.ndarray) -> Trace:

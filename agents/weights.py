@@ -38,6 +38,12 @@ class SharedWeights:
         """The newest complete version; -1 before the first."""
         return int(self._version.item())
 
+    @staticmethod
+    def bytes_for(module: nn.Module) -> int:
+        """Size in bytes."""
+        numbers = sum(tensor.numel() for tensor in _floats(module))
+        return VERSIONS * numbers * torch.get_default_dtype().itemsize
+
     @property
     def nbytes(self) -> int:
         """Size in bytes."""

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
 from ncrl.agents.buffers import RolloutSlots
-from ncrl.agents.collector import Collector, Outcome
+from ncrl.agents.collector import Collector, NonFiniteError, Outcome
 from ncrl.agents.environments import EnvFactory, build
 from ncrl.agents.profiling import OFF, Seconds, Stopwatch
 from ncrl.agents.weights import SharedWeights
@@ -37,6 +37,9 @@ THREAD_VARIABLES = (
 )
 """Set to 1 before a worker imports torch: cores are shared out by processes, not threads."""
 
+
+EXIT_NO_GUARD = 78
+"""Of a process that was about to start a training while it imported its parent's script."""
 
 MESSAGE_BYTES = 8_000
 """Size up to which infos are put into one message; a pipe takes twice that in one write."""
@@ -127,14 +130,21 @@ class Failed(NamedTuple):
     """The worker ends; the reason is its traceback."""
 
     traceback: str
+    not_finite: str = ""
+    """What the weights that it was given computed, if that is the reason: no other worker could
+    play with them either."""
 
 
 Message = Ready | Reported | Played | EnvFailed | Failed
 
 
-def is_importing_main() -> bool:
-    """Whether this is a spawned process that is still importing the script of its parent."""
-    return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
+def end_if_importing_main() -> None:
+    """End a spawned process that is still importing the script of its parent, without a word.
+
+    It must not start a training of its own. The parent knows the exit code, and says what to do.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(EXIT_NO_GUARD)
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
@@ -151,6 +161,9 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
             _work(connection, spec, stopwatch)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
+    except NonFiniteError as error:
+        connection.send(Failed(_traceback(), str(error)))
+        sys.exit(1)
     except Exception:
         connection.send(Failed(_traceback()))
         sys.exit(1)
@@ -175,6 +188,8 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
             infos: list[Info] = []
             try:
                 played = _play(collector, spec, slot, version, infos)
+            except NonFiniteError:
+                raise
             except Exception:
                 connection.send(EnvFailed(_traceback()))
                 with contextlib.suppress(Exception):  # it may be broken in any way

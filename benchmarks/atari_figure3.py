@@ -59,8 +59,14 @@ OURS = {"env": "games", "layer": "layers", "seed": "seeds", "frames": "frames", 
 """Settings of run_atari.py that this command gives, and its own flags for them."""
 
 FREE = (
-    *("frames", "device", "logdir", "workers", "envs_per_worker", "log_every", "checkpoint_every"),
-    *("keep_checkpoints", "stop_on_save_error", "heartbeat_timeout", "max_restarts"),
+    *("frames", "device", "logdir", "workers", "games", "envs_per_worker", "log_every"),
+    *(
+        "checkpoint_every",
+        "keep_checkpoints",
+        "stop_on_save_error",
+        "heartbeat_timeout",
+        "max_restarts",
+    ),
 )
 """Settings in which runs of one figure may differ; the number of games is that of the machine."""
 

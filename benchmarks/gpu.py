@@ -159,7 +159,7 @@ def learner(head: str, games: int, device: str, captured: bool) -> A3C:
     if not captured:
         model._graphed.reason = "not wanted"
         model._batch_stage.starts_on_host = True
-    return model.learn(N_STEPS * games, log_interval=None)
+    return model.learn(N_STEPS * games, log_interval=1000)
 
 
 def largest_gap(one: A3C, other: A3C) -> float:
@@ -342,7 +342,7 @@ def row(*cells: object) -> None:
 
 def median_ms(seconds: float, function: Callable[[], Any]) -> float:
     """Of calls whose end the device has reached."""
-    times = []
+    times: list[float] = []
     until = time.monotonic() + seconds
     for _ in range(3):
         function()

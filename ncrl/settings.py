@@ -10,12 +10,25 @@ import argparse
 import contextlib
 import difflib
 import math
+import reprlib
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import field, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ncrl.files import read_small
+
 EXIT_USAGE = 2
+
+LONGEST_VALUE = 80
+"""Characters of a value that a message shows."""
+
+LONGEST_MESSAGE = 600
+"""Characters of a message."""
+
+LARGEST_YAML = 1 << 17
+"""Bytes of a file of settings."""
 
 Config = TypeVar("Config")
 
@@ -37,12 +50,13 @@ def check(config: Any) -> None:
             continue
         if rules["choices"] and value not in rules["choices"]:
             raise ValueError(
-                f"{entry.name} must be one of {', '.join(rules['choices'])}, got {value!r}; "
-                f"nearest: {nearest(str(value), rules['choices'])}"
+                f"{entry.name} must be one of {', '.join(rules['choices'])}, got {shown(value)}; "
+                f"nearest: {nearest(shown(value), rules['choices'])}"
             )
         if isinstance(value, (int, float)) and not rules["low"] <= value <= rules["high"]:
             raise ValueError(
-                f"{entry.name} must lie in {rules['low']:g} .. {rules['high']:g}, got {value}"
+                f"{entry.name} must lie in {rules['low']:.12g} .. {rules['high']:.12g}, "
+                f"got {shown(value)}"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{entry.name} must be a finite number, got {value}")
@@ -62,8 +76,8 @@ def configure(values: dict[str, Any], base: Config, source: str) -> Config:
     types = {entry.name: str(entry.type) for entry in fields(base)}  # type: ignore[arg-type]
     for name in values:
         if name not in types:
-            hint = nearest(str(name), types)
-            raise ValueError(f"unknown setting {name!r} in {source}; nearest: {hint}")
+            hint = nearest(shown(name), types)
+            raise ValueError(f"unknown setting {shown(name)} in {source}; nearest: {hint}")
     typed = {name: _as_type(name, value, types[name], source) for name, value in values.items()}
     config = replace(base, **typed)  # type: ignore[type-var]
     check(config)
@@ -114,15 +128,69 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str
         usage_error(parser.prog, str(error))
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     for word in unknown:
-        hint = nearest(word.split("=")[0], flags)
-        usage_error(parser.prog, f"unknown argument {word!r}; nearest: {hint}")
+        hint = nearest(word.split("=")[0][:LONGEST_VALUE], flags)
+        usage_error(parser.prog, f"unknown argument {shown(word)}; nearest: {hint}")
     return vars(namespace)
 
 
 def usage_error(program: str, message: str) -> NoReturn:
     """One line on stderr and exit code 2."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {_shortened(' '.join(message.split()), LONGEST_MESSAGE)}", file=sys.stderr)
     raise SystemExit(EXIT_USAGE)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: `repr`, cut off where it is long, whatever it is made of.
+
+    YAML can name one list many times, so that 300 bytes are a list of millions of words.
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, LONGEST_VALUE, LONGEST_VALUE
+    # It would turn the whole number into text before it cuts.
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST_VALUE:
+        return f"a number of about {int(value.bit_length() * math.log10(2)):,} digits"
+    return _shortened(short.repr(value), LONGEST_VALUE)
+
+
+def _shortened(text: str, longest: int) -> str:
+    """Text with its middle left out where it is longer than `longest`."""
+    if len(text) <= longest:
+        return text
+    kept = (longest - 5) // 2
+    return f"{text[:kept]} ... {text[-kept:]}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, by name.
+
+    Raises:
+        ValueError: in one short line that names the file, if it cannot be read, is larger than
+            settings are, or holds anything else.
+    """
+    import yaml  # the layers need no more than torch
+
+    try:
+        text = read_small(path, LARGEST_YAML).decode()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has aliases (*name), with which few words are millions of values")
+        values = yaml.safe_load(text)
+    except ValueError as error:
+        # Of the file itself, or of a constructor such as that of `!!int ''`.
+        raise ValueError(f"cannot read {path}: {_first_line(error)}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not YAML of settings: it is nested too deeply") from error
+    except Exception as error:  # its constructors raise whatever Python's own do
+        raise ValueError(f"{path} is not YAML: {_first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings as 'name: value' lines, got {shown(values)}")
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return _shortened(lines[0], 2 * LONGEST_VALUE)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -145,7 +213,8 @@ def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if type(value).__name__ != kind:
-        raise ValueError(f"{name} in {source} must be of type {kind}, got {value!r}")
+        raise ValueError(f"{name} in {source} must be of type {kind}, got {shown(value)}")
     return value

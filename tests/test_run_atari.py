@@ -33,6 +33,7 @@ from ncrl.agents.checkpoints import newest_checkpoint
 from ncrl.agents.profiling import PHASES
 from ncrl.agents.runs import RunDirectory
 from ncrl.layers import LAYERS
+from ncrl.settings import configure, parse
 from run_atari import RunConfig, main, make_model
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
@@ -79,8 +80,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "sequence": "- env\n",
         "broken": "env: [Pong\n",
         "nothing": "",
+        "bomb": "env: &a [x, x]\nprotocol: &b [*a, *a]\n",
+        "deep": "env: " + "[" * 2000 + "]" * 2000,
+        "stamp": "env: !!timestamp x",
+        "digits": "gamma: " + "9" * 400,
+        "large": "#" * 200_000,
     }.items():
         (tmp_path / f"{name}.yaml").write_text(content)
+    os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
     return tmp_path
 
@@ -100,9 +107,14 @@ REFUSED = {
     "--env CartPole-v1": ["CartPole-v1", "nearest"],
     "--env combat": ["combat", "nearest"],  # for two players only: its ROM ends the process
     # F22: impossible values
-    PONG + "--n-steps 0": ["n_steps", "0", "1 .. inf"],
-    PONG + "--workers -1": ["workers", "-1", "0 .. inf"],
+    PONG + "--n-steps 0": ["n_steps", "0", "1 .. 100000"],
+    PONG + "--workers -1": ["workers", "-1", "0 .. 1024"],
     PONG + "--envs-per-worker 0": ["envs_per_worker", "0", "1 .."],
+    PONG + "--games 0": ["games", "0", "1 .."],
+    PONG + "--games 8 --envs-per-worker 2": ["games (8)", "envs_per_worker (2)"],
+    PONG + f"--frames {'9' * 400}": ["frames", "400 digits", "1 .. 1e+12"],
+    PONG + f"--frames {'9' * 5000}": ["--frames", "99 ... 99"],
+    PONG + f"--{'x' * 5000}": ["nearest"],
     PONG + "--gamma 1.5": ["gamma", "1.5", "0 .. 1"],
     PONG + "--gamma -0.1": ["gamma", "-0.1", "0 .. 1"],
     PONG + "--gae-lambda 2": ["gae_lambda", "2", "0 .. 1"],
@@ -154,7 +166,15 @@ REFUSED = {
     "--config binary.yaml": ["binary.yaml"],
     "--config absent.yaml": ["absent.yaml"],
     "--config plain": ["plain"],
+    "--config bomb.yaml": ["bomb.yaml", "aliases"],
+    "--config deep.yaml": ["deep.yaml", "nested"],
+    "--config stamp.yaml": ["stamp.yaml"],
+    "--config digits.yaml": ["gamma", "400 digits"],
+    "--config pipe.yaml": ["pipe.yaml", "no plain file"],
+    "--config large.yaml": ["large.yaml", "bytes"],
     # Flags that do not go together
+    PONG + "--best": ["--best", "--evaluate"],
+    "--evaluate empty_run --best": ["best_model.zip", "--best"],
     PONG + "--video out.mp4": ["--video", "--evaluate"],
     PONG + "--episodes 3": ["--episodes", "--evaluate"],
     PONG + "--deterministic": ["--deterministic", "--evaluate"],
@@ -176,6 +196,8 @@ REFUSED = {
     "--resume linear_run --layer neurocoder --num-slots 9 --lstm-hidden-size 8": [
         *("layer", "'linear' -> 'neurocoder'", "num_slots 80 -> 9", "lstm_hidden_size 512 -> 8"),
     ],
+    "--resume empty_run --optimizer rmsprop": ["optimizer 'adam' -> 'rmsprop'"],
+    "--resume empty_run --seed 4": ["seed 0 -> 4"],
     "--resume empty_run --protocol classic": ["protocol", "machado", "classic"],
     "--resume empty_run --gamma 2": ["gamma", "2", "0 .. 1"],
     "--evaluate absent": ["absent"],
@@ -210,6 +232,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     assert error.value.code == 2
     assert output.out == ""
     assert output.err.count("\n") == 1 and output.err.endswith("\n"), output.err
+    assert len(output.err) < 1000
     assert not CONTROL.search(output.err) and "None:" not in output.err
     for word in REFUSED[arguments]:
         assert word in output.err, (word, output.err)
@@ -325,7 +348,7 @@ def test_files_of_a_run(serial_run: Run) -> None:
 def test_the_configuration_of_a_run(serial_run: Run) -> None:
     config = serial_run.config
     assert list(config) == [entry.name for entry in fields(RunConfig)]
-    expected = {"env": "Klax", "frames": 8000, "workers": 0, "envs_per_worker": 4}
+    expected = {"env": "Klax", "frames": 8000, "workers": 0, "games": 4}
     expected |= {"seed": 3, "learning_rate": 1e-3, "n_steps": 10, "num_slots": 8, "gamma": 0.99}
     assert expected.items() <= config.items(), "flags win over YAML, YAML over defaults"
 
@@ -341,13 +364,15 @@ def test_the_summary_of_a_run(serial_run: Run) -> None:
         r"^learner +cpu, seed 3$",
         rf"^network +{parameters:,} parameters: encoder a3c, LSTM 16, neurocoder heads",
         r"^run +runs/Klax-1$",
-        r"^curves +tensorboard --logdir runs$",
+        r"^curves +\S*python\S* -m tensorboard.main --logdir runs$",
         r"^8,000 / 8,000 frames, [\d,]+ frames/s, score -?[\d.]+ \(\d+ games\), policy lag 0\.0",
-        r"^8,000 frames played; go on with: python run_atari\.py --resume runs/Klax-1$",
+        r"^8,000 frames played; go on with: \S*python\S* \S*run_atari\.py --resume runs/Klax-1$",
     ):
         assert re.search(pattern, output, re.MULTILINE), (pattern, output)
     assert "expect" not in output
     assert not CONTROL.search(output) and output.isascii()
+    start = output[: output.index("\ncurves")].splitlines()
+    assert max(map(len, start)) < 80 and len(start) > 6
 
 
 LAYER_SIZES = {
@@ -467,12 +492,75 @@ def test_f17_resume_with_another_number_of_games(envs: str, run: Run) -> None:
     assert f"serial, {envs} games" in output
     assert newest_checkpoint(run.path / "checkpoints").timesteps == 2160
     assert int(run.rows[-1]["train/n_updates"]) > 50
-    assert run.config["envs_per_worker"] == int(envs)
+    assert run.config["games"] == int(envs)
+
+
+@pytest.mark.parametrize("workers", range(7))
+@pytest.mark.parametrize("stored", ["games: 16\nworkers: 2", "workers: 2\nenvs_per_worker: 8"])
+def test_f17_the_games_of_a_run_are_kept_by_any_number_of_workers(
+    stored: str, workers: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"env: Pong\n{stored}\n")
+    modes: dict[str, Any] = {"resume": str(tmp_path), "config": None}
+    config, run = run_atari.choose_config({"workers": workers}, modes)
+    assert run is not None
+    run.close()
+    assert run_atari.num_games(config) == config.games == 16
+    nearest = min(abs(n - workers) for n in (1, 2, 4, 8, 16))
+    assert config.workers is not None and abs(config.workers - workers) <= nearest
+    assert workers == 0 or 16 % config.workers == 0
+
+
+def test_f17_a_resume_that_fails_leaves_the_configuration(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = (run.path / "config.yaml").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(A3C, "train", raising(NonFiniteError("the gradient")))
+        flags = ["--frames", "9000", "--learning-rate", "2.0"]
+        assert main(["--resume", str(run.path), *flags]) == 1
+    assert (run.path / "config.yaml").read_bytes() == before
+    run_here("--resume", str(run.path), "--frames", "8400", "--gae-lambda", "1.0")
+    assert run.config["gae_lambda"] == 1.0 and run.config["frames"] == 8400
+
+
+@pytest.mark.parametrize("value", [2**31, 10**12 + 1, 10**400, -1])
+def test_no_setting_is_without_bounds(value: int) -> None:
+    """Of those that make something larger or longer; a seed is none."""
+    for entry in fields(RunConfig):
+        if "int" in str(entry.type) and (value > 10**12 or entry.metadata["high"] < 2**31):
+            with pytest.raises(ValueError, match=entry.name) as error:
+                configure({entry.name: value}, RunConfig(env="Pong"), "the flags")
+            assert len(str(error.value)) < 300
+
+
+def test_f20_memory_that_runs_out_while_the_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    lack = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    monkeypatch.setattr(run_atari, "make_model", raising(lack))
+    with pytest.raises(SystemExit) as error:
+        main(short(tmp_path))
+    assert error.value.code == 2
+    assert re.fullmatch(r".*out of memory; lower games.*n_steps.*\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [], "and no empty run is left"
+
+
+def test_f11_a_disk_that_is_full_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    full = raising(OSError(28, "No space left on device"))
+    monkeypatch.setattr(ncrl.agents.runs, "write_atomically", full)
+    with pytest.raises(SystemExit) as error:
+        main(short(tmp_path))
+    assert error.value.code == 2
+    assert re.fullmatch(r".*Klax-1: No space left on device\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_moved_run_names_its_own_folder(run: Run) -> None:
     output = run_here("--resume", str(run.path), "--frames", "8016")
-    (logdir,) = re.findall(r"^curves +tensorboard --logdir (.*)$", output, re.MULTILINE)
+    (logdir,) = re.findall(r"^curves .* --logdir (.*)$", output, re.MULTILINE)
     assert Path(logdir) in (run.path, run.path.parent)
 
 
@@ -523,6 +611,12 @@ def test_evaluate_prints_raw_scores(run: Run) -> None:
     mean, std, low, high, length = map(float, found.groups())
     assert low <= mean <= high and 0 <= std <= high - low and length > 50
     assert outputs[0] == outputs[1], "one seed, the same games"
+    games = re.findall(r"^game (\d) of 3: score (-?\d+), ", outputs[0], re.MULTILINE)
+    assert [int(game) for game, _ in games] == [1, 2, 3]
+    assert sum(float(score) for _, score in games) / 3 == pytest.approx(float(found[1]), abs=0.01)
+    assert outputs[0].startswith("playing 3 whole games with ")
+    best = run_here("--evaluate", str(run.path), "--episodes", "1", "--best")
+    assert "with its best model: raw score of 1" in best and "best_model.zip" in best
     assert "protocol machado" in outputs[0] and "sampled actions" in outputs[0]
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
@@ -725,7 +819,23 @@ def test_f8_an_interrupt_as_training_begins_is_not_lost(
 
     monkeypatch.setattr(A3C, "_setup_learn", interrupted)
     assert main(short(tmp_path)) == 130
-    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps <= 5
+    assert not (tmp_path / "Klax-1").exists(), "nothing was played, nothing is kept"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_f8_f9_a_signal_during_the_imports(name: str, code: int) -> None:
+    program = f"""
+import os, runpy, signal, sys
+class Impatient:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.{name})
+sys.meta_path.insert(0, Impatient())
+sys.argv = ["run_atari.py", "--env", "Pong"]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
 
 
 def test_f8_a_second_interrupt_during_the_last_save(
@@ -761,7 +871,7 @@ def workers_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_run_with_workers(workers_run: Run) -> None:
     path, output = workers_run
     assert "playing    2 workers of 2 games, 10 timesteps per rollout\n" in output
-    assert f"curves     tensorboard --logdir {path.parent}\n" in output
+    assert f" -m tensorboard.main --logdir {path.parent}\n" in output
     assert "1,616 / 1,616 frames" in output and f"--resume {path}\n" in output
     assert not CONTROL.search(output)
     assert newest_checkpoint(path / "checkpoints").timesteps == 404
@@ -778,7 +888,7 @@ def test_f17_resume_without_the_workers(workers_run: Run, tmp_path: Path) -> Non
     path = tmp_path / "Pong-1"
     shutil.copytree(workers_run.path, path)
     output = run_here("--resume", str(path), "--workers", "0", "--frames", "1776")
-    assert "1,616 played" in output and "serial, 2 games" in output
+    assert "1,616 played" in output and "serial, 4 games" in output
     assert newest_checkpoint(path / "checkpoints").timesteps == 444
     run = Run(path, output)
     assert int(run.rows[-1]["train/n_updates"]) > 11
@@ -919,3 +1029,12 @@ def test_f24_no_stdout_at_all(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 50
+
+
+@pytest.mark.parametrize(("flags", "timesteps"), [([], 80), (["--batch-size", "160"], 160)])
+def test_an_update_is_made_of_four_games_unless_asked_otherwise(
+    flags: list[str], timesteps: int
+) -> None:
+    given = parse(run_atari.build_parser(), ["--env", "Pong", "--workers", "0", *flags])
+    config, _ = run_atari.choose_config(given, dict.fromkeys(run_atari.MODES))
+    assert run_atari.make_model(config).batch_size == timesteps

@@ -560,6 +560,21 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert 'under `if __name__ == "__main__":`' in last
     assert done.stderr.count("a new one starts") == 0
+    assert done.stderr.count("Traceback") == 1, "of the script alone, none of its workers"
+
+
+def test_a_script_on_standard_input_is_told_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=UNGUARDED,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(ncrl.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    assert "standard input" in done.stderr.strip().splitlines()[-1]
 
 
 def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

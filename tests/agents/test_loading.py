@@ -431,6 +431,20 @@ def test_sizes_that_no_weight_has_ask_for_no_memory(saved: bytes, tmp_path: Path
     assert "has shape" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "options", [{"n_lstm_layers": 10**9}, {"net_arch": [8] * 10_000}], ids=lambda o: next(iter(o))
+)
+def test_numbers_of_layers_that_no_file_has_keep_nobody_busy(
+    saved: bytes, options: dict[str, Any], tmp_path: Path
+) -> None:
+    def change(description: dict[str, Any]) -> None:
+        description["fields"]["policy_kwargs"].update(options)
+
+    new = changed_json(saved, "ncrl.json", change)
+    path = rewritten(saved, tmp_path / "model.zip", {"ncrl.json": new})
+    assert "more than" in refusal(path)
+
+
 def test_damaged_files_are_told(saved: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.zip"
     for length in (0, 10, len(saved) // 2, len(saved) - 5):

@@ -1,11 +1,15 @@
 """What a run shows: a bar in a terminal, plain lines anywhere else, nothing to a closed stream."""
 
 import contextlib
+import fcntl
 import io
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +89,32 @@ def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = stream.getvalue()
     assert "\r" in text and "100%" in text and "score 52.50 (8 games)" in text
     assert text.endswith("\n"), "what is printed next starts on its own line"
+
+
+@pytest.mark.usefixtures("every_step")
+def test_the_bar_stays_on_one_line_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(theirs, "w", encoding="utf-8") as stream:
+        train(Screen(stream))
+        os.set_blocking(ours, False)
+        text = os.read(ours, 1 << 20).decode(errors="ignore")
+    os.close(ours)
+    assert text.count("\n") == 1 and "\u2588" in text
+    pictures = [part for part in re.split(r"[\r\n]+", text) if part]
+    assert len(pictures) > 5 and max(map(len, pictures)) <= 80
+    assert "score 52.50" in pictures[-1]
+
+
+@pytest.mark.usefixtures("every_step")
+def test_speed_and_time_left_are_without_the_start() -> None:
+    stream = io.StringIO()
+    train(Screen(stream))
+    lines = stream.getvalue().splitlines()
+    assert all(" 0 frames/s, " in line and line.endswith("starting") for line in lines[:5])
+    assert all(line.endswith(" left") for line in lines[5:])
 
 
 @pytest.mark.usefixtures("every_step")
