@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
 from ncrl.networks import LstmState
-from ncrl.sb3.engine import map_obs
+from ncrl.sb3.engine import EnginePolicy, map_obs
 
 
 class Rollout(NamedTuple):
@@ -158,12 +158,59 @@ class RolloutBatch:
             for target, source in zip(self.host.tensors(), rollout.tensors(), strict=True):
                 target[:, column : column + width].copy_(source)
             column += width
-        assert column == self.host.rewards.shape[1], "a batch holds every environment once"
+        assert column == self.host.rewards.shape[1], "the rollouts of a batch fill its columns"
         if self.device.type == "cpu":
             return self.host
         batch = self.host.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         # Where the LSTM starts anew is looked at by the host, which would have to wait for it.
         return batch._replace(episode_start=self.host.episode_start)
+
+
+class RolloutView:
+    """SB3's `rollout_buffer` for callbacks that ask for it when a rollout has ended.
+
+    Arrays [T, B, ...] of what was played. There are no `advantages` and `returns`, which A3C
+    computes inside its update.
+    """
+
+    def __init__(self, rollout: Rollout, policy: EnginePolicy) -> None:
+        self._rollout = rollout
+        self._policy = policy
+        self.buffer_size, self.n_envs = rollout.rewards.shape
+        self.full = True
+
+    @property
+    def observations(self) -> np.ndarray | dict[str, np.ndarray]:
+        obs = map_obs(lambda x: x[:-1].cpu(), self._rollout.obs)
+        return {k: x.numpy() for k, x in obs.items()} if isinstance(obs, dict) else obs.numpy()
+
+    @property
+    def actions(self) -> np.ndarray:
+        return self._rollout.actions.cpu().numpy()
+
+    @property
+    def rewards(self) -> np.ndarray:
+        return self._rollout.rewards.cpu().numpy()
+
+    @property
+    def episode_starts(self) -> np.ndarray:
+        return self._rollout.episode_start[:-1].float().numpy()
+
+    @property
+    def log_probs(self) -> np.ndarray:
+        return self._rollout.log_prob.cpu().numpy()
+
+    @property
+    def values(self) -> np.ndarray:
+        """V(x_t) under the weights of now, computed when asked for."""
+        self._policy.set_training_mode(False)
+        obs, starts, state = (
+            getattr(self._rollout, name) for name in ("obs", "episode_start", "lstm_state")
+        )
+        with torch.no_grad():
+            latent, _ = self._policy.unroll(obs, state, starts)
+            values = self._policy.values(latent)
+        return values[:-1].squeeze(-1).cpu().numpy()
 
 
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
