@@ -266,7 +266,7 @@ def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
         if isinstance(observation, dict):
             raise ValueError(
                 f"the observation is a dict with {_names(observation)}, but this policy was made "
-                f"for {space}"
+                f"for {_line(space)}"
             )
         _check_values("the observation", observation, space)
         return
@@ -288,9 +288,15 @@ def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
 def _check_values(what: str, value: Any, space: spaces.Space[Any]) -> None:
     array = _as_numbers(what, value)
     if array.dtype.kind == "f" and isinstance(space, spaces.Box) and space.dtype.kind in "iu":
-        raise ValueError(f"{what} has dtype {array.dtype}, expected {space.dtype} of {space}")
+        raise ValueError(
+            f"{what} has dtype {array.dtype}, expected {space.dtype} of {_line(space)}"
+        )
+    if isinstance(space, spaces.Box) and array.ndim - len(space.shape) not in (0, 1):
+        raise ValueError(f"{what} has shape {array.shape}, expected {space.shape} or a batch of it")
     if array.size == 0:
-        raise ValueError(f"{what} is empty, with shape {array.shape}; expected one of {space}")
+        raise ValueError(
+            f"{what} is empty, with shape {array.shape}; expected one of {_line(space)}"
+        )
     if isinstance(space, spaces.Discrete):
         is_inside = (array >= 0) & (array < space.n)
     elif isinstance(space, spaces.MultiDiscrete) and array.shape[-1:] == space.nvec.shape:
@@ -299,7 +305,9 @@ def _check_values(what: str, value: Any, space: spaces.Space[Any]) -> None:
         is_inside = np.isfinite(array)
     if not is_inside.all():
         index = tuple(np.argwhere(~is_inside)[0].tolist())
-        raise ValueError(f"{what} is {array[index]} at index {index}, expected one of {space}")
+        raise ValueError(
+            f"{what} is {array[index]} at index {index}, expected one of {_line(space)}"
+        )
 
 
 def check_state(state: Any) -> None:
@@ -386,7 +394,7 @@ def _check_layout(space: spaces.Space[Any], role: str) -> None:
 
 
 def _refuse(space: spaces.Space[Any], role: str, advice: str) -> NoReturn:
-    raise ValueError(f"spaces such as {space} are not supported as {role}: {advice}")
+    raise ValueError(f"spaces such as {_line(space)} are not supported as {role}: {advice}")
 
 
 def check_extractor(policy: ActorCriticPolicy) -> None:
@@ -413,7 +421,7 @@ def check_extractor(policy: ActorCriticPolicy) -> None:
     name = type(policy).__name__
     fitting = "MultiInput" if is_dict else "Cnn" if is_image else "Mlp"
     other = re.sub("MultiInput|Cnn|Mlp", fitting, name)
-    raise ValueError(f"{name} needs {needs}, got {space}; use {other}")
+    raise ValueError(f"{name} needs {needs}, got {_line(space)}; use {other}")
 
 
 def _check_image_sizes(kind: type[BaseFeaturesExtractor], space: spaces.Space[Any]) -> None:
@@ -426,6 +434,11 @@ def _check_image_sizes(kind: type[BaseFeaturesExtractor], space: spaces.Space[An
                 f"NatureCNN, which needs {SMALLEST_IMAGE}x{SMALLEST_IMAGE}; give another "
                 "features_extractor_class"
             )
+
+
+def _line(space: spaces.Space[Any]) -> str:
+    """A space in one line: numpy breaks arrays."""
+    return " ".join(str(space).split())
 
 
 def _names(names: Any) -> str:
