@@ -10,7 +10,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
@@ -112,7 +112,13 @@ def as_factory(env: str | EnvFactory) -> EnvFactory:
     namespace = env.split("/")[0] if "/" in env else None
     if (found := _of_namespace(namespace, env)) is not None:
         return found
-    factory = GymFactory(env)
+    try:
+        factory = GymFactory(env)
+    except ValueError:
+        with suppress(ValueError):  # a game whose ids nobody has registered yet
+            if (found := _of_namespace("ALE", env)) is not None:
+                return found
+        raise
     if factory.spec.entry_point == ATARI and factory.spec.kwargs.get("obs_type", "rgb") == "rgb":
         # `Pong`, `PongNoFrameskip-v4`, `ale_py:ALE/Pong-v5`: one meaning for one game.
         return _of_namespace("ALE", factory.spec.kwargs["game"]) or factory
