@@ -23,7 +23,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncrl import NeurocoderLinear
 from ncrl.agents.buffers import (
@@ -31,6 +31,7 @@ from ncrl.agents.buffers import (
     Rollout,
     RolloutBatch,
     RolloutShape,
+    RolloutView,
     split_envs,
 )
 from ncrl.agents.collector import Collector, NonFiniteError, Outcome
@@ -41,7 +42,9 @@ from ncrl.agents.environments import (
     as_factory,
     build,
     check_object,
+    fresh_seed,
     is_factory,
+    meaning,
 )
 from ncrl.agents.exploration import Exploration, make_exploration
 from ncrl.agents.graph import GraphedUpdates
@@ -56,7 +59,7 @@ from ncrl.agents.learner import (
     apply_gradient,
     rewards_in_loss,
 )
-from ncrl.agents.loading import plain_faults, without_code, write_model
+from ncrl.agents.loading import check_algorithm, plain_faults, without_code, write_model
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
 from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
@@ -70,7 +73,7 @@ from ncrl.agents.supervision import (
     slots_for,
 )
 from ncrl.agents.weights import SharedWeights, layout
-from ncrl.agents.worker import PolicySpec, end_if_importing_main
+from ncrl.agents.worker import PolicySpec, end_if_importing_main, unreadable_main
 from ncrl.diagnostics import describe
 from ncrl.sb3 import (
     CnnLstmPolicy,
@@ -108,6 +111,20 @@ FORGOTTEN_AFTER = 10
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
 
 
+DEFAULT_ENVS = 16
+"""Environments that are built from an id or a factory, unless `n_envs` says otherwise."""
+
+FEW_ENVS = 4
+"""Number of environments in this process from which on they are many."""
+
+FEW_STEPS, MANY_STEPS = 5, 20
+"""Defaults of `n_steps`. Few environments make small updates, so that there must be more of them:
+tiny tasks end before rollouts of 20 have made a hundred."""
+
+FEW_RATE, MANY_RATE = 1e-2, 7e-4
+"""Defaults of the learning rate at the start."""
+
+
 class A3C(OnPolicyAlgorithm):
     """Actor-critic, with memory or without, played by worker processes and trained by one learner.
 
@@ -121,9 +138,11 @@ class A3C(OnPolicyAlgorithm):
         env: where it plays. A factory `factory(n_envs, seed) -> VecEnv` (such as
             `ncrl.envs.atari("Pong")`) or a Gymnasium id is built inside the worker processes. An
             environment object is played in this process, serially and reproducibly.
-        learning_rate: a number, or a schedule of the remaining progress; 7e-4 falling linearly
-            to 0 by default.
-        n_steps: T, timesteps per rollout.
+        learning_rate: a number, or a schedule of the remaining progress; None takes `FEW_RATE` for
+            fewer than `FEW_ENVS` environments in this process and `MANY_RATE` for all others, both
+            falling linearly to 0.
+        n_steps: T, timesteps per rollout; None takes 5 for fewer than `FEW_ENVS` environments in
+            this process, and 20 for all others.
         batch_size: timesteps per update, a multiple of `n_steps` that divides `n_steps * n_envs`;
             whole rollouts of some environments. None takes all environments at once.
         gamma: discount.
@@ -157,7 +176,8 @@ class A3C(OnPolicyAlgorithm):
             others arrive where a game ends, and everything where this process plays.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
             per core.
-        n_envs: environments of all workers together; a multiple of `n_workers`.
+        n_envs: environments that are built from an id or a factory, of all workers together; a
+            multiple of `n_workers`. None takes 16.
         limits: time-outs and restarts of the workers.
         stats_window_size: whole games that means of scores are taken over.
         tensorboard_log: folder of TensorBoard runs.
@@ -195,8 +215,8 @@ class A3C(OnPolicyAlgorithm):
         self,
         policy: str | type[EnginePolicy],
         env: GymEnv | str | EnvFactory | None,
-        learning_rate: float | Schedule = LinearSchedule(7e-4, 0.0, 1.0),  # noqa: B008
-        n_steps: int = 20,
+        learning_rate: float | Schedule | None = None,
+        n_steps: int | None = None,
         batch_size: int | None = None,
         gamma: float = 0.99,
         gae_lambda: float = 1.0,
@@ -219,7 +239,7 @@ class A3C(OnPolicyAlgorithm):
         intrinsic_kwargs: dict[str, Any] | None = None,
         info_keywords: Sequence[str] = (),
         n_workers: int | None = None,
-        n_envs: int = 16,
+        n_envs: int | None = None,
         limits: Limits | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -255,12 +275,15 @@ class A3C(OnPolicyAlgorithm):
         """Of all whole games."""
         self.first_scored_at = -1
         """Timesteps after which the first game with a score above 0 ended."""
-        self.games_seed = _fresh_seed() if seed is None else seed
+        self.games_seed = fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
+        self._counts_are_news = n_envs is None  # to a user who has named one environment
         played: GymEnv | None
         if is_factory(env):
+            n_envs = DEFAULT_ENVS if n_envs is None else n_envs
             self.n_workers = default_workers(n_envs) if n_workers is None else n_workers
             self.env_factory = as_factory(env)  # type: ignore[arg-type]
+            _tell_meaning(env, self.env_factory, verbose)
             played = self._played_by(self.env_factory, n_envs)
         elif n_workers:
             raise ValueError(_needs_factory(n_workers, env))
@@ -272,6 +295,11 @@ class A3C(OnPolicyAlgorithm):
             getattr(source, "reward_clip", None) if reward_clip == "env" else (reward_clip)
         )
         self.frames_per_timestep = int(getattr(source, "frame_skip", 1))
+        is_few = not self.n_workers and getattr(played, "num_envs", 1) < FEW_ENVS
+        if n_steps is None:
+            n_steps = FEW_STEPS if is_few else MANY_STEPS
+        if learning_rate is None:
+            learning_rate = LinearSchedule(FEW_RATE if is_few else MANY_RATE, 0.0, 1.0)
         super().__init__(
             policy,
             played,  # type: ignore[arg-type]
@@ -390,12 +418,12 @@ class A3C(OnPolicyAlgorithm):
     def set_env(self, env: GymEnv | str | EnvFactory, force_reset: bool = True) -> None:
         """As in SB3; also takes an id or a factory, which is played as before, by workers or not.
 
-        An environment object is played in this process from now on.
+        An environment object is played in this process from now on, unless it is the model's own.
         """
         if is_factory(env):
             self.env_factory = as_factory(env)  # type: ignore[arg-type]
             env = self._played_by(self.env_factory, self.n_envs)
-        else:
+        elif env is not self.env:
             check_object(env)
             self.env_factory, self.n_workers = None, 0
         super().set_env(env, force_reset)  # type: ignore[arg-type]
@@ -451,9 +479,12 @@ class A3C(OnPolicyAlgorithm):
         force_reset: bool = True,
         *,
         trust: bool = False,
+        known: Iterable[type] = (),
         **kwargs: Any,
     ) -> SelfA3C:
         """As in SB3, but no code of the file is run.
+
+        As in SB3, a model that was made with a seed seeds Python, numpy and torch with it again.
 
         Args:
             path: of the zip, or the zip as an open file.
@@ -463,6 +494,9 @@ class A3C(OnPolicyAlgorithm):
             print_system_info: of the computer that saved, and of this one.
             force_reset: whether the environment is reset before training goes on.
             trust: read like SB3, which runs whatever code the file carries.
+            known: classes of yours that the file may name, such as a features extractor, besides
+                those of ncrl, SB3 and torch. Features extractors and policies that your program has
+                already imported are known.
             kwargs: attributes to set in place of the saved ones.
 
         Raises:
@@ -480,8 +514,10 @@ class A3C(OnPolicyAlgorithm):
         if "batch_size" not in kwargs:  # the saved one was made for the saved number of n_envs
             kwargs["_is_loaded"] = True
         source: Any = path
-        if not trust:
-            source, custom_objects = without_code(cls, path, custom_objects, kwargs)
+        if trust:
+            check_algorithm(path)
+        else:
+            source, custom_objects = without_code(cls, path, custom_objects, kwargs, known)
         with nullcontext() if trust else plain_faults(path):
             model = super().load(
                 source,
@@ -505,7 +541,11 @@ class A3C(OnPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """As in SB3, whose own loader reads it too; `load` then needs no code of the file."""
+        """As in SB3, whose own loader reads it too; `load` then needs no code of the file.
+
+        Warns:
+            UserWarning: for what `load` will need `known`, `custom_objects` or `trust` for.
+        """
         zipped = io.BytesIO()
         super().save(zipped, exclude, include)
         write_model(self, zipped.getvalue(), path)
@@ -543,6 +583,8 @@ class A3C(OnPolicyAlgorithm):
         if self.correction not in CORRECTIONS:
             hint = suggest(self.correction, CORRECTIONS)
             raise ValueError(f"unknown correction {self.correction!r}; {hint}")
+        if self.policy_kwargs.get("squash_output") and not self.use_sde:
+            raise ValueError("squash_output=True needs use_sde=True, got use_sde=False")
         for name in {"orth_coef", "balance_coef"} & set(self.policy_kwargs):
             raise ValueError(
                 f"{name} is an argument of A3C itself, not of its policy: give "
@@ -597,6 +639,7 @@ class A3C(OnPolicyAlgorithm):
         self._started = time.monotonic_ns()
         stopwatch = self._stopwatch
         with (
+            self._no_stop_remains(),
             _learner_threads(self.n_workers),
             stopwatch.phase("setup"),
             self._player() as player,
@@ -613,6 +656,7 @@ class A3C(OnPolicyAlgorithm):
                 if self._batch is None:
                     break
                 with stopwatch.phase("callbacks"):
+                    rollout_buffer = RolloutView(self._batch.rollout, self.policy)
                     callback.update_locals(locals())
                     callback.on_rollout_end()
                 iteration += 1
@@ -626,8 +670,27 @@ class A3C(OnPolicyAlgorithm):
                         self.dump_logs(iteration)
             with stopwatch.phase("callbacks"):
                 callback.on_training_end()
-        self._stop_requested = False
         return self
+
+    @contextmanager
+    def _no_stop_remains(self) -> Iterator[None]:
+        """A stop is for the training that it was asked for in, whether or not that succeeds."""
+        try:
+            yield
+        finally:
+            self._stop_requested = False
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        with (
+            self.env.resting()
+            if isinstance(self.env, RemoteEnvs) and self.n_workers
+            else nullcontext()
+        ):
+            try:
+                return super()._setup_learn(*args, **kwargs)
+            except BaseException:
+                self._stop_requested = False
+                raise
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if self.env_factory is None:
@@ -635,7 +698,10 @@ class A3C(OnPolicyAlgorithm):
         with warnings.catch_warnings():
             # What `EvalCallback` compares its environment with is a stand-in of ours.
             warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
-            return super()._init_callback(callback, progress_bar)
+            made = super()._init_callback(callback, progress_bar)
+        if self._counts_are_news:
+            _warn_of_frequencies(made, self.n_envs)
+        return made
 
     @property
     def envs_per_update(self) -> int:
@@ -842,6 +908,12 @@ class A3C(OnPolicyAlgorithm):
             return
         assert self.env_factory is not None, "only factories are played by workers"
         end_if_importing_main()
+        if (script := unreadable_main()) is not None:
+            raise RuntimeError(
+                f"worker processes import your script again, which came from {script}: save it to "
+                'a file, with what starts a training under `if __name__ == "__main__":`, or use '
+                "n_workers=0"
+            )
         self._check_workers_can_build()
         self.check_machine()
         shape = self._rollout_shape(self.n_envs // self.n_workers)
@@ -901,7 +973,12 @@ class A3C(OnPolicyAlgorithm):
     def _after_step(self, callback: BaseCallback, outcome: Outcome) -> bool:
         """SB3's bookkeeping for one row of `n_envs` timesteps."""
         self.num_timesteps += self.n_envs
-        seen = outcome._asdict() | {"self": self, "env": self.env, "n_steps": outcome.row}
+        seen = outcome._asdict() | {
+            "self": self,
+            "env": self.env,
+            "n_steps": outcome.row,
+            "n_rollout_steps": self.n_steps,
+        }
         with self._stopwatch.phase("callbacks"):
             callback.update_locals(seen)
             if not callback.on_step():
@@ -936,6 +1013,7 @@ class A3C(OnPolicyAlgorithm):
             "_is_loaded",
             "exploration",
             "_started",
+            "_counts_are_news",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -983,6 +1061,31 @@ def _whole_number(name: str, value: Any) -> int:
     return int(value)
 
 
+def _tell_meaning(env: Any, factory: EnvFactory, verbose: int) -> None:
+    """Say what an id of a game stands for here; aloud, where SB3's users mean something else."""
+    if not isinstance(env, str) or (line := meaning(env, factory)) is None:
+        return
+    if not env.startswith("ALE/"):
+        warnings.warn(f"{line}; for other rules give ncrl.envs.atari(...)", stacklevel=3)
+    elif verbose >= 1:
+        print(line)
+
+
+def _warn_of_frequencies(callback: BaseCallback, n_envs: int) -> None:
+    """Warn of callbacks that count calls: SB3's users of an id are used to one per timestep."""
+    for part in getattr(callback, "callbacks", ()):
+        _warn_of_frequencies(part, n_envs)
+    for name in ("save_freq", "eval_freq"):
+        if frequency := getattr(callback, name, 0):
+            warnings.warn(
+                f"{type(callback).__name__}({name}={frequency}) counts calls, and an id makes "
+                f"{n_envs} environments here, which are one call: it acts every "
+                f"{frequency * n_envs} timesteps. Give {name}=max(timesteps // {n_envs}, 1), and "
+                f"n_envs={n_envs} if that is what you mean",
+                stacklevel=2,
+            )
+
+
 def _needs_factory(n_workers: int, env: object) -> str:
     return (
         f"n_workers={n_workers} needs an env that workers can build: a Gymnasium id or a "
@@ -993,7 +1096,8 @@ def _needs_factory(n_workers: int, env: object) -> str:
 def _wrong_policy(policy: Any) -> str:
     """What to do with a policy that A3C does not take."""
     if not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
-        return f"policy must be a name or a policy class, got {policy!r}"
+        got = f"an object of {type(policy).__name__}" if isinstance(policy, nn.Module) else policy
+        return f"policy must be a name or a policy class, got {got!r}"
     kind = next((kind for kind in ("Cnn", "MultiInput") if kind in policy.__name__), "Mlp")
     memory = "Lstm" if issubclass(policy, RecurrentActorCriticPolicy) else ""
     name = f"{kind}{memory}Policy"
@@ -1001,10 +1105,6 @@ def _wrong_policy(policy: Any) -> str:
         f"A3C needs a policy derived from ncrl.sb3.EnginePolicy, which {policy.__name__} is not; "
         f"use policy={name!r}, or derive yours from ncrl.sb3.{name}"
     )
-
-
-def _fresh_seed() -> int:
-    return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
 
 
 __all__: list[str] = ["A3C", "NonFiniteError", "default_workers"]

@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
 from ncrl.networks import LstmState
-from ncrl.sb3.engine import map_obs
+from ncrl.sb3.engine import EnginePolicy, map_obs
 
 
 class Rollout(NamedTuple):
@@ -175,7 +175,7 @@ class RolloutBatch:
                 # Not by torch, whose threads would fight those of the workers for their cores.
                 target.numpy()[:, column : column + width] = source.numpy()
             column += width
-        assert column == self.host.rewards.shape[1], "a batch holds every environment once"
+        assert column == self.host.rewards.shape[1], "the rollouts of a batch fill its columns"
         if self._mover is None:
             return self.host
         batch = self._mover.move()
@@ -262,6 +262,53 @@ def beside(rollout: Rollout, other: Rollout) -> Rollout:
         return torch.cat([one, two.to(one.device)], dim=1)
 
     return Rollout(*map(join, rollout, other))  # type: ignore[arg-type]
+
+
+class RolloutView:
+    """SB3's `rollout_buffer` for callbacks that ask for it when a rollout has ended.
+
+    Arrays [T, B, ...] of what was played. There are no `advantages` and `returns`, which A3C
+    computes inside its update.
+    """
+
+    def __init__(self, rollout: Rollout, policy: EnginePolicy) -> None:
+        self._rollout = rollout
+        self._policy = policy
+        self.buffer_size, self.n_envs = rollout.rewards.shape
+        self.full = True
+
+    @property
+    def observations(self) -> np.ndarray | dict[str, np.ndarray]:
+        obs = map_obs(lambda x: x[:-1].cpu(), self._rollout.obs)
+        return {k: x.numpy() for k, x in obs.items()} if isinstance(obs, dict) else obs.numpy()
+
+    @property
+    def actions(self) -> np.ndarray:
+        return self._rollout.actions.cpu().numpy()
+
+    @property
+    def rewards(self) -> np.ndarray:
+        return self._rollout.rewards.cpu().numpy()
+
+    @property
+    def episode_starts(self) -> np.ndarray:
+        return self._rollout.episode_start[:-1].float().numpy()
+
+    @property
+    def log_probs(self) -> np.ndarray:
+        return self._rollout.log_prob.cpu().numpy()
+
+    @property
+    def values(self) -> np.ndarray:
+        """V(x_t) under the weights of now, computed when asked for."""
+        self._policy.set_training_mode(False)
+        obs, starts, state = (
+            getattr(self._rollout, name) for name in ("obs", "episode_start", "lstm_state")
+        )
+        with torch.no_grad():
+            latent, _ = self._policy.unroll(obs, state, starts)
+            values = self._policy.values(latent)
+        return values[:-1].squeeze(-1).cpu().numpy()
 
 
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:

@@ -35,19 +35,35 @@ class Outcome(NamedTuple):
     rewards: np.ndarray
     dones: np.ndarray
     infos: list[dict[str, Any]]
+    obs_tensor: PyTorchObs
+    """What they showed before, [B, ...]."""
+    log_probs: Tensor
+    """Log-probabilities of the actions, [B]."""
+    clipped_actions: np.ndarray
+    """The actions as the environments took them."""
+    values: Tensor | None
+    """V(obs_tensor), [B, 1], where this process plays; workers leave values to the learner."""
 
 
 class Collector:
     """Holds where a vector environment stands between rollouts, and plays on from there."""
 
     def __init__(
-        self, env: VecEnv, policy: EnginePolicy, first_obs: Any, *, sde_sample_freq: int = -1
+        self,
+        env: VecEnv,
+        policy: EnginePolicy,
+        first_obs: Any,
+        *,
+        sde_sample_freq: int = -1,
+        with_values: bool = False,
     ) -> None:
         self.env = env
         self.policy = policy
         self.obs = first_obs
         self.sde_sample_freq = sde_sample_freq
         """Timesteps between new noise of gSDE; -1 draws it at the begin of a rollout."""
+        self.with_values = with_values
+        """Whether outcomes tell values, which playing itself has no need of."""
         self.episode_start = np.ones(env.num_envs, dtype=bool)
         self.lstm_state = policy.initial_state(env.num_envs)
         self.env_seconds = 0.0
@@ -105,13 +121,15 @@ class Collector:
                     "the policy computes no finite probabilities any more; a lower learning rate "
                     "or max_grad_norm may help"
                 ) from error
+            values = self.policy.values(step.latent) if self.with_values else None
         self.lstm_state = step.lstm_state
         with self.stopwatch.phase("copy"):
             rollout.actions[t] = step.actions
             rollout.log_prob[t] = step.log_prob
         started = time.monotonic()
         with self.stopwatch.phase("environment"):
-            new_obs, rewards, dones, infos = self.env.step(self._for_env(step.actions))
+            for_env = actions_for_env(self.policy, step.actions)
+            new_obs, rewards, dones, infos = self.env.step(for_env)
         self.env_seconds += time.monotonic() - started
         rewards = np.asarray(rewards, dtype=np.float32)
         _check_finite("reward", rewards, t)
@@ -127,7 +145,18 @@ class Collector:
                 with self.stopwatch.phase("forward"):
                     rollout.truncation_value[t, i] = self._value_after(terminal, i)
         self.obs, self.episode_start = new_obs, dones
-        return Outcome(t, rollout.actions[t].numpy(), new_obs, rewards, dones, infos)
+        return Outcome(
+            t,
+            rollout.actions[t].numpy(),
+            new_obs,
+            rewards,
+            dones,
+            infos,
+            obs,
+            rollout.log_prob[t],
+            for_env,
+            values,
+        )
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
         """Value of the observation environment i was cut off at (SB3 issue 633)."""
@@ -138,16 +167,18 @@ class Collector:
         latent, _ = self.policy.encode(obs, state, going_on)
         return self.policy.values(latent).squeeze()
 
-    def _for_env(self, actions: Tensor) -> np.ndarray:
-        """Actions as the environment takes them: Gaussian samples are clipped to the bounds, and
-        those squashed into -1 .. 1 are scaled to them."""
-        array: np.ndarray = actions.cpu().numpy()
-        if isinstance(self.env.action_space, spaces.Box):
-            if self.policy.squash_output:
-                scaled: np.ndarray = self.policy.unscale_action(array)
-                return scaled
-            return np.clip(array, self.env.action_space.low, self.env.action_space.high)
-        return array
+
+def actions_for_env(policy: EnginePolicy, actions: Tensor) -> np.ndarray:
+    """Actions as the environment takes them: Gaussian samples are clipped to the bounds, and those
+    squashed into -1 .. 1 are scaled to them."""
+    array: np.ndarray = actions.cpu().numpy()
+    space = policy.action_space
+    if isinstance(space, spaces.Box):
+        if policy.squash_output:
+            scaled: np.ndarray = policy.unscale_action(array)
+            return scaled
+        return np.clip(array, space.low, space.high)
+    return array
 
 
 def _write_row(obs: PyTorchObs, t: int, values: Any) -> None:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, NoReturn
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
+from gymnasium.envs.registration import (
+    EnvSpec,
+    find_highest_version,
+    get_env_id,
+    parse_env_id,
+)
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import (
@@ -27,6 +34,8 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from ncrl.sb3.engine import check_spaces
+
 EnvFactory = Callable[[int, int], VecEnv]
 """`factory(n_envs, seed)`, called in the process that plays the environments."""
 
@@ -35,10 +44,16 @@ ENTRY_POINTS = "ncrl.environments"
 whose values turn such an id into a factory. It lets ids of other packages, and of `envs`, come with
 their proper preprocessing while `agents` imports none of them."""
 
+ATARI = "ale_py.env:AtariEnv"
+"""What Gymnasium builds Atari games with, under all their ids."""
+
 
 @dataclass(frozen=True)
 class GymFactory:
     """Copies of one registered Gymnasium environment, each under SB3's Monitor.
+
+    The registration travels along, so that workers also know an id that was registered in a script
+    or a notebook.
 
     Raises:
         ValueError: at construction, for an id that `gymnasium.make` does not know.
@@ -48,6 +63,8 @@ class GymFactory:
     """As for `gymnasium.make`: also without a version, or with the module that registers it before
     a colon."""
 
+    spec: EnvSpec = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         module, _, name = self.env_id.rpartition(":")
         try:
@@ -56,13 +73,23 @@ class GymFactory:
             namespace, plain_name, version = parse_env_id(name)
             if version is None:
                 version = find_highest_version(namespace, plain_name)
-            gymnasium.spec(get_env_id(namespace, plain_name, version))
+            spec = gymnasium.spec(get_env_id(namespace, plain_name, version))
         except (gymnasium.error.Error, ImportError) as error:
             raise ValueError(f"unknown environment {self.env_id!r}: {error}") from error
+        object.__setattr__(self, "spec", spec)
 
     def __call__(self, n_envs: int, seed: int) -> VecEnv:
         """Environment i is seeded with `seed + i`."""
-        return make_vec_env(self.env_id, n_envs, seed=seed)
+        return make_vec_env(self._make, n_envs, seed=seed)
+
+    def _make(self) -> gymnasium.Env[Any, Any]:
+        """As `make_vec_env` does with an id: for pictures, where the environment draws them."""
+        try:
+            env = gymnasium.make(self.spec, render_mode="rgb_array")
+        except TypeError:
+            env = gymnasium.make(self.spec)
+        check_spaces(env.observation_space, env.action_space)
+        return env
 
 
 def as_factory(env: str | EnvFactory) -> EnvFactory:
@@ -83,11 +110,36 @@ def as_factory(env: str | EnvFactory) -> EnvFactory:
             ) from error
         return env
     namespace = env.split("/")[0] if "/" in env else None
+    if (found := _of_namespace(namespace, env)) is not None:
+        return found
+    try:
+        factory = GymFactory(env)
+    except ValueError:
+        with suppress(ValueError):  # a game whose ids nobody has registered yet
+            if (found := _of_namespace("ALE", env)) is not None:
+                return found
+        raise
+    if factory.spec.entry_point == ATARI and factory.spec.kwargs.get("obs_type", "rgb") == "rgb":
+        # `Pong`, `PongNoFrameskip-v4`, `ale_py:ALE/Pong-v5`: one meaning for one game.
+        return _of_namespace("ALE", factory.spec.kwargs["game"]) or factory
+    return factory
+
+
+def _of_namespace(namespace: str | None, env_id: str) -> EnvFactory | None:
+    """What the entry point of a namespace makes of an id, if there is one."""
     for entry_point in entry_points(group=ENTRY_POINTS):
         if entry_point.name == namespace:
-            factory: EnvFactory = entry_point.load()(env)
+            factory: EnvFactory = entry_point.load()(env_id)
             return factory
-    return GymFactory(env)
+    return None
+
+
+def meaning(env: str, factory: EnvFactory) -> str | None:
+    """What an id stands for, in one line, where it is more than what Gymnasium registers."""
+    describe = getattr(factory, "describe", None)
+    if describe is None:
+        return None
+    return f"{env} is played as {', '.join(f'{k}={v!r}' for k, v in describe().items())}"
 
 
 def is_factory(env: object) -> bool:
@@ -98,20 +150,18 @@ def is_factory(env: object) -> bool:
 
 
 def check_object(env: object) -> None:
-    """What SB3 does not say about objects that are no environments.
+    """What SB3 does not say about objects that are no environments, or of odd spaces.
 
     Raises:
-        ValueError: for classes, lists, and the stand-in for what workers of another model play.
+        ValueError: for classes and lists, and for spaces that are not supported.
     """
-    if isinstance(env, RemoteEnvs):
-        raise ValueError(
-            "this environment is played by the workers of another model; give its id or factory"
-        )
     if env is not None and not isinstance(env, (VecEnv, gymnasium.Env)):
         raise ValueError(
             "env must be an environment, a Gymnasium id or a factory(n_envs, seed) -> VecEnv, got "
             f"{env!r}; lists of functions make a DummyVecEnv"
         )
+    if env is not None:
+        check_spaces(env.observation_space, env.action_space)
 
 
 def build(factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
@@ -121,20 +171,24 @@ def build(factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
         raise ValueError(
             f"the environment factory must return a VecEnv of {n_envs} environments, got {env!r}"
         )
+    check_spaces(env.observation_space, env.action_space)
     return BaseAlgorithm._wrap_env(env, monitor_wrapper=False)
 
 
 class RemoteEnvs(VecEnv):
     """The workers' environments as SB3 and its callbacks see them: spaces and number.
 
-    They live in the worker processes; there is nothing here to step.
+    Those that train live in the worker processes. Whoever resets, steps or asks this object gets
+    environments of the same kind, built in this process when they are first needed.
     """
 
-    def __init__(
-        self, n_envs: int, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
-    ) -> None:
-        self.render_mode = None
-        super().__init__(n_envs, observation_space, action_space)
+    def __init__(self, factory: EnvFactory, n_envs: int, probe: VecEnv) -> None:
+        self.render_mode = probe.render_mode
+        self._factory = factory
+        self._envs: VecEnv | None = None
+        self._seed: int | None = None
+        self._is_resting = False
+        super().__init__(n_envs, probe.observation_space, probe.action_space)
 
     @classmethod
     def like(cls, factory: EnvFactory, n_envs: int) -> RemoteEnvs:
@@ -156,12 +210,31 @@ class RemoteEnvs(VecEnv):
                     "the environment factory returns a SubprocVecEnv, but workers may not start "
                     "processes of their own; return a DummyVecEnv, or use n_workers=0"
                 )
-            return cls(n_envs, probe.observation_space, probe.action_space)
+            return cls(factory, n_envs, probe)
         finally:
             probe.close()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Nothing is built for a reset inside the block, which answers with zeros: SB3 resets what
+        it trains on, and the workers reset theirs."""
+        self._is_resting = True
+        try:
+            yield
+        finally:
+            self._is_resting = False
+
+    @property
+    def envs(self) -> VecEnv:
+        """The environments of this process."""
+        if self._envs is None:
+            seed = fresh_seed() if self._seed is None else self._seed
+            self._envs = build(self._factory, self.num_envs, seed)
+        return self._envs
+
     def reset(self) -> Any:
-        """A blank observation: SB3 resets what it trains on, and the workers reset theirs."""
+        if not self._is_resting:
+            return self.envs.reset()
 
         def blank(space: spaces.Space[Any]) -> np.ndarray:
             return np.zeros((self.num_envs, *(space.shape or ())), space.dtype)
@@ -172,36 +245,48 @@ class RemoteEnvs(VecEnv):
         return blank(space)
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._refuse()
+        self.envs.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise RuntimeError(
-            "the environments of this model live in its worker processes; "
-            "give evaluate_policy or predict an environment of your own"
-        )
+        return self.envs.step_wait()
 
     def close(self) -> None:
-        """Nothing to close: the workers end with `learn`."""
+        """The workers' own end with `learn`."""
+        if self._envs is not None:
+            self._envs.close()
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        self._seed = seed
+        if self._envs is None:
+            return super().seed(seed)
+        return self._envs.seed(seed)
 
     def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
+        return self.envs.env_is_wrapped(wrapper_class, indices)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+        if attr_name == "render_mode":  # which SB3 asks every VecEnv for when it is made
+            return [self.render_mode for _ in self._get_indices(indices)]
+        return self.envs.get_attr(attr_name, indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        self._refuse()
+        self.envs.set_attr(attr_name, value, indices)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
     ) -> list[Any]:
-        self._refuse()
+        return self.envs.env_method(method_name, *method_args, indices=indices, **kwargs)
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        return [None] * self.num_envs
+        return self.envs.get_images()
+
+    def render(self, mode: str | None = None) -> np.ndarray | None:
+        """As in SB3; None, with a warning, where what draws is not installed."""
+        try:
+            return self.envs.render(mode)
+        except gymnasium.error.DependencyNotInstalled as error:
+            warnings.warn(str(error), stacklevel=2)
+            return None
 
 
 class RecordedEnv(VecEnvWrapper):
@@ -246,6 +331,11 @@ class RecordedEnv(VecEnvWrapper):
         if isinstance(self.action_space, spaces.Discrete) and self.action_space.n <= 256:
             return actions.astype(np.uint8)
         return actions
+
+
+def fresh_seed() -> int:
+    """A seed that the system draws."""
+    return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
 
 
 class _Rows:

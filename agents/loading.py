@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,17 +24,17 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.supervision import Limits
+from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import compare_tensors, without_memory
-from ncrl.sb3.plain import from_plain, to_plain
+from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
 from ncrl.settings import shown, suggest
-
-logger = logging.getLogger(__name__)
 
 DESCRIPTION = "ncrl.json"
 VERSION = 1
@@ -46,6 +46,19 @@ TENSORS = ("policy.pth", "policy.optimizer.pth", "exploration.pth", "pytorch_var
 
 NEVER_SAVED = ("env", "env_factory", "policy", "_logger")
 """Names that a checkpoint cannot give a meaning to: an id of an environment imports modules."""
+
+OF_A3C = "correction"
+"""A field that every saved A3C has, and no other algorithm."""
+
+OTHERS = {
+    "cg_max_steps": "TRPO",
+    "clip_range": "PPO or RecurrentPPO",
+    "exploration_rate": "DQN",
+    "target_entropy": "SAC",
+    "policy_delay": "TD3",
+    "normalize_advantage": "A2C",
+}
+"""Fields that tell who has saved a zip, the most telling ones first."""
 
 DERIVED = ("lr_schedule",)
 """Attributes that `_setup_model` makes of others."""
@@ -75,28 +88,48 @@ def write_model(model: BaseAlgorithm, zipped: bytes, path: str | pathlib.Path | 
     described.write(zipped)
     with zipfile.ZipFile(described, "a") as archive:
         data = json.loads(archive.read("data"))
-        archive.writestr(DESCRIPTION, json.dumps(_describe(vars(model), _pickled(data))))
+        classes = _classes(type(model))
+        described_fields = _describe(vars(model), _pickled(data), classes)
+        archive.writestr(DESCRIPTION, json.dumps(described_fields))
     file = open_path(path, "w", verbose=0, suffix="zip")
     file.write(described.getbuffer())
     if isinstance(path, (str, pathlib.Path)):
         file.close()
 
 
-def _describe(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def _describe(
+    values: Mapping[str, Any], names: Collection[str], classes: Collection[type]
+) -> dict[str, Any]:
     fields = {}
     for name in names:
         if name in DERIVED:
             continue
         try:
             fields[name] = to_plain(values[name], repr(name))
+            from_plain(fields[name], repr(name), classes)
+        except UnknownClassError as error:
+            warnings.warn(f"saved, but load() will need known=[...]: {error}", stacklevel=4)
         except ValueError as error:
-            logger.warning("saved, but load() will ask for trust=True or custom_objects: %s", error)
+            warnings.warn(
+                f"saved, but load() will need custom_objects={{{name!r}: ...}} or trust=True: "
+                f"{error}",
+                stacklevel=4,
+            )
     return {"version": VERSION, "fields": fields}
 
 
 def _pickled(data: Mapping[str, Any]) -> list[str]:
     """The fields that SB3 has pickled."""
     return [name for name, value in data.items() if isinstance(value, dict) and PICKLED in value]
+
+
+def _classes(kind: type[BaseAlgorithm]) -> list[type]:
+    """What a file may name: our own, and features extractors and policies of the running program,
+    which are classes that somebody has already imported and that do nothing but compute."""
+    own = [BaseFeaturesExtractor, EnginePolicy]
+    for parent in own:  # which grows while it is walked
+        own += parent.__subclasses__()
+    return [*own, *kind.policy_aliases.values(), *CLASSES]
 
 
 # Loading.
@@ -107,6 +140,7 @@ def without_code(
     path: str | pathlib.Path | io.BufferedIOBase,
     custom_objects: dict[str, Any] | None,
     replaced: Mapping[str, Any],
+    known: Iterable[type] = (),
 ) -> tuple[io.BytesIO, dict[str, Any]]:
     """What to give to SB3's loader so that it opens no pickle.
 
@@ -115,6 +149,7 @@ def without_code(
         path: of the zip, or the zip as an open file.
         custom_objects: values by field, which come before those of the file.
         replaced: attributes that the caller sets after loading.
+        known: classes that the file may name besides ours.
 
     Returns:
         The content of the file, read once and checked, and custom objects for each of its pickles.
@@ -125,12 +160,17 @@ def without_code(
     """
     if custom_objects is not None and not isinstance(custom_objects, dict):
         raise ValueError(f"custom_objects must be a dict, got {type(custom_objects).__name__}")
+    classes = list(known)
+    if wrong := [value for value in classes if not isinstance(value, type)]:
+        raise ValueError(f"known must hold classes, got {wrong[0]!r}")
+    classes += _classes(kind)
     content = _read(path)
     with one_line(path), zipfile.ZipFile(io.BytesIO(content)) as archive:
         _check_members(archive, len(content))
         data = _json(archive, "data")
+        _check_algorithm(data)
         given = {**replaced, **(custom_objects or {})}
-        objects = dict(custom_objects or {}) | _objects(kind, archive, data, given)
+        objects = dict(custom_objects or {}) | _objects(kind, archive, data, given, classes)
         values = {**data, **objects}
         tensors = {
             name: read_tensors(archive, name, _limit(len(content)))
@@ -143,6 +183,21 @@ def without_code(
             _check_policy(kind, values, tensors)
         _check_rollout(values)
     return io.BytesIO(content), objects
+
+
+def check_algorithm(path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    """Raise ValueError for what another algorithm has saved; no code of the file is run."""
+    with one_line(path), zipfile.ZipFile(io.BytesIO(_read(path))) as archive:
+        _check_algorithm(_json(archive, "data"))
+    if not isinstance(path, (str, pathlib.Path)):
+        path.seek(0)
+
+
+def _check_algorithm(data: Mapping[str, Any]) -> None:
+    if OF_A3C in data:
+        return
+    other = next((name for field, name in OTHERS.items() if field in data), "another algorithm")
+    raise ValueError(f"it was saved by {other}, not by A3C; load it with the class that saved it")
 
 
 def _read(path: str | pathlib.Path | io.BufferedIOBase) -> bytes:
@@ -189,21 +244,13 @@ def _objects(
     archive: zipfile.ZipFile,
     data: Mapping[str, Any],
     given: Mapping[str, Any],
+    classes: Collection[type],
 ) -> dict[str, Any]:
     """The value of every field that SB3 would read from a pickle."""
     for name in data:
         if name in NEVER_SAVED or hasattr(kind, name):
             raise ValueError(f"it gives a value to {name!r}, which no saved A3C does")
-    described: Any = {}
-    if DESCRIPTION in archive.namelist():
-        description = _json(archive, DESCRIPTION)
-        if description.get("version") != VERSION or not isinstance(description.get("fields"), dict):
-            raise ValueError(
-                f"its description has version {description.get('version')!r}, and this release of "
-                f"ncrl reads version {VERSION}"
-            )
-        described = description["fields"]
-    aliases = kind.policy_aliases.values()
+    described = _description(archive)
     objects: dict[str, Any] = {}
     for name in _pickled(data):
         if name in given:
@@ -212,7 +259,9 @@ def _objects(
             objects[name] = None
         elif name in described:
             try:
-                objects[name] = from_plain(described[name], repr(name), (*CLASSES, *aliases))
+                objects[name] = from_plain(described[name], repr(name), classes)
+            except UnknownClassError as error:
+                raise ValueError(f"{error}; give it, known=[...]; or {_way_out(name)}") from error
             except ValueError as error:
                 raise ValueError(f"{error}; {_way_out(name)}") from error
         else:
@@ -222,6 +271,20 @@ def _objects(
                 f"{_way_out(name)}"
             )
     return objects
+
+
+def _description(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """The fields that `write_model` has described; none in a zip of SB3's own."""
+    if DESCRIPTION not in archive.namelist():
+        return {}
+    description = _json(archive, DESCRIPTION)
+    fields = description.get("fields")
+    if description.get("version") != VERSION or not isinstance(fields, dict):
+        raise ValueError(
+            f"its description has version {description.get('version')!r}, and this release of "
+            f"ncrl reads version {VERSION}"
+        )
+    return fields
 
 
 def _way_out(name: str) -> str:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ncrl.agents.buffers import Batch, RolloutSlots, first_rows, shown_at
-from ncrl.agents.collector import Collector, Outcome
+from ncrl.agents.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.supervision import WorkerPool
 from ncrl.agents.weights import SharedWeights
+from ncrl.sb3.engine import map_obs
 
 if TYPE_CHECKING:
     from ncrl.agents.a3c import A3C
@@ -35,7 +36,7 @@ class SerialPlayer:
         assert model.env is not None
         # SB3 replaces `_last_obs` where a training starts anew or gets another environment.
         if collector is None or collector.obs is not model._last_obs:
-            collector = Collector(model.env, model.policy, model._last_obs)
+            collector = Collector(model.env, model.policy, model._last_obs, with_values=True)
         collector.env = model.env  # with `set_env(env, force_reset=False)` another one goes on
         collector.policy = model.policy  # it may have been replaced, by a compiled one for example
         collector.sde_sample_freq = model.sde_sample_freq
@@ -82,6 +83,7 @@ class WorkersPlayer:
             actions, rewards, dones = (
                 tensor.numpy().copy() for tensor in (played.actions, played.rewards, played.dones)
             )
+            for_env = actions_for_env(model.policy, played.actions)
         with stopwatch.phase("wait"):
             self.pool.release(deliveries)
 
@@ -100,6 +102,10 @@ class WorkersPlayer:
                 rewards[row],
                 dones[row],
                 infos[row],
+                map_obs(lambda x, row=row: x[row], played.obs),  # type: ignore[misc]
+                played.log_prob[row],
+                for_env[row],
+                None,
             )
             if not model._after_step(callback, outcome):
                 return None

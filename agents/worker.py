@@ -147,6 +147,15 @@ def end_if_importing_main() -> None:
         raise SystemExit(EXIT_NO_GUARD)
 
 
+def unreadable_main() -> str | None:
+    """The name of the script that runs, if no worker process can read it again: standard input."""
+    main = sys.modules["__main__"]
+    file: str | None = getattr(main, "__file__", None)
+    if file is None or getattr(main, "__spec__", None) is not None or os.path.exists(file):
+        return None
+    return file
+
+
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     """Entry point of the process. Receives slot numbers, answers with `Message`s, ends on None."""
     # Ctrl-C reaches everybody, but the parent decides. It was blocked while this process started.

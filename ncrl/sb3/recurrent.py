@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
@@ -17,7 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
-from ncrl.sb3.engine import EnginePolicy, Latent
+from ncrl.sb3.engine import EnginePolicy, Latent, check_starts, check_state
 from ncrl.sb3.heads import ChosenHeads
 from ncrl.sb3.regularise import Evaluation, regularised
 
@@ -201,6 +202,24 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         starts = episode_starts.reshape(num_sequences, -1).transpose(0, 1).bool()
         outputs, state = unroll_lstm(lstm, inputs, lstm_states, starts)
         return outputs.transpose(0, 1).flatten(0, 1), state
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """As in sb3-contrib.
+
+        Raises:
+            ValueError: for an observation, a state or episode starts that do not fit.
+        """
+        if state is not None:
+            check_state(state)
+        if episode_start is not None:
+            episode_start = check_starts(episode_start)
+        return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(  # type: ignore[override]
         self,

@@ -27,6 +27,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrappe
 
 import ncrl.agents.a3c
 from ncrl.agents import A3C
+from ncrl.agents.environments import RemoteEnvs
 from ncrl.agents.supervision import WorkerPool
 from ncrl.agents.weights import layout
 from ncrl.envs import light, masked_cartpole
@@ -170,7 +171,7 @@ def test_the_learning_rate_falls_to_0() -> None:
     model.learn(47, callback=Watch())
     rates.append(model.policy.optimizer.param_groups[0]["lr"])
     assert rates[1:] == pytest.approx([0.5 * (1 - n / 47) for n in (10, 20, 30, 40)] + [0.0])
-    default = make_model()
+    default = make_model(n_envs=4)
     assert default.lr_schedule(1.0) == 7e-4 and default.lr_schedule(0.0) == 0.0
 
 
@@ -525,11 +526,36 @@ def test_infos_that_are_asked_for_come_with_every_timestep() -> None:
     assert Ticks.ticks == [tick for tick in range(1, 21) for _ in range(2)]
 
 
-def test_environments_of_workers_are_nobody_elses() -> None:
-    model = make_model(TickingFactory(), n_workers=1, n_envs=2)
-    for use in (lambda env: make_model(env), lambda env: make_model().set_env(env)):
-        with pytest.raises(ValueError, match="workers of another model; give its id or factory"):
-            use(model.get_env())
+def test_get_env_plays_and_leaves_the_workers_theirs() -> None:
+    model = make_model(TickingFactory(length=3), n_workers=1, n_envs=2)
+    env = model.get_env()
+    assert isinstance(env, RemoteEnvs) and env is model.env
+    model.learn(20)
+    assert env._envs is None, "training builds none"
+    obs = env.reset()
+    assert obs.shape == (2, *env.observation_space.shape)
+    _, rewards, dones, infos = env.step(np.zeros(2, dtype=int))
+    assert rewards.shape == dones.shape == (2,) and len(infos) == 2
+    assert env.get_attr("spec") == [None, None]
+    mean, _ = evaluate_policy(model, env, n_eval_episodes=2, warn=False)
+    assert mean > 0
+    model.set_env(env)
+    assert model.n_workers == 1 and model.env is env
+    model.learn(20)
+    assert model.num_timesteps == 20
+    other = make_model(env)  # an environment object like any other
+    assert other.n_workers == 0 and other.learn(20).num_timesteps == 20
+
+
+def test_get_env_is_seeded_with_its_model() -> None:
+    def first(seed: int) -> np.ndarray:
+        return make_model("CartPole-v1", n_workers=1, n_envs=2, seed=seed).get_env().reset()
+
+    np.testing.assert_array_equal(first(3), first(3))
+    assert not np.array_equal(first(3), first(4))
+
+
+def test_environments_that_workers_cannot_build() -> None:
     spawn = {"start_method": "spawn"}
     subprocesses = partial(
         make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=spawn
@@ -603,8 +629,6 @@ def test_workers_leave_callbacks_evaluation_and_files_alone(tmp_path: Path) -> N
     assert evaluation.last_mean_reward > 0
     model.learn(30, reset_num_timesteps=False)
     assert model.num_timesteps == 90
-    with pytest.raises(RuntimeError, match="worker processes"):
-        model.env.step(np.zeros(2))
     model.save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", device="cpu")
     assert_bit_equal(model, loaded)
