@@ -26,6 +26,7 @@ from ncrl.agents.collector import Collector
 from ncrl.agents.environments import RecordedEnv
 from ncrl.agents.loading import SMALL_BYTES, read_tensors, reason_of
 from ncrl.files import write_atomically
+from ncrl.optimizer_state import check_optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +160,10 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
             # RMSProp and Adam keep one or two numbers for each weight.
             limit = min(MAX_MEMBER_BYTES, 4 * _size_of(model) + SMALL_BYTES)
             parameters = {name: read_tensors(archive, f"{name}.pth", limit) for name in names}
+        model.policy.load_state_dict(parameters["policy"])
         if optimizer:
-            model.set_parameters(parameters, exact_match=True, device=model.device)
-        else:
-            model.policy.load_state_dict(parameters["policy"])
+            check_optimizer_state(model.policy.optimizer, parameters["policy.optimizer"])
+            model.policy.optimizer.load_state_dict(parameters["policy.optimizer"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {path}: {reason_of(error)}") from error
     except Exception as error:  # torch reports a forbidden pickle with several exception types

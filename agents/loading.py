@@ -25,10 +25,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.utils import ConstantSchedule
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.supervision import Limits
+from ncrl.optimizer_state import check_optimizer_state
 from ncrl.sb3.export import compare_tensors, without_memory
 from ncrl.sb3.plain import from_plain, to_plain
 from ncrl.settings import suggest
@@ -249,43 +250,20 @@ def _check_policy(
         policy_class = kind.policy_aliases[policy_class]
     if not (isinstance(policy_class, type) and issubclass(policy_class, ActorCriticPolicy)):
         raise ValueError("its policy_class is none of an actor-critic policy")
+    optimizer = {"optimizer_class": SharedRMSProp} if values.get("use_rms_prop") else {}
     policy = without_memory(
         lambda: policy_class(
             values["observation_space"],
             values["action_space"],
             ConstantSchedule(0.0),
-            **{"use_sde": values.get("use_sde", False), **values["policy_kwargs"]},
+            **{"use_sde": values.get("use_sde", False), **optimizer, **values["policy_kwargs"]},
         )
     )
     weights = tensors["policy.pth"]
     if not (isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values())):
         raise ValueError("its weights are no tensors by name")
     compare_tensors(policy.state_dict(), weights)
-    _check_optimizer(policy, tensors["policy.optimizer.pth"])
-
-
-def _check_optimizer(policy: nn.Module, state: Any) -> None:
-    """Raise ValueError unless every tensor of an optimiser's state fits the weight it is about."""
-    if not (isinstance(state, dict) and isinstance(state.get("state"), dict)):
-        raise ValueError("its optimiser has no state")
-    weights = list(policy.parameters())
-    for index, entry in state["state"].items():
-        if not (type(index) is int and 0 <= index < len(weights) and isinstance(entry, dict)):
-            raise ValueError(f"its optimiser has a state for {index!r}, which is no weight")
-        for name, value in entry.items():
-            if isinstance(value, Tensor) and not _fits(value.shape, weights[index].shape):
-                raise ValueError(
-                    f"its optimiser's {name!r} of weight {index} has shape {list(value.shape)}, "
-                    f"expected {list(weights[index].shape)}"
-                )
-
-
-def _fits(shape: torch.Size, weight: torch.Size) -> bool:
-    """Whether a tensor broadcasts to a weight: some optimisers keep rows and columns alone."""
-    try:
-        return torch.broadcast_shapes(shape, weight) == weight
-    except RuntimeError:
-        return False
+    check_optimizer_state(policy.optimizer, tensors["policy.optimizer.pth"])
 
 
 def _check_rollout(values: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from ncrl.agents.checkpoints import (
     save_checkpoint,
 )
 from ncrl.files import write_atomically
+from ncrl.settings import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -143,15 +144,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it cannot be read or is no mapping.
     """
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold settings as 'name: value' lines")
-    return loaded
+    return read_yaml(path)
 
 
 class SaveCheckpoints(BaseCallback):

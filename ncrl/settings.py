@@ -13,9 +13,24 @@ import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import field, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
+
+from ncrl.files import read_bytes
+
 EXIT_USAGE = 2
+
+LONGEST_MESSAGE = 500
+"""Characters of a message on the command line; what is longer repeats its input."""
+
+LARGEST_YAML = 1 << 20
+"""Bytes of a file of settings."""
+
+MOST_YAML_VALUES = 10_000
+"""In a file of settings, counted where they are repeated: aliases of a few bytes can stand for
+billions of values."""
 
 Config = TypeVar("Config")
 
@@ -70,6 +85,55 @@ def configure(values: dict[str, Any], base: Config, source: str) -> Config:
     return config
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, by name.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read or holds anything else.
+    """
+    data = read_bytes(path, LARGEST_YAML)
+    try:
+        values = parse_yaml(data.decode())
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not (isinstance(values, dict) and all(isinstance(name, str) for name in values)):
+        raise ValueError(f"{path} must hold settings by name, got {str(values)[:80]}")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (<<), which repeat what is merged."""
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_YAML_VALUES:
+            raise ValueError(f"it stands for more than {MOST_YAML_VALUES:,} values")
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML.
+
+    Raises:
+        ValueError: in one line, for whatever is wrong with it.
+    """
+    try:
+        values = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except Exception as error:  # for a value that its tag does not fit, PyYAML raises anything
+        raise ValueError(f"it is not YAML: {' '.join(str(error).split())[:200]}") from error
+    count, pending = 0, [values]
+    while pending:
+        value = pending.pop()
+        count += 1
+        if isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            pending += value
+        if count + len(pending) > MOST_YAML_VALUES:
+            raise ValueError(f"it stands for more than {MOST_YAML_VALUES:,} values")
+    return values
+
+
 def add_flags(
     parser: argparse._ActionsContainer,
     config_class: type,
@@ -121,13 +185,16 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str
 
 def usage_error(program: str, message: str) -> NoReturn:
     """One line on stderr and exit code 2."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > LONGEST_MESSAGE:
+        line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}"
+    print(f"{program}: {line}", file=sys.stderr)
     raise SystemExit(EXIT_USAGE)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The choice that looks most like `name`."""
-    return difflib.get_close_matches(name, list(choices), n=1, cutoff=0)[0]
+    """The choice that looks most like `name`; "none" if there is no choice."""
+    return (difflib.get_close_matches(name, list(choices), n=1, cutoff=0) or ["none"])[0]
 
 
 def suggest(name: str, choices: Collection[str]) -> str:
@@ -145,7 +212,8 @@ def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # of hundreds of digits
+            value = float(value)
     if type(value).__name__ != kind:
         raise ValueError(f"{name} in {source} must be of type {kind}, got {value!r}")
     return value

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import pickle
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from ncrl.files import write_atomically
 from ncrl.settings import nearest
+from ncrl.shell.tensors import read_tensors
 from ncrl.tasks.data import Images, cache_folder
 from ncrl.tasks.models import ResNet18
 from ncrl.tasks.recipes import Recipe, build_network
@@ -119,6 +119,9 @@ def as_bytes(tensor: Tensor) -> Any:
 
 # ImageNet's weights
 
+LARGEST_WEIGHTS = 1 << 30
+"""Bytes of a file of weights; torchvision's has a twentieth."""
+
 UNUSED = "num_batches_tracked"
 """End of the names of counters that are not used here, and missing in torchvision's first files."""
 
@@ -168,14 +171,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ValueError: naming the file, if it does not hold such.
     """
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"--backbone: cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"--backbone: {path} is no state_dict that torch saved "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
+        values = read_tensors(path, LARGEST_WEIGHTS, foreign=True)
+    except ValueError as error:
+        raise ValueError(f"--backbone: {error}") from error
     if not isinstance(values, Mapping) or not all(isinstance(t, Tensor) for t in values.values()):
         raise ValueError(f"--backbone: {path} must hold a state_dict, tensors by name alone")
     return {str(name): tensor for name, tensor in values.items()}

@@ -20,18 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
-from ncrl.files import write_atomically
+from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
-from ncrl.settings import add_flags, make_parser, nearest, parse, usage_error
+from ncrl.settings import add_flags, make_parser, nearest, parse, parse_yaml, read_yaml, usage_error
 from ncrl.tasks.recipes import (
     CONFIGS,
     Recipe,
     make_recipe,
     outline_network,
     read_recipes,
-    read_yaml,
 )
 from ncrl.tasks.results import Result
 from ncrl.tasks.training import (
@@ -55,7 +53,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 DIVERGED_FILE = "diverged.txt"
 """In the folder of a run whose loss was not finite: the same run would end there again."""
 
+LARGEST_NOTE = 10_000
+"""Bytes of `DIVERGED_FILE`."""
+
 LARGEST_SEED = 2**31 - 1
+MOST_THREADS = 1024
 
 OVERRIDES = (
     *("optimizer", "learning_rate", "schedule", "momentum", "rmsprop_alpha", "weight_decay"),
@@ -107,8 +109,7 @@ class Session:
         self.num_diverged = 0
         self.seeds: list[int] = list(dict.fromkeys(flags.get("seeds", [0])))
         for seed in self.seeds:
-            if not 0 <= seed <= LARGEST_SEED:
-                raise ValueError(f"seeds must lie in 0 .. {LARGEST_SEED}, got {seed}")
+            check_range("seeds", seed, 0, LARGEST_SEED)
         self.device = choose_device(flags.get("device", "auto"))
         self.data_dir: str | None = flags.get("data_dir")
         self.download: bool = flags.get("download", False)
@@ -117,8 +118,7 @@ class Session:
         if self.figure is not None:
             check_figure(self.figure)
         if "threads" in flags:
-            if flags["threads"] < 1:
-                raise ValueError(f"threads must be at least 1, got {flags['threads']}")
+            check_range("threads", flags["threads"], 1, MOST_THREADS)
             torch.set_num_threads(flags["threads"])
 
     @property
@@ -191,6 +191,7 @@ class Session:
         with locked(run.folder, wait=wait) as is_ours:
             if not is_ours:
                 return None
+            remove_unfinished(run.folder)
             result = run.result
             if result is None:
                 result = _train(run, experiment)
@@ -227,8 +228,8 @@ def _train(run: Run, experiment: Experiment) -> Result:
         NonFiniteError, Stopped, ValueError: see `train`.
     """
     diverged = run.folder / DIVERGED_FILE
-    if diverged.is_file():
-        said = diverged.read_text(encoding="utf-8")
+    if os.path.lexists(diverged):
+        said = read_bytes(diverged, LARGEST_NOTE).decode(errors="replace")
         raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
     what = identity(run.recipe, experiment.data, experiment.readings)
     write_atomically(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
@@ -289,10 +290,29 @@ def run_command(
         return stop.exit_code
     except KeyboardInterrupt:
         return EXIT_SIGINT
-    except (NonFiniteError, OSError, torch.OutOfMemoryError) as error:
+    except (NonFiniteError, OSError) as error:
         say(f"{parser.prog}: {' '.join(str(error).split())}", sys.stderr)
         return EXIT_FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        hint = "lower batch_size, or the sizes of network and layer"
+        say(f"{parser.prog}: out of memory: {hint}", sys.stderr)
+        return EXIT_FAILED
     return 0
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on the CPU torch says so in a RuntimeError of its own words."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless a flag lies between two numbers."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low:g} .. {high:g}, got {value}")
 
 
 def keep_freed_memory() -> None:
@@ -376,8 +396,8 @@ def read_options(words: Sequence[str], flag: str) -> dict[str, Any]:
         if not (name and equals):
             raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
         try:
-            options[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            options[name] = parse_yaml(text)
+        except ValueError as error:
             raise ValueError(f"{flag} {word!r}: {error}") from error
     return options
 

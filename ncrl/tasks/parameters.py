@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ncrl.settings import make_parser, parse, usage_error
-from ncrl.tasks.recipes import CONFIGS, Recipe, outline_network, read_recipes, read_yaml
+from ncrl.settings import make_parser, parse, read_yaml, usage_error
+from ncrl.tasks.recipes import CONFIGS, Recipe, outline_network, read_recipes
 
 TOLERANCE = 0.05
 """Relative difference up to which a count of Table 9, printed with two digits, is reproduced."""

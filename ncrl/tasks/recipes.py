@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
-from ncrl.settings import check, configure, nearest, setting
+from ncrl.settings import check, configure, nearest, read_yaml, setting
 from ncrl.tasks.models import NETWORKS
 
 TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "atari")
@@ -31,6 +30,19 @@ SCHEDULES = ("constant", "steps")
 REQUIRED = ("task", "network")
 OPTIONS_OF = {"network_options": "network", "layer_options": "layer"}
 """Fields that hold options, and the field that says whose."""
+
+LARGEST_BATCH_SIZE = 1 << 16
+MOST_EPOCHS = 100_000
+MOST_ITERATIONS = 10**9
+
+LARGEST_OPTION = 100_000
+"""Of a network or layer: widths, counts and so on, far beyond the largest of any recipe."""
+
+MOST_LAYERS = 100
+"""Widths in a list of options."""
+
+MOST_PARAMETERS = 1 << 30
+"""Of a network: 4 GiB, of which training takes several."""
 
 Options = Mapping[str, Any]
 
@@ -89,9 +101,13 @@ class Recipe:
     rmsprop_alpha: float = setting(0.99, "rmsprop: smoothing of squared gradients", low=0, high=1)
     weight_decay: float = setting(0.0, "weight decay", low=0)
     max_grad_norm: float | None = setting(None, "limit on the gradient's norm; null: none", low=0)
-    batch_size: int = setting(128, "inputs or sequences per update", low=1)
-    epochs: int | None = setting(None, "passes over the data (of each task)", low=1)
-    iterations: int | None = setting(None, "updates, in place of epochs", low=1)
+    batch_size: int = setting(128, "inputs or sequences per update", low=1, high=LARGEST_BATCH_SIZE)
+    epochs: int | None = setting(
+        None, "passes over the data (of each task)", low=1, high=MOST_EPOCHS
+    )
+    iterations: int | None = setting(
+        None, "updates, in place of epochs", low=1, high=MOST_ITERATIONS
+    )
     orth_coef: float = setting(0.0, "weight a of the orthogonality loss", low=0)
     balance_coef: float = setting(0.01, "moe: weight of the balance loss", low=0)
 
@@ -125,13 +141,20 @@ def layer_option_names(layer: str) -> list[str]:
 
 
 def check_names(field_name: str, options: Any, allowed: Collection[str]) -> None:
-    """Raise ValueError unless `options` is a mapping whose keys are all `allowed`."""
+    """Raise ValueError unless `options` is a mapping whose keys are all `allowed`, with no number
+    beyond `LARGEST_OPTION`."""
     if not isinstance(options, Mapping):
         raise ValueError(f"{field_name} must be a mapping of options, got {options!r}")
     for name in options:
         if name not in allowed:
             hint = nearest(str(name), allowed)
             raise ValueError(f"unknown option {name!r} in {field_name}; nearest: {hint}")
+        values = options[name] if isinstance(options[name], (list, tuple)) else [options[name]]
+        if len(values) > MOST_LAYERS:
+            raise ValueError(f"{name} must have at most {MOST_LAYERS} parts, got {len(values)}")
+        for value in values:
+            if isinstance(value, (int, float)) and not abs(value) <= LARGEST_OPTION:
+                raise ValueError(f"{name} must be at most {LARGEST_OPTION:,}, got {value}")
 
 
 def read_recipes(path: Path) -> dict[str, Recipe]:
@@ -168,21 +191,6 @@ def read_recipe(path: Path, variant: str = "") -> Recipe:
         hint = f"nearest: {nearest(variant, known)}" if known else "it has none"
         raise ValueError(f"unknown variant {variant!r} of {path}; {hint}")
     return recipes[variant]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """What a YAML file holds.
-
-    Raises:
-        ValueError: if it cannot be read or is no mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings by name, got {values!r}")
-    return values
 
 
 def with_changes(values: Options, changes: Options, source: str) -> dict[str, Any]:
@@ -243,4 +251,7 @@ def outline_network(recipe: Recipe) -> nn.Module:
         ValueError: as `build_network`.
     """
     with torch.device("meta"):
-        return build_network(recipe)
+        network = build_network(recipe)
+    if (total := sum(parameter.numel() for parameter in network.parameters())) > MOST_PARAMETERS:
+        raise ValueError(f"a network may have {MOST_PARAMETERS:,} parameters, this has {total:,}")
+    return network

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ncrl.files import write_atomically
+from ncrl.files import read_bytes, write_atomically
 
 RESULT_FILE = "result.json"
+
+LARGEST_ROW = 256 << 20
+"""Bytes of a row; curves and maps take most of them."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,57 @@ def read_result(path: Path) -> Result:
     Raises:
         ValueError: naming the file, if it holds none.
     """
+    data = read_bytes(path, LARGEST_ROW)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"cannot read {path}: it is nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    known = {entry.name for entry in fields(Result)}
-    if not isinstance(values, dict) or set(values) - known:
+    known = {entry.name: str(entry.type).partition("[")[0] for entry in fields(Result)}
+    if not isinstance(values, dict) or set(values) - set(known):
         raise ValueError(f"{path} is no result of ncrl.tasks")
+    for name, value in values.items():
+        if type(value) not in JSON_TYPES[known[name]]:
+            raise ValueError(
+                f"{path} is no result of ncrl.tasks: {name} must be of type {known[name]}, "
+                f"got {str(value)[:80]!r}"
+            )
     try:
-        return Result(**values)
+        row = Result(**values)
     except TypeError as error:
         raise ValueError(f"{path} is no result of ncrl.tasks: {error}") from error
+    if min(row.seed, row.parameters, row.updates, row.seconds) < 0 or not is_number(row.seconds):
+        raise ValueError(f"{path} is no result of ncrl.tasks: a counter in it is negative")
+    if not (is_curve([row.metrics]) and is_curve(row.curve)):
+        raise ValueError(f"{path} is no result of ncrl.tasks: a metric in it is no number")
+    return row
+
+
+JSON_TYPES: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "Mapping": (dict,),
+    "Sequence": (list,),
+}
+"""What JSON may hold for a field of `Result`, by its annotation."""
+
+
+LARGEST_NUMBER = 1e300
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
+
+
+def is_curve(points: object) -> bool:
+    """Whether it is a list of numbers (not finite ones, too) by name, as `Result.curve` is."""
+    return isinstance(points, (list, tuple)) and all(
+        isinstance(point, dict) and all(type(v) is float or is_number(v) for v in point.values())
+        for point in points
+    )
 
 
 def read_results(folder: Path, task: str | None = None) -> list[Result]:

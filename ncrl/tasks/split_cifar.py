@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ncrl import NeurocoderLinear
 from ncrl.settings import nearest
+from ncrl.shell.tensors import check_like
 from ncrl.tasks.backbone import (
     IMAGENET_SIDE,
     Backbone,
@@ -32,14 +33,14 @@ from ncrl.tasks.backbone import (
     load_backbone,
     pixel_statistics,
 )
-from ncrl.tasks.command import Plan, Session, find_config, run_command, task_parser
+from ncrl.tasks.command import Plan, Session, check_range, find_config, run_command, task_parser
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import COEFS, ContinualRecipe, SplitLearning, Task
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.figures import save_figure
 from ncrl.tasks.formats import CIFAR_SIDE
 from ncrl.tasks.models import ResNet18, SplitMlp
-from ncrl.tasks.recipes import Recipe, build_network, read_recipes
+from ncrl.tasks.recipes import MOST_EPOCHS, Recipe, build_network, read_recipes
 from ncrl.tasks.results import Result, by_name, results_table
 from ncrl.tasks.training import describe_layers, evaluating, say
 
@@ -211,8 +212,8 @@ def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
             reason = "is a folder" if path.is_dir() else "does not exist"
             raise ValueError(f"--backbone must be a file of weights: {path} {reason}")
         return BackboneSource(path, None, None, side)
-    if epochs is not None and epochs < 0:
-        raise ValueError(f"--backbone-epochs must be at least 0, got {epochs}")
+    if epochs is not None:
+        check_range("--backbone-epochs", epochs, 0, MOST_EPOCHS)
     config = find_config(flags.get("config", CONFIG))
     recipes = read_recipes(config)
     if BACKBONE not in recipes:
@@ -437,7 +438,7 @@ class SplitFeatures(SplitLearning):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.top_slots = state["top_slots"]
+        self.top_slots = check_like(state["top_slots"], self.top_slots, "top_slots")
 
 
 def watched_updates(ends: Sequence[int]) -> dict[int, tuple[int, int]]:

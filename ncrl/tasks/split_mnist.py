@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ncrl.settings import nearest
-from ncrl.tasks.command import Plan, Session, plans, run_command, task_parser
+from ncrl.tasks.command import Plan, Session, check_range, plans, run_command, task_parser
 from ncrl.tasks.continual import tables, tradeoff
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import (
@@ -57,6 +57,9 @@ ADAGRAD = {"optimizer": "adagrad", "learning_rate": 1e-2}
 DIGITS = "digits"
 DIGITS_EPOCHS = 40
 """On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task."""
+
+MOST_COUNTED = 1000
+"""Processes, or seeds."""
 
 METRICS = ("accuracy", "learn", "failed_tasks", "forgetting", "transfer", "rank", "attention")
 
@@ -227,11 +230,10 @@ def at_least_one(flags: Mapping[str, Any], name: str) -> int:
     """The value of a flag that counts something; 1 if it is not given.
 
     Raises:
-        ValueError: if it is less than 1.
+        ValueError: if it is less than 1, or more than anybody wants.
     """
     value: int = flags.get(name, 1)
-    if value < 1:
-        raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_range(f"--{name}", value, 1, MOST_COUNTED)
     return value
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import io
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -34,7 +32,9 @@ from tqdm import tqdm
 from ncrl import NeurocoderLinear, orthogonal_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.diagnostics import describe
-from ncrl.files import write_atomically
+from ncrl.optimizer_state import check_optimizer_state
+from ncrl.shell.events import CurveWriter
+from ncrl.shell.tensors import read_tensors, size_of, write_tensors
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import (
     RESULT_FILE,
@@ -42,12 +42,18 @@ from ncrl.tasks.results import (
     command_line,
     count_parameters,
     hardware,
+    is_curve,
+    is_number,
     read_result,
     versions,
     write_result,
 )
 
 CHECKPOINT_FILE, WEIGHTS_FILE, RECIPE_FILE = "checkpoint.pt", "model.pt", "recipe.json"
+
+CHECKPOINT_SIZE = 12
+"""Times the size of the model that a checkpoint may take: the optimiser keeps up to two numbers for
+each weight, a method against forgetting up to five."""
 
 CHECKPOINT_SECONDS = 60.0
 """Least time between checkpoints; large ones are written more rarely."""
@@ -137,7 +143,12 @@ class Run(NamedTuple):
     def result(self) -> Result | None:
         """The row, if the run is finished."""
         path = self.folder / RESULT_FILE
-        return read_result(path) if path.is_file() else None
+        if not os.path.lexists(path):
+            return None
+        row = read_result(path)
+        if (row.task, row.name, row.seed) != (self.task, self.name, self.seed):
+            raise ValueError(f"{path} is the row of another run; delete it to start anew")
+        return row
 
     @property
     def title(self) -> str:
@@ -259,10 +270,11 @@ class _Training:
                 if self.update % experiment.evaluate_every == 0 or at_end:
                     row = self._evaluate()
                     if writer is None:
-                        writer = _writer(self.run.folder, self.update)
+                        # Points after the last checkpoint of a killed run are written again.
+                        writer = CurveWriter(self.run.folder, self.update)
                     for name, value in row.items():
                         if name != "update":
-                            writer.add_scalar(f"{self.run.task}/{name}", value, self.update)
+                            writer.add(f"{self.run.task}/{name}", value, self.update)
                     progress.measured(row)
                 if stop.exit_code:
                     self.save()
@@ -361,7 +373,7 @@ class _Training:
             versions=versions(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
-        write_atomically(run.folder / WEIGHTS_FILE, _bytes(self.model.state_dict()))
+        write_tensors(run.folder / WEIGHTS_FILE, self.model.state_dict())
         write_result(run.folder, result)
         (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
@@ -391,7 +403,7 @@ class _Training:
             "random": _random_state(self.run.device),
             "experiment": self.experiment.state(),
         }
-        write_atomically(self.run.folder / CHECKPOINT_FILE, _bytes(state))
+        write_tensors(self.run.folder / CHECKPOINT_FILE, state)
         self._saved = time.monotonic()
         self._save_seconds = self._saved - begin
 
@@ -402,39 +414,43 @@ class _Training:
             ValueError: if it cannot be read, or is of another run.
         """
         path = self.run.folder / CHECKPOINT_FILE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return
-        state = read_tensors(path)
+        try:
+            state = read_tensors(path, CHECKPOINT_SIZE * size_of(self.model))
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it to start anew") from error
         if not isinstance(state, dict) or state.get("identity") != self._identity():
             raise ValueError(f"{path} is no checkpoint of this run; delete it to start anew")
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.experiment.restore(state["experiment"])
-            self.update, self.seconds = state["update"], state["seconds"]
-            self.curve = state["curve"]
-            self._loss_sum, self._loss_count = state["loss"]
-            _set_random_state(state["random"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} cannot be used: {error}; delete it to start anew") from error
+            self._restore(state)
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} cannot be used: {reason}; delete it to start anew") from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        update, seconds, curve = state["update"], state["seconds"], state["curve"]
+        loss_sum, loss_count = state["loss"]
+        if type(update) is not int or not 0 <= update <= self.experiment.num_updates:
+            raise ValueError(f"update must lie in 0 .. {self.experiment.num_updates}, got {update}")
+        if type(loss_count) is not int or not 0 <= loss_count <= update:
+            raise ValueError(f"losses must be 0 .. {update}, got {loss_count}")
+        if not (is_number(seconds) and seconds >= 0 and is_number(loss_sum)):
+            raise ValueError(f"its seconds or loss are no numbers: {seconds!r}, {loss_sum!r}")
+        if not is_curve(curve):
+            raise ValueError("its curve does not hold numbers by name")
+        check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.experiment.restore(state["experiment"])
+        self.update, self.seconds, self.curve = update, seconds, curve
+        self._loss_sum, self._loss_count = loss_sum, loss_count
+        _set_random_state(state["random"])
 
     def _identity(self) -> str:
         experiment = self.experiment
         what = identity(self.recipe, experiment.data, experiment.readings)
         return f"{fingerprint(what)} {experiment.num_updates} seed {self.run.seed}"
-
-
-def read_tensors(path: Path) -> Any:
-    """What torch saved in a file: tensors and plain values, nothing that would be executed.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot read {path}: {reason}; delete it to start anew") from error
 
 
 def load_weights(run: Run, model: nn.Module) -> None:
@@ -444,10 +460,12 @@ def load_weights(run: Run, model: nn.Module) -> None:
         ValueError: naming the file, if they are missing or do not fit.
     """
     path = run.folder / WEIGHTS_FILE
+    weights = read_tensors(path, size_of(model), foreign=True)
     try:
-        model.load_state_dict(read_tensors(path))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} does not fit the network: {error}") from error
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit the network: {reason}") from error
 
 
 def try_network(model: nn.Module, x: Tensor, said: str) -> Tensor:
@@ -531,12 +549,6 @@ def attention_bound(num_slots: int, sharpness: float) -> float:
 
 
 # Random state, signals, progress, curves.
-
-
-def _bytes(state: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
@@ -628,10 +640,3 @@ class _Progress:
         self.spoken = now
         left = (self.total - update) * (now - self.started) / max(update - self.begin, 1)
         say(f"{self.title}: {update:,} of {self.total:,}, {text}, {left:.0f} s left", sys.stderr)
-
-
-def _writer(folder: Path, update: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Points of a run that was killed after its last checkpoint are written again.
-    return SummaryWriter(str(folder), purge_step=update)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ncrl.settings import suggest
+from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
 
 DAMPING = 0.1
@@ -56,8 +57,17 @@ class Method:
         """Take over what `state` returned, wherever its tensors are."""
 
     def placed(self, tensors: Mapping[str, Tensor]) -> Parameters:
-        """Tensors by the names of parameters, each where its parameter is."""
-        return {n: tensor.to(self.parameters[n].device) for n, tensor in tensors.items()}
+        """Tensors by the names of all parameters, or none, each where its parameter is.
+
+        Raises:
+            ValueError: for other names or shapes.
+        """
+        if tensors and set(tensors) != set(self.parameters):
+            raise ValueError("the method's state is of other parameters")
+        return {
+            name: check_like(tensor, self.parameters[name], name).to(self.parameters[name].device)
+            for name, tensor in tensors.items()
+        }
 
 
 class Quadratic(Method):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ncrl import orthogonal_loss
 from ncrl.settings import setting
+from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual import metrics
 from ncrl.tasks.continual.methods import METHODS, OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
@@ -268,7 +269,7 @@ class SplitLearning(Experiment):
         return {"accuracy": self.accuracy, "method": self.method.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.accuracy = state["accuracy"]
+        self.accuracy = check_like(state["accuracy"], self.accuracy, "accuracy")
         self.method.restore(state["method"])
 
 

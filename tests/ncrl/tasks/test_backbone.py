@@ -210,11 +210,11 @@ class Code:
 
 
 WRONG_FILES = {
-    "text": (lambda: b"no weights", "no state_dict that torch saved"),
-    "empty": (lambda: b"", "no state_dict that torch saved"),
-    "cut": (lambda: saved(zeros())[:2000], "no state_dict that torch saved"),
-    "code": (lambda: pickle.dumps(Code(), protocol=2), "no state_dict that torch saved"),
-    "saved code": (lambda: saved({"fc.weight": Code()}), "no state_dict that torch saved"),
+    "text": (lambda: b"no weights", "--backbone: cannot read"),
+    "empty": (lambda: b"", "--backbone: cannot read"),
+    "cut": (lambda: saved(zeros())[:2000], "--backbone: cannot read"),
+    "code": (lambda: pickle.dumps(Code(), protocol=2), "--backbone: cannot read"),
+    "saved code": (lambda: saved({"fc.weight": Code()}), "--backbone: cannot read"),
     "checkpoint": (lambda: saved({"epoch": 3}), "must hold a state_dict"),
     "list": (lambda: saved([torch.zeros(1)]), "must hold a state_dict"),
     "nothing": (lambda: saved({}), "no 'conv1.weight' in it; it is empty"),
