@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncrl.shell.screen import say
 from ncrl.tasks.algorithmic import NUM_BITS, NUM_INPUTS, TASKS, Algorithms, algorithms
 from ncrl.tasks.algorithms_figure import draw_figure
 from ncrl.tasks.command import Session, run_command, task_parser
 from ncrl.tasks.models import Ntm
 from ncrl.tasks.recipes import Recipe, build_network
 from ncrl.tasks.results import Result, results_table
-from ncrl.tasks.training import Experiment, describe_layers, draw, say
+from ncrl.tasks.training import Experiment, describe_layers, random_stream
 
 CONFIG = "algorithms.yaml"
 VARIANTS = ("linear", "hypernet", "film", "nsm", "base")
@@ -63,7 +64,9 @@ class MultiAlgorithm(Experiment):
         self.best = {f"error_n{n}": "min" for n in TESTED_TASKS}
         self.num_updates, self.evaluate_every = recipe.iterations, EVALUATE_EVERY
         self.seed, self.device, self.batch_size = seed, device, recipe.batch_size
-        self.test = {n: self.generate(TEST_SEQUENCES, n, draw(0, "test", n)) for n in TESTED_TASKS}
+        self.test = {
+            n: self.generate(TEST_SEQUENCES, n, random_stream(0, "test", n)) for n in TESTED_TASKS
+        }
 
     def generate(
         self, num_sequences: int, num_tasks: int, generator: torch.Generator
@@ -73,7 +76,9 @@ class MultiAlgorithm(Experiment):
         return Algorithms(*(tensor.to(self.device) for tensor in made))
 
     def loss(self, update: int) -> Tensor:
-        batch = self.generate(self.batch_size, TRAINED_TASKS, draw(self.seed, "train", update))
+        batch = self.generate(
+            self.batch_size, TRAINED_TASKS, random_stream(self.seed, "train", update)
+        )
         logits, _ = self.model(batch.inputs)
         asked = (batch.task >= 0).float()
         total = F.binary_cross_entropy_with_logits(

@@ -22,11 +22,12 @@ from torch.nn import functional as F
 
 from ncrl.files import write_atomically
 from ncrl.settings import nearest
+from ncrl.shell.screen import LINE_SECONDS, say
 from ncrl.shell.tensors import read_tensors
 from ncrl.tasks.data import Images, cache_folder
 from ncrl.tasks.models import ResNet18
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import LINE_SECONDS, Experiment, draw, evaluating, say
+from ncrl.tasks.training import Experiment, evaluating, random_stream
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of pixels from 0 to 1, with which torchvision's weights were trained."""
@@ -236,7 +237,7 @@ class Rotations(Experiment):
         epoch, index = divmod(update, self.per_epoch)
         total, device = len(self.images.train_images), self.images.train_images.device
         if epoch != self._epoch:
-            stream = draw(self.seed, "rotations", epoch)
+            stream = random_stream(self.seed, "rotations", epoch)
             self._order = torch.randperm(total, generator=stream).to(device)
             self._turns = torch.randint(TURNS, (total,), generator=stream).to(device)
             self._mirrored = torch.randint(2, (total,), generator=stream).bool().to(device)

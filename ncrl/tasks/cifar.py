@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import Plan, Session, run_command, task_parser
 from ncrl.tasks.data import HELD_OUT, Images, load_cifar
 from ncrl.tasks.figures import draw_curves, save_figure
 from ncrl.tasks.recipes import CONFIGS, Recipe, read_recipes
 from ncrl.tasks.results import Result, by_name, markdown, summarise
-from ncrl.tasks.training import say
 
 CONFIG = "cifar_mlp.yaml"
 HELD_OUT_EVERY = 5

@@ -7,15 +7,12 @@ A command's `main` makes a parser with `task_parser`, adds flags of its own, and
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +21,10 @@ import torch
 from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
 from ncrl.settings import add_flags, make_parser, nearest, parse, parse_yaml, read_yaml, usage_error
+from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
+from ncrl.shell.lock import locked
+from ncrl.shell.screen import say
+from ncrl.shell.signals import Stopped
 from ncrl.tasks.recipes import (
     CONFIGS,
     Recipe,
@@ -37,18 +38,13 @@ from ncrl.tasks.training import (
     Experiment,
     NonFiniteError,
     Run,
-    Stopped,
     fingerprint,
     identity,
     load_weights,
-    say,
     train,
 )
 
 EXIT_FAILED, EXIT_SIGINT = 1, 130
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names in malloc.h."""
 
 DIVERGED_FILE = "diverged.txt"
 """In the folder of a run whose loss was not finite: the same run would end there again."""
@@ -302,30 +298,10 @@ def run_command(
     return 0
 
 
-def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on the CPU torch says so in a RuntimeError of its own words."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
-
-
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError unless a flag lies between two numbers."""
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in {low:g} .. {high:g}, got {value}")
-
-
-def keep_freed_memory() -> None:
-    """Have the C library hold on to freed memory for what is allocated next.
-
-    It would give large blocks back to the kernel, which hands out new ones page by page: a sixth of
-    a training step of NSM, which makes and frees megabytes in each. glibc only; elsewhere nothing
-    happens.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # bytes; the largest that glibc takes
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
@@ -420,24 +396,6 @@ def _hint(name: str, choices: Sequence[str]) -> str:
     return f"nearest: {nearest(name, choices)}"
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that a flag names; auto is CUDA where there is one.
-
-    Raises:
-        ValueError: if it does not exist here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(:(\d+))?", name)
-    if match is None:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if name != "cpu":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(match[2] or 0) >= count:
-            raise ValueError(f"device {name} is not there: torch finds {count} GPUs; use cpu")
-    return torch.device(name)
-
-
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -449,39 +407,3 @@ def check_figure(path: Path) -> None:
         raise ValueError(f"--figure {path} is a folder")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"--figure {path}: its folder does not exist")
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Make a run's folder and hold its lock; yields False if another process has it.
-
-    Args:
-        folder: made if need be.
-        wait: until the lock is free.
-
-    Raises:
-        ValueError: if the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        while not (is_ours := _try_lock(descriptor)) and wait:
-            time.sleep(0.5)
-        yield is_ours
-    finally:
-        os.close(descriptor)  # which gives the lock back
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

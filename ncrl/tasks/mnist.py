@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ncrl import NeurocoderLinear
+from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import BASE, Plan, Session, run_command, task_parser
 from ncrl.tasks.data import Images, load_mnist
@@ -23,7 +24,6 @@ from ncrl.tasks.mnist_figure import draw
 from ncrl.tasks.models import ProjectedLinear
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import Result, results_table
-from ncrl.tasks.training import say
 
 CONFIG = "mnist.yaml"
 HELD_OUT_EVERY = 6

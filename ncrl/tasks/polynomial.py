@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ncrl import NeurocoderLinear
+from ncrl.shell.screen import say
 from ncrl.tasks.command import Plan, Session, run_command, task_parser
 from ncrl.tasks.models import GruRegressor
 from ncrl.tasks.polynomial_figure import Example, draw_figure
 from ncrl.tasks.recipes import Recipe, build_network
 from ncrl.tasks.results import Result, by_name, markdown, summarise
-from ncrl.tasks.training import Experiment, describe_layers, draw, say
+from ncrl.tasks.training import Experiment, describe_layers, random_stream
 
 CONFIG = "polynomial.yaml"
 VARIANTS = ("linear", "hypernet", "film", "j1", "base", "no_usage")
@@ -190,7 +191,7 @@ class Polynomials(Experiment):
         self.seed, self.device, self.batch_size = seed, device, recipe.batch_size
         self.generate = partial(polynomials, num_chunks=num_chunks, noise=noise)
         self.num_chunks, self.noise = num_chunks, noise
-        self.test = self._on_device(self.generate(TEST_SEQUENCES, draw(0, "test", 0)))
+        self.test = self._on_device(self.generate(TEST_SEQUENCES, random_stream(0, "test", 0)))
         chunk, place, _ = layout(NUM_POINTS, num_chunks)
         self.chunk = chunk.to(device)  # [T]
         self.inside = (place >= UNPREDICTABLE).to(device)  # [T]
@@ -199,7 +200,7 @@ class Polynomials(Experiment):
         return Sequences(*(tensor.to(self.device) for tensor in sequences))
 
     def loss(self, update: int) -> Tensor:
-        batch = self.generate(self.batch_size, draw(self.seed, "train", update))
+        batch = self.generate(self.batch_size, random_stream(self.seed, "train", update))
         batch = self._on_device(batch)
         predictions, _ = self.model(batch.inputs)
         loss: Tensor = (predictions - batch.targets).square().mean()
@@ -282,7 +283,7 @@ def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
         and those of its best component.
     """
     slots = attention.argmax(3).permute(2, 1, 0)  # [R, N, T]
-    order = torch.randperm(len(chunk), generator=draw(0, "order", 0)).to(chunk.device)
+    order = torch.randperm(len(chunk), generator=random_stream(0, "order", 0)).to(chunk.device)
     true, chance = (
         mutual_information(labels.expand(slots.shape), slots).mean(1)
         for labels in (chunk, chunk[order])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -221,26 +219,6 @@ def results_table(
 def count_parameters(model: torch.nn.Module) -> int:
     """Frozen ones included, buffers not."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def hardware(device: torch.device) -> str:
-    """What timings have to say about where they were measured."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of what numbers depend on."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def command_line() -> str:

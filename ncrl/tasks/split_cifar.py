@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ncrl import NeurocoderLinear
 from ncrl.settings import nearest
+from ncrl.shell.screen import say
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.backbone import (
     IMAGENET_SIDE,
@@ -42,7 +43,7 @@ from ncrl.tasks.formats import CIFAR_SIDE
 from ncrl.tasks.models import ResNet18, SplitMlp
 from ncrl.tasks.recipes import MOST_EPOCHS, Recipe, build_network, read_recipes
 from ncrl.tasks.results import Result, by_name, results_table
-from ncrl.tasks.training import describe_layers, evaluating, say
+from ncrl.tasks.training import describe_layers, evaluating
 
 CONFIG = "split_cifar.yaml"
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ncrl.settings import nearest
+from ncrl.shell.screen import say
 from ncrl.tasks.command import Plan, Session, check_range, plans, run_command, task_parser
 from ncrl.tasks.continual import tables, tradeoff
 from ncrl.tasks.continual.methods import METHODS
@@ -34,7 +35,7 @@ from ncrl.tasks.continual.tables import Cell, Column
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import Result, read_results, results_table
-from ncrl.tasks.training import identity, say
+from ncrl.tasks.training import identity
 
 CONFIG = "split_mnist.yaml"
 

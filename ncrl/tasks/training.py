@@ -1,7 +1,7 @@
 """The training loop of the supervised experiments: resumable, and the same bit for bit if resumed.
 
 A task is an `Experiment`. What it trains on must follow from the number of the update alone, so
-that nothing about the data has to be stored: `draw` makes random streams that do.
+that nothing about the data has to be stored: `random_stream` makes random streams that do.
 """
 
 from __future__ import annotations
@@ -12,28 +12,26 @@ import hashlib
 import json
 import math
 import os
-import signal
-import sys
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from ncrl import NeurocoderLinear, orthogonal_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.diagnostics import describe
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.shell.events import CurveWriter
+from ncrl.shell.hardware import hardware, random_state, set_random_state, versions
+from ncrl.shell.screen import Progress
+from ncrl.shell.signals import Stopped, StopSignals, stop_signals
 from ncrl.shell.tensors import read_tensors, size_of, write_tensors
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import (
@@ -41,11 +39,9 @@ from ncrl.tasks.results import (
     Result,
     command_line,
     count_parameters,
-    hardware,
     is_curve,
     is_number,
     read_result,
-    versions,
     write_result,
 )
 
@@ -64,20 +60,9 @@ CHECKPOINT_SHARE = 0.05
 CHECK_EVERY = 20
 """Updates between looks at the loss: each look waits for the device."""
 
-LINE_SECONDS = 10.0
-"""Time between lines of progress where there is no terminal."""
-
 
 class NonFiniteError(RuntimeError):
     """The loss is no longer a finite number."""
-
-
-class Stopped(RuntimeError):
-    """A signal ended training; `exit_code` is the process's."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("stopped by a signal")
-        self.exit_code = exit_code
 
 
 class Experiment(ABC):
@@ -173,7 +158,7 @@ def fingerprint(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def draw(seed: int, stream: str, index: int) -> torch.Generator:
+def random_stream(seed: int, stream: str, index: int) -> torch.Generator:
     """A random stream on the CPU that follows from its arguments alone.
 
     torch's own seeding ignores all but 32 bits, which a plain combination would waste.
@@ -222,7 +207,8 @@ def train(run: Run, experiment: Experiment) -> Result:
     """
     training = _Training(run, experiment)
     training.resume()
-    with _signals() as stop, _Progress(run.title, experiment, training.update) as progress:
+    total = experiment.num_updates
+    with stop_signals() as stop, Progress(run.title, total, training.update) as progress:
         training.loop(stop, progress)
     return training.finish()
 
@@ -256,7 +242,7 @@ class _Training:
         self._began = self._saved = time.monotonic()
         self._save_seconds = 0.0
 
-    def loop(self, stop: _StopSignals, progress: _Progress) -> None:
+    def loop(self, stop: StopSignals, progress: Progress) -> None:
         experiment = self.experiment
         writer = None
         try:
@@ -400,7 +386,7 @@ class _Training:
             "loss": [self._loss_sum, self._loss_count],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": _random_state(self.run.device),
+            "random": random_state(self.run.device),
             "experiment": self.experiment.state(),
         }
         write_tensors(self.run.folder / CHECKPOINT_FILE, state)
@@ -445,7 +431,7 @@ class _Training:
         self.experiment.restore(state["experiment"])
         self.update, self.seconds, self.curve = update, seconds, curve
         self._loss_sum, self._loss_count = loss_sum, loss_count
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
 
     def _identity(self) -> str:
         experiment = self.experiment
@@ -546,97 +532,3 @@ def describe_layers(
 def attention_bound(num_slots: int, sharpness: float) -> float:
     """The largest weight that a softmax over sharpened cosines can give to a slot."""
     return 1 / (1 + (num_slots - 1) * math.exp(-2 * sharpness))
-
-
-# Random state, signals, progress, curves.
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-class _StopSignals:
-    """Ctrl-C and SIGTERM end training after the update it is in; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.exit_code = 0
-
-    def stop(self, number: int, _frame: FrameType | None) -> None:
-        if self.exit_code:
-            raise KeyboardInterrupt
-        self.exit_code = 128 + number
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_StopSignals]:
-    stop = _StopSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = {number: signal.signal(number, stop.stop) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def say(text: str, stream: IO[str] | None = None) -> None:
-    """Write a line; a reader who has gone is no reason to stop training."""
-    stream = sys.stdout if stream is None else stream
-    try:
-        print(text, file=stream, flush=True)
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            # The interpreter flushes its streams once more when it ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class _Progress:
-    """A bar on a terminal, else a line every ten seconds; on standard error."""
-
-    def __init__(self, title: str, experiment: Experiment, begin: int) -> None:
-        self.title, self.total = title, experiment.num_updates
-        self.begin, self.metrics = begin, ""
-        terminal = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        self.bar = (
-            tqdm(total=self.total, initial=begin, desc=title, dynamic_ncols=True, leave=False)
-            if terminal
-            else None
-        )
-        self.started = self.spoken = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def measured(self, row: Mapping[str, float]) -> None:
-        """Keep the metrics of an evaluation for the next line."""
-        shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("update", "loss")]
-        self.metrics = ", ".join(shown[:3])
-
-    def show(self, update: int, loss: float) -> None:
-        text = ", ".join(filter(None, [f"loss {loss:.4g}", self.metrics]))
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(update - self.bar.n)
-            return
-        now = time.monotonic()
-        if now - self.spoken < LINE_SECONDS:
-            return
-        self.spoken = now
-        left = (self.total - update) * (now - self.started) / max(update - self.begin, 1)
-        say(f"{self.title}: {update:,} of {self.total:,}, {text}, {left:.0f} s left", sys.stderr)

@@ -26,7 +26,7 @@ from ncrl.tasks.continual.methods import METHODS, OnlineEwc, Quadratic, make_met
 from ncrl.tasks.data import Images
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import Experiment, draw, evaluating, try_network
+from ncrl.tasks.training import Experiment, evaluating, random_stream, try_network
 
 SCENARIOS = ("domain", "task")
 """Whether all tasks share one output layer (incremental domain), or each has its own, and the task
@@ -193,7 +193,7 @@ class SplitLearning(Experiment):
         epoch, index = divmod(update - begin, self.per_epoch[task])
         images, labels = self.tasks[task][:2]
         if (task, epoch) != self._order_of:
-            stream = draw(self.seed, "order", task * self.epochs + epoch)
+            stream = random_stream(self.seed, "order", task * self.epochs + epoch)
             self._order = torch.randperm(len(images), generator=stream).to(images.device)
             self._order_of = task, epoch
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]

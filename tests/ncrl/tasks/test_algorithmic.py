@@ -17,7 +17,7 @@ from ncrl.tasks.algorithmic import TASKS, Algorithms, algorithms
 from ncrl.tasks.algorithms import bit_errors
 from ncrl.tasks.recipes import CONFIGS, read_recipe
 from ncrl.tasks.results import read_results
-from ncrl.tasks.training import draw
+from ncrl.tasks.training import random_stream
 
 Vector = list[float]
 
@@ -234,7 +234,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers() -> None:
     sizes = {"controller_size": 6, "num_rows": 5}
     recipe = dataclasses.replace(recipe, batch_size=3, network_options=sizes)
     experiment = command.MultiAlgorithm(recipe, 1, torch.device("cpu"))
-    batch = experiment.generate(3, 4, draw(1, "train", 5))
+    batch = experiment.generate(3, 4, random_stream(1, "train", 5))
     logits, _ = experiment.model(batch.inputs)
     losses = []
     for t in range(len(logits)):

@@ -33,7 +33,7 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.recipes import CONFIGS, INSTALLED_CONFIGS, Recipe, read_recipe
-from ncrl.tasks.training import Experiment, draw
+from ncrl.tasks.training import Experiment, random_stream
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,7 +49,7 @@ class Constant(Experiment):
         self.rate = recipe.learning_rate
 
     def loss(self, update: int) -> Tensor:
-        x = torch.randn(4, 1, generator=draw(self.seed, "train", update))
+        x = torch.randn(4, 1, generator=random_stream(self.seed, "train", update))
         loss: Tensor = (self.model(x) - 1).square().mean()
         return loss
 

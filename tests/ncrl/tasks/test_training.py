@@ -32,13 +32,13 @@ from ncrl.tasks.training import (
     Stopped,
     attention_bound,
     describe_layers,
-    draw,
     evaluating,
     fingerprint,
     identity,
     learning_rate,
     load_weights,
     make_optimizer,
+    random_stream,
     say,
     train,
 )
@@ -68,7 +68,7 @@ class Toy(Experiment):
         self.count = 0
 
     def loss(self, update: int) -> Tensor:
-        x = torch.randn(8, 5, generator=draw(self.seed, "train", update))
+        x = torch.randn(8, 5, generator=random_stream(self.seed, "train", update))
         return (self.model(x) - x / 2).square().mean()
 
     def after_update(self, update: int) -> None:
@@ -77,7 +77,7 @@ class Toy(Experiment):
 
     def evaluate(self) -> dict[str, float]:
         assert not self.model.training and not torch.is_grad_enabled()
-        x = torch.randn(8, 5, generator=draw(0, "test", 0))
+        x = torch.randn(8, 5, generator=random_stream(0, "test", 0))
         return {"mse": float((self.model(x) - x / 2).square().mean())}
 
     def report(self) -> dict[str, Any]:
