@@ -23,13 +23,14 @@ import torch
 from common import Target, machine, print_targets
 
 from ncrl.layers import LAYERS
-from ncrl.tasks.algorithms import MultiAlgorithm
+from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import keep_freed_memory, plans
 from ncrl.tasks.data import Images
-from ncrl.tasks.polynomial import Polynomials
+from ncrl.tasks.experiment import Experiment
+from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
-from ncrl.tasks.training import Experiment, make_step
+from ncrl.tasks.training import make_step
 
 WARM_UP = 3
 """Steps that are not timed."""

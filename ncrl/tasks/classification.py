@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncrl.tasks.data import Images
+from ncrl.tasks.experiment import Experiment, describe_layers, random_stream, try_network
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import Experiment, describe_layers, random_stream, try_network
 
 EVALUATION_BATCH = 1000
 """Images that are classified at a time."""

@@ -25,6 +25,7 @@ from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_mem
 from ncrl.shell.lock import locked
 from ncrl.shell.screen import say
 from ncrl.shell.signals import Stopped
+from ncrl.tasks.experiment import Experiment
 from ncrl.tasks.recipes import (
     CONFIGS,
     Recipe,
@@ -35,7 +36,6 @@ from ncrl.tasks.recipes import (
 from ncrl.tasks.results import Result
 from ncrl.tasks.training import (
     RECIPE_FILE,
-    Experiment,
     NonFiniteError,
     Run,
     fingerprint,

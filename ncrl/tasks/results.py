@@ -224,5 +224,6 @@ def count_parameters(model: torch.nn.Module) -> int:
 def command_line() -> str:
     """The command that this process was started with."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    program = f"python -m {main.name}" if main is not None else f"python {sys.argv[0]}"
-    return " ".join([program, *sys.argv[1:]])
+    name = "" if main is None else main.name.removesuffix(".__main__")
+    program = f"-m {name}" if name else sys.argv[0]
+    return " ".join(["python", program, *sys.argv[1:]])

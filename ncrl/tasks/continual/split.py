@@ -24,9 +24,9 @@ from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual import metrics
 from ncrl.tasks.continual.methods import METHODS, OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
+from ncrl.tasks.experiment import Experiment, evaluating, random_stream, try_network
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import Experiment, evaluating, random_stream, try_network
 
 SCENARIOS = ("domain", "task")
 """Whether all tasks share one output layer (incremental domain), or each has its own, and the task

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.tasks import backbone as module
-from ncrl.tasks.backbone import (
+from ncrl.tasks.data import Images
+from ncrl.tasks.models import ResNet18
+from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.split_cifar import backbone as module
+from ncrl.tasks.split_cifar.backbone import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Backbone,
@@ -24,9 +27,6 @@ from ncrl.tasks.backbone import (
     pixel_statistics,
     rotated,
 )
-from ncrl.tasks.data import Images
-from ncrl.tasks.models import ResNet18
-from ncrl.tasks.recipes import Recipe
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncrl.tasks import cifar
-from ncrl.tasks.cifar import main, paper_accuracy
+from ncrl.tasks.cifar import experiment as cifar
+from ncrl.tasks.cifar.experiment import main, paper_accuracy
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import Session, task_parser
 from ncrl.tasks.data import Images, load_digits

@@ -32,8 +32,8 @@ from ncrl.tasks.command import (
     run_command,
     task_parser,
 )
+from ncrl.tasks.experiment import Experiment, random_stream
 from ncrl.tasks.recipes import CONFIGS, INSTALLED_CONFIGS, Recipe, read_recipe
-from ncrl.tasks.training import Experiment, random_stream
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -158,7 +158,7 @@ REFUSED: list[tuple[Sequence[str], str]] = [
 def test_bad_input_is_one_line_and_exit_code_2(
     words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ncrl.tasks.mnist import main
+    from ncrl.tasks.mnist.experiment import main
 
     with pytest.raises(SystemExit) as ended:
         main(list(words))
@@ -326,7 +326,7 @@ def test_figures_are_checked_before_anything_is_trained(tmp_path: Path) -> None:
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    from ncrl.tasks.cifar import main
+    from ncrl.tasks.cifar.experiment import main
 
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

@@ -9,14 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncrl.tasks import polynomial
-from ncrl.tasks.polynomial import (
-    information,
-    layout,
-    mutual_information,
-    polynomials,
-    updates_until,
-)
+from ncrl.tasks.polynomial import experiment as polynomial
+from ncrl.tasks.polynomial.data import layout, polynomials
+from ncrl.tasks.polynomial.experiment import information, mutual_information, updates_until
 from ncrl.tasks.recipes import CONFIGS, read_recipe
 from ncrl.tasks.results import Result, read_results
 

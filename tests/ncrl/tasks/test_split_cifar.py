@@ -18,7 +18,7 @@ from ncrl.tasks.data import Images
 from ncrl.tasks.models import SplitMlp
 from ncrl.tasks.recipes import CONFIGS, read_recipes
 from ncrl.tasks.results import Result, read_results
-from ncrl.tasks.split_cifar import (
+from ncrl.tasks.split_cifar.experiment import (
     CONFIG,
     SLOT_STEPS,
     SplitFeatures,

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from ncrl.tasks.continual import tables, tradeoff
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import COEFS, ContinualRecipe
-from ncrl.tasks.continual.tables import COLUMNS, Cell, Column
 from ncrl.tasks.recipes import build_network
 from ncrl.tasks.results import Result, read_results
-from ncrl.tasks.split_mnist import RECIPES, main, plan
+from ncrl.tasks.split_mnist import tables, tradeoff
+from ncrl.tasks.split_mnist.experiment import RECIPES, main, plan
+from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import count_parameters
 from tests.ncrl.tasks.refusals import assert_refused
 

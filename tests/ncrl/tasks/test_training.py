@@ -20,26 +20,28 @@ from ncrl.baselines import balance_loss, record_gates
 from ncrl.diagnostics import describe
 from ncrl.layers import make_layer
 from ncrl.neurocoder import orthogonal_loss
+from ncrl.shell.screen import say
 from ncrl.shell.tensors import write_tensors
 from ncrl.tasks import training
+from ncrl.tasks.experiment import (
+    Experiment,
+    attention_bound,
+    describe_layers,
+    evaluating,
+    random_stream,
+)
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import read_result
 from ncrl.tasks.training import (
     CHECKPOINT_FILE,
-    Experiment,
     NonFiniteError,
     Run,
     Stopped,
-    attention_bound,
-    describe_layers,
-    evaluating,
     fingerprint,
     identity,
     learning_rate,
     load_weights,
     make_optimizer,
-    random_stream,
-    say,
     train,
 )
 
@@ -380,7 +382,7 @@ def test_weights_of_a_finished_run_are_loaded(tmp_path: Path) -> None:
 
 def test_random_streams_follow_from_their_arguments() -> None:
     def numbers(*key: Any) -> Tensor:
-        return torch.rand(4, generator=draw(*key))
+        return torch.rand(4, generator=random_stream(*key))
 
     assert torch.equal(numbers(1, "train", 2), numbers(1, "train", 2))
     keys = [(1, "train", 2), (1, "train", 3), (2, "train", 2), (1, "test", 2), (2**31, "train", 2)]

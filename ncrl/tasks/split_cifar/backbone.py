@@ -25,9 +25,9 @@ from ncrl.settings import nearest
 from ncrl.shell.screen import LINE_SECONDS, say
 from ncrl.shell.tensors import read_tensors
 from ncrl.tasks.data import Images, cache_folder
+from ncrl.tasks.experiment import Experiment, evaluating, random_stream
 from ncrl.tasks.models import ResNet18
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import Experiment, evaluating, random_stream
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of pixels from 0 to 1, with which torchvision's weights were trained."""

@@ -6,7 +6,6 @@ python -m ncrl.tasks.mnist --data-dir DIR --seeds 0 1 2 --figure mnist.png
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import BASE, Plan, Session, run_command, task_parser
 from ncrl.tasks.data import Images, load_mnist
-from ncrl.tasks.mnist_figure import draw
+from ncrl.tasks.mnist.figure import draw
 from ncrl.tasks.models import ProjectedLinear
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import Result, results_table
@@ -213,7 +212,3 @@ def table(rows: Sequence[Result]) -> str:
     """Mean error over seeds, last and best epoch. The paper prints no number (Fig. 2a); its text
     says that Neurocoder is up to 5 points better than the linear classifier."""
     return results_table(rows, ["error", "best_error"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,7 +21,6 @@ import torch
 from ncrl.settings import nearest
 from ncrl.shell.screen import say
 from ncrl.tasks.command import Plan, Session, check_range, plans, run_command, task_parser
-from ncrl.tasks.continual import tables, tradeoff
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import (
     COEFS,
@@ -31,10 +30,11 @@ from ncrl.tasks.continual.split import (
     Task,
     split_tasks,
 )
-from ncrl.tasks.continual.tables import Cell, Column
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import Result, read_results, results_table
+from ncrl.tasks.split_mnist import tables, tradeoff
+from ncrl.tasks.split_mnist.tables import Cell, Column
 from ncrl.tasks.training import identity
 
 CONFIG = "split_mnist.yaml"
@@ -390,7 +390,3 @@ def plan(
             said += f" {name}=False"
     changed = dataclasses.replace(recipe, **changes)
     return Plan(f"{cell.name}{said}", ContinualRecipe(**{**vars(changed), **settings}))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

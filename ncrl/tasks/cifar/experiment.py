@@ -8,7 +8,6 @@ python -m ncrl.tasks.cifar --data-dir DIR --config cifar_densenet --variant base
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,7 +209,3 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
     axes.set_title(f"{data}; marks: the paper's best", fontsize=9)
     axes.legend(fontsize=8)
     save_figure(figure, path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

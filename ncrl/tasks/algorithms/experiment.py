@@ -6,7 +6,6 @@ python -m ncrl.tasks.algorithms --variant linear base --iterations 5000 --figure
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncrl.shell.screen import say
-from ncrl.tasks.algorithmic import NUM_BITS, NUM_INPUTS, TASKS, Algorithms, algorithms
-from ncrl.tasks.algorithms_figure import draw_figure
+from ncrl.tasks.algorithms.data import NUM_BITS, NUM_INPUTS, TASKS, Algorithms, algorithms
+from ncrl.tasks.algorithms.figure import draw_figure
 from ncrl.tasks.command import Session, run_command, task_parser
+from ncrl.tasks.experiment import Experiment, describe_layers, random_stream
 from ncrl.tasks.models import Ntm
 from ncrl.tasks.recipes import Recipe, build_network
 from ncrl.tasks.results import Result, results_table
-from ncrl.tasks.training import Experiment, describe_layers, random_stream
 
 CONFIG = "algorithms.yaml"
 VARIANTS = ("linear", "hypernet", "film", "nsm", "base")
@@ -145,7 +144,3 @@ def table(rows: Sequence[Result]) -> str:
     metrics = [f"error_n{n}" for n in TESTED_TASKS] + [f"error_{task}" for task in TASKS]
     coded = {row.name for row in rows if row.layer == "neurocoder"}
     return results_table(rows, metrics, lambda name: PAPER if name in coded else None)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ncrl.diagnostics import LayerReport, describe
-from ncrl.tasks import algorithms as command
-from ncrl.tasks import training
-from ncrl.tasks.algorithmic import TASKS, Algorithms, algorithms
-from ncrl.tasks.algorithms import bit_errors
+from ncrl.tasks.algorithms import experiment as command
+from ncrl.tasks.algorithms.data import TASKS, Algorithms, algorithms
+from ncrl.tasks.algorithms.experiment import bit_errors
+from ncrl.tasks.experiment import random_stream
 from ncrl.tasks.recipes import CONFIGS, read_recipe
 from ncrl.tasks.results import read_results
-from ncrl.tasks.training import random_stream
 
 Vector = list[float]
 
@@ -259,7 +258,7 @@ def test_layers_are_described_until_the_last_answer_of_a_sequence(
         described.append(len(x))
         return describe(_layer, x)
 
-    monkeypatch.setattr(training, "describe", count)
+    monkeypatch.setattr(experiments, "describe", count)
     with torch.no_grad():
         experiment.report()
     test = experiment.test[command.TRAINED_TASKS]

@@ -8,7 +8,6 @@ python -m ncrl.tasks.split_cifar --data-dir DIR --classes 100 --backbone resnet1
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,17 @@ from ncrl import NeurocoderLinear
 from ncrl.settings import nearest
 from ncrl.shell.screen import say
 from ncrl.shell.tensors import check_like
-from ncrl.tasks.backbone import (
+from ncrl.tasks.command import Plan, Session, check_range, find_config, run_command, task_parser
+from ncrl.tasks.continual.methods import METHODS
+from ncrl.tasks.continual.split import COEFS, ContinualRecipe, SplitLearning, Task
+from ncrl.tasks.data import Images, load_cifar
+from ncrl.tasks.experiment import describe_layers, evaluating
+from ncrl.tasks.figures import save_figure
+from ncrl.tasks.formats import CIFAR_SIDE
+from ncrl.tasks.models import ResNet18, SplitMlp
+from ncrl.tasks.recipes import MOST_EPOCHS, Recipe, build_network, read_recipes
+from ncrl.tasks.results import Result, by_name, results_table
+from ncrl.tasks.split_cifar.backbone import (
     IMAGENET_SIDE,
     Backbone,
     Rotations,
@@ -34,16 +43,6 @@ from ncrl.tasks.backbone import (
     load_backbone,
     pixel_statistics,
 )
-from ncrl.tasks.command import Plan, Session, check_range, find_config, run_command, task_parser
-from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.continual.split import COEFS, ContinualRecipe, SplitLearning, Task
-from ncrl.tasks.data import Images, load_cifar
-from ncrl.tasks.figures import save_figure
-from ncrl.tasks.formats import CIFAR_SIDE
-from ncrl.tasks.models import ResNet18, SplitMlp
-from ncrl.tasks.recipes import MOST_EPOCHS, Recipe, build_network, read_recipes
-from ncrl.tasks.results import Result, by_name, results_table
-from ncrl.tasks.training import describe_layers, evaluating
 
 CONFIG = "split_cifar.yaml"
 
@@ -553,7 +552,3 @@ def title_of(row: Result) -> str:
     """What features a row is about, in short."""
     title: str = row.readings["backbone"]
     return title.partition(",")[0].partition("; ")[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
