@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import math
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -74,15 +74,19 @@ def configure(values: dict[str, Any], base: Config, source: str) -> Config:
     Raises:
         ValueError: for a name that is no setting, or a value that is impossible.
     """
-    types = {entry.name: str(entry.type) for entry in fields(base)}  # type: ignore[arg-type]
+    config = replace(base, **typed_values(values, type(base), source))  # type: ignore[type-var]
+    check(config)
+    return config
+
+
+def typed_values(values: Mapping[str, Any], config_class: Any, source: str) -> dict[str, Any]:
+    """The settings of a YAML file or of flags in the types of the dataclass; see `configure`."""
+    types = {entry.name: str(entry.type) for entry in fields(config_class)}
     for name in values:
         if name not in types:
             hint = nearest(str(name), types)
             raise ValueError(f"unknown setting {name!r} in {source}; nearest: {hint}")
-    typed = {name: _as_type(name, value, types[name], source) for name, value in values.items()}
-    config = replace(base, **typed)  # type: ignore[type-var]
-    check(config)
-    return config
+    return {name: _as_type(name, value, types[name], source) for name, value in values.items()}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,9 @@ class Plan(NamedTuple):
 
     name: str
     recipe: Recipe
+    labels: Mapping[str, str] = MappingProxyType({})
+    """See `Result.labels`: at least `variant`, which is empty for the recipe at the top of a file,
+    and `changes`, what the flags changed."""
 
     def changed(self, **layer_options: Any) -> Plan:
         """The same recipe with other options of its layer, which its name says.
@@ -84,7 +88,7 @@ class Plan(NamedTuple):
         said = " ".join(f"{key}={value}" for key, value in layer_options.items())
         options = {**self.recipe.layer_options, **layer_options}
         recipe = dataclasses.replace(self.recipe, layer_options=options)
-        return Plan(f"{self.name} {said}", recipe)
+        return Plan(f"{self.name} {said}", recipe, self.labels)
 
 
 class Session:
@@ -193,6 +197,7 @@ class Session:
                 result = _train(run, experiment)
                 say(result.line())
             else:
+                result = dataclasses.replace(result, labels=dict(plan.labels))
                 say(f"{result.line()} (finished before, {run.folder})")
             return result
 
@@ -202,7 +207,7 @@ class Session:
         mark = fingerprint(identity(plan.recipe, experiment.data, experiment.readings))
         label = re.sub(r"[^a-z0-9.=]+", "-", plan.name.lower()).strip("-")
         folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
-        return Run(self.task, plan.name, plan.recipe, seed, self.device, folder)
+        return Run(self.task, plan.name, plan.recipe, seed, self.device, folder, plan.labels)
 
     def experiment(self, plan: Plan, seed: int, make: Make) -> Experiment:
         """A finished run's experiment, with its trained network in eval mode.
@@ -330,16 +335,18 @@ def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
 def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: str | None) -> Plan:
     recipe, name = recipes[variant], f"{path.stem} {variant}".rstrip()
     if layer is None or layer == recipe.layer:
-        return Plan(name, recipe)
+        return Plan(name, recipe, {"variant": variant, "changes": ""})
     if layer not in LAYERS:
         raise ValueError(f"unknown layer {layer!r}; {_hint(layer, list(LAYERS))}")
     named = "_".join(filter(None, [layer, variant]))  # linear, linear_cifar100
     if named in recipes and recipes[named].layer == layer:
-        return Plan(f"{path.stem} {named}", recipes[named])
+        labels = {"variant": named, "changes": ""}
+        return Plan(f"{path.stem} {named}", recipes[named], labels)
     changed = dataclasses.replace(
         recipe, layer=layer, layer_options={}, paper_parameters=None, note=""
     )
-    return Plan(f"{name} {layer}", changed)
+    labels = {"variant": f"{variant} {layer}".lstrip(), "changes": ""}
+    return Plan(f"{name} {layer}", changed, labels)
 
 
 def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
@@ -357,7 +364,8 @@ def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
     if not changes:
         return plan
     recipe = make_recipe({**vars(plan.recipe), **changes}, "the flags")
-    return Plan(" ".join([plan.name, *(f"{k}={v}" for k, v in said.items())]), recipe)
+    words = " ".join(f"{k}={v}" for k, v in said.items())
+    return Plan(f"{plan.name} {words}", recipe, {**plan.labels, "changes": words})
 
 
 def read_options(words: Sequence[str], flag: str) -> dict[str, Any]:

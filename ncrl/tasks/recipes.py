@@ -21,7 +21,7 @@ from torch import nn
 
 from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
-from ncrl.settings import check, configure, nearest, read_yaml, setting
+from ncrl.settings import check, nearest, read_yaml, setting, typed_values
 from ncrl.tasks.models import NETWORKS
 
 TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "atari")
@@ -126,6 +126,39 @@ class Recipe:
             )
 
 
+METHODS = ("adam", "adagrad", "l2", "si", "ewc", "online-ewc")
+"""Against forgetting; see `ncrl.tasks.continual.methods`."""
+
+SCENARIOS = ("domain", "task")
+"""Whether all tasks share one output layer (incremental domain), or each has its own, and the task
+of an image is known (incremental task)."""
+
+
+@dataclass(frozen=True)
+class ContinualRecipe(Recipe):
+    """A recipe with a scenario and a method against forgetting."""
+
+    scenario: str = setting("domain", "shared or separate output layers", choices=SCENARIOS)
+    method: str | None = setting(
+        None, "against forgetting; null: what the command does by itself", choices=METHODS
+    )
+    penalty_coef: float | None = setting(
+        None, "weight of the method's penalty; null: Hsu et al.'s", low=0
+    )
+    fisher_orthogonality: bool = setting(
+        False, "ewc: square the gradient of the orthogonality loss into the Fisher information"
+    )
+    double_orth_coef: bool = setting(False, "with a penalty, double orth_coef after the first task")
+
+
+CONTINUAL_NETWORKS = ("split_mlp", "resnet_mlp")
+
+
+def recipe_class(values: Options) -> type[Recipe]:
+    """The recipes that settings make: those of networks that learn task after task say more."""
+    return ContinualRecipe if values.get("network") in CONTINUAL_NETWORKS else Recipe
+
+
 def network_option_names(network: str) -> list[str]:
     """What `network_options` may hold for a network of `NETWORKS`."""
     names = inspect.signature(NETWORKS[network]).parameters
@@ -219,13 +252,12 @@ def make_recipe(values: Options, source: str) -> Recipe:
     Raises:
         ValueError: for an unknown setting or an impossible value.
     """
+    kind = recipe_class(values)
     plain = {name: value for name, value in values.items() if name not in OPTIONS_OF}
     options = {name: values[name] for name in OPTIONS_OF if name in values}
-    # The options are checked against the network and layer that the other settings name.
-    typed = configure(plain, Recipe(), source)
-    settings = {entry.name: getattr(typed, entry.name) for entry in fields(typed)}
+    typed = typed_values(plain, kind, source)
     try:
-        return Recipe(**{**settings, **options})
+        return kind(**typed, **options)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

@@ -57,6 +57,9 @@ class Result:
     details: Mapping[str, Any] = field(default_factory=dict)
     """What else the task found out about the trained network: per layer, class, task, ..."""
 
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What tables and figures group rows by, such as the variant of the recipe."""
+
     curve: Sequence[Mapping[str, float]] = ()
     """Metrics at every evaluation, with `update` and the mean training `loss` since the last."""
 
@@ -116,6 +119,8 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path} is no result of ncrl.tasks: {error}") from error
     if min(row.seed, row.parameters, row.updates, row.seconds) < 0 or not is_number(row.seconds):
         raise ValueError(f"{path} is no result of ncrl.tasks: a counter in it is negative")
+    if not all(isinstance(label, str) for label in row.labels.values()):
+        raise ValueError(f"{path} is no result of ncrl.tasks: a label in it is no text")
     if not (is_curve([row.metrics]) and is_curve(row.curve)):
         raise ValueError(f"{path} is no result of ncrl.tasks: a metric in it is no number")
     return row

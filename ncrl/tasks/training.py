@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,7 @@ class Run(NamedTuple):
     seed: int
     device: torch.device
     folder: Path
+    labels: Mapping[str, str] = MappingProxyType({})
 
     @property
     def result(self) -> Result | None:
@@ -291,6 +293,7 @@ class _Training:
             recipe=what["recipe"],
             readings=what["readings"],
             details=details,
+            labels=dict(run.labels),
             curve=self.curve,
             command=command_line(),
             hardware=hardware(run.device),

@@ -156,7 +156,7 @@ def with_outputs(plan: Plan, size: int) -> Plan:
         return plan
     options = {**plan.recipe.network_options, "num_outputs": size}
     recipe = dataclasses.replace(plan.recipe, network_options=options, paper_parameters=None)
-    return Plan(f"{plan.name} {size} classes", recipe)
+    return Plan(f"{plan.name} {size} classes", recipe, plan.labels)
 
 
 def view(session: Session, num_classes: int) -> Images:

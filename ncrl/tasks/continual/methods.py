@@ -170,19 +170,15 @@ class SynapticIntelligence(Quadratic):
 class OnlineEwc(Quadratic):
     """Elastic weight consolidation with one anchor: Fisher information summed over tasks.
 
-    Args:
-        model: see `Method`.
-        coef: see `Method`.
+    Attributes:
         extra_loss: without samples, such as an orthogonality loss; its gradient is then added to
             that of every sample before it is squared, as in the Neurocoder authors' code. Only that
             of their runs: the information of a loss that knows no data says nothing about a task.
     """
 
-    def __init__(
-        self, model: nn.Module, coef: float, extra_loss: Callable[[], Tensor] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, coef: float) -> None:
         super().__init__(model, coef)
-        self.extra_loss = extra_loss
+        self.extra_loss: Callable[[], Tensor] | None = None
         self._traced: tuple[SampleLoss, SampleGradients] | None = None
 
     def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
@@ -237,7 +233,7 @@ class Ewc(OnlineEwc):
             self.anchor[name] = torch.lerp(anchor, now, share)
 
 
-METHODS: Mapping[str, Callable[..., Method]] = {
+METHODS: Mapping[str, type[Method]] = {
     "adam": Method,
     "adagrad": Method,
     "l2": L2,
@@ -248,7 +244,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 """By the names of Hsu et al.; the first two differ in the optimiser, which is the caller's."""
 
 
-def make_method(name: str, model: nn.Module, coef: float, **options: Any) -> Method:
+def make_method(name: str, model: nn.Module, coef: float) -> Method:
     """The method called `name`.
 
     Raises:
@@ -258,7 +254,7 @@ def make_method(name: str, model: nn.Module, coef: float, **options: Any) -> Met
         raise ValueError(f"unknown method {name!r}; {suggest(name, METHODS)}")
     if not coef >= 0:
         raise ValueError(f"coef must be at least 0, got {coef}")
-    return METHODS[name](model, coef, **options)
+    return METHODS[name](model, coef)
 
 
 def own_label_loss(call: Callable[..., Tensor], sample: Tensor, **options: Any) -> Tensor:

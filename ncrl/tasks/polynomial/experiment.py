@@ -281,7 +281,7 @@ def named(plan: Plan, data: Mapping[str, float]) -> Plan:
     """The plan with a name that says how its sequences differ from the usual."""
     usual = {"chunks": NUM_CHUNKS, "noise": 0.0}
     said = [f"{key}={value:g}" for key, value in data.items() if value != usual[key]]
-    return Plan(" ".join([plan.name, *said]), plan.recipe)
+    return plan._replace(name=" ".join([plan.name, *said]))
 
 
 def table(rows: Sequence[Result], error: str) -> str:
@@ -295,7 +295,6 @@ def table(rows: Sequence[Result], error: str) -> str:
     for name, group in by_name(rows).items():
         reached = [updates_until(row) for row in group]
         bits = [row.details["information"] for row in group if "information" in row.details]
-        variant = next((word for word in name.split()[1:2] if "=" not in word), "base")
         lines.append(
             [
                 name,
@@ -304,7 +303,7 @@ def table(rows: Sequence[Result], error: str) -> str:
                 *(summarise(group, metric) for metric in ("mse", error)),
                 " ".join("never" if value is None else f"{value:g}" for value in reached),
                 " ".join(f"{value['bits']:.2f} ({value['chance']:.2f})" for value in bits),
-                PAPER.get(variant),
+                PAPER.get(group[0].labels.get("variant") or "base"),
             ]
         )
     header = ["recipe", "parameters", "seeds", "mse", error, f"updates to {SOLVED:.0%}"]

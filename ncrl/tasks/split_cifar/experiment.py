@@ -24,14 +24,20 @@ from ncrl.settings import nearest
 from ncrl.shell.screen import say
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.command import Plan, Session, check_range, find_config, run_command, task_parser
-from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.continual.split import COEFS, ContinualRecipe, SplitLearning, Task
+from ncrl.tasks.continual.split import COEFS, SplitLearning, Task
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.experiment import describe_layers, evaluating
 from ncrl.tasks.figures import save_figure
 from ncrl.tasks.formats import CIFAR_SIDE
 from ncrl.tasks.models import ResNet18, SplitMlp
-from ncrl.tasks.recipes import MOST_EPOCHS, Recipe, build_network, read_recipes
+from ncrl.tasks.recipes import (
+    METHODS,
+    MOST_EPOCHS,
+    ContinualRecipe,
+    Recipe,
+    build_network,
+    read_recipes,
+)
 from ncrl.tasks.results import Result, by_name, results_table
 from ncrl.tasks.split_cifar.backbone import (
     IMAGENET_SIDE,
@@ -126,13 +132,12 @@ def work(session: Session) -> None:
     num_classes = flags.get("classes", 10)
     if num_classes not in CLASSES_PER_TASK:
         raise ValueError(f"--classes takes 10 or 100, got {num_classes}")
-    methods = named_methods(flags)
     data = load_cifar(session.data_dir, num_classes, download=session.download)
     is_digits = data.name.startswith(DIGITS)
     plans = [
         plan(base, method, flags, num_classes, source.num_features, is_digits)
         for base in bases
-        for method in methods
+        for method in methods_of(base.recipe, flags)
     ]
     say(f"data: {data.source}")
     data = data.to(session.device)
@@ -234,21 +239,23 @@ def base_plans(session: Session) -> list[Plan]:
             raise ValueError(
                 f"{base.name!r} has network {base.recipe.network}, expected resnet_mlp"
             )
+        methods_of(base.recipe, session.flags)
     return plans
 
 
-def named_methods(flags: Mapping[str, Any]) -> list[str]:
-    """The methods that a flag names, without repetition.
+def methods_of(recipe: Recipe, flags: Mapping[str, Any]) -> list[str]:
+    """The methods that a flag names, without repetition; else the recipe's, else both of Fig. 7.
 
     Raises:
         ValueError: for an unknown one.
     """
-    methods: list[str] = flags.get("method", DEFAULT_METHODS)
+    assert isinstance(recipe, ContinualRecipe)
+    methods: list[str] = flags.get("method", [recipe.method] if recipe.method else DEFAULT_METHODS)
     for method in methods:
         if method not in METHODS:
             raise ValueError(
                 f"--method must be one of {', '.join(METHODS)}, got {method!r}; "
-                f"nearest: {nearest(method, tuple(METHODS))}"
+                f"nearest: {nearest(method, METHODS)}"
             )
     return list(dict.fromkeys(methods))
 
@@ -266,6 +273,7 @@ def plan(
     Raises:
         ValueError: for settings that make no sense.
     """
+    assert isinstance(base.recipe, ContinualRecipe)
     per_task = CLASSES_PER_TASK[num_classes]
     options = {
         "hidden": (500, 500, 500),
@@ -281,19 +289,20 @@ def plan(
             changes["learning_rate"] = 1e-2
     if is_digits and "epochs" not in flags:
         changes["epochs"] = DIGITS_EPOCHS
-    _, _, variant = base.name.partition(" ")
-    name = f"{num_classes // per_task}x{per_task} {method} {variant or 'printed'}"
-    coef = PENALTY_COEFS.get(method, 0.0)
-    if "penalty_coef" in flags:
-        coef = flags["penalty_coef"]
+    words = " ".join(filter(None, (base.labels["variant"], base.labels["changes"]))) or "printed"
+    name = f"{num_classes // per_task}x{per_task} {method} {words}"
+    coef = flags.get("penalty_coef", base.recipe.penalty_coef)
+    if coef is None:
+        coef = PENALTY_COEFS.get(method, 0.0)
+    else:
         name += f" penalty_coef={coef:g}"
-    settings = {"scenario": "task", "method": method, "penalty_coef": coef}
-    recipe = ContinualRecipe(**{**vars(base.recipe), **changes, **settings})
+    changes |= {"scenario": "task", "method": method, "penalty_coef": coef}
+    recipe = dataclasses.replace(base.recipe, **changes)
     if recipe.epochs is None:
         raise ValueError(f"{base.name}: the recipe has to say how many epochs each task takes")
     with torch.device("meta"):
         build_network(recipe)  # what does not fit is said before hours of features
-    return Plan(name, recipe)
+    return Plan(name, recipe, base.labels)
 
 
 # Backbone and tasks

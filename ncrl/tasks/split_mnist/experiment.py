@@ -20,18 +20,18 @@ import torch
 
 from ncrl.settings import nearest
 from ncrl.shell.screen import say
-from ncrl.tasks.command import Plan, Session, check_range, plans, run_command, task_parser
-from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.continual.split import (
-    COEFS,
-    SCENARIOS,
-    ContinualRecipe,
-    SplitLearning,
-    Task,
-    split_tasks,
+from ncrl.tasks.command import (
+    Plan,
+    Session,
+    check_range,
+    find_config,
+    plans,
+    run_command,
+    task_parser,
 )
+from ncrl.tasks.continual.split import COEFS, SplitLearning, Task, split_tasks
 from ncrl.tasks.data import Images, load_mnist
-from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.recipes import METHODS, SCENARIOS, ContinualRecipe, Recipe, read_recipes
 from ncrl.tasks.results import Result, read_results, results_table
 from ncrl.tasks.split_mnist import tables, tradeoff
 from ncrl.tasks.split_mnist.tables import Cell, Column
@@ -144,30 +144,14 @@ def work(session: Session, words: Sequence[str]) -> None:
             for group, repeats in wanted:
                 rows += run_all(session, group, tasks, data, seeds(session, repeats))
     if "tables" in flags:
-        all_cells = [cell for group, _ in groups for cell in group]
         all_plans = [plan for group, _ in wanted for plan in group]
-        by_cell, changed = under_cells(rows, all_cells, all_plans)
+        changed = sorted({changes_of(plan.labels) for plan in all_plans} - {""})
         for number in chosen_tables(flags):
-            say(f"\n{tables.table(number, by_cell, changed)}")
+            say(f"\n{tables.table(number, rows, ','.join(changed))}")
     else:
         say(f"\n{results_table(rows, METRICS)}")
     if session.figure is not None and rows:
         (tables if len(coefs) < 2 else tradeoff).draw(rows, session.figure)
-
-
-def under_cells(
-    rows: Sequence[Result], cells: Sequence[Cell], plans: Sequence[Plan]
-) -> tuple[list[Result], str]:
-    """Rows under the names of the cells that they fill, and what flags added to their plans' names.
-
-    Args:
-        rows: of some of the plans.
-        cells: each with its plan at the same place.
-        plans: those of the cells.
-    """
-    names = {plan.name: cell.name for cell, plan in zip(cells, plans, strict=True)}
-    changed = sorted({name.removeprefix(cell) for name, cell in names.items()} - {""})
-    return [dataclasses.replace(row, name=names[row.name]) for row in rows], ",".join(changed)
 
 
 def seeds(session: Session, repeats: int | None) -> list[int]:
@@ -197,8 +181,9 @@ def finished(
     """Rows of those plans and seeds that are there already."""
     recipes = {plan.name: identity(plan.recipe, data.name) for plan in wanted}
     same = {name: json.loads(json.dumps(what["recipe"])) for name, what in recipes.items()}
+    labels = {plan.name: dict(plan.labels) for plan in wanted}
     return [
-        row
+        dataclasses.replace(row, labels=labels[row.name])
         for row in read_results(session.logdir, "split_mnist")
         if row.seed in seeds
         and (row.data, row.readings) == (data.name, data.readings)
@@ -247,8 +232,10 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
     Raises:
         ValueError: for unknown names, and flags that do not go together.
     """
-    scenarios = named(flags, "scenario", SCENARIOS, ["domain"])
-    methods = named(flags, "method", tuple(METHODS), ["adam"])
+    top = read_recipes(find_config(flags.get("config", CONFIG)))[""]
+    assert isinstance(top, ContinualRecipe)
+    scenarios = named(flags, "scenario", SCENARIOS, [top.scenario])
+    methods = named(flags, "method", METHODS, [top.method or "adam"])
     layers = named(flags, "layer", LAYERS, ["neurocoder"])
     variants = named(flags, "variant", VARIANTS, ["paper"])
     only = {
@@ -361,8 +348,9 @@ def plan(
     variant = RECIPES[cell.column._replace(rank=None)]
     shared = {key: value for key, value in flags.items() if key != "layer"}
     (base,) = plans({**shared, "variant": [variant]}, CONFIG)
-    _, _, said = base.name.partition(f" {variant}")
+    said = base.labels["changes"]
     recipe = base.recipe
+    assert isinstance(recipe, ContinualRecipe)
     changes: dict[str, Any] = {}
     if cell.method == "adagrad":
         changes |= {name: value for name, value in ADAGRAD.items() if name not in flags}
@@ -378,15 +366,23 @@ def plan(
     if is_neurocoder and "sharpness" in flags:
         changes["layer_options"] = {**recipe.layer_options, "sharpness": flags["sharpness"]}
         said += f" sharpness={flags['sharpness']:g}"
-    settings: dict[str, Any] = {"scenario": cell.scenario, "method": cell.method}
-    settings["penalty_coef"] = COEFS[cell.scenario].get(cell.method, 0.0)
-    if coef is not None and coef != settings["penalty_coef"]:
-        settings["penalty_coef"] = coef
-        said += f" {tradeoff.coef_words(coef)}"
+    usual = COEFS[cell.scenario].get(cell.method, 0.0)
+    if coef is None:
+        coef = recipe.penalty_coef
+    if coef is None or cell.method not in COEFS[cell.scenario]:
+        coef = usual
+    changes |= {"scenario": cell.scenario, "method": cell.method, "penalty_coef": coef}
     for name in ("fisher_orthogonality", "double_orth_coef"):
         is_official = is_neurocoder and cell.column.variant == "official"
-        settings[name] = is_official and flags.get(name, True)
-        if is_official and not settings[name]:
+        changes[name] = is_official and flags.get(name, True)
+        if is_official and not changes[name]:
             said += f" {name}=False"
-    changed = dataclasses.replace(recipe, **changes)
-    return Plan(f"{cell.name}{said}", ContinualRecipe(**{**vars(changed), **settings}))
+    labels = {**cell.labels, "changes": said.strip()}
+    labels["coef"] = "" if coef == usual else f"penalty_coef={coef:g}"
+    name = " ".join(filter(None, (cell.name, changes_of(labels))))
+    return Plan(name, dataclasses.replace(recipe, **changes), labels)
+
+
+def changes_of(labels: Mapping[str, str]) -> str:
+    """What is not as in the tables' recipes."""
+    return " ".join(filter(None, (labels["changes"], labels["coef"])))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.results import Result, Summary, by_name, markdown, summarise
+from ncrl.tasks.recipes import METHODS
+from ncrl.tasks.results import Result, Summary, markdown, summarise
+
+Groups = defaultdict[tuple[str, ...], list[Result]]
+"""Rows by scenario, method and layer."""
 
 SCENARIO = {1: "domain", 6: "task", 7: "domain"}
 """By number of the table."""
@@ -42,7 +46,12 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """Of the runs that fill it."""
-        return f"{self.scenario} {self.method} {self.column.name}"
+        return " ".join(self.labels.values())
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Those of the rows that fill it."""
+        return {"scenario": self.scenario, "method": self.method, "layer": self.column.name}
 
 
 COLUMNS = (
@@ -95,7 +104,10 @@ PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
 """The paper's Tables 6 and 7, 10 runs: Hsu et al.'s MLP, its MLP, NSM, Neurocoder with and without
 residual."""
 
-PRINTED_AS = {"hsu": 0, "mlp": 1, "nsm": 2, "paper residual": 3, "paper": 4}
+PRINTED_AS = {
+    **{"hsu": 0, "mlp": 1, "nsm": 2, "paper residual": 3, "paper": 4},
+    **{"official residual": 3, "official": 4},
+}
 """Position in `PRINTED` by column; what the paper calls Neurocoder stands beside both variants."""
 
 LOGGED: Mapping[str, Mapping[str, str]] = {
@@ -119,7 +131,7 @@ LOGGED: Mapping[str, Mapping[str, str]] = {
 
 def printed(scenario: str, method: str, column: str) -> str | None:
     """What the paper prints in a cell."""
-    place = PRINTED_AS.get(column.replace("official", "paper"))
+    place = PRINTED_AS.get(column)
     return None if place is None else PRINTED[scenario][method][place]
 
 
@@ -128,20 +140,32 @@ def logged(scenario: str, method: str, column: str) -> str | None:
     return LOGGED.get(column, {}).get(method) if scenario == "domain" else None
 
 
+def by_cell(rows: Iterable[Result], *, changes: bool = False) -> Groups:
+    """Rows by scenario, method and layer, and with what flags changed in the layer's name."""
+    groups: Groups = defaultdict(list)
+    for row in rows:
+        labels = row.labels
+        said = labels.get("changes") if changes else None
+        layer = " ".join(filter(None, (labels["layer"], said)))
+        groups[labels["scenario"], labels["method"], layer].append(row)
+    return groups
+
+
 def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
     """One of the paper's tables as Markdown, a line for every cell, with its heading.
 
     Args:
         number: 1, 6 or 7.
-        rows: of any scenarios, methods and columns, under the names of their cells.
+        rows: of any scenarios, methods and layers, which their labels say.
         changed: what is not as in the tables' recipes, for the heading.
     """
     scenario = SCENARIO[number]
     repeats = REPEATS[scenario]
-    found = by_name(rows)
+    found = by_cell(rows)
     wanted = cells(number)
     filled = sum(
-        set(range(repeats)) <= {row.seed for row in found.get(cell.name, ())} for cell in wanted
+        set(range(repeats)) <= {row.seed for row in found[tuple(cell.labels.values())]}
+        for cell in wanted
     )
     said = [changed.strip()] if changed else []
     if filled < len(wanted):
@@ -150,7 +174,7 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
     for method in METHODS:
         for column in columns(number):
             name = column.name
-            group = found.get(Cell(scenario, method, column).name)
+            group = found[scenario, method, name]
             ours = _measured(group, repeats) if group else [None] * 9
             beside = printed(scenario, method, name), logged(scenario, method, name)
             hsu = printed(scenario, method, "hsu") if name == "mlp" else None
@@ -194,12 +218,12 @@ def short(summary: Summary | None) -> str | None:
 def draw(rows: Sequence[Result], path: Path) -> None:
     """Bars of the accuracy for every cell that has rows, with the paper's number as a mark.
 
-    Names that the flags of the command have changed stand for their own columns.
+    What the flags of the command have changed stands in columns of its own.
     """
     from matplotlib.figure import Figure
 
-    found = by_name(rows)
-    scenarios = [s for s in REPEATS if any(name.startswith(f"{s} ") for name in found)]
+    found = by_cell(rows, changes=True)
+    scenarios = [s for s in REPEATS if any(scenario == s for scenario, _, _ in found)]
     figure = Figure(figsize=(9, 3.2 * len(scenarios)), layout="constrained")
     for index, scenario in enumerate(scenarios):
         axes = figure.add_subplot(len(scenarios), 1, index + 1)
@@ -213,7 +237,7 @@ def draw(rows: Sequence[Result], path: Path) -> None:
                 if printed_value is not None:
                     value = float(printed_value.partition("±")[0])
                     axes.plot(x + shift, value, "k_", markersize=6, zorder=3)
-                group = found.get(f"{scenario} {method} {column}")
+                group = found[scenario, method, column]
                 if not group:
                     continue
                 summary = summarise(group, "accuracy")
@@ -228,7 +252,7 @@ def draw(rows: Sequence[Result], path: Path) -> None:
                     error_kw={"elinewidth": 0.8},
                 )
                 label = False
-        low = min(row.metrics["accuracy"] for name in found for row in found[name])
+        low = min(row.metrics["accuracy"] for row in rows)
         axes.set_ylim(max(0, min(50, low) - 2), 100)
         axes.set_xticks(range(len(METHODS)), list(METHODS))
         axes.set_ylabel("accuracy after 5 tasks, %")
@@ -243,8 +267,8 @@ def draw(rows: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _columns(found: Mapping[str, object], scenario: str) -> list[str]:
+def _columns(found: Groups, scenario: str) -> list[str]:
     """Names of the columns that have rows: the tables' first, then others."""
-    present = [name.split(" ", 2)[2] for name in found if name.startswith(f"{scenario} ")]
+    present = [layer for (where, _, layer), rows in found.items() if where == scenario and rows]
     known = [column.name for column in COLUMNS if column.name in present]
     return [*known, *dict.fromkeys(name for name in present if name not in known)]

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from ncrl.tasks.figures import save_figure
 from ncrl.tasks.results import Result, summarise
+from ncrl.tasks.split_mnist.tables import by_cell
 
 LEAST_ERROR, MOST_ERROR = 0.2, 60.0
 """Per cent: ends of the axis of errors, which is logarithmic because most networks learn well."""
@@ -34,28 +35,18 @@ def curves(rows: Sequence[Result]) -> Mapping[str, Mapping[str, list[Point]]]:
     """By scenario and method, then by layer: points in the order of the coefficient.
 
     Args:
-        rows: of split MNIST, named `scenario method layer ...`.
+        rows: of split MNIST.
     """
-    groups: dict[tuple[str, str], dict[float, list[Result]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for row in rows:
-        scenario, method, layer = row.name.split(" ", 2)
-        coef = row.recipe["penalty_coef"]
-        layer = layer.replace(f" {coef_words(coef)}", "")
-        groups[f"{scenario} {method}", layer][coef].append(row)
     found: dict[str, dict[str, list[Point]]] = defaultdict(dict)
-    for (where, layer), by_coef in groups.items():
-        found[where][layer] = [
+    for (scenario, method, layer), group in by_cell(rows, changes=True).items():
+        by_coef: dict[float, list[Result]] = defaultdict(list)
+        for row in group:
+            by_coef[row.recipe["penalty_coef"]].append(row)
+        found[f"{scenario} {method}"][layer] = [
             Point(coef, _mean(by_coef[coef], "learn"), _mean(by_coef[coef], "accuracy"))
             for coef in sorted(by_coef)
         ]
     return found
-
-
-def coef_words(coef: float) -> str:
-    """How the name of a run says its coefficient."""
-    return f"penalty_coef={coef:g}"
 
 
 def _mean(rows: Sequence[Result], metric: str) -> float:

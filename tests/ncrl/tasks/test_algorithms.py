@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ncrl.diagnostics import LayerReport, describe
+from ncrl.tasks import experiment as experiments
 from ncrl.tasks.algorithms import experiment as command
 from ncrl.tasks.algorithms.data import TASKS, Algorithms, algorithms
 from ncrl.tasks.algorithms.experiment import bit_errors

@@ -13,10 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from ncrl.tasks.command import Plan
-from ncrl.tasks.continual.split import ContinualRecipe, Task
+from ncrl.tasks.continual.split import Task
 from ncrl.tasks.data import Images
 from ncrl.tasks.models import SplitMlp
-from ncrl.tasks.recipes import CONFIGS, read_recipes
+from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results
 from ncrl.tasks.split_cifar.experiment import (
     CONFIG,

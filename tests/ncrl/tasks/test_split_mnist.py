@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.continual.split import COEFS, ContinualRecipe
-from ncrl.tasks.recipes import build_network
+from ncrl.tasks.continual.split import COEFS
+from ncrl.tasks.recipes import ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
 from ncrl.tasks.split_mnist import tables, tradeoff
 from ncrl.tasks.split_mnist.experiment import RECIPES, main, plan
@@ -289,11 +289,11 @@ def test_points_are_means_over_seeds_in_the_order_of_the_coefficient() -> None:
 
     def row(coef: float, seed: int, learn: float, accuracy: float, said: str = "") -> Result:
         made = made_up(cell, seed, accuracy, learn=learn)
-        name = f"{cell.name} epochs=2 penalty_coef={coef:g}" if said else made.name
-        return dataclasses.replace(made, name=name, recipe={"penalty_coef": coef})
+        labels = {**made.labels, "changes": said, "coef": f"penalty_coef={coef:g}"}
+        return dataclasses.replace(made, labels=labels, recipe={"penalty_coef": coef})
 
-    rows = [row(100.0, 0, 80.0, 70.0, "said"), row(1e-6, 0, 99.0, 50.0, "said")]
-    rows += [row(1e-6, 1, 97.0, 54.0, "said"), row(7.0, 0, 90.0, 60.0)]
+    rows = [row(100.0, 0, 80.0, 70.0, "epochs=2"), row(1e-6, 0, 99.0, 50.0, "epochs=2")]
+    rows += [row(1e-6, 1, 97.0, 54.0, "epochs=2"), row(7.0, 0, 90.0, 60.0)]
     found = tradeoff.curves(rows)
     assert found == {
         "domain ewc": {
@@ -312,6 +312,7 @@ def made_up(cell: Cell, seed: int, accuracy: float, **metrics: float) -> Result:
         *("split_mnist", cell.name, seed, cell.column.layer, 1234),
         {**values, "transfer": -1.0, "rank": 3.0, **metrics},
         *("MNIST", 10, 1.0, {}),
+        labels=cell.labels,
     )
 
 
