@@ -155,3 +155,18 @@ def describe_layers(
 def attention_bound(num_slots: int, sharpness: float) -> float:
     """The largest weight that a softmax over sharpened cosines can give to a slot."""
     return 1 / (1 + (num_slots - 1) * math.exp(-2 * sharpness))
+
+
+def mutual_information(counts: Tensor) -> Tensor:
+    """Information in bits that the row of a table of counts has about the column, [..., rows,
+    columns] -> [...]; 0 where they are independent."""
+    joint = counts.double() / counts.sum((-1, -2), keepdim=True)
+    apart = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
+    bits = torch.where(joint > 0, joint * torch.log2(joint / apart), 0.0).sum((-1, -2))
+    return bits.clamp_min(0)
+
+
+def count_pairs(first: Tensor, second: Tensor) -> Tensor:
+    """How often labels meet: integers from 0 on, [..., N] each, give counts [..., A, B]."""
+    one, two = (torch.nn.functional.one_hot(labels).double() for labels in (first, second))
+    return one.transpose(-1, -2) @ two

@@ -17,7 +17,13 @@ from torch import Tensor
 from ncrl import NeurocoderLinear
 from ncrl.shell.screen import say
 from ncrl.tasks.command import Plan, Session, run_command, task_parser
-from ncrl.tasks.experiment import Experiment, describe_layers, random_stream
+from ncrl.tasks.experiment import (
+    Experiment,
+    count_pairs,
+    describe_layers,
+    mutual_information,
+    random_stream,
+)
 from ncrl.tasks.models import GruRegressor
 from ncrl.tasks.polynomial.data import (
     DEGREES,
@@ -54,22 +60,6 @@ PAPER = {
     "no_usage": "worse than with usage attention",
 }
 """What it says of Fig. 5, which has no numbers, by the variant."""
-
-
-def mutual_information(first: Tensor, second: Tensor) -> Tensor:
-    """Information in bits that one row of labels has about another, from their frequencies.
-
-    Args:
-        first: integers from 0 on, [..., N].
-        second: likewise.
-
-    Returns:
-        [...]; 0 where they are independent in the sample.
-    """
-    one, two = (torch.nn.functional.one_hot(labels).double() for labels in (first, second))
-    joint = one.transpose(-1, -2) @ two / first.shape[-1]  # [..., A, B]
-    apart = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
-    return torch.where(joint > 0, joint * torch.log2(joint / apart), 0.0).sum((-1, -2))
 
 
 class Polynomials(Experiment):
@@ -203,7 +193,7 @@ def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
     slots = attention.argmax(3).permute(2, 1, 0)  # [R, N, T]
     order = torch.randperm(len(chunk), generator=random_stream(0, "order", 0)).to(chunk.device)
     true, chance = (
-        mutual_information(labels.expand(slots.shape), slots).mean(1)
+        mutual_information(count_pairs(labels.expand(slots.shape), slots)).mean(1)
         for labels in (chunk, chunk[order])
     )
     best = int((true - chance).argmax())

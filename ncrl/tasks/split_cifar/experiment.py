@@ -12,24 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from torch import Tensor
-from torch.nn import functional as F
 
-from ncrl import NeurocoderLinear
 from ncrl.settings import nearest
 from ncrl.shell.screen import say
-from ncrl.shell.tensors import check_like
 from ncrl.tasks.command import Plan, Session, check_range, find_config, run_command, task_parser
-from ncrl.tasks.continual.split import COEFS, SplitLearning, Task
+from ncrl.tasks.continual.split import COEFS
 from ncrl.tasks.data import Images, load_cifar
-from ncrl.tasks.experiment import describe_layers, evaluating
-from ncrl.tasks.figures import save_figure
 from ncrl.tasks.formats import CIFAR_SIDE
-from ncrl.tasks.models import ResNet18, SplitMlp
+from ncrl.tasks.models import ResNet18
 from ncrl.tasks.recipes import (
     METHODS,
     MOST_EPOCHS,
@@ -38,7 +29,7 @@ from ncrl.tasks.recipes import (
     build_network,
     read_recipes,
 )
-from ncrl.tasks.results import Result, by_name, results_table
+from ncrl.tasks.results import results_table
 from ncrl.tasks.split_cifar.backbone import (
     IMAGENET_SIDE,
     Backbone,
@@ -49,6 +40,8 @@ from ncrl.tasks.split_cifar.backbone import (
     load_backbone,
     pixel_statistics,
 )
+from ncrl.tasks.split_cifar.features import SplitFeatures, feature_tasks
+from ncrl.tasks.split_cifar.figure import draw_accuracy, draw_slots, slots_figure
 
 CONFIG = "split_cifar.yaml"
 
@@ -76,12 +69,6 @@ DIGITS_EPOCHS, DIGITS_BACKBONE_EPOCHS = 10, 5
 
 HELD_OUT_EVERY = 5
 """With --validate, one of so many training images is measured on."""
-
-SLOT_STEPS = 100
-"""Training steps of each task at which attention is looked at (Fig. 8)."""
-
-SLOT_IMAGES = 32
-"""Images of the batch that are looked at."""
 
 METRICS = (
     *("accuracy", "learn", "failed_tasks", "forgetting", "transfer"),
@@ -342,222 +329,3 @@ def make_backbone(
         "25 %)"
     )
     return Backbone(frozen(network, session.device), title, source.side, mean, std, pooled=True)
-
-
-def feature_tasks(data: Images, classes_per_task: int) -> list[Task]:
-    """Tasks of consecutive classes; labels count from 0 in each.
-
-    Args:
-        data: with features [N, F] in place of pixels.
-        classes_per_task: divides the number of classes.
-
-    Raises:
-        ValueError: if a class lacks images.
-    """
-    tasks = []
-    for first in range(0, data.num_classes, classes_per_task):
-        parts: list[Tensor] = []
-        for features, labels in (
-            (data.train_images, data.train_labels),
-            (data.test_images, data.test_labels),
-        ):
-            chosen = (labels >= first) & (labels < first + classes_per_task)
-            found = set(labels[chosen].tolist())
-            for label in range(first, first + classes_per_task):
-                if label not in found:
-                    raise ValueError(f"{data.name} has no images of class {label}")
-            parts += [features[chosen], labels[chosen] - first]
-        tasks.append(Task(*parts))
-    return tasks
-
-
-# What is trained
-
-
-class SplitFeatures(SplitLearning):
-    """A classifier of features that learns one task after the other, and what it attends to.
-
-    Args: those of `SplitLearning`; `recipe` is of the task scenario, with network `split_mlp`, and
-    `readings` say how features came about.
-
-    Raises:
-        ValueError: if the recipe does not fit the tasks.
-    """
-
-    model: SplitMlp
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
-        self.watched = watched_updates(self.ends) if self.coded else {}
-        self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(self.coded)), -1)
-        """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
-        steps."""
-        self._counts: Tensor | None = None  # of the trained network; see `_slot_counts`
-
-    def after_update(self, update: int) -> None:
-        super().after_update(update)
-        if update in self.watched:
-            task, step = self.watched[update]
-            _, x, _ = self.batch(update)
-            with evaluating(self.model):
-                attention = hidden_attention(self.model, x[:SLOT_IMAGES])
-            for layer, weights in enumerate(attention):
-                self.top_slots[task, step, layer] = weights.mean(0).argmax()
-
-    def evaluate(self) -> dict[str, float]:
-        """Beside what `SplitLearning` measures: `slot_information`, in bits how much the top slot
-        of an image tells about its task, mean over hidden layers; 0 if all tasks use the same."""
-        found = super().evaluate()
-        chance = 100 / int(self.recipe.network_options["num_outputs"])
-        half_way = (100 + chance) / 2
-        found["failed_tasks"] = float((self.accuracy.diagonal() < half_way).sum())
-        if self.coded:
-            self._counts = self._slot_counts()
-            information = [mutual_information(counts) for counts in self._counts]
-            found["slot_information"] = sum(information) / len(information)
-        return found
-
-    def _slot_counts(self) -> Tensor:
-        """Test images by their top slot, in the network as it is: [layers, T, P]."""
-        counts = []
-        for task in self.tasks:
-            tops = [
-                torch.bincount(weights.argmax(1), minlength=weights.shape[1])
-                for weights in hidden_attention(self.model, task.test_images)
-            ]
-            counts.append(torch.stack(tops))
-        return torch.stack(counts, dim=1)
-
-    def report(self) -> dict[str, Any]:
-        details = super().report()
-        details["seen"] = seen_accuracy(self.accuracy)
-        if self.coded:
-            details["top_slots"] = self.top_slots.tolist()
-            details["watched"] = sorted(self.watched)
-            # A run stopped after its last update has been measured by the process before.
-            counts = self._slot_counts() if self._counts is None else self._counts
-            details["slot_counts"] = counts.tolist()
-            images = torch.cat([task.test_images[:50] for task in self.tasks])
-            details["attention"] = describe_layers(self.model, images)
-        return details
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "top_slots": self.top_slots}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        self.top_slots = check_like(state["top_slots"], self.top_slots, "top_slots")
-
-
-def watched_updates(ends: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Task and number of the look, by update: SLOT_STEPS evenly spread over each task, or every
-    update of a task that has fewer.
-
-    Args:
-        ends: updates after which tasks end.
-    """
-    watched = {}
-    for task, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        steps = min(SLOT_STEPS, end - begin)
-        for step in range(steps):
-            watched[begin + (end - begin) * (step + 1) // steps - 1] = task, step
-    return watched
-
-
-def hidden_attention(model: SplitMlp, x: Tensor) -> list[Tensor]:
-    """Attention to the left vectors, M_U, of the coded hidden layers, mean over components:
-    [B, P] each, for features [B, F]."""
-    found = []
-    for layer in model.hidden:
-        if isinstance(layer, NeurocoderLinear):
-            found.append(layer.attend(x).u.mean(1))
-        x = F.relu(layer(x))
-    return found
-
-
-def mutual_information(counts: Tensor) -> float:
-    """In bits, between row and column of a table of counts [rows, columns]."""
-    shares = counts.double() / counts.sum()
-    independent = shares.sum(1, keepdim=True) * shares.sum(0, keepdim=True)
-    terms = torch.where(shares > 0, shares * torch.log2(shares / independent), 0.0)
-    return max(0.0, float(terms.sum()))
-
-
-def seen_accuracy(accuracy: Tensor) -> list[float]:
-    """Mean over the tasks learnt so far, after each (Fig. 7), for a matrix [trained, tested]."""
-    return [float(row[: task + 1].mean()) for task, row in enumerate(accuracy)]
-
-
-# Figures
-
-
-def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
-    """Mean accuracy on the tasks seen so far over their number (Fig. 7).
-
-    Raises:
-        ValueError: if the file cannot be written.
-    """
-    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for name, group in by_name(rows).items():
-        values = np.array([row.details["seen"] for row in group])  # [seeds, T]
-        numbers = np.arange(1, values.shape[1] + 1)
-        mean, std = values.mean(0), values.std(0)
-        label = f"{name} ({len(group)})"
-        (line,) = axes.plot(numbers, mean, "o-", markersize=3, linewidth=1.3, label=label)
-        if len(group) > 1:
-            axes.fill_between(numbers, mean - std, mean + std, alpha=0.2, color=line.get_color())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("tasks learnt")
-    axes.set_ylabel("accuracy on them, %")
-    axes.set_title(f"{rows[0].data}; {title_of(rows[0])}", fontsize=7, wrap=True)
-    axes.legend(
-        fontsize=7,
-        title="recipe (seeds)",
-        title_fontsize=7,
-        frameon=False,
-        loc="center left",  # beside the axes, where it hides no curve
-        bbox_to_anchor=(1, 0.5),
-    )
-    save_figure(figure, path)
-
-
-def slots_figure(path: Path) -> Path:
-    """File of Fig. 8 beside that of Fig. 7: `figure.png` gives `figure_slots.png`."""
-    return path.with_name(f"{path.stem}_slots{path.suffix}")
-
-
-def draw_slots(path: Path, rows: Sequence[Result]) -> None:
-    """The slot of M_U that most attention goes to, over training, with lines between the tasks
-    (Fig. 8): a column for each recipe with coded layers, of its first seed; a row for each layer.
-
-    Raises:
-        ValueError: if the file cannot be written.
-    """
-    drawn = [g[0] for g in by_name(rows).values() if "top_slots" in g[0].details]
-    layers = max(len(row.details["top_slots"][0][0]) for row in drawn)
-    figure = Figure(figsize=(3.2 * len(drawn) + 1, 1.5 * layers + 1), layout="constrained")
-    grid = figure.subplots(layers, len(drawn), squeeze=False, sharex="col")
-    for column, row in enumerate(drawn):
-        slots = np.array(row.details["top_slots"])  # [T, SLOT_STEPS, layers]
-        seen = slots[:, :, 0] >= 0
-        borders = np.cumsum(seen.sum(1))
-        for layer in range(slots.shape[2]):
-            axes = grid[layer][column]
-            axes.plot(slots[:, :, layer][seen], "k.", markersize=1.5)
-            for border in borders[:-1]:
-                axes.axvline(border - 0.5, color="red", linewidth=0.8)
-            axes.set_ylim(-2, row.recipe["layer_options"].get("num_slots", 100) + 1)
-            axes.set_ylabel(f"layer {layer + 1}: top slot", fontsize=7)
-            axes.tick_params(labelsize=6)
-        grid[0][column].set_title(f"{row.name}, seed {row.seed}", fontsize=7)
-        grid[-1][column].set_xlabel("look during training", fontsize=7)
-    figure.suptitle(f"{rows[0].data}; {title_of(rows[0])}", fontsize=7)
-    save_figure(figure, path)
-
-
-def title_of(row: Result) -> str:
-    """What features a row is about, in short."""
-    title: str = row.readings["backbone"]
-    return title.partition(",")[0].partition("; ")[0]

@@ -232,8 +232,10 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
     Raises:
         ValueError: for unknown names, and flags that do not go together.
     """
-    top = read_recipes(find_config(flags.get("config", CONFIG)))[""]
-    assert isinstance(top, ContinualRecipe)
+    path = find_config(flags.get("config", CONFIG))
+    top = read_recipes(path)[""]
+    if not isinstance(top, ContinualRecipe):
+        raise ValueError(f"{path} is for network {top.network}, expected split_mlp")
     scenarios = named(flags, "scenario", SCENARIOS, [top.scenario])
     methods = named(flags, "method", METHODS, [top.method or "adam"])
     layers = named(flags, "layer", LAYERS, ["neurocoder"])
@@ -254,6 +256,19 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
             f"--penalty-coef needs a method out of {', '.join(COEFS['domain'])}, "
             f"got {', '.join(methods)}"
         )
+    columns = columns_of(flags, layers, variants)
+    return [
+        Cell(scenario, method, column)
+        for scenario in scenarios
+        for method in methods
+        for column in columns
+    ]
+
+
+def columns_of(
+    flags: Mapping[str, Any], layers: Sequence[str], variants: Sequence[str]
+) -> list[Column]:
+    """A column for every layer, Neurocoder's variants and the ranks of `lowrank` apart."""
     columns: list[Column] = []
     for layer in layers:
         if layer == "neurocoder":
@@ -263,12 +278,7 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
             columns += [Column(layer, rank=rank) for rank in dict.fromkeys(flags.get("rank", [1]))]
         else:
             columns.append(Column(layer))
-    return [
-        Cell(scenario, method, column)
-        for scenario in scenarios
-        for method in methods
-        for column in columns
-    ]
+    return columns
 
 
 def table_cells(flags: Mapping[str, Any]) -> list[tuple[list[Cell], int | None]]:
@@ -368,8 +378,8 @@ def plan(
         said += f" sharpness={flags['sharpness']:g}"
     usual = COEFS[cell.scenario].get(cell.method, 0.0)
     if coef is None:
-        coef = recipe.penalty_coef
-    if coef is None or cell.method not in COEFS[cell.scenario]:
+        coef = recipe.penalty_coef if cell.method in COEFS[cell.scenario] else 0.0
+    if coef is None:
         coef = usual
     changes |= {"scenario": cell.scenario, "method": cell.method, "penalty_coef": coef}
     for name in ("fisher_orthogonality", "double_orth_coef"):

@@ -15,18 +15,16 @@ from torch.nn import functional as F
 from ncrl.tasks.command import Plan
 from ncrl.tasks.continual.split import Task
 from ncrl.tasks.data import Images
+from ncrl.tasks.experiment import mutual_information
 from ncrl.tasks.models import SplitMlp
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results
-from ncrl.tasks.split_cifar.experiment import (
-    CONFIG,
+from ncrl.tasks.split_cifar.experiment import CONFIG, main, plan
+from ncrl.tasks.split_cifar.features import (
     SLOT_STEPS,
     SplitFeatures,
     feature_tasks,
     hidden_attention,
-    main,
-    mutual_information,
-    plan,
     seen_accuracy,
     watched_updates,
 )
@@ -115,9 +113,9 @@ def test_mutual_information_is_that_of_its_definition() -> None:
         rows[i] += count
         columns[j] += count
     expected = entropy(rows) + entropy(columns) - entropy(pairs)
-    assert mutual_information(torch.tensor(table)) == pytest.approx(expected)
-    assert mutual_information(torch.tensor([[1, 3], [2, 6]])) == pytest.approx(0, abs=1e-12)
-    assert mutual_information(torch.eye(4)) == pytest.approx(2)
+    assert float(mutual_information(torch.tensor(table))) == pytest.approx(expected)
+    assert float(mutual_information(torch.tensor([[1, 3], [2, 6]]))) == pytest.approx(0, abs=1e-12)
+    assert float(mutual_information(torch.eye(4))) == pytest.approx(2)
 
 
 def test_seen_accuracy_leaves_tasks_to_come_out() -> None:
@@ -204,7 +202,7 @@ def test_top_slots_are_those_of_the_training_steps(tmp_path: Path) -> None:
     assert len(experiment.notes) == 16 and row.details["watched"] == list(range(16))
     counts = torch.tensor(row.details["slot_counts"])
     assert counts.shape == (2, 3, 6) and (counts.sum(2) == 15).all()
-    by_hand = sum(mutual_information(layer) for layer in counts) / 2
+    by_hand = sum(float(mutual_information(layer)) for layer in counts) / 2
     assert row.metrics["slot_information"] == pytest.approx(by_hand)
     assert row.details["seen"] == seen_accuracy(
         torch.tensor(row.details["accuracy"], dtype=torch.float64)

@@ -11,10 +11,10 @@ import pytest
 
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import COEFS
-from ncrl.tasks.recipes import ContinualRecipe, build_network
+from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
 from ncrl.tasks.split_mnist import tables, tradeoff
-from ncrl.tasks.split_mnist.experiment import RECIPES, main, plan
+from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, plan
 from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import count_parameters
 from tests.ncrl.tasks.refusals import assert_refused
@@ -84,6 +84,23 @@ def test_quirks_belong_to_the_official_variant() -> None:
     assert without.name == "domain ewc official fisher_orthogonality=False"
     assert not vars(without.recipe)["fisher_orthogonality"]
     assert vars(without.recipe)["double_orth_coef"]
+
+
+def test_method_and_coefficient_can_stand_in_the_file(tmp_path: Path) -> None:
+    text = (CONFIGS / "split_mnist.yaml").read_text()
+    path = tmp_path / "own.yaml"
+    path.write_text(f"scenario: task\nmethod: l2\npenalty_coef: 3\n{text}")
+    flags = {"config": str(path)}
+    (cell,) = cells(flags)
+    assert (cell.scenario, cell.method) == ("task", "l2")
+    found = plan(cell, flags)
+    assert isinstance(found.recipe, ContinualRecipe)
+    assert (found.recipe.scenario, found.recipe.method) == ("task", "l2")
+    assert found.recipe.penalty_coef == 3 and found.name == "task l2 paper penalty_coef=3"
+    assert plan(cell, flags, coef=5.0).recipe == dataclasses.replace(found.recipe, penalty_coef=5.0)
+    (other,) = cells({**flags, "method": ["adam"], "scenario": ["domain"]})
+    assert (other.scenario, other.method) == ("domain", "adam")
+    assert vars(plan(other, flags).recipe)["penalty_coef"] == 0
 
 
 def test_flags_change_the_recipe_and_its_name() -> None:
@@ -165,7 +182,10 @@ BAD_INPUT = {
     ),
     "coef of what": (["--penalty-coef", "1"], "--penalty-coef needs a method out of l2, si, ewc"),
     "coefs": (["--tables", "1", "--penalty-coef", "1", "2"], "--tables takes one --penalty-coef"),
-    "config": (["--config", "polynomial"], "unknown variant 'tuned' of"),
+    "config": (
+        ["--config", "polynomial"],
+        "is for network gru, expected split_mlp",
+    ),
     "clipped": (
         ["--method", "si", "--max-grad-norm", "1"],
         "must not be clipped, got max_grad_nor",

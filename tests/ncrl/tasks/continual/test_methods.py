@@ -156,7 +156,9 @@ def test_extra_loss_is_in_every_samples_gradient() -> None:
         found = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(expected, found, strict=True):
             total += gradient**2 / len(x)
-    ours = OnlineEwc(model, COEF, extra).fisher(x, own_label_loss)
+    method = OnlineEwc(model, COEF)
+    method.extra_loss = extra
+    ours = method.fisher(x, own_label_loss)
     torch.testing.assert_close(list(ours.values()), expected, rtol=1e-6, atol=1e-9)
 
 
