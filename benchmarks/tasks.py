@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
     name: str
     config: str
-    """File in configs/; the plain network is its variant `linear`."""
+    """File in configs/tasks/; the plain network is its variant `linear`."""
     make: Callable[[Recipe], Experiment]
     most: float
     """Largest ratio of the steps' times that is good enough."""

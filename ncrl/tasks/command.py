@@ -21,7 +21,7 @@ import torch
 
 from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
-from ncrl.settings import add_flags, make_parser, nearest, parse, parse_yaml, read_yaml, usage_error
+from ncrl.settings import add_flags, make_parser, nearest, parse, parse_yaml, usage_error
 from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
 from ncrl.shell.lock import locked
 from ncrl.shell.screen import say
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
     name: str
     recipe: Recipe
-    labels: Mapping[str, str] = MappingProxyType({})
+    labels: Mapping[str, str] = MappingProxyType({"variant": "", "changes": ""})
     """See `Result.labels`: at least `variant`, which is empty for the recipe at the top of a file,
     and `changes`, what the flags changed."""
 
@@ -395,7 +395,7 @@ def find_config(name: str) -> Path:
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = [path.stem for path in CONFIGS.glob("*.yaml") if "network" in read_yaml(path)]
+    known = [path.stem for path in CONFIGS.glob("*.yaml")]
     hint = _hint(Path(name).stem, known) if known else f"{CONFIGS} has none either"
     raise ValueError(f"there is no config {name!r}; {hint}")
 

@@ -1,4 +1,4 @@
-"""Recipes: what an experiment trains and how, read from the short YAML files in `configs/`.
+"""Recipes: what an experiment trains and how, read from the short YAML files in `configs/tasks/`.
 
 A file holds the fields of `Recipe`, and under `variants` what other recipes of the same experiment
 change. Options of the network or the layer are changed one by one, except by a variant that names
@@ -46,13 +46,13 @@ MOST_PARAMETERS = 1 << 30
 
 Options = Mapping[str, Any]
 
-INSTALLED_CONFIGS = "share/ncrl/configs"
-"""Where `pip install` puts configs/, below the prefix (see pyproject.toml)."""
+INSTALLED_CONFIGS = "share/ncrl/configs/tasks"
+"""Where `pip install` puts configs/tasks/, below the prefix (see pyproject.toml)."""
 
 
 def configs_folder() -> Path:
     """The recipes of this repository, or those that were installed with the package."""
-    candidates = [Path(__file__).resolve().parents[2] / "configs"]
+    candidates = [Path(__file__).resolve().parents[2] / "configs" / "tasks"]
     candidates.append(Path(sysconfig.get_path("data")) / INSTALLED_CONFIGS)
     # Schemes with a prefix of their own, such as --user: the installer's list of files.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -51,8 +51,8 @@ TABLE_2: Mapping[tuple[int, int, bool], float] = {
 
 
 def paper_accuracy(row: Result) -> float | None:
-    """What the paper prints for the network of a row, which must be one of `configs/` as it stands
-    there but for the number of classes; None where it prints nothing."""
+    """What the paper prints for the network of a row; None where it prints nothing. The network has
+    to stand like this in `configs/tasks/`, the number of classes left aside."""
     if not row.data.startswith("CIFAR") or HELD_OUT in row.data or not is_shipped(row):
         return None
     network, options = row.recipe["network"], row.recipe["layer_options"]
@@ -64,8 +64,8 @@ def paper_accuracy(row: Result) -> float | None:
 
 
 def is_shipped(row: Result) -> bool:
-    """Whether the row's network is that of a recipe in `configs/`, the number of classes and the
-    authors' own layer, which the paper does not speak of, left aside."""
+    """Whether the row's network is that of a recipe in `configs/tasks/`, the number of classes left
+    aside. The authors' own layer is not, for the paper does not speak of it."""
     path = CONFIGS / f"cifar_{row.recipe['network']}.yaml"
     if not path.is_file() or row.recipe["layer_options"].get("preset") == "official":
         return False

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ncrl.tasks.figures import save_figure
 from ncrl.tasks.recipes import METHODS
 from ncrl.tasks.results import Result, Summary, markdown, summarise
 
@@ -264,7 +265,7 @@ def draw(rows: Sequence[Result], path: Path) -> None:
             loc="upper center",  # below the axis
             bbox_to_anchor=(0.5, -0.07),
         )
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def _columns(found: Groups, scenario: str) -> list[str]:

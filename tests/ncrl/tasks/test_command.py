@@ -341,7 +341,7 @@ def test_configs_are_installed_where_they_are_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'data-files = {{ "{INSTALLED_CONFIGS}" = ["configs/*.yaml"] }}' in project
+    assert f'"{INSTALLED_CONFIGS}" = ["configs/tasks/*.yaml"]' in project
     installed = tmp_path / "prefix" / INSTALLED_CONFIGS
     installed.mkdir(parents=True)
     # As from a wheel: no configs/ beside the package, data files below the prefix.

@@ -249,7 +249,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
 def test_classifiers_have_the_heads_of_their_tasks() -> None:
     recipes = read_recipes(CONFIGS / CONFIG)
     for classes, tasks, outputs in ((10, 5, 2), (100, 20, 5)):
-        base = Plan("split_cifar linear", recipes["linear"])
+        base = Plan("linear", recipes["linear"], {"variant": "linear", "changes": ""})
         found = plan(base, "si", {}, classes, 1000)
         options = found.recipe.network_options
         assert (options["num_tasks"], options["num_outputs"]) == (tasks, outputs)
