@@ -57,11 +57,11 @@ from ncrl.settings import (
     configure,
     make_parser,
     parse,
-    read_yaml,
     setting,
     shown,
     usage_error,
 )
+from ncrl.yaml_files import read_yaml
 
 PROGRAM = "run_atari.py"
 FRAMES_PER_TIMESTEP = 4

@@ -7,7 +7,6 @@ Nothing that is read here can run code: weights and state are tensors and plain 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
@@ -16,7 +15,7 @@ import math
 import random
 import re
 import zipfile
-from collections import defaultdict, deque
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +26,9 @@ from torch import Tensor
 from ncrl.agents.a3c import A3C
 from ncrl.agents.collector import Collector
 from ncrl.agents.environments import RecordedEnv
-from ncrl.agents.loading import (
-    SMALL_BYTES,
-    check_optimizer,
-    load_tensors,
-    read_tensors,
-    reason_of,
-)
-from ncrl.files import read_small, write_atomically
+from ncrl.agents.loading import SMALL_BYTES, load_tensors, read_tensors, reason_of
+from ncrl.files import read_bytes, write_atomically
+from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import shown
 
 logger = logging.getLogger(__name__)
@@ -163,7 +157,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
 
 def _verified(manifest: Path) -> Checkpoint:
     try:
-        entry = json.loads(read_small(manifest))
+        entry = json.loads(read_bytes(manifest))
         checksums = dict(entry["sha256"])
         timesteps = entry["timesteps"]
         if not is_count(timesteps):
@@ -219,9 +213,8 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
             parameters = {name: read_tensors(archive, f"{name}.pth", limit) for name in names}
         model.policy.load_state_dict(parameters["policy"])
         if optimizer:
-            stored = parameters["policy.optimizer"]
-            check_optimizer(model.policy, stored)
-            own = model.policy.optimizer
+            stored, own = parameters["policy.optimizer"], model.policy.optimizer
+            check_optimizer_state(own, stored)
             own.load_state_dict(_with_own_groups(own, stored))
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {path}: {reason_of(error)}") from error
@@ -233,34 +226,14 @@ def _with_own_groups(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -
     """A stored optimiser, whose settings are those that the run has now, but for the learning rate.
 
     Raises:
-        ValueError: if it is about other weights, or is another kind of optimiser.
+        ValueError: for a learning rate that there cannot be.
     """
     own = optimizer.state_dict()["param_groups"]
-    if [g["params"] for g in stored["param_groups"]] != [g["params"] for g in own]:
-        raise ValueError("its optimiser is about other weights")
-    expected = _state_names(optimizer)
-    for entry in stored["state"].values():
-        if set(entry) != expected:
-            raise ValueError(
-                f"its optimiser keeps {sorted(map(str, entry))} of a weight, and "
-                f"{type(optimizer).__name__} keeps {sorted(expected)}"
-            )
     for group, theirs in zip(own, stored["param_groups"], strict=True):
         group["lr"] = float(theirs["lr"])
         if not 0 <= group["lr"] < math.inf:
             raise ValueError(f"its learning rate must be a positive number, got {theirs['lr']}")
     return {**stored, "param_groups": own}
-
-
-def _state_names(optimizer: torch.optim.Optimizer) -> set[str]:
-    """What an optimiser of this kind remembers of each weight."""
-    weight = torch.nn.Parameter(torch.zeros(1))
-    weight.grad = torch.zeros(1)
-    other = copy.copy(optimizer)  # of the same settings
-    other.state = defaultdict(dict)
-    other.param_groups = [{**optimizer.param_groups[0], "params": [weight]}]
-    other.step()
-    return set(other.state[weight])
 
 
 def _size_of(model: A3C) -> int:

@@ -26,15 +26,16 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ncrl.agents.optim import SharedRMSProp
 from ncrl.agents.supervision import Limits
+from ncrl.optimizer_state import check_optimizer_state
 from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import compare_tensors, without_memory
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
-from ncrl.settings import shown, suggest
+from ncrl.settings import suggest
 
 DESCRIPTION = "ncrl.json"
 VERSION = 1
@@ -316,6 +317,7 @@ def _check_policy(
         policy_class = kind.policy_aliases[policy_class]
     if not (isinstance(policy_class, type) and issubclass(policy_class, ActorCriticPolicy)):
         raise ValueError("its policy_class is none of an actor-critic policy")
+    optimizer = {"optimizer_class": SharedRMSProp} if values.get("use_rms_prop") else {}
     weights = tensors["policy.pth"]
     if not (isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values())):
         raise ValueError("its weights are no tensors by name")
@@ -327,13 +329,14 @@ def _check_policy(
                 ConstantSchedule(0.0),
                 **{
                     "use_sde": values.get("use_sde", False),
+                    **optimizer,
                     **values["policy_kwargs"],
                     **({"int_value": True} if _has_int_value(values) else {}),
                 },
             )
         )
     compare_tensors(policy.state_dict(), weights)
-    check_optimizer(policy, tensors["policy.optimizer.pth"])
+    check_optimizer_state(policy.optimizer, tensors["policy.optimizer.pth"])
 
 
 def _has_int_value(values: Mapping[str, Any]) -> bool:
@@ -359,43 +362,6 @@ def _at_most_weights(most: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def check_optimizer(policy: nn.Module, state: Any) -> None:
-    """Raise ValueError unless every tensor of an optimiser's state fits the weight it is about.
-
-    Optimisers do not look: with other shapes or types, fused ones write past the end of memory.
-    """
-    if not (isinstance(state, dict) and isinstance(state.get("state"), dict)):
-        raise ValueError("its optimiser has no state")
-    weights = list(policy.parameters())
-    for index, entry in state["state"].items():
-        if not (type(index) is int and 0 <= index < len(weights) and isinstance(entry, dict)):
-            raise ValueError(f"its optimiser has a state for {index!r}, which is no weight")
-        for name, value in entry.items():
-            _check_entry(f"its optimiser's {name!r} of weight {index}", name, value, weights[index])
-
-
-def _check_entry(what: str, name: Any, value: Any, weight: Tensor) -> None:
-    if name == "step":
-        steps = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
-        if type(steps) not in (int, float) or not 0 <= steps < math.inf:
-            raise ValueError(f"{what} must be a number of steps, got {shown(steps)}")
-    elif isinstance(value, Tensor):
-        if not _fits(value.shape, weight.shape):
-            raise ValueError(f"{what} has shape {list(value.shape)}, expected {list(weight.shape)}")
-        if value.dtype != weight.dtype:
-            raise ValueError(f"{what} is of type {value.dtype}, expected {weight.dtype}")
-    elif value is not None and type(value) not in (int, float, bool):
-        raise ValueError(f"{what} must be a tensor or a number, got {shown(value)}")
-
-
-def _fits(shape: torch.Size, weight: torch.Size) -> bool:
-    """Whether a tensor broadcasts to a weight: some optimisers keep rows and columns alone."""
-    try:
-        return torch.broadcast_shapes(shape, weight) == weight
-    except RuntimeError:
-        return False
 
 
 def _check_rollout(values: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ from ncrl.agents.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from ncrl.files import read_small, write_atomically
+from ncrl.files import read_bytes, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class SaveCheckpoints(BaseCallback):
     def _best_score(self) -> float:
         """Of the best model so far, also before the run was resumed."""
         try:
-            score = float(json.loads(read_small(self.run.path / BEST_NOTE))["score"])
+            score = float(json.loads(read_bytes(self.run.path / BEST_NOTE))["score"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return -math.inf
         return score if math.isfinite(score) else -math.inf

@@ -25,8 +25,8 @@ from common import Target, machine, print_targets
 from ncrl.tasks.command import keep_freed_memory
 from ncrl.tasks.continual.methods import METHODS, OnlineEwc
 from ncrl.tasks.continual.split import SplitLearning, Task
-from ncrl.tasks.continual.tables import COLUMNS, Cell, Column
-from ncrl.tasks.split_mnist import plan
+from ncrl.tasks.split_mnist.experiment import plan
+from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import Run, train
 
 TASK_SIZES = (12665, 12089, 11263, 12183, 11800)

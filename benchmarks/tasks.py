@@ -23,13 +23,14 @@ import torch
 from common import Target, machine, print_targets
 
 from ncrl.layers import LAYERS
-from ncrl.tasks.algorithms import MultiAlgorithm
+from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import keep_freed_memory, plans
 from ncrl.tasks.data import Images
-from ncrl.tasks.polynomial import Polynomials
+from ncrl.tasks.experiment import Experiment
+from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
-from ncrl.tasks.training import Experiment, make_step
+from ncrl.tasks.training import make_step
 
 WARM_UP = 3
 """Steps that are not timed."""
@@ -40,7 +41,7 @@ class Row(NamedTuple):
 
     name: str
     config: str
-    """File in configs/; the plain network is its variant `linear`."""
+    """File in configs/tasks/; the plain network is its variant `linear`."""
     make: Callable[[Recipe], Experiment]
     most: float
     """Largest ratio of the steps' times that is good enough."""

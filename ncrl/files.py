@@ -1,15 +1,18 @@
-"""Files that are there whole or not at all, and small files that may be anything."""
+"""Files that are there whole or not at all, and that are read only if they are files."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
+import re
 import tempfile
 from pathlib import Path
 
 SMALL_FILE = 1 << 20
 """Bytes of a file that people write, or that describes others."""
+
+UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""Names that `write_atomically` gives to files until they are whole."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -40,19 +43,27 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
-def read_small(path: Path, limit: int = SMALL_FILE) -> bytes:
-    """The content of a plain file; pipes and devices, which may never end, are not opened.
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of `write_atomically`; the folder must be locked."""
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path, limit: int = SMALL_FILE) -> bytes:
+    """The content of a regular file of at most `limit` bytes; pipes and devices are never opened.
 
     Raises:
-        ValueError: if it is no plain file, or larger than `limit` bytes.
-        OSError: if it cannot be read.
+        ValueError: naming the file and the reason.
     """
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
-        raise ValueError("it is a folder")
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no plain file")
-    if found.st_size > limit:
-        raise ValueError(f"it has {found.st_size:,} bytes, more than {limit:,}")
-    with open(path, "rb") as file:
-        return file.read(limit)
+    try:
+        if not path.is_file():
+            reason = "it is no regular file" if os.path.lexists(path) else "it does not exist"
+            raise ValueError(f"cannot read {path}: {reason}")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise ValueError(f"cannot read {path}: it has more than {limit:,} bytes")
+    return data

@@ -12,12 +12,9 @@ import difflib
 import math
 import reprlib
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import field, fields, replace
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
-
-from ncrl.files import read_small
 
 EXIT_USAGE = 2
 
@@ -26,9 +23,6 @@ LONGEST_VALUE = 80
 
 LONGEST_MESSAGE = 600
 """Characters of a message."""
-
-LARGEST_YAML = 1 << 17
-"""Bytes of a file of settings."""
 
 Config = TypeVar("Config")
 
@@ -73,15 +67,19 @@ def configure(values: dict[str, Any], base: Config, source: str) -> Config:
     Raises:
         ValueError: for a name that is no setting, or a value that is impossible.
     """
-    types = {entry.name: str(entry.type) for entry in fields(base)}  # type: ignore[arg-type]
+    config = replace(base, **typed_values(values, type(base), source))  # type: ignore[type-var]
+    check(config)
+    return config
+
+
+def typed_values(values: Mapping[str, Any], config_class: Any, source: str) -> dict[str, Any]:
+    """The settings of a YAML file or of flags in the types of the dataclass; see `configure`."""
+    types = {entry.name: str(entry.type) for entry in fields(config_class)}
     for name in values:
         if name not in types:
             hint = nearest(shown(name), types)
             raise ValueError(f"unknown setting {shown(name)} in {source}; nearest: {hint}")
-    typed = {name: _as_type(name, value, types[name], source) for name, value in values.items()}
-    config = replace(base, **typed)  # type: ignore[type-var]
-    check(config)
-    return config
+    return {name: _as_type(name, value, types[name], source) for name, value in values.items()}
 
 
 def add_flags(
@@ -160,42 +158,9 @@ def _shortened(text: str, longest: int) -> str:
     return f"{text[:kept]} ... {text[-kept:]}"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, by name.
-
-    Raises:
-        ValueError: in one short line that names the file, if it cannot be read, is larger than
-            settings are, or holds anything else.
-    """
-    import yaml  # the layers need no more than torch
-
-    try:
-        text = read_small(path, LARGEST_YAML).decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has aliases (*name), with which few words are millions of values")
-        values = yaml.safe_load(text)
-    except ValueError as error:
-        # Of the file itself, or of a constructor such as that of `!!int ''`.
-        raise ValueError(f"cannot read {path}: {_first_line(error)}") from error
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is not YAML of settings: it is nested too deeply") from error
-    except Exception as error:  # its constructors raise whatever Python's own do
-        raise ValueError(f"{path} is not YAML: {_first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings as 'name: value' lines, got {shown(values)}")
-    return values
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return _shortened(lines[0], 2 * LONGEST_VALUE)
-
-
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The choice that looks most like `name`."""
-    return difflib.get_close_matches(name, list(choices), n=1, cutoff=0)[0]
+    """The choice that looks most like `name`; "none" if there is no choice."""
+    return (difflib.get_close_matches(name, list(choices), n=1, cutoff=0) or ["none"])[0]
 
 
 def suggest(name: str, choices: Collection[str]) -> str:
@@ -213,7 +178,7 @@ def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
+        with contextlib.suppress(OverflowError):  # of hundreds of digits
             value = float(value)
     if type(value).__name__ != kind:
         raise ValueError(f"{name} in {source} must be of type {kind}, got {shown(value)}")

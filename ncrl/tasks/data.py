@@ -8,10 +8,10 @@ output names, so that nobody takes them for MNIST.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncrl.files import write_atomically
 from ncrl.tasks.formats import (
     CIFAR_SIDE,
     PARTS,
     Labelled,
     check_labelled,
-    read_cifar_binary,
+    read_bytes,
     read_cifar_python,
     read_idx_pair,
     read_image_archive,
-    read_image_folder,
 )
 
 MNIST_SIDE = 28
@@ -179,9 +179,9 @@ def load_cifar(
     Files in the folder come before what could be fetched.
 
     Args:
-        data_dir: folder that holds one of these, or NCRL_DATA if None: the unpacked python or
-            binary version (`cifar-10-batches-py`, `cifar-100-binary`, ...), images as
-            `train/<class>/*.jpg`, or a tar file of such (`cifar10_jpeg.tar.xz`).
+        data_dir: folder that holds one of these, or NCRL_DATA if None: the unpacked python version
+            (`cifar-10-batches-py`, `cifar-100-python`), or `cifar10_jpeg.tar.xz`, a tar file of
+            images `train/<class>/*.jpg` and `test/<class>/*.jpg`.
         num_classes: 10 or 100.
         download: get it from OpenML through scikit-learn, which caches it in `data_dir`.
 
@@ -191,7 +191,6 @@ def load_cifar(
     if num_classes not in (10, 100):
         raise ValueError(f"CIFAR has 10 or 100 classes, got {num_classes}")
     folder = data_folder(data_dir)
-    shape = 3, CIFAR_SIDE, CIFAR_SIDE
     if folder is None and not download:
         if num_classes == 100:
             raise ValueError("there are 10 embedded digits; CIFAR-100 needs --data-dir")
@@ -201,84 +200,43 @@ def load_cifar(
         if num_classes == 100:
             raise ValueError(
                 "OpenML's CIFAR-100 has no split into training and test images; give --data-dir "
-                "with cifar-100-python or cifar-100-binary"
+                "with cifar-100-python"
             )
-        return _fetch("CIFAR_10", "CIFAR-10", folder, 50_000, shape)
+        return _fetch("CIFAR_10", "CIFAR-10", folder, 50_000, (3, CIFAR_SIDE, CIFAR_SIDE))
     if data is None:
         raise ValueError(
-            f"no CIFAR-{num_classes} in {folder}: expected {CIFAR_LAYOUTS[num_classes][0].folder}/,"
-            f" {CIFAR_LAYOUTS[num_classes][1].folder}/, train/<class>/*.jpg or "
+            f"no CIFAR-{num_classes} in {folder}: expected {BATCHES[num_classes][0]}/ or "
             f"cifar{num_classes}_jpeg.tar.xz; {FETCH_HINT}"
         )
-    for part, images in (("training", data.train_images), ("test", data.test_images)):
-        if images.shape[1:] != shape:
-            found = "x".join(map(str, images.shape[1:]))
-            raise ValueError(f"{data.source}: {part} images must be 3x32x32, got {found}")
     return data
 
 
 def _find_cifar(folder: Path, num_classes: int) -> Images | None:
     """What is in a folder; None if nothing is."""
     name = f"CIFAR-{num_classes}"
-    for layout in CIFAR_LAYOUTS[num_classes]:
-        for place in (folder / layout.folder, folder):
-            if any((place / file).is_file() for file in layout.files):
-                for file in layout.files:
-                    if not (place / file).is_file():
-                        raise ValueError(f"{place} is incomplete: there is no {file}")
-                parts = [layout.read(place / file, num_classes) for file in layout.files]
-                train = Labelled(*(np.concatenate(part) for part in zip(*parts[:-1], strict=True)))
-                return _images(name, place, train, parts[-1], num_classes)
-    for place in (folder / f"cifar{num_classes}_jpeg", folder):
-        if (place / "train").is_dir() and (place / "test").is_dir():
-            tree = read_image_folder(place)
-            return _image_tree(name + JPEG, place, tree, num_classes)
+    name_of_folder, files = BATCHES[num_classes]
+    for place in (folder / name_of_folder, folder):
+        if any((place / file).is_file() for file in files):
+            for file in files:
+                if not (place / file).is_file():
+                    raise ValueError(f"{place} is incomplete: there is no {file}")
+            *parts, test = (read_cifar_python(place / file, num_classes) for file in files)
+            train = Labelled(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+            return _images(name, place, train, test, num_classes)
     for path in sorted(folder.glob(f"cifar{num_classes}_jpeg.tar*")):
         return _cached_archive(path, name, num_classes)
     return None
 
 
-class _Layout(NamedTuple):
-    name: str
-    folder: str
-    files: Sequence[str]
-    """The last one holds the test images."""
-    read: Callable[[Path, int], Labelled]
-
-
-CIFAR_LAYOUTS = {
-    10: (
-        _Layout(
-            "python version",
-            "cifar-10-batches-py",
-            [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
-            read_cifar_python,
-        ),
-        _Layout(
-            "binary version",
-            "cifar-10-batches-bin",
-            [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"],
-            read_cifar_binary,
-        ),
-    ),
-    100: (
-        _Layout("python version", "cifar-100-python", ["train", "test"], read_cifar_python),
-        _Layout("binary version", "cifar-100-binary", ["train.bin", "test.bin"], read_cifar_binary),
-    ),
+BATCHES: Mapping[int, tuple[str, Sequence[str]]] = {
+    10: ("cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]),
+    100: ("cifar-100-python", ["train", "test"]),
 }
+"""Folder and files of the python version, by number of classes; the last one is for testing."""
 
 
 JPEG = ", JPEG-compressed copies"
 """What the name of a data set from image files says: compression costs a little accuracy."""
-
-
-def _image_tree(
-    name: str, place: Path, tree: tuple[Labelled, Labelled, list[str]], num_classes: int
-) -> Images:
-    train, test, classes = tree
-    if len(classes) != num_classes:
-        raise ValueError(f"{place}: expected {num_classes} classes, got {len(classes)}")
-    return _images(name, place, train, test, num_classes)
 
 
 def _images(name: str, place: object, train: Labelled, test: Labelled, num_classes: int) -> Images:
@@ -307,10 +265,7 @@ def cache_folder() -> Path:
 
 def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
     name += JPEG
-    try:
-        key = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    key = hashlib.sha256(read_bytes(path)).hexdigest()
     cached = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
     try:
         with np.load(cached, allow_pickle=False) as arrays:
@@ -321,20 +276,21 @@ def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
             check_labelled(part, cached, num_classes)
         return _images(name, path, train, test, num_classes)
     except Exception:  # absent, or broken in whatever way: decoded again
-        tree = read_image_archive(path)
-    data = _image_tree(name, path, tree, num_classes)
+        train, test, classes = read_image_archive(path)
+    if len(classes) != num_classes:
+        raise ValueError(f"{path}: expected {num_classes} classes, got {len(classes)}")
     arrays = {}
-    for name, labelled in zip(PARTS, tree[:2], strict=True):
-        arrays |= {f"{name}_images": labelled.images, f"{name}_labels": labelled.labels}
+    for kind, labelled in zip(PARTS, (train, test), strict=True):
+        arrays |= {f"{kind}_images": labelled.images, f"{kind}_labels": labelled.labels}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Whoever finishes last replaces a whole file by a whole and equal one.
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".npz", delete=False) as file:
-            np.savez(file, **arrays)
-        os.replace(file.name, cached)
+        write_atomically(cached, buffer.getvalue())
     except OSError as error:
         print(f"not cached in {cached.parent}: {error.strerror}", file=sys.stderr)
-    return data
+    return _images(name, path, train, test, num_classes)
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path | None:

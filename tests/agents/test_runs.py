@@ -21,7 +21,7 @@ from ncrl.agents import A3C
 from ncrl.agents.checkpoints import CheckpointError, newest_checkpoint
 from ncrl.agents.runs import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints
 from ncrl.envs import masked_cartpole
-from ncrl.settings import read_yaml
+from ncrl.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ncrl.tasks.mnist import (
+from ncrl.tasks.mnist.experiment import (
     attention_patterns,
     attention_to_u,
     decision_tree,

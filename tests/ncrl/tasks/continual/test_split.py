@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from ncrl import orthogonal_loss
 from ncrl.tasks.continual.methods import OnlineEwc
 from ncrl.tasks.continual.split import (
-    ContinualRecipe,
     SplitLearning,
     Task,
     prepare,
     split_tasks,
 )
 from ncrl.tasks.data import Images, load_digits
+from ncrl.tasks.recipes import ContinualRecipe
 from ncrl.tasks.training import CHECKPOINT_FILE, Run, train
 from tests.ncrl.tasks.continual.test_gradients import NEUROCODER
 

@@ -1,0 +1,5 @@
+"""CIFAR with coded last layers."""
+
+from ncrl.tasks.cifar.experiment import main
+
+__all__ = ["main"]
