@@ -501,6 +501,11 @@ def summary(job: Job) -> list[str]:
         f"run        {run.path}",
         f"curves     tensorboard --logdir {run.path.parent}",
     ]
+    if config.intrinsic_reward != "none":
+        lines.append(
+            f"bonus      {config.intrinsic_reward}, weight {config.int_coef:g} beside "
+            f"{config.ext_coef:g} of the game's rewards, after {config.bonus_warmup:,} timesteps"
+        )
     if factory.game in HARD_GAMES:
         lines.append(
             f"expect     plain actor-critics reach {HARD_GAMES[factory.game]}; "

@@ -47,7 +47,7 @@ class RunningScale(nn.Module):
     """
 
     mean: Tensor
-    """In double precision: a constant bonus is none, and its rounding errors must not be enlarged."""
+    """In double precision: a constant bonus is none, and rounding errors would be enlarged."""
 
     square: Tensor
     weight: Tensor

@@ -1,4 +1,4 @@
-"""Exploration in the learner: the scale of the bonus, the loss, what is saved, and that it works."""
+"""Exploration in the learner: scale of the bonus, the loss, what is saved, and that it works."""
 
 import io
 import math
@@ -193,7 +193,7 @@ def test_the_predictor_learns_from_as_many_timesteps_of_many_games(
 
 
 class Scene:
-    """A batch that was played by other weights, in which games end, and a model to learn from it."""
+    """A batch played by other weights, in which games end, and a model to learn from it."""
 
     def __init__(self, head: str = "linear", *, vf_coef: float = 0.5) -> None:
         self.model = make_model(
