@@ -541,6 +541,13 @@ def test_curves(name: str) -> None:
     assert all(row.get("rollout/first_reward_frames", 1e9) >= 4 for row in curves.rows)
 
 
+@pytest.mark.parametrize("name", [None, "count"])
+def test_exploration_is_a_phase_of_its_own_where_there_is_any(name: str | None) -> None:
+    model = make_model(intrinsic_reward=name, profile=True).learn(40)
+    assert model.time_spent is not None
+    assert ("exploration" in model.time_spent.learner) == (name is not None)
+
+
 # Workers.
 
 

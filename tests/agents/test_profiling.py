@@ -167,6 +167,7 @@ def test_the_table() -> None:
         "evaluation          -     -          -     -      -",
         "backward         6.00  75.0          -     -      -",
         "optimiser           -     -          -     -      -",
+        "exploration         -     -          -     -      -",
         "publishing          -     -          -     -      -",
         "callbacks           -     -          -     -      -",
         "setup               -     -          -     -      -",
