@@ -545,6 +545,8 @@ def test_curves(name: str) -> None:
 def test_exploration_is_a_phase_of_its_own_where_there_is_any(name: str | None) -> None:
     model = make_model(intrinsic_reward=name, profile=True).learn(40)
     assert model.time_spent is not None
+    model.time_spent.table()
+    assert "backward" in model.time_spent.learner
     assert ("exploration" in model.time_spent.learner) == (name is not None)
 
 
