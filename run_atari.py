@@ -581,6 +581,11 @@ def summary(job: Job) -> list[str]:
         f"network    {_parameters(model.policy):,} parameters: encoder {config.encoder}, "
         f"LSTM {config.lstm_hidden_size}, {config.layer} heads ({sizes})",
     ]
+    if config.intrinsic_reward != "none":
+        lines.append(
+            f"bonus      {config.intrinsic_reward}, weight {config.int_coef:g} beside "
+            f"{config.ext_coef:g} of the game's rewards, after {config.bonus_warmup:,} timesteps"
+        )
     fitting = machine_sizes(config)
     if (config.workers, config.games) == (fitting.workers, fitting.workers * fitting.games):
         lines.insert(

@@ -726,12 +726,10 @@ class A3C(OnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         batch = self._batch
-        with self._stopwatch.phase("exploration"):
-            rewards = self._score(batch)
+        rewards = self._score(batch)
         for i, part in enumerate(split_envs(batch.rollout, self.n_envs // self.envs_per_update)):
             self._update(self._lesson(part, rewards, i))
-        with self._stopwatch.phase("exploration"):
-            self._learn_novelty(batch)
+        self._learn_novelty(batch)
         # Not before: the actions were chosen under the mean as it was. The last row comes again.
         self.policy.watch(map_obs(lambda x: x[:-1].flatten(0, 1), batch.rollout.obs))
 
@@ -739,10 +737,11 @@ class A3C(OnPolicyAlgorithm):
         """Intrinsic rewards of a batch, [T, B], if there are any; what led to a score is kept."""
         if self.exploration is None:
             return None
-        clipped = rewards_in_loss(batch.host.rewards, self._objective())
-        self.exploration.remember(batch.host, batch.games, clipped)
-        rewards, scalars = self.exploration.intrinsic_rewards(batch.rollout)
-        self._record_means(scalars)
+        with self._stopwatch.phase("exploration"):
+            clipped = rewards_in_loss(batch.host.rewards, self._objective())
+            self.exploration.remember(batch.host, batch.games, clipped)
+            rewards, scalars = self.exploration.intrinsic_rewards(batch.rollout)
+            self._record_means(scalars)
         return rewards if self.int_coef else None
 
     def _lesson(self, part: Rollout, rewards: Tensor | None, index: int) -> Lesson:
@@ -762,7 +761,8 @@ class A3C(OnPolicyAlgorithm):
         """After the policy has learnt from a batch, so does the intrinsic reward."""
         if self.exploration is None:
             return
-        self._record_means(self.exploration.learn(batch.rollout))
+        with self._stopwatch.phase("exploration"):
+            self._record_means(self.exploration.learn(batch.rollout))
         if self.exploration.memory is not None:
             self.logger.record("train/kept_rollouts", len(self.exploration.memory))
 

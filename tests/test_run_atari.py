@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,7 @@ import ncrl.agents.supervision
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
 from ncrl.agents.checkpoints import newest_checkpoint
+from ncrl.agents.intrinsic import RND, PseudoCount
 from ncrl.agents.profiling import PHASES
 from ncrl.agents.runs import RunDirectory
 from ncrl.layers import LAYERS
@@ -447,11 +449,132 @@ def test_every_point_of_the_curves_is_there_once(serial_run: Run) -> None:
     assert [int(row["time/total_timesteps"]) for row in serial_run.rows] == steps
 
 
-def test_the_note_for_games_without_hope(tmp_path: Path) -> None:
-    arguments = ["--env", "montezuma_revenge", "--frames", "160", "--workers", "0", *SMALL]
-    output = run_here(*arguments, "--logdir", str(tmp_path), "--envs-per-worker", "2")
+# Exploration.
+
+
+def chosen(arguments: str) -> RunConfig:
+    flags = run_atari.parse(run_atari.build_parser(), arguments.split())
+    modes = {name: flags.pop(name, None) for name in run_atari.MODES}
+    return run_atari.choose_config(flags, modes)[0]
+
+
+ORDINARY = {
+    "frames": RunConfig.frames,
+    "learning_rate": RunConfig.learning_rate,
+    "gamma": RunConfig.gamma,
+    "anneal": RunConfig.anneal,
+}
+"""What an intrinsic reward changes, as it is without."""
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ORDINARY}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bonus"),
+    [
+        ("--env Pong", "none"),
+        ("--env MontezumaRevenge", "rnd"),
+        ("--env ALE/Venture-v5", "rnd"),
+        ("--env MontezumaRevenge --intrinsic-reward none", "none"),
+        ("--env MontezumaRevenge --intrinsic-reward count", "count"),
+        ("--env Pong --intrinsic-reward snd", "snd"),
+        ("--env Pong --intrinsic-reward auto", "none"),
+    ],
+)
+def test_the_bonus_is_chosen_by_the_game_and_brings_its_defaults(
+    arguments: str, bonus: str
+) -> None:
+    config = chosen(f"{arguments} --workers 2")
+    assert config.intrinsic_reward == bonus
+    assert set(run_atari.EXPLORING) == set(ORDINARY)
+    assert settings(config) == (ORDINARY if bonus == "none" else run_atari.EXPLORING)
+    assert run_atari.num_games(config) == (16 if bonus == "none" else 64)
+
+
+def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\ngamma: 0.9\nframes: 8000\n")
+    config = chosen(
+        f"--config {tmp_path / 'run.yaml'} --frames 4000 --workers 0 --envs-per-worker 2"
+    )
+    expected = run_atari.EXPLORING | {"gamma": 0.9, "frames": 4000}
+    assert config.intrinsic_reward == "rnd" and settings(config) == expected
+    assert run_atari.num_games(config) == 2
+    (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\nintrinsic_reward: none\n")
+    assert settings(chosen(f"--config {tmp_path / 'run.yaml'}")) == ORDINARY
+
+
+def test_flags_of_the_bonus_reach_the_model() -> None:
+    flags = "--env Pong --workers 0 --envs-per-worker 2 --int-coef 0.25 --ext-coef 1 "
+    flags += "--int-gamma 0.9 --imitation-coef 0 --bonus-warmup 40 "
+    rnd = "--intrinsic-reward rnd --bonus-encoder nature --bonus-learning-rate 0.01 "
+    model = make_model(chosen(flags + rnd + "--update-proportion 0.5 " + " ".join(SMALL)))
+    assert (model.int_coef, model.ext_coef, model.int_gamma) == (0.25, 1, 0.9)
+    assert model.exploration is not None and model.exploration.memory is None
+    assert model.exploration.warmup_timesteps == 40
+    source = model.exploration.source
+    assert isinstance(source, RND) and source.stride == 2
+    assert source.target[-1].out_features == 512
+    assert source.optimizer.param_groups[0]["lr"] == 0.01
+    count = make_model(chosen(flags + "--intrinsic-reward count " + " ".join(SMALL)))
+    assert count.exploration is not None
+    assert isinstance(count.exploration.source, PseudoCount)
+
+
+def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A game whose rewards are rare, and so also the note for games without hope."""
+    arguments = ["--env", "montezuma_revenge", "--frames", "640", "--workers", "0", *SMALL]
+    arguments += ["--bonus-warmup", "40", "--envs-per-worker", "2"]
+    output = run_here(*arguments, "--logdir", str(tmp_path))
     assert re.search(r"^expect .*0 to 14 points.* a score of 0 is no fault$", output, re.MULTILINE)
-    assert (tmp_path / "MontezumaRevenge-1").is_dir()
+    assert re.search(
+        r"^bonus +rnd, weight 0\.5 beside 2 .* after 40 timesteps$", output, re.MULTILINE
+    )
+    run = Run(tmp_path / "MontezumaRevenge-1", output)
+    assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
+
+    run_here("--resume", str(run.path), "--frames", "960")
+    assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
+    assert run.config["learning_rate"] == run_atari.EXPLORING["learning_rate"]
+    last = run.rows[-1]
+    for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_rollouts"):
+        assert last[f"train/{name}"] != "", name
+    with zipfile.ZipFile(newest_checkpoint(run.path / "checkpoints").path) as archive:
+        state = torch.load(io.BytesIO(archive.read("exploration.pth")), weights_only=True)
+    assert state["_extra_state"]["num_timesteps"] == 240, "it went on where it was"
+
+    for flags, words in {
+        "--intrinsic-reward none": ["intrinsic_reward", "'rnd' -> 'none'"],
+        "--bonus-encoder nature": ["bonus_encoder", "'a3c' -> 'nature'"],
+        "--int-coef 0": ["value_net_int"],
+    }.items():
+        with pytest.raises(SystemExit) as error:
+            main(["--resume", str(run.path), "--frames", "1280", *flags.split()])
+        refused = capsys.readouterr().err
+        assert error.value.code == 2 and refused.count("\n") == 1
+        assert all(word in refused for word in words), refused
+
+
+def test_a_run_from_before_there_was_a_bonus_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--env", "montezuma_revenge", "--frames", "160", "--workers", "0", *SMALL]
+    arguments += ["--envs-per-worker", "2", "--intrinsic-reward", "none"]
+    run = Run(tmp_path / "MontezumaRevenge-1", run_here(*arguments, "--logdir", str(tmp_path)))
+    assert "bonus" not in run.output
+    config = {key: value for key, value in run.config.items() if key != "intrinsic_reward"}
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(run_atari, "play_games", lambda *_: ([0.0], [9]))
+    run_here("--evaluate", str(run.path), "--episodes", "1")
+    run_here("--resume", str(run.path), "--frames", "320")
+    assert run.config["intrinsic_reward"] == "none"
+    assert settings(RunConfig(**run.config)) == ORDINARY | {"frames": 320}
+
+
+# Going on.
 
 
 def test_resume_goes_on_to_the_new_total(run: Run) -> None:

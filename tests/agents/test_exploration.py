@@ -1,4 +1,4 @@
-"""Exploration in the learner: the scale of the bonus, the loss, what is saved, and proof."""
+"""Exploration in the learner: scale of the bonus, the loss, what is saved, and that it works."""
 
 import io
 import math
@@ -539,6 +539,15 @@ def test_curves(name: str) -> None:
     assert last["rollout/rewarded_share"] == pytest.approx(np.mean([s > 0 for s in scores]))
     assert last["rollout/first_reward_frames"] == model.first_scored_at
     assert all(row.get("rollout/first_reward_frames", 1e9) >= 4 for row in curves.rows)
+
+
+@pytest.mark.parametrize("name", [None, "count"])
+def test_exploration_is_a_phase_of_its_own_where_there_is_any(name: str | None) -> None:
+    model = make_model(intrinsic_reward=name, profile=True).learn(40)
+    assert model.time_spent is not None
+    model.time_spent.table()
+    assert "backward" in model.time_spent.learner
+    assert ("exploration" in model.time_spent.learner) == (name is not None)
 
 
 # Workers.

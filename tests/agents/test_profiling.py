@@ -168,6 +168,7 @@ def test_the_table() -> None:
         "backward         6.00  75.0          -     -      -",
         "optimiser           -     -          -     -      -",
         "graph               -     -          -     -      -",
+        "exploration         -     -          -     -      -",
         "publishing          -     -          -     -      -",
         "callbacks           -     -          -     -      -",
         "setup               -     -          -     -      -",
