@@ -164,7 +164,6 @@ NETWORK_FIELDS = (
 SAME_IN_A3C = (
     *(
         "n_steps",
-        "batch_size",
         "gamma",
         "gae_lambda",
         "ent_coef",
