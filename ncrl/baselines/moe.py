@@ -186,7 +186,7 @@ class MoELinear(LinearSeat):
     # Never compiled, even inside compiled models: how many inputs an expert gets is data, and
     # compiled code would not see the hooks of `record_gates`. `torch.compiler.disable` would import
     # the compiler here and now, which every worker process would have to wait for.
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _transform(self, x: Tensor) -> Tensor:
         gating: Gating = self.gate(x)
         pairs = gating.indices.flatten()  # [B * k], the expert of each (input, place)
