@@ -7,6 +7,7 @@ host ten times as long as the device needs for them.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def record(run: Callable[[], Measured]) -> tuple[Callable[[], None], Measured]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as those of callbacks, may go on with CUDA meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         measured = run()
     return graph.replay, measured
 
@@ -146,7 +147,7 @@ def _what_is_fixed(
     """What a captured update cannot follow: settings, shapes, and where everything lies."""
     optimizer = policy.optimizer
     weights: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [state for p in weights for state in optimizer.state[p].values()]
+    kept = [state for p in weights for state in optimizer.state.get(p, {}).values()]
     addresses = [
         t.data_ptr() for t in (*weights, *policy.buffers(), *kept) if isinstance(t, Tensor)
     ]
@@ -178,8 +179,10 @@ def _for_capture(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> Itera
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
             if "capturable" in group:
-                group["capturable"] = True  # torch asks for it
-        yield
+                group["capturable"] = True  # torch asks for it, and warns while warming up
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)
+            yield
     finally:
         for group, (rate, capturable) in zip(optimizer.param_groups, before, strict=True):
             group["lr"] = rate

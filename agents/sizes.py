@@ -47,7 +47,11 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
         why = "the learner computes on the CPU"
     workers = max(1, cores - learner)
     left = cores - workers
-    reason = f"{cores} cores" + (f", {left} left for the learner" if left > 0 else "") + f": {why}"
+    reason = (
+        f"{cores} core{'s' * (cores > 1)}"
+        + (f", {left} left for the learner" if left > 0 else "")
+        + f": {why}"
+    )
     return Sizes(workers, games, games_per_update(workers * games, has_gpu), reason)
 
 

@@ -52,6 +52,14 @@ def _no_learning(_progress_remaining: float) -> float:
     return 0.0
 
 
+class NoOptimizer:
+    """In place of a torch optimiser where nothing is learned: making one imports the compiler,
+    which takes as long as everything else that a worker imports."""
+
+    def __init__(self, *_arguments: Any, **_options: Any) -> None:
+        pass
+
+
 class PolicySpec(NamedTuple):
     """What it takes to build the policy again in another process."""
 
@@ -61,10 +69,13 @@ class PolicySpec(NamedTuple):
     policy_kwargs: dict[str, Any]
     sde_sample_freq: int
 
-    def build(self, lr_schedule: Schedule = _no_learning) -> EnginePolicy:
+    def build(self, lr_schedule: Schedule | None = None) -> EnginePolicy:
         """A policy on the CPU with fresh weights; without a schedule, one that only plays."""
+        options = self.policy_kwargs
+        if lr_schedule is None:
+            options = options | {"optimizer_class": NoOptimizer}
         return self.policy_class(
-            self.observation_space, self.action_space, lr_schedule, **self.policy_kwargs
+            self.observation_space, self.action_space, lr_schedule or _no_learning, **options
         )
 
 

@@ -28,6 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from ncrl import constant_weights
 from ncrl.agents import A3C
 from ncrl.agents.sizes import choose_sizes
 from ncrl.envs import atari
@@ -159,7 +160,7 @@ def learner(head: str, games: int, device: str, captured: bool) -> A3C:
     if not captured:
         model._graphed.reason = "not wanted"
         model._batch_stage.starts_on_host = True
-    return model.learn(N_STEPS * games, log_interval=1000)
+    return model.learn(N_STEPS * games)
 
 
 def largest_gap(one: A3C, other: A3C) -> float:
@@ -173,8 +174,8 @@ def kernels_of(model: A3C) -> tuple[float, int]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         model.train()
         torch.cuda.synchronize()
-    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.self_device_time_total for e in kernels) / 1000, len(kernels)
+    kernels = [event for event in found.events() if "CUDA" in str(event.device_type)]
+    return sum(event.self_device_time_total for event in kernels) / 1000, len(kernels)
 
 
 # Acting.
@@ -255,16 +256,23 @@ def played_alone(processes: int, games: int, seconds: float) -> float:
 
 def play_alone(games: int, seconds: float, index: int, barrier: Any, counts: Any) -> None:
     torch.set_num_threads(1)
-    env = atari("Pong")(games, index)
-    policy = A3C("NeurocoderCnnLstmPolicy", env, device="cpu", seed=index).policy
+    model = A3C(
+        "NeurocoderCnnLstmPolicy",
+        atari("Pong")(games, index),
+        policy_kwargs={"head_kwargs": NEUROCODER},
+        device="cpu",
+        seed=index,
+    )
+    env, policy = model.env, model.policy
+    assert env is not None
     policy.set_training_mode(False)
     obs, state = torch.from_numpy(env.reset()), policy.initial_state(games)
     starts = torch.ones(games, dtype=torch.bool)
     barrier.wait(120)
     timesteps, began = 0, time.monotonic()
-    with torch.no_grad():
+    with torch.no_grad(), constant_weights(policy):
         while time.monotonic() - began < seconds:
-            step = policy.act(obs.permute(0, 3, 1, 2) if obs.shape[-1] == 1 else obs, state, starts)
+            step = policy.act(obs, state, starts)
             shown, _, dones, _ = env.step(step.actions.numpy())
             obs, state, starts = torch.from_numpy(shown), step.lstm_state, torch.from_numpy(dones)
             timesteps += games

@@ -377,6 +377,18 @@ def test_the_summary_of_a_run(serial_run: Run) -> None:
     assert max(map(len, start)) < 80 and len(start) > 6
 
 
+@pytest.mark.parametrize(
+    ("workers", "envs", "batch_size", "games"), [(0, 8, None, 4), (0, 6, None, 3), (0, 8, 40, 2)]
+)
+def test_updates_are_small_unless_asked_for(
+    workers: int, envs: int, batch_size: int | None, games: int
+) -> None:
+    config = RunConfig(
+        env="Klax", workers=workers, envs_per_worker=envs, batch_size=batch_size, device="cpu"
+    )
+    assert make_model(config).envs_per_update == games
+
+
 LAYER_SIZES = {
     "linear": 3_255_795,
     "neurocoder": 3_450_463 + 19,  # and biases

@@ -184,8 +184,9 @@ class MoELinear(LinearSeat):
         reset_linear(self.weight, self.bias)
 
     # Never compiled, even inside compiled models: how many inputs an expert gets is data, and
-    # compiled code would not see the hooks of `record_gates`.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # compiled code would not see the hooks of `record_gates`. `torch.compiler.disable` would import
+    # the compiler here and now, which every worker process would have to wait for.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _transform(self, x: Tensor) -> Tensor:
         gating: Gating = self.gate(x)
         pairs = gating.indices.flatten()  # [B * k], the expert of each (input, place)
