@@ -36,9 +36,8 @@ class NoWeight:
     @staticmethod
     def _refuse() -> NoReturn:
         raise AttributeError(
-            "this layer has no weight that stands for it, as nn.Linear has: what multiplies an "
-            "input depends on the input. Call the layer instead, or do not put it where the host "
-            "computes with the weight itself"
+            "this layer has no weight as nn.Linear has: it composes one for every input. Call the "
+            "layer instead, or do not put it where the host computes with the weight itself"
         )
 
 
