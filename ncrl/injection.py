@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -122,38 +122,11 @@ def eject(model: nn.Module) -> list[str]:
     return names
 
 
-class _ComposedWeight:
-    """What stands where `nn.Linear` has its weight.
-
-    Using it raises, instead of computing something else than the layer does. The fast paths of
-    `nn.TransformerEncoder` and its layers, which would read the weights of their linear layers in
-    eval mode, ask first whether any of them has `__torch_function__`, and then call the layers.
-    """
-
-    @classmethod
-    def __torch_function__(cls, function: Callable[..., Any], *_: Any, **__: Any) -> NoReturn:
-        cls._refuse()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)  # the protocols of copy, pickle and inspect
-        self._refuse()
-
-    @staticmethod
-    def _refuse() -> NoReturn:
-        raise AttributeError(
-            "an injected Neurocoder layer has no weight: it composes one for every input. Call the "
-            "layer instead, or do not inject where the host computes with the weight itself"
-        )
-
-
 class InjectedNeurocoder(NeurocoderLinear):
     """A Neurocoder layer that can be ejected. Made by `inject`."""
 
     original: tuple[nn.Linear, ...] = ()
     """The layer replaced. In a tuple, where torch does not take it for a part of this one."""
-
-    weight = _ComposedWeight()
 
     def _apply(self: Injected, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Injected:
         # `.to()`, `.half()`, `.share_memory()` and the like all end here.

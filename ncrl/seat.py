@@ -6,12 +6,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from numbers import Integral
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+
+class NoWeight:
+    """What stands where `nn.Linear` has its weight.
+
+    Using it raises, instead of computing something else than the layer does. The fast paths of
+    `nn.TransformerEncoder` and its layers, which would read the weights of their linear layers in
+    eval mode, ask first whether any of them has `__torch_function__`, and then call the layers.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], *_: Any, **__: Any) -> NoReturn:
+        cls._refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)  # the protocols of copy, pickle and inspect
+        self._refuse()
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        raise AttributeError(
+            "this layer has no weight as nn.Linear has: it composes one for every input. Call the "
+            "layer instead, or do not put it where the host computes with the weight itself"
+        )
+
+
+NO_WEIGHT = NoWeight()
 
 
 class LinearSeat(nn.Module):
@@ -22,12 +52,30 @@ class LinearSeat(nn.Module):
         out_features: width of the output.
     """
 
+    @property
+    def weight(self) -> NoWeight:
+        """No matrix, also where the state_dict has one of this name: see `_stored_weight`."""
+        return NO_WEIGHT
+
+    bias: Any
+    """Parameter or None, as in `nn.Linear`, which hosts may ask for."""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         require_positive("in_features", in_features)
         require_positive("out_features", out_features)
         self.in_features = in_features
         self.out_features = out_features
+
+    def _store_weight(self, weight: Tensor) -> None:
+        """Add a parameter that is called `weight` in the state_dict, but not as an attribute."""
+        self._parameters["weight"] = nn.Parameter(weight)
+
+    @property
+    def _stored_weight(self) -> Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out].
@@ -48,6 +96,14 @@ class LinearSeat(nn.Module):
                 f"got shape {list(x.shape)}"
             )
         return x.reshape(-1, self.in_features)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off for the device of x, where it is on."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def require_positive(name: str, value: int) -> None:

@@ -35,7 +35,7 @@ from ncrl.agents.intrinsic import RND, PseudoCount
 from ncrl.agents.profiling import PHASES
 from ncrl.agents.runs import RunDirectory
 from ncrl.layers import LAYERS
-from ncrl.settings import configure, parse
+from ncrl.settings import configure
 from run_atari import RunConfig, main, make_model
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
@@ -1164,12 +1164,3 @@ def test_f24_no_stdout_at_all(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 50
-
-
-@pytest.mark.parametrize(("flags", "timesteps"), [([], 80), (["--batch-size", "160"], 160)])
-def test_an_update_is_made_of_four_games_unless_asked_otherwise(
-    flags: list[str], timesteps: int
-) -> None:
-    given = parse(run_atari.build_parser(), ["--env", "Pong", "--workers", "0", *flags])
-    config, _ = run_atari.choose_config(given, dict.fromkeys(run_atari.MODES))
-    assert run_atari.make_model(config).batch_size == timesteps

@@ -67,6 +67,11 @@ class FiLMLinear(LinearSeat):
         )
         self.reset_parameters()
 
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the linear part."""
+        return self.linear.bias
+
     def reset_parameters(self) -> None:
         """As torch initialises a Linear, with gamma = beta = 0 for every input."""
         self.linear.reset_parameters()

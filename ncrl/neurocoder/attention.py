@@ -28,7 +28,7 @@ def content_attention(queries: Tensor, keys: Tensor, sharpness: float | Tensor) 
     # Both are brought to unit length in one go, which costs as much as either alone.
     directions = F.normalize(torch.cat([queries, keys], dim=1), dim=2, eps=NORM_FLOOR)
     query, key = torch.split(directions, [queries.shape[1], keys.shape[1]], dim=1)
-    return torch.bmm(query, (sharpness * key).mT).softmax(dim=2)
+    return torch.bmm(query, (sharpness * key).transpose(1, 2)).softmax(dim=2)
 
 
 def usage_attention(usage: Tensor, num_least_used: int) -> Tensor:

@@ -153,7 +153,7 @@ def mix_slots(composed: Composed) -> Tensor:
     weight_u, weight_v, _ = composed.attention
     read = torch.bmm(weight_u, composed.projection.unsqueeze(2))  # x u_n^T, [B, R, 1]
     strength = composed.sigma.unsqueeze(2) * read
-    return torch.bmm(strength.mT, weight_v).squeeze(1)
+    return torch.bmm(strength.transpose(1, 2), weight_v).squeeze(1)
 
 
 def active_program(composed: Composed, u: Tensor, v: Tensor) -> Tensor:

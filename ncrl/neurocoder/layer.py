@@ -7,7 +7,6 @@ Shapes: P slots, R = J * H components; `...` stands for any leading dimensions, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -25,7 +24,7 @@ from ncrl.neurocoder.integration import (
     mix_slots,
 )
 from ncrl.neurocoder.memory import ProgramMemory, SlotMemory
-from ncrl.seat import LinearSeat
+from ncrl.seat import LinearSeat, without_autocast
 
 Layer = TypeVar("Layer", bound="NeurocoderLinear")
 
@@ -85,7 +84,8 @@ class NeurocoderLinear(LinearSeat):
             for part in self._parts():
                 for parameter in part.controller_parameters():
                     parameter.requires_grad_(False)
-        self.to(device=device, dtype=dtype)
+        if device is not None or dtype is not None:  # fake tensors could not be exchanged
+            self.to(device=device, dtype=dtype)
 
     def _build(self) -> None:
         """Create memory, composition, integration and bias."""
@@ -200,16 +200,6 @@ class NeurocoderLinear(LinearSeat):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.config}"
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switches autocast off for the device of x, where it is on."""
-    device = x.device.type
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else nullcontext()
-    )
 
 
 def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:

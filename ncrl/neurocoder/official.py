@@ -326,7 +326,7 @@ def scaled_cosine(queries: Tensor, keys: Tensor, sharpness: float) -> Tensor:
     Returns:
         [3, N, P].
     """
-    product = torch.bmm(queries, (sharpness * keys).mT)
+    product = torch.bmm(queries, (sharpness * keys).transpose(1, 2))
     query_norm = torch.linalg.vector_norm(queries, dim=2, keepdim=True) + EPSILON  # [3, N, 1]
     key_norm = torch.linalg.vector_norm(keys, dim=2).unsqueeze(1) + EPSILON  # [3, 1, P]
     norms = keys.shape[2] * key_norm * query_norm + EPSILON

@@ -11,6 +11,7 @@ from ncrl.sb3.feedforward import (
     NeurocoderMlpPolicy,
     NeurocoderMultiInputPolicy,
 )
+from ncrl.sb3.onnx import export_onnx
 from ncrl.sb3.recurrent import (
     CnnLstmPolicy,
     LstmPolicy,
@@ -40,6 +41,7 @@ __all__ = [
     "NeurocoderMultiInputPolicy",
     "RolloutEvaluation",
     "Step",
+    "export_onnx",
     "export_policy",
     "load_policy",
     "register",
