@@ -28,7 +28,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ncrl import constant_weights
 from ncrl.agents import A3C
 from ncrl.agents.sizes import choose_sizes
 from ncrl.envs import atari
@@ -270,7 +269,7 @@ def play_alone(games: int, seconds: float, index: int, barrier: Any, counts: Any
     starts = torch.ones(games, dtype=torch.bool)
     barrier.wait(120)
     timesteps, began = 0, time.monotonic()
-    with torch.no_grad(), constant_weights(policy):
+    with torch.no_grad():
         while time.monotonic() - began < seconds:
             step = policy.act(obs, state, starts)
             shown, _, dones, _ = env.step(step.actions.numpy())
