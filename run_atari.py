@@ -187,7 +187,7 @@ class RunConfig:
     ext_coef: float = setting(2.0, "bonus: weight of the game's own advantages beside it", low=0)
     int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
     imitation_coef: float = setting(
-        0.1, "bonus: weight of rollouts that led to a score, learnt from again", low=0
+        0.5, "bonus: weight of rollouts that led to a score, learnt from again", low=0
     )
     bonus_encoder: str = setting(
         "a3c", "rnd and snd: size of target and predictor", choices=("a3c", "nature")

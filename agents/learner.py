@@ -68,11 +68,6 @@ class Objective:
     """Weight of the rollouts that are learnt from again."""
 
 
-IMITATED_VALUE_COEF = 0.01
-"""Weight of the value in the loss of those (Oh et al. 2018): values follow what is reached on
-average, not what was reached once."""
-
-
 class Novelty(NamedTuple):
     """What exploration adds to a batch."""
 
@@ -198,14 +193,12 @@ def actor_critic_loss(
         beside_policy = objective.vf_coef * exploration["int_value_loss"]
     if kept is not None:
         again = everything.narrow(num_envs, kept.returns.shape[1])
-        imitation = imitation_loss(
+        exploration["imitation_loss"] = imitation_loss(
             again.log_prob, again.values[:-1], kept.returns.to(values.device)
         )
-        exploration["imitation_loss"] = imitation.policy
-        exploration["imitation_value_loss"] = imitation.value
         share = kept.returns.numel() / values.numel()  # a sum over its own timesteps
-        beside_policy = beside_policy + objective.imitation_coef * share * (
-            imitation.policy + IMITATED_VALUE_COEF * imitation.value
+        beside_policy = (
+            beside_policy + objective.imitation_coef * share * exploration["imitation_loss"]
         )
     terms = {
         "policy": policy_gradient_loss(evaluation.log_prob, advantages),
