@@ -4,6 +4,7 @@
     python benchmarks/results.py unpack rows      # and back: `--logdir rows --finished --figure x`
     python benchmarks/results.py tables           # write the tables in results/*.md anew
     python benchmarks/results.py tables --check   # exit with 1 where a table is not what rows say
+    python benchmarks/results.py figure           # draw split MNIST's figure from its rows
 
 A CSV has a line per run, and a column per setting and metric. The curve and the details of a run
 have no columns: they are a line of `<task>.details.jsonl`. `results/claims.yaml` holds the claims.
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,37 +158,62 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
 
 
-def mean_and_std(values: Sequence[float], digits: int) -> str:
+def mean_and_std(values: Sequence[float], form: str) -> str:
     """With the standard deviation of the population; of one value, the value."""
     if len(values) == 1:
-        return f"{values[0]:.{digits}f} (1 seed)"
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.pstdev(values):.{digits}f}"
+        return f"{values[0]:{form}} (1 seed)"
+    return f"{statistics.fmean(values):{form}} ± {statistics.pstdev(values):{form}}"
 
 
 def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
-    """A line per recipe: mean and spread of each metric, and the first one seed by seed.
+    """A line per recipe with its metrics.
 
-    `spec` has `runs`, the labels of recipes or `[label, what the paper has]`, and `metrics`, for
-    each `[label, digits]` or `[label, digits, factor]`. `seeds` leaves all others out.
+    `spec` has `runs`: labels of recipes, or `[label, what the paper has]`. `metrics` has for each
+    metric `[label, format]` or `[label, format, factor]`; its column is mean and spread. `by_seed`
+    and `curve: {metric: [format, factor, *updates]}` make columns with the value of each seed.
+    `seeds` leaves all other seeds out.
     """
     with_paper = any(isinstance(label, list) for label in spec["runs"].values())
-    titles = [label for label, *_ in spec["metrics"].values()]
-    lines = [["", "parameters", *titles, "seed by seed", *["paper"][:with_paper]]]
+    metrics, by_seed = spec.get("metrics", {}), spec.get("by_seed", {})
+    points = [
+        (metric, form, factor, update)
+        for metric, (form, factor, *updates) in spec.get("curve", {}).items()
+        for update in updates
+    ]
+    titles = [title for title, *_ in [*metrics.values(), *by_seed.values()]]
+    titles += [f"{update:,}" for *_, update in points]
+    lines = [["", "parameters", *titles, *["paper"][:with_paper]]]
     for name, label in spec["runs"].items():
         label, *paper = label if isinstance(label, list) else [label]
-        group = [
-            r for r in rows if r["name"] == name and r["seed"] in spec.get("seeds", [r["seed"]])
-        ]
-        if not group:
-            raise ValueError(f"no row is called {name!r}")
-        cells, by_seed = [], ""
-        for metric, (_, digits, *factor) in spec["metrics"].items():
-            values = [row["metrics"][metric] * (factor or [1])[0] for row in group]
-            cells.append(mean_and_std(values, digits))
-            by_seed = by_seed or ", ".join(f"{value:.{digits}f}" for value in values)
-        line = [label, f"{group[0]['parameters']:,}", *cells, by_seed]
-        lines.append([*line, *(str(value) for value in paper or [""][:with_paper])])
+        group = chosen(rows, name, spec)
+        cells = []
+        for metric, (_, form, *factor) in metrics.items():
+            cells.append(mean_and_std(values_of(group, metric, *factor), form))
+        for metric, (_, form, *factor) in by_seed.items():
+            cells.append(", ".join(f"{v:{form}}" for v in values_of(group, metric, *factor)))
+        for metric, form, factor, update in points:
+            values = [p[metric] for row in group for p in row["curve"] if p["update"] == update]
+            cells.append(", ".join(f"{value * factor:{form}}" for value in values))
+        line = [label, f"{group[0]['parameters']:,}", *cells]
+        lines.append([*line, *(str(value) for value in (paper or [""])[:with_paper])])
     return markdown(lines)
+
+
+def chosen(rows: Sequence[Row], name: str, spec: Mapping[str, Any]) -> list[Row]:
+    """The rows of a recipe with the seeds that a table wants.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    group = [r for r in rows if r["name"] == name and r["seed"] in spec.get("seeds", [r["seed"]])]
+    if not group:
+        raise ValueError(f"no row of {spec['task']} is called {name!r}")
+    return group
+
+
+def values_of(rows: Sequence[Row], metric: str, factor: float = 1) -> list[float]:
+    """A metric of each row, times a factor."""
+    return [row["metrics"][metric] * factor for row in rows]
 
 
 def grid_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
@@ -199,17 +226,15 @@ def grid_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
         line = [name]
         for column, paper in zip(spec["columns"], spec["rows"][name], strict=True):
             wanted = spec["grid"].format(name, column)
-            group = [r for r in rows if r["name"] == wanted and r["seed"] in spec["seeds"]]
-            if not group:
-                raise ValueError(f"no row is called {wanted!r}")
-            text = mean_and_std([row["metrics"][spec["metric"]] for row in group], 1)
-            text += " †" * any(row["metrics"][spec["mark"]] > 0 for row in group)
+            group = chosen(rows, wanted, spec)
+            text = mean_and_std(values_of(group, spec["metric"]), ".1f")
+            text += " †" * any(value > 0 for value in values_of(group, spec["mark"]))
             line.append(text + f" ({paper})" * (paper is not None))
         lines.append(line)
     return markdown(lines)
 
 
-def claims_table(claims: Sequence[Mapping[str, str]]) -> str:
+def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
     """The claims of the paper and what was found, in one table under its count."""
     counts = [sum(claim["verdict"] == verdict for claim in claims) for verdict in MARKS]
     legend = ", ".join(
@@ -222,7 +247,7 @@ def claims_table(claims: Sequence[Mapping[str, str]]) -> str:
             f"{claim['claim']} ({claim['where']})",
             claim["paper"],
             claim["ours"],
-            claim["seeds"],
+            str(claim["seeds"]),
             MARKS[claim["verdict"]],
             f"`{claim['command']}`" if claim["command"] else "",
             f"[{claim['page']}]({claim['page']}.md)",
@@ -251,6 +276,58 @@ def filled(text: str) -> str:
     return BLOCK.sub(table, text)
 
 
+PANELS = {
+    "without residual": {"official": "authors' layer", "paper": "the paper's equations"}
+    | {"rank 1": "static rank 1, the same for every input"},
+    "with residual, and NSM": {"official residual": "authors' layer, residual"}
+    | {"paper residual": "the paper's equations, residual", "nsm": "NSM"},
+}
+"""What split MNIST's figure compares with the MLP: columns of the tables, and their names."""
+
+
+def draw_split_mnist(path: Path) -> None:
+    """Split MNIST's tables as points, the MLP as a band and the paper's values as hollow points."""
+    from matplotlib.figure import Figure
+
+    rows = read_csv("split_mnist")
+    page = (RESULTS / "split_mnist.md").read_text(encoding="utf-8")
+    specs = [yaml.safe_load(match[2]) for match in BLOCK.finditer(page)]
+    grids = [spec for spec in specs if "grid" in spec]
+    figure = Figure((10, 7), layout="constrained")
+    axes = figure.subplots(len(grids), len(PANELS), sharex=True, sharey="row")
+    for spec, line in zip(grids, axes, strict=True):
+        scenario = spec["grid"].split()[0]
+        methods = list(spec["rows"])
+
+        def measured(column: str, spec: Any = spec) -> tuple[np.ndarray, np.ndarray]:
+            groups = [chosen(rows, spec["grid"].format(m, column), spec) for m in spec["rows"]]
+            values = np.array([values_of(group, spec["metric"]) for group in groups])
+            return values.mean(1), values.std(1)
+
+        for ax, (title, names) in zip(line, PANELS.items(), strict=True):
+            mean, std = measured("mlp")
+            at = np.arange(len(methods))
+            ax.plot(at, mean, color="0.35", linewidth=1.2, label="plain MLP")
+            ax.fill_between(at, mean - std, mean + std, color="0.85")
+            for number, (column, label) in enumerate(names.items()):
+                x = at + 0.2 * (number - 1)
+                mean, std = measured(column)
+                points = ax.errorbar(x, mean, std, fmt="o", label=label, capsize=2, markersize=5)
+                printed = [cells[spec["columns"].index(column)] for cells in spec["rows"].values()]
+                known = [(a, float(p.split(";")[0])) for a, p in zip(x, printed, strict=True) if p]
+                hollow = {"mfc": "none", "mec": points[0].get_color(), "markersize": 6}
+                ax.plot(*zip(*known, strict=True), "o", **hollow) if known else None
+            ax.set_xticks(at, methods)
+            ax.set_title(f"split MNIST, {scenario} scenario: {title}", fontsize=10)
+            ax.grid(axis="y", alpha=0.3)
+        line[0].set_ylabel("accuracy after five tasks, %")
+    for ax in axes[0]:
+        ax.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
+        ax.legend(fontsize=8, loc="upper left")
+        ax.set_ylim(top=100)
+    figure.savefig(path, dpi=100)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -259,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("unpack", help="CSVs into runs").add_argument("logdir", type=Path)
     tables = commands.add_parser("tables", help="write the tables of the pages anew")
     tables.add_argument("--check", action="store_true", help="write nothing; 1 if one differs")
+    commands.add_parser("figure", help="draw split MNIST's figure from its rows")
     flags = parser.parse_args(arguments)
     if flags.command == "pack":
         if not read_runs(flags.logdir):
@@ -268,6 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.command == "unpack":
         for path in sorted(RESULTS.glob("*.details.jsonl")):
             write_runs(read_csv(path.name.split(".")[0]), flags.logdir)
+        return 0
+    if flags.command == "figure":
+        draw_split_mnist(ROOT / "docs" / "figures" / "split_mnist.png")
         return 0
     stale = 0
     for page in sorted(RESULTS.glob("*.md")):
