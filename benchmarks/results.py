@@ -162,7 +162,7 @@ def mean_and_std(values: Sequence[float], form: str) -> str:
     """With the standard deviation of the population; of one value, the value."""
     if len(values) == 1:
         return f"{values[0]:{form}} (1 seed)"
-    return f"{statistics.fmean(values):{form}} ± {statistics.pstdev(values):{form}}"
+    return f"{statistics.fmean(values):{form}}±{statistics.pstdev(values):{form}}"
 
 
 def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
@@ -241,14 +241,14 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
         f"{count} {MARKS[verdict]} {verdict}" if verdict != "open" else f"{count} open"
         for verdict, count in zip(MARKS, counts, strict=True)
     )
-    head = ["claim", "paper", "ours", "seeds", "", "command", "page"]
+    head = ["", "claim", "paper", "ours", "seeds", "command", "page"]
     lines = [head] + [
         [
+            MARKS[claim["verdict"]],
             f"{claim['claim']} ({claim['where']})",
             claim["paper"],
             claim["ours"],
             str(claim["seeds"]),
-            MARKS[claim["verdict"]],
             f"`{claim['command']}`" if claim["command"] else "",
             f"[{claim['page']}]({claim['page']}.md)",
         ]

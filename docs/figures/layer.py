@@ -46,7 +46,7 @@ def main() -> None:
         u, v = attention.u[0] @ layer.memory.u, attention.v[0] @ layer.memory.v
         program, y = layer.program(x)[0], layer(x)[0]
 
-    figure = Figure((12, 5), facecolor="white")
+    figure = Figure((9.6, 4), facecolor="white")
     sheet = figure.add_axes((0, 0, 1, 1))
     sheet.set(xlim=(0, 12), ylim=(0, 5))
     sheet.axis("off")
@@ -78,8 +78,8 @@ def main() -> None:
         say((2.95, bottom + 0.87), f"${name}$", ha="left", size=11)
         say((4.28, bottom + 0.38), r"$\times$", size=14)
         heat(figure, (4.5, bottom, 1.0 if number < 2 else 0.18, 0.75), stored.detach())
-    say((3.47, 4.7), "attention: a row per\ncomponent, a column per slot", size=8.5)
-    say((5.0, 4.7), f"program memory:\n{SLOTS} slots", size=8.5)
+    say((3.4, 4.72), "attention: rows are\ncomponents, columns slots", size=8)
+    say((5.05, 4.72), f"program memory:\n{SLOTS} slots", size=8)
     learnt = "stored vectors $u$, $v$ and\nsingular values $s$: learnt,\nthe same for all inputs"
     say((5.3, 1.2), learnt, size=8, color=QUIET, ha="left")
 
