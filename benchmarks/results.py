@@ -4,7 +4,6 @@
     python benchmarks/results.py unpack rows      # and back: `--logdir rows --finished --figure x`
     python benchmarks/results.py tables           # write the tables in results/*.md anew
     python benchmarks/results.py tables --check   # exit with 1 where a table is not what rows say
-    python benchmarks/results.py figure           # draw split MNIST's figure from its rows
 
 A CSV has a line per run, and a column per setting and metric. The curve and the details of a run
 have no columns: they are a line of `<task>.details.jsonl`. `results/claims.yaml` holds the claims.
@@ -23,7 +22,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,6 +255,12 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(claims)} claims: {legend}.\n\n{markdown(lines)}"
 
 
+def table_specs(page: Path) -> list[dict[str, Any]]:
+    """The descriptions of a page's tables."""
+    text = page.read_text(encoding="utf-8")
+    return [yaml.safe_load(match[2]) for match in BLOCK.finditer(text)]
+
+
 BLOCK = re.compile(r"(<!-- table\n(.*?)-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -276,58 +280,6 @@ def filled(text: str) -> str:
     return BLOCK.sub(table, text)
 
 
-PANELS = {
-    "without residual": {"official": "authors' layer", "paper": "the paper's equations"}
-    | {"rank 1": "static rank 1, the same for every input"},
-    "with residual, and NSM": {"official residual": "authors' layer, residual"}
-    | {"paper residual": "the paper's equations, residual", "nsm": "NSM"},
-}
-"""What split MNIST's figure compares with the MLP: columns of the tables, and their names."""
-
-
-def draw_split_mnist(path: Path) -> None:
-    """Split MNIST's tables as points, the MLP as a band and the paper's values as hollow points."""
-    from matplotlib.figure import Figure
-
-    rows = read_csv("split_mnist")
-    page = (RESULTS / "split_mnist.md").read_text(encoding="utf-8")
-    specs = [yaml.safe_load(match[2]) for match in BLOCK.finditer(page)]
-    grids = [spec for spec in specs if "grid" in spec]
-    figure = Figure((10, 7), layout="constrained")
-    axes = figure.subplots(len(grids), len(PANELS), sharex=True, sharey="row")
-    for spec, line in zip(grids, axes, strict=True):
-        scenario = spec["grid"].split()[0]
-        methods = list(spec["rows"])
-
-        def measured(column: str, spec: Any = spec) -> tuple[np.ndarray, np.ndarray]:
-            groups = [chosen(rows, spec["grid"].format(m, column), spec) for m in spec["rows"]]
-            values = np.array([values_of(group, spec["metric"]) for group in groups])
-            return values.mean(1), values.std(1)
-
-        for ax, (title, names) in zip(line, PANELS.items(), strict=True):
-            mean, std = measured("mlp")
-            at = np.arange(len(methods))
-            ax.plot(at, mean, color="0.35", linewidth=1.2, label="plain MLP")
-            ax.fill_between(at, mean - std, mean + std, color="0.85")
-            for number, (column, label) in enumerate(names.items()):
-                x = at + 0.2 * (number - 1)
-                mean, std = measured(column)
-                points = ax.errorbar(x, mean, std, fmt="o", label=label, capsize=2, markersize=5)
-                printed = [cells[spec["columns"].index(column)] for cells in spec["rows"].values()]
-                known = [(a, float(p.split(";")[0])) for a, p in zip(x, printed, strict=True) if p]
-                hollow = {"mfc": "none", "mec": points[0].get_color(), "markersize": 6}
-                ax.plot(*zip(*known, strict=True), "o", **hollow) if known else None
-            ax.set_xticks(at, methods)
-            ax.set_title(f"split MNIST, {scenario} scenario: {title}", fontsize=10)
-            ax.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel("accuracy after five tasks, %")
-    for ax in axes[0]:
-        ax.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
-        ax.legend(fontsize=8, loc="upper left")
-        ax.set_ylim(top=100)
-    figure.savefig(path, dpi=100)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -336,7 +288,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("unpack", help="CSVs into runs").add_argument("logdir", type=Path)
     tables = commands.add_parser("tables", help="write the tables of the pages anew")
     tables.add_argument("--check", action="store_true", help="write nothing; 1 if one differs")
-    commands.add_parser("figure", help="draw split MNIST's figure from its rows")
     flags = parser.parse_args(arguments)
     if flags.command == "pack":
         if not read_runs(flags.logdir):
@@ -346,9 +297,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.command == "unpack":
         for path in sorted(RESULTS.glob("*.details.jsonl")):
             write_runs(read_csv(path.name.split(".")[0]), flags.logdir)
-        return 0
-    if flags.command == "figure":
-        draw_split_mnist(ROOT / "docs" / "figures" / "split_mnist.png")
         return 0
     stale = 0
     for page in sorted(RESULTS.glob("*.md")):
