@@ -23,7 +23,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 def draw_runs(
     axes: Axes, task: str, points: Callable[[Row], Points], only: str = "", marker: str = ""
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """A line for each recipe of the first table of a task's page: its mean, between its seeds.
 
     Args:
@@ -37,7 +37,7 @@ def draw_runs(
         The colour of each recipe, by its label.
     """
     rows, spec = read_csv(task), table_specs(RESULTS / f"{task}.md")[0]
-    colours = {}
+    colours: dict[str, Any] = {}
     for name, label in spec["runs"].items():
         label = label[0] if isinstance(label, list) else label
         if not label.startswith(only):
