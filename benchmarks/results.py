@@ -1,7 +1,7 @@
 """The kept results: rows in one CSV per experiment, the tables of its page, the table of claims.
 
     python benchmarks/results.py pack runs        # finished runs below `runs` into results/*.csv
-    python benchmarks/results.py unpack rows      # and back: `--logdir rows --finished --figure x`
+    python benchmarks/results.py unpack rows      # and back: `--logdir rows --finished --tables`
     python benchmarks/results.py tables           # write the tables in results/*.md anew
     python benchmarks/results.py tables --check   # exit with 1 where a table is not what rows say
 
@@ -100,18 +100,17 @@ def order(row: Row) -> tuple[str, int, str]:
     return row["name"], row["seed"], row["folder"]
 
 
+def group_of_column(column: str) -> int:
+    """Where a column stands: the row's own fields, what was measured, everything else, settings."""
+    outer, dot, _ = column.partition(".")
+    return {"metrics": 1, "recipe": 3}.get(outer, 2 if dot else 0)
+
+
 def write_csv(task: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
     """A task's rows as `<task>.csv` and `<task>.details.jsonl`."""
     rows = sorted(rows, key=order)
     flat = [flatten({k: v for k, v in row.items() if k not in LONG}) for row in rows]
-    columns = sorted(
-        {key: None for line in flat for key in line},
-        key=lambda key: (
-            (["metrics", "readings", "versions", "recipe"].index(key.split(".")[0]) + 1)
-            if "." in key or key in ("readings", "recipe")
-            else 0
-        ),
-    )
+    columns = sorted({key: None for line in flat for key in line}, key=group_of_column)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

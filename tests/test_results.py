@@ -27,7 +27,16 @@ def row(name: str, seed: int, **changes: object) -> results.Row:
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     rows = [
         row("a", 0, command='x "y", z', empty="", recipe={"list": [1, 2], "none": None, "map": {}}),
-        row("a", 1, number=0.1 + 0.2, text="1", truth=True, word="true", recipe={"deep": {"b": 1}}),
+        row(
+            "a",
+            1,
+            number=0.1 + 0.2,
+            text="1",
+            labels={"variant": "x"},
+            truth=True,
+            word="true",
+            recipe={"deep": {"b": 1}},
+        ),
         row("b", 0, curve=[{"update": 1, "error": 2.0}], details={"layers": {"x": [[1.0]]}}),
     ]
     results.write_csv("t", reversed(rows), tmp_path)
