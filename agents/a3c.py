@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from ncrl import NeurocoderLinear
-from ncrl.agents.buffers import (
+from ncrl.agents.playing.buffers import (
     Batch,
     Rollout,
     RolloutBatch,
@@ -34,8 +34,8 @@ from ncrl.agents.buffers import (
     RolloutView,
     split_envs,
 )
-from ncrl.agents.collector import Collector, NonFiniteError, Outcome
-from ncrl.agents.environments import (
+from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
+from ncrl.agents.playing.env_sources import (
     EnvFactory,
     RecordedEnv,
     RemoteEnvs,
@@ -46,10 +46,10 @@ from ncrl.agents.environments import (
     is_factory,
     meaning,
 )
-from ncrl.agents.exploration import Exploration, make_exploration
-from ncrl.agents.graph import GraphedUpdates
-from ncrl.agents.intrinsic import IntrinsicReward
-from ncrl.agents.learner import (
+from ncrl.agents.learning.exploration import Exploration, make_exploration
+from ncrl.agents.learning.graph import GraphedUpdates
+from ncrl.agents.learning.intrinsic import IntrinsicReward
+from ncrl.agents.learning.learner import (
     CORRECTIONS,
     Lesson,
     Novelty,
@@ -59,12 +59,12 @@ from ncrl.agents.learner import (
     apply_gradient,
     rewards_in_loss,
 )
-from ncrl.agents.loading import check_algorithm, plain_faults, without_code, write_model
-from ncrl.agents.optim import SharedRMSProp
-from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
-from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
-from ncrl.agents.sizes import available_cores
-from ncrl.agents.supervision import (
+from ncrl.agents.runs.loading import check_algorithm, plain_faults, without_code, write_model
+from ncrl.agents.learning.optim import SharedRMSProp
+from ncrl.agents.playing.players import Player, SerialPlayer, WorkersPlayer
+from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch, stopwatch_for
+from ncrl.agents.playing.sizes import available_cores
+from ncrl.agents.playing.pool import (
     Limits,
     WorkerPool,
     check_memory,
@@ -72,8 +72,8 @@ from ncrl.agents.supervision import (
     check_shared_memory,
     slots_for,
 )
-from ncrl.agents.weights import SharedWeights, layout
-from ncrl.agents.worker import PolicySpec, end_if_importing_main, unreadable_main
+from ncrl.agents.playing.weights import SharedWeights, layout
+from ncrl.agents.playing.worker import PolicySpec, end_if_importing_main, unreadable_main
 from ncrl.diagnostics import describe
 from ncrl.sb3 import (
     CnnLstmPolicy,
@@ -170,7 +170,7 @@ class A3C(OnPolicyAlgorithm):
         imitation_coef: weight of rollouts that led to a reward, which are learnt from again beside
             an intrinsic reward; 0 keeps none.
         intrinsic_kwargs: `warmup_timesteps`, `reach` and `capacity` of
-            `ncrl.agents.exploration.Exploration`, and options of the bonus, such as `encoder`,
+            `ncrl.agents.learning.exploration.Exploration`, and options of the bonus, such as `encoder`,
             `learning_rate` and `update_proportion` of `rnd`.
         info_keywords: entries of `info` that callbacks are shown for every timestep of workers; all
             others arrive where a game ends, and everything where this process plays.

@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run_atari.py is a script of the repository, not installed
 
 import run_atari  # noqa: E402 - needs the path above
-from ncrl.agents.checkpoints import CheckpointError, newest_checkpoint  # noqa: E402
-from ncrl.agents.runs import RunDirectory  # noqa: E402
+from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint  # noqa: E402
+from ncrl.agents.runs.directory import RunDirectory  # noqa: E402
 from ncrl.files import write_atomically  # noqa: E402
 from ncrl.layers import LAYERS  # noqa: E402
 from ncrl.settings import configure, make_parser, parse, usage_error  # noqa: E402

@@ -29,7 +29,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ncrl.agents import A3C
-from ncrl.agents.sizes import choose_sizes
+from ncrl.agents.playing.sizes import choose_sizes
 from ncrl.envs import atari
 from ncrl.layers import make_layer
 

@@ -26,14 +26,14 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ncrl.agents.runs
-import ncrl.agents.supervision
+import ncrl.agents.runs.directory
+import ncrl.agents.playing.pool
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
-from ncrl.agents.checkpoints import newest_checkpoint
-from ncrl.agents.intrinsic import RND, PseudoCount
-from ncrl.agents.profiling import PHASES
-from ncrl.agents.runs import RunDirectory
+from ncrl.agents.runs.checkpoints import newest_checkpoint
+from ncrl.agents.learning.intrinsic import RND, PseudoCount
+from ncrl.agents.runs.profiling import PHASES
+from ncrl.agents.runs.directory import RunDirectory
 from ncrl.layers import LAYERS
 from ncrl.settings import configure
 from run_atari import RunConfig, main, make_model
@@ -226,7 +226,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(run_atari, "make_model", too_late)
-    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "__enter__", too_late)
+    monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "__enter__", too_late)
     before = tree(folder)
     with pytest.raises(SystemExit) as error:
         main(arguments.split())
@@ -685,7 +685,7 @@ def test_f11_a_disk_that_is_full_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     full = raising(OSError(28, "No space left on device"))
-    monkeypatch.setattr(ncrl.agents.runs, "write_atomically", full)
+    monkeypatch.setattr(ncrl.agents.runs.directory, "write_atomically", full)
     with pytest.raises(SystemExit) as error:
         main(short(tmp_path))
     assert error.value.code == 2
@@ -841,7 +841,7 @@ def test_f11_a_full_disk(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(
-        ncrl.agents.runs, "save_checkpoint", raising(OSError(28, "No space left on device"))
+        ncrl.agents.runs.directory, "save_checkpoint", raising(OSError(28, "No space left on device"))
     )
     flag = "--stop-on-save-error" if stop else "--no-stop-on-save-error"
     try:
@@ -981,7 +981,7 @@ def test_f8_a_second_interrupt_during_the_last_save(
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
-    monkeypatch.setattr(ncrl.agents.runs, "save_checkpoint", impatient)
+    monkeypatch.setattr(ncrl.agents.runs.directory, "save_checkpoint", impatient)
     try:
         code: Any = main(short(tmp_path))
     except SystemExit as exit_:

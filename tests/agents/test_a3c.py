@@ -27,9 +27,9 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrappe
 
 import ncrl.agents.a3c
 from ncrl.agents import A3C
-from ncrl.agents.environments import RemoteEnvs
-from ncrl.agents.supervision import WorkerPool
-from ncrl.agents.weights import layout
+from ncrl.agents.playing.env_sources import RemoteEnvs
+from ncrl.agents.playing.pool import WorkerPool
+from ncrl.agents.playing.weights import layout
 from ncrl.envs import light, masked_cartpole
 from tests.agents.environments import TickingFactory
 

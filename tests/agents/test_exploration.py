@@ -19,9 +19,9 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
 from ncrl.agents import A3C, IntrinsicReward
-from ncrl.agents.buffers import Rollout, RolloutSlots
-from ncrl.agents.checkpoints import newest_checkpoint, resume
-from ncrl.agents.exploration import (
+from ncrl.agents.playing.buffers import Rollout, RolloutSlots
+from ncrl.agents.runs.checkpoints import newest_checkpoint, resume
+from ncrl.agents.learning.exploration import (
     GAMES_OF_WHOLE_BATCH,
     RATE,
     Exploration,
@@ -29,14 +29,14 @@ from ncrl.agents.exploration import (
     discounted_sums,
     make_exploration,
 )
-from ncrl.agents.imitation import Kept
-from ncrl.agents.intrinsic import RND
-from ncrl.agents.learner import Novelty, actor_critic_loss
-from ncrl.agents.losses import imitation_loss
-from ncrl.agents.players import WorkersPlayer
-from ncrl.agents.supervision import Delivery
-from ncrl.agents.weights import SharedWeights
-from ncrl.agents.worker import Played
+from ncrl.agents.learning.imitation import Kept
+from ncrl.agents.learning.intrinsic import RND
+from ncrl.agents.learning.learner import Novelty, actor_critic_loss
+from ncrl.agents.learning.losses import imitation_loss
+from ncrl.agents.playing.players import WorkersPlayer
+from ncrl.agents.playing.pool import Delivery
+from ncrl.agents.playing.weights import SharedWeights
+from ncrl.agents.playing.worker import Played
 from ncrl.envs import key_and_door
 from tests.agents.environments import TickingFactory
 from tests.agents.test_checkpoints import SaveAt, difference, everything, flat

@@ -22,9 +22,9 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-import ncrl.agents.supervision
+import ncrl.agents.playing.pool
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
-from ncrl.agents.supervision import check_open_files
+from ncrl.agents.playing.pool import check_open_files
 from tests.agents.conftest import living_children, shared_memory_of, wait_until
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
 
@@ -253,7 +253,7 @@ def test_f4_failures_with_rollouts_between_them(
     kind: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None of them is in a row, but they do not go on for ever."""
-    monkeypatch.setattr(ncrl.agents.supervision, "FAILURES_PER_WINDOW", 1)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "FAILURES_PER_WINDOW", 1)
     env = TickingFactory(length=5, trouble=Trouble(kind, at=13))
     model = make_model(env)
     with pytest.raises(WorkerError, match=r"3 times in 10 minutes") as error:
@@ -262,8 +262,8 @@ def test_f4_failures_with_rollouts_between_them(
 
 
 def test_f4_failures_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ncrl.agents.supervision, "FAILURES_PER_WINDOW", 1)
-    monkeypatch.setattr(ncrl.agents.supervision, "WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "FAILURES_PER_WINDOW", 1)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "WINDOW_SECONDS", 0.0)
     model = make_model(TickingFactory(length=5, trouble=Trouble("raise", at=13)))
     model.learn(200)
     assert model.num_timesteps == 200
@@ -541,7 +541,7 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
     model = make_model(TickingFactory(), n_steps=20_000, n_envs=64)
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     started = []
-    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "_start", lambda *a: started.append(a))
+    monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "_start", lambda *a: started.append(a))
     with pytest.raises(ValueError, match=r"need (\d+) MB .*/dev/shm has 4 MB.*n_envs or n_steps"):
         model.learn(100)
     assert asked == ["/dev/shm"] and started == []
@@ -582,7 +582,7 @@ def test_f26_the_files_counted_are_the_files_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     look = Ends(at=1, act=lambda model: opened.append(len(os.listdir("/proc/self/fd")) - before))
     make_model(TickingFactory(), n_workers=2).learn(10, callback=look)
-    allowed = ncrl.agents.supervision
+    allowed = ncrl.agents.playing.pool
     assert opened[0] <= 2 * allowed.FILES_PER_WORKER + allowed.FILES_FOR_SHARING
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-import ncrl.agents.graph
+import ncrl.agents.learning.graph
 from ncrl.agents import A3C
-from ncrl.agents.graph import MAX_CAPTURES, WARM_UPS
-from ncrl.agents.learner import Lesson, Measured
+from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS
+from ncrl.agents.learning.learner import Lesson, Measured
 from tests.agents.test_learner import both_optimisers, trained
 
 
@@ -38,7 +38,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(1)
         return record_on_cpu(run)
 
-    monkeypatch.setattr(ncrl.agents.graph, "record", record)
+    monkeypatch.setattr(ncrl.agents.learning.graph, "record", record)
     return made
 
 
@@ -89,12 +89,12 @@ def test_capturing_changes_nothing_and_leaves_the_optimiser_as_it_was(
     model = graphed("linear", use_rms_prop)
     assert model._batch is not None
     before = copy.deepcopy((model.policy.state_dict(), model.policy.optimizer.state_dict()))
-    record = ncrl.agents.graph.record
+    record = ncrl.agents.learning.graph.record
 
     def nothing(run: Callable[[], Measured]) -> Any:
         return (lambda: None), record(run)[1]
 
-    monkeypatch.setattr(ncrl.agents.graph, "record", nothing)
+    monkeypatch.setattr(ncrl.agents.learning.graph, "record", nothing)
     model._graphed_update(Lesson(model._batch.rollout))
     after = (model.policy.state_dict(), model.policy.optimizer.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
@@ -154,7 +154,7 @@ def test_what_cannot_be_captured_is_made_eagerly_and_said_once(
     def fail(run: Any) -> Any:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(ncrl.agents.graph, "record", fail)
+    monkeypatch.setattr(ncrl.agents.learning.graph, "record", fail)
     model = graphed("moe" if trouble == "moe" else "linear")
     expected = "RuntimeError: operation not permitted"
     if trouble == "moe":

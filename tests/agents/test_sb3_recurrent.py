@@ -19,10 +19,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 import ncrl.agents.a3c
-import ncrl.agents.learner
+import ncrl.agents.learning.learner
 from ncrl.agents import A3C
 from ncrl.agents.a3c import FORGOTTEN_AFTER
-from ncrl.agents.losses import policy_gradient_loss, value_loss
+from ncrl.agents.learning.losses import policy_gradient_loss, value_loss
 from ncrl.envs import remember
 from ncrl.sb3 import MlpLstmPolicy
 
@@ -164,8 +164,8 @@ def test_advantages_through_limits_ends_and_rollouts(
         returns.append(given)
         return value_loss(values, given)
 
-    monkeypatch.setattr(ncrl.agents.learner, "policy_gradient_loss", watched_policy_loss)
-    monkeypatch.setattr(ncrl.agents.learner, "value_loss", watched_value_loss)
+    monkeypatch.setattr(ncrl.agents.learning.learner, "policy_gradient_loss", watched_policy_loss)
+    monkeypatch.setattr(ncrl.agents.learning.learner, "value_loss", watched_value_loss)
     diaries = [Diary() for _ in range(3)]
     env = DummyVecEnv([lambda i=i: Alternating(diaries[i], i) for i in range(3)])
     model = make_model(

@@ -8,8 +8,8 @@ import torch
 
 import ncrl.agents.a3c
 from ncrl.agents.a3c import _learner_threads
-from ncrl.agents.buffers import RolloutBatch
-from ncrl.agents.sizes import choose_sizes
+from ncrl.agents.playing.buffers import RolloutBatch
+from ncrl.agents.playing.sizes import choose_sizes
 from tests.agents.test_buffers import CPU, make_shape, numbered
 
 

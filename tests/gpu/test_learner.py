@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ncrl.agents import A3C
-from ncrl.agents.buffers import RolloutBatch, RolloutShape
+from ncrl.agents.playing.buffers import RolloutBatch, RolloutShape
 from ncrl.layers import make_layer
 from tests.agents.test_buffers import make_shape, numbered
 

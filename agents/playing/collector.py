@@ -16,8 +16,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from ncrl.agents.buffers import Rollout
-from ncrl.agents.profiling import OFF, Stopwatch
+from ncrl.agents.playing.buffers import Rollout
+from ncrl.agents.runs.profiling import OFF, Stopwatch
 from ncrl.sb3.engine import EnginePolicy, map_obs
 
 

@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import safe_mean
 from torch.utils.tensorboard import SummaryWriter
 
 from ncrl.agents.a3c import A3C
-from ncrl.agents.checkpoints import (
+from ncrl.agents.runs.checkpoints import (
     Checkpoint,
     CheckpointError,
     model_bytes,
@@ -119,7 +119,7 @@ class RunDirectory:
             raise ValueError(f"{self.path} is in use by another process") from error
 
     def newest_checkpoint(self) -> Checkpoint:
-        """See `ncrl.agents.checkpoints.newest_checkpoint`."""
+        """See `ncrl.agents.runs.checkpoints.newest_checkpoint`."""
         return newest_checkpoint(self.checkpoints)
 
     def write_config(self, config: Mapping[str, Any]) -> None:

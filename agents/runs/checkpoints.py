@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ncrl.agents.a3c import A3C
-from ncrl.agents.collector import Collector
-from ncrl.agents.environments import RecordedEnv
-from ncrl.agents.loading import SMALL_BYTES, load_tensors, read_tensors, reason_of
+from ncrl.agents.playing.collector import Collector
+from ncrl.agents.playing.env_sources import RecordedEnv
+from ncrl.agents.runs.loading import SMALL_BYTES, load_tensors, read_tensors, reason_of
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import shown

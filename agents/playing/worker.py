@@ -22,11 +22,11 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
-from ncrl.agents.buffers import RolloutSlots
-from ncrl.agents.collector import Collector, NonFiniteError, Outcome
-from ncrl.agents.environments import EnvFactory, build
-from ncrl.agents.profiling import OFF, Seconds, Stopwatch
-from ncrl.agents.weights import SharedWeights
+from ncrl.agents.playing.buffers import RolloutSlots
+from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
+from ncrl.agents.playing.env_sources import EnvFactory, build
+from ncrl.agents.runs.profiling import OFF, Seconds, Stopwatch
+from ncrl.agents.playing.weights import SharedWeights
 from ncrl.sb3 import EnginePolicy
 
 THREAD_VARIABLES = (

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ncrl import orthogonal_loss
-from ncrl.agents.buffers import Rollout, beside
-from ncrl.agents.imitation import Kept
-from ncrl.agents.losses import (
+from ncrl.agents.playing.buffers import Rollout, beside
+from ncrl.agents.learning.imitation import Kept
+from ncrl.agents.learning.losses import (
     Returns,
     entropy_loss,
     explained_variance,
@@ -28,8 +28,8 @@ from ncrl.agents.losses import (
     value_loss,
     vtrace,
 )
-from ncrl.agents.optim import scaled_step
-from ncrl.agents.profiling import OFF, Stopwatch
+from ncrl.agents.learning.optim import scaled_step
+from ncrl.agents.runs.profiling import OFF, Stopwatch
 from ncrl.baselines import balance_loss, record_gates
 from ncrl.networks import static_unroll
 from ncrl.sb3 import EnginePolicy, Latent, RolloutEvaluation

@@ -29,8 +29,8 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ncrl.agents.optim import SharedRMSProp
-from ncrl.agents.supervision import Limits
+from ncrl.agents.learning.optim import SharedRMSProp
+from ncrl.agents.playing.pool import Limits
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import compare_tensors, without_memory

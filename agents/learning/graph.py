@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ncrl.agents.learner import Lesson, Measured, Objective, update_on_device
-from ncrl.agents.optim import can_scale
+from ncrl.agents.learning.learner import Lesson, Measured, Objective, update_on_device
+from ncrl.agents.learning.optim import can_scale
 from ncrl.baselines import MoELinear
 from ncrl.sb3 import EnginePolicy
 

@@ -27,12 +27,12 @@ from typing import NamedTuple
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
-from ncrl.agents.buffers import Rollout, RolloutShape, RolloutSlots
-from ncrl.agents.collector import NonFiniteError
-from ncrl.agents.environments import EnvFactory
-from ncrl.agents.profiling import Profile
-from ncrl.agents.weights import SharedWeights
-from ncrl.agents.worker import (
+from ncrl.agents.playing.buffers import Rollout, RolloutShape, RolloutSlots
+from ncrl.agents.playing.collector import NonFiniteError
+from ncrl.agents.playing.env_sources import EnvFactory
+from ncrl.agents.runs.profiling import Profile
+from ncrl.agents.playing.weights import SharedWeights
+from ncrl.agents.playing.worker import (
     EXIT_NO_GUARD,
     THREAD_VARIABLES,
     EnvFailed,

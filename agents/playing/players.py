@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ncrl.agents.buffers import Batch, RolloutSlots, first_rows, shown_at
-from ncrl.agents.collector import Collector, Outcome, actions_for_env
-from ncrl.agents.supervision import WorkerPool
-from ncrl.agents.weights import SharedWeights
+from ncrl.agents.playing.buffers import Batch, RolloutSlots, first_rows, shown_at
+from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
+from ncrl.agents.playing.pool import WorkerPool
+from ncrl.agents.playing.weights import SharedWeights
 from ncrl.sb3.engine import map_obs
 
 if TYPE_CHECKING:
