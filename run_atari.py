@@ -38,6 +38,9 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl import NeurocoderConfig
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
+from ncrl.agents.atari.video import GameVideo, Moment, check_path, view_heads
+from ncrl.agents.learning.intrinsic import SOURCES
+from ncrl.agents.playing.sizes import Sizes, available_cores, choose_sizes, games_per_update
 from ncrl.agents.runs.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -45,11 +48,8 @@ from ncrl.agents.runs.checkpoints import (
     newest_checkpoint,
     resume,
 )
-from ncrl.agents.learning.intrinsic import SOURCES
-from ncrl.agents.runs.progress import Progress, Screen
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
-from ncrl.agents.playing.sizes import Sizes, available_cores, choose_sizes, games_per_update
-from ncrl.agents.atari.video import GameVideo, Moment, check_path, view_heads
+from ncrl.agents.runs.progress import Progress, Screen
 from ncrl.envs import AtariFactory, AtariPlayer, atari
 from ncrl.layers import LAYERS
 from ncrl.settings import (

@@ -14,6 +14,7 @@ import reprlib
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import field, fields, replace
+from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
 EXIT_USAGE = 2
@@ -36,6 +37,12 @@ def setting(
     )
 
 
+def same_as(config_class: Any, name: str) -> Any:
+    """A dataclass field like the one of that name in another dataclass of settings."""
+    entry = config_class.__dataclass_fields__[name]
+    return field(default=entry.default, metadata=entry.metadata)
+
+
 def check(config: Any) -> None:
     """Raise ValueError for the first `setting` of a dataclass that has an impossible value."""
     for entry in fields(config):
@@ -47,12 +54,14 @@ def check(config: Any) -> None:
                 f"{entry.name} must be one of {', '.join(rules['choices'])}, got {shown(value)}; "
                 f"nearest: {nearest(shown(value), rules['choices'])}"
             )
-        if isinstance(value, (int, float)) and not rules["low"] <= value <= rules["high"]:
+        if str(entry.type).startswith("float") and not isinstance(value, Real):
+            raise ValueError(f"{entry.name} must be a number, got {shown(value)}")
+        if isinstance(value, Real) and not rules["low"] <= value <= rules["high"]:
             raise ValueError(
                 f"{entry.name} must lie in {rules['low']:.12g} .. {rules['high']:.12g}, "
                 f"got {shown(value)}"
             )
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, Real) and not math.isfinite(value):
             raise ValueError(f"{entry.name} must be a finite number, got {value}")
 
 

@@ -122,7 +122,11 @@ CAUGHT = [
     ("agents", "import importlib\nimportlib.import_module('run_atari')", "run_atari"),
     ("envs", "from ncrl import inject", "ncrl.inject"),
     ("envs", "def f():\n    from ncrl.agents import A3C", "ncrl.agents.A3C"),
-    ("ncrl", "if TYPE_CHECKING:\n    import ncrl.agents.learning.losses as losses", "ncrl.agents.learning.losses"),
+    (
+        "ncrl",
+        "if TYPE_CHECKING:\n    import ncrl.agents.learning.losses as losses",
+        "ncrl.agents.learning.losses",
+    ),
     ("ncrl", "from ncrl.envs import atari", "ncrl.envs.atari"),
     ("ncrl/neurocoder", "import numpy as np", "numpy"),
     ("ncrl/neurocoder", "from .. import injection", "ncrl.injection"),

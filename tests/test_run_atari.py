@@ -26,14 +26,14 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ncrl.agents.runs.directory
 import ncrl.agents.playing.pool
+import ncrl.agents.runs.directory
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
-from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.agents.learning.intrinsic import RND, PseudoCount
-from ncrl.agents.runs.profiling import PHASES
+from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory
+from ncrl.agents.runs.profiling import PHASES
 from ncrl.layers import LAYERS
 from ncrl.settings import configure
 from run_atari import RunConfig, main, make_model
@@ -841,7 +841,9 @@ def test_f11_a_full_disk(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(
-        ncrl.agents.runs.directory, "save_checkpoint", raising(OSError(28, "No space left on device"))
+        ncrl.agents.runs.directory,
+        "save_checkpoint",
+        raising(OSError(28, "No space left on device")),
     )
     flag = "--stop-on-save-error" if stop else "--no-stop-on-save-error"
     try:

@@ -17,9 +17,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.learning.imitation import Kept, RolloutMemory
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
+from ncrl.agents.playing.buffers import Rollout
 
 RATE = 0.01
 """Share of a new batch in the running deviations."""

@@ -1,389 +1,129 @@
-"""The learner: from a batch of rollouts to one step of the optimiser.
-
-Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
-"""
+"""The learner: it owns what learns, and makes updates of the batches that it is given."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
-from ncrl import orthogonal_loss
-from ncrl.agents.playing.buffers import Rollout, beside
-from ncrl.agents.learning.imitation import Kept
-from ncrl.agents.learning.losses import (
-    Returns,
-    entropy_loss,
-    explained_variance,
-    imitation_loss,
-    policy_gradient_loss,
-    standardised,
-    value_loss,
-    vtrace,
+from ncrl.agents.learning.exploration import Exploration
+from ncrl.agents.learning.graph import GraphedUpdates
+from ncrl.agents.learning.objective import (
+    Lesson,
+    Novelty,
+    Objective,
+    actor_critic_loss,
+    rewards_in_loss,
 )
-from ncrl.agents.learning.optim import scaled_step
+from ncrl.agents.learning.update import Update, apply_gradient
+from ncrl.agents.playing.buffers import Batch, Rollout, split_envs
 from ncrl.agents.runs.profiling import OFF, Stopwatch
-from ncrl.baselines import balance_loss, record_gates
-from ncrl.networks import static_unroll
-from ncrl.sb3 import EnginePolicy, Latent, RolloutEvaluation
+from ncrl.sb3 import EnginePolicy, Latent
+from ncrl.sb3.engine import map_obs
 
-CORRECTIONS = ("vtrace", "none")
-"""Ways to treat rollouts played by older weights: V-trace, or plain n-step returns as in A3C."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Coefficients of the loss; the names are Stable-Baselines3's."""
-
-    gamma: float
-    gae_lambda: float
-    ent_coef: float
-    vf_coef: float
-    orth_coef: float
-    """Weight of the orthogonality loss of Neurocoder layers (paper: a)."""
-    balance_coef: float
-    """Weight of the balance loss of mixtures of experts."""
-    reward_scale: float
-    """Rewards are multiplied by this in the loss, never in what is logged."""
-    reward_clip: float | None
-    """Then they are clipped to plus or minus this, likewise."""
-    correction: str
-    """One of `CORRECTIONS`."""
-    normalize_advantage: bool = False
-    """Whether advantages get mean 0 and standard deviation 1 in every batch."""
-    int_gamma: float = 0.99
-    """Discount of the intrinsic return, which no end of a game cuts."""
-    int_coef: float = 0.0
-    """Weight of intrinsic advantages, of deviation 1."""
-    ext_coef: float = 1.0
-    """Weight of the others beside them."""
-    imitation_coef: float = 0.0
-    """Weight of the rollouts that are learnt from again."""
+IMITATED_SHARE = 0.25
+"""Rollouts that are learnt from again, for each new one of an update; at least one."""
 
 
-IMITATED_VALUE_COEF = 0.01
-"""Weight of the value in the loss of those (Oh et al. 2018): values follow what is reached on
-average, not what was reached once."""
-
-
-class Novelty(NamedTuple):
-    """What exploration adds to a batch."""
-
-    rewards: Tensor
-    """Normalised intrinsic rewards, [T, B]."""
-
-    advantage_deviation: Tensor
-    """What their advantages are divided by, a scalar; 0 takes their own."""
-
-
-class Lesson(NamedTuple):
-    """What one update learns from."""
-
-    rollout: Rollout
-    novelty: Novelty | None = None
-    kept: Kept | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Lesson:
-        """A lesson of the function of every tensor."""
-        rollout, novelty, kept = self
-        return Lesson(
-            rollout.map(function),
-            None if novelty is None else Novelty(*map(function, novelty)),
-            None if kept is None else Kept(kept.rollout.map(function), function(kept.returns)),
-        )
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
-        rollout, novelty, kept = self
-        again = [] if kept is None else [*kept.rollout.tensors(), kept.returns]
-        return [*rollout.tensors(), *(novelty or ()), *again]
-
-
-class Loss(NamedTuple):
-    """The total to minimise and the terms it is made of, all scalars."""
-
-    total: Tensor
-    policy: Tensor
-    value: Tensor
-    entropy: Tensor
-    orthogonality: Tensor
-    balance: Tensor
-    explained_variance: Tensor
-    evaluation: RolloutEvaluation
-    exploration: dict[str, Tensor]
-    """What exploration adds to the curves."""
-
-    def scalars(self) -> dict[str, Tensor]:
-        """What is worth a curve, by the curve's name."""
-        return self.exploration | {
-            "policy_loss": self.policy,
-            "value_loss": self.value,
-            "entropy_loss": self.entropy,
-            "orthogonality_loss": self.orthogonality,
-            "balance_loss": self.balance,
-            "explained_variance": self.explained_variance,
-        }
-
-
-class Update(NamedTuple):
-    """What one step of the optimiser was made of."""
-
-    stepped: bool
-    """Whether there was a step: none is made along a gradient that is not finite."""
-
-    scalars: dict[str, float]
-    """`policy_loss` and the other terms, `explained_variance`, and `grad_norm` before its limit."""
-
-
-def actor_critic_loss(
-    policy: EnginePolicy,
-    batch: Rollout,
-    objective: Objective,
-    novelty: Novelty | None = None,
-    kept: Kept | None = None,
-) -> Loss:
-    """Loss of a batch of rollouts under the policy's present weights.
-
-    As in A3C and IMPALA the total is a sum over the T * B timesteps of the batch, not a mean:
-    RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
-    logged are means, as in Stable-Baselines3.
+class Learner:
+    """Policy, optimiser (`policy.optimizer`) and exploration, with the way they are updated.
 
     Args:
-        policy: with a head for intrinsic values, if there is novelty.
-        batch: what was played.
-        objective: coefficients.
-        novelty: intrinsic rewards of the batch.
-        kept: rollouts to learn from again. They ride along as further environments.
+        policy: what learns, on the learner's device.
+        n_steps: T of whole rollouts; the last batch of a training may be shorter.
+        exploration: the intrinsic reward and what belongs to it.
+        stopwatch: of this process, if its time is measured.
     """
-    num_envs = batch.rewards.shape[1]
-    played = batch if kept is None else beside(batch, kept.rollout)
-    with record_gates(policy) as gates, _unvalidated_distributions():
-        evaluation = policy.evaluate_rollout(
-            played.obs, played.actions, played.lstm_state, played.episode_start
+
+    def __init__(
+        self,
+        policy: EnginePolicy,
+        *,
+        n_steps: int,
+        exploration: Exploration | None = None,
+        stopwatch: Stopwatch = OFF,
+    ) -> None:
+        self.policy = policy
+        self.n_steps = n_steps
+        self.exploration = exploration
+        self.stopwatch = stopwatch
+        self.graphed = GraphedUpdates(policy.device)
+        self.latent: Latent | None = None
+        """What actor and critic read in the latest update, [T + 1, B, ...]."""
+        self.explored: dict[str, Tensor] = {}
+        """Scalars of exploration in the latest batch, by the curve's name."""
+
+    def learn(
+        self, batch: Batch, objective: Objective, max_grad_norm: float, *, num_parts: int
+    ) -> Iterator[Update]:
+        """Learn from a batch in `num_parts` updates, each of which is yielded when it is made."""
+        self.policy.set_training_mode(True)
+        self.explored = {}
+        rollout = batch.rollout
+        if self.graphed.reason is not None:
+            # The LSTM looks for the beginnings of episodes, and would wait for the device.
+            rollout = rollout._replace(episode_start=batch.host.episode_start)
+        rewards = self._score(batch, objective)
+        for i, part in enumerate(split_envs(rollout, num_parts)):
+            yield self.update(self._lesson(part, rewards, i), objective, max_grad_norm)
+        if self.exploration is not None:
+            with self.stopwatch.phase("exploration"):
+                self.explored |= self.exploration.learn(batch.rollout)
+        # Not before: the actions were chosen under the mean as it was. The last row comes again.
+        self.policy.watch(map_obs(lambda x: x[:-1].flatten(0, 1), batch.rollout.obs))
+
+    def update(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
+        """One step of the optimiser."""
+        update = self._replayed(lesson, objective, max_grad_norm)
+        if update is None:
+            update = self._eager(lesson, objective, max_grad_norm)
+        if lesson.novelty is not None and self.exploration is not None and update.stepped:
+            self.exploration.observe_advantages(update.scalars["int_advantage_std"])
+        return update
+
+    def _eager(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
+        with self.stopwatch.phase("evaluation"):
+            rollout, novelty, kept = lesson
+            loss = actor_critic_loss(self.policy, rollout, objective, novelty, kept)
+        update = apply_gradient(
+            self.policy, self.policy.optimizer, loss, max_grad_norm, stopwatch=self.stopwatch
         )
-    everything = evaluation
-    if kept is not None:
-        evaluation = everything.narrow(0, num_envs)
-    values = evaluation.values[:-1]  # V(x_t); the last row is V(x_T)
-    returns = _returns(batch, evaluation, objective)
-    advantages = returns.advantages
-    if objective.normalize_advantage:
-        advantages = standardised(advantages)
-    exploration: dict[str, Tensor] = {}
-    beside_policy = values.new_zeros(())
-    if novelty is not None:
-        assert evaluation.int_values is not None
-        intrinsic = _intrinsic_returns(batch, evaluation, novelty, objective)
-        deviation = intrinsic.advantages.std(correction=0)
-        known = novelty.advantage_deviation
-        divisor = torch.where(known > 0, known, deviation).clamp(min=1e-8)
-        advantages = (
-            objective.ext_coef * advantages + objective.int_coef * intrinsic.advantages / divisor
-        )
-        int_values = evaluation.int_values[:-1]
-        exploration = {
-            "int_value_loss": value_loss(int_values, intrinsic.returns),
-            "int_value": int_values.detach().mean(),
-            "int_explained_variance": explained_variance(int_values.detach(), intrinsic.returns),
-            "int_advantage_std": deviation,
-            "ext_advantage_std": returns.advantages.std(correction=0),
-        }
-        beside_policy = objective.vf_coef * exploration["int_value_loss"]
-    if kept is not None:
-        again = everything.narrow(num_envs, kept.returns.shape[1])
-        imitation = imitation_loss(
-            again.log_prob, again.values[:-1], kept.returns.to(values.device)
-        )
-        exploration["imitation_loss"] = imitation.policy
-        exploration["imitation_value_loss"] = imitation.value
-        share = kept.returns.numel() / values.numel()  # a sum over its own timesteps
-        beside_policy = beside_policy + objective.imitation_coef * share * (
-            imitation.policy + IMITATED_VALUE_COEF * imitation.value
-        )
-    terms = {
-        "policy": policy_gradient_loss(evaluation.log_prob, advantages),
-        "value": value_loss(values, returns.returns),
-        "entropy": entropy_loss(evaluation.entropy),
-        "orthogonality": _beside(values, orthogonal_loss(policy)),
-        "balance": _beside(values, balance_loss(gates)),
-    }
-    # The balance loss is about the batch, and its usual coefficient is made for a mean.
-    total = (
-        values.numel()
-        * (
-            terms["policy"]
-            + objective.vf_coef * terms["value"]
-            + objective.ent_coef * terms["entropy"]
-            + objective.balance_coef * terms["balance"]
-            + beside_policy
-        )
-        + objective.orth_coef * terms["orthogonality"]
-    )
-    return Loss(
-        total=total,
-        **terms,
-        explained_variance=explained_variance(values.detach(), returns.returns),
-        evaluation=evaluation,
-        exploration=exploration,
-    )
+        self.latent = loss.evaluation.latent.map(Tensor.detach)
+        return update
 
+    def _replayed(
+        self, lesson: Lesson, objective: Objective, max_grad_norm: float
+    ) -> Update | None:
+        """None for rollouts that the end of the training cut short, and where there is no graph."""
+        if len(lesson.rollout.rewards) < self.n_steps or self.graphed.reason is not None:
+            return None
+        with self.stopwatch.phase("graph"):
+            measured = self.graphed.update(self.policy, lesson, objective, max_grad_norm)
+            if measured is None:
+                return None
+            self.latent = measured.latent
+            return measured.on_host()
 
-def _intrinsic_returns(
-    batch: Rollout, evaluation: RolloutEvaluation, novelty: Novelty, objective: Objective
-) -> Returns:
-    """Targets and advantages of the intrinsic reward, whose return no end of a game cuts."""
-    assert evaluation.int_values is not None
-    values = evaluation.int_values.detach()
-    return vtrace(
-        _log_rhos(batch, evaluation, objective),
-        torch.full_like(novelty.rewards, objective.int_gamma),
-        novelty.rewards,
-        values[:-1],
-        values[-1],
-        gae_lambda=objective.gae_lambda,
-    )
+    def _score(self, batch: Batch, objective: Objective) -> Tensor | None:
+        """Intrinsic rewards of a batch, [T, B], if there are any; what led to a score is kept."""
+        if self.exploration is None:
+            return None
+        with self.stopwatch.phase("exploration"):
+            clipped = rewards_in_loss(batch.host.rewards, objective)
+            self.exploration.remember(batch.host, batch.games, clipped)
+            rewards, self.explored = self.exploration.intrinsic_rewards(batch.rollout)
+        return rewards if objective.int_coef else None
 
-
-def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Returns:
-    rewards = rewards_in_loss(batch.rewards, objective)
-    # Behind a time limit the return goes on with the value of what was cut off.
-    rewards = rewards + objective.gamma * batch.truncation_value
-    discounts = objective.gamma * (~batch.dones).to(rewards.dtype)
-    values = evaluation.values.detach()
-    return vtrace(
-        _log_rhos(batch, evaluation, objective),
-        discounts,
-        rewards,
-        values[:-1],
-        values[-1],
-        gae_lambda=objective.gae_lambda,
-    )
-
-
-def rewards_in_loss(rewards: Tensor, objective: Objective) -> Tensor:
-    """Raw rewards [T, B], scaled and clipped."""
-    rewards = objective.reward_scale * rewards
-    if objective.reward_clip is not None:
-        rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
-    return rewards
-
-
-def _log_rhos(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Tensor:
-    """log pi(a_t | x_t) - log mu(a_t | x_t), [T, B]; 0, if age is not corrected for."""
-    if objective.correction == "none":
-        return torch.zeros_like(batch.log_prob)
-    return evaluation.log_prob.detach() - batch.log_prob
-
-
-def apply_gradient(
-    policy: EnginePolicy,
-    optimizer: torch.optim.Optimizer,
-    loss: Loss,
-    max_grad_norm: float,
-    *,
-    stopwatch: Stopwatch = OFF,
-) -> Update:
-    """One optimiser step, unless the gradient is not finite.
-
-    All that the host has to know comes from the device at once, in the only wait of an update.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    with stopwatch.phase("backward"):
-        loss.total.backward()
-    with stopwatch.phase("optimiser"):
-        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        measured = _measured(loss, norm)
-        update = measured.on_host()
-        if update.stepped:
-            if update.scalars["grad_norm"] > max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
-            optimizer.step()
-    return update
-
-
-class Measured(NamedTuple):
-    """What an update was made of, not waited for yet."""
-
-    names: tuple[str, ...]
-    values: Tensor
-    """Scalars of these names, on the device of the weights, [n]."""
-    latent: Latent
-    """What actor and critic read, [T + 1, B, ...]."""
-
-    def on_host(self) -> Update:
-        """Wait for the values."""
-        scalars = dict(zip(self.names, self.values.tolist(), strict=True))
-        return Update(math.isfinite(scalars["grad_norm"]), scalars)
-
-
-def update_on_device(
-    policy: EnginePolicy,
-    optimizer: torch.optim.Optimizer,
-    lesson: Lesson,
-    objective: Objective,
-    max_grad_norm: float,
-) -> Measured:
-    """One optimiser step, unless the gradient is not finite, which the device finds out by itself.
-
-    The host waits for nothing, and what it asks for does not depend on data: always the same
-    operations, which can be captured as a CUDA graph. `apply_gradient` gives the same weights to
-    rounding.
-
-    Args:
-        policy: what learns.
-        optimizer: of its parameters, one that `can_scale`.
-        lesson: on the policy's device, `episode_start` too.
-        objective: what is minimised.
-        max_grad_norm: limit on the gradient's norm.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    with static_unroll():
-        loss = actor_critic_loss(policy, lesson.rollout, objective, lesson.novelty, lesson.kept)
-    loss.total.backward()
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in policy.parameters() if p.grad is not None]
-    )
-    found_inf = (~norm.isfinite()).to(norm.dtype)
-    scaled_step(optimizer, _excess(norm, max_grad_norm), found_inf)
-    return _measured(loss, norm)
-
-
-def _measured(loss: Loss, norm: Tensor) -> Measured:
-    scalars = loss.scalars() | {"grad_norm": norm}
-    values = torch.stack([value.detach() for value in scalars.values()])
-    return Measured(tuple(scalars), values, loss.evaluation.latent.map(Tensor.detach))
-
-
-def _excess(norm: Tensor, limit: float) -> Tensor:
-    """By what a gradient of this norm is divided to keep the limit; as in torch's
-    `clip_grad_norm_`, but where there is nothing to limit exactly 1."""
-    return ((norm + 1e-6) / limit).clamp(min=1) if limit else torch.full_like(norm, math.inf)
-
-
-def _beside(values: Tensor, term: Tensor) -> Tensor:
-    """A term of the loss on the device of the values; a constant 0 is not copied there."""
-    if term.device == values.device:
-        return term
-    return term.to(values.device) if term.requires_grad else torch.zeros_like(values[0, 0])
-
-
-@contextmanager
-def _unvalidated_distributions() -> Iterator[None]:
-    """Distributions made inside do not look at their arguments, which the host would wait for.
-
-    Logits that are not finite make a gradient that is not finite, and that is looked for.
-    """
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
+    def _lesson(self, part: Rollout, rewards: Tensor | None, index: int) -> Lesson:
+        """One of the parts of a batch, with what exploration adds to it."""
+        if self.exploration is None:
+            return Lesson(part)
+        steps, width = part.rewards.shape
+        kept = None
+        if steps == self.n_steps:  # what is kept has this length
+            kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
+        if rewards is None:
+            return Lesson(part, kept=kept)
+        deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)
+        return Lesson(part, Novelty(rewards.narrow(1, index * width, width), deviation), kept)

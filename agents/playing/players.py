@@ -1,95 +1,137 @@
-"""Who collects the rollouts of `A3C`: its own process, or the workers."""
+"""Who collects the rollouts of `A3C`: its own process, or the workers.
+
+A player owns the memory that rollouts are played into and gathered in. It tells every row of
+timesteps to a callback, and hands out a `Batch` when a rollout of every environment is complete.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from stable_baselines3.common.callbacks import BaseCallback
+import torch
 
-from ncrl.agents.playing.buffers import Batch, RolloutSlots, first_rows, shown_at
+from ncrl.agents.playing.buffers import (
+    Batch,
+    RolloutBatch,
+    RolloutShape,
+    RolloutSlots,
+    first_rows,
+    shown_at,
+)
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.weights import SharedWeights
+from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
 
-if TYPE_CHECKING:
-    from ncrl.agents.a3c import A3C
+OnRow = Callable[[Outcome], bool]
+"""Called for every row of `n_envs` timesteps; returning False ends the rollout early."""
 
 
 class Player(Protocol):
     """Collects rollouts, and learns of new weights."""
 
-    def collect(self, n_steps: int, callback: BaseCallback) -> Batch | None:
-        """A batch of `n_steps` timesteps in every environment; None if a callback said stop."""
+    def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
+        """A batch of `n_steps` timesteps in every environment; None if it was ended early."""
 
-    def publish(self) -> None:
-        """The learner has new weights."""
+    def publish(self, policy: EnginePolicy) -> None:
+        """The policy has new weights."""
 
 
 class SerialPlayer:
-    """Plays in this process, with the learner's own policy."""
+    """Plays in this process, with the learner's own policy.
 
-    def __init__(self, model: A3C) -> None:
-        self.model = model
-        self.slots = RolloutSlots(model._rollout_shape(model.n_envs), 1, shared=False)
-        collector = model._collector
-        assert model.env is not None
-        # SB3 replaces `_last_obs` where a training starts anew or gets another environment.
-        if collector is None or collector.obs is not model._last_obs:
-            collector = Collector(model.env, model.policy, model._last_obs, with_values=True)
-        collector.env = model.env  # with `set_env(env, force_reset=False)` another one goes on
-        collector.policy = model.policy  # it may have been replaced, by a compiled one for example
-        collector.sde_sample_freq = model.sde_sample_freq
-        self.collector = model._collector = collector
-        collector.stopwatch = model._stopwatch
+    Args:
+        collector: plays the environments.
+        shape: of a rollout of all of them.
+        device: of the batches.
+        stopwatch: of this process, if its time is measured.
+    """
 
-    def collect(self, n_steps: int, callback: BaseCallback) -> Batch | None:
-        model, rollout = self.model, self.slots[0]
-        complete = self.collector.collect(
-            rollout, n_steps, lambda outcome: model._after_step(callback, outcome)
-        )
-        model._last_obs = self.collector.obs
-        model._last_episode_starts = self.collector.episode_start
-        if not complete:
+    def __init__(
+        self,
+        collector: Collector,
+        shape: RolloutShape,
+        device: torch.device,
+        stopwatch: Stopwatch = OFF,
+    ) -> None:
+        self.collector = collector
+        self.stopwatch = stopwatch
+        self.rollout = RolloutSlots(shape, 1, shared=False)[0]
+        self.stage = RolloutBatch(shape, device)
+
+    def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
+        if not self.collector.collect(self.rollout, n_steps, on_row):
             return None
-        model._record_lag([0])
-        with model._stopwatch.phase("copy"):
-            batch = model._batch_stage.gather([rollout])
-        games = list(range(model.n_envs))
-        return Batch(first_rows(batch, n_steps), first_rows(rollout, n_steps), games)
+        with self.stopwatch.phase("copy"):
+            batch = self.stage.gather([self.rollout])
+        n_envs = self.rollout.rewards.shape[1]
+        return Batch(
+            first_rows(batch, n_steps),
+            first_rows(self.rollout, n_steps),
+            games=list(range(n_envs)),
+            lags=[0],
+        )
 
-    def publish(self) -> None:
+    def publish(self, policy: EnginePolicy) -> None:
         """The policy that plays is the one that learns."""
 
 
 class WorkersPlayer:
-    """Receives what the workers play, and sends them weights."""
+    """Receives what the workers play, and sends them weights.
 
-    def __init__(self, model: A3C, pool: WorkerPool, weights: SharedWeights) -> None:
-        self.model = model
+    Args:
+        pool: of the workers, started.
+        weights: that they play with.
+        policy: what those are weights of.
+        shape: of a rollout of all environments.
+        n_workers: they share out the environments equally.
+        device: of the batches.
+        give_up: asked while waiting; whether to wait no longer.
+        stopwatch: of this process, if its time is measured.
+    """
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        weights: SharedWeights,
+        policy: EnginePolicy,
+        shape: RolloutShape,
+        *,
+        n_workers: int,
+        device: torch.device,
+        give_up: Callable[[], bool],
+        stopwatch: Stopwatch = OFF,
+    ) -> None:
         self.pool = pool
         self.weights = weights
+        self.policy = policy
+        self.shape = shape
+        self.n_workers = n_workers
+        self.give_up = give_up
+        self.stopwatch = stopwatch
+        self.stage = RolloutBatch(shape, device)
 
-    def collect(self, n_steps: int, callback: BaseCallback) -> Batch | None:
-        model = self.model
-        stopwatch = model._stopwatch
-        with stopwatch.phase("setup" if self.pool.starting else "wait"):
-            deliveries = self.pool.take(model.n_workers, lambda: model._stop_requested)
+    def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
+        with self.stopwatch.phase("setup" if self.pool.starting else "wait"):
+            deliveries = self.pool.take(self.n_workers, self.give_up)
         if deliveries is None:
             return None
-        with stopwatch.phase("copy"):
-            batch = model._batch_stage.gather([delivery.rollout for delivery in deliveries])
-            played = model._batch_stage.host
+        with self.stopwatch.phase("copy"):
+            batch = self.stage.gather([delivery.rollout for delivery in deliveries])
+            played = self.stage.host
             actions, rewards, dones = (
                 tensor.numpy().copy() for tensor in (played.actions, played.rewards, played.dones)
             )
-            for_env = actions_for_env(model.policy, played.actions)
-        with stopwatch.phase("wait"):
+            for_env = actions_for_env(self.policy, played.actions)
+        with self.stopwatch.phase("wait"):
             self.pool.release(deliveries)
 
-        width = model.n_envs // model.n_workers
+        width = self.shape.n_envs // self.n_workers
         infos: list[list[dict[str, Any]]] = [
-            [{} for _ in range(model.n_envs)] for _ in range(model.n_steps)
+            [{} for _ in range(self.shape.n_envs)] for _ in range(self.shape.n_steps)
         ]
         for place, delivery in enumerate(deliveries):
             for row, i, info in delivery.infos:
@@ -107,13 +149,14 @@ class WorkersPlayer:
                 for_env[row],
                 None,
             )
-            if not model._after_step(callback, outcome):
+            if not on_row(outcome):
                 return None
+        return Batch(
+            first_rows(batch, n_steps),
+            first_rows(played, n_steps),
+            games=[delivery.worker * width + i for delivery in deliveries for i in range(width)],
+            lags=[self.weights.version - delivery.played.version for delivery in deliveries],
+        )
 
-        version = self.weights.version
-        model._record_lag([version - delivery.played.version for delivery in deliveries])
-        games = [delivery.worker * width + i for delivery in deliveries for i in range(width)]
-        return Batch(first_rows(batch, n_steps), first_rows(played, n_steps), games)
-
-    def publish(self) -> None:
-        self.weights.publish(self.model.policy, self.weights.version + 1)
+    def publish(self, policy: EnginePolicy) -> None:
+        self.weights.publish(policy, self.weights.version + 1)

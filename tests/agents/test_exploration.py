@@ -19,8 +19,6 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
 from ncrl.agents import A3C, IntrinsicReward
-from ncrl.agents.playing.buffers import Rollout, RolloutSlots
-from ncrl.agents.runs.checkpoints import newest_checkpoint, resume
 from ncrl.agents.learning.exploration import (
     GAMES_OF_WHOLE_BATCH,
     RATE,
@@ -31,12 +29,14 @@ from ncrl.agents.learning.exploration import (
 )
 from ncrl.agents.learning.imitation import Kept
 from ncrl.agents.learning.intrinsic import RND
-from ncrl.agents.learning.learner import Novelty, actor_critic_loss
 from ncrl.agents.learning.losses import imitation_loss
+from ncrl.agents.learning.objective import Novelty, actor_critic_loss
+from ncrl.agents.playing.buffers import Rollout, RolloutSlots
 from ncrl.agents.playing.players import WorkersPlayer
 from ncrl.agents.playing.pool import Delivery
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import Played
+from ncrl.agents.runs.checkpoints import newest_checkpoint, resume
 from ncrl.envs import key_and_door
 from tests.agents.environments import TickingFactory
 from tests.agents.test_checkpoints import SaveAt, difference, everything, flat

@@ -11,7 +11,8 @@ import torch
 import ncrl.agents.learning.graph
 from ncrl.agents import A3C
 from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS
-from ncrl.agents.learning.learner import Lesson, Measured
+from ncrl.agents.learning.objective import Lesson
+from ncrl.agents.learning.update import Measured
 from tests.agents.test_learner import both_optimisers, trained
 
 
