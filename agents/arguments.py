@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
@@ -17,6 +18,8 @@ from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing.env_sources import EnvFactory, meaning
 from ncrl.sb3 import EnginePolicy
 from ncrl.settings import check
+
+ACTION_SPACES = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
 
 
 def check_numbers(

@@ -6,7 +6,8 @@ timesteps to a callback, and hands out a `Batch` when a rollout of every environ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +21,11 @@ from ncrl.agents.playing.buffers import (
     shown_at,
 )
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
-from ncrl.agents.playing.pool import WorkerPool
+from ncrl.agents.playing.env_sources import EnvFactory
+from ncrl.agents.playing.pool import Limits, WorkerPool
 from ncrl.agents.playing.weights import SharedWeights
-from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.agents.playing.worker import PolicySpec, check_script
+from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
 
@@ -77,6 +80,55 @@ class SerialPlayer:
 
     def publish(self, policy: EnginePolicy) -> None:
         """The policy that plays is the one that learns."""
+
+
+@contextmanager
+def played_by_workers(
+    factory: EnvFactory,
+    spec: PolicySpec,
+    policy: EnginePolicy,
+    shape: RolloutShape,
+    *,
+    n_workers: int,
+    seed: int,
+    limits: Limits,
+    profile: Profile | None,
+    info_keywords: Sequence[str],
+    device: torch.device,
+    give_up: Callable[[], bool],
+) -> Iterator[WorkersPlayer]:
+    """Workers that play inside the block; `WorkersPlayer` and `WorkerPool` say what is what.
+
+    Raises:
+        RuntimeError: for a program that workers cannot import again.
+        ValueError: for a policy that they cannot build.
+        WorkerError: if they cannot be kept running.
+    """
+    check_script()
+    spec.check_like(policy)
+    weights = SharedWeights(policy)
+    weights.publish(policy, 0)
+    with WorkerPool(
+        factory,
+        spec,
+        shape._replace(n_envs=shape.n_envs // n_workers),
+        weights,
+        n_workers=n_workers,
+        seed=seed,
+        limits=limits,
+        profile=profile,
+        info_keywords=info_keywords,
+    ) as pool:
+        yield WorkersPlayer(
+            pool,
+            weights,
+            policy,
+            shape,
+            n_workers=n_workers,
+            device=device,
+            give_up=give_up,
+            stopwatch=OFF if profile is None else profile.stopwatch,
+        )
 
 
 class WorkersPlayer:

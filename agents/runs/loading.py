@@ -198,7 +198,7 @@ def load_model(
 
 
 def _fitting_batch(batch_size: Any, n_steps: int, n_envs: int) -> int | None:
-    """The saved batch size, unless the number of environments is another one that it cannot suit."""
+    """The saved batch size, unless it cannot suit another number of environments."""
     try:
         check_batch(whole_number("batch_size", batch_size), n_steps, n_envs)
     except ValueError as error:

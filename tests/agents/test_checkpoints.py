@@ -80,7 +80,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def everything(model: A3C) -> dict[str, Any]:
     """All that decides how a serial training goes on, bit by bit."""
-    collector = model._collector
+    collector = model.collector
     assert collector is not None
     return flat(
         {

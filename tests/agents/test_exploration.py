@@ -3,7 +3,6 @@
 import io
 import math
 import zipfile
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -597,15 +596,16 @@ class FakePool:
 
 def test_games_follow_their_worker_also_where_one_delivers_twice() -> None:
     model = make_model(TickingFactory(), n_workers=3, n_envs=6)
-    model.set_logger(Logger(None, []))
-    model.ep_info_buffer, model.ep_success_buffer = deque(), deque()
-    slots = RolloutSlots(model._rollout_shape(2), 6, shared=False)
+    shape = model._rollout_shape(6)
+    slots = RolloutSlots(shape._replace(n_envs=2), 6, shared=False)
     weights = SharedWeights(model.policy)
     pool: Any = FakePool(slots, [2, 0, 2, 1, 1, 0])
-    player = WorkersPlayer(model, pool, weights)
-    callback: Any = type("", (), {"update_locals": lambda *_: None, "on_step": lambda _: True})()
+    player = WorkersPlayer(
+        pool, weights, model.policy, shape, n_workers=3, device=model.device,
+        give_up=lambda: False,
+    )  # fmt: skip
     for expected in ([4, 5, 0, 1, 4, 5], [2, 3, 2, 3, 0, 1]):
-        batch = player.collect(5, callback)
+        batch = player.collect(5, lambda _: True)
         assert batch is not None and batch.games == expected
         played = [int(r) // 10 * 2 + int(r) % 10 for r in batch.host.rewards[0].tolist()]
         assert played == expected

@@ -22,6 +22,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
+import ncrl.agents.learning.learner
 import ncrl.agents.playing.pool
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
 from ncrl.agents.playing.pool import check_open_files
@@ -473,14 +474,14 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_model(TickingFactory(), n_workers=0)
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = ncrl.agents.learning.learner.actor_critic_loss
     bad = {2: float("nan"), 3: float("inf"), 5: float("nan")}
 
     def poisoned(*arguments: Any) -> Any:
         result = loss(*arguments)
         return result._replace(total=result.total * bad.get(model._n_updates + 1, 1.0))
 
-    monkeypatch.setattr(ncrl.agents.a3c, "actor_critic_loss", poisoned)
+    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", poisoned)
     changed = []
 
     class Watch(BaseCallback):
@@ -505,9 +506,11 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
 def test_f19_ten_skipped_updates_in_a_row_end_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = ncrl.agents.learning.learner.actor_critic_loss
     monkeypatch.setattr(
-        ncrl.agents.a3c, "actor_critic_loss", lambda *a: loss(*a)._replace(total=loss(*a).total / 0)
+        ncrl.agents.learning.learner,
+        "actor_critic_loss",
+        lambda *a: loss(*a)._replace(total=loss(*a).total / 0),
     )
     model = make_model(TickingFactory())
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
@@ -550,7 +553,7 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
 def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots and weights, to within the pages that the system adds."""
     asked: list[int] = []
-    monkeypatch.setattr(ncrl.agents.a3c, "check_shared_memory", asked.append)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "check_shared_memory", asked.append)
     taken = []
 
     def look(model: A3C) -> None:

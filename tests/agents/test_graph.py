@@ -52,8 +52,8 @@ def with_rate(*arguments: Any) -> A3C:
 
 def graphed(*arguments: Any) -> A3C:
     model = with_rate(*arguments)
-    assert model._graphed.reason == "the learner is on cpu, not on CUDA"
-    model._graphed.reason = None
+    assert model.learner.graphed.reason == "the learner is on cpu, not on CUDA"
+    model.learner.graphed.reason = None
     return model
 
 
@@ -75,8 +75,8 @@ def test_a_training_by_replays_is_the_training(
         model.learn(3 * 80 + 4 * 7, log_interval=None)
     assert captures == [1]
     assert replayed._n_updates == eager._n_updates
-    assert replayed._latent is not None and eager._latent is not None
-    torch.testing.assert_close(replayed._latent, eager._latent, rtol=1e-3, atol=1e-4)
+    assert replayed.learner.latent is not None and eager.learner.latent is not None
+    torch.testing.assert_close(replayed.learner.latent, eager.learner.latent, rtol=1e-3, atol=1e-4)
     assert replayed.policy.optimizer.param_groups[0]["lr"] == pytest.approx(
         eager.policy.optimizer.param_groups[0]["lr"]
     )
@@ -96,7 +96,7 @@ def test_capturing_changes_nothing_and_leaves_the_optimiser_as_it_was(
         return (lambda: None), record(run)[1]
 
     monkeypatch.setattr(ncrl.agents.learning.graph, "record", nothing)
-    model._graphed_update(Lesson(model._batch.rollout))
+    model.learner.update(Lesson(model._batch.rollout), model._objective(), model.max_grad_norm)
     after = (model.policy.state_dict(), model.policy.optimizer.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert captures == [1]
@@ -171,7 +171,6 @@ def test_what_cannot_be_captured_is_made_eagerly_and_said_once(
     model.train()
     (message,) = [r.message for r in caplog.records]
     assert expected in message and "\n" not in message
-    assert model._batch_stage.starts_on_host
     assert any(
         not torch.equal(now, then)
         for now, then in zip(model.policy.parameters(), before, strict=True)

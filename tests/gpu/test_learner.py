@@ -71,12 +71,11 @@ def make_model(head: str = "neurocoder", *, captured: bool = True, **options: An
 
 
 def be_eager(model: A3C) -> None:
-    model._graphed.reason = "not wanted"
-    model._batch_stage.starts_on_host = True
+    model.learner.graphed.reason = "not wanted"
 
 
 def is_captured(model: A3C) -> bool:
-    return model._graphed.reason is None and model._graphed._captured is not None
+    return model.learner.graphed.reason is None and model.learner.graphed._captured is not None
 
 
 def assert_close(one: A3C, other: A3C, rtol: float = 1e-3, atol: float = 5e-4) -> None:
@@ -121,7 +120,7 @@ def test_a_captured_update_is_the_eager_one(
         model._current_progress_remaining = 0.7
         for _ in range(5):
             model.train()
-    assert captured._graphed._captures == 1
+    assert captured.learner.graphed._captures == 1
     assert_close(eager, captured)
 
 
@@ -154,7 +153,7 @@ def test_the_learning_rate_reaches_a_captured_optimiser() -> None:
     model.train()
     for now, then in zip(model.policy.parameters(), before, strict=True):
         assert torch.equal(now, then)
-    assert model._graphed._captures == 1
+    assert model.learner.graphed._captures == 1
 
 
 def test_a_saved_model_goes_on(tmp_path: Path) -> None:
