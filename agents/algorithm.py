@@ -283,6 +283,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             UserWarning: for what `load` will need `known`, `custom_objects` or `trust` for.
         """
         zipped = io.BytesIO()
+        if self.exploration is not None and self.exploration.memory is not None:
+            self.exploration.memory.games_go_on = not self.n_workers
         super().save(zipped, exclude, include)
         write_model(self, zipped.getvalue(), path)
 

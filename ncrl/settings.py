@@ -44,10 +44,15 @@ def same_as(config_class: Any, name: str) -> Any:
 
 
 def check(config: Any) -> None:
-    """Raise ValueError for the first `setting` of a dataclass that has an impossible value."""
+    """Look at the `setting`s of a dataclass.
+
+    Raises:
+        ValueError: for the first that has an impossible value.
+        TypeError: for the first that must be a number and is none.
+    """
     for entry in fields(config):
         value, rules = getattr(config, entry.name), entry.metadata
-        if value is None:
+        if value is None and "None" in str(entry.type):
             continue
         if rules["choices"] and value not in rules["choices"]:
             raise ValueError(
@@ -55,7 +60,7 @@ def check(config: Any) -> None:
                 f"nearest: {nearest(shown(value), rules['choices'])}"
             )
         if str(entry.type).startswith("float") and not isinstance(value, Real):
-            raise ValueError(f"{entry.name} must be a number, got {shown(value)}")
+            raise TypeError(f"{entry.name} must be a number, got {shown(value)}")
         if isinstance(value, Real) and not rules["low"] <= value <= rules["high"]:
             raise ValueError(
                 f"{entry.name} must lie in {rules['low']:.12g} .. {rules['high']:.12g}, "

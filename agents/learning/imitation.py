@@ -63,6 +63,9 @@ class RolloutMemory:
         self.reach = reach
         self.capacity = capacity
         self.generator = torch.Generator().manual_seed(seed)
+        self.games_go_on = True
+        """Whether games go on where they were after the state is loaded; else what led there is
+        not worth saving."""
         self._recent: dict[int, deque[Rollout]] = {}
         self._num_rewards: dict[int, int] = {}
         self._kept: dict[int, deque[dict[str, Any]]] = {}
@@ -146,8 +149,9 @@ class RolloutMemory:
             "recent": {
                 game: [_pack(Kept(rollout, rollout.rewards)) for rollout in recent]
                 for game, recent in self._recent.items()
+                if self.games_go_on
             },
-            "num_rewards": dict(self._num_rewards),
+            "num_rewards": dict(self._num_rewards) if self.games_go_on else {},
             "kept": {depth: list(kept) for depth, kept in self._kept.items()},
         }
 

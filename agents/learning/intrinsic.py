@@ -21,6 +21,7 @@ from stable_baselines3.common.preprocessing import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import suggest
 
 CLIP = 5.0
@@ -212,6 +213,7 @@ class RND(IntrinsicReward):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.num_batches = int(state["num_batches"])
+        check_optimizer_state(self.optimizer, state["optimizer"], most_steps=self.num_batches)
         self.optimizer.load_state_dict(state["optimizer"])
 
 

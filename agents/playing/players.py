@@ -24,7 +24,7 @@ from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.pool import Limits, WorkerPool
 from ncrl.agents.playing.weights import SharedWeights
-from ncrl.agents.playing.worker import PolicySpec, check_script
+from ncrl.agents.playing.worker import PolicySpec, check_script, end_if_importing_main
 from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
@@ -104,6 +104,7 @@ def played_by_workers(
         ValueError: for a policy that they cannot build.
         WorkerError: if they cannot be kept running.
     """
+    end_if_importing_main()
     check_script()
     spec.check_like(policy)
     weights = SharedWeights(policy)

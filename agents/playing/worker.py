@@ -160,24 +160,24 @@ class Failed(NamedTuple):
 Message = Ready | Reported | Played | EnvFailed | Failed
 
 
-def check_script() -> None:
-    """Refuse to start workers from a program that they cannot import again.
+def end_if_importing_main() -> None:
+    """End a spawned process that is still importing the script of its parent, without a word.
 
-    A spawned process that is still importing the script of its parent ends here without a word: it
-    must not start a training of its own. The parent knows the exit code, and says what to do.
-
-    Raises:
-        RuntimeError: for a program that Python reads from standard input.
+    It must not start a training of its own. The parent knows the exit code, and says what to do.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit(EXIT_NO_GUARD)
+
+
+def check_script() -> None:
+    """Raise RuntimeError for a program that workers cannot import again: standard input."""
     main = sys.modules["__main__"]
     file: str | None = getattr(main, "__file__", None)
     if file is None or getattr(main, "__spec__", None) is not None or os.path.exists(file):
         return
     raise RuntimeError(
-        f"worker processes import your script again, which came from {file}: save it to "
-        'a file, with what starts a training under `if __name__ == "__main__":`, or use '
+        f"worker processes import your script again, which came from {file} (standard input): save "
+        'it to a file, with what starts a training under `if __name__ == "__main__":`, or use '
         "n_workers=0"
     )
 

@@ -216,6 +216,8 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
             stored, own = parameters["policy.optimizer"], model.policy.optimizer
             check_optimizer_state(own, stored)
             own.load_state_dict(_with_own_groups(own, stored))
+            if model.exploration is not None:
+                model.exploration.load_state_dict(parameters["exploration"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {path}: {reason_of(error)}") from error
     except Exception as error:  # torch reports a forbidden pickle with several exception types

@@ -562,7 +562,7 @@ def test_workers_are_not_sent_the_second_head() -> None:
     assert weights.nbytes == SharedWeights(plain.policy).nbytes
     worker = bonus._policy_spec().build()
     assert not hasattr(worker, "value_net_int")
-    bonus._check_workers_can_build()
+    bonus._policy_spec().check_like(bonus.policy)
     with torch.no_grad():
         for parameter in bonus.policy.parameters():
             parameter.add_(1)

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ncrl.agents import A3C
+from ncrl.agents.learning.objective import Lesson
 from ncrl.agents.playing.buffers import RolloutBatch, RolloutShape
 from ncrl.layers import make_layer
 from tests.agents.test_buffers import make_shape, numbered
@@ -114,7 +115,7 @@ def test_a_captured_update_is_the_eager_one(
     captured = make_model(head, **options).learn(80)
     assert is_captured(captured)
     batch = make_model(head, captured=False).learn(160)._batch
-    assert batch is not None and batch.episode_start.any()
+    assert batch is not None and batch.rollout.episode_start.any()
     for model in (eager, captured):
         model._batch = batch
         model._current_progress_remaining = 0.7
@@ -129,9 +130,9 @@ def test_a_captured_update_that_is_not_finite_changes_nothing(use_rms_prop: bool
     model = make_model(use_rms_prop=use_rms_prop).learn(160)
     assert is_captured(model) and model._batch is not None
     good = model._batch
-    model._batch = good._replace(rewards=good.rewards * float("nan"))
+    broken = good.rollout._replace(rewards=good.rollout.rewards * float("nan"))
     before = copy.deepcopy((model.policy.state_dict(), model.policy.optimizer.state_dict()))
-    model._graphed_update(model._batch)
+    model.learner.update(Lesson(broken), model._objective(), model.max_grad_norm)
     after = (model.policy.state_dict(), model.policy.optimizer.state_dict())
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
     torch.testing.assert_close(after[1]["state"], before[1]["state"], rtol=0, atol=0)
