@@ -257,8 +257,10 @@ class WorkerPool:
         try:
             while worker.connection.poll():
                 self._handle(worker, worker.connection.recv())
+            return
         except (EOFError, OSError):
-            self._replace(worker, "died")
+            pass  # what follows is told without this
+        self._replace(worker, "died")
 
     def _handle(self, worker: _Worker, message: Message) -> None:
         worker.last_sign = time.monotonic()

@@ -39,6 +39,7 @@ from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import compare_tensors, without_memory
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
 from ncrl.settings import suggest
+from ncrl.shell.tensors import tensors_in
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound=BaseAlgorithm)
 
@@ -500,20 +501,10 @@ def load_tensors(content: bytes, name: str, limit: int) -> Any:
             _check_size(records, limit)
     file.seek(0)
     loaded = torch.load(file, map_location="cpu", weights_only=True)
-    if (total := sum(t.numel() * t.element_size() for t in _tensors_in(loaded, set()))) > limit:
+    if (total := sum(t.numel() * t.element_size() for t in tensors_in(loaded))) > limit:
         # Views of one number can have any shape, and take memory when they are copied.
         raise ValueError(f"the tensors of {name} would take {total} bytes, at most {limit}")
     return loaded
-
-
-def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Each container is looked into once: few bytes can name one list many times."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-        seen.add(id(value))
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part, seen)
 
 
 @contextmanager

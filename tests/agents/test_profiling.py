@@ -1,4 +1,4 @@
-"""`ncrl.agents.runs.profiling`: each moment is charged once, to the right phase; no worker's is lost."""
+"""`ncrl.agents.runs.profiling`: each moment is charged once, to its phase; no worker's is lost."""
 
 import os
 import re
