@@ -33,8 +33,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-ROOT = Path(__file__).resolve().parent.parent
-from ncrl.agents.atari.command import build_parser
+from ncrl.agents.atari import command as atari_command
 from ncrl.agents.atari.config import (
     FRAMES_PER_TIMESTEP,
     RunConfig,
@@ -48,6 +47,8 @@ from ncrl.files import write_atomically
 from ncrl.layers import LAYERS
 from ncrl.settings import configure, make_parser, parse, usage_error
 from ncrl.shell.hardware import choose_device
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAM = "atari_figure3.py"
 GAMES = ("Seaquest", "MsPacman", "Frostbite", "MontezumaRevenge")
@@ -234,7 +235,7 @@ def prepare(
 
 def pass_through(rest: Sequence[str]) -> dict[str, Any]:
     """Flags of run_atari.py, by name."""
-    parser = build_parser()
+    parser = atari_command.build_parser()
     parser.prog = PROGRAM
     passed = parse(parser, rest)
     for name in passed:

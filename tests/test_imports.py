@@ -156,6 +156,60 @@ def test_an_allowed_import_is_not_caught(path: str, source: str) -> None:
     assert violations(rule, source, package_of(Path(path))) == []
 
 
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next, the last one the first; empty if there is no such."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for following in sorted(graph[module]):
+            if circle := visit(following, [*path, module]):
+                return circle
+        done.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := visit(module, []))), [])
+
+
+def import_graph() -> dict[str, set[str]]:
+    """The modules of `ncrl`, `agents` and `envs`, and which of them each one imports.
+
+    Importing a name of a package is importing the package; its `__init__` is not asked who made it.
+    """
+    paths = [p for folder in ("ncrl", "agents", "envs") for p in sources(Rule(folder, ()))]
+    modules = {}
+    for path in paths:
+        place = path.relative_to(ROOT)
+        package = package_of(place.parent)
+        name = package if path.stem == "__init__" else f"{package}.{path.stem}"
+        modules[name] = (path, package)
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, (path, package) in modules.items():
+        for imported in imported_names(path.read_text(encoding="utf-8"), package):
+            parts = imported.split(".")
+            prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+            longest = next((prefix for prefix in prefixes if prefix in modules), None)
+            if longest is not None and longest != name:
+                graph[name].add(longest)
+    return graph
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    graph = import_graph()
+    assert len(graph) > 100 and graph["ncrl.agents.a3c"]
+    assert find_circle(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert find_circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d"]
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    names = imported_names("if TYPE_CHECKING:\n    from ncrl.agents.a3c import A3C", "ncrl.agents")
+    assert names == ["ncrl.agents.a3c.A3C"]
+
+
 @pytest.mark.parametrize("name", ["agents", "envs"])
 def test_a_package_is_never_loaded_twice(name: str) -> None:
     """In a clone the folder lies on the path, but under its own name it does not load."""

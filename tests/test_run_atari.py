@@ -26,7 +26,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ncrl.agents.atari.command as command
+import ncrl.agents.atari.command
 import ncrl.agents.atari.config as config_module
 import ncrl.agents.atari.evaluate
 import ncrl.agents.atari.train
@@ -471,8 +471,8 @@ def test_every_point_of_the_curves_is_there_once(serial_run: Run) -> None:
 
 
 def chosen(arguments: str) -> RunConfig:
-    flags = parse(command.build_parser(), arguments.split())
-    modes = {name: flags.pop(name, None) for name in command.MODES}
+    flags = parse(ncrl.agents.atari.command.build_parser(), arguments.split())
+    modes = {name: flags.pop(name, None) for name in ncrl.agents.atari.command.MODES}
     return config_module.choose_config(flags, modes)[0]
 
 
