@@ -4,8 +4,8 @@ if __name__ != "ncrl.agents":  # a second copy of every class would not be the f
     raise ImportError("this folder is the package ncrl.agents: import ncrl.agents")
 
 from ncrl.agents.a3c import A3C, NonFiniteError
-from ncrl.agents.intrinsic import IntrinsicReward
-from ncrl.agents.supervision import Limits, WorkerError
+from ncrl.agents.learning.intrinsic import IntrinsicReward
+from ncrl.agents.playing.pool import Limits, WorkerError
 from ncrl.sb3 import export_policy, load_policy
 
 __all__ = [

@@ -29,7 +29,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ncrl.agents import A3C
-from ncrl.agents.sizes import choose_sizes
+from ncrl.agents.playing.sizes import choose_sizes
 from ncrl.envs import atari
 from ncrl.layers import make_layer
 
@@ -128,7 +128,7 @@ def update(arguments: argparse.Namespace) -> None:
             milliseconds = median_ms(arguments.seconds, eager.train)
             replayed = median_ms(arguments.seconds, captured.train)
             graphs[head, games] = replayed
-            note = captured._graphed.reason
+            note = captured.learner.graphed.reason
             row(
                 head,
                 games * N_STEPS,
@@ -157,8 +157,7 @@ def learner(head: str, games: int, device: str, captured: bool) -> A3C:
         device=device,
     )
     if not captured:
-        model._graphed.reason = "not wanted"
-        model._batch_stage.starts_on_host = True
+        model.learner.graphed.reason = "not wanted"
     return model.learn(N_STEPS * games)
 
 

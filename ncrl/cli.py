@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ncrl import __version__
@@ -53,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "task":
             return run_task(words)
-        return atari_main()(atari_arguments(command, words))
+        from ncrl.agents.atari.command import main as run_atari
+
+        return run_atari(atari_arguments(command, words))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in ("ncrl", "run_atari"):
+        if error.name is None or error.name.split(".")[0] == "ncrl":
             raise
         extra = COMMANDS[command][0]
         usage_error(
@@ -85,15 +87,6 @@ def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
     if rest and not rest[0].startswith("-"):
         film, *rest = rest
     return ["--evaluate", run, "--episodes", "1", "--video", film, *rest]
-
-
-def atari_main() -> Callable[[Sequence[str]], int]:
-    """The `main` of `run_atari.py`."""
-    # In a clone the script lies beside the package; from elsewhere it is not on the path.
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
-    from run_atari import main as run
-
-    return run
 
 
 def run_task(words: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ import reprlib
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import field, fields, replace
+from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
 EXIT_USAGE = 2
@@ -36,23 +37,36 @@ def setting(
     )
 
 
+def same_as(config_class: Any, name: str) -> Any:
+    """A dataclass field like the one of that name in another dataclass of settings."""
+    entry = config_class.__dataclass_fields__[name]
+    return field(default=entry.default, metadata=entry.metadata)
+
+
 def check(config: Any) -> None:
-    """Raise ValueError for the first `setting` of a dataclass that has an impossible value."""
+    """Look at the `setting`s of a dataclass.
+
+    Raises:
+        ValueError: for the first that has an impossible value.
+        TypeError: for the first that must be a number and is none.
+    """
     for entry in fields(config):
         value, rules = getattr(config, entry.name), entry.metadata
-        if value is None:
+        if value is None and "None" in str(entry.type):
             continue
         if rules["choices"] and value not in rules["choices"]:
             raise ValueError(
                 f"{entry.name} must be one of {', '.join(rules['choices'])}, got {shown(value)}; "
                 f"nearest: {nearest(shown(value), rules['choices'])}"
             )
-        if isinstance(value, (int, float)) and not rules["low"] <= value <= rules["high"]:
+        if str(entry.type).startswith("float") and not isinstance(value, Real):
+            raise TypeError(f"{entry.name} must be a number, got {shown(value)}")
+        if isinstance(value, Real) and not rules["low"] <= value <= rules["high"]:
             raise ValueError(
                 f"{entry.name} must lie in {rules['low']:.12g} .. {rules['high']:.12g}, "
                 f"got {shown(value)}"
             )
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, Real) and not math.isfinite(value):
             raise ValueError(f"{entry.name} must be a finite number, got {value}")
 
 

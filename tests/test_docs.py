@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ncrl.agents.atari.config import RunConfig, head_options
 from ncrl.layers import LAYERS, make_layer
-from run_atari import RunConfig, head_options
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "layers.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -26,17 +26,23 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ncrl.agents.runs
-import ncrl.agents.supervision
+import ncrl.agents.atari.command
+import ncrl.agents.atari.config as config_module
+import ncrl.agents.atari.evaluate
+import ncrl.agents.atari.train
+import ncrl.agents.playing.pool
+import ncrl.agents.runs.directory
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
-from ncrl.agents.checkpoints import newest_checkpoint
-from ncrl.agents.intrinsic import RND, PseudoCount
-from ncrl.agents.profiling import PHASES
-from ncrl.agents.runs import RunDirectory
+from ncrl.agents.atari.config import RunConfig
+from ncrl.agents.atari.train import make_model
+from ncrl.agents.learning.intrinsic import RND, PseudoCount
+from ncrl.agents.runs.checkpoints import newest_checkpoint
+from ncrl.agents.runs.directory import RunDirectory
+from ncrl.agents.runs.profiling import PHASES
 from ncrl.layers import LAYERS
-from ncrl.settings import configure
-from run_atari import RunConfig, main, make_model
+from ncrl.settings import configure, parse
+from run_atari import main
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
     wait_until,
@@ -225,8 +231,8 @@ def test_what_makes_no_sense_is_refused_in_one_line(
         raise AssertionError("refused too late")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(run_atari, "make_model", too_late)
-    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "__enter__", too_late)
+    monkeypatch.setattr(ncrl.agents.atari.train, "make_model", too_late)
+    monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "__enter__", too_late)
     before = tree(folder)
     with pytest.raises(SystemExit) as error:
         main(arguments.split())
@@ -343,7 +349,7 @@ def test_files_of_a_run(serial_run: Run) -> None:
     assert steps == [4800, 7200, 8000], "frames of the newest 3"
     assert len(list((serial_run.path / "checkpoints").iterdir())) == 9
     model = A3C.load(serial_run.path / "best_model.zip", device="cpu")
-    obs = run_atari.make_factory(RunConfig(env="Klax"))(2, 0).reset()
+    obs = config_module.make_factory(RunConfig(env="Klax"))(2, 0).reset()
     assert model.predict(obs)[0].shape == (2,)
 
 
@@ -465,9 +471,9 @@ def test_every_point_of_the_curves_is_there_once(serial_run: Run) -> None:
 
 
 def chosen(arguments: str) -> RunConfig:
-    flags = run_atari.parse(run_atari.build_parser(), arguments.split())
-    modes = {name: flags.pop(name, None) for name in run_atari.MODES}
-    return run_atari.choose_config(flags, modes)[0]
+    flags = parse(ncrl.agents.atari.command.build_parser(), arguments.split())
+    modes = {name: flags.pop(name, None) for name in ncrl.agents.atari.command.MODES}
+    return config_module.choose_config(flags, modes)[0]
 
 
 ORDINARY = {
@@ -500,9 +506,9 @@ def test_the_bonus_is_chosen_by_the_game_and_brings_its_defaults(
 ) -> None:
     config = chosen(f"{arguments} --workers 2")
     assert config.intrinsic_reward == bonus
-    assert set(run_atari.EXPLORING) == set(ORDINARY)
-    assert settings(config) == (ORDINARY if bonus == "none" else run_atari.EXPLORING)
-    assert run_atari.num_games(config) == (16 if bonus == "none" else 64)
+    assert set(config_module.EXPLORING) == set(ORDINARY)
+    assert settings(config) == (ORDINARY if bonus == "none" else config_module.EXPLORING)
+    assert config_module.num_games(config) == (16 if bonus == "none" else 64)
 
 
 def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path) -> None:
@@ -510,9 +516,9 @@ def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path)
     config = chosen(
         f"--config {tmp_path / 'run.yaml'} --frames 4000 --workers 0 --envs-per-worker 2"
     )
-    expected = run_atari.EXPLORING | {"gamma": 0.9, "frames": 4000}
+    expected = config_module.EXPLORING | {"gamma": 0.9, "frames": 4000}
     assert config.intrinsic_reward == "rnd" and settings(config) == expected
-    assert run_atari.num_games(config) == 2
+    assert config_module.num_games(config) == 2
     (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\nintrinsic_reward: none\n")
     assert settings(chosen(f"--config {tmp_path / 'run.yaml'}")) == ORDINARY
 
@@ -550,7 +556,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
 
     run_here("--resume", str(run.path), "--frames", "960")
     assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
-    assert run.config["learning_rate"] == run_atari.EXPLORING["learning_rate"]
+    assert run.config["learning_rate"] == config_module.EXPLORING["learning_rate"]
     last = run.rows[-1]
     for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_rollouts"):
         assert last[f"train/{name}"] != "", name
@@ -579,7 +585,7 @@ def test_a_run_from_before_there_was_a_bonus_goes_on_without(
     assert "bonus" not in run.output
     config = {key: value for key, value in run.config.items() if key != "intrinsic_reward"}
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(run_atari, "play_games", lambda *_: ([0.0], [9]))
+    monkeypatch.setattr(ncrl.agents.atari.evaluate, "play_games", lambda *_: ([0.0], [9]))
     run_here("--evaluate", str(run.path), "--episodes", "1")
     run_here("--resume", str(run.path), "--frames", "320")
     assert run.config["intrinsic_reward"] == "none"
@@ -637,10 +643,10 @@ def test_f17_the_games_of_a_run_are_kept_by_any_number_of_workers(
 ) -> None:
     (tmp_path / "config.yaml").write_text(f"env: Pong\n{stored}\n")
     modes: dict[str, Any] = {"resume": str(tmp_path), "config": None}
-    config, run = run_atari.choose_config({"workers": workers}, modes)
+    config, run = config_module.choose_config({"workers": workers}, modes)
     assert run is not None
     run.close()
-    assert run_atari.num_games(config) == config.games == 16
+    assert config_module.num_games(config) == config.games == 16
     nearest = min(abs(n - workers) for n in (1, 2, 4, 8, 16))
     assert config.workers is not None and abs(config.workers - workers) <= nearest
     assert workers == 0 or 16 % config.workers == 0
@@ -673,7 +679,7 @@ def test_f20_memory_that_runs_out_while_the_model_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     lack = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
-    monkeypatch.setattr(run_atari, "make_model", raising(lack))
+    monkeypatch.setattr(ncrl.agents.atari.train, "make_model", raising(lack))
     with pytest.raises(SystemExit) as error:
         main(short(tmp_path))
     assert error.value.code == 2
@@ -685,7 +691,7 @@ def test_f11_a_disk_that_is_full_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     full = raising(OSError(28, "No space left on device"))
-    monkeypatch.setattr(ncrl.agents.runs, "write_atomically", full)
+    monkeypatch.setattr(ncrl.agents.runs.directory, "write_atomically", full)
     with pytest.raises(SystemExit) as error:
         main(short(tmp_path))
     assert error.value.code == 2
@@ -841,7 +847,9 @@ def test_f11_a_full_disk(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(
-        ncrl.agents.runs, "save_checkpoint", raising(OSError(28, "No space left on device"))
+        ncrl.agents.runs.directory,
+        "save_checkpoint",
+        raising(OSError(28, "No space left on device")),
     )
     flag = "--stop-on-save-error" if stop else "--no-stop-on-save-error"
     try:
@@ -933,7 +941,7 @@ def test_f8_an_interrupt_before_training_shows_no_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the model is built, or the games of a resumed run are played again."""
-    monkeypatch.setattr(run_atari, "make_model", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(ncrl.agents.atari.train, "make_model", raising(KeyboardInterrupt()))
     try:
         code: Any = main(short(tmp_path))
     except SystemExit as exit_:
@@ -981,7 +989,7 @@ def test_f8_a_second_interrupt_during_the_last_save(
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
-    monkeypatch.setattr(ncrl.agents.runs, "save_checkpoint", impatient)
+    monkeypatch.setattr(ncrl.agents.runs.directory, "save_checkpoint", impatient)
     try:
         code: Any = main(short(tmp_path))
     except SystemExit as exit_:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
@@ -18,21 +18,33 @@ class Stopped(RuntimeError):
 
 
 class StopSignals:
-    """`exit_code` is other than 0 once a signal has come; a second one ends the run at once."""
+    """`exit_code` is other than 0 once a signal has come; a second one ends the run at once.
 
-    def __init__(self) -> None:
+    Args:
+        on_stop: called in the handler of the first signal.
+    """
+
+    def __init__(self, on_stop: Callable[[], None] | None = None) -> None:
         self.exit_code = 0
+        self.on_stop = on_stop
 
     def stop(self, number: int, _frame: FrameType | None) -> None:
         if self.exit_code:
             raise KeyboardInterrupt
         self.exit_code = 128 + number
+        if self.on_stop is not None:
+            self.on_stop()
+
+
+def leave_at_once() -> None:
+    """For `StopSignals`, while there is nothing to save."""
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignals]:
+def stop_signals(on_stop: Callable[[], None] | None = None) -> Iterator[StopSignals]:
     """Take the signals inside the block, in the main thread; elsewhere none comes."""
-    stop = StopSignals()
+    stop = StopSignals(on_stop)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

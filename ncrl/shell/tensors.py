@@ -97,13 +97,18 @@ def _check_sums(content: bytes, limit: int, *, foreign: bool) -> None:
         raise ValueError("it is damaged (its checksum differs)")
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors inside of dicts, lists and tuples."""
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors inside of dicts, lists and tuples.
+
+    Each container is looked into once: few bytes can name one list many times.
+    """
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (dict, list, tuple)):
+    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
         for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(part)
+            yield from tensors_in(part, seen)
 
 
 def check_like(found: Any, expected: Tensor, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""`ncrl.agents.buffers`: layout, poison, shared memory, batches that keep columns apart."""
+"""`ncrl.agents.playing.buffers`: layout, poison, shared memory, batches that keep columns apart."""
 
 import multiprocessing
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from ncrl.agents.buffers import (
+from ncrl.agents.playing.buffers import (
     Rollout,
     RolloutBatch,
     RolloutShape,

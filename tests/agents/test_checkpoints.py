@@ -27,9 +27,9 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-import ncrl.agents.checkpoints
+import ncrl.agents.runs.checkpoints
 from ncrl.agents import A3C
-from ncrl.agents.checkpoints import (
+from ncrl.agents.runs.checkpoints import (
     COUNTERS,
     Checkpoint,
     CheckpointError,
@@ -80,7 +80,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def everything(model: A3C) -> dict[str, Any]:
     """All that decides how a serial training goes on, bit by bit."""
-    collector = model._collector
+    collector = model.collector
     assert collector is not None
     return flat(
         {
@@ -595,7 +595,7 @@ def test_f15_nothing_is_written_outside(tmp_path: Path) -> None:
 def test_f15_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_steps(tmp_path, [20])
     rewrite(newest_checkpoint(tmp_path), {"policy.pth": bytes(1 << 20)})
-    monkeypatch.setattr(ncrl.agents.checkpoints, "MAX_MEMBER_BYTES", 1 << 19)
+    monkeypatch.setattr(ncrl.agents.runs.checkpoints, "MAX_MEMBER_BYTES", 1 << 19)
     unpacked = []
     read = zipfile.ZipFile.read
 
@@ -759,7 +759,7 @@ def test_remains_of_a_killed_save_are_cleared_away(tmp_path: Path) -> None:
 KILLER = """
     import os, random, signal, sys, time
     from pathlib import Path
-    from ncrl.agents.checkpoints import load_weights, newest_checkpoint, save_checkpoint
+    from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint, save_checkpoint
     from tests.agents.test_checkpoints import make_model
 
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])

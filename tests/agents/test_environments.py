@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ncrl.agents import A3C
 from ncrl.agents.a3c import FEW_RATE
-from ncrl.agents.environments import GymFactory, as_factory
+from ncrl.agents.playing.env_sources import GymFactory, as_factory
 from ncrl.envs import masked_cartpole, remember
 from ncrl.envs.atari import AtariFactory
 

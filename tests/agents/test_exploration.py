@@ -3,7 +3,6 @@
 import io
 import math
 import zipfile
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
 from ncrl.agents import A3C, IntrinsicReward
-from ncrl.agents.buffers import Rollout, RolloutSlots
-from ncrl.agents.checkpoints import newest_checkpoint, resume
-from ncrl.agents.exploration import (
+from ncrl.agents.learning.exploration import (
     GAMES_OF_WHOLE_BATCH,
     RATE,
     Exploration,
@@ -29,14 +26,16 @@ from ncrl.agents.exploration import (
     discounted_sums,
     make_exploration,
 )
-from ncrl.agents.imitation import Kept
-from ncrl.agents.intrinsic import RND
-from ncrl.agents.learner import Novelty, actor_critic_loss
-from ncrl.agents.losses import imitation_loss
-from ncrl.agents.players import WorkersPlayer
-from ncrl.agents.supervision import Delivery
-from ncrl.agents.weights import SharedWeights
-from ncrl.agents.worker import Played
+from ncrl.agents.learning.imitation import Kept
+from ncrl.agents.learning.intrinsic import RND
+from ncrl.agents.learning.losses import imitation_loss
+from ncrl.agents.learning.objective import Novelty, actor_critic_loss
+from ncrl.agents.playing.buffers import Rollout, RolloutSlots
+from ncrl.agents.playing.players import WorkersPlayer
+from ncrl.agents.playing.pool import Delivery
+from ncrl.agents.playing.weights import SharedWeights
+from ncrl.agents.playing.worker import Played
+from ncrl.agents.runs.checkpoints import newest_checkpoint, resume
 from ncrl.envs import key_and_door
 from tests.agents.environments import TickingFactory
 from tests.agents.test_checkpoints import SaveAt, difference, everything, flat
@@ -414,13 +413,10 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     assert loaded.num_timesteps == 260
 
 
-def test_a_source_of_ones_own_is_saved_and_given_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_source_of_ones_own_is_saved_and_given_again(tmp_path: Path) -> None:
     model = make_model(intrinsic_reward=Visits()).learn(100)
-    model.save(tmp_path / "model")
-    hints = [record.getMessage() for record in caplog.records]
-    assert len(hints) == 1 and "custom_objects" in hints[0] and "intrinsic_reward" in hints[0]
+    with pytest.warns(UserWarning, match=r"custom_objects=.'intrinsic_reward'"):
+        model.save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"custom_objects=.'intrinsic_reward'"):
         A3C.load(tmp_path / "model", device="cpu")
     own = Visits()
@@ -563,7 +559,7 @@ def test_workers_are_not_sent_the_second_head() -> None:
     assert weights.nbytes == SharedWeights(plain.policy).nbytes
     worker = bonus._policy_spec().build()
     assert not hasattr(worker, "value_net_int")
-    bonus._check_workers_can_build()
+    bonus._policy_spec().check_like(bonus.policy)
     with torch.no_grad():
         for parameter in bonus.policy.parameters():
             parameter.add_(1)
@@ -597,15 +593,16 @@ class FakePool:
 
 def test_games_follow_their_worker_also_where_one_delivers_twice() -> None:
     model = make_model(TickingFactory(), n_workers=3, n_envs=6)
-    model.set_logger(Logger(None, []))
-    model.ep_info_buffer, model.ep_success_buffer = deque(), deque()
-    slots = RolloutSlots(model._rollout_shape(2), 6, shared=False)
+    shape = model._rollout_shape(6)
+    slots = RolloutSlots(shape._replace(n_envs=2), 6, shared=False)
     weights = SharedWeights(model.policy)
     pool: Any = FakePool(slots, [2, 0, 2, 1, 1, 0])
-    player = WorkersPlayer(model, pool, weights)
-    callback: Any = type("", (), {"update_locals": lambda *_: None, "on_step": lambda _: True})()
+    player = WorkersPlayer(
+        pool, weights, model.policy, shape, n_workers=3, device=model.device,
+        give_up=lambda: False,
+    )  # fmt: skip
     for expected in ([4, 5, 0, 1, 4, 5], [2, 3, 2, 3, 0, 1]):
-        batch = player.collect(5, callback)
+        batch = player.collect(5, lambda _: True)
         assert batch is not None and batch.games == expected
         played = [int(r) // 10 * 2 + int(r) % 10 for r in batch.host.rewards[0].tolist()]
         assert played == expected

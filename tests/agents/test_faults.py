@@ -22,9 +22,10 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-import ncrl.agents.supervision
+import ncrl.agents.learning.learner
+import ncrl.agents.playing.pool
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
-from ncrl.agents.supervision import check_open_files
+from ncrl.agents.playing.pool import check_open_files
 from tests.agents.conftest import living_children, shared_memory_of, wait_until
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
 
@@ -253,7 +254,7 @@ def test_f4_failures_with_rollouts_between_them(
     kind: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None of them is in a row, but they do not go on for ever."""
-    monkeypatch.setattr(ncrl.agents.supervision, "FAILURES_PER_WINDOW", 1)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "FAILURES_PER_WINDOW", 1)
     env = TickingFactory(length=5, trouble=Trouble(kind, at=13))
     model = make_model(env)
     with pytest.raises(WorkerError, match=r"3 times in 10 minutes") as error:
@@ -262,8 +263,8 @@ def test_f4_failures_with_rollouts_between_them(
 
 
 def test_f4_failures_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ncrl.agents.supervision, "FAILURES_PER_WINDOW", 1)
-    monkeypatch.setattr(ncrl.agents.supervision, "WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "FAILURES_PER_WINDOW", 1)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "WINDOW_SECONDS", 0.0)
     model = make_model(TickingFactory(length=5, trouble=Trouble("raise", at=13)))
     model.learn(200)
     assert model.num_timesteps == 200
@@ -473,14 +474,14 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_model(TickingFactory(), n_workers=0)
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = ncrl.agents.learning.learner.actor_critic_loss
     bad = {2: float("nan"), 3: float("inf"), 5: float("nan")}
 
     def poisoned(*arguments: Any) -> Any:
         result = loss(*arguments)
         return result._replace(total=result.total * bad.get(model._n_updates + 1, 1.0))
 
-    monkeypatch.setattr(ncrl.agents.a3c, "actor_critic_loss", poisoned)
+    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", poisoned)
     changed = []
 
     class Watch(BaseCallback):
@@ -505,9 +506,11 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
 def test_f19_ten_skipped_updates_in_a_row_end_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = ncrl.agents.learning.learner.actor_critic_loss
     monkeypatch.setattr(
-        ncrl.agents.a3c, "actor_critic_loss", lambda *a: loss(*a)._replace(total=loss(*a).total / 0)
+        ncrl.agents.learning.learner,
+        "actor_critic_loss",
+        lambda *a: loss(*a)._replace(total=loss(*a).total / 0),
     )
     model = make_model(TickingFactory())
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
@@ -541,7 +544,7 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
     model = make_model(TickingFactory(), n_steps=20_000, n_envs=64)
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     started = []
-    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "_start", lambda *a: started.append(a))
+    monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "_start", lambda *a: started.append(a))
     with pytest.raises(ValueError, match=r"need (\d+) MB .*/dev/shm has 4 MB.*n_envs or n_steps"):
         model.learn(100)
     assert asked == ["/dev/shm"] and started == []
@@ -550,7 +553,7 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
 def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots and weights, to within the pages that the system adds."""
     asked: list[int] = []
-    monkeypatch.setattr(ncrl.agents.a3c, "check_shared_memory", asked.append)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "check_shared_memory", asked.append)
     taken = []
 
     def look(model: A3C) -> None:
@@ -582,7 +585,7 @@ def test_f26_the_files_counted_are_the_files_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     look = Ends(at=1, act=lambda model: opened.append(len(os.listdir("/proc/self/fd")) - before))
     make_model(TickingFactory(), n_workers=2).learn(10, callback=look)
-    allowed = ncrl.agents.supervision
+    allowed = ncrl.agents.playing.pool
     assert opened[0] <= 2 * allowed.FILES_PER_WORKER + allowed.FILES_FOR_SHARING
 
 

@@ -11,7 +11,7 @@ from sb3_contrib import RecurrentPPO
 from torch import nn
 
 from ncrl.agents import A3C
-from ncrl.agents.learner import Loss, actor_critic_loss
+from ncrl.agents.learning.objective import Loss, actor_critic_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.envs import masked_cartpole
 from ncrl.layers import LAYERS

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncrl.agents.buffers import Rollout
-from ncrl.agents.imitation import MAX_DEPTH, RolloutMemory, returns_to_last_score
-from ncrl.agents.losses import imitation_loss
+from ncrl.agents.learning.imitation import MAX_DEPTH, RolloutMemory, returns_to_last_score
+from ncrl.agents.learning.losses import imitation_loss
+from ncrl.agents.playing.buffers import Rollout
 
 T = 4
 

@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from ncrl.agents.intrinsic import (
+from ncrl.agents.learning.intrinsic import (
     CLIP,
     RND,
     SND,

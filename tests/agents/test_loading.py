@@ -351,7 +351,7 @@ def test_no_other_member_is_unpickled(saved: bytes, member: str, tmp_path: Path)
         ("learning_rate", {"$": "object", "class": "torch.nn.Linear", "arguments": {}}),
         (
             "limits",
-            {"$": "object", "class": "ncrl.agents.supervision.Limits", "arguments": {"x": 1}},
+            {"$": "object", "class": "ncrl.agents.playing.pool.Limits", "arguments": {"x": 1}},
         ),
         ("limits", {"$": "call", "function": "os.mkdir"}),
         ("observation_space", {"$": "space", "kind": "Graph"}),

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-import ncrl.agents.progress
+import ncrl.agents.runs.progress
 from ncrl.agents import A3C
-from ncrl.agents.progress import Progress, Screen, _clock
+from ncrl.agents.runs.progress import Progress, Screen, _clock
 from tests.agents.environments import TickingFactory
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +47,8 @@ def train(screen: Screen, timesteps: int = 40, total_frames: int = 40) -> A3C:
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ncrl.agents.progress, "LINE_SECONDS", 0.0)
-    monkeypatch.setattr(ncrl.agents.progress, "BAR_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.runs.progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.runs.progress, "BAR_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("every_step")
@@ -71,7 +71,7 @@ def test_plain_lines_when_not_in_a_terminal() -> None:
 def test_lines_are_rare() -> None:
     stream = io.StringIO()
     train(Screen(stream))
-    assert len(stream.getvalue().splitlines()) <= 1 + 40 / ncrl.agents.progress.LINE_SECONDS
+    assert len(stream.getvalue().splitlines()) <= 1 + 40 / ncrl.agents.runs.progress.LINE_SECONDS
 
 
 @pytest.mark.usefixtures("every_step")
@@ -165,7 +165,7 @@ def test_f24_training_goes_on_without_a_reader(make: Callable[[], Any]) -> None:
 
 def test_f24_a_bar_whose_terminal_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(ncrl.agents.progress, "BAR_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.runs.progress, "BAR_SECONDS", 0.0)
 
     class HungUp(Terminal):
         def write(self, text: str) -> int:
@@ -195,7 +195,7 @@ def test_nothing_is_written_after_the_first_failure() -> None:
 
 def test_f24_the_interpreter_ends_silently_without_a_reader() -> None:
     """It flushes stdout once more when it ends."""
-    code = "import sys; from ncrl.agents.progress import Screen; s = Screen(sys.stdout); "
+    code = "import sys; from ncrl.agents.runs.progress import Screen; s = Screen(sys.stdout); "
     code += "sys.stdin.readline(); [s.line('x' * 100) for _ in range(5)]"
     process = subprocess.Popen(
         [sys.executable, "-c", code],

@@ -18,8 +18,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ncrl.agents import A3C
-from ncrl.agents.checkpoints import CheckpointError, newest_checkpoint
-from ncrl.agents.runs import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints
+from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
+from ncrl.agents.runs.directory import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints
 from ncrl.envs import masked_cartpole
 from ncrl.yaml_files import read_yaml
 
@@ -91,7 +91,7 @@ def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from ncrl.agents.runs import RunDirectory
+from ncrl.agents.runs.directory import RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

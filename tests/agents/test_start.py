@@ -5,10 +5,10 @@ import sys
 
 SCRIPT = """
 import sys
-import ncrl.agents.worker as worker
-from ncrl.agents.buffers import RolloutShape, RolloutSlots
-from ncrl.agents.collector import Collector
-from ncrl.agents.environments import GymFactory, build
+import ncrl.agents.playing.worker as worker
+from ncrl.agents.playing.buffers import RolloutShape, RolloutSlots
+from ncrl.agents.playing.collector import Collector
+from ncrl.agents.playing.env_sources import GymFactory, build
 from ncrl.sb3 import NeurocoderMlpLstmPolicy
 
 env = build(GymFactory("CartPole-v1"), 2, 0)

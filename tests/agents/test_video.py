@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from ncrl.agents.video import (
+from ncrl.agents.atari.video import (
     ACTIONS,
     GAME,
     HEADS,

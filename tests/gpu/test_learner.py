@@ -12,8 +12,8 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ncrl.agents import A3C
-from ncrl.agents.buffers import RolloutBatch, RolloutShape
-from ncrl.agents.learner import Lesson
+from ncrl.agents.learning.objective import Lesson
+from ncrl.agents.playing.buffers import RolloutBatch, RolloutShape
 from ncrl.layers import make_layer
 from tests.agents.test_buffers import make_shape, numbered
 
@@ -72,12 +72,11 @@ def make_model(head: str = "neurocoder", *, captured: bool = True, **options: An
 
 
 def be_eager(model: A3C) -> None:
-    model._graphed.reason = "not wanted"
-    model._batch_stage.starts_on_host = True
+    model.learner.graphed.reason = "not wanted"
 
 
 def is_captured(model: A3C) -> bool:
-    return model._graphed.reason is None and model._graphed._captured is not None
+    return model.learner.graphed.reason is None and model.learner.graphed._captured is not None
 
 
 def assert_close(one: A3C, other: A3C, rtol: float = 1e-3, atol: float = 5e-4) -> None:
@@ -122,7 +121,7 @@ def test_a_captured_update_is_the_eager_one(
         model._current_progress_remaining = 0.7
         for _ in range(5):
             model.train()
-    assert captured._graphed._captures == 1
+    assert captured.learner.graphed._captures == 1
     assert_close(eager, captured)
 
 
@@ -133,7 +132,7 @@ def test_a_captured_update_that_is_not_finite_changes_nothing(use_rms_prop: bool
     good = model._batch
     broken = good.rollout._replace(rewards=good.rollout.rewards * float("nan"))
     before = copy.deepcopy((model.policy.state_dict(), model.policy.optimizer.state_dict()))
-    model._graphed_update(Lesson(broken))
+    model.learner.update(Lesson(broken), model._objective(), model.max_grad_norm)
     after = (model.policy.state_dict(), model.policy.optimizer.state_dict())
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
     torch.testing.assert_close(after[1]["state"], before[1]["state"], rtol=0, atol=0)
@@ -155,7 +154,7 @@ def test_the_learning_rate_reaches_a_captured_optimiser() -> None:
     model.train()
     for now, then in zip(model.policy.parameters(), before, strict=True):
         assert torch.equal(now, then)
-    assert model._graphed._captures == 1
+    assert model.learner.graphed._captures == 1
 
 
 def test_a_saved_model_goes_on(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ncrl.agents.optim import SharedRMSProp
+from ncrl.agents.learning.optim import SharedRMSProp
 from ncrl.optimizer_state import check_optimizer_state
 
 KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -16,9 +16,9 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -29,13 +29,19 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ncrl.agents.optim import SharedRMSProp
-from ncrl.agents.supervision import Limits
+from ncrl.agents.arguments import check_batch, check_serial, whole_number
+from ncrl.agents.learning.optim import SharedRMSProp
+from ncrl.agents.playing.env_sources import check_object, is_factory
+from ncrl.agents.playing.pool import Limits
+from ncrl.agents.playing.sizes import default_workers
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import compare_tensors, without_memory
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
 from ncrl.settings import suggest
+from ncrl.shell.tensors import tensors_in
+
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound=BaseAlgorithm)
 
 DESCRIPTION = "ncrl.json"
 VERSION = 1
@@ -78,6 +84,12 @@ MAX_ROLLOUT_BYTES = 16 << 30
 
 CLASSES = (SharedRMSProp, Limits)
 """Classes of ours that a model refers to, besides those of `ncrl.sb3.plain`."""
+
+FORMER_NAMES = {
+    "ncrl.agents.optim.SharedRMSProp": SharedRMSProp,
+    "ncrl.agents.supervision.Limits": Limits,
+}
+"""What files of earlier releases call them."""
 
 
 # Saving.
@@ -136,6 +148,66 @@ def _classes(kind: type[BaseAlgorithm]) -> list[type]:
 # Loading.
 
 
+def load_model(
+    kind: type[SelfAlgorithm],
+    sb3_load: Callable[..., SelfAlgorithm],
+    path: str | pathlib.Path | io.BufferedIOBase,
+    env: Any,
+    options: dict[str, Any],
+    custom_objects: dict[str, Any] | None,
+    *,
+    trust: bool,
+    known: Iterable[type],
+) -> SelfAlgorithm:
+    """What `A3C.load` does.
+
+    Args:
+        kind: the class whose `load` was called.
+        sb3_load: the `load` that it has inherited.
+        path, env, custom_objects, trust, known: as there.
+        options: its further arguments, and attributes to set in place of the saved ones.
+    """
+    from_factory = is_factory(env)
+    if env is not None and not from_factory:
+        check_object(env)
+        check_serial(options.setdefault("n_workers", 0) or 0, env)
+    one_per_core = from_factory and options.get("n_workers", 0) is None
+    if one_per_core:
+        options["n_workers"] = 0
+    is_saved_batch = "batch_size" not in options
+    source: Any = path
+    if not trust:
+        source, custom_objects = without_code(kind, path, custom_objects, options, known)
+    saved = {**saved_fields(source, path), **(custom_objects or {})}
+    with nullcontext() if trust else plain_faults(path):
+        if is_saved_batch:
+            options["batch_size"] = None
+        model: Any = sb3_load(
+            source,
+            None if from_factory else env,
+            custom_objects=custom_objects,
+            **options,
+        )
+        if is_saved_batch and saved.get("batch_size") is not None:
+            model.batch_size = _fitting_batch(saved["batch_size"], model.n_steps, model.n_envs)
+    if from_factory:
+        if one_per_core:
+            model.n_workers = default_workers(model.n_envs)
+        model.set_env(env, options["force_reset"])
+    loaded: SelfAlgorithm = model
+    return loaded
+
+
+def _fitting_batch(batch_size: Any, n_steps: int, n_envs: int) -> int | None:
+    """The saved batch size, unless it cannot suit another number of environments."""
+    try:
+        check_batch(whole_number("batch_size", batch_size), n_steps, n_envs)
+    except ValueError as error:
+        warnings.warn(f"{error}; all environments are taken at once", stacklevel=4)
+        return None
+    return int(batch_size)
+
+
 def without_code(
     kind: type[BaseAlgorithm],
     path: str | pathlib.Path | io.BufferedIOBase,
@@ -186,12 +258,22 @@ def without_code(
     return io.BytesIO(content), objects
 
 
-def check_algorithm(path: str | pathlib.Path | io.BufferedIOBase) -> None:
-    """Raise ValueError for what another algorithm has saved; no code of the file is run."""
-    with one_line(path), zipfile.ZipFile(io.BytesIO(_read(path))) as archive:
-        _check_algorithm(_json(archive, "data"))
-    if not isinstance(path, (str, pathlib.Path)):
-        path.seek(0)
+def saved_fields(file: str | pathlib.Path | io.BufferedIOBase, name: object) -> dict[str, Any]:
+    """The plain values of a saved A3C; no code of the file is run.
+
+    Args:
+        file: its path, or an open file.
+        name: what messages call it.
+
+    Raises:
+        ValueError: for what another algorithm has saved.
+    """
+    with one_line(name), zipfile.ZipFile(io.BytesIO(_read(file))) as archive:
+        data = _json(archive, "data")
+        _check_algorithm(data)
+    if not isinstance(file, (str, pathlib.Path)):
+        file.seek(0)
+    return data
 
 
 def _check_algorithm(data: Mapping[str, Any]) -> None:
@@ -260,7 +342,7 @@ def _objects(
             objects[name] = None
         elif name in described:
             try:
-                objects[name] = from_plain(described[name], repr(name), classes)
+                objects[name] = from_plain(described[name], repr(name), classes, FORMER_NAMES)
             except UnknownClassError as error:
                 raise ValueError(f"{error}; give it, known=[...]; or {_way_out(name)}") from error
             except ValueError as error:
@@ -419,20 +501,10 @@ def load_tensors(content: bytes, name: str, limit: int) -> Any:
             _check_size(records, limit)
     file.seek(0)
     loaded = torch.load(file, map_location="cpu", weights_only=True)
-    if (total := sum(t.numel() * t.element_size() for t in _tensors_in(loaded, set()))) > limit:
+    if (total := sum(t.numel() * t.element_size() for t in tensors_in(loaded))) > limit:
         # Views of one number can have any shape, and take memory when they are copied.
         raise ValueError(f"the tensors of {name} would take {total} bytes, at most {limit}")
     return loaded
-
-
-def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Each container is looked into once: few bytes can name one list many times."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-        seen.add(id(value))
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part, seen)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ncrl.agents.learner import Lesson, Measured, Objective, update_on_device
-from ncrl.agents.optim import can_scale
+from ncrl.agents.learning.objective import Lesson, Objective
+from ncrl.agents.learning.optim import can_scale
+from ncrl.agents.learning.update import Measured, update_on_device
 from ncrl.baselines import MoELinear
 from ncrl.sb3 import EnginePolicy
 

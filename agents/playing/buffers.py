@@ -147,10 +147,6 @@ class RolloutBatch:
     batch before may still be running.
     """
 
-    starts_on_host = True
-    """Whether `episode_start` of what is gathered stays on the host, which looks at it to find
-    where the LSTM starts anew, and would have to wait for the device."""
-
     def __init__(self, shape: RolloutShape, device: torch.device) -> None:
         self.device = device
         self.host = shape.allocate()
@@ -178,10 +174,7 @@ class RolloutBatch:
         assert column == self.host.rewards.shape[1], "the rollouts of a batch fill its columns"
         if self._mover is None:
             return self.host
-        batch = self._mover.move()
-        if self.starts_on_host:
-            return batch._replace(episode_start=self.host.episode_start)
-        return batch
+        return self._mover.move()
 
 
 class _Mover:
@@ -244,7 +237,7 @@ class Batch(NamedTuple):
     """What the learner learns from at once: one rollout of every environment."""
 
     rollout: Rollout
-    """On the learner's device, except `episode_start`."""
+    """On the learner's device."""
 
     host: Rollout
     """The same on the host."""
@@ -252,6 +245,9 @@ class Batch(NamedTuple):
     games: list[int]
     """Which game each column is: those of a worker follow each other, but the order of workers
     differs from batch to batch, and one worker may have two rollouts in it."""
+
+    lags: list[int]
+    """By how many updates the weights behind each rollout were older than the learner's."""
 
 
 def beside(rollout: Rollout, other: Rollout) -> Rollout:
@@ -292,7 +288,7 @@ class RolloutView:
 
     @property
     def episode_starts(self) -> np.ndarray:
-        return self._rollout.episode_start[:-1].float().numpy()
+        return self._rollout.episode_start[:-1].float().cpu().numpy()
 
     @property
     def log_probs(self) -> np.ndarray:

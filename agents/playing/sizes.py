@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
 
 FEW_CORES = 3
 """Up to so many, every core gets a worker, and the learner computes between them."""
@@ -66,3 +70,23 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_workers(n_envs: int) -> int:
+    """One worker per core, or the next smaller number that divides `n_envs`."""
+    most = max(1, min(available_cores(), n_envs))
+    return max(n for n in range(1, most + 1) if n_envs % n == 0)
+
+
+@contextmanager
+def learner_threads(n_workers: int) -> Iterator[None]:
+    """Leave the workers their cores while the learner works beside them, whatever its device."""
+    if not n_workers:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, available_cores() - n_workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

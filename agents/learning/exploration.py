@@ -17,9 +17,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ncrl.agents.buffers import Rollout
-from ncrl.agents.imitation import Kept, RolloutMemory
-from ncrl.agents.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
+from ncrl.agents.learning.imitation import Kept, RolloutMemory
+from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
+from ncrl.agents.playing.buffers import Rollout
 
 RATE = 0.01
 """Share of a new batch in the running deviations."""
@@ -254,6 +254,18 @@ def make_exploration(
     Raises:
         ValueError: for what neither takes.
     """
+    # With it and without, everything else starts from the same random numbers.
+    with torch.random.fork_rng(devices=[]):
+        return _make_exploration(intrinsic_reward, space, n_envs, options, arguments)
+
+
+def _make_exploration(
+    intrinsic_reward: str | IntrinsicReward,
+    space: spaces.Space[Any],
+    n_envs: int,
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+) -> Exploration:
     own = {name: options[name] for name in options if name in OPTIONS}
     others = {name: options[name] for name in options if name not in OPTIONS}
     if isinstance(intrinsic_reward, IntrinsicReward):

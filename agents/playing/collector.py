@@ -16,8 +16,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from ncrl.agents.buffers import Rollout
-from ncrl.agents.profiling import OFF, Stopwatch
+from ncrl.agents.playing.buffers import Rollout
+from ncrl.agents.runs.profiling import OFF, Stopwatch
 from ncrl.sb3.engine import EnginePolicy, map_obs
 
 
@@ -54,21 +54,27 @@ class Collector:
         policy: EnginePolicy,
         first_obs: Any,
         *,
+        episode_start: np.ndarray | None = None,
+        lstm_state: tuple[Tensor, Tensor] | None = None,
         sde_sample_freq: int = -1,
         with_values: bool = False,
+        stopwatch: Stopwatch = OFF,
     ) -> None:
         self.env = env
         self.policy = policy
         self.obs = first_obs
+        """What the environments show now."""
         self.sde_sample_freq = sde_sample_freq
         """Timesteps between new noise of gSDE; -1 draws it at the begin of a rollout."""
         self.with_values = with_values
         """Whether outcomes tell values, which playing itself has no need of."""
-        self.episode_start = np.ones(env.num_envs, dtype=bool)
-        self.lstm_state = policy.initial_state(env.num_envs)
+        self.episode_start = (
+            np.ones(env.num_envs, dtype=bool) if episode_start is None else episode_start
+        )
+        self.lstm_state = policy.initial_state(env.num_envs) if lstm_state is None else lstm_state
         self.env_seconds = 0.0
         """Time that the latest rollout spent inside the environments."""
-        self.stopwatch: Stopwatch = OFF
+        self.stopwatch = stopwatch
         """Of the process that this runs in, if its time is measured."""
 
     def collect(

@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 from tqdm import tqdm
 
 from ncrl.agents.a3c import A3C
-
-LINE_SECONDS = 10.0
-"""Time between plain lines."""
+from ncrl.shell.screen import LINE_SECONDS, Screen
 
 BAR_SECONDS = 0.5
 """Time between redraws of the bar."""
-
-
-class Screen:
-    """A stream that may be closed by its reader at any time, which is no reason to stop training.
-
-    After the first failure nothing more is written.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream
-        self.open = stream is not None and not stream.closed
-
-    @property
-    def is_terminal(self) -> bool:
-        """Whether cursor movements and redrawing make sense."""
-        if self.stream is None or not self.open:
-            return False
-        return self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-    def line(self, text: str) -> None:
-        """Write one line."""
-        self.write(text + "\n")
-
-    def write(self, text: str) -> None:
-        """Write text; also what tqdm calls."""
-        if self.stream is None or not self.open:
-            return
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.open = False
-            if self.stream is sys.stdout:
-                # The interpreter flushes stdout once more when it ends.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def fileno(self) -> int:
-        """Of the stream: what tqdm asks for the width of the terminal."""
-        if self.stream is None:
-            raise OSError("no stream")
-        return self.stream.fileno()
-
-    @property
-    def encoding(self) -> str | None:
-        """Of the stream; what tqdm chooses its blocks by."""
-        return getattr(self.stream, "encoding", None)
-
-    def line_from_signal(self, text: str) -> None:
-        """Write one line past all buffers, as a signal handler may interrupt another write."""
-        with contextlib.suppress(OSError, ValueError):
-            start = "\n" if self.is_terminal else ""  # after the bar
-            os.write(self.fileno(), f"{start}{text}\n".encode())
 
 
 class Progress(BaseCallback):

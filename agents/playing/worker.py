@@ -22,12 +22,13 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
-from ncrl.agents.buffers import RolloutSlots
-from ncrl.agents.collector import Collector, NonFiniteError, Outcome
-from ncrl.agents.environments import EnvFactory, build
-from ncrl.agents.profiling import OFF, Seconds, Stopwatch
-from ncrl.agents.weights import SharedWeights
+from ncrl.agents.playing.buffers import RolloutSlots
+from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
+from ncrl.agents.playing.env_sources import EnvFactory, build
+from ncrl.agents.playing.weights import SharedWeights, layout
+from ncrl.agents.runs.profiling import OFF, Seconds, Stopwatch
 from ncrl.sb3 import EnginePolicy
+from ncrl.shell.hardware import keep_freed_memory
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -77,6 +78,16 @@ class PolicySpec(NamedTuple):
         return self.policy_class(
             self.observation_space, self.action_space, lr_schedule or _no_learning, **options
         )
+
+    def check_like(self, policy: EnginePolicy) -> None:
+        """Raise ValueError if `policy` is not the one that workers build for themselves."""
+        with torch.random.fork_rng(devices=[]):
+            theirs = self.build()
+        if layout(theirs) != layout(policy):
+            raise ValueError(
+                "the policy was changed after it was made, and workers cannot do the same: use "
+                "n_workers=0, or a policy class whose constructor makes the change"
+            )
 
 
 @dataclass
@@ -158,17 +169,22 @@ def end_if_importing_main() -> None:
         raise SystemExit(EXIT_NO_GUARD)
 
 
-def unreadable_main() -> str | None:
-    """The name of the script that runs, if no worker process can read it again: standard input."""
+def check_script() -> None:
+    """Raise RuntimeError for a program that workers cannot import again: standard input."""
     main = sys.modules["__main__"]
     file: str | None = getattr(main, "__file__", None)
     if file is None or getattr(main, "__spec__", None) is not None or os.path.exists(file):
-        return None
-    return file
+        return
+    raise RuntimeError(
+        f"worker processes import your script again, which came from {file} (standard input): save "
+        'it to a file, with what starts a training under `if __name__ == "__main__":`, or use '
+        "n_workers=0"
+    )
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     """Entry point of the process. Receives slot numbers, answers with `Message`s, ends on None."""
+    keep_freed_memory()
     # Ctrl-C reaches everybody, but the parent decides. It was blocked while this process started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -238,11 +254,13 @@ def _start_games(
 ) -> Collector:
     with stopwatch.phase("setup"):
         env = build(factory, spec.n_envs, _env_seed(seeds))
-        collector = Collector(
-            env, policy, env.reset(), sde_sample_freq=spec.policy.var.sde_sample_freq
+        return Collector(
+            env,
+            policy,
+            env.reset(),
+            sde_sample_freq=spec.policy.var.sde_sample_freq,
+            stopwatch=stopwatch,
         )
-    collector.stopwatch = stopwatch
-    return collector
 
 
 def _play(

@@ -3,11 +3,14 @@ the weights decides about."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ADAM_EPS = 1e-5
+"""Epsilon of Adam, as in SB3."""
 
 
 class SharedRMSProp(torch.optim.Optimizer):
@@ -117,3 +120,24 @@ def scaled_step(
     finally:
         for name in attributes:
             delattr(optimizer, name)
+
+
+def optimizer_options(
+    policy_kwargs: Mapping[str, Any], *, use_rms_prop: bool, rms_prop_eps: float
+) -> dict[str, Any]:
+    """`optimizer_class` and `optimizer_kwargs` of a policy, where its arguments name none.
+
+    Args:
+        policy_kwargs: arguments of the policy.
+        use_rms_prop: `SharedRMSProp`; False takes Adam.
+        rms_prop_eps: epsilon of RMSProp.
+    """
+    kind, chosen = policy_kwargs.get("optimizer_class"), policy_kwargs.get("optimizer_kwargs")
+    if use_rms_prop and kind is None:
+        options = {"alpha": 0.99, "eps": rms_prop_eps} | (chosen or {})
+        return {"optimizer_class": SharedRMSProp, "optimizer_kwargs": options}
+    if kind in (None, torch.optim.Adam) and not {"foreach", "differentiable"} & set(chosen or ()):
+        # Fused, a step is one operation, and can be left out by the device itself.
+        options = {"eps": ADAM_EPS} if chosen is None else chosen
+        return {"optimizer_kwargs": {"fused": True} | options}
+    return {}

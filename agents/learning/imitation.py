@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncrl.agents.buffers import Rollout
+from ncrl.agents.playing.buffers import Rollout
 
 MAX_DEPTH = 8
 """Rollouts are told apart by the rewards that their game had had by then, up to this many."""

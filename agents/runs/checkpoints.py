@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ncrl.agents.a3c import A3C
-from ncrl.agents.collector import Collector
-from ncrl.agents.environments import RecordedEnv
-from ncrl.agents.loading import SMALL_BYTES, load_tensors, read_tensors, reason_of
+from ncrl.agents.playing.collector import Collector
+from ncrl.agents.playing.env_sources import RecordedEnv
+from ncrl.agents.runs.loading import SMALL_BYTES, load_tensors, read_tensors, reason_of
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import shown
@@ -335,9 +335,9 @@ def _checked_scores(
 def _games_state(model: A3C) -> dict[str, Any] | None:
     """Where the games of a serial run stand; None if they cannot be brought back there."""
     recorded = _recorded(model)
-    if recorded is None or model._collector is None:
+    if recorded is None or model.collector is None:
         return None
-    collector = model._collector
+    collector = model.collector
     return {
         "n_envs": model.n_envs,
         "history": [torch.from_numpy(actions) for actions in recorded.history()],
@@ -353,13 +353,16 @@ def _restore_games(model: A3C, games: dict[str, Any]) -> None:
     obs = recorded.replay([actions.numpy() for actions in games["history"]])
     if obs is None or not _equal(_as_tensors(obs), games["obs"]):
         raise CheckpointError("the games do not replay to the state in which they were saved")
-    collector = Collector(model.env, model.policy, obs)
-    collector.episode_start = games["episode_start"].numpy()
     h, c = games["lstm_state"]
-    collector.lstm_state = h.to(model.device), c.to(model.device)
-    model._collector = collector
+    model.collector = Collector(
+        model.env,
+        model.policy,
+        obs,
+        episode_start=games["episode_start"].numpy(),
+        lstm_state=(h.to(model.device), c.to(model.device)),
+    )
     model._last_obs = obs
-    model._last_episode_starts = collector.episode_start
+    model._last_episode_starts = model.collector.episode_start
 
 
 def _as_tensors(obs: Any) -> Any:

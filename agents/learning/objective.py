@@ -1,11 +1,10 @@
-"""The learner: from a batch of rollouts to one step of the optimiser.
+"""The loss: what one update learns from, its coefficients, and the scalar that is minimised.
 
-Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
+Shapes: T timesteps, B environments.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ncrl import orthogonal_loss
-from ncrl.agents.buffers import Rollout, beside
-from ncrl.agents.imitation import Kept
-from ncrl.agents.losses import (
+from ncrl.agents.learning.imitation import Kept
+from ncrl.agents.learning.losses import (
     Returns,
     entropy_loss,
     explained_variance,
@@ -28,11 +26,10 @@ from ncrl.agents.losses import (
     value_loss,
     vtrace,
 )
-from ncrl.agents.optim import scaled_step
-from ncrl.agents.profiling import OFF, Stopwatch
+from ncrl.agents.playing.buffers import Rollout, beside
 from ncrl.baselines import balance_loss, record_gates
-from ncrl.networks import static_unroll
-from ncrl.sb3 import EnginePolicy, Latent, RolloutEvaluation
+from ncrl.sb3 import EnginePolicy, RolloutEvaluation
+from ncrl.settings import setting
 
 CORRECTIONS = ("vtrace", "none")
 """Ways to treat rollouts played by older weights: V-trace, or plain n-step returns as in A3C."""
@@ -40,32 +37,29 @@ CORRECTIONS = ("vtrace", "none")
 
 @dataclass(frozen=True)
 class Objective:
-    """Coefficients of the loss; the names are Stable-Baselines3's."""
+    """Coefficients of the loss, with the defaults of `A3C` and of its command.
 
-    gamma: float
-    gae_lambda: float
-    ent_coef: float
-    vf_coef: float
-    orth_coef: float
-    """Weight of the orthogonality loss of Neurocoder layers (paper: a)."""
-    balance_coef: float
-    """Weight of the balance loss of mixtures of experts."""
-    reward_scale: float
-    """Rewards are multiplied by this in the loss, never in what is logged."""
-    reward_clip: float | None
-    """Then they are clipped to plus or minus this, likewise."""
-    correction: str
-    """One of `CORRECTIONS`."""
-    normalize_advantage: bool = False
-    """Whether advantages get mean 0 and standard deviation 1 in every batch."""
-    int_gamma: float = 0.99
-    """Discount of the intrinsic return, which no end of a game cuts."""
-    int_coef: float = 0.0
-    """Weight of intrinsic advantages, of deviation 1."""
-    ext_coef: float = 1.0
-    """Weight of the others beside them."""
-    imitation_coef: float = 0.0
-    """Weight of the rollouts that are learnt from again."""
+    The names are Stable-Baselines3's.
+    """
+
+    gamma: float = setting(0.99, "discount", low=0, high=1)
+    gae_lambda: float = setting(1.0, "1 for n-step returns", low=0, high=1)
+    ent_coef: float = setting(0.01, "weight of the entropy", low=0)
+    vf_coef: float = setting(0.5, "weight of the value loss", low=0)
+    orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
+    """Paper: a."""
+    balance_coef: float = setting(0.01, "moe: weight of the balance loss", low=0)
+    correction: str = setting("vtrace", "for rollouts played by older weights", choices=CORRECTIONS)
+    reward_scale: float = setting(1.0, "factor on rewards in the loss, not in the log", low=0)
+    reward_clip: float | None = setting(None, "limit on rewards in the loss, after the factor")
+    normalize_advantage: bool = setting(False, "whether advantages get mean 0 and deviation 1")
+    int_coef: float = setting(0.5, "bonus: weight of its advantages, of deviation 1", low=0)
+    ext_coef: float = setting(2.0, "bonus: weight of the game's own advantages beside it", low=0)
+    int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
+    """No end of a game cuts that return."""
+    imitation_coef: float = setting(
+        0.1, "bonus: weight of rollouts that led to a score, learnt from again", low=0
+    )
 
 
 class Novelty(NamedTuple):
@@ -125,16 +119,6 @@ class Loss(NamedTuple):
             "balance_loss": self.balance,
             "explained_variance": self.explained_variance,
         }
-
-
-class Update(NamedTuple):
-    """What one step of the optimiser was made of."""
-
-    stepped: bool
-    """Whether there was a step: none is made along a gradient that is not finite."""
-
-    scalars: dict[str, float]
-    """`policy_loss` and the other terms, `explained_variance`, and `grad_norm` before its limit."""
 
 
 def actor_critic_loss(
@@ -273,92 +257,6 @@ def _log_rhos(batch: Rollout, evaluation: RolloutEvaluation, objective: Objectiv
     if objective.correction == "none":
         return torch.zeros_like(batch.log_prob)
     return evaluation.log_prob.detach() - batch.log_prob
-
-
-def apply_gradient(
-    policy: EnginePolicy,
-    optimizer: torch.optim.Optimizer,
-    loss: Loss,
-    max_grad_norm: float,
-    *,
-    stopwatch: Stopwatch = OFF,
-) -> Update:
-    """One optimiser step, unless the gradient is not finite.
-
-    All that the host has to know comes from the device at once, in the only wait of an update.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    with stopwatch.phase("backward"):
-        loss.total.backward()
-    with stopwatch.phase("optimiser"):
-        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        measured = _measured(loss, norm)
-        update = measured.on_host()
-        if update.stepped:
-            if update.scalars["grad_norm"] > max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
-            optimizer.step()
-    return update
-
-
-class Measured(NamedTuple):
-    """What an update was made of, not waited for yet."""
-
-    names: tuple[str, ...]
-    values: Tensor
-    """Scalars of these names, on the device of the weights, [n]."""
-    latent: Latent
-    """What actor and critic read, [T + 1, B, ...]."""
-
-    def on_host(self) -> Update:
-        """Wait for the values."""
-        scalars = dict(zip(self.names, self.values.tolist(), strict=True))
-        return Update(math.isfinite(scalars["grad_norm"]), scalars)
-
-
-def update_on_device(
-    policy: EnginePolicy,
-    optimizer: torch.optim.Optimizer,
-    lesson: Lesson,
-    objective: Objective,
-    max_grad_norm: float,
-) -> Measured:
-    """One optimiser step, unless the gradient is not finite, which the device finds out by itself.
-
-    The host waits for nothing, and what it asks for does not depend on data: always the same
-    operations, which can be captured as a CUDA graph. `apply_gradient` gives the same weights to
-    rounding.
-
-    Args:
-        policy: what learns.
-        optimizer: of its parameters, one that `can_scale`.
-        lesson: on the policy's device, `episode_start` too.
-        objective: what is minimised.
-        max_grad_norm: limit on the gradient's norm.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    with static_unroll():
-        loss = actor_critic_loss(policy, lesson.rollout, objective, lesson.novelty, lesson.kept)
-    loss.total.backward()
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in policy.parameters() if p.grad is not None]
-    )
-    found_inf = (~norm.isfinite()).to(norm.dtype)
-    scaled_step(optimizer, _excess(norm, max_grad_norm), found_inf)
-    return _measured(loss, norm)
-
-
-def _measured(loss: Loss, norm: Tensor) -> Measured:
-    scalars = loss.scalars() | {"grad_norm": norm}
-    values = torch.stack([value.detach() for value in scalars.values()])
-    return Measured(tuple(scalars), values, loss.evaluation.latent.map(Tensor.detach))
-
-
-def _excess(norm: Tensor, limit: float) -> Tensor:
-    """By what a gradient of this norm is divided to keep the limit; as in torch's
-    `clip_grad_norm_`, but where there is nothing to limit exactly 1."""
-    return ((norm + 1e-6) / limit).clamp(min=1) if limit else torch.full_like(norm, math.inf)
 
 
 def _beside(values: Tensor, term: Tensor) -> Tensor:

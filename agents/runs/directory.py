@@ -5,10 +5,10 @@ config.yaml  progress.csv  events.out.tfevents...  best_model.zip  best_model.js
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import safe_mean
 from torch.utils.tensorboard import SummaryWriter
 
 from ncrl.agents.a3c import A3C
-from ncrl.agents.checkpoints import (
+from ncrl.agents.runs.checkpoints import (
     Checkpoint,
     CheckpointError,
     model_bytes,
@@ -34,6 +34,7 @@ from ncrl.agents.checkpoints import (
     save_checkpoint,
 )
 from ncrl.files import read_bytes, write_atomically
+from ncrl.shell.lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,16 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._logger: Logger | None = None
+        self._lock = contextlib.ExitStack()
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            if not self._lock.enter_context(locked(path)):
+                raise ValueError(f"{path} is in use by another process")
+            self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
+            self.close()
             raise cannot_write(path, error) from error
-        try:
-            self._take_lock()
         except ValueError:
-            os.close(self._lock)
+            self.close()
             raise
 
     def __enter__(self) -> RunDirectory:
@@ -76,9 +78,7 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
     @classmethod
     def create(cls, logdir: Path, name: str) -> RunDirectory:
@@ -107,19 +107,8 @@ class RunDirectory:
             raise ValueError(f"{path} is no run directory: it has no config.yaml")
         return cls(path)
 
-    def _take_lock(self) -> None:
-        """The system drops the lock with the process, however it ends."""
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{self.path} is in use by another process") from error
-
     def newest_checkpoint(self) -> Checkpoint:
-        """See `ncrl.agents.checkpoints.newest_checkpoint`."""
+        """See `ncrl.agents.runs.checkpoints.newest_checkpoint`."""
         return newest_checkpoint(self.checkpoints)
 
     def write_config(self, config: Mapping[str, Any]) -> None:

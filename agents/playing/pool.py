@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +26,11 @@ from typing import NamedTuple
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
-from ncrl.agents.buffers import Rollout, RolloutShape, RolloutSlots
-from ncrl.agents.collector import NonFiniteError
-from ncrl.agents.environments import EnvFactory
-from ncrl.agents.profiling import Profile
-from ncrl.agents.weights import SharedWeights
-from ncrl.agents.worker import (
+from ncrl.agents.playing.buffers import Rollout, RolloutShape, RolloutSlots
+from ncrl.agents.playing.collector import NonFiniteError
+from ncrl.agents.playing.env_sources import EnvFactory
+from ncrl.agents.playing.weights import SharedWeights
+from ncrl.agents.playing.worker import (
     EXIT_NO_GUARD,
     THREAD_VARIABLES,
     EnvFailed,
@@ -46,6 +44,7 @@ from ncrl.agents.worker import (
     WorkerSpec,
     worker_main,
 )
+from ncrl.agents.runs.profiling import Profile
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +181,6 @@ class WorkerPool:
         self._starting = True
 
     def __enter__(self) -> WorkerPool:
-        _check_script()
         try:
             for worker in self._workers:
                 self._start(worker)
@@ -259,8 +257,10 @@ class WorkerPool:
         try:
             while worker.connection.poll():
                 self._handle(worker, worker.connection.recv())
+            return
         except (EOFError, OSError):
-            self._replace(worker, "died")
+            pass  # what follows is told without this
+        self._replace(worker, "died")
 
     def _handle(self, worker: _Worker, message: Message) -> None:
         worker.last_sign = time.monotonic()
@@ -430,6 +430,21 @@ def slots_for(n_workers: int) -> int:
     return (SLOTS_PER_WORKER + 1) * n_workers
 
 
+def check_machine(n_workers: int, shape: RolloutShape, weights: int) -> None:
+    """Refuse to start workers for which shared memory or open files do not suffice.
+
+    Args:
+        n_workers: how many.
+        shape: of a rollout of one worker.
+        weights: bytes of the shared weights.
+
+    Raises:
+        ValueError: naming what is needed and what there is.
+    """
+    check_shared_memory(slots_for(n_workers) * shape.nbytes + weights)
+    check_open_files(n_workers)
+
+
 def check_shared_memory(needed: int) -> None:
     """Refuse to allocate more shared memory than there is: exceeding it kills the process later.
 
@@ -488,16 +503,6 @@ def check_open_files(n_workers: int) -> None:
         ) from error
 
 
-def _check_script() -> None:
-    """Raise ValueError for a program that workers cannot import again."""
-    script = getattr(sys.modules.get("__main__"), "__file__", None)
-    if script is not None and os.path.basename(script) == "<stdin>":
-        raise ValueError(
-            "a program that Python reads from standard input cannot be imported again by worker "
-            "processes: save it as a file, or use n_workers=0"
-        )
-
-
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
     """Processes started inside begin with SIGINT blocked: they ignore it once they are set up."""
@@ -532,6 +537,7 @@ __all__ = [
     "Limits",
     "WorkerError",
     "WorkerPool",
+    "check_machine",
     "check_memory",
     "check_open_files",
     "check_shared_memory",
