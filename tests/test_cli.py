@@ -28,7 +28,7 @@ def test_commands_are_flags_of_run_atari(
     words: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(cli, "atari_main", lambda: lambda given: seen.append(given) or 7)
+    monkeypatch.setattr("ncrl.agents.atari.command.main", lambda given: seen.append(given) or 7)
     assert cli.main(words.split()) == 7
     assert seen == [expected.split()]
 
@@ -52,10 +52,10 @@ def test_errors_are_one_line(words: str, message: str, capsys: pytest.CaptureFix
 def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def without_gymnasium() -> None:
+    def without_gymnasium(_arguments: list[str]) -> None:
         raise ModuleNotFoundError("No module named 'gymnasium'", name="gymnasium")
 
-    monkeypatch.setattr(cli, "atari_main", without_gymnasium)
+    monkeypatch.setattr("ncrl.agents.atari.command.main", without_gymnasium)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "--env", "Pong"])
     wanted = "ncrl train: gymnasium is not installed: pip install 'ncrl[rl]'\n"

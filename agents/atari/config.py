@@ -141,7 +141,7 @@ class RunConfig:
         high=1,
     )
     bonus_warmup: int = setting(
-        100_000, "bonus: timesteps in which statistics are gathered first", low=0
+        100_000, "bonus: timesteps in which statistics are gathered first", low=0, high=10**9
     )
     # What is written.
     log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)

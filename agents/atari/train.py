@@ -24,6 +24,7 @@ from ncrl.agents.atari.config import (
     make_factory,
     num_games,
     timesteps_per_update,
+    with_bonus,
 )
 from ncrl.agents.atari.summary import PROGRAM, SCRIPT, command_line, shown_path, summary
 from ncrl.agents.runs.checkpoints import Checkpoint, CheckpointError, resume
@@ -118,6 +119,7 @@ def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
 
 def make_model(config: RunConfig, **options: Any) -> A3C:
     """A fresh model; `options` replace arguments of `A3C`."""
+    config = with_bonus(config)
     rate = config.learning_rate
     optimizer: dict[str, Any] = {}
     if config.optimizer == "adam":

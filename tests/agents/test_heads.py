@@ -10,6 +10,7 @@ from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from torch import nn
 
+from ncrl import NeurocoderLinear
 from ncrl.agents import A3C
 from ncrl.agents.learning.objective import Loss, actor_critic_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
@@ -54,7 +55,8 @@ def test_every_head_trains_in_a3c(head: str) -> None:
     model.learn(20)
     assert model._n_updates == 2
     for net in ("action_net", "value_net"):
-        assert type(getattr(model.policy, net)) is LAYERS[head]
+        kind = NeurocoderLinear if head == "neurocoder" else LAYERS[head]
+        assert type(getattr(model.policy, net)) is kind
         moved = [
             name
             for name, value in model.policy.state_dict().items()
