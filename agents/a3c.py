@@ -141,7 +141,7 @@ class A3C(EngineAlgorithm):
         int_coef: float = 0.5,
         ext_coef: float = 2.0,
         int_gamma: float = 0.99,
-        imitation_coef: float = 0.1,
+        imitation_coef: float = 0.5,
         intrinsic_kwargs: dict[str, Any] | None = None,
         info_keywords: Sequence[str] = (),
         n_workers: int | None = None,

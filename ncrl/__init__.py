@@ -8,6 +8,8 @@ from ncrl.neurocoder import (
     orthogonal_loss,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Attention",
     "NeurocoderConfig",

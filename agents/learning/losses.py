@@ -117,30 +117,24 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     return (values - returns.detach()).square().mean()
 
 
-class ImitationLoss(NamedTuple):
-    """Two means over all timesteps, both scalars."""
+def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> Tensor:
+    """-mean(log pi(a_t | x_t) (R_t - V(x_t))+), a scalar: self-imitation (Oh et al. 2018).
 
-    policy: Tensor
-    value: Tensor
-
-
-def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> ImitationLoss:
-    """Self-imitation (Oh et al. 2018): only where more was reached than the value expects.
-
-    -mean(log pi(a_t | x_t) (R_t - V(x_t))+) and mean((R_t - V(x_t))+ ^ 2) / 2.
+    Only where more was reached than the value expects. Values learn nothing from it, other than in
+    the paper: those of the few rollouts that are repeated would soon be the returns, and end the
+    imitation long before the policy reaches them again.
 
     Args:
         log_probs: of the actions that were taken then, under the policy of now, [T, B].
-        values: V(x_t) of now, [T, B].
+        values: V(x_t) of now, [T, B]; constants to the gradient.
         returns: R_t, what was reached then, [T, B]; timesteps with 0 are left out.
 
     Raises:
         ValueError: if shapes differ.
     """
     _check_shapes(values, log_probs=log_probs, returns=returns)
-    surplus = torch.where(returns > 0, (returns - values).clamp(min=0), 0.0)
-    policy = -(log_probs * surplus.detach()).mean()
-    return ImitationLoss(policy, surplus.square().mean() / 2)
+    surplus = torch.where(returns > 0, (returns - values.detach()).clamp(min=0), 0.0)
+    return -(log_probs * surplus).mean()
 
 
 def entropy_loss(entropy: Tensor) -> Tensor:

@@ -58,13 +58,8 @@ class Objective:
     int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
     """No end of a game cuts that return."""
     imitation_coef: float = setting(
-        0.1, "bonus: weight of rollouts that led to a score, learnt from again", low=0
+        0.5, "bonus: weight of rollouts that led to a score, learnt from again", low=0
     )
-
-
-IMITATED_VALUE_COEF = 0.01
-"""Weight of the value in the loss of those (Oh et al. 2018): values follow what is reached on
-average, not what was reached once."""
 
 
 class Novelty(NamedTuple):
@@ -182,14 +177,12 @@ def actor_critic_loss(
         beside_policy = objective.vf_coef * exploration["int_value_loss"]
     if kept is not None:
         again = everything.narrow(num_envs, kept.returns.shape[1])
-        imitation = imitation_loss(
+        exploration["imitation_loss"] = imitation_loss(
             again.log_prob, again.values[:-1], kept.returns.to(values.device)
         )
-        exploration["imitation_loss"] = imitation.policy
-        exploration["imitation_value_loss"] = imitation.value
         share = kept.returns.numel() / values.numel()  # a sum over its own timesteps
-        beside_policy = beside_policy + objective.imitation_coef * share * (
-            imitation.policy + IMITATED_VALUE_COEF * imitation.value
+        beside_policy = (
+            beside_policy + objective.imitation_coef * share * exploration["imitation_loss"]
         )
     terms = {
         "policy": policy_gradient_loss(evaluation.log_prob, advantages),
