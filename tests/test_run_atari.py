@@ -34,7 +34,7 @@ import ncrl.agents.playing.pool
 import ncrl.agents.runs.directory
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
-from ncrl.agents.atari.config import RunConfig
+from ncrl.agents.atari.config import RunConfig, with_sizes
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.learning.intrinsic import RND, PseudoCount
 from ncrl.agents.runs.checkpoints import newest_checkpoint
@@ -108,7 +108,7 @@ REFUSED = {
     PONG + "--logdir /proc/runs": ["/proc/runs"],
     # F20, F21: what this machine does not have
     PONG + "--device gpu": ["device", "gpu", "nearest: cpu"],
-    PONG + "--device cuda": ["cuda", "nearest: cpu"],
+    PONG + "--device cuda": ["cuda", "use cpu"],
     "": ["--env"],
     "--env Pongg": ["Pongg", "Pong"],
     "--env montezumasrevenge": ["montezumasrevenge", "MontezumaRevenge"],
@@ -174,11 +174,11 @@ REFUSED = {
     "--config binary.yaml": ["binary.yaml"],
     "--config absent.yaml": ["absent.yaml"],
     "--config plain": ["plain"],
-    "--config bomb.yaml": ["bomb.yaml", "aliases"],
+    "--config bomb.yaml": ["bomb.yaml", "must be of type str"],
     "--config deep.yaml": ["deep.yaml", "nested"],
     "--config stamp.yaml": ["stamp.yaml"],
     "--config digits.yaml": ["gamma", "400 digits"],
-    "--config pipe.yaml": ["pipe.yaml", "no plain file"],
+    "--config pipe.yaml": ["pipe.yaml", "no regular file"],
     "--config large.yaml": ["large.yaml", "bytes"],
     # Flags that do not go together
     PONG + "--best": ["--best", "--evaluate"],
@@ -211,7 +211,7 @@ REFUSED = {
     "--evaluate absent": ["absent"],
     "--evaluate plain": ["plain"],
     "--evaluate empty_run": ["empty_run", "no checkpoint"],
-    "--evaluate empty_run --device cuda": ["cuda", "nearest: cpu"],
+    "--evaluate empty_run --device cuda": ["cuda", "use cpu"],
     "--evaluate empty_run --video out.avi": ["out.avi", ".mp4", ".webm"],
     "--evaluate empty_run --video out": ["out", ".mp4"],
     "--evaluate empty_run --video absent/out.mp4": ["absent/out.mp4", "folder"],
@@ -392,7 +392,7 @@ def test_updates_are_small_unless_asked_for(
     config = RunConfig(
         env="Klax", workers=workers, envs_per_worker=envs, batch_size=batch_size, device="cpu"
     )
-    assert make_model(config).envs_per_update == games
+    assert make_model(with_sizes(config)).envs_per_update == games
 
 
 LAYER_SIZES = {
@@ -411,7 +411,7 @@ def test_every_layer_can_be_chosen(layer: str) -> None:
     config = RunConfig(
         env="Klax", layer=layer, encoder="paper", workers=0, envs_per_worker=1, device="cpu"
     )
-    model = make_model(config, batch_size=None)
+    model = make_model(with_sizes(config), batch_size=None)
     assert type(model.policy.action_net) is type(model.policy.value_net) is LAYERS[layer]
     assert sum(p.numel() for p in model.policy.parameters()) == LAYER_SIZES[layer]
 
