@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import arguments
 from ncrl.agents.algorithm import EngineAlgorithm
-from ncrl.agents.defaults import DEFAULT_ENVS, SHARPNESS, defaults_for
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, defaults_for
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
@@ -105,7 +105,7 @@ class A3C(EngineAlgorithm):
         stats_window_size: whole games that means of scores are taken over.
         tensorboard_log: folder of TensorBoard runs.
         policy_kwargs: further arguments of the policy, such as `head`, `head_kwargs`, `encoder`.
-            Neurocoder heads of agents that see images have sharpness 10 unless told otherwise.
+            Neurocoder heads on images have the sizes and sharpness of `ncrl.agents.defaults`.
         verbose: 0 nothing, 1 information, 2 debugging.
         seed: of everything; serial runs with equal seeds give bit-equal weights.
         device: of the learner.
@@ -198,7 +198,7 @@ class A3C(EngineAlgorithm):
             getattr(played, "num_envs", 1), self.n_workers, arguments.sees_images(policy)
         )
         if _init_setup_model and defaults.small_updates:
-            policy_kwargs = arguments.with_sharpness(policy, policy_kwargs, SHARPNESS)
+            policy_kwargs = arguments.with_head_options(policy, policy_kwargs, IMAGE_HEADS)
         self._small_updates = defaults.small_updates
         self.use_rms_prop = defaults.use_rms_prop if use_rms_prop is None else use_rms_prop
         if learning_rate is None:

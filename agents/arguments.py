@@ -148,15 +148,19 @@ def sees_images(policy: str | type) -> bool:
     return "Cnn" in (policy if isinstance(policy, str) else getattr(policy, "__name__", ""))
 
 
-def with_sharpness(
-    policy: str | type, policy_kwargs: Mapping[str, Any] | None, sharpness: float
+def with_head_options(
+    policy: str | type, policy_kwargs: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a policy, whose Neurocoder heads get a sharpness if they have none.
+    """Arguments of a policy, whose Neurocoder heads get the default options.
 
-    It is an argument like any other then, and saved with the model.
+    Heads whose options are given get the default sharpness alone. What is chosen is an argument
+    like any other then, and saved with the model.
     """
     options = dict(policy_kwargs or {})
     kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
     if options.get("head", getattr(kind, "head", None)) == "neurocoder":
-        options["head_kwargs"] = {"sharpness": sharpness, **(options.get("head_kwargs") or {})}
+        given = options.get("head_kwargs")
+        options["head_kwargs"] = (
+            {"sharpness": defaults["sharpness"], **given} if given else dict(defaults)
+        )
     return options

@@ -13,9 +13,9 @@ DEFAULT_ENVS = 16
 FEW_ENVS = 4
 """Number of environments in this process from which on they are many."""
 
-SHARPNESS = 10.0
-"""Of Neurocoder heads on images: the softmax temperature beta. With the paper's 1 they hardly
-attend."""
+IMAGE_HEADS = {"num_slots": 80, "num_heads": 15, "num_least_used": 5, "sharpness": 10.0}
+"""Options of Neurocoder heads on images: the paper's sizes on Atari, but for the sharpness beta.
+With the paper's 1 they hardly attend."""
 
 
 class Defaults(NamedTuple):

@@ -34,13 +34,13 @@ import ncrl.agents.playing.pool
 import ncrl.agents.runs.directory
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
-from ncrl.agents.atari.config import RunConfig, with_sizes
+from ncrl.agents.atari.config import RunConfig, with_bonus, with_sizes
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.learning.intrinsic import RND, PseudoCount
 from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory
 from ncrl.agents.runs.profiling import PHASES
-from ncrl.layers import LAYERS
+from ncrl.layers import LAYERS, make_layer
 from ncrl.settings import configure, parse
 from run_atari import main
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
@@ -392,7 +392,7 @@ def test_updates_are_small_unless_asked_for(
     config = RunConfig(
         env="Klax", workers=workers, envs_per_worker=envs, batch_size=batch_size, device="cpu"
     )
-    assert make_model(with_sizes(config)).envs_per_update == games
+    assert make_model(with_sizes(with_bonus(config))).envs_per_update == games
 
 
 LAYER_SIZES = {
@@ -411,8 +411,9 @@ def test_every_layer_can_be_chosen(layer: str) -> None:
     config = RunConfig(
         env="Klax", layer=layer, encoder="paper", workers=0, envs_per_worker=1, device="cpu"
     )
-    model = make_model(with_sizes(config), batch_size=None)
-    assert type(model.policy.action_net) is type(model.policy.value_net) is LAYERS[layer]
+    model = make_model(with_sizes(with_bonus(config)), batch_size=None)
+    kind = type(make_layer(layer, 8, 2))
+    assert type(model.policy.action_net) is type(model.policy.value_net) is kind
     assert sum(p.numel() for p in model.policy.parameters()) == LAYER_SIZES[layer]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ncrl import NeurocoderConfig
-from ncrl.agents.defaults import DEFAULT_ENVS, IMAGES, SHARPNESS
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES
 from ncrl.agents.learning.intrinsic import SOURCES
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing.sizes import Sizes, available_cores, choose_sizes, games_per_update
@@ -79,16 +79,22 @@ class RunConfig:
         "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
     )
     lstm_hidden_size: int = setting(512, "width of the LSTM", low=1, high=8192)
-    num_slots: int = setting(80, "Neurocoder: slots P of the program memory", low=1, high=65_536)
+    num_slots: int = setting(
+        IMAGE_HEADS["num_slots"], "Neurocoder: slots P of the program memory", low=1, high=65_536
+    )
     key_dim: int = setting(3, "Neurocoder: width K of keys", low=1, high=4096)
-    num_heads: int = setting(15, "Neurocoder: attention heads H", low=1, high=4096)
+    num_heads: int = setting(
+        IMAGE_HEADS["num_heads"], "Neurocoder: attention heads H", low=1, high=4096
+    )
     num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1, high=256)
-    num_least_used: int = setting(5, "Neurocoder: least-used slots l_I", low=0, high=65_536)
+    num_least_used: int = setting(
+        IMAGE_HEADS["num_least_used"], "Neurocoder: least-used slots l_I", low=0, high=65_536
+    )
     controller_size: int = setting(
         8, "Neurocoder: width of the composition network", low=1, high=4096
     )
     sharpness: float = setting(
-        SHARPNESS,
+        IMAGE_HEADS["sharpness"],
         "Neurocoder: softmax temperature beta; 1 in the paper, where heads hardly attend",
         low=1e-6,
     )
@@ -137,7 +143,7 @@ class RunConfig:
         high=1,
     )
     bonus_warmup: int = setting(
-        100_000, "bonus: timesteps in which statistics are gathered first", low=0
+        100_000, "bonus: timesteps in which statistics are gathered first", low=0, high=10**12
     )
     # What is written.
     log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)
