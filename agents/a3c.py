@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import arguments
 from ncrl.agents.algorithm import EngineAlgorithm
-from ncrl.agents.defaults import DEFAULT_ENVS, FEW_ENVS, FEW_RATE, FEW_STEPS, MANY_RATE, MANY_STEPS
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, defaults_for
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
@@ -32,7 +32,7 @@ from ncrl.agents.playing.env_sources import (
 )
 from ncrl.agents.playing.players import Player, SerialPlayer, played_by_workers
 from ncrl.agents.playing.pool import Limits, check_memory
-from ncrl.agents.playing.sizes import default_workers, learner_threads
+from ncrl.agents.playing.sizes import default_workers, games_per_update, learner_threads
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.profiling import Profile, stopwatch_for
 from ncrl.sb3 import (
@@ -60,20 +60,21 @@ class A3C(EngineAlgorithm):
         env: where it plays. A factory `factory(n_envs, seed) -> VecEnv` (such as
             `ncrl.envs.atari("Pong")`) or a Gymnasium id is built inside the worker processes. An
             environment object is played in this process, serially and reproducibly.
-        learning_rate: a number, or a schedule of the remaining progress; None takes `FEW_RATE` for
-            fewer than `FEW_ENVS` environments in this process and `MANY_RATE` for all others, both
-            falling linearly to 0.
-        n_steps: T, timesteps per rollout; None takes 5 for fewer than `FEW_ENVS` environments in
-            this process, and 20 for all others.
+        learning_rate: a number, or a schedule of the remaining progress; None takes the one of
+            `ncrl.agents.defaults`, falling linearly to 0. So do `n_steps`, `batch_size`,
+            `gae_lambda` and `use_rms_prop`. The defaults differ for fewer than 4 environments in
+            this process, for policies that see images (`Cnn`), and for all others.
+        n_steps: T, timesteps per rollout; by default 5 for few environments, else 20.
         batch_size: timesteps per update, a multiple of `n_steps` that divides `n_steps * n_envs`;
-            whole rollouts of some environments. None takes all environments at once.
+            whole rollouts of some environments. None takes all environments at once, and with
+            images 4, on a GPU up to 24.
         gamma: discount.
-        gae_lambda: 1 gives n-step returns.
+        gae_lambda: 1 gives n-step returns; by default 0.95 with images, else 1.
         ent_coef: weight of the entropy.
         vf_coef: weight of the value loss.
         max_grad_norm: limit on the gradient's norm.
-        use_rms_prop: RMSProp as in A3C; False takes Adam, as in A2C. Any other optimiser is named
-            in `policy_kwargs`, as in SB3: `optimizer_class`, `optimizer_kwargs`.
+        use_rms_prop: RMSProp as in A3C; False takes Adam, the default with images. Any other
+            optimiser is named in `policy_kwargs`: `optimizer_class`, `optimizer_kwargs`.
         rms_prop_eps: epsilon of RMSProp, inside the square root.
         normalize_advantage: give the advantages of every update mean 0 and standard deviation 1.
         orth_coef: weight of the orthogonality loss of Neurocoder layers (paper: a).
@@ -104,6 +105,7 @@ class A3C(EngineAlgorithm):
         stats_window_size: whole games that means of scores are taken over.
         tensorboard_log: folder of TensorBoard runs.
         policy_kwargs: further arguments of the policy, such as `head`, `head_kwargs`, `encoder`.
+            Neurocoder heads on images have the sizes and sharpness of `ncrl.agents.defaults`.
         verbose: 0 nothing, 1 information, 2 debugging.
         seed: of everything; serial runs with equal seeds give bit-equal weights.
         device: of the learner.
@@ -124,24 +126,24 @@ class A3C(EngineAlgorithm):
         learning_rate: float | Schedule | None = None,
         n_steps: int | None = None,
         batch_size: int | None = None,
-        gamma: float = 0.99,
-        gae_lambda: float = 1.0,
-        ent_coef: float = 0.01,
-        vf_coef: float = 0.5,
+        gamma: float = Objective.gamma,
+        gae_lambda: float | None = None,
+        ent_coef: float = Objective.ent_coef,
+        vf_coef: float = Objective.vf_coef,
         max_grad_norm: float = 40.0,
         rms_prop_eps: float = 0.1,
-        use_rms_prop: bool = True,
+        use_rms_prop: bool | None = None,
         normalize_advantage: bool = False,
-        orth_coef: float = 0.1,
-        balance_coef: float = 0.01,
-        correction: str = "vtrace",
-        reward_scale: float = 1.0,
+        orth_coef: float = Objective.orth_coef,
+        balance_coef: float = Objective.balance_coef,
+        correction: str = Objective.correction,
+        reward_scale: float = Objective.reward_scale,
         reward_clip: float | str | None = "env",
         intrinsic_reward: str | IntrinsicReward | None = None,
-        int_coef: float = 0.5,
-        ext_coef: float = 2.0,
-        int_gamma: float = 0.99,
-        imitation_coef: float = 0.5,
+        int_coef: float = Objective.int_coef,
+        ext_coef: float = Objective.ext_coef,
+        int_gamma: float = Objective.int_gamma,
+        imitation_coef: float = Objective.imitation_coef,
         intrinsic_kwargs: dict[str, Any] | None = None,
         info_keywords: Sequence[str] = (),
         n_workers: int | None = None,
@@ -163,7 +165,7 @@ class A3C(EngineAlgorithm):
         self.limits = limits or Limits()
         self.batch_size = batch_size
         self.orth_coef, self.balance_coef = orth_coef, balance_coef
-        self.use_rms_prop, self.rms_prop_eps = use_rms_prop, rms_prop_eps
+        self.rms_prop_eps = rms_prop_eps
         self.normalize_advantage = normalize_advantage
         self.correction = correction
         self.reward_scale = reward_scale
@@ -192,18 +194,22 @@ class A3C(EngineAlgorithm):
             getattr(source, "reward_clip", None) if reward_clip == "env" else reward_clip
         )
         self.frames_per_timestep = int(getattr(source, "frame_skip", 1))
-        is_few = not self.n_workers and getattr(played, "num_envs", 1) < FEW_ENVS
-        if n_steps is None:
-            n_steps = FEW_STEPS if is_few else MANY_STEPS
+        defaults = defaults_for(
+            getattr(played, "num_envs", 1), self.n_workers, arguments.sees_images(policy)
+        )
+        if _init_setup_model and defaults.small_updates:
+            policy_kwargs = arguments.with_head_options(policy, policy_kwargs, IMAGE_HEADS)
+        self._small_updates = defaults.small_updates
+        self.use_rms_prop = defaults.use_rms_prop if use_rms_prop is None else use_rms_prop
         if learning_rate is None:
-            learning_rate = LinearSchedule(FEW_RATE if is_few else MANY_RATE, 0.0, 1.0)
+            learning_rate = LinearSchedule(defaults.learning_rate, 0.0, 1.0)
         super().__init__(
             policy,
             played,  # type: ignore[arg-type]
             learning_rate=learning_rate,
-            n_steps=n_steps,
+            n_steps=defaults.n_steps if n_steps is None else n_steps,
             gamma=gamma,
-            gae_lambda=gae_lambda,
+            gae_lambda=defaults.gae_lambda if gae_lambda is None else gae_lambda,
             ent_coef=ent_coef,
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,
@@ -315,7 +321,11 @@ class A3C(EngineAlgorithm):
     @property
     def envs_per_update(self) -> int:
         """Environments whose rollouts make one update."""
-        return self.n_envs if self.batch_size is None else self.batch_size // self.n_steps
+        if self.batch_size is not None:
+            return self.batch_size // self.n_steps
+        if self._small_updates:
+            return games_per_update(self.n_envs, self.device.type == "cuda")
+        return self.n_envs
 
     def train(self) -> None:
         """Learn from the rollouts collected last, `batch_size` timesteps at a time."""

@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
+from ncrl import sb3
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing.env_sources import EnvFactory, meaning
 from ncrl.sb3 import EnginePolicy
@@ -140,3 +141,26 @@ def warn_of_frequencies(callback: BaseCallback, n_envs: int) -> None:
                 f"n_envs={n_envs} if that is what you mean",
                 stacklevel=2,
             )
+
+
+def sees_images(policy: str | type) -> bool:
+    """Whether a policy, given by name or class, is a convolutional one."""
+    return "Cnn" in (policy if isinstance(policy, str) else getattr(policy, "__name__", ""))
+
+
+def with_head_options(
+    policy: str | type, policy_kwargs: Mapping[str, Any] | None, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a policy, whose Neurocoder heads get the default options.
+
+    Heads whose options are given get the default sharpness alone. What is chosen is an argument
+    like any other then, and saved with the model.
+    """
+    options = dict(policy_kwargs or {})
+    kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
+    if options.get("head", getattr(kind, "head", None)) == "neurocoder":
+        given = options.get("head_kwargs")
+        options["head_kwargs"] = (
+            {"sharpness": defaults["sharpness"], **given} if given else dict(defaults)
+        )
+    return options

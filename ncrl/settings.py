@@ -66,7 +66,7 @@ def check(config: Any) -> None:
                 f"{entry.name} must lie in {rules['low']:.12g} .. {rules['high']:.12g}, "
                 f"got {shown(value)}"
             )
-        if isinstance(value, Real) and not math.isfinite(value):
+        if isinstance(value, Real) and not isinstance(value, int) and not math.isfinite(value):
             raise ValueError(f"{entry.name} must be a finite number, got {value}")
 
 

@@ -33,15 +33,14 @@ import ncrl.agents.atari.train
 import ncrl.agents.playing.pool
 import ncrl.agents.runs.directory
 import run_atari
-from ncrl import NeurocoderLinear
 from ncrl.agents import A3C, NonFiniteError, WorkerError
-from ncrl.agents.atari.config import RunConfig
+from ncrl.agents.atari.config import RunConfig, with_bonus, with_sizes
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.learning.intrinsic import RND, PseudoCount
 from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory
 from ncrl.agents.runs.profiling import PHASES
-from ncrl.layers import LAYERS
+from ncrl.layers import LAYERS, make_layer
 from ncrl.settings import configure, parse
 from run_atari import main
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
@@ -108,7 +107,7 @@ REFUSED = {
     PONG + "--logdir file/runs": ["file/runs"],
     PONG + "--logdir /proc/runs": ["/proc/runs"],
     # F20, F21: what this machine does not have
-    PONG + "--device gpu": ["device", "gpu", "use cpu"],
+    PONG + "--device gpu": ["device", "gpu", "nearest: cpu"],
     PONG + "--device cuda": ["cuda", "use cpu"],
     "": ["--env"],
     "--env Pongg": ["Pongg", "Pong"],
@@ -175,7 +174,7 @@ REFUSED = {
     "--config binary.yaml": ["binary.yaml"],
     "--config absent.yaml": ["absent.yaml"],
     "--config plain": ["plain"],
-    "--config bomb.yaml": ["bomb.yaml", "type str"],
+    "--config bomb.yaml": ["bomb.yaml", "must be of type str"],
     "--config deep.yaml": ["deep.yaml", "nested"],
     "--config stamp.yaml": ["stamp.yaml"],
     "--config digits.yaml": ["gamma", "400 digits"],
@@ -393,7 +392,7 @@ def test_updates_are_small_unless_asked_for(
     config = RunConfig(
         env="Klax", workers=workers, envs_per_worker=envs, batch_size=batch_size, device="cpu"
     )
-    assert make_model(config).envs_per_update == games
+    assert make_model(with_sizes(with_bonus(config))).envs_per_update == games
 
 
 LAYER_SIZES = {
@@ -412,8 +411,8 @@ def test_every_layer_can_be_chosen(layer: str) -> None:
     config = RunConfig(
         env="Klax", layer=layer, encoder="paper", workers=0, envs_per_worker=1, device="cpu"
     )
-    model = make_model(config, batch_size=None)
-    kind = NeurocoderLinear if layer == "neurocoder" else LAYERS[layer]
+    model = make_model(with_sizes(with_bonus(config)), batch_size=None)
+    kind = type(make_layer(layer, 8, 2))
     assert type(model.policy.action_net) is type(model.policy.value_net) is kind
     assert sum(p.numel() for p in model.policy.parameters()) == LAYER_SIZES[layer]
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from ncrl import NeurocoderConfig
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES
 from ncrl.agents.learning.intrinsic import SOURCES
+from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing.sizes import Sizes, available_cores, choose_sizes, games_per_update
 from ncrl.agents.runs.directory import RunDirectory
 from ncrl.envs import AtariFactory, atari
 from ncrl.layers import LAYERS
-from ncrl.settings import configure, setting
+from ncrl.settings import configure, same_as, setting
 from ncrl.yaml_files import read_yaml
 
 FRAMES_PER_TIMESTEP = 4
-DEFAULT_ENVS = 16
-"""Games of all workers together, as in A3C, where their number is given and there is no GPU."""
 
 EXPLORING_ENVS = 64
 """The least with an intrinsic reward: more games find more, and are faster by the timestep."""
@@ -79,22 +79,28 @@ class RunConfig:
         "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
     )
     lstm_hidden_size: int = setting(512, "width of the LSTM", low=1, high=8192)
-    num_slots: int = setting(80, "Neurocoder: slots P of the program memory", low=1, high=65_536)
+    num_slots: int = setting(
+        IMAGE_HEADS["num_slots"], "Neurocoder: slots P of the program memory", low=1, high=65_536
+    )
     key_dim: int = setting(3, "Neurocoder: width K of keys", low=1, high=4096)
-    num_heads: int = setting(15, "Neurocoder: attention heads H", low=1, high=4096)
+    num_heads: int = setting(
+        IMAGE_HEADS["num_heads"], "Neurocoder: attention heads H", low=1, high=4096
+    )
     num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1, high=256)
-    num_least_used: int = setting(5, "Neurocoder: least-used slots l_I", low=0, high=65_536)
+    num_least_used: int = setting(
+        IMAGE_HEADS["num_least_used"], "Neurocoder: least-used slots l_I", low=0, high=65_536
+    )
     controller_size: int = setting(
         8, "Neurocoder: width of the composition network", low=1, high=4096
     )
     sharpness: float = setting(
-        10.0,
+        IMAGE_HEADS["sharpness"],
         "Neurocoder: softmax temperature beta; 1 in the paper, where heads hardly attend",
         low=1e-6,
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     # The algorithm.
-    n_steps: int = setting(20, "timesteps per rollout", low=1, high=100_000)
+    n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
         None,
         "timesteps per update; rollouts of 4 games, of up to 24 with a GPU",
@@ -104,19 +110,17 @@ class RunConfig:
     optimizer: str = setting(
         "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
     )
-    learning_rate: float = setting(1e-3, "learning rate at the start", low=0)
+    learning_rate: float = setting(IMAGES.learning_rate, "learning rate at the start", low=0)
     anneal: bool = setting(True, "whether the learning rate falls linearly to 0")
-    gamma: float = setting(0.99, "discount", low=0, high=1)
-    gae_lambda: float = setting(0.95, "1 for n-step returns", low=0, high=1)
-    ent_coef: float = setting(0.01, "weight of the entropy", low=0)
-    vf_coef: float = setting(0.5, "weight of the value loss", low=0)
+    gamma: float = same_as(Objective, "gamma")
+    gae_lambda: float = setting(IMAGES.gae_lambda, "1 for n-step returns", low=0, high=1)
+    ent_coef: float = same_as(Objective, "ent_coef")
+    vf_coef: float = same_as(Objective, "vf_coef")
     max_grad_norm: float = setting(40.0, "limit on the gradient's norm", low=0)
     rms_prop_eps: float = setting(0.1, "rmsprop: epsilon, inside the root", low=0)
-    orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
-    balance_coef: float = setting(0.01, "moe: weight of the balance loss", low=0)
-    correction: str = setting(
-        "vtrace", "for rollouts played by older weights", choices=("vtrace", "none")
-    )
+    orth_coef: float = same_as(Objective, "orth_coef")
+    balance_coef: float = same_as(Objective, "balance_coef")
+    correction: str = same_as(Objective, "correction")
     # Exploration.
     intrinsic_reward: str = setting(
         "auto",
@@ -124,12 +128,10 @@ class RunConfig:
         "rare, none for all others",
         choices=("auto", "none", *SOURCES),
     )
-    int_coef: float = setting(0.5, "bonus: weight of its advantages, of deviation 1", low=0)
-    ext_coef: float = setting(2.0, "bonus: weight of the game's own advantages beside it", low=0)
-    int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
-    imitation_coef: float = setting(
-        0.5, "bonus: weight of rollouts that led to a score, learnt from again", low=0
-    )
+    int_coef: float = same_as(Objective, "int_coef")
+    ext_coef: float = same_as(Objective, "ext_coef")
+    int_gamma: float = same_as(Objective, "int_gamma")
+    imitation_coef: float = same_as(Objective, "imitation_coef")
     bonus_encoder: str = setting(
         "a3c", "rnd and snd: size of target and predictor", choices=("a3c", "nature")
     )
@@ -141,7 +143,7 @@ class RunConfig:
         high=1,
     )
     bonus_warmup: int = setting(
-        100_000, "bonus: timesteps in which statistics are gathered first", low=0, high=10**9
+        100_000, "bonus: timesteps in which statistics are gathered first", low=0, high=10**12
     )
     # What is written.
     log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)

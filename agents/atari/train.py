@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
@@ -121,12 +120,10 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
     """A fresh model; `options` replace arguments of `A3C`."""
     config = with_bonus(config)
     rate = config.learning_rate
-    optimizer: dict[str, Any] = {}
-    if config.optimizer == "adam":
-        optimizer = {"optimizer_class": torch.optim.Adam, "optimizer_kwargs": {"eps": 1e-5}}
     arguments: dict[str, Any] = {
         "env": make_factory(config),
         "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
+        "use_rms_prop": config.optimizer == "rmsprop",
         "n_workers": config.workers or 0,
         "n_envs": num_games(config),
         "batch_size": timesteps_per_update(config, config.batch_size),
@@ -135,7 +132,6 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
             "head_kwargs": head_options(config),
             "encoder": config.encoder,
             "lstm_hidden_size": config.lstm_hidden_size,
-            **optimizer,
         },
         "limits": Limits(
             heartbeat_timeout=config.heartbeat_timeout, max_restarts=config.max_restarts

@@ -10,12 +10,11 @@ from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from torch import nn
 
-from ncrl import NeurocoderLinear
 from ncrl.agents import A3C
 from ncrl.agents.learning.objective import Loss, actor_critic_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.envs import masked_cartpole
-from ncrl.layers import LAYERS
+from ncrl.layers import LAYERS, make_layer
 from ncrl.sb3 import MlpLstmPolicy
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -55,8 +54,7 @@ def test_every_head_trains_in_a3c(head: str) -> None:
     model.learn(20)
     assert model._n_updates == 2
     for net in ("action_net", "value_net"):
-        kind = NeurocoderLinear if head == "neurocoder" else LAYERS[head]
-        assert type(getattr(model.policy, net)) is kind
+        assert type(getattr(model.policy, net)) is type(make_layer(head, 8, 2))
         moved = [
             name
             for name, value in model.policy.state_dict().items()
