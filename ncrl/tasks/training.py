@@ -7,8 +7,6 @@ that nothing about the data has to be stored: `random_stream` makes random strea
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 import math
 import os
 import time
@@ -37,6 +35,7 @@ from ncrl.tasks.results import (
     Result,
     command_line,
     count_parameters,
+    fingerprint,
     is_curve,
     is_number,
     read_result,
@@ -100,12 +99,6 @@ def identity(
     for name in ("paper_parameters", "note"):
         values.pop(name)
     return {"recipe": values, "data": data, "readings": dict(readings or {})}
-
-
-def fingerprint(values: Mapping[str, Any]) -> str:
-    """Eight characters that differ between different values."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -195,7 +195,9 @@ class _Watch(TorchFunctionMode):
 
     loss: Tensor
 
-    def __init__(self, wholes: Parameters, leaves: Mapping[Leaf, Tensor], *, cut: bool) -> None:
+    def __init__(
+        self, wholes: Mapping[str, Tensor], leaves: Mapping[Leaf, Tensor], *, cut: bool
+    ) -> None:
         super().__init__()
         self.wholes, self.leaves, self.cut = wholes, leaves, cut
         self.products: list[_Product] = []

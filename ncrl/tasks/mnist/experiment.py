@@ -17,7 +17,7 @@ from torch import Tensor
 from ncrl import NeurocoderLinear
 from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import BASE, Plan, Session, run_command, task_parser
+from ncrl.tasks.command import BASE, Plan, Session, add_validate, run_command, task_parser
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.mnist.figure import draw
 from ncrl.tasks.models import ProjectedLinear
@@ -139,11 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="values of J for Neurocoder layers (default: 1 to 5 where no recipe is named, else "
         "the recipe's)",
     )
-    parser.add_argument(
-        "--validate",
-        action="store_true",
-        help="hold one of six training images out and measure on them: for the choice of settings",
-    )
+    add_validate(parser, "one of six training images")
     return run_command("mnist", parser, arguments, work)
 
 
