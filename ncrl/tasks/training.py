@@ -154,7 +154,7 @@ def make_step(recipe: Recipe, experiment: Experiment) -> Callable[[], None]:
 
     def step() -> None:
         training.step()
-        training.forget_losses()
+        training.losses.clear()
 
     return step
 
@@ -170,7 +170,7 @@ class _Training:
         self.update = 0  # updates done
         self.seconds = 0.0  # spent before `_began`
         self.curve: list[dict[str, float]] = []
-        self._losses: list[Tensor] = []  # of the updates since the last look
+        self.losses: list[Tensor] = []  # of the updates since the last look
         self._loss_sum, self._loss_count = 0.0, 0  # since the last evaluation
         self._began = self._saved = time.monotonic()
         self._save_seconds = 0.0
@@ -215,7 +215,7 @@ class _Training:
         if self.recipe.max_grad_norm is not None:
             clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         self.optimizer.step()
-        self._losses.append(loss.detach())
+        self.losses.append(loss.detach())
         self.experiment.after_update(self.update)
         self.update += 1
 
@@ -232,11 +232,11 @@ class _Training:
         return loss, total
 
     def _check_losses(self) -> None:
-        if not self._losses:
+        if not self.losses:
             return
-        values = torch.stack(self._losses).tolist()
+        values = torch.stack(self.losses).tolist()
         first = self.update - len(values)
-        self._losses.clear()
+        self.losses.clear()
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise NonFiniteError(
@@ -246,10 +246,6 @@ class _Training:
                 )
             self._loss_sum += value  # one by one: the sum must not depend on when it is looked at
         self._loss_count += len(values)
-
-    def forget_losses(self) -> None:
-        """Without a look at them."""
-        self._losses.clear()
 
     def _mean_loss(self) -> float:
         return self._loss_sum / max(self._loss_count, 1)

@@ -7,7 +7,7 @@ python -m ncrl.tasks.mnist --data-dir DIR --seeds 0 1 2 --figure mnist.png
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class DigitClassifier(Classification):
             patterns = attention_patterns(means)
             details["maps"] = {"mean": _rounded(means), "example": _rounded(examples)}
             details["patterns"] = patterns.astype(int).tolist()
-            details["tree"] = decision_tree(patterns)._asdict()
+            details["tree"] = decision_tree(patterns)
         return details
 
 
@@ -102,29 +102,23 @@ def attention_patterns(means: Tensor) -> NDArray[np.bool_]:
     return patterns
 
 
-class Node(NamedTuple):
-    """A set of digits whose patterns agree so far."""
+def decision_tree(
+    patterns: NDArray[np.bool_], digits: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The tree whose paths are the patterns [digits, R]: what digits share is one branch.
 
-    digits: list[int]
-    children: list[dict[str, Any]]
-    """By the next component's kind: nodes as mappings, at most one for each kind."""
-
-
-def decision_tree(patterns: NDArray[np.bool_], digits: Sequence[int] | None = None) -> Node:
-    """The tree whose paths are the patterns [digits, R]: what digits share is one branch."""
+    Returns:
+        A node: the `digits` whose patterns agree so far, and its `children`, nodes by the next
+        component's kind.
+    """
     chosen = list(range(len(patterns))) if digits is None else list(digits)
-    if not patterns.shape[1]:
-        return Node(chosen, [])
     children = []
-    for kind in (False, True):
-        own = [digit for digit in chosen if bool(patterns[digit, 0]) is kind]
-        if own:
-            children.append(_branch(patterns, own))
-    return Node(chosen, children)
-
-
-def _branch(patterns: NDArray[np.bool_], digits: Sequence[int]) -> dict[str, Any]:
-    return decision_tree(patterns[:, 1:], digits)._asdict()
+    if patterns.shape[1]:
+        for kind in (False, True):
+            own = [digit for digit in chosen if bool(patterns[digit, 0]) is kind]
+            if own:
+                children.append(decision_tree(patterns[:, 1:], own))
+    return {"digits": chosen, "children": children}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
