@@ -33,7 +33,8 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.experiment import Experiment, random_stream
-from ncrl.tasks.recipes import CONFIGS, INSTALLED_CONFIGS, Recipe, read_recipe
+from ncrl.tasks.recipes import CONFIGS, INSTALLED_CONFIGS, Recipe
+from tests.ncrl.tasks.files import read_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 
