@@ -10,7 +10,6 @@ import argparse
 import multiprocessing
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import N_STEPS, NEUROCODER, cores, machine
+from common import N_STEPS, NEUROCODER, cores, machine, medians, print_header, print_row
 from layer import MIDDLE, WIDE, Bench
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
@@ -77,13 +76,13 @@ def main() -> None:
 
 def correctness(arguments: argparse.Namespace) -> None:
     """Largest difference from the CPU in outputs and gradients, relative to the largest value."""
-    row("layer", "float64", "float32")
+    print_header("layer", "float64", "float32")
     for name, (kind, options) in KINDS.items():
         worst = [
             max(difference(kind, options, dtype, batch, arguments.device) for batch in (8, 320))
             for dtype in (torch.float64, torch.float32)
         ]
-        row(name, *(f"{value:.1e}" for value in worst))
+        print_row(name, *(f"{value:.1e}" for value in worst))
 
 
 def difference(
@@ -115,7 +114,9 @@ def difference(
 
 def update(arguments: argparse.Namespace) -> None:
     """One `train()`: eager, and replayed; what both end in; what the kernels alone take."""
-    row("heads", "timesteps", "eager, ms", "graph, ms", "kernels, ms", "launches", "difference")
+    print_header(
+        "heads", "timesteps", "eager, ms", "graph, ms", "kernels, ms", "launches", "difference"
+    )
     graphs: dict[tuple[str, int], float] = {}
     for games in (4, 64):
         for head in ("linear", "neurocoder"):
@@ -125,11 +126,11 @@ def update(arguments: argparse.Namespace) -> None:
                     model.train()
             gap = largest_gap(eager, captured)
             kernels, launches = kernels_of(eager) if arguments.device == "cuda" else (0.0, 0)
-            milliseconds = median_ms(arguments.seconds, eager.train)
-            replayed = median_ms(arguments.seconds, captured.train)
+            (milliseconds,) = medians(arguments.seconds, eager.train)
+            (replayed,) = medians(arguments.seconds, captured.train)
             graphs[head, games] = replayed
             note = captured.learner.graphed.reason
-            row(
+            print_row(
                 head,
                 games * N_STEPS,
                 f"{milliseconds:.2f}",
@@ -139,7 +140,7 @@ def update(arguments: argparse.Namespace) -> None:
                 f"{gap:.1e}",
             )
         share = graphs["neurocoder", games] / graphs["linear", games]
-        print(f"| Neurocoder beside linear heads | {games * N_STEPS} | | {share:.2f} | | | |")
+        print_row("Neurocoder beside linear heads", games * N_STEPS, "", f"{share:.2f}", "", "", "")
 
 
 def learner(head: str, games: int, device: str, captured: bool) -> A3C:
@@ -181,11 +182,11 @@ def kernels_of(model: A3C) -> tuple[float, int]:
 
 def acting(arguments: argparse.Namespace) -> None:
     """One step of a whole policy, on the learner's device and on one core."""
-    row("heads", "games", f"{arguments.device}, ms", "one core, ms")
+    print_header("heads", "games", f"{arguments.device}, ms", "one core, ms")
     for head in ("linear", "neurocoder"):
         policies = [learner(head, 4, device, False).policy for device in (arguments.device, "cpu")]
         for games in (8, 256):
-            times = []
+            times: list[float] = []
             for policy in policies:
                 policy.set_training_mode(False)
                 obs = torch.zeros(games, 1, 84, 84, dtype=torch.uint8, device=policy.device)
@@ -195,8 +196,8 @@ def acting(arguments: argparse.Namespace) -> None:
                 def act(policy: Any = policy, given: Any = (obs, state, starts)) -> None:
                     policy.act(*given).actions.cpu()
 
-                times.append(median_ms(arguments.seconds / 2, act))
-            row(head, games, *(f"{value:.2f}" for value in times))
+                times.append(*medians(arguments.seconds / 2, act))
+            print_row(head, games, *(f"{value:.2f}" for value in times))
 
 
 # The layer.
@@ -205,21 +206,25 @@ def acting(arguments: argparse.Namespace) -> None:
 def layer(arguments: argparse.Namespace) -> None:
     """Training steps beside nn.Linear of the same widths."""
     bench = Bench(torch.device(arguments.device), arguments.seconds / 2, compiled=False)
-    row("layer", "batch", "ours, ms", "nn.Linear, ms", "ratio")
+    print_header("layer", "batch", "ours, ms", "nn.Linear, ms", "ratio")
     wide = bench.layer(3072, 512, controller_size=32, residual=False, **WIDE)
     middle = bench.layer(784, 400, controller_size=18, residual=False, **MIDDLE)
     for batch in (320, 4096):
         for name, ours in (("3072 -> 512, J 5", wide), ("784 -> 400", middle)):
             found = bench.beside_linear(name, ours, batch, None, True)
-            row(name, batch, f"{found.ours:.3f}", f"{found.reference:.3f}", f"{found.ratio:.1f}")
+            print_row(
+                name, batch, f"{found.ours:.3f}", f"{found.reference:.3f}", f"{found.ratio:.1f}"
+            )
     head = bench.layer(512, 18, controller_size=8, residual=True, **NEUROCODER_HEAD)
     lstm = bench.put(nn.LSTM(256, 512))
     steps = (
         bench.training_step(head, bench.input(320, 512)),
         bench.training_step(lstm, bench.input(N_STEPS, 16, 256)),
     )
-    mine, theirs = bench.medians(*steps)
-    row("actor head beside LSTM-512", 320, f"{mine:.3f}", f"{theirs:.3f}", f"{mine / theirs:.1f}")
+    mine, theirs = medians(bench.seconds, *steps)
+    print_row(
+        "actor head beside LSTM-512", 320, f"{mine:.3f}", f"{theirs:.3f}", f"{mine / theirs:.1f}"
+    )
 
 
 NEUROCODER_HEAD = {k: v for k, v in NEUROCODER.items() if k != "controller_size"}
@@ -230,9 +235,9 @@ NEUROCODER_HEAD = {k: v for k, v in NEUROCODER.items() if k != "controller_size"
 
 def ceiling(arguments: argparse.Namespace) -> None:
     """Games and acting without any learning, one process per core."""
-    row("processes", "games each", "timesteps/s, games + acting")
+    print_header("processes", "games each", "timesteps/s, games + acting")
     games = choose_sizes(cores(), arguments.device == "cuda").games
-    row(cores(), games, f"{played_alone(cores(), games, 5 * arguments.seconds):,.0f}")
+    print_row(cores(), games, f"{played_alone(cores(), games, 5 * arguments.seconds):,.0f}")
 
 
 def played_alone(processes: int, games: int, seconds: float) -> float:
@@ -279,7 +284,7 @@ def play_alone(games: int, seconds: float, index: int, barrier: Any, counts: Any
 
 def start_up(arguments: argparse.Namespace) -> None:
     """From `learn` to the first timestep that arrives."""
-    row("workers", "games each", "first timestep after, s")
+    print_header("workers", "games each", "first timestep after, s")
     sizes = choose_sizes(cores(), arguments.device == "cuda")
     for workers in sorted({min(2, cores()), sizes.workers}):
         model = A3C(
@@ -291,7 +296,7 @@ def start_up(arguments: argparse.Namespace) -> None:
         )
         first = FirstStep()
         model.learn(10**9, callback=first)
-        row(workers, sizes.games, f"{first.seconds:.1f}")
+        print_row(workers, sizes.games, f"{first.seconds:.1f}")
 
 
 class FirstStep(BaseCallback):
@@ -336,34 +341,6 @@ def pong(arguments: argparse.Namespace) -> None:
     (began, before), (ended, after) = moving[0], moving[-1]
     rate = (after - before) / (ended - began)
     print(f"{rate:,.0f} frames/s, {rate / FRAMES_PER_TIMESTEP:,.0f} timesteps/s without start-up")
-
-
-# Helpers.
-
-
-def row(*cells: object) -> None:
-    """One row of a table; the first one that a table prints is its heading."""
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
-
-def median_ms(seconds: float, function: Callable[[], Any]) -> float:
-    """Of calls whose end the device has reached."""
-    times: list[float] = []
-    until = time.monotonic() + seconds
-    for _ in range(3):
-        function()
-    while len(times) < 3 or time.monotonic() < until:
-        synchronize()
-        began = time.perf_counter()
-        function()
-        synchronize()
-        times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 TABLES: dict[str, Callable[[argparse.Namespace], None]] = {

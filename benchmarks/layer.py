@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from common import medians, print_header
 from torch import Tensor, nn
 from torch.profiler import profile
 
@@ -80,7 +79,7 @@ def main() -> None:
         f"{device}, {arguments.threads} thread(s), torch {torch.__version__}, batch "
         f"{arguments.batch}, median of {arguments.seconds:g} s a row, ours and reference in turn"
     )
-    print("| | ours | reference | ratio | target | met |\n|---|---|---|---|---|---|")
+    print_header("", "ours", "reference", "ratio", "target", "met")
     rows = []
     for row in measurements(bench, arguments.batch, arguments.all):
         print(row, flush=True)
@@ -134,7 +133,7 @@ def acting(bench: Bench) -> Iterator[Row]:
         for head in heads:
             head(latent)
 
-    (milliseconds,) = bench.medians(act)
+    (milliseconds,) = medians(bench.seconds, act)
     yield Row("acting, both heads, batch 8, beside 1 ms", milliseconds, 1.0, 0.4)
     for name in WIDTHS:
 
@@ -237,28 +236,8 @@ class Bench:
         reference: Callable[[], None],
         target: float | None,
     ) -> Row:
-        mine, theirs = self.medians(ours, reference)
+        mine, theirs = medians(self.seconds, ours, reference)
         return Row(name, mine, theirs, target)
-
-    def medians(self, *functions: Callable[[], None]) -> list[float]:
-        """Median milliseconds of each function, called in turn so that noise meets all alike."""
-        times: list[list[float]] = [[] for _ in functions]
-        for _ in range(5):
-            for function in functions:
-                function()
-        until = time.monotonic() + self.seconds
-        while time.monotonic() < until:
-            for function, seen in zip(functions, times, strict=True):
-                self.synchronize()
-                began = time.perf_counter()
-                function()
-                self.synchronize()
-                seen.append(1000 * (time.perf_counter() - began))
-        return [statistics.median(seen) for seen in times]
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def peak_bytes(function: Callable[[], None]) -> int:

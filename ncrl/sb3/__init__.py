@@ -1,6 +1,5 @@
 """Stable-Baselines3 policies whose policy and value outputs can be Neurocoder layers."""
 
-from ncrl.sb3.card import write_model_card
 from ncrl.sb3.engine import EnginePolicy, Latent, RolloutEvaluation, Step
 from ncrl.sb3.export import export_policy, load_policy
 from ncrl.sb3.feedforward import (
@@ -45,5 +44,4 @@ __all__ = [
     "export_policy",
     "load_policy",
     "register",
-    "write_model_card",
 ]

@@ -50,6 +50,8 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
     """
 
     head = "linear"
+    extractor: type[BaseFeaturesExtractor] | None = None
+    """In place of SB3's, where `features_extractor_class` is not given."""
 
     def __init__(
         self,
@@ -75,6 +77,8 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
                 f" got enable_critic_lstm={enable_critic_lstm} and "
                 f"share_features_extractor={share_features_extractor}"
             )
+        if self.extractor is not None:
+            kwargs.setdefault("features_extractor_class", self.extractor)
         super().__init__(
             observation_space,
             action_space,
@@ -272,9 +276,7 @@ class MlpLstmPolicy(LstmPolicy):
         kwargs: arguments of `LstmPolicy`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", VectorEncoder)
-        super().__init__(*args, **kwargs)
+    extractor = VectorEncoder
 
 
 class CnnLstmPolicy(LstmPolicy):
@@ -284,6 +286,8 @@ class CnnLstmPolicy(LstmPolicy):
         encoder: `a3c`, `nature` or `paper`.
         kwargs: further arguments of `LstmPolicy`.
     """
+
+    extractor = AtariEncoder
 
     def __init__(
         self,
@@ -296,7 +300,6 @@ class CnnLstmPolicy(LstmPolicy):
         lstm_hidden_size: int = 512,
         **kwargs: Any,
     ) -> None:
-        kwargs.setdefault("features_extractor_class", AtariEncoder)
         if encoder is not None:
             options = kwargs.get("features_extractor_kwargs") or {}
             kwargs["features_extractor_kwargs"] = options | {"encoder": encoder}
@@ -317,9 +320,7 @@ class MultiInputLstmPolicy(LstmPolicy):
         kwargs: arguments of `LstmPolicy`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", CombinedExtractor)
-        super().__init__(*args, **kwargs)
+    extractor = CombinedExtractor
 
 
 class NeurocoderMlpLstmPolicy(MlpLstmPolicy):

@@ -34,12 +34,11 @@ from ncrl.tasks.recipes import (
     outline_network,
     read_recipes,
 )
-from ncrl.tasks.results import Result
+from ncrl.tasks.results import Result, fingerprint
 from ncrl.tasks.training import (
     RECIPE_FILE,
     NonFiniteError,
     Run,
-    fingerprint,
     identity,
     load_weights,
     train,
@@ -271,6 +270,15 @@ def task_parser(task: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_validate(parser: argparse.ArgumentParser, every: str) -> None:
+    """The flag --validate; `every` says which training images are held out."""
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help=f"hold {every} out and measure on them: for the choice of settings",
+    )
+
+
 def run_command(
     task: str,
     parser: argparse.ArgumentParser,
@@ -385,6 +393,24 @@ def read_options(words: Sequence[str], flag: str) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{flag} {word!r}: {error}") from error
     return options
+
+
+def chosen(
+    flags: Mapping[str, Any], flag: str, choices: Sequence[str], default: Sequence[str]
+) -> list[str]:
+    """The names that a flag holds, without repetition.
+
+    Raises:
+        ValueError: for one that is not among `choices`.
+    """
+    names = flags.get(flag, default)
+    for name in names:
+        if name not in choices:
+            raise ValueError(
+                f"--{flag} must be one of {', '.join(choices)}, got {name!r}; "
+                f"{_hint(name, choices)}"
+            )
+    return list(dict.fromkeys(names))
 
 
 def find_config(name: str) -> Path:

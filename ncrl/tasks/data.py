@@ -7,20 +7,23 @@ output names, so that nobody takes them for MNIST.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from ncrl.files import write_atomically
+from ncrl.shell.screen import say
 from ncrl.tasks.formats import (
     CIFAR_SIDE,
     PARTS,
@@ -33,6 +36,8 @@ from ncrl.tasks.formats import (
 )
 
 MNIST_SIDE = 28
+
+Arrays = Mapping[str, NDArray[Any]]
 
 DIGITS_TEST_EVERY = 5
 """Of the embedded digits every fifth is kept for testing."""
@@ -263,34 +268,50 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncrl"
 
 
-def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
-    name += JPEG
-    key = hashlib.sha256(read_bytes(path)).hexdigest()
-    cached = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
-    try:
-        with np.load(cached, allow_pickle=False) as arrays:
-            train, test = (
-                Labelled(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in PARTS
-            )
-        for part in (train, test):
-            check_labelled(part, cached, num_classes)
-        return _images(name, path, train, test, num_classes)
-    except Exception:  # absent, or broken in whatever way: decoded again
-        train, test, classes = read_image_archive(path)
-    if len(classes) != num_classes:
-        raise ValueError(f"{path}: expected {num_classes} classes, got {len(classes)}")
-    arrays = {}
-    for kind, labelled in zip(PARTS, (train, test), strict=True):
-        arrays |= {f"{kind}_images": labelled.images, f"{kind}_labels": labelled.labels}
+def cached(path: Path, check: Callable[[Arrays], None], make: Callable[[], Arrays]) -> Arrays:
+    """Arrays from a file of the cache, or made and kept there.
+
+    Args:
+        path: below `cache_folder()`.
+        check: raises for arrays that cannot be used, which are then made again.
+        make: what takes long.
+    """
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
+        found = dict(file)
+        check(found)
+        return found
+    arrays = make()
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Whoever finishes last replaces a whole file by a whole and equal one.
-        write_atomically(cached, buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
-        print(f"not cached in {cached.parent}: {error.strerror}", file=sys.stderr)
-    return _images(name, path, train, test, num_classes)
+        say(f"not cached in {path.parent}: {error.strerror}", sys.stderr)
+    return arrays
+
+
+def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
+    key = hashlib.sha256(read_bytes(path)).hexdigest()
+
+    def parts(arrays: Arrays) -> Iterator[Labelled]:
+        return (Labelled(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in PARTS)
+
+    def check(arrays: Arrays) -> None:
+        for part in parts(arrays):
+            check_labelled(part, path, num_classes)
+
+    def decode() -> Arrays:
+        train, test, classes = read_image_archive(path)
+        if len(classes) != num_classes:
+            raise ValueError(f"{path}: expected {num_classes} classes, got {len(classes)}")
+        pairs = zip(PARTS, (train, test), strict=True)
+        return {f"{part}_{n}": array for part, pair in pairs for n, array in pair._asdict().items()}
+
+    file = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
+    train, test = parts(cached(file, check, decode))
+    return _images(name + JPEG, path, train, test, num_classes)
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path | None:

@@ -213,20 +213,6 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
     return recipes
 
 
-def read_recipe(path: Path, variant: str = "") -> Recipe:
-    """The recipe of a file, or one of its variants.
-
-    Raises:
-        ValueError: for a file that cannot be read or does not hold it.
-    """
-    recipes = read_recipes(path)
-    if variant not in recipes:
-        known = [name for name in recipes if name]
-        hint = f"nearest: {nearest(variant, known)}" if known else "it has none"
-        raise ValueError(f"unknown variant {variant!r} of {path}; {hint}")
-    return recipes[variant]
-
-
 def with_changes(values: Options, changes: Options, source: str) -> dict[str, Any]:
     """The settings of a variant.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import sys
@@ -15,6 +16,9 @@ import torch
 from ncrl.files import read_bytes, write_atomically
 
 RESULT_FILE = "result.json"
+
+CHECKSUM = "details_checksum"
+"""Beside the fields of a row in its file; rows of earlier releases have none."""
 
 LARGEST_ROW = 256 << 20
 """Bytes of a row; curves and maps take most of them."""
@@ -87,8 +91,14 @@ def number(value: float) -> str:
 
 def write_result(folder: Path, result: Result) -> None:
     """Write a row, whole or not at all."""
-    text = json.dumps(asdict(result), indent=1)
-    write_atomically(folder / RESULT_FILE, text.encode())
+    values = asdict(result) | {CHECKSUM: fingerprint(result.details)}
+    write_atomically(folder / RESULT_FILE, json.dumps(values, indent=1).encode())
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """Eight characters that differ between different values."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read_result(path: Path) -> Result:
@@ -104,6 +114,7 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"cannot read {path}: it is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    checksum = values.pop(CHECKSUM, None) if isinstance(values, dict) else None
     known = {entry.name: str(entry.type).partition("[")[0] for entry in fields(Result)}
     if not isinstance(values, dict) or set(values) - set(known):
         raise ValueError(f"{path} is no result of ncrl.tasks")
@@ -117,13 +128,22 @@ def read_result(path: Path) -> Result:
         row = Result(**values)
     except TypeError as error:
         raise ValueError(f"{path} is no result of ncrl.tasks: {error}") from error
-    if min(row.seed, row.parameters, row.updates, row.seconds) < 0 or not is_number(row.seconds):
-        raise ValueError(f"{path} is no result of ncrl.tasks: a counter in it is negative")
-    if not all(isinstance(label, str) for label in row.labels.values()):
-        raise ValueError(f"{path} is no result of ncrl.tasks: a label in it is no text")
-    if not (is_curve([row.metrics]) and is_curve(row.curve)):
-        raise ValueError(f"{path} is no result of ncrl.tasks: a metric in it is no number")
+    if fault := _fault(row, checksum):
+        raise ValueError(f"{path} is no result of ncrl.tasks: {fault}")
     return row
+
+
+def _fault(row: Result, checksum: object) -> str | None:
+    """What is wrong with a row whose fields have their types."""
+    if min(row.seed, row.parameters, row.updates, row.seconds) < 0 or not is_number(row.seconds):
+        return "a counter in it is negative"
+    if not all(isinstance(label, str) for label in row.labels.values()):
+        return "a label in it is no text"
+    if not (is_curve([row.metrics]) and is_curve(row.curve)):
+        return "a metric in it is no number"
+    if checksum not in (None, fingerprint(row.details)):
+        return "its details were changed since it was written (their checksum differs)"
+    return None
 
 
 JSON_TYPES: Mapping[str, tuple[type, ...]] = {

@@ -7,8 +7,6 @@ that nothing about the data has to be stored: `random_stream` makes random strea
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 import math
 import os
 import time
@@ -37,6 +35,7 @@ from ncrl.tasks.results import (
     Result,
     command_line,
     count_parameters,
+    fingerprint,
     is_curve,
     is_number,
     read_result,
@@ -102,12 +101,6 @@ def identity(
     return {"recipe": values, "data": data, "readings": dict(readings or {})}
 
 
-def fingerprint(values: Mapping[str, Any]) -> str:
-    """Eight characters that differ between different values."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimiser of all parameters that are trained."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -161,7 +154,7 @@ def make_step(recipe: Recipe, experiment: Experiment) -> Callable[[], None]:
 
     def step() -> None:
         training.step()
-        training.forget_losses()
+        training.losses.clear()
 
     return step
 
@@ -177,7 +170,7 @@ class _Training:
         self.update = 0  # updates done
         self.seconds = 0.0  # spent before `_began`
         self.curve: list[dict[str, float]] = []
-        self._losses: list[Tensor] = []  # of the updates since the last look
+        self.losses: list[Tensor] = []  # of the updates since the last look
         self._loss_sum, self._loss_count = 0.0, 0  # since the last evaluation
         self._began = self._saved = time.monotonic()
         self._save_seconds = 0.0
@@ -222,7 +215,7 @@ class _Training:
         if self.recipe.max_grad_norm is not None:
             clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         self.optimizer.step()
-        self._losses.append(loss.detach())
+        self.losses.append(loss.detach())
         self.experiment.after_update(self.update)
         self.update += 1
 
@@ -239,11 +232,11 @@ class _Training:
         return loss, total
 
     def _check_losses(self) -> None:
-        if not self._losses:
+        if not self.losses:
             return
-        values = torch.stack(self._losses).tolist()
+        values = torch.stack(self.losses).tolist()
         first = self.update - len(values)
-        self._losses.clear()
+        self.losses.clear()
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise NonFiniteError(
@@ -253,10 +246,6 @@ class _Training:
                 )
             self._loss_sum += value  # one by one: the sum must not depend on when it is looked at
         self._loss_count += len(values)
-
-    def forget_losses(self) -> None:
-        """Without a look at them."""
-        self._losses.clear()
 
     def _mean_loss(self) -> float:
         return self._loss_sum / max(self._loss_count, 1)

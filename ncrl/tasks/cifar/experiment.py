@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import Plan, Session, run_command, task_parser
+from ncrl.tasks.command import Plan, Session, add_validate, run_command, task_parser
 from ncrl.tasks.data import HELD_OUT, Images, load_cifar
 from ncrl.tasks.figures import draw_curves, save_figure
 from ncrl.tasks.recipes import CONFIGS, Recipe, read_recipes
@@ -90,11 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="INT",
         help="10 or 100 (default: those of the recipe)",
     )
-    parser.add_argument(
-        "--validate",
-        action="store_true",
-        help="hold one of five training images out and measure on them: for the choice of settings",
-    )
+    add_validate(parser, "one of five training images")
     return run_command("cifar", parser, arguments, work)
 
 

@@ -46,7 +46,7 @@ class Method:
 
         Args:
             inputs: all training inputs of the task, [N, ...].
-            sample_loss: its loss for one sample; see `own_label_loss`.
+            sample_loss: its loss, summed over samples; see `own_label_loss`.
         """
 
     def state(self) -> dict[str, Any]:
@@ -257,10 +257,10 @@ def make_method(name: str, model: nn.Module, coef: float) -> Method:
     return METHODS[name](model, coef)
 
 
-def own_label_loss(call: Callable[..., Tensor], sample: Tensor, **options: Any) -> Tensor:
-    """Cross-entropy at the label that the model itself finds likeliest, for inputs [1, ...]."""
-    logits = call(sample, **options)
-    return torch.nn.functional.cross_entropy(logits, logits.argmax(1))
+def own_label_loss(call: Callable[..., Tensor], samples: Tensor, **options: Any) -> Tensor:
+    """Cross-entropies at the labels that the model itself finds likeliest, summed over inputs."""
+    logits = call(samples, **options)
+    return torch.nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
 
 
 class _QuadraticPenalty(torch.autograd.Function):

@@ -72,17 +72,35 @@ def split_tasks(data: Images) -> list[Task]:
             f"{data.name}: expected grey square images with an even side of up to {PADDED_SIDE}, "
             f"got {channels}x{height}x{width}"
         )
+    pixels = data._replace(
+        train_images=prepare(data.train_images), test_images=prepare(data.test_images)
+    )
+    return class_tasks(pixels, CLASSES_PER_TASK)
+
+
+def class_tasks(data: Images, classes_per_task: int) -> list[Task]:
+    """Tasks of consecutive classes; labels count from 0 in each.
+
+    Args:
+        data: with features [N, F] in place of pixels.
+        classes_per_task: divides the number of classes.
+
+    Raises:
+        ValueError: if a class lacks images.
+    """
     tasks = []
-    for first in range(0, data.num_classes - CLASSES_PER_TASK + 1, CLASSES_PER_TASK):
-        parts = []
-        for images, labels in (
+    for first in range(0, data.num_classes, classes_per_task):
+        parts: list[Tensor] = []
+        for features, labels in (
             (data.train_images, data.train_labels),
             (data.test_images, data.test_labels),
         ):
-            chosen = (labels >= first) & (labels < first + CLASSES_PER_TASK)
-            if not chosen.any():
-                raise ValueError(f"{data.name} has no images of the classes {first}, {first + 1}")
-            parts += [prepare(images[chosen]), labels[chosen] - first]
+            chosen = (labels >= first) & (labels < first + classes_per_task)
+            found = set(labels[chosen].tolist())
+            for label in range(first, first + classes_per_task):
+                if label not in found:
+                    raise ValueError(f"{data.name} has no images of class {label}")
+            parts += [features[chosen], labels[chosen] - first]
         tasks.append(Task(*parts))
     return tasks
 

@@ -7,7 +7,7 @@ python -m ncrl.tasks.mnist --data-dir DIR --seeds 0 1 2 --figure mnist.png
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ncrl import NeurocoderLinear
 from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import BASE, Plan, Session, run_command, task_parser
+from ncrl.tasks.command import BASE, Plan, Session, add_validate, run_command, task_parser
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.mnist.figure import draw
 from ncrl.tasks.models import ProjectedLinear
@@ -52,7 +52,7 @@ class DigitClassifier(Classification):
             patterns = attention_patterns(means)
             details["maps"] = {"mean": _rounded(means), "example": _rounded(examples)}
             details["patterns"] = patterns.astype(int).tolist()
-            details["tree"] = decision_tree(patterns)._asdict()
+            details["tree"] = decision_tree(patterns)
         return details
 
 
@@ -102,29 +102,23 @@ def attention_patterns(means: Tensor) -> NDArray[np.bool_]:
     return patterns
 
 
-class Node(NamedTuple):
-    """A set of digits whose patterns agree so far."""
+def decision_tree(
+    patterns: NDArray[np.bool_], digits: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The tree whose paths are the patterns [digits, R]: what digits share is one branch.
 
-    digits: list[int]
-    children: list[dict[str, Any]]
-    """By the next component's kind: nodes as mappings, at most one for each kind."""
-
-
-def decision_tree(patterns: NDArray[np.bool_], digits: Sequence[int] | None = None) -> Node:
-    """The tree whose paths are the patterns [digits, R]: what digits share is one branch."""
+    Returns:
+        A node: the `digits` whose patterns agree so far, and its `children`, nodes by the next
+        component's kind.
+    """
     chosen = list(range(len(patterns))) if digits is None else list(digits)
-    if not patterns.shape[1]:
-        return Node(chosen, [])
     children = []
-    for kind in (False, True):
-        own = [digit for digit in chosen if bool(patterns[digit, 0]) is kind]
-        if own:
-            children.append(_branch(patterns, own))
-    return Node(chosen, children)
-
-
-def _branch(patterns: NDArray[np.bool_], digits: Sequence[int]) -> dict[str, Any]:
-    return decision_tree(patterns[:, 1:], digits)._asdict()
+    if patterns.shape[1]:
+        for kind in (False, True):
+            own = [digit for digit in chosen if bool(patterns[digit, 0]) is kind]
+            if own:
+                children.append(decision_tree(patterns[:, 1:], own))
+    return {"digits": chosen, "children": children}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,11 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="values of J for Neurocoder layers (default: 1 to 5 where no recipe is named, else "
         "the recipe's)",
     )
-    parser.add_argument(
-        "--validate",
-        action="store_true",
-        help="hold one of six training images out and measure on them: for the choice of settings",
-    )
+    add_validate(parser, "one of six training images")
     return run_command("mnist", parser, arguments, work)
 
 

@@ -7,8 +7,6 @@ from: weights, pixels and preparation. B stands for images.
 from __future__ import annotations
 
 import hashlib
-import io
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -20,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncrl.files import write_atomically
 from ncrl.settings import nearest
 from ncrl.shell.screen import LINE_SECONDS, say
 from ncrl.shell.tensors import read_tensors
-from ncrl.tasks.data import Images, cache_folder
+from ncrl.tasks.data import Arrays, Images, cache_folder, cached
 from ncrl.tasks.experiment import Experiment, evaluating, random_stream
 from ncrl.tasks.models import ResNet18
 from ncrl.tasks.recipes import Recipe, build_network
@@ -312,14 +309,23 @@ def features_of(backbone: Backbone, data: Images, folder: Path | None = None) ->
         content.update(f"{tuple(images.shape)}".encode())
         content.update(as_bytes(images))
     path = folder / f"features-{content.hexdigest()[:16]}.npz"
-    sizes = len(data.train_images), len(data.test_images)
-    parts = _read_features(path, sizes, backbone.num_features)
-    if parts is None:
-        say(f"computing features of {sum(sizes):,} images, once: {path}", sys.stderr)
-        parts = tuple(_compute(backbone, x) for x in (data.train_images, data.test_images))
-        _write_features(path, parts)
+    images_of = {"train": data.train_images, "test": data.test_images}
+
+    def check(found: Arrays) -> None:
+        for part, given in images_of.items():
+            if found[part].shape != (len(given), backbone.num_features):
+                raise ValueError("features of other images")
+            if found[part].dtype != np.float32 or not np.isfinite(found[part]).all():
+                raise ValueError("no features")
+
+    def compute() -> Arrays:
+        total = sum(map(len, images_of.values()))
+        say(f"computing features of {total:,} images, once: {path}", sys.stderr)
+        return {part: _compute(backbone, given).numpy() for part, given in images_of.items()}
+
+    found = cached(path, check, compute)
     device = data.train_images.device
-    train, test = (part.to(device) for part in parts)
+    train, test = (torch.from_numpy(found[part]).to(device) for part in images_of)
     mean, std = train.mean(0), train.std(0, correction=0)
     std = torch.where(std < LEAST_STD, torch.ones_like(std), std)
     return data._replace(train_images=(train - mean) / std, test_images=(test - mean) / std)
@@ -343,29 +349,3 @@ def _compute(backbone: Backbone, images: Tensor) -> Tensor:
     if not features.isfinite().all():
         raise ValueError(f"{backbone.title}: its features are not finite")
     return features
-
-
-def _read_features(path: Path, sizes: tuple[int, int], width: int) -> tuple[Tensor, ...] | None:
-    """What the cache holds; None if it holds nothing that can be used."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            parts = [arrays["train"], arrays["test"]]
-    except Exception:  # absent, or broken in whatever way: computed again
-        return None
-    for part, size in zip(parts, sizes, strict=True):
-        if part.shape != (size, width) or part.dtype != np.float32:
-            return None
-        if not math.isfinite(float(np.abs(part).max(initial=0.0))):
-            return None
-    return tuple(torch.from_numpy(part) for part in parts)
-
-
-def _write_features(path: Path, parts: tuple[Tensor, ...]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, train=parts[0].numpy(), test=parts[1].numpy())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever finishes last replaces a whole file by a whole and equal one.
-        write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        say(f"not cached in {path.parent}: {error.strerror}", sys.stderr)

@@ -14,10 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ncrl.settings import nearest
 from ncrl.shell.screen import say
-from ncrl.tasks.command import Plan, Session, check_range, find_config, run_command, task_parser
-from ncrl.tasks.continual.split import COEFS
+from ncrl.tasks.command import (
+    Plan,
+    Session,
+    add_validate,
+    check_range,
+    chosen,
+    find_config,
+    run_command,
+    task_parser,
+)
+from ncrl.tasks.continual.split import COEFS, class_tasks
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.formats import CIFAR_SIDE
 from ncrl.tasks.models import ResNet18
@@ -40,7 +48,7 @@ from ncrl.tasks.split_cifar.backbone import (
     load_backbone,
     pixel_statistics,
 )
-from ncrl.tasks.split_cifar.features import SplitFeatures, feature_tasks
+from ncrl.tasks.split_cifar.features import SplitFeatures
 from ncrl.tasks.split_cifar.figure import draw_accuracy, draw_slots, slots_figure
 
 CONFIG = "split_cifar.yaml"
@@ -103,11 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"images are enlarged to this for the backbone (default: {IMAGENET_SIDE} with "
         f"--backbone, else {TRAINED_SIDE})",
     )
-    add(
-        "--validate",
-        action="store_true",
-        help="hold every fifth training image out and measure on them: for the choice of settings",
-    )
+    add_validate(parser, "every fifth training image")
     return run_command("split_cifar", parser, arguments, work)
 
 
@@ -136,7 +140,7 @@ def work(session: Session) -> None:
         say(f"measured on: {features.name}")
     if is_digits and "epochs" not in flags:
         say(f"{DIGITS_EPOCHS} epochs for each task: the recipe's are for CIFAR's size")
-    tasks = feature_tasks(features, CLASSES_PER_TASK[num_classes])
+    tasks = class_tasks(features, CLASSES_PER_TASK[num_classes])
     readings = {
         "backbone": f"{backbone.title}; {backbone.mark}",
         "image_side": backbone.side,
@@ -237,14 +241,8 @@ def methods_of(recipe: Recipe, flags: Mapping[str, Any]) -> list[str]:
         ValueError: for an unknown one.
     """
     assert isinstance(recipe, ContinualRecipe)
-    methods: list[str] = flags.get("method", [recipe.method] if recipe.method else DEFAULT_METHODS)
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(
-                f"--method must be one of {', '.join(METHODS)}, got {method!r}; "
-                f"nearest: {nearest(method, METHODS)}"
-            )
-    return list(dict.fromkeys(methods))
+    default = [recipe.method] if recipe.method else DEFAULT_METHODS
+    return chosen(flags, "method", METHODS, default)
 
 
 def plan(

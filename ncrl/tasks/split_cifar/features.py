@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from ncrl import NeurocoderLinear
 from ncrl.shell.tensors import check_like
-from ncrl.tasks.continual.split import SplitLearning, Task
-from ncrl.tasks.data import Images
+from ncrl.tasks.continual.split import SplitLearning
 from ncrl.tasks.experiment import describe_layers, evaluating, mutual_information
 from ncrl.tasks.models import SplitMlp
 
@@ -130,30 +129,3 @@ def hidden_attention(model: SplitMlp, x: Tensor) -> list[Tensor]:
 def seen_accuracy(accuracy: Tensor) -> list[float]:
     """Mean over the tasks learnt so far, after each (Fig. 7), for a matrix [trained, tested]."""
     return [float(row[: task + 1].mean()) for task, row in enumerate(accuracy)]
-
-
-def feature_tasks(data: Images, classes_per_task: int) -> list[Task]:
-    """Tasks of consecutive classes; labels count from 0 in each.
-
-    Args:
-        data: with features [N, F] in place of pixels.
-        classes_per_task: divides the number of classes.
-
-    Raises:
-        ValueError: if a class lacks images.
-    """
-    tasks = []
-    for first in range(0, data.num_classes, classes_per_task):
-        parts: list[Tensor] = []
-        for features, labels in (
-            (data.train_images, data.train_labels),
-            (data.test_images, data.test_labels),
-        ):
-            chosen = (labels >= first) & (labels < first + classes_per_task)
-            found = set(labels[chosen].tolist())
-            for label in range(first, first + classes_per_task):
-                if label not in found:
-                    raise ValueError(f"{data.name} has no images of class {label}")
-            parts += [features[chosen], labels[chosen] - first]
-        tasks.append(Task(*parts))
-    return tasks

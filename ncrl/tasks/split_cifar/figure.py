@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ncrl.tasks.figures import save_figure
+from ncrl.tasks.figures import draw_band, save_figure
 from ncrl.tasks.results import Result, by_name
 
 
@@ -22,13 +22,9 @@ def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, group in by_name(rows).items():
-        values = np.array([row.details["seen"] for row in group])  # [seeds, T]
-        numbers = np.arange(1, values.shape[1] + 1)
-        mean, std = values.mean(0), values.std(0)
-        label = f"{name} ({len(group)})"
-        (line,) = axes.plot(numbers, mean, "o-", markersize=3, linewidth=1.3, label=label)
-        if len(group) > 1:
-            axes.fill_between(numbers, mean - std, mean + std, alpha=0.2, color=line.get_color())
+        values = [row.details["seen"] for row in group]  # [seeds, T]
+        numbers = range(1, len(values[0]) + 1)
+        draw_band(axes, numbers, values, f"{name} ({len(group)})", marker="o", markersize=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("accuracy on them, %")

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ncrl.settings import nearest
 from ncrl.shell.screen import say
 from ncrl.tasks.command import (
     Plan,
     Session,
     check_range,
+    chosen,
     find_config,
     plans,
     run_command,
@@ -236,10 +236,10 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
     top = read_recipes(path)[""]
     if not isinstance(top, ContinualRecipe):
         raise ValueError(f"{path} is for network {top.network}, expected split_mlp")
-    scenarios = named(flags, "scenario", SCENARIOS, [top.scenario])
-    methods = named(flags, "method", METHODS, [top.method or "adam"])
-    layers = named(flags, "layer", LAYERS, ["neurocoder"])
-    variants = named(flags, "variant", VARIANTS, ["paper"])
+    scenarios = chosen(flags, "scenario", SCENARIOS, [top.scenario])
+    methods = chosen(flags, "method", METHODS, [top.method or "adam"])
+    layers = chosen(flags, "layer", LAYERS, ["neurocoder"])
+    variants = chosen(flags, "variant", VARIANTS, ["paper"])
     only = {
         "neurocoder": ("variant", "residual", "sharpness"),
         "lowrank": ("rank",),
@@ -310,24 +310,6 @@ def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
         if number not in tables.SCENARIO:
             raise ValueError(f"--tables takes 1, 6 and 7, got {number}")
     return list(dict.fromkeys(numbers))
-
-
-def named(
-    flags: Mapping[str, Any], flag: str, choices: Sequence[str], default: list[str]
-) -> list[str]:
-    """The names that a flag holds, without repetition.
-
-    Raises:
-        ValueError: for one that is not among `choices`.
-    """
-    names: list[str] = flags.get(flag, default)
-    for name in names:
-        if name not in choices:
-            hint = nearest(name, choices)
-            raise ValueError(
-                f"--{flag} must be one of {', '.join(choices)}, got {name!r}; nearest: {hint}"
-            )
-    return list(dict.fromkeys(names))
 
 
 def sweep(

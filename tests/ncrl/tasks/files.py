@@ -1,4 +1,4 @@
-"""Data sets of a few images, written in the formats of MNIST and CIFAR."""
+"""Recipes from their files; data sets of a few images in the formats of MNIST and CIFAR."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ncrl.tasks.recipes import Recipe, read_recipes
+
 Bytes = NDArray[np.uint8]
+
+
+def read_recipe(path: Path, variant: str = "") -> Recipe:
+    """One of the recipes of a file."""
+    return read_recipes(path)[variant]
 
 
 def idx(array: Bytes) -> bytes:

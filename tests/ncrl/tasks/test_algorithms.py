@@ -16,8 +16,9 @@ from ncrl.tasks.algorithms import experiment as command
 from ncrl.tasks.algorithms.data import TASKS, Algorithms, algorithms
 from ncrl.tasks.algorithms.experiment import bit_errors
 from ncrl.tasks.experiment import random_stream
-from ncrl.tasks.recipes import CONFIGS, read_recipe
+from ncrl.tasks.recipes import CONFIGS
 from ncrl.tasks.results import read_results
+from tests.ncrl.tasks.files import read_recipe
 
 Vector = list[float]
 

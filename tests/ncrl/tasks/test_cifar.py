@@ -14,9 +14,10 @@ from ncrl.tasks.cifar.experiment import main, paper_accuracy
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import Session, task_parser
 from ncrl.tasks.data import Images, load_digits
-from ncrl.tasks.recipes import CONFIGS, Recipe, read_recipe
+from ncrl.tasks.recipes import CONFIGS, Recipe
 from ncrl.tasks.results import Result, read_results
 from tests.ncrl.tasks import files
+from tests.ncrl.tasks.files import read_recipe
 from tests.ncrl.tasks.refusals import assert_refused
 
 SMALL = ["--network-options", "hidden=[16,8]", "--batch-size", "128", "--device", "cpu"]

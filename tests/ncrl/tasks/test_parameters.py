@@ -18,7 +18,8 @@ from ncrl.tasks.parameters import (
     short,
     table,
 )
-from ncrl.tasks.recipes import Recipe, build_network, read_recipe
+from ncrl.tasks.recipes import Recipe, build_network
+from tests.ncrl.tasks.files import read_recipe
 
 # (file, variant, our parameters, the paper's)
 REACHED = [

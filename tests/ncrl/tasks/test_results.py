@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,15 @@ def test_a_file_that_is_no_row_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"result.json") as error:
         read_results(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_details_that_were_changed_are_named(tmp_path: Path) -> None:
+    write_result(tmp_path, replace(row(error=1.0), details={"seen": [50.0]}))
+    path = tmp_path / "result.json"
+    assert read_results(tmp_path)[0].details == {"seen": [50.0]}
+    path.write_text(path.read_text().replace('"seen"', '"sean"'))
+    with pytest.raises(ValueError, match=r"result.json .*details were changed"):
+        read_results(tmp_path)
 
 
 def test_mean_and_spread_are_those_of_the_population() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from ncrl.tasks.command import Plan
-from ncrl.tasks.continual.split import Task
+from ncrl.tasks.continual.split import Task, class_tasks
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import mutual_information
 from ncrl.tasks.models import SplitMlp
@@ -23,7 +23,6 @@ from ncrl.tasks.split_cifar.experiment import CONFIG, main, plan
 from ncrl.tasks.split_cifar.features import (
     SLOT_STEPS,
     SplitFeatures,
-    feature_tasks,
     hidden_attention,
     seen_accuracy,
     watched_updates,
@@ -65,7 +64,7 @@ def numbers(classes: int = 4, each: int = 6) -> Images:
 
 def test_tasks_are_consecutive_classes() -> None:
     data = numbers()
-    tasks = feature_tasks(data, 2)
+    tasks = class_tasks(data, 2)
     assert len(tasks) == 2
     for number, task in enumerate(tasks):
         for x, labels in ((task.images, task.labels), (task.test_images, task.test_labels)):
@@ -74,7 +73,7 @@ def test_tasks_are_consecutive_classes() -> None:
                 assert index % 4 == 2 * number + label
     lacking = data._replace(train_labels=data.train_labels.clamp_max(2))
     with pytest.raises(ValueError, match="numbers has no images of class 3"):
-        feature_tasks(lacking, 2)
+        class_tasks(lacking, 2)
 
 
 def test_held_out_features_are_every_fifth_and_not_trained_on() -> None:
