@@ -198,14 +198,16 @@ def _sha256(path: Path) -> str:
 
 
 def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
-    """Put the weights (and optimiser) of an SB3 zip into a model of the same network.
+    """Put the weights, exploration and optimiser of an SB3 zip into a model of the same network.
 
     Raises:
         CheckpointError: if the file is no such zip, or was made by another network.
     """
-    names = ["policy"]
-    if optimizer:
-        names = model._get_torch_save_params()[0]
+    names = [
+        name
+        for name in model._get_torch_save_params()[0]
+        if optimizer or name != "policy.optimizer"
+    ]
     try:
         with zipfile.ZipFile(path) as archive:
             # RMSProp and Adam keep one or two numbers for each weight.
@@ -216,8 +218,8 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
             stored, own = parameters["policy.optimizer"], model.policy.optimizer
             check_optimizer_state(own, stored)
             own.load_state_dict(_with_own_groups(own, stored))
-            if model.exploration is not None:
-                model.exploration.load_state_dict(parameters["exploration"])
+        if model.exploration is not None:
+            model.exploration.load_state_dict(parameters["exploration"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {path}: {reason_of(error)}") from error
     except Exception as error:  # torch reports a forbidden pickle with several exception types
