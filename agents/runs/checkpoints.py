@@ -30,6 +30,7 @@ from ncrl.agents.runs.loading import SMALL_BYTES, load_tensors, read_tensors, re
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import shown
+from ncrl.shell.tensors import tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
     """Write a checkpoint of `model` between two updates, and remove all but the `keep` newest.
 
     Raises:
-        CheckpointError: if a weight is not finite; such a model is never saved.
+        CheckpointError: if a weight or the optimiser is not finite; such a model is never saved.
         OSError: if the disk refuses; older checkpoints are untouched.
     """
     zipped = model_bytes(model)
@@ -93,11 +94,13 @@ def model_bytes(model: A3C) -> bytes:
     """The model as SB3 saves it.
 
     Raises:
-        CheckpointError: if a weight is not finite.
+        CheckpointError: if a weight, or a number that the optimiser keeps, is not finite.
     """
     for name, tensor in model.policy.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"not saved: {name} is not finite")
+    if not all(torch.isfinite(t).all() for t in tensors_in(model.policy.optimizer.state_dict())):
+        raise CheckpointError("not saved: a number that the optimiser keeps is not finite")
     zipped = io.BytesIO()
     model.save(zipped)
     return zipped.getvalue()
