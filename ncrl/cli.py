@@ -83,7 +83,7 @@ def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
         return ["--resume", run, *rest]
     if command == "evaluate":
         return ["--evaluate", run, *rest]
-    film = f"{Path(run).name}.mp4"
+    film = f"{Path(run).resolve().name}.mp4"
     if rest and not rest[0].startswith("-"):
         film, *rest = rest
     return ["--evaluate", run, "--episodes", "1", "--video", film, *rest]

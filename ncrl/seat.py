@@ -73,8 +73,9 @@ class LinearSeat(nn.Module):
 
     @property
     def _stored_weight(self) -> Tensor:
-        weight = self._parameters["weight"]
-        assert weight is not None
+        weight = self._parameters.get("weight")
+        if weight is None:  # torch asks for every attribute when it traces
+            raise AttributeError(f"{type(self).__name__} stores no weight of its own")
         return weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from benchmarks.atari_figure3 import (
     read_curve,
     run_jobs,
 )
-from ncrl.agents.atari.config import RunConfig, canonical, with_sizes
+from ncrl.agents.atari.config import RunConfig, canonical, with_bonus, with_sizes
 from ncrl.agents.runs.directory import RunDirectory
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
@@ -57,7 +57,9 @@ def make_run(
     run = cell.folder(logdir) / f"{cell.game}-{number}"
     (run / "checkpoints").mkdir(parents=True)
     config = RunConfig(env=cell.game, layer=cell.layer, seed=cell.seed, **settings)
-    (run / "config.yaml").write_text(yaml.safe_dump(asdict(with_sizes(canonical(config)))))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(asdict(with_sizes(with_bonus(canonical(config)))))
+    )
     (run / "progress.csv").write_text(HEADER + rows)
     for frames in checkpoints:
         stem = f"step_{frames // 4:012d}"

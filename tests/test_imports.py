@@ -87,12 +87,12 @@ def sources(rule: Rule) -> list[Path]:
     path = ROOT / rule.path
     if path.is_file():
         return [path]
-    return sorted(
-        Path(top) / name
-        for top, _, names in os.walk(path)
-        for name in names
-        if name.endswith(".py") and not has_own_rule(Path(top) / name, rule)
-    )
+    return [file for file in python_files(path) if not has_own_rule(file, rule)]
+
+
+def python_files(folder: Path) -> list[Path]:
+    found = [Path(top) / name for top, _, names in os.walk(folder) for name in names]
+    return sorted(path for path in found if path.suffix == ".py")
 
 
 def has_own_rule(path: Path, rule: Rule) -> bool:
@@ -184,7 +184,7 @@ def import_graph() -> dict[str, set[str]]:
 
     Importing a name of a package is importing the package; its `__init__` is not asked who made it.
     """
-    paths = [p for folder in ("ncrl", "agents", "envs") for p in sources(Rule(folder, ()))]
+    paths = [p for folder in ("ncrl", "agents", "envs") for p in python_files(ROOT / folder)]
     modules = {}
     for path in paths:
         place = path.relative_to(ROOT)

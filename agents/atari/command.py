@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with prepare(flags, modes) as job:
                 return learn(job, screen, signals)
         except KeyboardInterrupt:
-            screen.line("left at once; the last checkpoint is the one before")
+            screen.line("left at once; a checkpoint from before stays as it is")
             return signals.exit_code or EXIT_SIGINT
         except ValueError as error:
             usage_error(PROGRAM, str(error))

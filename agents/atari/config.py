@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,7 @@ def with_sizes(config: RunConfig) -> RunConfig:
             "many games there are; leave one out"
         )
     asked = machine_sizes(config).workers if config.workers is None else config.workers
-    games = config.games or _default_games(config, asked)
+    games = config.games or default_games(config, asked)
     divisors = [n for n in range(1, games + 1) if games % n == 0]
     workers = min(divisors, key=lambda n: abs(n - asked)) if asked else 0
     if workers != asked and config.workers is not None:
@@ -284,7 +285,7 @@ def with_sizes(config: RunConfig) -> RunConfig:
     return config
 
 
-def _default_games(config: RunConfig, workers: int) -> int:
+def default_games(config: RunConfig, workers: int) -> int:
     """Games of all workers together, where their number is not given."""
     if config.envs_per_worker is not None:
         return max(1, workers) * config.envs_per_worker
@@ -292,12 +293,13 @@ def _default_games(config: RunConfig, workers: int) -> int:
     games = machine_sizes(config).games * workers if is_chosen else DEFAULT_ENVS
     if config.intrinsic_reward == "none":
         return games
-    return max(games, EXPLORING_ENVS // max(1, workers) * max(1, workers))
+    each = math.ceil(EXPLORING_ENVS / max(1, workers))
+    return max(games, each * max(1, workers))
 
 
 def num_games(config: RunConfig) -> int:
     """Games of all workers together."""
-    return config.games or _default_games(config, config.workers or 0)
+    return config.games or default_games(config, config.workers or 0)
 
 
 def timesteps_per_update(config: RunConfig, batch_size: int | None) -> int:
@@ -339,6 +341,9 @@ def _check_unchanged(before: RunConfig, after: RunConfig) -> None:
         for name in FIXED_FIELDS
         if getattr(before, name) != getattr(after, name)
     ]
+    if before.intrinsic_reward != "none" and bool(before.int_coef) != bool(after.int_coef):
+        # Whether there is a head for intrinsic values.
+        changed.append(f"int_coef {before.int_coef!r} -> {after.int_coef!r}")
     if changed:
         raise ValueError(
             "a resumed run keeps its game, network, optimiser and seed; "

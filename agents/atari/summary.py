@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ncrl.agents.atari.config import (
     HARD_GAMES,
     RunConfig,
     camel_case,
+    default_games,
     machine_sizes,
     make_factory,
 )
@@ -58,7 +60,8 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
             f"{config.ext_coef:g} of the game's rewards, after {config.bonus_warmup:,} timesteps"
         )
     fitting = machine_sizes(config)
-    if (config.workers, config.games) == (fitting.workers, fitting.workers * fitting.games):
+    usual = default_games(replace(config, workers=None, games=None), fitting.workers)
+    if (config.workers, config.games) == (fitting.workers, usual):
         lines.insert(
             3,
             f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and these "
@@ -82,6 +85,13 @@ def expectation(game: str, intrinsic_reward: str) -> str:
 def wrapped(line: str) -> list[str]:
     """A line of the summary in lines of `COLUMNS`, below each other after its first word."""
     return textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 11, break_long_words=False)
+
+
+def resume_line(run: Path) -> str:
+    """What goes on with a run, to be pasted."""
+    if SCRIPT.is_file():
+        return command_line(shown_path(str(SCRIPT)), "--resume", str(run))
+    return command_line("-m", "ncrl", "resume", str(run))
 
 
 def command_line(*words: str) -> str:

@@ -25,7 +25,7 @@ from ncrl.agents.atari.config import (
     timesteps_per_update,
     with_bonus,
 )
-from ncrl.agents.atari.summary import PROGRAM, SCRIPT, command_line, shown_path, summary
+from ncrl.agents.atari.summary import PROGRAM, resume_line, summary
 from ncrl.agents.runs.checkpoints import Checkpoint, CheckpointError, resume
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.runs.progress import Progress
@@ -197,7 +197,7 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         return failed(f"the last checkpoint could not be written to {run.path}")
     screen.line(
         f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
-        f"{command_line(shown_path(str(SCRIPT)), '--resume', str(run.path))}"
+        f"{resume_line(run.path)}"
     )
     return signals.exit_code
 

@@ -122,7 +122,8 @@ class Learner:
         steps, width = part.rewards.shape
         kept = None
         if steps == self.n_steps:  # what is kept has this length
-            kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
+            with self.stopwatch.phase("exploration"):
+                kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
         if rewards is None:
             return Lesson(part, kept=kept)
         deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)

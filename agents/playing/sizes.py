@@ -34,7 +34,7 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
 
     Measured with a GPU on 16 cores: 15 workers of 16 games play as fast as 15 of 32, and 4 times as
     fast as 16 workers of one game. Small updates learn more from the same games than large ones
-    (RESULTS.md), but 4 games an update leave a GPU idle.
+    (results/atari.md), but 4 games an update leave a GPU idle.
 
     Args:
         cores: that this process may use, at least 1.

@@ -56,10 +56,7 @@ class SharedWeights:
         self._version.fill_(version)
 
     def read_into(self, module: nn.Module) -> int:
-        """Copy the newest version into the module and return its number.
-
-        The copy into the module is a local in-place one, so caches keyed on tensor versions notice.
-        """
+        """Copy the newest version into the module and return its number."""
         while True:
             version = self.version
             copy = self._copies[version % VERSIONS].clone()

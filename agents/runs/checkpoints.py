@@ -101,6 +101,10 @@ def model_bytes(model: A3C) -> bytes:
             raise CheckpointError(f"not saved: {name} is not finite")
     if not all(torch.isfinite(t).all() for t in tensors_in(model.policy.optimizer.state_dict())):
         raise CheckpointError("not saved: a number that the optimiser keeps is not finite")
+    if model.exploration is not None and not all(
+        torch.isfinite(t).all() for t in tensors_in(model.exploration.source.state_dict())
+    ):
+        raise CheckpointError("not saved: a number of the intrinsic reward is not finite")
     zipped = io.BytesIO()
     model.save(zipped)
     return zipped.getvalue()

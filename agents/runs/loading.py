@@ -203,7 +203,7 @@ def _fitting_batch(batch_size: Any, n_steps: int, n_envs: int) -> int | None:
     try:
         check_batch(whole_number("batch_size", batch_size), n_steps, n_envs)
     except ValueError as error:
-        warnings.warn(f"{error}; all environments are taken at once", stacklevel=4)
+        warnings.warn(f"{error}; the default is taken", stacklevel=4)
         return None
     return int(batch_size)
 

@@ -45,10 +45,9 @@ class Screen:
             self.stream.flush()
         except (OSError, ValueError):
             self.open = False
-            if self.stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    # The interpreter flushes its streams once more when it ends.
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with contextlib.suppress(OSError, ValueError):
+                # What is held back is flushed once more when the stream is closed.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def flush(self) -> None:
         """Nothing is held back."""
