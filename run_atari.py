@@ -97,6 +97,9 @@ class RunConfig:
     envs_per_worker: int | None = setting(
         None, "games per worker; 16 games in all if not given", low=1
     )
+    cluster: str | None = setting(
+        None, "play on a Ray cluster: auto, or host:port of its head (docs/cluster.md)"
+    )
     stack: int = setting(1, "timesteps shown in one observation", low=1)
     # The network.
     layer: str = setting(
@@ -368,6 +371,7 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
         "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
         "n_workers": config.workers or 0,
         "n_envs": num_games(config),
+        "cluster": config.cluster,
         "batch_size": timesteps_per_update(config, config.batch_size),
         "policy_kwargs": {
             "head": config.layer,
@@ -534,7 +538,8 @@ def with_sizes(config: RunConfig) -> RunConfig:
         ValueError: if `batch_size` does not divide what the games play in a rollout.
     """
     games = DEFAULT_ENVS if config.intrinsic_reward == "none" else EXPLORING_ENVS
-    workers = default_workers(games) if config.workers is None else config.workers
+    default = default_workers(games, config.cluster)  # raises where there is no such cluster
+    workers = default if config.workers is None else config.workers
     envs = config.envs_per_worker or max(1, games // max(1, workers))
     config = replace(config, workers=workers, envs_per_worker=envs)
     size, whole = config.batch_size, config.n_steps * num_games(config)
@@ -626,7 +631,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     if modes["video"] is not None:
         check_path(Path(modes["video"]))
     checkpoint = newest_checkpoint(path / "checkpoints")
-    model = make_model(config, n_workers=0, n_envs=1, batch_size=None)
+    model = make_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, checkpoint.path, optimizer=False)
     deterministic = bool(modes["deterministic"])
     scores, lengths = play_games(model, config, episodes, deterministic)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import math
 import pathlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
@@ -57,7 +59,7 @@ from ncrl.agents.learner import (
 )
 from ncrl.agents.loading import plain_faults, without_code, write_model
 from ncrl.agents.optim import SharedRMSProp
-from ncrl.agents.players import Player, SerialPlayer, WorkersPlayer
+from ncrl.agents.players import Player, Pool, SerialPlayer, Weights, WorkersPlayer
 from ncrl.agents.profiling import OFF, Profile, Stopwatch, stopwatch_for
 from ncrl.agents.sizes import available_cores
 from ncrl.agents.supervision import Limits, WorkerPool, check_shared_memory, slots_for
@@ -98,6 +100,9 @@ FORGOTTEN_AFTER = 10
 """Predictions in a row without a state after which a policy with memory warns."""
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
+
+Workers = tuple[AbstractContextManager[None], Weights, Pool]
+"""What to be part of while they play, and what they play with."""
 
 
 class NonFiniteError(RuntimeError):
@@ -153,6 +158,9 @@ class A3C(OnPolicyAlgorithm):
             others arrive where a game ends, and everything where this process plays.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
             per core.
+        cluster: where the workers run: None for processes of this machine; `auto` for actors of the
+            Ray cluster that it belongs to, `host:port` for the one with that head (docs/cluster.md,
+            needs `ncrl[ray]`). One core of a cluster is left to the learner. It is not saved.
         n_envs: environments of all workers together; a multiple of `n_workers`.
         limits: time-outs and restarts of the workers.
         stats_window_size: whole games that means of scores are taken over.
@@ -216,6 +224,7 @@ class A3C(OnPolicyAlgorithm):
         info_keywords: Sequence[str] = (),
         n_workers: int | None = None,
         n_envs: int = 16,
+        cluster: str | None = None,
         limits: Limits | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -231,6 +240,7 @@ class A3C(OnPolicyAlgorithm):
         self.n_workers = 0
         self._is_loaded = False
         self.profile = profile
+        self.cluster = cluster
         self.limits = limits or Limits()
         self.batch_size = batch_size
         self.orth_coef = orth_coef
@@ -251,7 +261,7 @@ class A3C(OnPolicyAlgorithm):
         self.env_factory: EnvFactory | None = None
         played: GymEnv | None
         if is_factory(env):
-            self.n_workers = default_workers(n_envs) if n_workers is None else n_workers
+            self.n_workers = default_workers(n_envs, cluster) if n_workers is None else n_workers
             self.env_factory = as_factory(env)  # type: ignore[arg-type]
             played = self._played_by(self.env_factory, n_envs)
         elif n_workers:
@@ -307,7 +317,7 @@ class A3C(OnPolicyAlgorithm):
         self._batch_stage.starts_on_host = self._graphed.reason is not None
         self._batch: Batch | None = None
         self._collector: Collector | None = None
-        self._pool: WorkerPool | None = None
+        self._pool: Pool | None = None
         self._latent: Latent | None = None
         self._stop_requested = False
         self._dumped_at = -1
@@ -505,6 +515,7 @@ class A3C(OnPolicyAlgorithm):
 
     def _check_arguments(self) -> None:
         self._check_batch()
+        self._check_cluster()
         clip = self.reward_clip
         if clip is not None and not (isinstance(clip, (int, float)) and 0 < clip < math.inf):
             raise ValueError(f"reward_clip must be a positive number, None or 'env', got {clip!r}")
@@ -545,6 +556,16 @@ class A3C(OnPolicyAlgorithm):
             isinstance(self.policy_class, type) and issubclass(self.policy_class, EnginePolicy)
         ):
             raise TypeError(_wrong_policy(self.policy_class))
+
+    def _check_cluster(self) -> None:
+        if self.cluster is None:
+            return
+        check_cluster(self.cluster)
+        if not self.n_workers:
+            raise ValueError(
+                f"cluster={self.cluster!r} needs workers: n_workers of at least 1, and an env that "
+                "they can build, a Gymnasium id or a factory"
+            )
 
     def _check_batch(self) -> None:
         self.n_steps = _whole_number("n_steps", self.n_steps)
@@ -589,7 +610,7 @@ class A3C(OnPolicyAlgorithm):
         self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
         stopwatch = self._stopwatch
         with (
-            _learner_threads(self.n_workers),
+            _learner_threads(self.n_workers if self.cluster is None else 0),
             stopwatch.phase("setup"),
             self._player() as player,
             stopwatch.phase("other"),
@@ -837,30 +858,47 @@ class A3C(OnPolicyAlgorithm):
                 'put what starts it under `if __name__ == "__main__":`, or use n_workers=0'
             )
         self._check_workers_can_build()
-        shape = self._rollout_shape(self.n_envs // self.n_workers)
+        joined, weights, pool = self._processes() if self.cluster is None else self._actors()
+        with joined:
+            weights.publish(self.policy, 0)
+            with pool:
+                self._pool = pool
+                try:
+                    yield WorkersPlayer(self, pool, weights)
+                finally:
+                    self._pool = None
+
+    def _processes(self) -> Workers:
+        """Workers that are processes of this machine."""
         weights = SharedWeights(self.policy)
+        options = self._pool_options()
+        shape: RolloutShape = options["shape"]
         slots = slots_for(self.n_workers) * sum(t.nbytes for t in shape.allocate().tensors())
         check_shared_memory(slots + weights.nbytes)
-        weights.publish(self.policy, 0)
-        pool = WorkerPool(
-            self.env_factory,
-            self._policy_spec(),
-            shape,
-            weights,
-            n_workers=self.n_workers,
+        return nullcontext(), weights, WorkerPool(weights=weights, **options)
+
+    def _actors(self) -> Workers:
+        """Workers that are actors of a cluster."""
+        from ncrl.agents import cluster  # only here: it imports ray
+
+        assert self.cluster is not None
+        weights = cluster.ObjectWeights()
+        pool = cluster.ActorPool(weights=weights, **self._pool_options())
+        return cluster.joined(self.cluster), weights, pool
+
+    def _pool_options(self) -> dict[str, Any]:
+        return {
+            "factory": self.env_factory,
+            "policy": self._policy_spec(),
+            "shape": self._rollout_shape(self.n_envs // self.n_workers),
+            "n_workers": self.n_workers,
             # Games after an earlier `learn` do not repeat those played before; `num_timesteps` may
             # have been set back to 0.
-            seed=self.games_seed + 7_919 * self._n_updates,
-            limits=self.limits,
-            profile=self.time_spent,
-            info_keywords=self.info_keywords,
-        )
-        with pool:
-            self._pool = pool
-            try:
-                yield WorkersPlayer(self, pool, weights)
-            finally:
-                self._pool = None
+            "seed": self.games_seed + 7_919 * self._n_updates,
+            "limits": self.limits,
+            "profile": self.time_spent,
+            "info_keywords": self.info_keywords,
+        }
 
     def _check_workers_can_build(self) -> None:
         """Raise ValueError if the policy is not the one that workers build for themselves."""
@@ -913,6 +951,7 @@ class A3C(OnPolicyAlgorithm):
             "_pool",
             "_latent",
             "profile",
+            "cluster",
             "time_spent",
             "_stateless_predictions",
             "_warned_of_state",
@@ -939,10 +978,33 @@ def _learner_threads(n_workers: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def default_workers(n_envs: int) -> int:
-    """One worker per core, or the next smaller number that divides `n_envs`."""
-    most = max(1, min(available_cores(), n_envs))
+def default_workers(n_envs: int, cluster: str | None = None) -> int:
+    """One worker per core, or the next smaller number that divides `n_envs`.
+
+    Of a cluster, one core is left to the learner.
+
+    Raises:
+        ValueError: for a cluster that cannot be joined.
+    """
+    cores = available_cores()
+    if cluster is not None:
+        check_cluster(cluster)
+        from ncrl.agents.cluster import cluster_cores  # only here: it imports ray
+
+        cores = cluster_cores(cluster) - 1
+    most = max(1, min(cores, n_envs))
     return max(n for n in range(1, most + 1) if n_envs % n == 0)
+
+
+def check_cluster(cluster: str) -> None:
+    """Raise ValueError for what is no address of a cluster, and where Ray is not installed."""
+    if cluster != "auto" and not re.fullmatch(r"[^/\s]+:\d+", cluster):
+        raise ValueError(
+            f"cluster must be 'auto', 'host:port' or None, got {cluster!r}; for example "
+            "'10.0.0.1:6379'"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(f"cluster={cluster!r} needs Ray: pip install 'ncrl[ray]'")
 
 
 def _check_workers(n_workers: int, n_envs: int) -> None:

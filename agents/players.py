@@ -1,15 +1,16 @@
-"""Who collects the rollouts of `A3C`: its own process, or the workers."""
+"""Who collects the rollouts of `A3C`: its own process, worker processes, or actors of a cluster."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stable_baselines3.common.callbacks import BaseCallback
+from torch import nn
 
 from ncrl.agents.buffers import Batch, RolloutSlots, first_rows, shown_at
 from ncrl.agents.collector import Collector, Outcome
-from ncrl.agents.supervision import WorkerPool
-from ncrl.agents.weights import SharedWeights
+from ncrl.agents.supervision import Delivery
 
 if TYPE_CHECKING:
     from ncrl.agents.a3c import A3C
@@ -23,6 +24,38 @@ class Player(Protocol):
 
     def publish(self) -> None:
         """The learner has new weights."""
+
+
+class Pool(Protocol):
+    """Workers, which run inside its context: `supervision.WorkerPool`, `cluster.ActorPool`."""
+
+    worker_restarts: int
+    env_restarts: int
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    @property
+    def starting(self) -> bool:
+        """No rollout has been taken yet."""
+
+    def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
+        """Wait for `count` rollouts; None if `give_up()` became true meanwhile."""
+
+    def release(self, deliveries: list[Delivery]) -> None:
+        """The learner has copied these rollouts."""
+
+
+class Weights(Protocol):
+    """What the workers of a pool play with: `weights.SharedWeights`, `cluster.ObjectWeights`."""
+
+    @property
+    def version(self) -> int:
+        """The newest."""
+
+    def publish(self, module: nn.Module, version: int) -> None:
+        """Make the module's present weights version `version`, which must be the next one."""
 
 
 class SerialPlayer:
@@ -64,7 +97,7 @@ class SerialPlayer:
 class WorkersPlayer:
     """Receives what the workers play, and sends them weights."""
 
-    def __init__(self, model: A3C, pool: WorkerPool, weights: SharedWeights) -> None:
+    def __init__(self, model: A3C, pool: Pool, weights: Weights) -> None:
         self.model = model
         self.pool = pool
         self.weights = weights
