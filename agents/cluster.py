@@ -410,7 +410,7 @@ class ActorPool:
         if worker.failures > self.limits.max_restarts:
             raise WorkerError(f"the environments of {worker} fail again and again:\n{reason}")
         logger.warning(
-            "%s: its environments failed and are built anew: %s", worker, _last_line(reason)
+            "%s: its environments failed and are built anew: %s", str(worker), _last_line(reason)
         )
 
     # Deaths, silence, replacements.
