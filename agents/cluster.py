@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from torch import nn
 
 from ncrl.agents.buffers import RolloutShape, packed, unpacked
@@ -454,17 +454,18 @@ class ActorPool:
         """Bury an actor and set the time at which the next incarnation starts."""
         # What fails at the first start fails at every other one.
         hopeless = hopeless and worker.incarnation == 1
-        who = str(worker)
+        who, has_run = str(worker), bool(worker.place)
         self._bury(worker)
         worker.failures += 1
         if hopeless or worker.failures > self.limits.max_restarts:
             times = "at its start" if hopeless else f"{worker.failures} times in a row"
             raise WorkerError(f"{who} {what} {times}:\n{reason}")
+        last = _last_line(reason)
         pause = self.limits.first_pause * 2 ** (worker.failures - 1)
-        logger.warning(
-            "%s %s (%s); a new one starts in %.1f s", who, what, _last_line(reason), pause
-        )
-        self.worker_restarts += 1
+        # One that was sent to a node that was about to be found dead is none that was lost.
+        level = logging.WARNING if has_run else logging.INFO
+        logger.log(level, "%s %s (%s); a new one starts in %.1f s", *(who, what, last), pause)
+        self.worker_restarts += has_run
         worker.restart_at = time.monotonic() + pause
 
     def _bury(self, worker: _Worker) -> None:
@@ -493,6 +494,8 @@ def _last_line(text: str) -> str:
 
 def _sentence(error: Exception) -> str:
     """What matters of an error of Ray, whose messages are pages long."""
+    if isinstance(error, ActorUnavailableError):
+        return "it cannot be reached"
     text = str(error).strip()
     match = re.search(r"[^.\n]*\bbecause\b[^.\n]*", text)
     return match[0].strip() if match else (text.splitlines() or [type(error).__name__])[0][:200]
