@@ -50,7 +50,7 @@ OWN_OPTIONS = ("orth_coef", "balance_coef", "reward_clip")
 
 
 class LearnerStoppedError(RuntimeError):
-    """The learner has not learnt for a long time, while games are played."""
+    """The learner has failed, or has not learnt for a long time, while games are played."""
 
 
 class PolicyModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
@@ -191,11 +191,32 @@ class OwnLosses:
         return loss + added
 
 
-class IMPALALearner(OwnLosses, IMPALATorchLearner):  # type: ignore[misc]
+class FailingAloud(OwnLosses):
+    """Mixin of learners that learn in a thread: RLlib would wait for ever for one that has died."""
+
+    _failure: Exception | None = None
+
+    def _update(self, batch: Any, **options: Any) -> Any:
+        """Called in the thread, which goes on after an exception so that nobody waits for it."""
+        try:
+            return super()._update(batch, **options)  # type: ignore[misc]
+        except Exception as error:
+            self._failure = error
+            return {}, {}, {}
+
+    def update(self, *arguments: Any, **options: Any) -> Any:
+        """RLlib's, and LearnerStoppedError if the thread has failed."""
+        result = super().update(*arguments, **options)  # type: ignore[misc]
+        if self._failure is not None:
+            raise LearnerStoppedError(f"the learner failed: {self._failure}") from self._failure
+        return result
+
+
+class IMPALALearner(FailingAloud, IMPALATorchLearner):  # type: ignore[misc]
     """IMPALA with the losses of ncrl's layers."""
 
 
-class APPOLearner(OwnLosses, APPOTorchLearner):  # type: ignore[misc]
+class APPOLearner(FailingAloud, APPOTorchLearner):  # type: ignore[misc]
     """APPO with the losses of ncrl's layers."""
 
 
@@ -206,8 +227,8 @@ class PPOLearner(OwnLosses, PPOTorchLearner):  # type: ignore[misc]
 class LearnerGuard(RLlibCallback):  # type: ignore[misc]
     """A callback that ends a training whose learner stands still: `config.callbacks(LearnerGuard)`.
 
-    An exception in the thread of an IMPALA or APPO learner does not stop RLlib, which goes on
-    playing for ever.
+    Where learners are processes of their own (`num_learners` of 1 and more), RLlib does not stop
+    when one of them fails, but goes on playing for ever.
 
     Raises:
         LearnerStoppedError: from `Algorithm.train`, after `patience` seconds without an update.

@@ -16,6 +16,7 @@ from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 
@@ -199,6 +200,25 @@ def test_our_losses_are_in_the_gradient(algorithm: str) -> None:
     assert gradients and not missing, missing
     if algorithm != "PPO":
         assert batch["default_policy"][Columns.REWARDS].max() == 0.25
+
+
+@pytest.mark.parametrize("algorithm", ["IMPALA", "APPO"])
+def test_an_exception_in_the_learners_thread_arrives(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without our learners the call would never return."""
+    learner, _, batch = learner_and_batch(algorithm)
+    data = TrainingData(batch=MultiAgentBatch(batch, 120))
+    steps = {"num_env_steps_sampled_lifetime": 120}
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ArithmeticError("no such loss")
+
+    monkeypatch.setattr(learner, "compute_losses", broken)
+    with pytest.raises(rllib.LearnerStoppedError, match="no such loss"):
+        for _ in range(20):
+            learner.update(training_data=data, timesteps=steps)
+    learner.shutdown()
 
 
 def image_policy() -> CnnLstmPolicy:
