@@ -29,7 +29,7 @@ up)
         --include-dashboard=false --disable-usage-stats
     second
     ;;
-run) shift; on ncrl-a "$@" ;;
+run) shift; exec ip netns exec ncrl-a "$@" ;; # signals arrive at the command
 kill) for pid in $(pids ncrl-b); do kill -9 "$pid" 2>/dev/null || true; done ;;
 start) second ;;
 down)
