@@ -33,16 +33,22 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run_atari.py is a script of the repository, not installed
+from ncrl.agents.atari import command as atari_command
+from ncrl.agents.atari.config import (
+    FRAMES_PER_TIMESTEP,
+    RunConfig,
+    canonical,
+    choose_config,
+    stored_config,
+)
+from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
+from ncrl.agents.runs.directory import RunDirectory
+from ncrl.files import write_atomically
+from ncrl.layers import LAYERS
+from ncrl.settings import configure, make_parser, parse, usage_error
+from ncrl.shell.hardware import choose_device
 
-import run_atari  # noqa: E402 - needs the path above
-from ncrl.agents.checkpoints import CheckpointError, newest_checkpoint  # noqa: E402
-from ncrl.agents.runs import RunDirectory  # noqa: E402
-from ncrl.files import write_atomically  # noqa: E402
-from ncrl.layers import LAYERS  # noqa: E402
-from ncrl.settings import configure, make_parser, parse, usage_error  # noqa: E402
-from run_atari import FRAMES_PER_TIMESTEP, RunConfig  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAM = "atari_figure3.py"
 GAMES = ("Seaquest", "MsPacman", "Frostbite", "MontezumaRevenge")
@@ -59,8 +65,14 @@ OURS = {"env": "games", "layer": "layers", "seed": "seeds", "frames": "frames", 
 """Settings of run_atari.py that this command gives, and its own flags for them."""
 
 FREE = (
-    *("frames", "device", "logdir", "workers", "envs_per_worker", "log_every", "checkpoint_every"),
-    *("keep_checkpoints", "stop_on_save_error", "heartbeat_timeout", "max_restarts"),
+    *("frames", "device", "logdir", "workers", "games", "envs_per_worker", "log_every"),
+    *(
+        "checkpoint_every",
+        "keep_checkpoints",
+        "stop_on_save_error",
+        "heartbeat_timeout",
+        "max_restarts",
+    ),
 )
 """Settings in which runs of one figure may differ; the number of games is that of the machine."""
 
@@ -208,8 +220,8 @@ def prepare(
         flags.get("games", GAMES), flags.get("layers", FIGURE_LAYERS), flags.get("seeds", [0])
     ):
         own = {"env": game, "layer": layer, "seed": seed, "frames": frames}
-        config, _ = run_atari.choose_config(shared | own, modes)
-        run_atari._check_device(config.device)
+        config, _ = choose_config(shared | own, modes)
+        choose_device(config.device)
         cell = Cell(config.env, layer, seed)
         if cell in cells:  # named twice, perhaps in two spellings
             continue
@@ -223,7 +235,7 @@ def prepare(
 
 def pass_through(rest: Sequence[str]) -> dict[str, Any]:
     """Flags of run_atari.py, by name."""
-    parser = run_atari.build_parser()
+    parser = atari_command.build_parser()
     parser.prog = PROGRAM
     passed = parse(parser, rest)
     for name in passed:
@@ -295,7 +307,7 @@ def find_run(folder: Path, game: str, frames: int) -> Found:
 
 
 def _check_same_settings(run: Path, config: RunConfig) -> None:
-    before = run_atari.stored_config(run)
+    before = stored_config(run)
     for name in sorted(FIELD_NAMES - set(FREE)):
         old, new = getattr(before, name), getattr(config, name)
         if old != new:
@@ -320,7 +332,7 @@ def cells_there(logdir: Path, flags: dict[str, Any]) -> list[Cell]:
     Raises:
         ValueError: if there are none.
     """
-    games = [run_atari.canonical(RunConfig(env=game)).env for game in flags.get("games", [])]
+    games = [canonical(RunConfig(env=game)).env for game in flags.get("games", [])]
     for layer in flags.get("layers", []):
         configure({"layer": layer}, RunConfig(), "the flags")
     found = []
@@ -432,7 +444,7 @@ def start(job: Job) -> subprocess.Popen[bytes]:
     begun = "started"
     if job.found.run is not None:
         begun = f"goes on from {job.found.frames:,} frames"
-        stored = run_atari.stored_config(job.found.run)
+        stored = stored_config(job.found.run)
         if stored.anneal and stored.frames != job.config.frames:
             begun += f" (its learning rate was annealed over {stored.frames:,} frames so far)"
     say(f"{job.cell}: {begun}; output in {output}")
@@ -569,7 +581,7 @@ def describe_settings(cells: Sequence[Cell], logdir: Path) -> list[str]:
     for cell in cells:
         for run in run_folders(cell.folder(logdir), cell.game)[-1:]:
             if (run / "config.yaml").is_file():
-                config = run_atari.stored_config(run)
+                config = stored_config(run)
                 for name, values in seen.items():
                     values.add(str(getattr(config, name)))
     parts = [f"{name} {' and '.join(sorted(values))}" for name, values in seen.items() if values]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
-from typing import NamedTuple
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +22,10 @@ HEADS = {"plain": "linear", "Neurocoder": "neurocoder"}
 
 N_STEPS = 20
 """T of every A3C here, and of the peers at equal work."""
+
+
+WARM_UP = 3
+"""Calls that are not timed."""
 
 
 def build_a3c(
@@ -59,6 +65,52 @@ def machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     cpu = platform.processor() or platform.machine()
     return f"{cpu}, {cores()} cores{gpu}, torch {torch.__version__}"
+
+
+def print_row(*cells: object) -> None:
+    """One row of a Markdown table."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def print_header(*cells: object) -> None:
+    """The first row, and the line below it."""
+    print_row(*cells)
+    print("|---" * len(cells) + "|", flush=True)
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def medians(
+    seconds: float,
+    *functions: Callable[[], Any],
+    clock: Callable[[], float] = time.perf_counter,
+    least: int = 1,
+) -> list[float]:
+    """Median milliseconds of each function, called in turn so that noise meets all alike.
+
+    Args:
+        seconds: of all calls together.
+        functions: what they have started on a device is waited for.
+        clock: seconds.
+        least: calls of each, whatever they take.
+    """
+    for function in functions:
+        for _ in range(WARM_UP):
+            function()
+    times: list[list[float]] = [[] for _ in functions]
+    until = time.monotonic() + seconds
+    while len(times[0]) < least or time.monotonic() < until:
+        for function, seen in zip(functions, times, strict=True):
+            synchronize()
+            began = clock()
+            function()
+            synchronize()
+            seen.append(1000 * (clock() - began))
+    return [statistics.median(seen) for seen in times]
 
 
 class Target(NamedTuple):
@@ -101,6 +153,6 @@ class Target(NamedTuple):
 
 def print_targets(targets: Sequence[Target]) -> None:
     """The table of verdicts."""
-    print("| target | measured | wanted | met |\n|---|---|---|---|")
+    print_header("target", "measured", "wanted", "met")
     for target in targets:
         print(target)

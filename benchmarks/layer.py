@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from common import medians, print_header
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from ncrl import NeurocoderLinear, constant_weights
-from ncrl.layers import LAYERS, make_layer
+from ncrl import NeurocoderLinear
+from ncrl.layers import LAYERS, make_layer, neurocoder
 from ncrl.networks import ENCODERS
-from ncrl.neurocoder import workspace
 
 WIDE = {"num_slots": 30, "num_steps": 5, "num_heads": 3, "key_dim": 5, "num_least_used": 5}
 MIDDLE = {"num_slots": 50, "num_heads": 10, "key_dim": 5, "num_least_used": 5}
@@ -81,7 +79,7 @@ def main() -> None:
         f"{device}, {arguments.threads} thread(s), torch {torch.__version__}, batch "
         f"{arguments.batch}, median of {arguments.seconds:g} s a row, ours and reference in turn"
     )
-    print("| | ours | reference | ratio | target | met |\n|---|---|---|---|---|---|")
+    print_header("", "ours", "reference", "ratio", "target", "met")
     rows = []
     for row in measurements(bench, arguments.batch, arguments.all):
         print(row, flush=True)
@@ -135,11 +133,8 @@ def acting(bench: Bench) -> Iterator[Row]:
         for head in heads:
             head(latent)
 
-    (milliseconds,) = bench.medians(act)
+    (milliseconds,) = medians(bench.seconds, act)
     yield Row("acting, both heads, batch 8, beside 1 ms", milliseconds, 1.0, 0.4)
-    with constant_weights(heads):
-        (milliseconds,) = bench.medians(act)
-    yield Row("the same under constant_weights", milliseconds, 1.0, 0.4)
     for name in WIDTHS:
 
         @torch.no_grad()
@@ -203,7 +198,7 @@ class Bench:
         return module.to(self.device)
 
     def layer(self, in_features: int, out_features: int, **options: Any) -> NeurocoderLinear:
-        layer = NeurocoderLinear(in_features, out_features, device=self.device, **options)
+        layer = neurocoder(in_features, out_features, device=self.device, **options)
         if self.compiled:
             layer.compile()
         return layer
@@ -241,34 +236,13 @@ class Bench:
         reference: Callable[[], None],
         target: float | None,
     ) -> Row:
-        mine, theirs = self.medians(ours, reference)
+        mine, theirs = medians(self.seconds, ours, reference)
         return Row(name, mine, theirs, target)
-
-    def medians(self, *functions: Callable[[], None]) -> list[float]:
-        """Median milliseconds of each function, called in turn so that noise meets all alike."""
-        times: list[list[float]] = [[] for _ in functions]
-        for _ in range(5):
-            for function in functions:
-                function()
-        until = time.monotonic() + self.seconds
-        while time.monotonic() < until:
-            for function, seen in zip(functions, times, strict=True):
-                self.synchronize()
-                began = time.perf_counter()
-                function()
-                self.synchronize()
-                seen.append(1000 * (time.perf_counter() - began))
-        return [statistics.median(seen) for seen in times]
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def peak_bytes(function: Callable[[], None]) -> int:
     """The most bytes that tensors allocated inside `function` take at any moment, on the CPU."""
     function()  # gradients of the parameters exist from now on
-    workspace.release()
     with profile(profile_memory=True) as prof:
         function()
     assert prof.profiler is not None

@@ -13,7 +13,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import NEUROCODER
+from common import NEUROCODER, print_header, print_row
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -65,12 +65,11 @@ def main() -> None:
         parser.error(f"--timesteps must be at least {PARTS * NUM_ENVS}, got {arguments.timesteps}")
     torch.set_num_threads(1)
     columns = [f"{i + 1}/{PARTS}" for i in range(PARTS)]
-    print(f"| head | seed | {' | '.join(columns)} |\n{'|---' * (2 + PARTS)}|")
+    print_header("head", "seed", *columns)
     for name in arguments.heads:
         for seed in arguments.seeds:
             parts = train(*HEADS[name], seed, arguments.timesteps)
-            cells = " | ".join(f"{part:.2f}" for part in parts)
-            print(f"| {name} | {seed} | {cells} |", flush=True)
+            print_row(name, seed, *(f"{part:.2f}" for part in parts))
 
 
 def train(head: str, options: dict[str, Any], seed: int, timesteps: int) -> list[float]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import psutil
-from common import HEADS, Target, build_a3c, machine, print_targets
+from common import HEADS, Target, build_a3c, machine, print_header, print_targets
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ncrl.agents import A3C
@@ -111,8 +111,8 @@ def main() -> None:
         f"{arguments.game}, encoder {arguments.encoder}, {arguments.head} heads, "
         f"{model.n_workers} workers, {model.n_envs} games, {machine()}"
     )
-    print("| minute | processes | RSS, MiB | open files | /dev/shm, MiB | lag | timesteps/s |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    columns = ("processes", "RSS, MiB", "open files", "/dev/shm, MiB", "lag", "timesteps/s")
+    print_header("minute", *columns)
     watch = Watch(60 * arguments.minutes, arguments.interval)
     model.learn(10**12, callback=watch)
 

@@ -12,21 +12,20 @@ Images are random numbers in the sizes of MNIST's: what they show does not chang
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import Target, machine, print_targets
+from common import Target, machine, medians, print_header, print_row, print_targets
 
 from ncrl.tasks.command import keep_freed_memory
 from ncrl.tasks.continual.methods import METHODS, OnlineEwc
 from ncrl.tasks.continual.split import SplitLearning, Task
-from ncrl.tasks.continual.tables import COLUMNS, Cell, Column
-from ncrl.tasks.split_mnist import plan
+from ncrl.tasks.split_mnist.experiment import plan
+from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import Run, train
 
 TASK_SIZES = (12665, 12089, 11263, 12183, 11800)
@@ -88,10 +87,10 @@ def random_task(size: int) -> Task:
 def measure_steps(tasks: list[Task], seconds: float) -> list[Target]:
     """Print milliseconds of a training step of every column, and its ratio to the MLP's."""
     steps = {column: training_step(tasks, column) for column in COLUMNS}
-    times = medians(steps, seconds)
-    print("| training step | ms | beside the MLP |\n|---|---|---|")
+    times = dict(zip(steps, medians(seconds, *steps.values()), strict=True))
+    print_header("training step", "ms", "beside the MLP")
     for column, milliseconds in times.items():
-        print(f"| {column.name} | {milliseconds:.2f} | {milliseconds / times[PLAIN]:.2f} |")
+        print_row(column.name, f"{milliseconds:.2f}", f"{milliseconds / times[PLAIN]:.2f}")
     return [
         Target(f"step of {column.name}", times[column] / times[PLAIN], MOST_RATIO, at_least=False)
         for column in WANTED
@@ -116,44 +115,29 @@ def training_step(tasks: list[Task], column: Column) -> Callable[[], None]:
     return step
 
 
-def medians(steps: Mapping[Column, Callable[[], None]], seconds: float) -> dict[Column, float]:
-    """Milliseconds, the columns in turn so that noise meets all alike."""
-    times: dict[Column, list[float]] = {column: [] for column in steps}
-    for step in steps.values():
-        step()
-    until = time.monotonic() + seconds
-    while time.monotonic() < until or not times[PLAIN]:
-        for column, step in steps.items():
-            began = time.perf_counter()
-            step()
-            times[column].append(1000 * (time.perf_counter() - began))
-    return {column: statistics.median(seen) for column, seen in times.items()}
-
-
 def measure_fisher(tasks: list[Task], columns: Sequence[Column]) -> None:
-    """Print the seconds that the Fisher information of some images takes, the best of three."""
+    """Print the seconds that the Fisher information of some images takes."""
     images = tasks[0].images[:FISHER_IMAGES]
-    print(f"\n| Fisher information of {len(images):,} images | s |\n|---|---|")
+    print()
+    print_header(f"Fisher information of {len(images):,} images", "s")
     for column in columns:
         run = experiment(tasks, Cell("domain", "online-ewc", column), {})
         assert isinstance(run.method, OnlineEwc)
-        seconds = []
-        for _ in range(4):  # the first one traces
-            began = time.perf_counter()
-            run.method.fisher(images, run._sample_losses[0])
-            seconds.append(time.perf_counter() - began)
-        print(f"| {column.name} | {min(seconds[1:]):.2f} |", flush=True)
+        information = partial(run.method.fisher, images, run._sample_losses[0])
+        (milliseconds,) = medians(0, information)
+        print_row(column.name, f"{milliseconds / 1000:.2f}")
 
 
 def measure_runs(
     tasks: list[Task], columns: Sequence[Column], methods: Sequence[str], flags: Mapping[str, int]
 ) -> list[Target]:
     """Print the seconds of whole runs, with their evaluations and Fisher information."""
-    print(f"\n| whole run, s | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
+    print()
+    print_header("whole run, s", *methods)
     targets = []
     for column in columns:
         seconds = {method: whole_run(tasks, column, method, flags) for method in methods}
-        print(f"| {column.name} | {' | '.join(f'{s:.1f}' for s in seconds.values())} |", flush=True)
+        print_row(column.name, *(f"{s:.1f}" for s in seconds.values()))
         slowest = max(seconds, key=lambda method: seconds[method])
         name = f"run of {column.name}, slowest method ({slowest})"
         targets.append(Target(name, seconds[slowest], MOST_SECONDS, at_least=False, unit="s"))

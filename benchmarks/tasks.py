@@ -13,26 +13,23 @@ the data shows does not change the time, so images are random.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from common import Target, machine, print_targets
+from common import Target, machine, medians, print_header, print_row, print_targets
 
 from ncrl.layers import LAYERS
-from ncrl.tasks.algorithms import MultiAlgorithm
+from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import keep_freed_memory, plans
 from ncrl.tasks.data import Images
-from ncrl.tasks.polynomial import Polynomials
+from ncrl.tasks.experiment import Experiment
+from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
-from ncrl.tasks.training import Experiment, make_step
-
-WARM_UP = 3
-"""Steps that are not timed."""
+from ncrl.tasks.training import make_step
 
 
 class Row(NamedTuple):
@@ -40,7 +37,7 @@ class Row(NamedTuple):
 
     name: str
     config: str
-    """File in configs/; the plain network is its variant `linear`."""
+    """File in configs/tasks/; the plain network is its variant `linear`."""
     make: Callable[[Recipe], Experiment]
     most: float
     """Largest ratio of the steps' times that is good enough."""
@@ -98,9 +95,9 @@ def main() -> None:
     clock = "CPU time" if arguments.cpu_time else "wall clock"
     print(
         f"{machine()}, {arguments.threads} thread(s), {clock}, median of "
-        f"{arguments.seconds:g} s a row\n\n"
-        "| training step | batch | layer | ms | beside plain |\n|---|---|---|---|---|"
+        f"{arguments.seconds:g} s a row\n"
     )
+    print_header("training step", "batch", "layer", "ms", "beside plain")
     targets = [target for row in chosen for target in measure(row, arguments)]
     print()
     print_targets(targets)
@@ -124,11 +121,11 @@ def measure(row: Row, arguments: argparse.Namespace) -> list[Target]:
         torch.manual_seed(0)
         steps.append(make_step(recipe, row.make(recipe)))
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    times = dict(zip(layers, medians(steps, arguments.seconds, clock), strict=True))
+    times = dict(zip(layers, medians(arguments.seconds, *steps, clock=clock), strict=True))
     for layer, milliseconds in times.items():
         ratio = milliseconds / times["linear"]
         batch = recipes[layer].batch_size
-        print(f"| {row.name} | {batch} | {layer} | {milliseconds:.3g} | {ratio:.2f} |", flush=True)
+        print_row(row.name, batch, layer, f"{milliseconds:.3g}", f"{ratio:.2f}")
     ratio = times["neurocoder"] / times["linear"]
     return [Target(f"step of {row.name}, Neurocoder", ratio, row.most, at_least=False)]
 
@@ -138,23 +135,6 @@ def recipe_of(row: Row, layer: str) -> Recipe:
     variant = row.variant if layer == "neurocoder" else "base"
     (plan,) = plans({"layer": [layer], "variant": [variant]}, row.config)
     return plan.recipe
-
-
-def medians(
-    steps: Sequence[Callable[[], None]], seconds: float, clock: Callable[[], float]
-) -> list[float]:
-    """Milliseconds of each, taken in turn; each at least once."""
-    for step in steps:
-        for _ in range(WARM_UP):
-            step()
-    times: list[list[float]] = [[] for _ in steps]
-    until = time.monotonic() + seconds
-    while not times[0] or time.monotonic() < until:
-        for step, seen in zip(steps, times, strict=True):
-            began = clock()
-            step()
-            seen.append(1000 * (clock() - began))
-    return [statistics.median(seen) for seen in times]
 
 
 if __name__ == "__main__":

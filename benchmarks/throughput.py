@@ -35,7 +35,18 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
-from common import HEADS, N_STEPS, Target, build_a3c, cores, machine, print_targets
+from common import (
+    HEADS,
+    N_STEPS,
+    Target,
+    build_a3c,
+    cores,
+    machine,
+    print_header,
+    print_row,
+    print_targets,
+    synchronize,
+)
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
@@ -43,11 +54,12 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-from ncrl import constant_weights
 from ncrl.agents.a3c import default_workers
 from ncrl.envs import atari
 from ncrl.envs.atari import AtariFactory
 from ncrl.networks import AtariEncoder
+
+Options = dict[str, Any]
 
 STACK = 4
 """Frames that A2C sees at once."""
@@ -63,17 +75,18 @@ USUAL_RECURRENT_PPO = (
 USUAL_A2C = "A2C as usual: make_atari_env, NatureCNN, T = 5"
 
 
-class Workload(NamedTuple):
-    """What all rows of one table have in common."""
+class Workload(argparse.Namespace):
+    """The flags, and the encoder of one table."""
 
-    factory: AtariFactory
     encoder: str
     device: str
     n_envs: Sequence[int]
-    """Environments of our rows; the peers have the first of these numbers."""
     workers: Sequence[int]
-    """Numbers of workers to compare, one core each."""
     peers: bool
+
+    @property
+    def factory(self) -> AtariFactory:
+        return atari(self.game)
 
 
 class Row(NamedTuple):
@@ -123,14 +136,7 @@ def main() -> None:
     )
     missed = False
     for encoder in arguments.encoder:
-        workload = Workload(
-            atari(arguments.game),
-            encoder,
-            arguments.device,
-            arguments.n_envs,
-            arguments.workers,
-            arguments.peers,
-        )
+        workload = Workload(**vars(arguments) | {"encoder": encoder})
         rows = list(all_rows(workload))
         measured = measure_rounds(workload, rows, arguments.rounds, arguments.seconds)
         targets = list(all_targets(workload, rows, measured))
@@ -210,60 +216,35 @@ def scaling_name(n_workers: int) -> str:
 def peer_rows(workload: Workload) -> Iterator[Row]:
     """Peers with the first number of environments."""
     n_envs = workload.n_envs[0]
+    env, device = workload.factory, workload.device
     encoder = {
         "features_extractor_class": AtariEncoder,
         "features_extractor_kwargs": {"encoder": workload.encoder},
     }
-    shared_lstm = {
-        "net_arch": [],
-        "lstm_hidden_size": 512,
-        "shared_lstm": True,
-        "enable_critic_lstm": False,
-    }
-    one_epoch: dict[str, Any] = {"n_steps": N_STEPS, "batch_size": N_STEPS * n_envs, "n_epochs": 1}
-    stacked = atari(workload.factory.game, stack=STACK)
-
-    def recurrent_ppo(**settings: Any) -> RecurrentPPO:
-        return RecurrentPPO(
-            "CnnLstmPolicy",
-            workload.factory(n_envs, 0),
-            device=workload.device,
-            policy_kwargs=encoder | shared_lstm,
-            **settings,
-        )
-
-    def a2c(n_steps: int) -> A2C:
-        return A2C(
-            "CnnPolicy",
-            stacked(n_envs, 0),
-            n_steps=n_steps,
-            device=workload.device,
-            policy_kwargs=encoder,
-        )
+    lstm = dict(net_arch=[], lstm_hidden_size=512, shared_lstm=True, enable_critic_lstm=False)
+    one_epoch = {"n_steps": N_STEPS, "batch_size": N_STEPS * n_envs, "n_epochs": 1}
 
     def usual_env() -> VecEnv:
         gymnasium.register_envs(ale_py)
-        env_id = workload.factory.game.title().replace("_", "") + "NoFrameskip-v4"
+        env_id = env.game.title().replace("_", "") + "NoFrameskip-v4"
         return make_atari_env(env_id, n_envs, seed=0)
 
-    def a2c_as_usual() -> A2C:
-        return A2C("CnnPolicy", VecFrameStack(usual_env(), STACK), device=workload.device)
+    def recurrent_ppo(make_env: Callable[[], VecEnv], policy: Options, **settings: Any) -> Any:
+        env = make_env()
+        return RecurrentPPO("CnnLstmPolicy", env, device=device, policy_kwargs=policy, **settings)
 
-    def recurrent_ppo_as_usual() -> RecurrentPPO:
-        return RecurrentPPO(
-            "CnnLstmPolicy",
-            usual_env(),
-            device=workload.device,
-            policy_kwargs=shared_lstm,
-            **one_epoch,
-        )
+    def a2c(make_env: Callable[[], VecEnv], policy: Options, **settings: Any) -> A2C:
+        return A2C("CnnPolicy", make_env(), device=device, policy_kwargs=policy, **settings)
 
-    yield Row(EQUAL_RECURRENT_PPO, partial(recurrent_ppo, **one_epoch))
-    yield Row("RecurrentPPO, its usual settings", recurrent_ppo)
-    yield Row(EQUAL_A2C, partial(a2c, N_STEPS))
-    yield Row("A2C without LSTM, its usual T = 5", partial(a2c, 5))
-    yield Row(USUAL_A2C, a2c_as_usual)
-    yield Row(USUAL_RECURRENT_PPO, recurrent_ppo_as_usual)
+    ours = partial(env, n_envs, 0)
+    stacked = partial(atari(env.game, stack=STACK), n_envs, 0)
+    ppo = partial(recurrent_ppo, ours, encoder | lstm)
+    yield Row(EQUAL_RECURRENT_PPO, partial(ppo, **one_epoch))
+    yield Row("RecurrentPPO, its usual settings", ppo)
+    yield Row(EQUAL_A2C, partial(a2c, stacked, encoder, n_steps=N_STEPS))
+    yield Row("A2C without LSTM, its usual T = 5", partial(a2c, stacked, encoder, n_steps=5))
+    yield Row(USUAL_A2C, partial(a2c, lambda: VecFrameStack(usual_env(), STACK), {}))
+    yield Row(USUAL_RECURRENT_PPO, partial(recurrent_ppo, usual_env, lstm, **one_epoch))
 
 
 # Measuring.
@@ -313,7 +294,7 @@ class Parts:
         functions = (self.play, self.act, self.learn)
         seen: tuple[list[float], ...] = ([], [], [])
         until = time.monotonic() + seconds
-        with one_thread(), constant_weights(self.policy):
+        with one_thread():
             for function in functions:
                 function()
             while not seen[-1] or time.monotonic() < until:
@@ -341,8 +322,7 @@ class Parts:
     def learn(self) -> None:
         """Loss, gradient, its limit, optimiser."""
         self.learner.train()
-        if self.learner.device.type == "cuda":
-            torch.cuda.synchronize(self.learner.device)
+        synchronize()
 
 
 class Meter(BaseCallback):
@@ -420,20 +400,16 @@ def on_cores(number: int | None) -> Iterator[None]:
 
 
 def print_parts(measured: Measured) -> None:
-    print(
-        "| one thread, ms per timestep | environment | acting | learning | "
-        "ceiling on all cores, timesteps/s |\n|---|---|---|---|---|"
-    )
+    parts = ("environment", "acting", "learning")
+    print_header("one thread, ms per timestep", *parts, "ceiling on all cores, timesteps/s")
     for (head, n_envs), costs in measured.costs.items():
         games = n_envs // default_workers(n_envs)
         cells = [
             f"{1000 * statistics.median(times):.3f}" for times in list(zip(*costs, strict=True))[:3]
         ]
         ceiling = statistics.median(cost.ceiling() for cost in costs)
-        print(
-            f"| {head} heads, {games} games a worker, batch of {N_STEPS * n_envs} | "
-            f"{' | '.join(cells)} | {ceiling:,.0f} |"
-        )
+        name = f"{head} heads, {games} games a worker, batch of {N_STEPS * n_envs}"
+        print_row(name, *cells, f"{ceiling:,.0f}")
 
 
 def print_rates(workload: Workload, rows: Sequence[Row], measured: Measured) -> None:
@@ -441,7 +417,7 @@ def print_rates(workload: Workload, rows: Sequence[Row], measured: Measured) -> 
     columns += ["share of the ceiling"]
     if workload.peers:
         columns += ["against RecurrentPPO, one epoch", f"against A2C, T = {N_STEPS}"]
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    print_header(*columns)
     for row in rows:
         rates = measured.rates[row.name]
         rate = statistics.median(rates)
@@ -452,7 +428,7 @@ def print_rates(workload: Workload, rows: Sequence[Row], measured: Measured) -> 
         if workload.peers:
             for peer in (EQUAL_RECURRENT_PPO, EQUAL_A2C):
                 cells += [f"{median_ratio(rates, measured.rates[peer]):.2f}"]
-        print(f"| {' | '.join(cells)} |")
+        print_row(*cells)
     print("\nWorkers have one thread each; games of peers and of serial rows are stepped by one.")
 
 

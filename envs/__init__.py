@@ -4,8 +4,15 @@ A factory is called with a batch size and a seed and returns a Stable-Baselines3
 Importing this package does not load ale-py; naming a game does.
 """
 
-if __name__ != "ncrl.envs":  # a second copy of every class would not be the first's
-    raise ImportError("this folder is the package ncrl.envs: import ncrl.envs")
+if __name__ != "ncrl.envs":
+    # Found in a clone under its folder's name. It is the same package, not a second copy of it.
+    import importlib
+    import sys
+
+    importlib.import_module("ncrl.envs")
+    for name, module in list(sys.modules.items()):
+        if name == "ncrl.envs" or name.startswith("ncrl.envs."):
+            sys.modules[name.removeprefix("ncrl.")] = module
 
 from ncrl.envs.atari import AtariFactory, AtariVecEnv, atari, game_name
 from ncrl.envs.player import AtariPlayer

@@ -5,15 +5,15 @@ from ncrl.neurocoder import (
     Attention,
     NeurocoderConfig,
     NeurocoderLinear,
-    constant_weights,
     orthogonal_loss,
 )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Attention",
     "NeurocoderConfig",
     "NeurocoderLinear",
-    "constant_weights",
     "eject",
     "inject",
     "orthogonal_loss",

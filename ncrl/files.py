@@ -1,11 +1,18 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that are read only if they are files."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from pathlib import Path
+
+SMALL_FILE = 1 << 20
+"""Bytes of a file that people write, or that describes others."""
+
+UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""Names that `write_atomically` gives to files until they are whole."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -34,3 +41,29 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of `write_atomically`; the folder must be locked."""
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path, limit: int = SMALL_FILE) -> bytes:
+    """The content of a regular file of at most `limit` bytes; pipes and devices are never opened.
+
+    Raises:
+        ValueError: naming the file and the reason.
+    """
+    try:
+        if not path.is_file():
+            reason = "it is no regular file" if os.path.lexists(path) else "it does not exist"
+            raise ValueError(f"cannot read {path}: {reason}")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise ValueError(f"cannot read {path}: it has more than {limit:,} bytes")
+    return data

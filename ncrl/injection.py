@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear
+from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear, OfficialNeurocoderLinear
 from ncrl.settings import nearest
+
+Injected = TypeVar("Injected", bound="InjectedNeurocoder")
 
 MAX_LISTED = 30
 """Candidates that an error message lists; a transformer can have hundreds."""
@@ -85,7 +87,7 @@ def inject(
     for _, _, _, linear in replaced:  # in this order, whatever that of the targets
         if linear not in layers:
             assert isinstance(linear, nn.Linear)
-            layers[linear] = InjectedNeurocoder.replacing(linear, config, keep_weight)
+            layers[linear] = _replacement(linear, config, keep_weight)
     for _, parent, attribute, linear in replaced:
         setattr(parent, attribute, layers[linear])
     return [seat.name for seat in replaced]
@@ -120,54 +122,33 @@ def eject(model: nn.Module) -> list[str]:
     return names
 
 
-class _ComposedWeight:
-    """What stands where `nn.Linear` has its weight.
-
-    Using it raises, instead of computing something else than the layer does. The fast paths of
-    `nn.TransformerEncoder` and its layers, which would read the weights of their linear layers in
-    eval mode, ask first whether any of them has `__torch_function__`, and then call the layers.
-    """
-
-    @classmethod
-    def __torch_function__(cls, function: Callable[..., Any], *_: Any, **__: Any) -> NoReturn:
-        cls._refuse()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)  # the protocols of copy, pickle and inspect
-        self._refuse()
-
-    @staticmethod
-    def _refuse() -> NoReturn:
-        raise AttributeError(
-            "an injected Neurocoder layer has no weight: it composes one for every input. Call the "
-            "layer instead, or do not inject where the host computes with the weight itself"
-        )
-
-
 class InjectedNeurocoder(NeurocoderLinear):
     """A Neurocoder layer that can be ejected. Made by `inject`."""
 
     original: tuple[nn.Linear, ...] = ()
     """The layer replaced. In a tuple, where torch does not take it for a part of this one."""
 
-    weight = _ComposedWeight()
-
-    @classmethod
-    def replacing(
-        cls, linear: nn.Linear, config: NeurocoderConfig | None, keep_weight: bool
-    ) -> InjectedNeurocoder:
-        """A layer for the place of `linear`, in the same mode."""
-        layer = cls.from_linear(linear, config, keep_weight=keep_weight)
-        layer.original = (linear,)
-        return layer.train(linear.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InjectedNeurocoder:
+    def _apply(self: Injected, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Injected:
         # `.to()`, `.half()`, `.share_memory()` and the like all end here.
         for linear in self.original:
             linear._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class InjectedOfficialNeurocoder(InjectedNeurocoder, OfficialNeurocoderLinear):
+    """The authors' layer likewise."""
+
+
+def _replacement(
+    linear: nn.Linear, config: NeurocoderConfig | None, keep_weight: bool
+) -> InjectedNeurocoder:
+    """A layer for the place of `linear`, in the same mode."""
+    is_official = config is not None and config.preset == "official"
+    kind = InjectedOfficialNeurocoder if is_official else InjectedNeurocoder
+    layer = kind.from_linear(linear, config, keep_weight=keep_weight)
+    layer.original = (linear,)
+    return layer.train(linear.training)
 
 
 class _Seat(NamedTuple):

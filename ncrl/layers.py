@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from ncrl.baselines import FiLMLinear, HyperNetLinear, MoELinear, NSMLinear
-from ncrl.neurocoder import NeurocoderLinear
-from ncrl.neurocoder.config import require_switch
+from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear, OfficialNeurocoderLinear
+from ncrl.seat import require_switch
 from ncrl.settings import suggest
 
 LayerFactory = Callable[..., nn.Module]
 """Called like `nn.Linear`: input width, output width, then options of its own by name."""
 
+
+def neurocoder(
+    in_features: int,
+    out_features: int,
+    config: NeurocoderConfig | None = None,
+    *,
+    bias: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> NeurocoderLinear:
+    """`NeurocoderLinear`, or `OfficialNeurocoderLinear` where the preset says so."""
+    config = replace(config or NeurocoderConfig(), **options)
+    layer = OfficialNeurocoderLinear if config.preset == "official" else NeurocoderLinear
+    return layer(in_features, out_features, config, bias=bias, device=device, dtype=dtype)
+
+
 LAYERS: Mapping[str, LayerFactory] = {
     "linear": nn.Linear,
-    "neurocoder": NeurocoderLinear,
+    "neurocoder": neurocoder,
     "hypernet": HyperNetLinear,
     "film": FiLMLinear,
     "moe": MoELinear,
     "nsm": NSMLinear,
 }
 """Layer constructors by the name that flags and `policy_kwargs` use."""
-
-
-def prepared(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What to call in place of a layer in a loop over time, until its weights change: see
-    `NeurocoderLinear.prepare`. Any other layer itself."""
-    return layer.prepare() if isinstance(layer, NeurocoderLinear) else layer
 
 
 def make_layer(name: str, in_features: int, out_features: int, **options: Any) -> nn.Module:

@@ -10,12 +10,20 @@ import argparse
 import contextlib
 import difflib
 import math
+import reprlib
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import field, fields, replace
+from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
 EXIT_USAGE = 2
+
+LONGEST_VALUE = 80
+"""Characters of a value that a message shows."""
+
+LONGEST_MESSAGE = 600
+"""Characters of a message."""
 
 Config = TypeVar("Config")
 
@@ -29,22 +37,36 @@ def setting(
     )
 
 
+def same_as(config_class: Any, name: str) -> Any:
+    """A dataclass field like the one of that name in another dataclass of settings."""
+    entry = config_class.__dataclass_fields__[name]
+    return field(default=entry.default, metadata=entry.metadata)
+
+
 def check(config: Any) -> None:
-    """Raise ValueError for the first `setting` of a dataclass that has an impossible value."""
+    """Look at the `setting`s of a dataclass.
+
+    Raises:
+        ValueError: for the first that has an impossible value.
+        TypeError: for the first that must be a number and is none.
+    """
     for entry in fields(config):
         value, rules = getattr(config, entry.name), entry.metadata
-        if value is None:
+        if value is None and "None" in str(entry.type):
             continue
         if rules["choices"] and value not in rules["choices"]:
             raise ValueError(
-                f"{entry.name} must be one of {', '.join(rules['choices'])}, got {value!r}; "
-                f"nearest: {nearest(str(value), rules['choices'])}"
+                f"{entry.name} must be one of {', '.join(rules['choices'])}, got {shown(value)}; "
+                f"nearest: {nearest(shown(value), rules['choices'])}"
             )
-        if isinstance(value, (int, float)) and not rules["low"] <= value <= rules["high"]:
+        if str(entry.type).startswith("float") and not isinstance(value, Real):
+            raise TypeError(f"{entry.name} must be a number, got {shown(value)}")
+        if isinstance(value, Real) and not rules["low"] <= value <= rules["high"]:
             raise ValueError(
-                f"{entry.name} must lie in {rules['low']:g} .. {rules['high']:g}, got {value}"
+                f"{entry.name} must lie in {rules['low']:.12g} .. {rules['high']:.12g}, "
+                f"got {shown(value)}"
             )
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, Real) and not isinstance(value, int) and not math.isfinite(value):
             raise ValueError(f"{entry.name} must be a finite number, got {value}")
 
 
@@ -59,15 +81,19 @@ def configure(values: dict[str, Any], base: Config, source: str) -> Config:
     Raises:
         ValueError: for a name that is no setting, or a value that is impossible.
     """
-    types = {entry.name: str(entry.type) for entry in fields(base)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in types:
-            hint = nearest(str(name), types)
-            raise ValueError(f"unknown setting {name!r} in {source}; nearest: {hint}")
-    typed = {name: _as_type(name, value, types[name], source) for name, value in values.items()}
-    config = replace(base, **typed)  # type: ignore[type-var]
+    config = replace(base, **typed_values(values, type(base), source))  # type: ignore[type-var]
     check(config)
     return config
+
+
+def typed_values(values: Mapping[str, Any], config_class: Any, source: str) -> dict[str, Any]:
+    """The settings of a YAML file or of flags in the types of the dataclass; see `configure`."""
+    types = {entry.name: str(entry.type) for entry in fields(config_class)}
+    for name in values:
+        if name not in types:
+            hint = nearest(shown(name), types)
+            raise ValueError(f"unknown setting {shown(name)} in {source}; nearest: {hint}")
+    return {name: _as_type(name, value, types[name], source) for name, value in values.items()}
 
 
 def add_flags(
@@ -114,20 +140,41 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str
         usage_error(parser.prog, str(error))
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     for word in unknown:
-        hint = nearest(word.split("=")[0], flags)
-        usage_error(parser.prog, f"unknown argument {word!r}; nearest: {hint}")
+        hint = nearest(word.split("=")[0][:LONGEST_VALUE], flags)
+        usage_error(parser.prog, f"unknown argument {shown(word)}; nearest: {hint}")
     return vars(namespace)
 
 
 def usage_error(program: str, message: str) -> NoReturn:
     """One line on stderr and exit code 2."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {_shortened(' '.join(message.split()), LONGEST_MESSAGE)}", file=sys.stderr)
     raise SystemExit(EXIT_USAGE)
 
 
+def shown(value: Any) -> str:
+    """A value for a message: `repr`, cut off where it is long, whatever it is made of.
+
+    YAML can name one list many times, so that 300 bytes are a list of millions of words.
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, LONGEST_VALUE, LONGEST_VALUE
+    # It would turn the whole number into text before it cuts.
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST_VALUE:
+        return f"a number of about {int(value.bit_length() * math.log10(2)):,} digits"
+    return _shortened(short.repr(value), LONGEST_VALUE)
+
+
+def _shortened(text: str, longest: int) -> str:
+    """Text with its middle left out where it is longer than `longest`."""
+    if len(text) <= longest:
+        return text
+    kept = (longest - 5) // 2
+    return f"{text[:kept]} ... {text[-kept:]}"
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The choice that looks most like `name`."""
-    return difflib.get_close_matches(name, list(choices), n=1, cutoff=0)[0]
+    """The choice that looks most like `name`; "none" if there is no choice."""
+    return (difflib.get_close_matches(name, list(choices), n=1, cutoff=0) or ["none"])[0]
 
 
 def suggest(name: str, choices: Collection[str]) -> str:
@@ -145,7 +192,8 @@ def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # of hundreds of digits
+            value = float(value)
     if type(value).__name__ != kind:
-        raise ValueError(f"{name} in {source} must be of type {kind}, got {value!r}")
+        raise ValueError(f"{name} in {source} must be of type {kind}, got {shown(value)}")
     return value

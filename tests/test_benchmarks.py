@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,3 +69,15 @@ def test_policy_heads_prints_a_row_for_each_training() -> None:
     for head in heads:
         (row,) = table_rows(done.stdout, f"{head} | 0")
         assert all(0 <= float(cell) <= 1 for cell in row.strip("| ").split(" | ")[2:])
+
+
+def test_gpu_prints_its_tables_also_without_one() -> None:
+    tables = ("correctness", "layer")
+    done = run_script("gpu.py", "--device", "cpu", "--seconds", "0.01", "--tables", *tables)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout
+    assert len(table_rows(done.stdout, "Neurocoder J")) == 3
+    assert len(table_rows(done.stdout, "784 -> 400")) == 2
+    if not torch.cuda.is_available():
+        done = run_script("gpu.py")
+        assert done.returncode == 2 and "cuda is not available" in done.stderr

@@ -32,8 +32,8 @@ from benchmarks.atari_figure3 import (
     read_curve,
     run_jobs,
 )
-from ncrl.agents.runs import RunDirectory
-from run_atari import RunConfig, canonical, with_sizes
+from ncrl.agents.atari.config import RunConfig, canonical, with_sizes
+from ncrl.agents.runs.directory import RunDirectory
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
     wait_until,

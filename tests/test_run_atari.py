@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -25,15 +26,23 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ncrl.agents.runs
-import ncrl.agents.supervision
+import ncrl.agents.atari.command
+import ncrl.agents.atari.config as config_module
+import ncrl.agents.atari.evaluate
+import ncrl.agents.atari.train
+import ncrl.agents.playing.pool
+import ncrl.agents.runs.directory
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
-from ncrl.agents.checkpoints import newest_checkpoint
-from ncrl.agents.profiling import PHASES
-from ncrl.agents.runs import RunDirectory
-from ncrl.layers import LAYERS
-from run_atari import RunConfig, main, make_model
+from ncrl.agents.atari.config import RunConfig, with_bonus, with_sizes
+from ncrl.agents.atari.train import make_model
+from ncrl.agents.learning.intrinsic import RND, PseudoCount
+from ncrl.agents.runs.checkpoints import newest_checkpoint
+from ncrl.agents.runs.directory import RunDirectory
+from ncrl.agents.runs.profiling import PHASES
+from ncrl.layers import LAYERS, make_layer
+from ncrl.settings import configure, parse
+from run_atari import main
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
     wait_until,
@@ -79,8 +88,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "sequence": "- env\n",
         "broken": "env: [Pong\n",
         "nothing": "",
+        "bomb": "env: &a [x, x]\nprotocol: &b [*a, *a]\n",
+        "deep": "env: " + "[" * 2000 + "]" * 2000,
+        "stamp": "env: !!timestamp x",
+        "digits": "gamma: " + "9" * 400,
+        "large": "#" * 200_000,
     }.items():
         (tmp_path / f"{name}.yaml").write_text(content)
+    os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
     return tmp_path
 
@@ -93,16 +108,21 @@ REFUSED = {
     PONG + "--logdir /proc/runs": ["/proc/runs"],
     # F20, F21: what this machine does not have
     PONG + "--device gpu": ["device", "gpu", "nearest: cpu"],
-    PONG + "--device cuda": ["cuda", "nearest: cpu"],
+    PONG + "--device cuda": ["cuda", "use cpu"],
     "": ["--env"],
     "--env Pongg": ["Pongg", "Pong"],
     "--env montezumasrevenge": ["montezumasrevenge", "MontezumaRevenge"],
     "--env CartPole-v1": ["CartPole-v1", "nearest"],
     "--env combat": ["combat", "nearest"],  # for two players only: its ROM ends the process
     # F22: impossible values
-    PONG + "--n-steps 0": ["n_steps", "0", "1 .. inf"],
-    PONG + "--workers -1": ["workers", "-1", "0 .. inf"],
+    PONG + "--n-steps 0": ["n_steps", "0", "1 .. 100000"],
+    PONG + "--workers -1": ["workers", "-1", "0 .. 1024"],
     PONG + "--envs-per-worker 0": ["envs_per_worker", "0", "1 .."],
+    PONG + "--games 0": ["games", "0", "1 .."],
+    PONG + "--games 8 --envs-per-worker 2": ["games (8)", "envs_per_worker (2)"],
+    PONG + f"--frames {'9' * 400}": ["frames", "400 digits", "1 .. 1e+12"],
+    PONG + f"--frames {'9' * 5000}": ["--frames", "99 ... 99"],
+    PONG + f"--{'x' * 5000}": ["nearest"],
     PONG + "--gamma 1.5": ["gamma", "1.5", "0 .. 1"],
     PONG + "--gamma -0.1": ["gamma", "-0.1", "0 .. 1"],
     PONG + "--gae-lambda 2": ["gae_lambda", "2", "0 .. 1"],
@@ -154,7 +174,15 @@ REFUSED = {
     "--config binary.yaml": ["binary.yaml"],
     "--config absent.yaml": ["absent.yaml"],
     "--config plain": ["plain"],
+    "--config bomb.yaml": ["bomb.yaml", "must be of type str"],
+    "--config deep.yaml": ["deep.yaml", "nested"],
+    "--config stamp.yaml": ["stamp.yaml"],
+    "--config digits.yaml": ["gamma", "400 digits"],
+    "--config pipe.yaml": ["pipe.yaml", "no regular file"],
+    "--config large.yaml": ["large.yaml", "bytes"],
     # Flags that do not go together
+    PONG + "--best": ["--best", "--evaluate"],
+    "--evaluate empty_run --best": ["best_model.zip", "--best"],
     PONG + "--video out.mp4": ["--video", "--evaluate"],
     PONG + "--episodes 3": ["--episodes", "--evaluate"],
     PONG + "--deterministic": ["--deterministic", "--evaluate"],
@@ -176,12 +204,14 @@ REFUSED = {
     "--resume linear_run --layer neurocoder --num-slots 9 --lstm-hidden-size 8": [
         *("layer", "'linear' -> 'neurocoder'", "num_slots 80 -> 9", "lstm_hidden_size 512 -> 8"),
     ],
+    "--resume empty_run --optimizer rmsprop": ["optimizer 'adam' -> 'rmsprop'"],
+    "--resume empty_run --seed 4": ["seed 0 -> 4"],
     "--resume empty_run --protocol classic": ["protocol", "machado", "classic"],
     "--resume empty_run --gamma 2": ["gamma", "2", "0 .. 1"],
     "--evaluate absent": ["absent"],
     "--evaluate plain": ["plain"],
     "--evaluate empty_run": ["empty_run", "no checkpoint"],
-    "--evaluate empty_run --device cuda": ["cuda", "nearest: cpu"],
+    "--evaluate empty_run --device cuda": ["cuda", "use cpu"],
     "--evaluate empty_run --video out.avi": ["out.avi", ".mp4", ".webm"],
     "--evaluate empty_run --video out": ["out", ".mp4"],
     "--evaluate empty_run --video absent/out.mp4": ["absent/out.mp4", "folder"],
@@ -201,8 +231,8 @@ def test_what_makes_no_sense_is_refused_in_one_line(
         raise AssertionError("refused too late")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(run_atari, "make_model", too_late)
-    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "__enter__", too_late)
+    monkeypatch.setattr(ncrl.agents.atari.train, "make_model", too_late)
+    monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "__enter__", too_late)
     before = tree(folder)
     with pytest.raises(SystemExit) as error:
         main(arguments.split())
@@ -210,6 +240,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     assert error.value.code == 2
     assert output.out == ""
     assert output.err.count("\n") == 1 and output.err.endswith("\n"), output.err
+    assert len(output.err) < 1000
     assert not CONTROL.search(output.err) and "None:" not in output.err
     for word in REFUSED[arguments]:
         assert word in output.err, (word, output.err)
@@ -318,14 +349,14 @@ def test_files_of_a_run(serial_run: Run) -> None:
     assert steps == [4800, 7200, 8000], "frames of the newest 3"
     assert len(list((serial_run.path / "checkpoints").iterdir())) == 9
     model = A3C.load(serial_run.path / "best_model.zip", device="cpu")
-    obs = run_atari.make_factory(RunConfig(env="Klax"))(2, 0).reset()
+    obs = config_module.make_factory(RunConfig(env="Klax"))(2, 0).reset()
     assert model.predict(obs)[0].shape == (2,)
 
 
 def test_the_configuration_of_a_run(serial_run: Run) -> None:
     config = serial_run.config
     assert list(config) == [entry.name for entry in fields(RunConfig)]
-    expected = {"env": "Klax", "frames": 8000, "workers": 0, "envs_per_worker": 4}
+    expected = {"env": "Klax", "frames": 8000, "workers": 0, "games": 4}
     expected |= {"seed": 3, "learning_rate": 1e-3, "n_steps": 10, "num_slots": 8, "gamma": 0.99}
     assert expected.items() <= config.items(), "flags win over YAML, YAML over defaults"
 
@@ -341,13 +372,27 @@ def test_the_summary_of_a_run(serial_run: Run) -> None:
         r"^learner +cpu, seed 3$",
         rf"^network +{parameters:,} parameters: encoder a3c, LSTM 16, neurocoder heads",
         r"^run +runs/Klax-1$",
-        r"^curves +tensorboard --logdir runs$",
+        r"^curves +\S*python\S* -m tensorboard.main --logdir runs$",
         r"^8,000 / 8,000 frames, [\d,]+ frames/s, score -?[\d.]+ \(\d+ games\), policy lag 0\.0",
-        r"^8,000 frames played; go on with: python run_atari\.py --resume runs/Klax-1$",
+        r"^8,000 frames played; go on with: \S*python\S* \S*run_atari\.py --resume runs/Klax-1$",
     ):
         assert re.search(pattern, output, re.MULTILINE), (pattern, output)
     assert "expect" not in output
     assert not CONTROL.search(output) and output.isascii()
+    start = output[: output.index("\ncurves")].splitlines()
+    assert max(map(len, start)) < 80 and len(start) > 6
+
+
+@pytest.mark.parametrize(
+    ("workers", "envs", "batch_size", "games"), [(0, 8, None, 4), (0, 6, None, 3), (0, 8, 40, 2)]
+)
+def test_updates_are_small_unless_asked_for(
+    workers: int, envs: int, batch_size: int | None, games: int
+) -> None:
+    config = RunConfig(
+        env="Klax", workers=workers, envs_per_worker=envs, batch_size=batch_size, device="cpu"
+    )
+    assert make_model(with_sizes(with_bonus(config))).envs_per_update == games
 
 
 LAYER_SIZES = {
@@ -366,8 +411,9 @@ def test_every_layer_can_be_chosen(layer: str) -> None:
     config = RunConfig(
         env="Klax", layer=layer, encoder="paper", workers=0, envs_per_worker=1, device="cpu"
     )
-    model = make_model(config, batch_size=None)
-    assert type(model.policy.action_net) is type(model.policy.value_net) is LAYERS[layer]
+    model = make_model(with_sizes(with_bonus(config)), batch_size=None)
+    kind = type(make_layer(layer, 8, 2))
+    assert type(model.policy.action_net) is type(model.policy.value_net) is kind
     assert sum(p.numel() for p in model.policy.parameters()) == LAYER_SIZES[layer]
 
 
@@ -422,11 +468,132 @@ def test_every_point_of_the_curves_is_there_once(serial_run: Run) -> None:
     assert [int(row["time/total_timesteps"]) for row in serial_run.rows] == steps
 
 
-def test_the_note_for_games_without_hope(tmp_path: Path) -> None:
-    arguments = ["--env", "montezuma_revenge", "--frames", "160", "--workers", "0", *SMALL]
-    output = run_here(*arguments, "--logdir", str(tmp_path), "--envs-per-worker", "2")
+# Exploration.
+
+
+def chosen(arguments: str) -> RunConfig:
+    flags = parse(ncrl.agents.atari.command.build_parser(), arguments.split())
+    modes = {name: flags.pop(name, None) for name in ncrl.agents.atari.command.MODES}
+    return config_module.choose_config(flags, modes)[0]
+
+
+ORDINARY = {
+    "frames": RunConfig.frames,
+    "learning_rate": RunConfig.learning_rate,
+    "gamma": RunConfig.gamma,
+    "anneal": RunConfig.anneal,
+}
+"""What an intrinsic reward changes, as it is without."""
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ORDINARY}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bonus"),
+    [
+        ("--env Pong", "none"),
+        ("--env MontezumaRevenge", "rnd"),
+        ("--env ALE/Venture-v5", "rnd"),
+        ("--env MontezumaRevenge --intrinsic-reward none", "none"),
+        ("--env MontezumaRevenge --intrinsic-reward count", "count"),
+        ("--env Pong --intrinsic-reward snd", "snd"),
+        ("--env Pong --intrinsic-reward auto", "none"),
+    ],
+)
+def test_the_bonus_is_chosen_by_the_game_and_brings_its_defaults(
+    arguments: str, bonus: str
+) -> None:
+    config = chosen(f"{arguments} --workers 2")
+    assert config.intrinsic_reward == bonus
+    assert set(config_module.EXPLORING) == set(ORDINARY)
+    assert settings(config) == (ORDINARY if bonus == "none" else config_module.EXPLORING)
+    assert config_module.num_games(config) == (16 if bonus == "none" else 64)
+
+
+def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\ngamma: 0.9\nframes: 8000\n")
+    config = chosen(
+        f"--config {tmp_path / 'run.yaml'} --frames 4000 --workers 0 --envs-per-worker 2"
+    )
+    expected = config_module.EXPLORING | {"gamma": 0.9, "frames": 4000}
+    assert config.intrinsic_reward == "rnd" and settings(config) == expected
+    assert config_module.num_games(config) == 2
+    (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\nintrinsic_reward: none\n")
+    assert settings(chosen(f"--config {tmp_path / 'run.yaml'}")) == ORDINARY
+
+
+def test_flags_of_the_bonus_reach_the_model() -> None:
+    flags = "--env Pong --workers 0 --envs-per-worker 2 --int-coef 0.25 --ext-coef 1 "
+    flags += "--int-gamma 0.9 --imitation-coef 0 --bonus-warmup 40 "
+    rnd = "--intrinsic-reward rnd --bonus-encoder nature --bonus-learning-rate 0.01 "
+    model = make_model(chosen(flags + rnd + "--update-proportion 0.5 " + " ".join(SMALL)))
+    assert (model.int_coef, model.ext_coef, model.int_gamma) == (0.25, 1, 0.9)
+    assert model.exploration is not None and model.exploration.memory is None
+    assert model.exploration.warmup_timesteps == 40
+    source = model.exploration.source
+    assert isinstance(source, RND) and source.stride == 2
+    assert source.target[-1].out_features == 512
+    assert source.optimizer.param_groups[0]["lr"] == 0.01
+    count = make_model(chosen(flags + "--intrinsic-reward count " + " ".join(SMALL)))
+    assert count.exploration is not None
+    assert isinstance(count.exploration.source, PseudoCount)
+
+
+def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A game whose rewards are rare, and so also the note for games without hope."""
+    arguments = ["--env", "montezuma_revenge", "--frames", "640", "--workers", "0", *SMALL]
+    arguments += ["--bonus-warmup", "40", "--envs-per-worker", "2"]
+    output = run_here(*arguments, "--logdir", str(tmp_path))
     assert re.search(r"^expect .*0 to 14 points.* a score of 0 is no fault$", output, re.MULTILINE)
-    assert (tmp_path / "MontezumaRevenge-1").is_dir()
+    assert re.search(
+        r"^bonus +rnd, weight 0\.5 beside 2 .* after 40 timesteps$", output, re.MULTILINE
+    )
+    run = Run(tmp_path / "MontezumaRevenge-1", output)
+    assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
+
+    run_here("--resume", str(run.path), "--frames", "960")
+    assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
+    assert run.config["learning_rate"] == config_module.EXPLORING["learning_rate"]
+    last = run.rows[-1]
+    for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_rollouts"):
+        assert last[f"train/{name}"] != "", name
+    with zipfile.ZipFile(newest_checkpoint(run.path / "checkpoints").path) as archive:
+        state = torch.load(io.BytesIO(archive.read("exploration.pth")), weights_only=True)
+    assert state["_extra_state"]["num_timesteps"] == 240, "it went on where it was"
+
+    for flags, words in {
+        "--intrinsic-reward none": ["intrinsic_reward", "'rnd' -> 'none'"],
+        "--bonus-encoder nature": ["bonus_encoder", "'a3c' -> 'nature'"],
+        "--int-coef 0": ["value_net_int"],
+    }.items():
+        with pytest.raises(SystemExit) as error:
+            main(["--resume", str(run.path), "--frames", "1280", *flags.split()])
+        refused = capsys.readouterr().err
+        assert error.value.code == 2 and refused.count("\n") == 1
+        assert all(word in refused for word in words), refused
+
+
+def test_a_run_from_before_there_was_a_bonus_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--env", "montezuma_revenge", "--frames", "160", "--workers", "0", *SMALL]
+    arguments += ["--envs-per-worker", "2", "--intrinsic-reward", "none"]
+    run = Run(tmp_path / "MontezumaRevenge-1", run_here(*arguments, "--logdir", str(tmp_path)))
+    assert "bonus" not in run.output
+    config = {key: value for key, value in run.config.items() if key != "intrinsic_reward"}
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(ncrl.agents.atari.evaluate, "play_games", lambda *_: ([0.0], [9]))
+    run_here("--evaluate", str(run.path), "--episodes", "1")
+    run_here("--resume", str(run.path), "--frames", "320")
+    assert run.config["intrinsic_reward"] == "none"
+    assert settings(RunConfig(**run.config)) == ORDINARY | {"frames": 320}
+
+
+# Going on.
 
 
 def test_resume_goes_on_to_the_new_total(run: Run) -> None:
@@ -467,12 +634,75 @@ def test_f17_resume_with_another_number_of_games(envs: str, run: Run) -> None:
     assert f"serial, {envs} games" in output
     assert newest_checkpoint(run.path / "checkpoints").timesteps == 2160
     assert int(run.rows[-1]["train/n_updates"]) > 50
-    assert run.config["envs_per_worker"] == int(envs)
+    assert run.config["games"] == int(envs)
+
+
+@pytest.mark.parametrize("workers", range(7))
+@pytest.mark.parametrize("stored", ["games: 16\nworkers: 2", "workers: 2\nenvs_per_worker: 8"])
+def test_f17_the_games_of_a_run_are_kept_by_any_number_of_workers(
+    stored: str, workers: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"env: Pong\n{stored}\n")
+    modes: dict[str, Any] = {"resume": str(tmp_path), "config": None}
+    config, run = config_module.choose_config({"workers": workers}, modes)
+    assert run is not None
+    run.close()
+    assert config_module.num_games(config) == config.games == 16
+    nearest = min(abs(n - workers) for n in (1, 2, 4, 8, 16))
+    assert config.workers is not None and abs(config.workers - workers) <= nearest
+    assert workers == 0 or 16 % config.workers == 0
+
+
+def test_f17_a_resume_that_fails_leaves_the_configuration(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = (run.path / "config.yaml").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(A3C, "train", raising(NonFiniteError("the gradient")))
+        flags = ["--frames", "9000", "--learning-rate", "2.0"]
+        assert main(["--resume", str(run.path), *flags]) == 1
+    assert (run.path / "config.yaml").read_bytes() == before
+    run_here("--resume", str(run.path), "--frames", "8400", "--gae-lambda", "1.0")
+    assert run.config["gae_lambda"] == 1.0 and run.config["frames"] == 8400
+
+
+@pytest.mark.parametrize("value", [2**31, 10**12 + 1, 10**400, -1])
+def test_no_setting_is_without_bounds(value: int) -> None:
+    """Of those that make something larger or longer; a seed is none."""
+    for entry in fields(RunConfig):
+        if "int" in str(entry.type) and (value > 10**12 or entry.metadata["high"] < 2**31):
+            with pytest.raises(ValueError, match=entry.name) as error:
+                configure({entry.name: value}, RunConfig(env="Pong"), "the flags")
+            assert len(str(error.value)) < 300
+
+
+def test_f20_memory_that_runs_out_while_the_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    lack = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    monkeypatch.setattr(ncrl.agents.atari.train, "make_model", raising(lack))
+    with pytest.raises(SystemExit) as error:
+        main(short(tmp_path))
+    assert error.value.code == 2
+    assert re.fullmatch(r".*out of memory; lower games.*n_steps.*\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [], "and no empty run is left"
+
+
+def test_f11_a_disk_that_is_full_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    full = raising(OSError(28, "No space left on device"))
+    monkeypatch.setattr(ncrl.agents.runs.directory, "write_atomically", full)
+    with pytest.raises(SystemExit) as error:
+        main(short(tmp_path))
+    assert error.value.code == 2
+    assert re.fullmatch(r".*Klax-1: No space left on device\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_moved_run_names_its_own_folder(run: Run) -> None:
     output = run_here("--resume", str(run.path), "--frames", "8016")
-    (logdir,) = re.findall(r"^curves +tensorboard --logdir (.*)$", output, re.MULTILINE)
+    (logdir,) = re.findall(r"^curves .* --logdir (.*)$", output, re.MULTILINE)
     assert Path(logdir) in (run.path, run.path.parent)
 
 
@@ -523,6 +753,12 @@ def test_evaluate_prints_raw_scores(run: Run) -> None:
     mean, std, low, high, length = map(float, found.groups())
     assert low <= mean <= high and 0 <= std <= high - low and length > 50
     assert outputs[0] == outputs[1], "one seed, the same games"
+    games = re.findall(r"^game (\d) of 3: score (-?\d+), ", outputs[0], re.MULTILINE)
+    assert [int(game) for game, _ in games] == [1, 2, 3]
+    assert sum(float(score) for _, score in games) / 3 == pytest.approx(float(found[1]), abs=0.01)
+    assert outputs[0].startswith("playing 3 whole games with ")
+    best = run_here("--evaluate", str(run.path), "--episodes", "1", "--best")
+    assert "with its best model: raw score of 1" in best and "best_model.zip" in best
     assert "protocol machado" in outputs[0] and "sampled actions" in outputs[0]
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
@@ -612,7 +848,9 @@ def test_f11_a_full_disk(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(
-        ncrl.agents.runs, "save_checkpoint", raising(OSError(28, "No space left on device"))
+        ncrl.agents.runs.directory,
+        "save_checkpoint",
+        raising(OSError(28, "No space left on device")),
     )
     flag = "--stop-on-save-error" if stop else "--no-stop-on-save-error"
     try:
@@ -704,7 +942,7 @@ def test_f8_an_interrupt_before_training_shows_no_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the model is built, or the games of a resumed run are played again."""
-    monkeypatch.setattr(run_atari, "make_model", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(ncrl.agents.atari.train, "make_model", raising(KeyboardInterrupt()))
     try:
         code: Any = main(short(tmp_path))
     except SystemExit as exit_:
@@ -725,7 +963,23 @@ def test_f8_an_interrupt_as_training_begins_is_not_lost(
 
     monkeypatch.setattr(A3C, "_setup_learn", interrupted)
     assert main(short(tmp_path)) == 130
-    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps <= 5
+    assert not (tmp_path / "Klax-1").exists(), "nothing was played, nothing is kept"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_f8_f9_a_signal_during_the_imports(name: str, code: int) -> None:
+    program = f"""
+import os, runpy, signal, sys
+class Impatient:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.{name})
+sys.meta_path.insert(0, Impatient())
+sys.argv = ["run_atari.py", "--env", "Pong"]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
 
 
 def test_f8_a_second_interrupt_during_the_last_save(
@@ -736,7 +990,7 @@ def test_f8_a_second_interrupt_during_the_last_save(
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
-    monkeypatch.setattr(ncrl.agents.runs, "save_checkpoint", impatient)
+    monkeypatch.setattr(ncrl.agents.runs.directory, "save_checkpoint", impatient)
     try:
         code: Any = main(short(tmp_path))
     except SystemExit as exit_:
@@ -761,7 +1015,7 @@ def workers_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_run_with_workers(workers_run: Run) -> None:
     path, output = workers_run
     assert "playing    2 workers of 2 games, 10 timesteps per rollout\n" in output
-    assert f"curves     tensorboard --logdir {path.parent}\n" in output
+    assert f" -m tensorboard.main --logdir {path.parent}\n" in output
     assert "1,616 / 1,616 frames" in output and f"--resume {path}\n" in output
     assert not CONTROL.search(output)
     assert newest_checkpoint(path / "checkpoints").timesteps == 404
@@ -778,7 +1032,7 @@ def test_f17_resume_without_the_workers(workers_run: Run, tmp_path: Path) -> Non
     path = tmp_path / "Pong-1"
     shutil.copytree(workers_run.path, path)
     output = run_here("--resume", str(path), "--workers", "0", "--frames", "1776")
-    assert "1,616 played" in output and "serial, 2 games" in output
+    assert "1,616 played" in output and "serial, 4 games" in output
     assert newest_checkpoint(path / "checkpoints").timesteps == 444
     run = Run(path, output)
     assert int(run.rows[-1]["train/n_updates"]) > 11

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ncrl.baselines.seat import LinearSeat, modulation_net, reset_modulation_net
+from ncrl.seat import LinearSeat, modulation_net, reset_modulation_net
 
 
 class FiLMLinear(LinearSeat):
@@ -66,6 +66,11 @@ class FiLMLinear(LinearSeat):
             dtype=dtype,
         )
         self.reset_parameters()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the linear part."""
+        return self.linear.bias
 
     def reset_parameters(self) -> None:
         """As torch initialises a Linear, with gamma = beta = 0 for every input."""

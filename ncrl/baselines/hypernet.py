@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.baselines.seat import (
+from ncrl.seat import (
     LinearSeat,
     modulation_net,
     require_choice,
@@ -73,9 +73,7 @@ class HyperNetLinear(LinearSeat):
         self.num_layers = num_layers
         self.hidden = hidden
         self.scale = scale
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, device=device, dtype=dtype)
-        )
+        self._store_weight(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = (
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -91,14 +89,14 @@ class HyperNetLinear(LinearSeat):
 
     def reset_parameters(self) -> None:
         """As torch initialises a Linear, with s = 1 for every input."""
-        reset_linear(self.weight, self.bias)
+        reset_linear(self._stored_weight, self.bias)
         reset_modulation_net(self.scale_net, start=1.0)
 
     def _transform(self, x: Tensor) -> Tensor:
         scale: Tensor = self.scale_net(x)  # [B, in] or [B, out]
         if self.scale == "input":
-            return F.linear(scale * x, self.weight, self.bias)
-        y = scale * F.linear(x, self.weight)
+            return F.linear(scale * x, self._stored_weight, self.bias)
+        y = scale * F.linear(x, self._stored_weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ncrl.baselines.seat import LinearSeat, require_positive, reset_linear
+from ncrl.seat import LinearSeat, require_positive, reset_linear
 
 
 class LowRankLinear(LinearSeat):

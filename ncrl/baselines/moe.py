@@ -6,15 +6,16 @@ ICLR 2017; equation numbers are that paper's. Shapes: E experts, k experts kept 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.baselines.seat import LinearSeat, require_positive, reset_linear
+from ncrl.seat import LinearSeat, require_positive, reset_linear, without_autocast
 
 NOISE_FLOOR = 1e-2
 """Least standard deviation of the gate's noise: without it the noise could be learned away."""
@@ -27,10 +28,13 @@ class Gating(NamedTuple):
     """Which experts B inputs are given to, and what `balance_loss` needs to know about it."""
 
     weights: Tensor
-    """Weights of the experts that are kept, [B, k], each row summing to 1."""
+    """Weights of the experts, [B, E], each row summing to 1; 0 but for k of them."""
 
-    indices: Tensor
-    """Those experts, [B, k]."""
+    chosen: Tensor
+    """Whether an expert is one of the k, [B, E] bool."""
+
+    top_k: int
+    """k."""
 
     logits: Tensor
     """x W_g, [B, E]."""
@@ -43,8 +47,7 @@ class Gating(NamedTuple):
 
     def importance(self) -> Tensor:
         """Sum of each expert's weights over the inputs, [E] (Eq. 6)."""
-        total = self.weights.new_zeros(self.logits.shape[1])
-        return total.index_add(0, self.indices.flatten(), self.weights.flatten())
+        return self.weights.sum(0)
 
     def load(self) -> Tensor:
         """Expected number of inputs given to each expert, [E] (Eqs. 8 to 10).
@@ -52,13 +55,11 @@ class Gating(NamedTuple):
         The expectation is over the noise of the expert itself, that of the others held fixed,
         which makes it smooth. Without noise it is the number counted, which has no gradient.
         """
-        num_experts, top_k = self.logits.shape[1], self.weights.shape[1]
-        chosen = torch.zeros_like(self.logits, dtype=torch.bool).scatter(1, self.indices, True)
-        if self.noise_scale is None or top_k == num_experts:
-            return chosen.to(self.logits.dtype).sum(0)
-        top = self.noisy_logits.topk(top_k + 1, dim=1).values  # [B, k + 1]
+        if self.noise_scale is None or self.top_k == self.logits.shape[1]:
+            return self.chosen.to(self.logits.dtype).sum(0)
+        top = self.noisy_logits.topk(self.top_k + 1, dim=1).values  # [B, k + 1]
         # The k-th largest among the others: one place further down for an expert that is chosen.
-        threshold = torch.where(chosen, top[:, -1:], top[:, -2:-1])  # [B, E]
+        threshold = torch.where(self.chosen, top[:, -1:], top[:, -2:-1])  # [B, E]
         chance: Tensor = torch.special.ndtr((self.logits - threshold) / self.noise_scale)  # [B, E]
         return chance.sum(0)
 
@@ -75,6 +76,10 @@ class NoisyTopKGate(nn.Module):
         device: where the parameters are created.
         dtype: type of the parameters.
     """
+
+    records: tuple[list[Gating], ...] = ()
+    """Where decisions are written while `record_gates` runs. An attribute, since compiled code
+    looks at attributes, and not at hooks."""
 
     def __init__(
         self,
@@ -102,22 +107,40 @@ class NoisyTopKGate(nn.Module):
 
         Always in the parameters' own precision: half precision would make ties of close experts.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x = x.to(self.weight.dtype)
             logits = noisy_logits = F.linear(x, self.weight)  # [B, E]
             noise_scale = None
             if self.training:
                 noise_scale = F.softplus(F.linear(x, self.noise_weight)) + NOISE_FLOOR
                 noisy_logits = logits + torch.randn_like(logits) * noise_scale
-            kept, indices = noisy_logits.topk(self.top_k, dim=1)  # [B, k]
-            return Gating(kept.softmax(1), indices, logits, noisy_logits, noise_scale)
+            chosen = first_largest(noisy_logits, self.top_k)
+            weights = noisy_logits.masked_fill(~chosen, -math.inf).softmax(1)
+            gating = Gating(weights, chosen, self.top_k, logits, noisy_logits, noise_scale)
+        for record in self.records:
+            record.append(gating)
+        return gating
+
+
+def first_largest(values: Tensor, k: int) -> Tensor:
+    """Which entries of each row of values [B, E] are its k largest: [B, E] bool.
+
+    Of equal ones the first are taken, whatever the device: at the start all logits of a gate are
+    equal, and `topk` would take others on a GPU.
+    """
+    least = values.topk(k, dim=1).values[:, -1:]
+    larger = values > least
+    tied = values == least
+    missing = k - larger.sum(1, keepdim=True)
+    return larger | (tied & (tied.long().cumsum(1) <= missing))
 
 
 class MoELinear(LinearSeat):
     """Drop-in for `nn.Linear`: y = sum_e gate_e(x) E_e(x), with experts E_e that are Linear layers.
 
-    Each expert computes only for the inputs that are given to it. A gate left alone soon gives
-    everything to a few experts; the caller adds a loss against it:
+    All experts compute for all inputs, in one product, and the gate mixes k of the outputs: shapes
+    then do not depend on data. A gate left alone soon gives everything to a few experts; the caller
+    adds a loss against it:
 
         with record_gates(model) as gates:
             y = model(x)
@@ -168,7 +191,7 @@ class MoELinear(LinearSeat):
         self.num_experts = num_experts
         self.top_k = top_k
         self.gate = NoisyTopKGate(in_features, num_experts, top_k, device=device, dtype=dtype)
-        self.weight = nn.Parameter(
+        self._store_weight(
             torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
         )
         self.bias = (
@@ -181,29 +204,15 @@ class MoELinear(LinearSeat):
     def reset_parameters(self) -> None:
         """Experts as torch initialises a Linear; the gate zero."""
         self.gate.reset_parameters()
-        reset_linear(self.weight, self.bias)
+        reset_linear(self._stored_weight, self.bias)
 
-    # Never compiled, even inside compiled models: how many inputs an expert gets is data, and
-    # compiled code would not see the hooks of `record_gates`.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _transform(self, x: Tensor) -> Tensor:
         gating: Gating = self.gate(x)
-        pairs = gating.indices.flatten()  # [B * k], the expert of each (input, place)
-        order = pairs.argsort()  # all pairs of expert 0, then of expert 1, ...
-        counts = pairs.bincount(minlength=self.num_experts).tolist()
-        inputs = order // self.top_k  # [B * k]
-
-        # unbind, not weight[e]: its gradient is one stack instead of E tensors of all experts.
-        weights = self.weight.unbind()
-        biases = [None] * self.num_experts if self.bias is None else self.bias.unbind()
-        parts = torch.split(x.index_select(0, inputs), counts)
-        # Experts without inputs take part with none, so that they get a gradient, zero, as well.
-        outputs = torch.cat(
-            [F.linear(part, w, b) for part, w, b in zip(parts, weights, biases, strict=True)]
-        )  # [B * k, out]
-        weighted = gating.weights.flatten()[order].unsqueeze(1) * outputs
-        y = weighted.new_zeros(len(x), self.out_features).index_add(0, inputs, weighted)
-        return y.to(outputs.dtype)
+        # In one product: how many inputs an expert gets is data, on which no shape may depend.
+        biases = None if self.bias is None else self.bias.flatten()
+        outputs = F.linear(x, self._stored_weight.flatten(0, 1), biases)  # [B, E out]
+        outputs = outputs.view(x.shape[0], self.num_experts, self.out_features)
+        return torch.bmm(gating.weights.to(outputs.dtype).unsqueeze(1), outputs).squeeze(1)
 
     def extra_repr(self) -> str:
         return (
@@ -220,23 +229,16 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, list[Gating]]]:
         By name of each `MoELinear` in `model`, its decisions, one per forward pass. The record
         belongs to the caller; nothing is kept in the model.
     """
-    record: dict[str, list[Gating]] = {}
-    handles = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, MoELinear):
-            decisions = record[name] = []
-
-            def keep(
-                _gate: Any, _inputs: Any, gating: Gating, to: list[Gating] = decisions
-            ) -> None:
-                to.append(gating)
-
-            handles.append(layer.gate.register_forward_hook(keep))
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, MoELinear)}
+    record: dict[str, list[Gating]] = {name: [] for name in layers}
+    before = {name: layer.gate.records for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.gate.records = (*before[name], record[name])
     try:
         yield record
     finally:
-        for handle in handles:
-            handle.remove()
+        for name, layer in layers.items():
+            layer.gate.records = before[name]
 
 
 def balance_loss(gates: Mapping[str, list[Gating]]) -> Tensor:

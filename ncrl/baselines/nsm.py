@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.baselines.seat import LinearSeat, require_choice, require_positive
+from ncrl.seat import LinearSeat, require_choice, require_positive, without_autocast
 
 VARIANTS = ("lean", "official_count")
 COSINES = ("true", "official")
@@ -117,7 +117,7 @@ class NSMLinear(LinearSeat):
 
     def _attend(self, x: Tensor, keys: Tensor) -> Tensor:
         """[B, in] -> [B, p], always in the parameters' own precision."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x = x.to(self.memory.dtype)
             keys = F.normalize(keys.tanh(), dim=1, eps=NORM_FLOOR)
             query = F.normalize(self.query(x).tanh(), dim=1, eps=NORM_FLOOR)  # [B, K]

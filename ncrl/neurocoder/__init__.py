@@ -1,12 +1,14 @@
 """The Neurocoder layer: program memory, composition network, integration network."""
 
 from ncrl.neurocoder.config import NeurocoderConfig
-from ncrl.neurocoder.layer import Attention, NeurocoderLinear, constant_weights, orthogonal_loss
+from ncrl.neurocoder.integration import Attention
+from ncrl.neurocoder.layer import NeurocoderLinear, orthogonal_loss
+from ncrl.neurocoder.official import OfficialNeurocoderLinear
 
 __all__ = [
     "Attention",
     "NeurocoderConfig",
     "NeurocoderLinear",
-    "constant_weights",
+    "OfficialNeurocoderLinear",
     "orthogonal_loss",
 ]

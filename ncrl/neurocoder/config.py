@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from numbers import Integral
+
+from ncrl.seat import require_positive, require_switch
 
 CHOICES = {
     "preset": ("paper", "official"),
@@ -144,15 +145,3 @@ class NeurocoderConfig:
     def num_components(self) -> int:
         """Components R of the active program."""
         return self.num_steps * self.num_heads
-
-
-def require_positive(name: str, value: int) -> None:
-    """Raise ValueError unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
-def require_switch(name: str, value: bool) -> None:
-    """Raise ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")

@@ -15,23 +15,62 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl.neurocoder.config import NeurocoderConfig
+from ncrl.neurocoder.weights import LinearWeights
+
+
+class Attention(NamedTuple):
+    """Attention weights over slots for every component of the program, each [..., R, P]."""
+
+    u: Tensor
+    v: Tensor
+    s: Tensor
 
 
 class Composed(NamedTuple):
-    """A working program in terms of the memory."""
+    """Working programs of B inputs in terms of the memory, and what the memory makes of x."""
 
-    weights: Tensor
-    """Attention over slots of the memories u, v, s: [3, R, P, B]."""
+    attention: Attention
+    """Each [B, R, P]."""
 
     sigma: Tensor
-    """Singular values, [R, B]; sigma_n belongs to u_n and v_n."""
+    """Singular values, [B, R]; sigma_n belongs to u_n and v_n."""
 
     residual_scale: Tensor | None
-    """Factor of the residual program, [B]; None without one."""
+    """Factor of the residual program, [B, 1]; None without one."""
+
+    projection: Tensor
+    """x M_U^T, [B, P]."""
 
 
-class IntegrationNetwork(nn.Module):
-    """The residual program Rho, whole or in two factors, and its gate (Eq. 7)."""
+class Integration(nn.Module):
+    """What adds the residual program Rho: of the paper's layer and of the authors'."""
+
+    gate: LinearWeights | None
+    """Of the residual, where it is linear in the input."""
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError
+
+    def controller_parameters(self) -> Iterator[nn.Parameter]:
+        """What `frozen_controller` freezes: the gate."""
+        if self.gate is not None:
+            yield from self.gate.parameters()
+
+    def start_from(self, matrix: Tensor) -> None:
+        """Set Rho to `matrix` [in, out]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x Rho, [B, out], for x [B, in]."""
+        return x @ self.matrix()
+
+    def matrix(self) -> Tensor:
+        """Rho, [in, out]."""
+        raise NotImplementedError
+
+
+class IntegrationNetwork(Integration):
+    """The residual program, whole or in two factors, and its gate (Eq. 7)."""
 
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
@@ -41,7 +80,7 @@ class IntegrationNetwork(nn.Module):
         else:
             self.left = nn.Parameter(torch.empty(in_features, self.rank))  # [in, r]
             self.right = nn.Parameter(torch.empty(self.rank, out_features))  # [r, out]
-        self.gate = nn.Linear(in_features, 1)
+        self.gate: LinearWeights = LinearWeights(in_features, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -50,10 +89,6 @@ class IntegrationNetwork(nn.Module):
             bound = 1 / math.sqrt(matrix.shape[0])
             nn.init.uniform_(matrix, -bound, bound)
         self.gate.reset_parameters()
-
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        """What `frozen_controller` freezes: the gate."""
-        return self.gate.parameters()
 
     @torch.no_grad()
     def start_from(self, matrix: Tensor) -> None:
@@ -68,23 +103,13 @@ class IntegrationNetwork(nn.Module):
             set_product(self.left, self.right, matrix)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Rho, [B, out], for x [B, in]."""
         for matrix in self._factors():
             x = x @ matrix
         return x
 
     def matrix(self) -> Tensor:
-        """Rho, [in, out]."""
         first, *rest = self._factors()
         return first @ rest[0] if rest else first
-
-    def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """sig(gate(x)) * sigma_R, the factor in front of Rho: [B], for sigma [R, B]."""
-        return self.scale_from(self.gate.weight @ x.T, sigma)
-
-    def scale_from(self, from_input: Tensor, sigma: Tensor) -> Tensor:
-        """`scale` from the gate's weight times x, [1, B]."""
-        return (from_input[0] + self.gate.bias).sigmoid() * sigma[-1]
 
     def _factors(self) -> tuple[Tensor, ...]:
         return (self.residual,) if self.rank is None else (self.left, self.right)
@@ -103,35 +128,32 @@ def set_product(left: Tensor, right: Tensor, matrix: Tensor) -> None:
     right[rank:] = 0
 
 
+def increments(weight_s: Tensor, memory_s: Tensor) -> Tensor:
+    """s_n = softplus(w^s_n M_S), [B, R], for weights [B, R, P] and M_S [P, 1]."""
+    return F.softplus(weight_s @ memory_s).squeeze(2)
+
+
 def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
     """Positive, strictly decreasing singular values sigma_n (Eq. 4).
 
     Args:
-        weight_s: [R, P, B], attention over the stored singular values.
+        weight_s: [B, R, P], attention over the stored singular values.
         memory_s: [P, 1].
 
     Returns:
-        [R, B]; sigma_n sums softplus(w^s_k M_S) over k >= n.
+        [B, R]; sigma_n sums softplus(w^s_k M_S) over k >= n.
     """
-    return sum_of_smaller(F.softplus((memory_s.T @ weight_s).squeeze(1)))
+    s = increments(weight_s, memory_s)
+    # One product with a triangle of ones, where `flip`, `cumsum`, `flip` take eight operations.
+    return s @ torch.ones(s.shape[1], s.shape[1], dtype=s.dtype, device=s.device).tril()
 
 
-def sum_of_smaller(increments: Tensor, dim: int = 0) -> Tensor:
-    """sigma_n = sum of s_k over k >= n, for s with R along `dim`."""
-    return increments.flip(dim).cumsum(dim).flip(dim)
-
-
-def mix_slots(composed: Composed, projection: Tensor) -> Tensor:
-    """Weight of every stored v in the output: c of y = c M_V, [P, B] (Eqs. 1 and 3, folded).
-
-    Args:
-        composed: the active program.
-        projection: M_U x^T, [P, B].
-    """
-    weight_u, weight_v, _ = composed.weights  # [R, P, B] each
-    strength = composed.sigma * (weight_u * projection).sum(1)  # [R, B]
-    mixture: Tensor = (weight_v * strength.unsqueeze(1)).sum(0)
-    return mixture
+def mix_slots(composed: Composed) -> Tensor:
+    """Weight of every stored v in the output: c of y = c M_V, [B, P] (Eqs. 1 and 3, folded)."""
+    weight_u, weight_v, _ = composed.attention
+    read = torch.bmm(weight_u, composed.projection.unsqueeze(2))  # x u_n^T, [B, R, 1]
+    strength = composed.sigma.unsqueeze(2) * read
+    return torch.bmm(strength.transpose(1, 2), weight_v).squeeze(1)
 
 
 def active_program(composed: Composed, u: Tensor, v: Tensor) -> Tensor:
@@ -139,7 +161,5 @@ def active_program(composed: Composed, u: Tensor, v: Tensor) -> Tensor:
 
     For inspection and tests.
     """
-    weight_u, weight_v, _ = composed.weights
-    left = torch.einsum("rpb,pi->bri", weight_u, u)  # u_n, [B, R, in]
-    right = torch.einsum("rpb,po->bro", weight_v, v)  # v_n, [B, R, out]
-    return torch.einsum("rb,bri,bro->bio", composed.sigma, left, right)
+    weight_u, weight_v, _ = composed.attention
+    return torch.einsum("br,bri,bro->bio", composed.sigma, weight_u @ u, weight_v @ v)

@@ -5,31 +5,25 @@ oddities included, in folded form; `load_authors_state_dict` takes weights over 
 leaves the paper is said at each class and function.
 
 Shapes: B inputs, P slots, H heads, J steps, R = J * H components, K key width, n = 3HK + 1. The
-leading 3 stands for the memories u, v, s, and the batch comes last, as in
-`ncrl.neurocoder.attention`.
+leading 3 stands for the memories u, v, s. Slots come last.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl.neurocoder.attention import kth_smallest
+from ncrl.neurocoder.composition import Composition
 from ncrl.neurocoder.config import NeurocoderConfig
-from ncrl.neurocoder.integration import Composed
-from ncrl.neurocoder.orthogonality import (
-    distance_from_orthonormal,
-    orthonormality_floor,
-    squared_distance_from_orthonormal,
-)
-
-if TYPE_CHECKING:
-    from ncrl.neurocoder.layer import NeurocoderLinear
+from ncrl.neurocoder.integration import Attention, Composed, Integration, increments
+from ncrl.neurocoder.layer import NeurocoderLinear
+from ncrl.neurocoder.memory import SlotMemory
+from ncrl.neurocoder.weights import LinearWeights, LstmWeights
 
 MEMORIES = ("u", "v", "s")
 
@@ -45,8 +39,98 @@ BIAS_STD = 0.01
 INITIAL_STATE_STD = 0.05
 """Standard deviation that the learned initial state of the LSTM starts with."""
 
+AUTHORS_NAMES = {
+    "memory.key_net_u": "p2ku",
+    "memory.key_net_v": "p2kv",
+    "composition.query.u": "program_key_u",
+    "composition.query.v": "program_key_v",
+    "composition.query.s": "program_key_s",
+    "composition.gate": "read_mode",
+    "composition.unused": "component_map",
+    "composition.lstm.weight_ih": "rnn_program_controller.lstm.weight_ih_l0",
+    "composition.lstm.weight_hh": "rnn_program_controller.lstm.weight_hh_l0",
+    "composition.lstm.bias_ih": "rnn_program_controller.lstm.bias_ih_l0",
+    "composition.lstm.bias_hh": "rnn_program_controller.lstm.bias_hh_l0",
+    "composition.lstm.h0": "rnn_program_controller.lstm_h_bias",
+    "composition.lstm.c0": "rnn_program_controller.lstm_c_bias",
+    "integration.residual": "res_weight",
+    "integration.gate": "res_s",
+    "bias": "bias",
+}
+"""Of parameters, and of modules that hold a `weight` and a `bias`."""
 
-class OfficialMemory(nn.Module):
+
+class OfficialNeurocoderLinear(NeurocoderLinear):
+    """The authors' layer in the seat of `nn.Linear`; arguments are those of `NeurocoderLinear`.
+
+    `config.key_mode` chooses where keys come from. Switches of the paper's equations that this
+    layer has not got are refused.
+    """
+
+    PRESET = "official"
+
+    bias: nn.Parameter
+    """Stored even where it is not added."""
+
+    def _build(self) -> None:
+        sizes = self.in_features, self.out_features
+        self.memory = OfficialMemory(*sizes, self.config)
+        form = OfficialSingleStep if is_single_step(self.config) else OfficialRecurrent
+        self.composition = form(self.in_features, self.config)
+        self.integration = OfficialIntegration(*sizes, self.config)
+        self.bias = nn.Parameter(torch.empty(self.out_features))
+
+    def _reset_bias(self) -> None:
+        """Normal beside a residual program, else zero."""
+        nn.init.normal_(self.bias, std=BIAS_STD if self.config.residual else 0.0)
+
+    def authors_state_dict(self) -> dict[str, Tensor]:
+        """The parameters under the authors' names and in their shapes, copied."""
+        return {
+            name: torch.cat(tensors, dim=-1).detach().view(shape)
+            for name, (tensors, shape) in self._correspondence().items()
+        }
+
+    def load_authors_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state_dict of the authors' layer into this one, which keeps its device and type.
+
+        Raises:
+            ValueError: if any entry is missing, unexpected or of another shape; nothing has been
+                changed then.
+        """
+        expected = self._correspondence()
+        faults = [f"missing {name}" for name in expected if name not in state]
+        faults += [f"unexpected {name}" for name in state if name not in expected]
+        for name, (_, shape) in expected.items():
+            if name in state and tuple(state[name].shape) != shape:
+                faults.append(f"{name} of shape {list(state[name].shape)} instead of {list(shape)}")
+        if faults:
+            raise ValueError(f"not the weights of this layer ({self.config}): {'; '.join(faults)}")
+        with torch.no_grad():
+            for name, (tensors, _) in expected.items():
+                widths = [tensor.shape[-1] for tensor in tensors]
+                parts = torch.split(state[name], widths, dim=-1)
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor.copy_(part.reshape(tensor.shape))
+
+    def _correspondence(self) -> dict[str, tuple[list[Tensor], tuple[int, ...]]]:
+        """From an authors' name to our tensors, which are its columns, and to their shape."""
+        parameters: dict[str, Tensor] = dict(self.named_parameters())
+        table: dict[str, tuple[list[Tensor], tuple[int, ...]]] = {}
+        for name in MEMORIES:
+            columns = [parameters.pop(f"memory.{part}") for part in (f"key_columns.{name}", name)]
+            width = sum(part.shape[1] for part in columns)
+            table[f"PM_{name.upper()}"] = columns, (len(columns[0]), width)
+        for name, parameter in parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            theirs = AUTHORS_NAMES.get(name) or f"{AUTHORS_NAMES[owner]}.{leaf}"
+            # Their initial states have an axis for layers.
+            extra = (1,) if leaf in ("h0", "c0") else ()
+            table[theirs] = [parameter], (*extra, *parameter.shape)
+        return table
+
+
+class OfficialMemory(SlotMemory):
     """P slots with K key columns beside each stored vector.
 
     The key columns are the keys of all memories in mode `lk`, of memory s alone in mode `cb`, where
@@ -55,11 +139,8 @@ class OfficialMemory(nn.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, config)
         slots, key_dim = config.num_slots, config.key_dim
-        self.u = nn.Parameter(torch.empty(slots, in_features))  # [P, in]
-        self.v = nn.Parameter(torch.empty(slots, out_features))  # [P, out]
-        self.s = nn.Parameter(torch.empty(slots, 1))  # [P, 1]
         self.key_columns = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(slots, key_dim)) for name in MEMORIES}  # [P, K]
         )
@@ -80,31 +161,15 @@ class OfficialMemory(nn.Module):
                 network.reset_parameters()
 
     def controller_parameters(self) -> Iterator[nn.Parameter]:
-        """What `frozen_controller` freezes: the key networks."""
         for network in (self.key_net_u, self.key_net_v):
             if network is not None:
                 yield from network.parameters()
 
     def keys(self) -> Tensor:
-        """Keys of the three memories, of any length, [3, P, K]."""
         u, v, s = (self.key_columns[name] for name in MEMORIES)
         if self.key_net_u is not None and self.key_net_v is not None:
             u, v = self.key_net_u(self.u), self.key_net_v(self.v)
         return torch.stack([u, v, s])
-
-    def orthogonality(self, squared: bool = False) -> Tensor:
-        """L_o of the stored rows, key columns included, a scalar.
-
-        Args:
-            squared: square both norms.
-        """
-        distance = squared_distance_from_orthonormal if squared else distance_from_orthonormal
-        rows_u, rows_v = self._rows()
-        return distance(rows_u) + distance(rows_v)
-
-    def orthogonality_floor(self) -> float:
-        """The least value L_o can take: P rows of width d < P cannot all be orthonormal."""
-        return sum(orthonormality_floor(rows) for rows in self._rows())
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """The stored rows of u [P, K + in] and v [P, K + out]."""
@@ -112,7 +177,7 @@ class OfficialMemory(nn.Module):
         return torch.cat([columns["u"], self.u], dim=1), torch.cat([columns["v"], self.v], dim=1)
 
 
-class OfficialIntegration(nn.Module):
+class OfficialIntegration(Integration):
     """The residual program Rho, and in single-step form its gate.
 
     Without Rho the gate is dead: it gets no gradient, but counts as a parameter. The LSTM form has
@@ -121,44 +186,28 @@ class OfficialIntegration(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
-        self.residual = (
-            nn.Parameter(torch.empty(in_features, out_features)) if config.residual else None
-        )
-        self.gate = nn.Linear(in_features, 1) if is_single_step(config) else None
+        self.config = config
+        if config.residual:
+            self.residual = nn.Parameter(torch.empty(in_features, out_features))
+        self.gate = LinearWeights(in_features, 1) if is_single_step(config) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights; the gate's bias near zero."""
-        if self.residual is not None:
+        if self.config.residual:
             nn.init.xavier_uniform_(self.residual)
         if self.gate is not None:
             _reset_linear(self.gate)
 
-    def reset_bias(self, bias: Tensor) -> None:
-        """Initialise the layer's own bias: normal beside a residual program, else zero."""
-        nn.init.normal_(bias, std=BIAS_STD if self.residual is not None else 0.0)
-
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        """What `frozen_controller` freezes: the gate."""
-        if self.gate is not None:
-            yield from self.gate.parameters()
-
     @torch.no_grad()
     def start_from(self, matrix: Tensor) -> None:
-        """Set Rho to `matrix` [in, out]."""
-        self.matrix().copy_(matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x Rho, [B, out], for x [B, in]; only with a residual program."""
-        return x @ self.matrix()
+        self.residual.copy_(matrix)
 
     def matrix(self) -> Tensor:
-        """Rho, [in, out]."""
-        assert self.residual is not None
         return self.residual
 
 
-class OfficialSingleStep(nn.Module):
+class OfficialSingleStep(Composition):
     """Composition without LSTM, gates and usage: three linear maps from x to queries.
 
     Its sigma grow with n, where those of the paper shrink, and the residual is scaled by sigma_1.
@@ -174,42 +223,27 @@ class OfficialSingleStep(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier-uniform weights, biases near zero."""
         for linear in self.query.values():
-            assert isinstance(linear, nn.Linear)
             _reset_linear(linear)
 
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        """What `frozen_controller` freezes: everything."""
-        return self.parameters()
-
-    def forward(
-        self, x: Tensor, keys: Tensor, memory_s: Tensor, integration: OfficialIntegration
-    ) -> Composed:
-        """The active program for x [B, in], from keys [3, P, K] and M_S [P, 1]."""
-        projections = []
-        for linear in self.query.values():
-            assert isinstance(linear, nn.Linear)
-            projections.append(torch.addmm(linear.bias.unsqueeze(1), linear.weight, x.T))
-        sizes = (3, self.config.num_heads, self.config.key_dim, x.shape[0])
-        queries = torch.stack(projections).view(sizes)
-        weights = scaled_cosine(queries, keys, self.config.sharpness).softmax(dim=1)
-        sigma = increments(weights[2], memory_s).cumsum(0)  # [H, B]
-        weights = weights.transpose(1, 2)  # [3, H, P, B]
-        if integration.residual is None:
-            return Composed(weights, sigma, None)
-        assert integration.gate is not None
-        gate = integration.gate(x).squeeze(1).sigmoid()  # [B]
-        return Composed(weights, sigma, gate * sigma[0])
+    def forward(self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None) -> Composed:
+        config = self.config
+        queries = torch.stack([linear(x) for linear in self.query.values()])  # [3, B, HK]
+        queries = queries.view(3, -1, config.key_dim)  # [3, BH, K]
+        weights = scaled_cosine(queries, memory.keys(), config.sharpness).softmax(dim=2)
+        weights = weights.view(3, x.shape[0], config.num_heads, config.num_slots)
+        attention = Attention(*weights.unbind())
+        sigma = increments(attention.s, memory.s).cumsum(1)  # [B, H]
+        scale = None
+        if gate is not None and config.residual:
+            scale = F.linear(x, gate.weight, gate.bias).sigmoid() * sigma[:, :1]
+        return Composed(attention, sigma, scale, x @ memory.u.T)
 
 
-class OfficialLSTM(nn.Module):
-    """Parameters of an LSTM with a learned initial state; torch's gate order i, f, g, o."""
+class OfficialLSTM(LstmWeights):
+    """An LSTM with a learned initial state."""
 
     def __init__(self, in_features: int, width: int) -> None:
-        super().__init__()
-        self.weight_ih = nn.Parameter(torch.empty(4 * width, in_features))
-        self.weight_hh = nn.Parameter(torch.empty(4 * width, width))
-        self.bias_ih = nn.Parameter(torch.empty(4 * width))
-        self.bias_hh = nn.Parameter(torch.empty(4 * width))
+        super().__init__(in_features, width)
         self.h0 = nn.Parameter(torch.empty(1, width))
         self.c0 = nn.Parameter(torch.empty(1, width))
         self.reset_parameters()
@@ -225,21 +259,11 @@ class OfficialLSTM(nn.Module):
         for state in (self.h0, self.c0):
             nn.init.normal_(state, std=INITIAL_STATE_STD)
 
-    def forward(self, x: Tensor, num_steps: int) -> list[Tensor]:
-        """Hidden states [n, B] of `num_steps` steps that all read the same x [B, in]."""
-        bias = (self.bias_ih + self.bias_hh).unsqueeze(1)
-        from_input = torch.addmm(bias, self.weight_ih, x.T)  # [4n, B], shared by all steps
-        hidden, cell = self.h0.T, self.c0.T  # [n, 1], broadcast over the batch
-        states: list[Tensor] = []
-        for _ in range(num_steps):
-            i, f, g, o = (from_input + self.weight_hh @ hidden).chunk(4)
-            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()  # [n, B]
-            hidden = o.sigmoid() * cell.tanh()  # [n, B]
-            states.append(hidden)
-        return states
+    def initial_state(self) -> tuple[Tensor, Tensor | None]:
+        return self.h0, self.c0
 
 
-class OfficialRecurrent(nn.Module):
+class OfficialRecurrent(Composition):
     """Composition by an LSTM whose hidden state, 3HK + 1 wide, is the control signal itself.
 
     The state's parts are the queries of u, v and s, each [H, K], and last the residual gate. Where
@@ -255,7 +279,7 @@ class OfficialRecurrent(nn.Module):
         self.lstm = OfficialLSTM(in_features, width)
         self.gate = nn.Linear(in_features, 3 * config.num_slots) if config.num_least_used else None
         # No computation reads it: it is here for the parameter count and for foreign weights.
-        self.unused = nn.Linear(width, in_features)
+        self.unused = LinearWeights(width, in_features)
 
     def reset_parameters(self) -> None:
         """The LSTM as it does itself, the rest as torch initialises a Linear."""
@@ -264,55 +288,24 @@ class OfficialRecurrent(nn.Module):
         if self.gate is not None:
             self.gate.reset_parameters()
 
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        """What `frozen_controller` freezes: everything."""
-        return self.parameters()
-
-    def forward(
-        self, x: Tensor, keys: Tensor, memory_s: Tensor, integration: OfficialIntegration
-    ) -> Composed:
-        """The active program for x [B, in], from keys [3, P, K] and M_S [P, 1]."""
+    def forward(self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None) -> Composed:
         config = self.config
-        states = self.lstm(x, config.num_steps)  # [3HK + 1, B] each
-        sizes = (3, config.num_heads, config.key_dim, x.shape[0])
-        queries = torch.cat([state[:-1].view(sizes) for state in states], dim=1)  # [3, R, K, B]
-        logits = scaled_cosine(queries, keys, RECURRENT_SHARPNESS * config.sharpness)
-        weights = logits.softmax(dim=1) if self.gate is None else self._gated(x, logits)
-        s = increments(weights[2], memory_s)  # [R, B]
-        sigma = s.cumsum(0).flip(0)
-        weights = weights.transpose(1, 2)  # [3, R, P, B]
-        if integration.residual is None:
-            return Composed(weights, sigma, None)
-        return Composed(weights, sigma, states[-1][-1].sigmoid() * s[0])
-
-    def _gated(self, x: Tensor, logits: Tensor) -> Tensor:
-        """Content and usage attention mixed, [3, P, R, B], for logits of the same shape."""
-        assert self.gate is not None
-        config = self.config
-        # Softmax divided by its largest entry, which is 1 then.
-        content = (logits - logits.amax(dim=1, keepdim=True)).exp()
-        rows = torch.addmm(self.gate.bias.unsqueeze(1), self.gate.weight, x.T)  # [3P, B]
-        gates = rows.sigmoid().view(3, config.num_slots, 1, x.shape[0])
-        # Before anything has been used, the first slots stand for the least used.
-        least_used = content.new_zeros(config.num_slots, 1, 1)
-        least_used[: config.num_least_used] = 1
-        usage: Tensor | None = None
-        weights: list[Tensor] = []
-        for step in content.chunk(config.num_steps, dim=2):  # [3, P, H, B]
-            if weights:
-                largest = weights[-1].amax(dim=2, keepdim=True)  # [3, P, 1, B]
-                usage = largest if usage is None else torch.maximum(usage, largest)
-                least_used = least_used_attention(usage, config.num_least_used)
-            weights.append(torch.lerp(step, least_used, gates))
-        return torch.cat(weights, dim=2)
-
-
-def official_composition(
-    in_features: int, config: NeurocoderConfig
-) -> OfficialSingleStep | OfficialRecurrent:
-    """The composition network that `config` asks for."""
-    form = OfficialSingleStep if is_single_step(config) else OfficialRecurrent
-    return form(in_features, config)
+        states = self.lstm(F.linear(x, self.lstm.weight_ih), config.num_steps)  # [B, J, 3HK + 1]
+        queries = states[..., :-1].unflatten(-1, (3, config.num_heads, config.key_dim))
+        queries = queries.permute(2, 0, 1, 3, 4)  # [3, B, J, H, K]
+        sharpness = RECURRENT_SHARPNESS * config.sharpness
+        logits = scaled_cosine(queries.flatten(1, 3), memory.keys(), sharpness)
+        logits = logits.view(*queries.shape[:4], config.num_slots)
+        if self.gate is None:
+            weights = logits.softmax(dim=-1)
+        else:
+            gates = self.gate(x).sigmoid().unflatten(1, (3, 1, config.num_slots))
+            weights = gated_attention(logits, gates.transpose(0, 1), config.num_least_used)
+        attention = Attention(*weights.flatten(2, 3).unbind())
+        s = increments(attention.s, memory.s)  # [B, R]
+        sigma = s.cumsum(1).flip(1)
+        scale = states[:, -1, -1:].sigmoid() * s[:, :1] if config.residual else None
+        return Composed(attention, sigma, scale, x @ memory.u.T)
 
 
 def is_single_step(config: NeurocoderConfig) -> bool:
@@ -326,28 +319,52 @@ def scaled_cosine(queries: Tensor, keys: Tensor, sharpness: float) -> Tensor:
     sharpness <q, k> / (K (|q| + eps) (|k| + eps) + eps)
 
     Args:
-        queries: [3, R, K, B].
+        queries: [3, N, K].
         keys: [3, P, K].
         sharpness: temperature.
 
     Returns:
-        [3, P, R, B].
+        [3, N, P].
     """
-    _, num_components, key_dim, batch = queries.shape
-    queries = queries.transpose(1, 2).flatten(2)  # [3, K, R B]
-    product = (sharpness * keys) @ queries  # [3, P, R B]
-    query_norm = torch.linalg.vector_norm(queries, dim=1, keepdim=True) + EPSILON  # [3, 1, R B]
-    key_norm = torch.linalg.vector_norm(keys, dim=2, keepdim=True) + EPSILON  # [3, P, 1]
-    norms = torch.addcmul(keys.new_full((), EPSILON), key_dim * key_norm, query_norm)
+    product = torch.bmm(queries, (sharpness * keys).transpose(1, 2))
+    query_norm = torch.linalg.vector_norm(queries, dim=2, keepdim=True) + EPSILON  # [3, N, 1]
+    key_norm = torch.linalg.vector_norm(keys, dim=2).unsqueeze(1) + EPSILON  # [3, 1, P]
+    norms = keys.shape[2] * key_norm * query_norm + EPSILON
     # Not a division, whose gradient divides three times over.
-    return (product * norms.reciprocal()).view(3, keys.shape[1], num_components, batch)
+    cosines: Tensor = product * norms.reciprocal()
+    return cosines
+
+
+def gated_attention(logits: Tensor, gates: Tensor, num_least_used: int) -> Tensor:
+    """Content and usage attention mixed.
+
+    Args:
+        logits: [3, B, J, H, P].
+        gates: of the usage, [3, B, 1, P].
+        num_least_used: l_I.
+
+    Returns:
+        [3, B, J, H, P].
+    """
+    # Softmax divided by its largest entry, which is 1 then.
+    content = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    # Before anything has been used, the first slots stand for the least used.
+    slots = torch.arange(logits.shape[-1], device=logits.device)
+    least_used = (slots < num_least_used).to(logits.dtype)
+    weights = [torch.lerp(content[:, :, 0], least_used, gates)]  # [3, B, H, P]
+    usage = weights[0].amax(dim=2, keepdim=True)  # [3, B, 1, P]
+    for step in range(1, content.shape[2]):
+        least_used = least_used_attention(usage, num_least_used)
+        weights.append(torch.lerp(content[:, :, step], least_used, gates))
+        usage = torch.maximum(usage, weights[-1].amax(dim=2, keepdim=True))
+    return torch.stack(weights, dim=2)
 
 
 def least_used_attention(usage: Tensor, num_least_used: int) -> Tensor:
     """1 - usage on the l_I least used slots, 0 elsewhere; fewer slots where the next one ties.
 
     Args:
-        usage: [3, P, 1, B], the largest weight of each slot so far, over heads and steps.
+        usage: [..., P], the largest weight of each slot so far, over heads and steps.
         num_least_used: l_I.
     """
     unused = 1 - usage
@@ -356,82 +373,7 @@ def least_used_attention(usage: Tensor, num_least_used: int) -> Tensor:
     return unused * (unused > threshold)
 
 
-def increments(weight_s: Tensor, memory_s: Tensor) -> Tensor:
-    """s_n = softplus(w^s_n M_S), [R, B], for weights [P, R, B] and M_S [P, 1]."""
-    return F.softplus((memory_s.T @ weight_s.flatten(1)).view(weight_s.shape[1:]))
-
-
-def _reset_linear(linear: nn.Linear) -> None:
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.normal_(linear.bias, std=BIAS_STD)
-
-
-# Weights of the authors' own module
-
-
-def authors_state_dict(layer: NeurocoderLinear) -> dict[str, Tensor]:
-    """The parameters of an official layer under the authors' names and in their shapes, copied."""
-    return {
-        name: torch.cat(tensors, dim=-1).detach().view(shape)
-        for name, (tensors, shape) in _correspondence(layer).items()
-    }
-
-
-def load_authors_state_dict(layer: NeurocoderLinear, state: Mapping[str, Tensor]) -> None:
-    """Copy a state_dict of the authors' layer into `layer`, which keeps its device and type.
-
-    Raises:
-        ValueError: if `layer` is not official, or any entry is missing, unexpected or of another
-            shape; nothing has been changed then.
-    """
-    expected = _correspondence(layer)
-    faults = [f"missing {name}" for name in expected if name not in state]
-    faults += [f"unexpected {name}" for name in state if name not in expected]
-    for name, (_, shape) in expected.items():
-        if name in state and tuple(state[name].shape) != shape:
-            faults.append(f"{name} of shape {list(state[name].shape)} instead of {list(shape)}")
-    if faults:
-        raise ValueError(f"not the weights of this layer ({layer.config}): {'; '.join(faults)}")
-    with torch.no_grad():
-        for name, (tensors, _) in expected.items():
-            widths = [tensor.shape[-1] for tensor in tensors]
-            for tensor, part in zip(tensors, torch.split(state[name], widths, dim=-1), strict=True):
-                tensor.copy_(part.reshape(tensor.shape))
-
-
-_Correspondence = dict[str, tuple[list[Tensor], tuple[int, ...]]]
-"""From an authors' name to our tensors, which are its columns, and to the authors' shape."""
-
-
-def _correspondence(layer: NeurocoderLinear) -> _Correspondence:
-    memory, composition, integration = layer.memory, layer.composition, layer.integration
-    if not isinstance(memory, OfficialMemory) or not isinstance(integration, OfficialIntegration):
-        raise ValueError(f"expected a layer with preset='official', got {layer.config}")
-    ours: dict[str, list[Tensor]] = {
-        f"PM_{name.upper()}": [memory.key_columns[name], getattr(memory, name)] for name in MEMORIES
-    }
-    if integration.residual is not None:
-        ours["res_weight"] = [integration.residual]
-    assert layer.bias is not None
-    ours["bias"] = [layer.bias]
-    linears: dict[str, nn.Module | None] = {"p2ku": memory.key_net_u, "p2kv": memory.key_net_v}
-    if isinstance(composition, OfficialSingleStep):
-        linears |= {f"program_key_{name}": composition.query[name] for name in MEMORIES}
-        linears["res_s"] = integration.gate
-    else:
-        assert isinstance(composition, OfficialRecurrent)
-        lstm = composition.lstm
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-            ours[f"rnn_program_controller.lstm.{name}_l0"] = [getattr(lstm, name)]
-        linears |= {"component_map": composition.unused, "read_mode": composition.gate}
-    for name, linear in linears.items():
-        if linear is not None:
-            ours |= {f"{name}.{part}": [value] for part, value in linear.named_parameters()}
-    table = {
-        name: (tensors, (*tensors[0].shape[:-1], sum(tensor.shape[-1] for tensor in tensors)))
-        for name, tensors in ours.items()
-    }
-    if isinstance(composition, OfficialRecurrent):
-        for name, state in (("h", composition.lstm.h0), ("c", composition.lstm.c0)):
-            table[f"rnn_program_controller.lstm_{name}_bias"] = ([state], (1, *state.shape))
-    return table
+def _reset_linear(linear: nn.Module) -> None:
+    """Xavier-uniform weight, bias near zero, of a module that has both."""
+    nn.init.xavier_uniform_(linear.get_parameter("weight"))
+    nn.init.normal_(linear.get_parameter("bias"), std=BIAS_STD)

@@ -1,6 +1,5 @@
 """Stable-Baselines3 policies whose policy and value outputs can be Neurocoder layers."""
 
-from ncrl.sb3.card import write_model_card
 from ncrl.sb3.engine import EnginePolicy, Latent, RolloutEvaluation, Step
 from ncrl.sb3.export import export_policy, load_policy
 from ncrl.sb3.feedforward import (
@@ -11,6 +10,7 @@ from ncrl.sb3.feedforward import (
     NeurocoderMlpPolicy,
     NeurocoderMultiInputPolicy,
 )
+from ncrl.sb3.onnx import export_onnx
 from ncrl.sb3.recurrent import (
     CnnLstmPolicy,
     LstmPolicy,
@@ -40,8 +40,8 @@ __all__ = [
     "NeurocoderMultiInputPolicy",
     "RolloutEvaluation",
     "Step",
+    "export_onnx",
     "export_policy",
     "load_policy",
     "register",
-    "write_model_card",
 ]

@@ -8,20 +8,45 @@ Shapes: T timesteps, B environments, L LSTM layers (0 without memory), h LSTM wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+)
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState
 from ncrl.settings import suggest
+
+SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+"""Spaces of actions, of observations, and of entries of Dict observations."""
+
+SMALLEST_IMAGE = 36
+"""Height and width below which nothing is left of an image behind NatureCNN's convolutions."""
+
+
+class Latent(NamedTuple):
+    """What actor and critic read, [..., width]; the same tensor where they share a trunk."""
+
+    actor: Tensor
+    critic: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Latent:
+        """The function of both, called once where they are the same."""
+        actor = function(self.actor)
+        return Latent(actor, actor if self.critic is self.actor else function(self.critic))
 
 
 class Step(NamedTuple):
@@ -36,17 +61,8 @@ class Step(NamedTuple):
     lstm_state: LstmState
     """State after the step."""
 
-
-class Latent(NamedTuple):
-    """What actor and critic read, [..., width]; the same tensor where they share a trunk."""
-
-    actor: Tensor
-    critic: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Latent:
-        """The function of both, called once where they are the same."""
-        actor = function(self.actor)
-        return Latent(actor, actor if self.critic is self.actor else function(self.critic))
+    latent: Latent
+    """What actor and critic read, [B, ...]."""
 
 
 class RolloutEvaluation(NamedTuple):
@@ -178,7 +194,7 @@ class EnginePolicy(ActorCriticPolicy):
         distribution = self.distribution(latent)
         actions = distribution.get_actions()
         log_prob = distribution.log_prob(actions)
-        return Step(actions.reshape(-1, *self._action_shape), log_prob, lstm_state)
+        return Step(actions.reshape(-1, *self._action_shape), log_prob, lstm_state, latent)
 
     def evaluate_rollout(
         self, obs: PyTorchObs, actions: Tensor, lstm_state: LstmState, episode_start: Tensor
@@ -227,7 +243,26 @@ class EnginePolicy(ActorCriticPolicy):
             ValueError: for an observation that is not what the observation space says.
         """
         check_observation(observation, self.observation_space)
-        return super().obs_to_tensor(observation)
+        if isinstance(observation, dict):
+            observation = {name: np.asarray(entry) for name, entry in observation.items()}
+        else:
+            observation = np.asarray(observation)
+        obs, is_batch = super().obs_to_tensor(observation)
+        if isinstance(obs, dict) and len({len(entry) for entry in obs.values()}) > 1:
+            rows = ", ".join(f"{name!r}: {len(entry)}" for name, entry in obs.items())
+            raise ValueError(
+                f"the entries of the observation have different numbers of rows: {rows}"
+            )
+        return obs, is_batch
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """As in SB3.
+
+        Raises:
+            ValueError: for observations that SB3's extractor of this kind of policy cannot read.
+        """
+        check_extractor(self)
+        return super().make_features_extractor()
 
 
 def map_obs(function: Callable[[Tensor], Tensor], obs: PyTorchObs) -> PyTorchObs:
@@ -242,7 +277,8 @@ def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
 
     Raises:
         ValueError: for what `env.reset()` of Gymnasium returns, for an array in place of a dict or
-            the other way round, and for dicts with other names than the space has.
+            the other way round, for dicts with other names than the space has, and for values that
+            are no numbers, not finite, or none of the space's.
     """
     if isinstance(observation, tuple):
         raise ValueError(
@@ -253,8 +289,9 @@ def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
         if isinstance(observation, dict):
             raise ValueError(
                 f"the observation is a dict with {_names(observation)}, but this policy was made "
-                f"for {space}"
+                f"for {_line(space)}"
             )
+        _check_values("the observation", observation, space)
         return
     if not isinstance(observation, dict):
         raise ValueError(
@@ -263,9 +300,168 @@ def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
         )
     for name in observation:
         if name not in space.spaces:
-            raise ValueError(f"unknown entry {name!r} of the observation; {suggest(name, space)}")
+            hint = suggest(str(name), space)
+            raise ValueError(f"unknown entry {name!r} of the observation; {hint}")
     if missing := [name for name in space.spaces if name not in observation]:
         raise ValueError(f"the observation lacks {_names(missing)}")
+    for name, part in space.spaces.items():
+        _check_values(f"the entry {name!r} of the observation", observation[name], part)
+
+
+def _check_values(what: str, value: Any, space: spaces.Space[Any]) -> None:
+    array = _as_numbers(what, value)
+    if array.dtype.kind == "f" and isinstance(space, spaces.Box) and space.dtype.kind in "iu":
+        raise ValueError(
+            f"{what} has dtype {array.dtype}, expected {space.dtype} of {_line(space)}"
+        )
+    if isinstance(space, spaces.Box) and array.ndim - len(space.shape) not in (0, 1):
+        raise ValueError(f"{what} has shape {array.shape}, expected {space.shape} or a batch of it")
+    if array.size == 0:
+        raise ValueError(
+            f"{what} is empty, with shape {array.shape}; expected one of {_line(space)}"
+        )
+    if isinstance(space, spaces.Discrete):
+        is_inside = (array >= 0) & (array < space.n)
+    elif isinstance(space, spaces.MultiDiscrete) and array.shape[-1:] == space.nvec.shape:
+        is_inside = (array >= 0) & (array < space.nvec)
+    else:
+        is_inside = np.isfinite(array)
+    if not is_inside.all():
+        index = tuple(np.argwhere(~is_inside)[0].tolist())
+        raise ValueError(
+            f"{what} is {array[index]} at index {index}, expected one of {_line(space)}"
+        )
+
+
+def check_state(state: Any) -> None:
+    """What can be said of an LSTM's state before the number of observations is known.
+
+    Raises:
+        ValueError: unless it is a pair of arrays of finite numbers.
+    """
+    if not (isinstance(state, (tuple, list)) and len(state) == 2):
+        got = f"{len(state)} parts" if isinstance(state, (tuple, list)) else type(state).__name__
+        raise ValueError(
+            f"the state must be a pair (h, c) as the call of predict() before returned it, or "
+            f"None, got {got}"
+        )
+    for part in state:
+        if not np.isfinite(_as_numbers("the state", part)).all():
+            raise ValueError("the state must be finite, got NaN or infinity in it")
+
+
+def check_starts(episode_start: Any) -> np.ndarray:
+    """Episode starts [B], given as anything that numpy makes B truth values of.
+
+    Raises:
+        ValueError: for other values than true and false, 1 and 0.
+    """
+    starts = _as_numbers("episode_start", episode_start).reshape(-1)
+    if not np.isin(starts, (0, 1)).all():
+        raise ValueError(f"episode_start must be truth values, got {episode_start!r}")
+    return starts
+
+
+def _as_numbers(what: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{what} is no array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{what} has dtype {array.dtype}, expected numbers")
+    return array
+
+
+# Spaces.
+
+
+def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """Refuse the spaces that SB3 fails at, or plays wrongly.
+
+    Raises:
+        ValueError: in one line that names the space and says what to make of it.
+    """
+    if isinstance(observation_space, spaces.Dict):
+        parts = list(observation_space.spaces.values())
+        if not parts:
+            _refuse(observation_space, "observations", "a Dict needs at least one entry")
+    else:
+        parts = [observation_space]
+    for part in parts:
+        if not isinstance(part, SUPPORTED):
+            _refuse(
+                part,
+                "observations",
+                "use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them",
+            )
+        _check_layout(part, "observations")
+    if not isinstance(action_space, SUPPORTED):
+        _refuse(action_space, "actions", "use Box, Discrete, MultiDiscrete or MultiBinary")
+    _check_layout(action_space, "actions")
+    if isinstance(action_space, spaces.Box):
+        if action_space.dtype.kind != "f":
+            _refuse(action_space, "actions", "a Box of integers is a MultiDiscrete")
+        if not action_space.is_bounded():
+            _refuse(action_space, "actions", "the bounds must be finite, such as -1 and 1")
+    elif isinstance(action_space, spaces.MultiBinary) and len(action_space.shape) != 1:
+        _refuse(action_space, "actions", "flatten it to one dimension")
+
+
+def _check_layout(space: spaces.Space[Any], role: str) -> None:
+    if isinstance(space, spaces.Box) and (not space.shape or 0 in space.shape):
+        _refuse(space, role, "a Box needs at least one number, in shape (1,)")
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
+        _refuse(space, role, "flatten it to one dimension")
+    if np.any(getattr(space, "start", 0)):
+        _refuse(space, role, "count from 0 and add the start in a wrapper, such as TransformAction")
+
+
+def _refuse(space: spaces.Space[Any], role: str, advice: str) -> NoReturn:
+    raise ValueError(f"spaces such as {_line(space)} are not supported as {role}: {advice}")
+
+
+def check_extractor(policy: ActorCriticPolicy) -> None:
+    """Refuse observations that SB3's own features extractors cannot read.
+
+    Raises:
+        ValueError: in one line that names the policy to use.
+    """
+    kind, space = policy.features_extractor_class, policy.observation_space
+    options = policy.features_extractor_kwargs
+    is_dict = isinstance(space, spaces.Dict)
+    is_image = is_image_space(
+        space, check_channels=False, normalized_image=options.get("normalized_image", False)
+    )
+    if kind is NatureCNN and not is_image:
+        needs = "images (uint8, 0 to 255, three axes)"
+    elif kind is CombinedExtractor and not is_dict:
+        needs = "Dict observations"
+    elif kind is FlattenExtractor and is_dict:
+        needs = "arrays"
+    else:
+        _check_image_sizes(kind, space)
+        return
+    name = type(policy).__name__
+    fitting = "MultiInput" if is_dict else "Cnn" if is_image else "Mlp"
+    other = re.sub("MultiInput|Cnn|Mlp", fitting, name)
+    raise ValueError(f"{name} needs {needs}, got {_line(space)}; use {other}")
+
+
+def _check_image_sizes(kind: type[BaseFeaturesExtractor], space: spaces.Space[Any]) -> None:
+    if kind not in (NatureCNN, CombinedExtractor):
+        return
+    for part in getattr(space, "spaces", {"": space}).values():
+        if is_image_space(part) and min(part.shape[-2:]) < SMALLEST_IMAGE:
+            raise ValueError(
+                f"images of shape {part.shape} (channels, height, width) are too small for "
+                f"NatureCNN, which needs {SMALLEST_IMAGE}x{SMALLEST_IMAGE}; give another "
+                "features_extractor_class"
+            )
+
+
+def _line(space: spaces.Space[Any]) -> str:
+    """A space in one line: numpy breaks arrays."""
+    return " ".join(str(space).split())
 
 
 def _names(names: Any) -> str:

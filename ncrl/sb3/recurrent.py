@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
@@ -17,7 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
-from ncrl.sb3.engine import EnginePolicy, Latent
+from ncrl.sb3.engine import EnginePolicy, Latent, check_starts, check_state
 from ncrl.sb3.heads import ChosenHeads
 from ncrl.sb3.regularise import Evaluation, regularised
 
@@ -49,6 +50,8 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
     """
 
     head = "linear"
+    extractor: type[BaseFeaturesExtractor] | None = None
+    """In place of SB3's, where `features_extractor_class` is not given."""
 
     def __init__(
         self,
@@ -74,6 +77,8 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
                 f" got enable_critic_lstm={enable_critic_lstm} and "
                 f"share_features_extractor={share_features_extractor}"
             )
+        if self.extractor is not None:
+            kwargs.setdefault("features_extractor_class", self.extractor)
         super().__init__(
             observation_space,
             action_space,
@@ -202,6 +207,24 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         outputs, state = unroll_lstm(lstm, inputs, lstm_states, starts)
         return outputs.transpose(0, 1).flatten(0, 1), state
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """As in sb3-contrib.
+
+        Raises:
+            ValueError: for an observation, a state or episode starts that do not fit.
+        """
+        if state is not None:
+            check_state(state)
+        if episode_start is not None:
+            episode_start = check_starts(episode_start)
+        return super().predict(observation, state, episode_start, deterministic)
+
     def _predict(  # type: ignore[override]
         self,
         observation: PyTorchObs,
@@ -253,9 +276,7 @@ class MlpLstmPolicy(LstmPolicy):
         kwargs: arguments of `LstmPolicy`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", VectorEncoder)
-        super().__init__(*args, **kwargs)
+    extractor = VectorEncoder
 
 
 class CnnLstmPolicy(LstmPolicy):
@@ -265,6 +286,8 @@ class CnnLstmPolicy(LstmPolicy):
         encoder: `a3c`, `nature` or `paper`.
         kwargs: further arguments of `LstmPolicy`.
     """
+
+    extractor = AtariEncoder
 
     def __init__(
         self,
@@ -277,7 +300,6 @@ class CnnLstmPolicy(LstmPolicy):
         lstm_hidden_size: int = 512,
         **kwargs: Any,
     ) -> None:
-        kwargs.setdefault("features_extractor_class", AtariEncoder)
         if encoder is not None:
             options = kwargs.get("features_extractor_kwargs") or {}
             kwargs["features_extractor_kwargs"] = options | {"encoder": encoder}
@@ -298,9 +320,7 @@ class MultiInputLstmPolicy(LstmPolicy):
         kwargs: arguments of `LstmPolicy`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("features_extractor_class", CombinedExtractor)
-        super().__init__(*args, **kwargs)
+    extractor = CombinedExtractor
 
 
 class NeurocoderMlpLstmPolicy(MlpLstmPolicy):

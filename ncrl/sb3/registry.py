@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import PyTorchObs
-from torch import Tensor
 
 from ncrl.sb3.feedforward import (
     NeurocoderCnnPolicy,
@@ -65,8 +63,8 @@ def register() -> dict[str, list[str]]:
 
 
 @cache
-def refusal(name: str, algorithm: str) -> type[BasePolicy]:
-    """What stands for a policy that the algorithm cannot train."""
+def refusal(name: str, algorithm: str) -> Any:
+    """What stands for the class of a policy that the algorithm cannot train."""
     if "Lstm" in name:
         other = name.replace("Lstm", "")
         why = f"has an LSTM, whose state {algorithm} does not carry"
@@ -76,11 +74,7 @@ def refusal(name: str, algorithm: str) -> type[BasePolicy]:
         why = f"has no memory, which {algorithm} is made for"
         instead = f"use {algorithm}({other!r}, ...), or A2C, PPO or ncrl.agents.A3C"
 
-    class Refused(BasePolicy):
-        def __init__(self, *_arguments: Any, **_options: Any) -> None:
-            raise TypeError(f"{name} {why}: {instead}")
+    def refuse(*_arguments: Any, **_options: Any) -> NoReturn:
+        raise TypeError(f"{name} {why}: {instead}")
 
-        def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-            raise NotImplementedError
-
-    return Refused
+    return refuse

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncrl.tasks.data import Images
+from ncrl.tasks.experiment import Experiment, describe_layers, random_stream, try_network
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import Experiment, describe_layers, draw, try_network
 
 EVALUATION_BATCH = 1000
 """Images that are classified at a time."""
@@ -86,7 +86,7 @@ class Classification(Experiment):
         epoch, index = divmod(update, self.per_epoch)
         if epoch != self._epoch:
             order = torch.randperm(
-                len(self.images.train_images), generator=draw(self.seed, "order", epoch)
+                len(self.images.train_images), generator=random_stream(self.seed, "order", epoch)
             )
             self._epoch, self._order = epoch, order.to(self.images.train_images.device)
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]

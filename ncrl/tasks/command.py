@@ -7,55 +7,54 @@ A command's `main` makes a parser with `task_parser`, adds flags of its own, and
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
-from ncrl.files import write_atomically
+from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
 from ncrl.settings import add_flags, make_parser, nearest, parse, usage_error
+from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
+from ncrl.shell.lock import locked
+from ncrl.shell.screen import say
+from ncrl.shell.signals import Stopped
+from ncrl.tasks.experiment import Experiment
 from ncrl.tasks.recipes import (
     CONFIGS,
     Recipe,
     make_recipe,
     outline_network,
     read_recipes,
-    read_yaml,
 )
-from ncrl.tasks.results import Result
+from ncrl.tasks.results import Result, fingerprint
 from ncrl.tasks.training import (
     RECIPE_FILE,
-    Experiment,
     NonFiniteError,
     Run,
-    Stopped,
-    fingerprint,
     identity,
     load_weights,
-    say,
     train,
 )
+from ncrl.yaml_files import parse_yaml
 
 EXIT_FAILED, EXIT_SIGINT = 1, 130
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names in malloc.h."""
 
 DIVERGED_FILE = "diverged.txt"
 """In the folder of a run whose loss was not finite: the same run would end there again."""
 
+LARGEST_NOTE = 10_000
+"""Bytes of `DIVERGED_FILE`."""
+
 LARGEST_SEED = 2**31 - 1
+MOST_THREADS = 1024
 
 OVERRIDES = (
     *("optimizer", "learning_rate", "schedule", "momentum", "rmsprop_alpha", "weight_decay"),
@@ -76,6 +75,9 @@ class Plan(NamedTuple):
 
     name: str
     recipe: Recipe
+    labels: Mapping[str, str] = MappingProxyType({"variant": "", "changes": ""})
+    """See `Result.labels`: at least `variant`, which is empty for the recipe at the top of a file,
+    and `changes`, what the flags changed."""
 
     def changed(self, **layer_options: Any) -> Plan:
         """The same recipe with other options of its layer, which its name says.
@@ -86,7 +88,7 @@ class Plan(NamedTuple):
         said = " ".join(f"{key}={value}" for key, value in layer_options.items())
         options = {**self.recipe.layer_options, **layer_options}
         recipe = dataclasses.replace(self.recipe, layer_options=options)
-        return Plan(f"{self.name} {said}", recipe)
+        return Plan(f"{self.name} {said}", recipe, self.labels)
 
 
 class Session:
@@ -107,8 +109,7 @@ class Session:
         self.num_diverged = 0
         self.seeds: list[int] = list(dict.fromkeys(flags.get("seeds", [0])))
         for seed in self.seeds:
-            if not 0 <= seed <= LARGEST_SEED:
-                raise ValueError(f"seeds must lie in 0 .. {LARGEST_SEED}, got {seed}")
+            check_range("seeds", seed, 0, LARGEST_SEED)
         self.device = choose_device(flags.get("device", "auto"))
         self.data_dir: str | None = flags.get("data_dir")
         self.download: bool = flags.get("download", False)
@@ -117,8 +118,7 @@ class Session:
         if self.figure is not None:
             check_figure(self.figure)
         if "threads" in flags:
-            if flags["threads"] < 1:
-                raise ValueError(f"threads must be at least 1, got {flags['threads']}")
+            check_range("threads", flags["threads"], 1, MOST_THREADS)
             torch.set_num_threads(flags["threads"])
 
     @property
@@ -191,11 +191,13 @@ class Session:
         with locked(run.folder, wait=wait) as is_ours:
             if not is_ours:
                 return None
+            remove_unfinished(run.folder)
             result = run.result
             if result is None:
                 result = _train(run, experiment)
                 say(result.line())
             else:
+                result = dataclasses.replace(result, labels=dict(plan.labels))
                 say(f"{result.line()} (finished before, {run.folder})")
             return result
 
@@ -205,7 +207,7 @@ class Session:
         mark = fingerprint(identity(plan.recipe, experiment.data, experiment.readings))
         label = re.sub(r"[^a-z0-9.=]+", "-", plan.name.lower()).strip("-")
         folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
-        return Run(self.task, plan.name, plan.recipe, seed, self.device, folder)
+        return Run(self.task, plan.name, plan.recipe, seed, self.device, folder, plan.labels)
 
     def experiment(self, plan: Plan, seed: int, make: Make) -> Experiment:
         """A finished run's experiment, with its trained network in eval mode.
@@ -227,8 +229,8 @@ def _train(run: Run, experiment: Experiment) -> Result:
         NonFiniteError, Stopped, ValueError: see `train`.
     """
     diverged = run.folder / DIVERGED_FILE
-    if diverged.is_file():
-        said = diverged.read_text(encoding="utf-8")
+    if os.path.lexists(diverged):
+        said = read_bytes(diverged, LARGEST_NOTE).decode(errors="replace")
         raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
     what = identity(run.recipe, experiment.data, experiment.readings)
     write_atomically(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
@@ -268,6 +270,15 @@ def task_parser(task: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_validate(parser: argparse.ArgumentParser, every: str) -> None:
+    """The flag --validate; `every` says which training images are held out."""
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help=f"hold {every} out and measure on them: for the choice of settings",
+    )
+
+
 def run_command(
     task: str,
     parser: argparse.ArgumentParser,
@@ -289,23 +300,22 @@ def run_command(
         return stop.exit_code
     except KeyboardInterrupt:
         return EXIT_SIGINT
-    except (NonFiniteError, OSError, torch.OutOfMemoryError) as error:
+    except (NonFiniteError, OSError) as error:
         say(f"{parser.prog}: {' '.join(str(error).split())}", sys.stderr)
+        return EXIT_FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        hint = "lower batch_size, or the sizes of network and layer"
+        say(f"{parser.prog}: out of memory: {hint}", sys.stderr)
         return EXIT_FAILED
     return 0
 
 
-def keep_freed_memory() -> None:
-    """Have the C library hold on to freed memory for what is allocated next.
-
-    It would give large blocks back to the kernel, which hands out new ones page by page: a sixth of
-    a training step of NSM, which makes and frees megabytes in each. glibc only; elsewhere nothing
-    happens.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # bytes; the largest that glibc takes
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless a flag lies between two numbers."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low:g} .. {high:g}, got {value}")
 
 
 def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
@@ -334,16 +344,18 @@ def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
 def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: str | None) -> Plan:
     recipe, name = recipes[variant], f"{path.stem} {variant}".rstrip()
     if layer is None or layer == recipe.layer:
-        return Plan(name, recipe)
+        return Plan(name, recipe, {"variant": variant, "changes": ""})
     if layer not in LAYERS:
         raise ValueError(f"unknown layer {layer!r}; {_hint(layer, list(LAYERS))}")
     named = "_".join(filter(None, [layer, variant]))  # linear, linear_cifar100
     if named in recipes and recipes[named].layer == layer:
-        return Plan(f"{path.stem} {named}", recipes[named])
+        labels = {"variant": named, "changes": ""}
+        return Plan(f"{path.stem} {named}", recipes[named], labels)
     changed = dataclasses.replace(
         recipe, layer=layer, layer_options={}, paper_parameters=None, note=""
     )
-    return Plan(f"{name} {layer}", changed)
+    labels = {"variant": f"{variant} {layer}".lstrip(), "changes": ""}
+    return Plan(f"{name} {layer}", changed, labels)
 
 
 def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
@@ -361,7 +373,8 @@ def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
     if not changes:
         return plan
     recipe = make_recipe({**vars(plan.recipe), **changes}, "the flags")
-    return Plan(" ".join([plan.name, *(f"{k}={v}" for k, v in said.items())]), recipe)
+    words = " ".join(f"{k}={v}" for k, v in said.items())
+    return Plan(f"{plan.name} {words}", recipe, {**plan.labels, "changes": words})
 
 
 def read_options(words: Sequence[str], flag: str) -> dict[str, Any]:
@@ -376,10 +389,28 @@ def read_options(words: Sequence[str], flag: str) -> dict[str, Any]:
         if not (name and equals):
             raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
         try:
-            options[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            options[name] = parse_yaml(text)
+        except ValueError as error:
             raise ValueError(f"{flag} {word!r}: {error}") from error
     return options
+
+
+def chosen(
+    flags: Mapping[str, Any], flag: str, choices: Sequence[str], default: Sequence[str]
+) -> list[str]:
+    """The names that a flag holds, without repetition.
+
+    Raises:
+        ValueError: for one that is not among `choices`.
+    """
+    names = flags.get(flag, default)
+    for name in names:
+        if name not in choices:
+            raise ValueError(
+                f"--{flag} must be one of {', '.join(choices)}, got {name!r}; "
+                f"{_hint(name, choices)}"
+            )
+    return list(dict.fromkeys(names))
 
 
 def find_config(name: str) -> Path:
@@ -391,31 +422,13 @@ def find_config(name: str) -> Path:
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = [path.stem for path in CONFIGS.glob("*.yaml") if "network" in read_yaml(path)]
+    known = [path.stem for path in CONFIGS.glob("*.yaml")]
     hint = _hint(Path(name).stem, known) if known else f"{CONFIGS} has none either"
     raise ValueError(f"there is no config {name!r}; {hint}")
 
 
 def _hint(name: str, choices: Sequence[str]) -> str:
     return f"nearest: {nearest(name, choices)}"
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a flag names; auto is CUDA where there is one.
-
-    Raises:
-        ValueError: if it does not exist here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(:(\d+))?", name)
-    if match is None:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if name != "cpu":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(match[2] or 0) >= count:
-            raise ValueError(f"device {name} is not there: torch finds {count} GPUs; use cpu")
-    return torch.device(name)
 
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
@@ -429,39 +442,3 @@ def check_figure(path: Path) -> None:
         raise ValueError(f"--figure {path} is a folder")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"--figure {path}: its folder does not exist")
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Make a run's folder and hold its lock; yields False if another process has it.
-
-    Args:
-        folder: made if need be.
-        wait: until the lock is free.
-
-    Raises:
-        ValueError: if the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        while not (is_ours := _try_lock(descriptor)) and wait:
-            time.sleep(0.5)
-        yield is_ours
-    finally:
-        os.close(descriptor)  # which gives the lock back
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -7,32 +7,37 @@ output names, so that nobody takes them for MNIST.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncrl.files import write_atomically
+from ncrl.shell.screen import say
 from ncrl.tasks.formats import (
     CIFAR_SIDE,
     PARTS,
     Labelled,
     check_labelled,
-    read_cifar_binary,
+    read_bytes,
     read_cifar_python,
     read_idx_pair,
     read_image_archive,
-    read_image_folder,
 )
 
 MNIST_SIDE = 28
+
+Arrays = Mapping[str, NDArray[Any]]
 
 DIGITS_TEST_EVERY = 5
 """Of the embedded digits every fifth is kept for testing."""
@@ -179,9 +184,9 @@ def load_cifar(
     Files in the folder come before what could be fetched.
 
     Args:
-        data_dir: folder that holds one of these, or NCRL_DATA if None: the unpacked python or
-            binary version (`cifar-10-batches-py`, `cifar-100-binary`, ...), images as
-            `train/<class>/*.jpg`, or a tar file of such (`cifar10_jpeg.tar.xz`).
+        data_dir: folder that holds one of these, or NCRL_DATA if None: the unpacked python version
+            (`cifar-10-batches-py`, `cifar-100-python`), or `cifar10_jpeg.tar.xz`, a tar file of
+            images `train/<class>/*.jpg` and `test/<class>/*.jpg`.
         num_classes: 10 or 100.
         download: get it from OpenML through scikit-learn, which caches it in `data_dir`.
 
@@ -191,7 +196,6 @@ def load_cifar(
     if num_classes not in (10, 100):
         raise ValueError(f"CIFAR has 10 or 100 classes, got {num_classes}")
     folder = data_folder(data_dir)
-    shape = 3, CIFAR_SIDE, CIFAR_SIDE
     if folder is None and not download:
         if num_classes == 100:
             raise ValueError("there are 10 embedded digits; CIFAR-100 needs --data-dir")
@@ -201,84 +205,43 @@ def load_cifar(
         if num_classes == 100:
             raise ValueError(
                 "OpenML's CIFAR-100 has no split into training and test images; give --data-dir "
-                "with cifar-100-python or cifar-100-binary"
+                "with cifar-100-python"
             )
-        return _fetch("CIFAR_10", "CIFAR-10", folder, 50_000, shape)
+        return _fetch("CIFAR_10", "CIFAR-10", folder, 50_000, (3, CIFAR_SIDE, CIFAR_SIDE))
     if data is None:
         raise ValueError(
-            f"no CIFAR-{num_classes} in {folder}: expected {CIFAR_LAYOUTS[num_classes][0].folder}/,"
-            f" {CIFAR_LAYOUTS[num_classes][1].folder}/, train/<class>/*.jpg or "
+            f"no CIFAR-{num_classes} in {folder}: expected {BATCHES[num_classes][0]}/ or "
             f"cifar{num_classes}_jpeg.tar.xz; {FETCH_HINT}"
         )
-    for part, images in (("training", data.train_images), ("test", data.test_images)):
-        if images.shape[1:] != shape:
-            found = "x".join(map(str, images.shape[1:]))
-            raise ValueError(f"{data.source}: {part} images must be 3x32x32, got {found}")
     return data
 
 
 def _find_cifar(folder: Path, num_classes: int) -> Images | None:
     """What is in a folder; None if nothing is."""
     name = f"CIFAR-{num_classes}"
-    for layout in CIFAR_LAYOUTS[num_classes]:
-        for place in (folder / layout.folder, folder):
-            if any((place / file).is_file() for file in layout.files):
-                for file in layout.files:
-                    if not (place / file).is_file():
-                        raise ValueError(f"{place} is incomplete: there is no {file}")
-                parts = [layout.read(place / file, num_classes) for file in layout.files]
-                train = Labelled(*(np.concatenate(part) for part in zip(*parts[:-1], strict=True)))
-                return _images(name, place, train, parts[-1], num_classes)
-    for place in (folder / f"cifar{num_classes}_jpeg", folder):
-        if (place / "train").is_dir() and (place / "test").is_dir():
-            tree = read_image_folder(place)
-            return _image_tree(name + JPEG, place, tree, num_classes)
+    name_of_folder, files = BATCHES[num_classes]
+    for place in (folder / name_of_folder, folder):
+        if any((place / file).is_file() for file in files):
+            for file in files:
+                if not (place / file).is_file():
+                    raise ValueError(f"{place} is incomplete: there is no {file}")
+            *parts, test = (read_cifar_python(place / file, num_classes) for file in files)
+            train = Labelled(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+            return _images(name, place, train, test, num_classes)
     for path in sorted(folder.glob(f"cifar{num_classes}_jpeg.tar*")):
         return _cached_archive(path, name, num_classes)
     return None
 
 
-class _Layout(NamedTuple):
-    name: str
-    folder: str
-    files: Sequence[str]
-    """The last one holds the test images."""
-    read: Callable[[Path, int], Labelled]
-
-
-CIFAR_LAYOUTS = {
-    10: (
-        _Layout(
-            "python version",
-            "cifar-10-batches-py",
-            [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
-            read_cifar_python,
-        ),
-        _Layout(
-            "binary version",
-            "cifar-10-batches-bin",
-            [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"],
-            read_cifar_binary,
-        ),
-    ),
-    100: (
-        _Layout("python version", "cifar-100-python", ["train", "test"], read_cifar_python),
-        _Layout("binary version", "cifar-100-binary", ["train.bin", "test.bin"], read_cifar_binary),
-    ),
+BATCHES: Mapping[int, tuple[str, Sequence[str]]] = {
+    10: ("cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]),
+    100: ("cifar-100-python", ["train", "test"]),
 }
+"""Folder and files of the python version, by number of classes; the last one is for testing."""
 
 
 JPEG = ", JPEG-compressed copies"
 """What the name of a data set from image files says: compression costs a little accuracy."""
-
-
-def _image_tree(
-    name: str, place: Path, tree: tuple[Labelled, Labelled, list[str]], num_classes: int
-) -> Images:
-    train, test, classes = tree
-    if len(classes) != num_classes:
-        raise ValueError(f"{place}: expected {num_classes} classes, got {len(classes)}")
-    return _images(name, place, train, test, num_classes)
 
 
 def _images(name: str, place: object, train: Labelled, test: Labelled, num_classes: int) -> Images:
@@ -305,36 +268,50 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncrl"
 
 
-def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
-    name += JPEG
+def cached(path: Path, check: Callable[[Arrays], None], make: Callable[[], Arrays]) -> Arrays:
+    """Arrays from a file of the cache, or made and kept there.
+
+    Args:
+        path: below `cache_folder()`.
+        check: raises for arrays that cannot be used, which are then made again.
+        make: what takes long.
+    """
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
+        found = dict(file)
+        check(found)
+        return found
+    arrays = make()
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
     try:
-        key = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    cached = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
-    try:
-        with np.load(cached, allow_pickle=False) as arrays:
-            train, test = (
-                Labelled(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in PARTS
-            )
-        for part in (train, test):
-            check_labelled(part, cached, num_classes)
-        return _images(name, path, train, test, num_classes)
-    except Exception:  # absent, or broken in whatever way: decoded again
-        tree = read_image_archive(path)
-    data = _image_tree(name, path, tree, num_classes)
-    arrays = {}
-    for name, labelled in zip(PARTS, tree[:2], strict=True):
-        arrays |= {f"{name}_images": labelled.images, f"{name}_labels": labelled.labels}
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Whoever finishes last replaces a whole file by a whole and equal one.
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".npz", delete=False) as file:
-            np.savez(file, **arrays)
-        os.replace(file.name, cached)
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
-        print(f"not cached in {cached.parent}: {error.strerror}", file=sys.stderr)
-    return data
+        say(f"not cached in {path.parent}: {error.strerror}", sys.stderr)
+    return arrays
+
+
+def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
+    key = hashlib.sha256(read_bytes(path)).hexdigest()
+
+    def parts(arrays: Arrays) -> Iterator[Labelled]:
+        return (Labelled(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in PARTS)
+
+    def check(arrays: Arrays) -> None:
+        for part in parts(arrays):
+            check_labelled(part, path, num_classes)
+
+    def decode() -> Arrays:
+        train, test, classes = read_image_archive(path)
+        if len(classes) != num_classes:
+            raise ValueError(f"{path}: expected {num_classes} classes, got {len(classes)}")
+        pairs = zip(PARTS, (train, test), strict=True)
+        return {f"{part}_{n}": array for part, pair in pairs for n, array in pair._asdict().items()}
+
+    file = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
+    train, test = parts(cached(file, check, decode))
+    return _images(name + JPEG, path, train, test, num_classes)
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path | None:

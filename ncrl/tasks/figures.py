@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -55,12 +56,19 @@ def draw_curves(
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
         if not shared:
             continue
-        values = np.array([[curve[update] for update in shared] for curve in curves])
-        mean, std = values.mean(0), values.std(0)
-        (line,) = axes.plot(shared, mean, label=(labels or {}).get(name, name), linewidth=1.3)
-        if len(group) > 1:
-            axes.fill_between(shared, mean - std, mean + std, alpha=0.2, color=line.get_color())
+        values = [[curve[update] for update in shared] for curve in curves]
+        draw_band(axes, shared, values, (labels or {}).get(name, name))
     axes.set_xlabel("updates")
+
+
+def draw_band(
+    axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], label: str, **style: Any
+) -> None:
+    """The mean over seeds, between the standard deviations; a row of values for each seed."""
+    mean, std = np.mean(values, axis=0), np.std(values, axis=0)
+    (line,) = axes.plot(x, mean, label=label, linewidth=1.3, **style)
+    if len(values) > 1:
+        axes.fill_between(x, mean - std, mean + std, alpha=0.2, color=line.get_color())
 
 
 def draw_map(axes: Axes, weights: Sequence[Sequence[float]], largest: float) -> None:

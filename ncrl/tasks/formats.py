@@ -1,15 +1,17 @@
 """File formats of MNIST and CIFAR, read into arrays of bytes; whatever is wrong is one ValueError.
 
-Sizes in headers are compared with the size of the file before memory is allocated for them, and
-nothing that a file contains is executed.
+Sizes in headers are compared with what is expected before memory is allocated for them, and nothing
+that a file contains is executed.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import math
 import pickle
+import pickletools
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from ncrl import files
 
 Bytes = NDArray[np.uint8]
 
@@ -33,6 +37,10 @@ CIFAR_SIDE = 32
 CIFAR_PIXELS = 3 * CIFAR_SIDE * CIFAR_SIDE
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+PNG_BEGIN, JPEG_BEGIN, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of the JPEG segments that hold the size of the image."""
 
 
 class Labelled(NamedTuple):
@@ -51,10 +59,11 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         ValueError: naming the file, if it cannot be read.
     """
+    packed = files.read_bytes(path, LARGEST_FILE)
+    if path.suffix != ".gz":
+        return packed
     try:
-        if path.suffix != ".gz":
-            return path.read_bytes()
-        with gzip.open(path) as file:
+        with gzip.open(io.BytesIO(packed)) as file:
             data = file.read(LARGEST_FILE + 1)
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -134,27 +143,7 @@ def check_labelled(pair: Labelled, source: object, num_classes: int) -> None:
         )
 
 
-# The two formats of CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html
-
-
-def read_cifar_binary(path: Path, num_classes: int) -> Labelled:
-    """One .bin file: for each image its label (CIFAR-100: coarse, then fine) and its pixels.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
-    data = read_bytes(path)
-    num_labels = 2 if num_classes == 100 else 1
-    record = num_labels + CIFAR_PIXELS
-    if not data or len(data) % record:
-        raise ValueError(
-            f"{path} must hold whole records of {record} bytes, but has {len(data):,} bytes"
-        )
-    records = np.frombuffer(data, np.uint8).reshape(-1, record)
-    images = records[:, num_labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).copy()
-    pair = Labelled(images, records[:, num_labels - 1].copy())
-    check_labelled(pair, path, num_classes)
-    return pair
+# The python version of CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html
 
 
 def read_cifar_python(path: Path, num_classes: int) -> Labelled:
@@ -163,10 +152,12 @@ def read_cifar_python(path: Path, num_classes: int) -> Labelled:
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
+    content = read_bytes(path)
     try:
-        batch = _ArrayUnpickler(io.BytesIO(read_bytes(path)), encoding="bytes").load()
-    except ValueError:
-        raise
+        for operation, index, _ in pickletools.genops(content):
+            if "PUT" in operation.name and isinstance(index, int) and index > len(content):
+                raise ValueError("a place in its memo lies far beyond its end")
+        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a broken pickle can raise anything
         raise ValueError(f"{path} is no pickled CIFAR batch: {error}") from error
     key = b"fine_labels" if num_classes == 100 else b"labels"
@@ -185,46 +176,39 @@ def read_cifar_python(path: Path, num_classes: int) -> Labelled:
     return pair
 
 
+def _empty_array(*_arguments: object) -> Bytes:
+    """What the pickle of an array begins with. Its sizes come with its numbers, and must fit."""
+    return np.empty(0, np.uint8)
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Loads arrays of numbers and plain values, and refuses everything else."""
 
-    ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
+    ALLOWED: Mapping[tuple[str, str], Any] = {
+        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy", "ndarray"): None,  # an argument of the functions above
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): codecs.encode,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise ValueError(f"a pickled CIFAR batch does not need {module}.{name}: refused")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return self.ALLOWED[module, name]
 
 
-# Images in folders named after their classes.
+# Images in folders named after their classes, in a tar file.
 
 PARTS = ("train", "test")
 
 
-def read_image_folder(folder: Path) -> tuple[Labelled, Labelled, list[str]]:
-    """Training and test images of `train/<class>/<image>` and `test/<class>/<image>`.
+def read_image_archive(archive: Path) -> tuple[Labelled, Labelled, list[str]]:
+    """Training and test images, `train/<class>/<image>` and `test/<class>/<image>`, of a tar file,
+    however it is compressed; nothing is unpacked to disk.
 
     Returns:
         Both parts, and the classes in alphabetical order.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
-    paths = sorted(path for part in PARTS for path in (folder / part).glob("*/*"))
-    files = ((path.relative_to(folder), read_bytes(path)) for path in paths)
-    return _image_tree(folder, ((PurePosixPath(path), data) for path, data in files))
-
-
-def read_image_archive(archive: Path) -> tuple[Labelled, Labelled, list[str]]:
-    """`read_image_folder` of a tar file, however it is compressed; nothing is unpacked to disk.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -275,31 +259,44 @@ def _image_tree(
             raise ValueError(f"{source}: class {name!r} of test is not among those of train")
     if len(classes) > 256:
         raise ValueError(f"{source} has {len(classes)} classes; at most 256 can be read")
-    train, test = (_stack(source, found[part], classes) for part in PARTS)
+    train, test = (_stack(found[part], classes) for part in PARTS)
     return train, test, classes
 
 
 def _decode(name: str, data: bytes) -> Bytes:
-    """A colour image, [3, height, width] in RGB."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    if image is None:
+    """A colour image, [3, 32, 32] in RGB."""
+    size = image_size(data)
+    if size is None:
+        raise ValueError(f"{name} is no whole JPEG or PNG image")
+    if size != (CIFAR_SIDE, CIFAR_SIDE):
+        raise ValueError(
+            f"{name}: images must be {CIFAR_SIDE}x{CIFAR_SIDE}, got {size[0]}x{size[1]}"
+        )
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image is None or image.shape != (CIFAR_SIDE, CIFAR_SIDE, 3):
         raise ValueError(f"{name} is no image that can be decoded")
     rgb: Bytes = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1), np.uint8)
     return rgb
 
 
-def _stack(source: Path, found: Sequence[tuple[str, Bytes]], classes: Sequence[str]) -> Labelled:
-    shape = found[0][1].shape
-    for name, image in found:
-        if image.shape != shape:
-            raise ValueError(
-                f"{source}: images must be of one size, got {_size(shape)} and "
-                f"{_size(image.shape)} (class {name})"
-            )
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that the header of a JPEG or PNG image says; None for any other content, and
+    for one that lacks its end."""
+    if data.startswith(PNG_BEGIN):
+        if data[12:16] != b"IHDR" or b"IEND" not in data[-16:]:
+            return None
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    at = len(JPEG_BEGIN) if data.startswith(JPEG_BEGIN) else len(data)
+    while data[at : at + 1] == b"\xff" and at + 9 <= len(data):
+        if data[at + 1] in JPEG_FRAMES:
+            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+            return (width, height) if JPEG_END in data[at:] else None
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        at += 1 if data[at + 1] == 0xFF else 2 + length  # bytes may stand between segments
+    return None
+
+
+def _stack(found: Sequence[tuple[str, Bytes]], classes: Sequence[str]) -> Labelled:
     number = {name: index for index, name in enumerate(classes)}
     labels = np.array([number[name] for name, _ in found], np.uint8)
     return Labelled(np.stack([image for _, image in found]), labels)
-
-
-def _size(shape: Sequence[int]) -> str:
-    return f"{shape[2]}x{shape[1]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ncrl.settings import make_parser, parse, usage_error
-from ncrl.tasks.recipes import CONFIGS, Recipe, outline_network, read_recipes, read_yaml
+from ncrl.tasks.recipes import CONFIGS, Recipe, outline_network, read_recipes
 
 TOLERANCE = 0.05
 """Relative difference up to which a count of Table 9, printed with two digits, is reproduced."""
@@ -89,12 +89,12 @@ def short(count: float) -> str:
 
 
 def default_configs() -> list[Path]:
-    """The recipes in `CONFIGS`, which also holds flags of run_atari.py.
+    """The recipes in `CONFIGS`.
 
     Raises:
-        ValueError: where ncrl is installed without `configs/`.
+        ValueError: where ncrl is installed without `configs/tasks/`.
     """
-    paths = [path for path in sorted(CONFIGS.glob("*.yaml")) if "network" in read_yaml(path)]
+    paths = sorted(CONFIGS.glob("*.yaml"))
     if not paths:
         raise ValueError(f"there are no recipes in {CONFIGS}; name YAML files")
     return paths
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit code."""
     parser = make_parser(__doc__.splitlines()[0] if __doc__ else "")
     parser.prog = "python -m ncrl.tasks.parameters"
-    parser.add_argument("configs", nargs="*", help="recipes (default: all of configs/)")
+    parser.add_argument("configs", nargs="*", help="recipes (default: all of configs/tasks/)")
     options = parse(parser, sys.argv[1:] if arguments is None else arguments)
     try:
         paths = [Path(name) for name in options.get("configs", [])] or default_configs()

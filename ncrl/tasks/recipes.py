@@ -1,4 +1,4 @@
-"""Recipes: what an experiment trains and how, read from the short YAML files in `configs/`.
+"""Recipes: what an experiment trains and how, read from the short YAML files in `configs/tasks/`.
 
 A file holds the fields of `Recipe`, and under `variants` what other recipes of the same experiment
 change. Options of the network or the layer are changed one by one, except by a variant that names
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
-from ncrl.settings import check, configure, nearest, setting
+from ncrl.settings import check, nearest, setting, typed_values
 from ncrl.tasks.models import NETWORKS
+from ncrl.yaml_files import read_yaml
 
 TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "atari")
 OPTIMIZERS = ("sgd", "adam", "adagrad", "rmsprop")
@@ -32,15 +32,28 @@ REQUIRED = ("task", "network")
 OPTIONS_OF = {"network_options": "network", "layer_options": "layer"}
 """Fields that hold options, and the field that says whose."""
 
+LARGEST_BATCH_SIZE = 1 << 16
+MOST_EPOCHS = 100_000
+MOST_ITERATIONS = 10**9
+
+LARGEST_OPTION = 100_000
+"""Of a network or layer: widths, counts and so on, far beyond the largest of any recipe."""
+
+MOST_LAYERS = 100
+"""Widths in a list of options."""
+
+MOST_PARAMETERS = 1 << 30
+"""Of a network: 4 GiB, of which training takes several."""
+
 Options = Mapping[str, Any]
 
-INSTALLED_CONFIGS = "share/ncrl/configs"
-"""Where `pip install` puts configs/, below the prefix (see pyproject.toml)."""
+INSTALLED_CONFIGS = "share/ncrl/configs/tasks"
+"""Where `pip install` puts configs/tasks/, below the prefix (see pyproject.toml)."""
 
 
 def configs_folder() -> Path:
     """The recipes of this repository, or those that were installed with the package."""
-    candidates = [Path(__file__).resolve().parents[2] / "configs"]
+    candidates = [Path(__file__).resolve().parents[2] / "configs" / "tasks"]
     candidates.append(Path(sysconfig.get_path("data")) / INSTALLED_CONFIGS)
     # Schemes with a prefix of their own, such as --user: the installer's list of files.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -89,9 +102,13 @@ class Recipe:
     rmsprop_alpha: float = setting(0.99, "rmsprop: smoothing of squared gradients", low=0, high=1)
     weight_decay: float = setting(0.0, "weight decay", low=0)
     max_grad_norm: float | None = setting(None, "limit on the gradient's norm; null: none", low=0)
-    batch_size: int = setting(128, "inputs or sequences per update", low=1)
-    epochs: int | None = setting(None, "passes over the data (of each task)", low=1)
-    iterations: int | None = setting(None, "updates, in place of epochs", low=1)
+    batch_size: int = setting(128, "inputs or sequences per update", low=1, high=LARGEST_BATCH_SIZE)
+    epochs: int | None = setting(
+        None, "passes over the data (of each task)", low=1, high=MOST_EPOCHS
+    )
+    iterations: int | None = setting(
+        None, "updates, in place of epochs", low=1, high=MOST_ITERATIONS
+    )
     orth_coef: float = setting(0.0, "weight a of the orthogonality loss", low=0)
     balance_coef: float = setting(0.01, "moe: weight of the balance loss", low=0)
 
@@ -110,6 +127,39 @@ class Recipe:
             )
 
 
+METHODS = ("adam", "adagrad", "l2", "si", "ewc", "online-ewc")
+"""Against forgetting; see `ncrl.tasks.continual.methods`."""
+
+SCENARIOS = ("domain", "task")
+"""Whether all tasks share one output layer (incremental domain), or each has its own, and the task
+of an image is known (incremental task)."""
+
+
+@dataclass(frozen=True)
+class ContinualRecipe(Recipe):
+    """A recipe with a scenario and a method against forgetting."""
+
+    scenario: str = setting("domain", "shared or separate output layers", choices=SCENARIOS)
+    method: str | None = setting(
+        None, "against forgetting; null: what the command does by itself", choices=METHODS
+    )
+    penalty_coef: float | None = setting(
+        None, "weight of the method's penalty; null: Hsu et al.'s", low=0
+    )
+    fisher_orthogonality: bool = setting(
+        False, "ewc: square the gradient of the orthogonality loss into the Fisher information"
+    )
+    double_orth_coef: bool = setting(False, "with a penalty, double orth_coef after the first task")
+
+
+CONTINUAL_NETWORKS = ("split_mlp", "resnet_mlp")
+
+
+def recipe_class(values: Options) -> type[Recipe]:
+    """The recipes that settings make: those of networks that learn task after task say more."""
+    return ContinualRecipe if values.get("network") in CONTINUAL_NETWORKS else Recipe
+
+
 def network_option_names(network: str) -> list[str]:
     """What `network_options` may hold for a network of `NETWORKS`."""
     names = inspect.signature(NETWORKS[network]).parameters
@@ -125,13 +175,20 @@ def layer_option_names(layer: str) -> list[str]:
 
 
 def check_names(field_name: str, options: Any, allowed: Collection[str]) -> None:
-    """Raise ValueError unless `options` is a mapping whose keys are all `allowed`."""
+    """Raise ValueError unless `options` is a mapping whose keys are all `allowed`, with no number
+    beyond `LARGEST_OPTION`."""
     if not isinstance(options, Mapping):
         raise ValueError(f"{field_name} must be a mapping of options, got {options!r}")
     for name in options:
         if name not in allowed:
             hint = nearest(str(name), allowed)
             raise ValueError(f"unknown option {name!r} in {field_name}; nearest: {hint}")
+        values = options[name] if isinstance(options[name], (list, tuple)) else [options[name]]
+        if len(values) > MOST_LAYERS:
+            raise ValueError(f"{name} must have at most {MOST_LAYERS} parts, got {len(values)}")
+        for value in values:
+            if isinstance(value, (int, float)) and not abs(value) <= LARGEST_OPTION:
+                raise ValueError(f"{name} must be at most {LARGEST_OPTION:,}, got {value}")
 
 
 def read_recipes(path: Path) -> dict[str, Recipe]:
@@ -154,35 +211,6 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
             raise ValueError(f"{source} must be a mapping of settings, got {changes!r}")
         recipes[str(name)] = make_recipe(with_changes(values, changes, source), source)
     return recipes
-
-
-def read_recipe(path: Path, variant: str = "") -> Recipe:
-    """The recipe of a file, or one of its variants.
-
-    Raises:
-        ValueError: for a file that cannot be read or does not hold it.
-    """
-    recipes = read_recipes(path)
-    if variant not in recipes:
-        known = [name for name in recipes if name]
-        hint = f"nearest: {nearest(variant, known)}" if known else "it has none"
-        raise ValueError(f"unknown variant {variant!r} of {path}; {hint}")
-    return recipes[variant]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """What a YAML file holds.
-
-    Raises:
-        ValueError: if it cannot be read or is no mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings by name, got {values!r}")
-    return values
 
 
 def with_changes(values: Options, changes: Options, source: str) -> dict[str, Any]:
@@ -211,13 +239,12 @@ def make_recipe(values: Options, source: str) -> Recipe:
     Raises:
         ValueError: for an unknown setting or an impossible value.
     """
+    kind = recipe_class(values)
     plain = {name: value for name, value in values.items() if name not in OPTIONS_OF}
     options = {name: values[name] for name in OPTIONS_OF if name in values}
-    # The options are checked against the network and layer that the other settings name.
-    typed = configure(plain, Recipe(), source)
-    settings = {entry.name: getattr(typed, entry.name) for entry in fields(typed)}
+    typed = typed_values(plain, kind, source)
     try:
-        return Recipe(**{**settings, **options})
+        return kind(**typed, **options)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
@@ -243,4 +270,7 @@ def outline_network(recipe: Recipe) -> nn.Module:
         ValueError: as `build_network`.
     """
     with torch.device("meta"):
-        return build_network(recipe)
+        network = build_network(recipe)
+    if (total := sum(parameter.numel() for parameter in network.parameters())) > MOST_PARAMETERS:
+        raise ValueError(f"a network may have {MOST_PARAMETERS:,} parameters, this has {total:,}")
+    return network

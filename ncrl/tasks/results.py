@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ncrl.files import write_atomically
+from ncrl.files import read_bytes, write_atomically
 
 RESULT_FILE = "result.json"
+
+CHECKSUM = "details_checksum"
+"""Beside the fields of a row in its file; rows of earlier releases have none."""
+
+LARGEST_ROW = 256 << 20
+"""Bytes of a row; curves and maps take most of them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class Result:
     details: Mapping[str, Any] = field(default_factory=dict)
     """What else the task found out about the trained network: per layer, class, task, ..."""
 
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What tables and figures group rows by, such as the variant of the recipe."""
+
     curve: Sequence[Mapping[str, float]] = ()
     """Metrics at every evaluation, with `update` and the mean training `loss` since the last."""
 
@@ -83,8 +91,14 @@ def number(value: float) -> str:
 
 def write_result(folder: Path, result: Result) -> None:
     """Write a row, whole or not at all."""
-    text = json.dumps(asdict(result), indent=1)
-    write_atomically(folder / RESULT_FILE, text.encode())
+    values = asdict(result) | {CHECKSUM: fingerprint(result.details)}
+    write_atomically(folder / RESULT_FILE, json.dumps(values, indent=1).encode())
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """Eight characters that differ between different values."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read_result(path: Path) -> Result:
@@ -93,17 +107,69 @@ def read_result(path: Path) -> Result:
     Raises:
         ValueError: naming the file, if it holds none.
     """
+    data = read_bytes(path, LARGEST_ROW)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"cannot read {path}: it is nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    known = {entry.name for entry in fields(Result)}
-    if not isinstance(values, dict) or set(values) - known:
+    checksum = values.pop(CHECKSUM, None) if isinstance(values, dict) else None
+    known = {entry.name: str(entry.type).partition("[")[0] for entry in fields(Result)}
+    if not isinstance(values, dict) or set(values) - set(known):
         raise ValueError(f"{path} is no result of ncrl.tasks")
+    for name, value in values.items():
+        if type(value) not in JSON_TYPES[known[name]]:
+            raise ValueError(
+                f"{path} is no result of ncrl.tasks: {name} must be of type {known[name]}, "
+                f"got {str(value)[:80]!r}"
+            )
     try:
-        return Result(**values)
+        row = Result(**values)
     except TypeError as error:
         raise ValueError(f"{path} is no result of ncrl.tasks: {error}") from error
+    if fault := _fault(row, checksum):
+        raise ValueError(f"{path} is no result of ncrl.tasks: {fault}")
+    return row
+
+
+def _fault(row: Result, checksum: object) -> str | None:
+    """What is wrong with a row whose fields have their types."""
+    if min(row.seed, row.parameters, row.updates, row.seconds) < 0 or not is_number(row.seconds):
+        return "a counter in it is negative"
+    if not all(isinstance(label, str) for label in row.labels.values()):
+        return "a label in it is no text"
+    if not (is_curve([row.metrics]) and is_curve(row.curve)):
+        return "a metric in it is no number"
+    if checksum not in (None, fingerprint(row.details)):
+        return "its details were changed since it was written (their checksum differs)"
+    return None
+
+
+JSON_TYPES: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "Mapping": (dict,),
+    "Sequence": (list,),
+}
+"""What JSON may hold for a field of `Result`, by its annotation."""
+
+
+LARGEST_NUMBER = 1e300
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
+
+
+def is_curve(points: object) -> bool:
+    """Whether it is a list of numbers (not finite ones, too) by name, as `Result.curve` is."""
+    return isinstance(points, (list, tuple)) and all(
+        isinstance(point, dict) and all(type(v) is float or is_number(v) for v in point.values())
+        for point in points
+    )
 
 
 def read_results(folder: Path, task: str | None = None) -> list[Result]:
@@ -180,28 +246,9 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def hardware(device: torch.device) -> str:
-    """What timings have to say about where they were measured."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of what numbers depend on."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
-
-
 def command_line() -> str:
     """The command that this process was started with."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    program = f"python -m {main.name}" if main is not None else f"python {sys.argv[0]}"
-    return " ".join([program, *sys.argv[1:]])
+    name = "" if main is None else main.name.removesuffix(".__main__")
+    program = f"-m {name}" if name else sys.argv[0]
+    return " ".join(["python", program, *sys.argv[1:]])

@@ -1,53 +1,52 @@
 """The training loop of the supervised experiments: resumable, and the same bit for bit if resumed.
 
 A task is an `Experiment`. What it trains on must follow from the number of the update alone, so
-that nothing about the data has to be stored: `draw` makes random streams that do.
+that nothing about the data has to be stored: `random_stream` makes random streams that do.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import hashlib
-import io
-import json
 import math
 import os
-import pickle
-import signal
-import sys
-import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
-from ncrl import NeurocoderLinear, orthogonal_loss
+from ncrl import orthogonal_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
-from ncrl.diagnostics import describe
-from ncrl.files import write_atomically
+from ncrl.optimizer_state import check_optimizer_state
+from ncrl.shell.events import CurveWriter
+from ncrl.shell.hardware import hardware, random_state, set_random_state, versions
+from ncrl.shell.screen import Progress
+from ncrl.shell.signals import Stopped, StopSignals, stop_signals
+from ncrl.shell.tensors import read_tensors, size_of, write_tensors
+from ncrl.tasks.experiment import Experiment, evaluating
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import (
     RESULT_FILE,
     Result,
     command_line,
     count_parameters,
-    hardware,
+    fingerprint,
+    is_curve,
+    is_number,
     read_result,
-    versions,
     write_result,
 )
 
 CHECKPOINT_FILE, WEIGHTS_FILE, RECIPE_FILE = "checkpoint.pt", "model.pt", "recipe.json"
+
+CHECKPOINT_SIZE = 12
+"""Times the size of the model that a checkpoint may take: the optimiser keeps up to two numbers for
+each weight, a method against forgetting up to five."""
 
 CHECKPOINT_SECONDS = 60.0
 """Least time between checkpoints; large ones are written more rarely."""
@@ -58,69 +57,9 @@ CHECKPOINT_SHARE = 0.05
 CHECK_EVERY = 20
 """Updates between looks at the loss: each look waits for the device."""
 
-LINE_SECONDS = 10.0
-"""Time between lines of progress where there is no terminal."""
-
 
 class NonFiniteError(RuntimeError):
     """The loss is no longer a finite number."""
-
-
-class Stopped(RuntimeError):
-    """A signal ended training; `exit_code` is the process's."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("stopped by a signal")
-        self.exit_code = exit_code
-
-
-class Experiment(ABC):
-    """A network with its task: what one run trains and measures.
-
-    It is constructed right after the random stream was seeded, so weights follow from the seed.
-    """
-
-    model: nn.Module
-    num_updates: int
-    """Updates of the whole run."""
-
-    evaluate_every: int
-    """Updates between evaluations; there is one at the end in any case."""
-
-    data: str
-    """Name of the data set; part of what makes a run another one."""
-
-    readings: Mapping[str, Any] = {}
-    """Decisions where the paper is silent, beyond those in the recipe; part of the identity."""
-
-    best: Mapping[str, str] = {}
-    """Metrics whose best value over all evaluations is reported too: `max` or `min`."""
-
-    @abstractmethod
-    def loss(self, update: int) -> Tensor:
-        """The task's loss on the batch of this update, a scalar with a gradient.
-
-        Orthogonality and balance losses are added by `train`.
-        """
-
-    @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on data that is not trained on. The model is in eval mode, without gradient."""
-
-    def after_update(self, update: int) -> None:  # noqa: B027 - most tasks need none
-        """Called after the optimiser's step, with gradients still there."""
-
-    def report(self) -> dict[str, Any]:
-        """Details for the result row; called once, after training, in eval mode without gradient.
-        Plain values only."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values beyond model, optimiser and random stream, to resume from."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - see `state`
-        """Take over what `state` returned."""
 
 
 class Run(NamedTuple):
@@ -132,12 +71,18 @@ class Run(NamedTuple):
     seed: int
     device: torch.device
     folder: Path
+    labels: Mapping[str, str] = MappingProxyType({})
 
     @property
     def result(self) -> Result | None:
         """The row, if the run is finished."""
         path = self.folder / RESULT_FILE
-        return read_result(path) if path.is_file() else None
+        if not os.path.lexists(path):
+            return None
+        row = read_result(path)
+        if (row.task, row.name, row.seed) != (self.task, self.name, self.seed):
+            raise ValueError(f"{path} is the row of another run; delete it to start anew")
+        return row
 
     @property
     def title(self) -> str:
@@ -154,22 +99,6 @@ def identity(
     for name in ("paper_parameters", "note"):
         values.pop(name)
     return {"recipe": values, "data": data, "readings": dict(readings or {})}
-
-
-def fingerprint(values: Mapping[str, Any]) -> str:
-    """Eight characters that differ between different values."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def draw(seed: int, stream: str, index: int) -> torch.Generator:
-    """A random stream on the CPU that follows from its arguments alone.
-
-    torch's own seeding ignores all but 32 bits, which a plain combination would waste.
-    """
-    key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "little")
-    (number,) = np.random.SeedSequence((seed, key, index)).generate_state(1)
-    return torch.Generator().manual_seed(int(number))
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -211,7 +140,8 @@ def train(run: Run, experiment: Experiment) -> Result:
     """
     training = _Training(run, experiment)
     training.resume()
-    with _signals() as stop, _Progress(run.title, experiment, training.update) as progress:
+    total = experiment.num_updates
+    with stop_signals() as stop, Progress(run.title, total, training.update) as progress:
         training.loop(stop, progress)
     return training.finish()
 
@@ -224,7 +154,7 @@ def make_step(recipe: Recipe, experiment: Experiment) -> Callable[[], None]:
 
     def step() -> None:
         training.step()
-        training.forget_losses()
+        training.losses.clear()
 
     return step
 
@@ -240,12 +170,12 @@ class _Training:
         self.update = 0  # updates done
         self.seconds = 0.0  # spent before `_began`
         self.curve: list[dict[str, float]] = []
-        self._losses: list[Tensor] = []  # of the updates since the last look
+        self.losses: list[Tensor] = []  # of the updates since the last look
         self._loss_sum, self._loss_count = 0.0, 0  # since the last evaluation
         self._began = self._saved = time.monotonic()
         self._save_seconds = 0.0
 
-    def loop(self, stop: _StopSignals, progress: _Progress) -> None:
+    def loop(self, stop: StopSignals, progress: Progress) -> None:
         experiment = self.experiment
         writer = None
         try:
@@ -259,10 +189,11 @@ class _Training:
                 if self.update % experiment.evaluate_every == 0 or at_end:
                     row = self._evaluate()
                     if writer is None:
-                        writer = _writer(self.run.folder, self.update)
+                        # Points after the last checkpoint of a killed run are written again.
+                        writer = CurveWriter(self.run.folder, self.update)
                     for name, value in row.items():
                         if name != "update":
-                            writer.add_scalar(f"{self.run.task}/{name}", value, self.update)
+                            writer.add(f"{self.run.task}/{name}", value, self.update)
                     progress.measured(row)
                 if stop.exit_code:
                     self.save()
@@ -284,7 +215,7 @@ class _Training:
         if self.recipe.max_grad_norm is not None:
             clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         self.optimizer.step()
-        self._losses.append(loss.detach())
+        self.losses.append(loss.detach())
         self.experiment.after_update(self.update)
         self.update += 1
 
@@ -301,11 +232,11 @@ class _Training:
         return loss, total
 
     def _check_losses(self) -> None:
-        if not self._losses:
+        if not self.losses:
             return
-        values = torch.stack(self._losses).tolist()
+        values = torch.stack(self.losses).tolist()
         first = self.update - len(values)
-        self._losses.clear()
+        self.losses.clear()
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise NonFiniteError(
@@ -315,10 +246,6 @@ class _Training:
                 )
             self._loss_sum += value  # one by one: the sum must not depend on when it is looked at
         self._loss_count += len(values)
-
-    def forget_losses(self) -> None:
-        """Without a look at them."""
-        self._losses.clear()
 
     def _mean_loss(self) -> float:
         return self._loss_sum / max(self._loss_count, 1)
@@ -355,13 +282,14 @@ class _Training:
             recipe=what["recipe"],
             readings=what["readings"],
             details=details,
+            labels=dict(run.labels),
             curve=self.curve,
             command=command_line(),
             hardware=hardware(run.device),
             versions=versions(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
-        write_atomically(run.folder / WEIGHTS_FILE, _bytes(self.model.state_dict()))
+        write_tensors(run.folder / WEIGHTS_FILE, self.model.state_dict())
         write_result(run.folder, result)
         (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
@@ -388,10 +316,10 @@ class _Training:
             "loss": [self._loss_sum, self._loss_count],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": _random_state(self.run.device),
+            "random": random_state(self.run.device),
             "experiment": self.experiment.state(),
         }
-        write_atomically(self.run.folder / CHECKPOINT_FILE, _bytes(state))
+        write_tensors(self.run.folder / CHECKPOINT_FILE, state)
         self._saved = time.monotonic()
         self._save_seconds = self._saved - begin
 
@@ -402,39 +330,43 @@ class _Training:
             ValueError: if it cannot be read, or is of another run.
         """
         path = self.run.folder / CHECKPOINT_FILE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return
-        state = read_tensors(path)
+        try:
+            state = read_tensors(path, CHECKPOINT_SIZE * size_of(self.model))
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it to start anew") from error
         if not isinstance(state, dict) or state.get("identity") != self._identity():
             raise ValueError(f"{path} is no checkpoint of this run; delete it to start anew")
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.experiment.restore(state["experiment"])
-            self.update, self.seconds = state["update"], state["seconds"]
-            self.curve = state["curve"]
-            self._loss_sum, self._loss_count = state["loss"]
-            _set_random_state(state["random"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} cannot be used: {error}; delete it to start anew") from error
+            self._restore(state)
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} cannot be used: {reason}; delete it to start anew") from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        update, seconds, curve = state["update"], state["seconds"], state["curve"]
+        loss_sum, loss_count = state["loss"]
+        if type(update) is not int or not 0 <= update <= self.experiment.num_updates:
+            raise ValueError(f"update must lie in 0 .. {self.experiment.num_updates}, got {update}")
+        if type(loss_count) is not int or not 0 <= loss_count <= update:
+            raise ValueError(f"losses must be 0 .. {update}, got {loss_count}")
+        if not (is_number(seconds) and seconds >= 0 and is_number(loss_sum)):
+            raise ValueError(f"its seconds or loss are no numbers: {seconds!r}, {loss_sum!r}")
+        if not is_curve(curve):
+            raise ValueError("its curve does not hold numbers by name")
+        check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.experiment.restore(state["experiment"])
+        self.update, self.seconds, self.curve = update, seconds, curve
+        self._loss_sum, self._loss_count = loss_sum, loss_count
+        set_random_state(state["random"])
 
     def _identity(self) -> str:
         experiment = self.experiment
         what = identity(self.recipe, experiment.data, experiment.readings)
         return f"{fingerprint(what)} {experiment.num_updates} seed {self.run.seed}"
-
-
-def read_tensors(path: Path) -> Any:
-    """What torch saved in a file: tensors and plain values, nothing that would be executed.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot read {path}: {reason}; delete it to start anew") from error
 
 
 def load_weights(run: Run, model: nn.Module) -> None:
@@ -444,194 +376,9 @@ def load_weights(run: Run, model: nn.Module) -> None:
         ValueError: naming the file, if they are missing or do not fit.
     """
     path = run.folder / WEIGHTS_FILE
+    weights = read_tensors(path, size_of(model), foreign=True)
     try:
-        model.load_state_dict(read_tensors(path))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} does not fit the network: {error}") from error
-
-
-def try_network(model: nn.Module, x: Tensor, said: str) -> Tensor:
-    """What the model answers to inputs before it is trained, in eval mode without gradient.
-
-    Raises:
-        ValueError: if it does not take them; `said` is what they are.
-    """
-    with evaluating(model):
-        try:
-            answer: Tensor = model(x)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"the network does not take {said}: {error}") from error
-    return answer
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient inside the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def describe_layers(
-    model: nn.Module, *inputs: Tensor, counted: Tensor | None = None
-) -> dict[str, dict[str, Any]]:
-    """What the Neurocoder layers of a model do with a batch, by the layer's name.
-
-    See `ncrl.diagnostics.LayerReport`; beside the largest attention weight stands the largest one
-    that the layer's sharpness allows, and beside the layer's parameters those of `nn.Linear`.
-
-    Args:
-        model: called once.
-        inputs: that it is called with.
-        counted: which of a layer's inputs count, in the order in which they come, [T * B] bool for
-            a model that calls its layers T times on B inputs; all if None.
-    """
-    seen: dict[str, list[Tensor]] = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, NeurocoderLinear)}
-
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, []).append(given[0].reshape(-1, given[0].shape[-1]))
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    reports = {}
-    for name, calls in seen.items():
-        x = torch.cat(calls)
-        if counted is not None:
-            x = x[counted]
-        layer = layers[name]
-        report = describe(layer, x)._asdict()
-        for values in ("slot_usage", "singular_values"):
-            report[values] = [round(value, 4) for value in report[values].tolist()]
-        report["parameters"] = count_parameters(layer)
-        has_bias = layer.bias is not None
-        report["parameters_of_plain"] = (layer.in_features + has_bias) * layer.out_features
-        config = layer.config
-        if config.preset == "paper" and not config.learned_sharpness:
-            report["attention_bound"] = attention_bound(config.num_slots, config.sharpness)
-        reports[name] = report
-    return reports
-
-
-def attention_bound(num_slots: int, sharpness: float) -> float:
-    """The largest weight that a softmax over sharpened cosines can give to a slot."""
-    return 1 / (1 + (num_slots - 1) * math.exp(-2 * sharpness))
-
-
-# Random state, signals, progress, curves.
-
-
-def _bytes(state: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-class _StopSignals:
-    """Ctrl-C and SIGTERM end training after the update it is in; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.exit_code = 0
-
-    def stop(self, number: int, _frame: FrameType | None) -> None:
-        if self.exit_code:
-            raise KeyboardInterrupt
-        self.exit_code = 128 + number
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_StopSignals]:
-    stop = _StopSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = {number: signal.signal(number, stop.stop) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def say(text: str, stream: IO[str] | None = None) -> None:
-    """Write a line; a reader who has gone is no reason to stop training."""
-    stream = sys.stdout if stream is None else stream
-    try:
-        print(text, file=stream, flush=True)
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            # The interpreter flushes its streams once more when it ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class _Progress:
-    """A bar on a terminal, else a line every ten seconds; on standard error."""
-
-    def __init__(self, title: str, experiment: Experiment, begin: int) -> None:
-        self.title, self.total = title, experiment.num_updates
-        self.begin, self.metrics = begin, ""
-        terminal = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        self.bar = (
-            tqdm(total=self.total, initial=begin, desc=title, dynamic_ncols=True, leave=False)
-            if terminal
-            else None
-        )
-        self.started = self.spoken = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def measured(self, row: Mapping[str, float]) -> None:
-        """Keep the metrics of an evaluation for the next line."""
-        shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("update", "loss")]
-        self.metrics = ", ".join(shown[:3])
-
-    def show(self, update: int, loss: float) -> None:
-        text = ", ".join(filter(None, [f"loss {loss:.4g}", self.metrics]))
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(update - self.bar.n)
-            return
-        now = time.monotonic()
-        if now - self.spoken < LINE_SECONDS:
-            return
-        self.spoken = now
-        left = (self.total - update) * (now - self.started) / max(update - self.begin, 1)
-        say(f"{self.title}: {update:,} of {self.total:,}, {text}, {left:.0f} s left", sys.stderr)
-
-
-def _writer(folder: Path, update: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Points of a run that was killed after its last checkpoint are written again.
-    return SummaryWriter(str(folder), purge_step=update)
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit the network: {reason}") from error

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-import ncrl.agents.a3c
+import ncrl.agents.learning.learner
 
 SECONDS = 90
 """No test waits longer than this, whatever hangs."""
@@ -74,12 +74,12 @@ def nothing_left_behind(watchdog: None) -> Iterator[None]:
 def log_rhos(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """For every update, what the learner takes for log p(a) minus what was recorded of it."""
     found: list[torch.Tensor] = []
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = ncrl.agents.learning.learner.actor_critic_loss
 
-    def watched(policy: Any, batch: Any, objective: Any) -> Any:
-        result = loss(policy, batch, objective)
+    def watched(policy: Any, batch: Any, *others: Any) -> Any:
+        result = loss(policy, batch, *others)
         found.append(result.evaluation.log_prob.detach() - batch.log_prob)
         return result
 
-    monkeypatch.setattr(ncrl.agents.a3c, "actor_critic_loss", watched)
+    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", watched)
     return found

@@ -27,8 +27,9 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrappe
 
 import ncrl.agents.a3c
 from ncrl.agents import A3C
-from ncrl.agents.supervision import WorkerPool
-from ncrl.agents.weights import layout
+from ncrl.agents.playing.env_sources import RemoteEnvs
+from ncrl.agents.playing.pool import WorkerPool
+from ncrl.agents.playing.weights import layout
 from ncrl.envs import light, masked_cartpole
 from tests.agents.environments import TickingFactory
 
@@ -170,7 +171,7 @@ def test_the_learning_rate_falls_to_0() -> None:
     model.learn(47, callback=Watch())
     rates.append(model.policy.optimizer.param_groups[0]["lr"])
     assert rates[1:] == pytest.approx([0.5 * (1 - n / 47) for n in (10, 20, 30, 40)] + [0.0])
-    default = make_model()
+    default = make_model(n_envs=4)
     assert default.lr_schedule(1.0) == 7e-4 and default.lr_schedule(0.0) == 0.0
 
 
@@ -355,14 +356,14 @@ def test_another_environment_goes_on_without_a_reset() -> None:
         ({"n_envs": 5, "n_workers": 2}, r"n_envs=5 .*n_workers=2"),
         ({"n_envs": 0}, r"n_envs=0"),
         ({"n_workers": -1}, r"n_workers=-1"),
-        ({"correction": "vtrac"}, r"'vtrac'.*did you mean 'vtrace'"),
+        ({"correction": "vtrac"}, r"got 'vtrac'; nearest: vtrace"),
         ({"policy": "MlpLstmPolcy"}, r"'MlpLstmPolcy'; did you mean 'MlpLstmPolicy'"),
         ({"use_sde": True}, r"gSDE.* can only be used with continuous actions"),
         ({"env": "CartPol-v1"}, r"'CartPol-v1'.*CartPole"),
         ({"policy_kwargs": {"head": "neurocodr"}}, r"did you mean 'neurocoder'"),
         ({"max_grad_norm": None}, r"max_grad_norm .*got None; inf sets no limit"),
         ({"batch_size": 10.0}, r"batch_size must be an integer, got 10.0"),
-        ({"batch_size": 7}, r"got batch_size=7 .*batch_size=None takes all"),
+        ({"batch_size": 7}, r"got batch_size=7 with n_steps="),
         ({"env": lambda: None}, r"factory\(n_envs, seed\), which .*lambda"),
         ({"env": gym.Env}, r"env must be an environment, .*got <class"),
         ({"env": [lambda: None]}, r"lists of functions make a DummyVecEnv"),
@@ -525,11 +526,36 @@ def test_infos_that_are_asked_for_come_with_every_timestep() -> None:
     assert Ticks.ticks == [tick for tick in range(1, 21) for _ in range(2)]
 
 
-def test_environments_of_workers_are_nobody_elses() -> None:
-    model = make_model(TickingFactory(), n_workers=1, n_envs=2)
-    for use in (lambda env: make_model(env), lambda env: make_model().set_env(env)):
-        with pytest.raises(ValueError, match="workers of another model; give its id or factory"):
-            use(model.get_env())
+def test_get_env_plays_and_leaves_the_workers_theirs() -> None:
+    model = make_model(TickingFactory(length=3), n_workers=1, n_envs=2)
+    env = model.get_env()
+    assert isinstance(env, RemoteEnvs) and env is model.env
+    model.learn(20)
+    assert env._envs is None, "training builds none"
+    obs = env.reset()
+    assert obs.shape == (2, *env.observation_space.shape)
+    _, rewards, dones, infos = env.step(np.zeros(2, dtype=int))
+    assert rewards.shape == dones.shape == (2,) and len(infos) == 2
+    assert env.get_attr("spec") == [None, None]
+    mean, _ = evaluate_policy(model, env, n_eval_episodes=2, warn=False)
+    assert mean > 0
+    model.set_env(env)
+    assert model.n_workers == 1 and model.env is env
+    model.learn(20)
+    assert model.num_timesteps == 20
+    other = make_model(env)  # an environment object like any other
+    assert other.n_workers == 0 and other.learn(20).num_timesteps == 20
+
+
+def test_get_env_is_seeded_with_its_model() -> None:
+    def first(seed: int) -> np.ndarray:
+        return make_model("CartPole-v1", n_workers=1, n_envs=2, seed=seed).get_env().reset()
+
+    np.testing.assert_array_equal(first(3), first(3))
+    assert not np.array_equal(first(3), first(4))
+
+
+def test_environments_that_workers_cannot_build() -> None:
     spawn = {"start_method": "spawn"}
     subprocesses = partial(
         make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=spawn
@@ -560,6 +586,21 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert 'under `if __name__ == "__main__":`' in last
     assert done.stderr.count("a new one starts") == 0
+    assert done.stderr.count("Traceback") == 1, "of the script alone, none of its workers"
+
+
+def test_a_script_on_standard_input_is_told_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=UNGUARDED,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(ncrl.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    assert "standard input" in done.stderr.strip().splitlines()[-1]
 
 
 def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +611,7 @@ def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.Monke
             seeds.append(seed)
             super().__init__(*arguments, seed=seed, **options)
 
-    monkeypatch.setattr("ncrl.agents.a3c.WorkerPool", Pool)
+    monkeypatch.setattr("ncrl.agents.playing.players.WorkerPool", Pool)
     model = make_model(TickingFactory(), n_workers=1, n_envs=2)
     for reset in (True, True, False):
         model.learn(40, reset_num_timesteps=reset)
@@ -588,8 +629,6 @@ def test_workers_leave_callbacks_evaluation_and_files_alone(tmp_path: Path) -> N
     assert evaluation.last_mean_reward > 0
     model.learn(30, reset_num_timesteps=False)
     assert model.num_timesteps == 90
-    with pytest.raises(RuntimeError, match="worker processes"):
-        model.env.step(np.zeros(2))
     model.save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", device="cpu")
     assert_bit_equal(model, loaded)

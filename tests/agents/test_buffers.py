@@ -1,4 +1,4 @@
-"""`ncrl.agents.buffers`: layout, poison, shared memory, batches that keep columns apart."""
+"""`ncrl.agents.playing.buffers`: layout, poison, shared memory, batches that keep columns apart."""
 
 import multiprocessing
 from typing import Any
@@ -9,13 +9,15 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from ncrl.agents.buffers import (
+from ncrl.agents.playing.buffers import (
     Rollout,
     RolloutBatch,
     RolloutShape,
     RolloutSlots,
     first_rows,
+    packed,
     split_envs,
+    unpacked,
 )
 
 VECTORS = spaces.Box(-1, 1, (3,), np.float32)
@@ -160,6 +162,18 @@ def test_gather_lays_rollouts_side_by_side_and_copies(options: dict[str, Any]) -
     for place, rollout in enumerate(kept):
         for actual, expected in zip(gathered.tensors(), rollout.tensors(), strict=True):
             assert torch.equal(columns(actual, place), expected)
+
+
+@both
+def test_a_rollout_packed_into_one_block_keeps_its_tensors_apart(options: dict[str, Any]) -> None:
+    rollout = numbered(make_shape(n_steps=3, n_envs=5, **options), 2)
+    block, inside = packed(rollout, CPU)
+    for target, source in zip(inside.tensors(), rollout.tensors(), strict=True):
+        target.copy_(source)
+    for copy in (inside, unpacked(block.clone(), rollout)):
+        for actual, expected in zip(copy.tensors(), rollout.tensors(), strict=True):
+            assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+    assert block.numel() < sum(t.nbytes for t in rollout.tensors()) + 64 * len(rollout.tensors())
 
 
 def test_a_batch_with_an_environment_missing_is_our_own_mistake() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: exact, whole or absent, and harmless whatever is in the file."""
 
 import base64
+import contextlib
 import errno
 import hashlib
 import json
@@ -26,9 +27,9 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-import ncrl.agents.checkpoints
+import ncrl.agents.runs.checkpoints
 from ncrl.agents import A3C
-from ncrl.agents.checkpoints import (
+from ncrl.agents.runs.checkpoints import (
     COUNTERS,
     Checkpoint,
     CheckpointError,
@@ -79,7 +80,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def everything(model: A3C) -> dict[str, Any]:
     """All that decides how a serial training goes on, bit by bit."""
-    collector = model._collector
+    collector = model.collector
     assert collector is not None
     return flat(
         {
@@ -291,10 +292,36 @@ def test_f13_a_damaged_checkpoint_is_passed_over(
     resume(make_model(), newest_checkpoint(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", '{"sha256": 3}', '{"timesteps": 30}', "{"])
+def manifests(timesteps: str) -> str:
+    return '{"sha256": {}, "timesteps": ' + timesteps + "}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "null", "[]", '{"sha256": 3}', '{"timesteps": 30}', "{", "[" * 100_000),
+        *map(manifests, ("Infinity", "-30", "30.0", '"30"', "true", "null", "9" * 5000)),
+        " " * (2 << 20),
+    ],
+    ids=lambda content: content[:40],
+)
 def test_f13_any_manifest_that_is_none(content: str, tmp_path: Path) -> None:
     save_steps(tmp_path, [20, 30])
     (tmp_path / f"step_{30:012d}.json").write_text(content)
+    assert newest_checkpoint(tmp_path).timesteps == 20
+
+
+@pytest.mark.parametrize("suffix", [".json", ".zip", ".state.pt"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir], ids=range(3)
+)
+def test_f13_what_never_ends_is_not_read(
+    make: Callable[[Path], None], suffix: str, tmp_path: Path
+) -> None:
+    save_steps(tmp_path, [20, 30])
+    victim = tmp_path / f"step_{30:012d}{suffix}"
+    victim.unlink()
+    make(victim)
     assert newest_checkpoint(tmp_path).timesteps == 20
 
 
@@ -448,6 +475,101 @@ def test_f15_a_zip_without_a_member_is_refused(member: str, tmp_path: Path) -> N
         resume(make_model(), newest_checkpoint(tmp_path))
 
 
+def change_state(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], None]) -> None:
+    state = torch.load(checkpoint.state, weights_only=True)
+    change(state)
+    torch.save(state, checkpoint.state)
+    seal(checkpoint)
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+@pytest.mark.parametrize("value", [-1, True, 20.0, "20", None, 2**70, [20]])
+def test_f15_counters_that_count_nothing(name: str, value: Any, tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    checkpoint = newest_checkpoint(tmp_path)
+    change_state(checkpoint, lambda state: state["counters"].update({name: value}))
+    with pytest.raises(CheckpointError, match=name):
+        resume(make_model(), checkpoint)
+
+
+def test_f15_a_state_of_other_timesteps_than_its_manifest(tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    checkpoint = newest_checkpoint(tmp_path)
+    change_state(checkpoint, lambda state: state["counters"].update(num_timesteps=30))
+    with pytest.raises(CheckpointError, match=r"30 timesteps.*20"):
+        resume(make_model(), checkpoint)
+
+
+def nested_bomb(state: dict[str, Any]) -> None:
+    for _ in range(60):  # few bytes, 2 ** 60 tensors
+        state["more"] = [state.get("more"), state.get("more")]
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda state: state.update(more=torch.zeros(1).expand(10**12)), True),
+        (nested_bomb, False),
+    ],
+)
+def test_f15_a_small_state_costs_little(change: Any, refused: bool, tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    checkpoint = newest_checkpoint(tmp_path)
+    change_state(checkpoint, change)
+    with pytest.raises(CheckpointError) if refused else contextlib.nullcontext():
+        resume(make_model(), checkpoint)
+
+
+def test_f15_a_compressed_state_is_not_unpacked(tmp_path: Path) -> None:
+    save_steps(tmp_path, [20])
+    checkpoint = newest_checkpoint(tmp_path)
+    change_state(checkpoint, lambda state: state.update(more=torch.zeros(20_000_000)))
+    with zipfile.ZipFile(checkpoint.state) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(checkpoint.state, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    seal(checkpoint)
+    assert checkpoint.state.stat().st_size < 1 << 20
+    with pytest.raises(CheckpointError, match="would unpack to"):
+        resume(make_model(), checkpoint)
+
+
+OPTIMISERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "shape": lambda o: o["state"][1].update(exp_avg=torch.zeros(3)),
+    "larger": lambda o: o["state"][1].update(exp_avg=torch.zeros(10_000, 10_000).expand(2, -1, -1)),
+    "type": lambda o: o["state"][1].update(exp_avg=o["state"][1]["exp_avg"].double()),
+    "no tensor": lambda o: o["state"][1].update(exp_avg="x"),
+    "negative steps": lambda o: o["state"][1].update(step=torch.tensor(-1.0)),
+    "endless steps": lambda o: o["state"][1].update(step=torch.tensor(float("inf"))),
+    "no steps": lambda o: o["state"][1].pop("step"),
+    "other name": lambda o: o["state"][1].update(square_avg=o["state"][1].pop("exp_avg")),
+    "other weight": lambda o: o["state"].update({1000: o["state"][1]}),
+    "other weights": lambda o: o["param_groups"][0].update(params=[1, 0]),
+    "no groups": lambda o: o.update(param_groups=[]),
+    "rate": lambda o: o["param_groups"][0].update(lr=float("nan")),
+}
+
+
+@pytest.mark.parametrize("change", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_f13_an_optimiser_that_does_not_fit(
+    change: Callable[[dict[str, Any]], Any], tmp_path: Path
+) -> None:
+    """A fused Adam would write past the end of its memory."""
+    options = {"use_rms_prop": False}
+    model = make_model(**options)
+    model.learn(20)
+    checkpoint = save_checkpoint(model, tmp_path)
+    load_weights(make_model(**options), checkpoint.path)
+    optimizer = tensors_of(checkpoint, "policy.optimizer.pth")
+    change(optimizer)
+    rewrite(checkpoint, {"policy.optimizer.pth": as_torch(optimizer, tmp_path / "o.pth")})
+    other = make_model(**options)
+    with pytest.raises(CheckpointError, match=re.escape(str(checkpoint.path))):
+        load_weights(other, checkpoint.path)
+    assert not other.policy.optimizer.state_dict()["state"]
+
+
 @pytest.mark.parametrize("key", ["counters", "random", "games"])
 def test_f15_a_state_without_an_entry_is_refused(key: str, tmp_path: Path) -> None:
     save_steps(tmp_path, [20])
@@ -473,7 +595,7 @@ def test_f15_nothing_is_written_outside(tmp_path: Path) -> None:
 def test_f15_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_steps(tmp_path, [20])
     rewrite(newest_checkpoint(tmp_path), {"policy.pth": bytes(1 << 20)})
-    monkeypatch.setattr(ncrl.agents.checkpoints, "MAX_MEMBER_BYTES", 1 << 19)
+    monkeypatch.setattr(ncrl.agents.runs.checkpoints, "MAX_MEMBER_BYTES", 1 << 19)
     unpacked = []
     read = zipfile.ZipFile.read
 
@@ -601,6 +723,26 @@ def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
     assert names == ["notes.txt", *expected]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_names_never_repeat(keep: int, tmp_path: Path) -> None:
+    model = save_steps(tmp_path, [20])
+    (tmp_path / f"step_{20:012d}_998.zip").write_bytes(b"of a save that was killed")
+    names = [save_checkpoint(model, tmp_path, keep=keep).path.name for _ in range(4)]
+    assert names == [f"step_{20:012d}_{number}.zip" for number in (999, 1000, 1001, 1002)]
+    assert newest_checkpoint(tmp_path).path.name == names[-1]
+    assert sorted(path.name for path in tmp_path.glob("*.zip")) == sorted(names[-keep:])
+
+
+def test_damaged_checkpoints_are_not_the_ones_that_are_kept(tmp_path: Path) -> None:
+    """A run that went back behind one saves at fewer timesteps."""
+    model = save_steps(tmp_path, [20, 30])
+    truncate(tmp_path / f"step_{30:012d}.zip")
+    for step in (24, 28):
+        model.num_timesteps = step
+        save_checkpoint(model, tmp_path, keep=1)
+        assert newest_checkpoint(tmp_path).timesteps == step
+
+
 def test_remains_of_a_killed_save_are_cleared_away(tmp_path: Path) -> None:
     """Otherwise a run that is killed again and again fills the disk."""
     model = save_steps(tmp_path, [20])
@@ -617,7 +759,7 @@ def test_remains_of_a_killed_save_are_cleared_away(tmp_path: Path) -> None:
 KILLER = """
     import os, random, signal, sys, time
     from pathlib import Path
-    from ncrl.agents.checkpoints import load_weights, newest_checkpoint, save_checkpoint
+    from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint, save_checkpoint
     from tests.agents.test_checkpoints import make_model
 
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])

@@ -1,4 +1,4 @@
-"""`ncrl.agents.collector`: which row holds what, and what must not get into a rollout."""
+"""`ncrl.agents.playing.collector`: which row holds what, and what must not get into a rollout."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from ncrl.agents.buffers import Rollout, RolloutShape
-from ncrl.agents.collector import Collector, Outcome
+from ncrl.agents.playing.buffers import Rollout, RolloutShape
+from ncrl.agents.playing.collector import Collector, Outcome
 from ncrl.sb3 import (
     CnnLstmPolicy,
     LstmPolicy,

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,10 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-import ncrl.agents.supervision
+import ncrl.agents.learning.learner
+import ncrl.agents.playing.pool
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
+from ncrl.agents.playing.pool import check_open_files
 from tests.agents.conftest import living_children, shared_memory_of, wait_until
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
 
@@ -246,6 +249,27 @@ def test_f5_an_environment_that_fails_again_and_again() -> None:
         model.learn(1000)
 
 
+@pytest.mark.parametrize(("kind", "words"), [("raise", "cable came off"), ("exit", "died")])
+def test_f4_failures_with_rollouts_between_them(
+    kind: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them is in a row, but they do not go on for ever."""
+    monkeypatch.setattr(ncrl.agents.playing.pool, "FAILURES_PER_WINDOW", 1)
+    env = TickingFactory(length=5, trouble=Trouble(kind, at=13))
+    model = make_model(env)
+    with pytest.raises(WorkerError, match=r"3 times in 10 minutes") as error:
+        model.learn(100_000)
+    assert words in str(error.value) and model.num_timesteps >= 20
+
+
+def test_f4_failures_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ncrl.agents.playing.pool, "FAILURES_PER_WINDOW", 1)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "WINDOW_SECONDS", 0.0)
+    model = make_model(TickingFactory(length=5, trouble=Trouble("raise", at=13)))
+    model.learn(200)
+    assert model.num_timesteps == 200
+
+
 @pytest.mark.parametrize("kind", ["nan reward", "nan observation"])
 def test_f18_serial_training_stops_and_names_the_step(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -450,14 +474,14 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_model(TickingFactory(), n_workers=0)
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = ncrl.agents.learning.learner.actor_critic_loss
     bad = {2: float("nan"), 3: float("inf"), 5: float("nan")}
 
     def poisoned(*arguments: Any) -> Any:
         result = loss(*arguments)
         return result._replace(total=result.total * bad.get(model._n_updates + 1, 1.0))
 
-    monkeypatch.setattr(ncrl.agents.a3c, "actor_critic_loss", poisoned)
+    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", poisoned)
     changed = []
 
     class Watch(BaseCallback):
@@ -482,9 +506,11 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
 def test_f19_ten_skipped_updates_in_a_row_end_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = ncrl.agents.learning.learner.actor_critic_loss
     monkeypatch.setattr(
-        ncrl.agents.a3c, "actor_critic_loss", lambda *a: loss(*a)._replace(total=loss(*a).total / 0)
+        ncrl.agents.learning.learner,
+        "actor_critic_loss",
+        lambda *a: loss(*a)._replace(total=loss(*a).total / 0),
     )
     model = make_model(TickingFactory())
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
@@ -493,6 +519,15 @@ def test_f19_ten_skipped_updates_in_a_row_end_the_training(
     assert model._n_updates == 10
     for name, value in model.policy.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_f19_weights_that_nobody_can_play_with(n_workers: int) -> None:
+    """They may be finite: what comes out of them is not."""
+    options = {"use_rms_prop": False, "learning_rate": 1e30}
+    model = make_model(TickingFactory(), n_workers=n_workers, **options)
+    with pytest.raises(NonFiniteError, match="learning rate"):
+        model.learn(100_000)
 
 
 # The machine.
@@ -509,7 +544,7 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
     model = make_model(TickingFactory(), n_steps=20_000, n_envs=64)
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     started = []
-    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "_start", lambda *a: started.append(a))
+    monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "_start", lambda *a: started.append(a))
     with pytest.raises(ValueError, match=r"need (\d+) MB .*/dev/shm has 4 MB.*n_envs or n_steps"):
         model.learn(100)
     assert asked == ["/dev/shm"] and started == []
@@ -518,7 +553,7 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
 def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots and weights, to within the pages that the system adds."""
     asked: list[int] = []
-    monkeypatch.setattr(ncrl.agents.a3c, "check_shared_memory", asked.append)
+    monkeypatch.setattr(ncrl.agents.playing.pool, "check_shared_memory", asked.append)
     taken = []
 
     def look(model: A3C) -> None:
@@ -528,6 +563,46 @@ def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatc
     model = make_model(TickingFactory())
     model.learn(10, callback=Ends(at=1, act=look))
     assert asked == taken
+
+
+def test_f26_the_limit_of_open_files_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setattr(resource, "setrlimit", lambda *limits: asked.append(limits))
+    check_open_files(4)
+    assert asked == []
+    check_open_files(64)
+    (((_, (needed, hard))),) = asked
+    assert needed > 256 and hard == 256
+    monkeypatch.undo()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    with pytest.raises(ValueError, match=rf"64 workers need .*{needed}.* 256.*ulimit -n"):
+        check_open_files(64)
+
+
+def test_f26_the_files_counted_are_the_files_open() -> None:
+    opened: list[int] = []
+    before = len(os.listdir("/proc/self/fd"))
+    look = Ends(at=1, act=lambda model: opened.append(len(os.listdir("/proc/self/fd")) - before))
+    make_model(TickingFactory(), n_workers=2).learn(10, callback=look)
+    allowed = ncrl.agents.playing.pool
+    assert opened[0] <= 2 * allowed.FILES_PER_WORKER + allowed.FILES_FOR_SHARING
+
+
+def test_f20_rollouts_larger_than_the_memory_are_never_made() -> None:
+    with pytest.raises(ValueError, match=r"need [\d,]+ MB of memory and [\d,]+ MB are free"):
+        make_model(TickingFactory(), n_workers=0, n_steps=10**10)
+
+
+def test_f27_a_clock_that_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(TickingFactory(), n_workers=0)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    day, real = 86_400 * 10**9, time.time_ns
+    set_back = Ends(at=3, act=lambda _: monkeypatch.setattr(time, "time_ns", lambda: real() - day))
+    model.learn(40, callback=set_back, log_interval=1)
+    header, *rows = (tmp_path / "progress.csv").read_text().splitlines()
+    column = header.split(",").index("time/fps")
+    assert all(0 <= int(row.split(",")[column]) < 10**7 for row in rows) and len(rows) == 4
 
 
 def test_f31_workers_compute_with_one_thread() -> None:

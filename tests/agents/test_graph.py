@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import ncrl.agents.graph
+import ncrl.agents.learning.graph
 from ncrl.agents import A3C
-from ncrl.agents.graph import MAX_CAPTURES, WARM_UPS
-from ncrl.agents.learner import Lesson, Measured
+from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS
+from ncrl.agents.learning.objective import Lesson
+from ncrl.agents.learning.update import Measured
 from tests.agents.test_learner import both_optimisers, trained
 
 
@@ -38,7 +39,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(1)
         return record_on_cpu(run)
 
-    monkeypatch.setattr(ncrl.agents.graph, "record", record)
+    monkeypatch.setattr(ncrl.agents.learning.graph, "record", record)
     return made
 
 
@@ -51,8 +52,8 @@ def with_rate(*arguments: Any) -> A3C:
 
 def graphed(*arguments: Any) -> A3C:
     model = with_rate(*arguments)
-    assert model._graphed.reason == "the learner is on cpu, not on CUDA"
-    model._graphed.reason = None
+    assert model.learner.graphed.reason == "the learner is on cpu, not on CUDA"
+    model.learner.graphed.reason = None
     return model
 
 
@@ -74,8 +75,8 @@ def test_a_training_by_replays_is_the_training(
         model.learn(3 * 80 + 4 * 7, log_interval=None)
     assert captures == [1]
     assert replayed._n_updates == eager._n_updates
-    assert replayed._latent is not None and eager._latent is not None
-    torch.testing.assert_close(replayed._latent, eager._latent, rtol=1e-3, atol=1e-4)
+    assert replayed.learner.latent is not None and eager.learner.latent is not None
+    torch.testing.assert_close(replayed.learner.latent, eager.learner.latent, rtol=1e-3, atol=1e-4)
     assert replayed.policy.optimizer.param_groups[0]["lr"] == pytest.approx(
         eager.policy.optimizer.param_groups[0]["lr"]
     )
@@ -89,13 +90,13 @@ def test_capturing_changes_nothing_and_leaves_the_optimiser_as_it_was(
     model = graphed("linear", use_rms_prop)
     assert model._batch is not None
     before = copy.deepcopy((model.policy.state_dict(), model.policy.optimizer.state_dict()))
-    record = ncrl.agents.graph.record
+    record = ncrl.agents.learning.graph.record
 
     def nothing(run: Callable[[], Measured]) -> Any:
         return (lambda: None), record(run)[1]
 
-    monkeypatch.setattr(ncrl.agents.graph, "record", nothing)
-    model._graphed_update(Lesson(model._batch.rollout))
+    monkeypatch.setattr(ncrl.agents.learning.graph, "record", nothing)
+    model.learner.update(Lesson(model._batch.rollout), model._objective(), model.max_grad_norm)
     after = (model.policy.state_dict(), model.policy.optimizer.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert captures == [1]
@@ -154,7 +155,7 @@ def test_what_cannot_be_captured_is_made_eagerly_and_said_once(
     def fail(run: Any) -> Any:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(ncrl.agents.graph, "record", fail)
+    monkeypatch.setattr(ncrl.agents.learning.graph, "record", fail)
     model = graphed("moe" if trouble == "moe" else "linear")
     expected = "RuntimeError: operation not permitted"
     if trouble == "moe":
@@ -170,7 +171,6 @@ def test_what_cannot_be_captured_is_made_eagerly_and_said_once(
     model.train()
     (message,) = [r.message for r in caplog.records]
     assert expected in message and "\n" not in message
-    assert model._batch_stage.starts_on_host
     assert any(
         not torch.equal(now, then)
         for now, then in zip(model.policy.parameters(), before, strict=True)

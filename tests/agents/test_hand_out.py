@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from gymnasium import spaces
 
-from ncrl.agents.buffers import RolloutShape
-from ncrl.agents.supervision import SLOTS_PER_WORKER, Limits, WorkerPool
-from ncrl.agents.worker import Played
+from ncrl.agents.playing.buffers import RolloutShape
+from ncrl.agents.playing.pool import SLOTS_PER_WORKER, Limits, WorkerPool
+from ncrl.agents.playing.worker import Played
 
 
 class FakeWorker:

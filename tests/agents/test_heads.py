@@ -11,10 +11,10 @@ from sb3_contrib import RecurrentPPO
 from torch import nn
 
 from ncrl.agents import A3C
-from ncrl.agents.learner import Loss, actor_critic_loss
+from ncrl.agents.learning.objective import Loss, actor_critic_loss
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.envs import masked_cartpole
-from ncrl.layers import LAYERS
+from ncrl.layers import LAYERS, make_layer
 from ncrl.sb3 import MlpLstmPolicy
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def test_every_head_trains_in_a3c(head: str) -> None:
     model.learn(20)
     assert model._n_updates == 2
     for net in ("action_net", "value_net"):
-        assert type(getattr(model.policy, net)) is LAYERS[head]
+        assert type(getattr(model.policy, net)) is type(make_layer(head, 8, 2))
         moved = [
             name
             for name, value in model.policy.state_dict().items()
@@ -99,9 +99,8 @@ def test_every_head_trains_in_sb3_contrib(head: str) -> None:
 def loss_of(model: A3C, **objective: Any) -> Loss:
     assert model._batch is not None
     torch.manual_seed(0)
-    return actor_critic_loss(
-        model.policy, model._batch.rollout, replace(model._objective(), **objective)
-    )
+    objective_ = replace(model._objective(), **objective)
+    return actor_critic_loss(model.policy, model._batch.rollout, objective_)
 
 
 def test_the_total_is_the_sum_of_its_terms() -> None:
@@ -117,8 +116,8 @@ def test_the_balance_loss_is_that_of_the_evaluated_rollout() -> None:
     """Both heads, with the noise that the values and log-probabilities have."""
     model = trained("moe")
     loss = loss_of(model)
+    assert model._batch is not None
     batch = model._batch.rollout
-    assert batch is not None
     torch.manual_seed(0)
     with record_gates(model.policy) as gates:
         again = model.policy.evaluate_rollout(

@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncrl.agents import A3C
-from ncrl.agents.buffers import Rollout
-from ncrl.agents.learner import Lesson, actor_critic_loss, apply_gradient, update_on_device
+from ncrl.agents.learning.objective import Lesson, actor_critic_loss
+from ncrl.agents.learning.update import apply_gradient, update_on_device
+from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import static_unroll
 
 HEADS: dict[str, dict[str, Any]] = {

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3 import A2C
+from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+from torch import nn
 
 from ncrl.agents import A3C, Limits
 from ncrl.envs import masked_cartpole
@@ -171,10 +173,10 @@ def refusal(path: Path, **options: Any) -> str:
     return message
 
 
-def test_a_lambda_needs_trust_or_a_value(tmp_path: Path, caplog: Any) -> None:
+def test_a_lambda_needs_trust_or_a_value(tmp_path: Path) -> None:
     path = tmp_path / "model.zip"
-    make_model(learning_rate=lambda left: 1e-3 * left).save(path)
-    assert "'learning_rate'" in caplog.text and "trust=True" in caplog.text
+    with pytest.warns(UserWarning, match=r"'learning_rate': \.\.\.\} or trust=True"):
+        make_model(learning_rate=lambda left: 1e-3 * left).save(path)
     message = refusal(path)
     assert "'learning_rate'" in message and "trust=True" in message
     assert A3C.load(path, device="cpu", trust=True).lr_schedule(0.5) == 5e-4
@@ -187,21 +189,51 @@ class OwnPolicy(MlpLstmPolicy):
     """A user's."""
 
 
-def test_an_own_policy_has_to_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class OwnExtractor(FlattenExtractor):
+    """A user's."""
+
+
+class OwnActivation(nn.Tanh):
+    """A user's, of a kind that a file may not name by itself."""
+
+
+def test_own_policies_and_extractors_are_known(tmp_path: Path) -> None:
     path = tmp_path / "model.zip"
-    make_model(OwnPolicy, policy_kwargs={"lstm_hidden_size": 8}).save(path)
+    options = {"lstm_hidden_size": 8, "features_extractor_class": OwnExtractor}
+    make_model(OwnPolicy, policy_kwargs=options).save(path)
+    policy = A3C.load(path, device="cpu").policy
+    assert type(policy) is OwnPolicy and type(policy.features_extractor) is OwnExtractor
+
+
+def test_any_other_class_has_to_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "model.zip"
+    model = make_model("MlpPolicy", policy_kwargs={"activation_fn": OwnActivation})
+    with pytest.warns(UserWarning, match=r"load\(\) will need known=\[.*OwnActivation"):
+        model.save(path)
     message = refusal(path)
-    assert "OwnPolicy" in message and "'policy_class'" in message and "trust=True" in message
-    loaded = A3C.load(path, device="cpu", custom_objects={"policy_class": OwnPolicy})
-    assert type(loaded.policy) is OwnPolicy
-    monkeypatch.setitem(A3C.policy_aliases, "Own", OwnPolicy)
-    assert type(A3C.load(path, device="cpu").policy) is OwnPolicy
+    assert "OwnActivation" in message and "known=[...]" in message and "trust=True" in message
+    for options in (
+        {"known": [OwnActivation]},
+        {"custom_objects": {"policy_kwargs": model.policy_kwargs}},
+    ):
+        loaded = A3C.load(path, device="cpu", **options)  # type: ignore[arg-type]
+        assert loaded.policy_kwargs == model.policy_kwargs
+    with pytest.raises(ValueError, match="known must hold classes, got 1"):
+        A3C.load(path, known=[1])  # type: ignore[list-item]
 
 
-def test_a_zip_of_another_algorithm_is_refused(tmp_path: Path) -> None:
-    A2C("MlpPolicy", "CartPole-v1", device="cpu").save(tmp_path / "a2c.zip")
-    message = refusal(tmp_path / "a2c.zip")
-    assert "running code" in message and "trust=True" in message
+@pytest.mark.parametrize(
+    ("algorithm", "named"), [(A2C, "A2C"), (PPO, "PPO"), (DQN, "DQN")], ids=["A2C", "PPO", "DQN"]
+)
+def test_a_zip_of_another_algorithm_says_whose_it_is(
+    algorithm: type[BaseAlgorithm], named: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.zip"
+    algorithm("MlpPolicy", "CartPole-v1", device="cpu").save(path)
+    for options in ({}, {"trust": True}):
+        assert f"was saved by {named}" in refusal(path, **options)
+    with open(path, "rb") as file, pytest.raises(ValueError, match=f"saved by {named}"):
+        A3C.load(file, trust=True)  # type: ignore[arg-type]
 
 
 def test_custom_objects_must_be_a_dict(tmp_path: Path) -> None:
@@ -319,7 +351,7 @@ def test_no_other_member_is_unpickled(saved: bytes, member: str, tmp_path: Path)
         ("learning_rate", {"$": "object", "class": "torch.nn.Linear", "arguments": {}}),
         (
             "limits",
-            {"$": "object", "class": "ncrl.agents.supervision.Limits", "arguments": {"x": 1}},
+            {"$": "object", "class": "ncrl.agents.playing.pool.Limits", "arguments": {"x": 1}},
         ),
         ("limits", {"$": "call", "function": "os.mkdir"}),
         ("observation_space", {"$": "space", "kind": "Graph"}),
@@ -431,6 +463,20 @@ def test_sizes_that_no_weight_has_ask_for_no_memory(saved: bytes, tmp_path: Path
     assert "has shape" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "options", [{"n_lstm_layers": 10**9}, {"net_arch": [8] * 10_000}], ids=lambda o: next(iter(o))
+)
+def test_numbers_of_layers_that_no_file_has_keep_nobody_busy(
+    saved: bytes, options: dict[str, Any], tmp_path: Path
+) -> None:
+    def change(description: dict[str, Any]) -> None:
+        description["fields"]["policy_kwargs"].update(options)
+
+    new = changed_json(saved, "ncrl.json", change)
+    path = rewritten(saved, tmp_path / "model.zip", {"ncrl.json": new})
+    assert "more than" in refusal(path)
+
+
 def test_damaged_files_are_told(saved: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.zip"
     for length in (0, 10, len(saved) // 2, len(saved) - 5):
@@ -462,5 +508,5 @@ def test_weights_and_optimiser_of_other_shapes(saved: bytes, tmp_path: Path) -> 
 def test_load_takes_what_sb3s_takes() -> None:
     ours = inspect.signature(A3C.load).parameters
     theirs = inspect.signature(BaseAlgorithm.load).parameters
-    assert [name for name in ours if name != "trust"] == list(theirs)
+    assert [name for name in ours if name not in ("trust", "known")] == list(theirs)
     assert ours["trust"].default is False

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncrl.agents.losses import (
+from ncrl.agents.learning.losses import (
     entropy_loss,
     explained_variance,
     gae,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ncrl.agents.optim import SharedRMSProp, can_scale, scaled_step
+from ncrl.agents.learning.optim import SharedRMSProp, can_scale, scaled_step
 from tests.reference import rmsprop_reference
 
 

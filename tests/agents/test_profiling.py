@@ -1,4 +1,4 @@
-"""`ncrl.agents.profiling`: each moment is charged once, to the right phase; no worker's is lost."""
+"""`ncrl.agents.runs.profiling`: each moment is charged once, to its phase; no worker's is lost."""
 
 import os
 import re
@@ -14,10 +14,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 import ncrl.agents.a3c
-import ncrl.agents.supervision
+import ncrl.agents.playing.pool
 from ncrl.agents import A3C, Limits
-from ncrl.agents.checkpoints import resume, save_checkpoint
-from ncrl.agents.profiling import OFF, PHASES, Profile, Seconds, Stopwatch, stopwatch_for
+from ncrl.agents.runs.checkpoints import resume, save_checkpoint
+from ncrl.agents.runs.profiling import OFF, PHASES, Profile, Seconds, Stopwatch, stopwatch_for
 from tests.agents.environments import TickingFactory, Trouble
 
 
@@ -168,6 +168,7 @@ def test_the_table() -> None:
         "backward         6.00  75.0          -     -      -",
         "optimiser           -     -          -     -      -",
         "graph               -     -          -     -      -",
+        "exploration         -     -          -     -      -",
         "publishing          -     -          -     -      -",
         "callbacks           -     -          -     -      -",
         "setup               -     -          -     -      -",
@@ -276,13 +277,13 @@ def test_a_second_training_adds_to_the_first(looks: list[float]) -> None:
 def test_nothing_is_measured_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stopwatch, "charge", lambda self: pytest.fail("measured"))
     sent = []
-    handle = ncrl.agents.supervision.WorkerPool._handle
+    handle = ncrl.agents.playing.pool.WorkerPool._handle
 
     def keep(pool: Any, worker: Any, message: Any) -> None:
         sent.append(message)
         handle(pool, worker, message)
 
-    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "_handle", keep)
+    monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "_handle", keep)
     for n_workers in (0, 1):
         model = make_model(n_workers, profile=False)
         model.learn(20, log_interval=None)
@@ -355,14 +356,14 @@ def test_what_a_worker_measured_before_its_end_is_counted_once(
     env = TickingFactory(length=1, trouble=Trouble("none") if end == "killed" else trouble)
     model = make_model(1, env)
     received: list[tuple[int | None, Seconds]] = []
-    handle = ncrl.agents.supervision.WorkerPool._handle
+    handle = ncrl.agents.playing.pool.WorkerPool._handle
 
     def keep(pool: Any, worker: Any, message: Any) -> None:
         if hasattr(message, "phases"):
             received.append((worker.incarnation, dict(message.phases)))
         handle(pool, worker, message)
 
-    monkeypatch.setattr(ncrl.agents.supervision.WorkerPool, "_handle", keep)
+    monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "_handle", keep)
 
     class UntilReplaced(BaseCallback):
         def _on_step(self) -> bool:

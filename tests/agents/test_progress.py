@@ -1,20 +1,24 @@
 """What a run shows: a bar in a terminal, plain lines anywhere else, nothing to a closed stream."""
 
 import contextlib
+import fcntl
 import io
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import ncrl.agents.progress
+import ncrl.agents.runs.progress
 from ncrl.agents import A3C
-from ncrl.agents.progress import Progress, Screen, _clock
+from ncrl.agents.runs.progress import Progress, Screen, _clock
 from tests.agents.environments import TickingFactory
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +47,8 @@ def train(screen: Screen, timesteps: int = 40, total_frames: int = 40) -> A3C:
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ncrl.agents.progress, "LINE_SECONDS", 0.0)
-    monkeypatch.setattr(ncrl.agents.progress, "BAR_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.runs.progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.runs.progress, "BAR_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("every_step")
@@ -67,7 +71,7 @@ def test_plain_lines_when_not_in_a_terminal() -> None:
 def test_lines_are_rare() -> None:
     stream = io.StringIO()
     train(Screen(stream))
-    assert len(stream.getvalue().splitlines()) <= 1 + 40 / ncrl.agents.progress.LINE_SECONDS
+    assert len(stream.getvalue().splitlines()) <= 1 + 40 / ncrl.agents.runs.progress.LINE_SECONDS
 
 
 @pytest.mark.usefixtures("every_step")
@@ -85,6 +89,32 @@ def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = stream.getvalue()
     assert "\r" in text and "100%" in text and "score 52.50 (8 games)" in text
     assert text.endswith("\n"), "what is printed next starts on its own line"
+
+
+@pytest.mark.usefixtures("every_step")
+def test_the_bar_stays_on_one_line_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(theirs, "w", encoding="utf-8") as stream:
+        train(Screen(stream))
+        os.set_blocking(ours, False)
+        text = os.read(ours, 1 << 20).decode(errors="ignore")
+    os.close(ours)
+    assert text.count("\n") == 1 and "\u2588" in text
+    pictures = [part for part in re.split(r"[\r\n]+", text) if part]
+    assert len(pictures) > 5 and max(map(len, pictures)) <= 80
+    assert "score 52.50" in pictures[-1]
+
+
+@pytest.mark.usefixtures("every_step")
+def test_speed_and_time_left_are_without_the_start() -> None:
+    stream = io.StringIO()
+    train(Screen(stream))
+    lines = stream.getvalue().splitlines()
+    assert all(" 0 frames/s, " in line and line.endswith("starting") for line in lines[:5])
+    assert all(line.endswith(" left") for line in lines[5:])
 
 
 @pytest.mark.usefixtures("every_step")
@@ -135,7 +165,7 @@ def test_f24_training_goes_on_without_a_reader(make: Callable[[], Any]) -> None:
 
 def test_f24_a_bar_whose_terminal_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(ncrl.agents.progress, "BAR_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.runs.progress, "BAR_SECONDS", 0.0)
 
     class HungUp(Terminal):
         def write(self, text: str) -> int:
@@ -165,7 +195,7 @@ def test_nothing_is_written_after_the_first_failure() -> None:
 
 def test_f24_the_interpreter_ends_silently_without_a_reader() -> None:
     """It flushes stdout once more when it ends."""
-    code = "import sys; from ncrl.agents.progress import Screen; s = Screen(sys.stdout); "
+    code = "import sys; from ncrl.agents.runs.progress import Screen; s = Screen(sys.stdout); "
     code += "sys.stdin.readline(); [s.line('x' * 100) for _ in range(5)]"
     process = subprocess.Popen(
         [sys.executable, "-c", code],

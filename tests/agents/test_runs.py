@@ -18,9 +18,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ncrl.agents import A3C
-from ncrl.agents.checkpoints import CheckpointError, newest_checkpoint
-from ncrl.agents.runs import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints, read_config
+from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
+from ncrl.agents.runs.directory import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints
 from ncrl.envs import masked_cartpole
+from ncrl.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
@@ -90,7 +91,7 @@ def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from ncrl.agents.runs import RunDirectory
+from ncrl.agents.runs.directory import RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
@@ -138,7 +139,7 @@ def test_a_configuration_comes_back(tmp_path: Path) -> None:
     config = {"env": "Pong", "gamma": 0.99, "workers": None, "anneal": True, "learning_rate": 7e-4}
     run = RunDirectory.create(tmp_path, "Pong")
     run.write_config(config)
-    assert read_config(run.path / "config.yaml") == config
+    assert read_yaml(run.path / "config.yaml") == config
     assert list(yaml.safe_load((run.path / "config.yaml").read_text())) == list(config)
 
 
@@ -149,14 +150,14 @@ def test_f22_a_file_that_is_no_configuration(content: bytes, tmp_path: Path) -> 
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
-        read_config(path)
+        read_yaml(path)
     assert "\n" not in str(error.value)
 
 
 def test_f22_a_configuration_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.yaml", tmp_path):
         with pytest.raises(ValueError, match=re.escape(str(path))):
-            read_config(path)
+            read_yaml(path)
 
 
 # Curves.

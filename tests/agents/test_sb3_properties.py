@@ -188,7 +188,7 @@ def test_observation_spaces(policy: str, space: spaces.Space, log_rhos: list) ->
     model = make_model(policy, sampled(space), learning_rate=0.0).learn(24)
     assert all(log_rho.abs().max() < 1e-4 for log_rho in log_rhos)
     # This rollout's rows 1 and 5 are the 8th and 12th timestep.
-    rows = model._batch.truncation_value.any(dim=1).nonzero().flatten().tolist()
+    rows = model._batch.rollout.truncation_value.any(dim=1).nonzero().flatten().tolist()
     assert rows == [1, 5]
     one = space.sample()
     assert np.shape(model.predict(one)[0]) == ()
@@ -203,7 +203,7 @@ def test_rollouts_hold_every_entry_of_dict_observations(policy: str, log_rhos: l
         # 12 timesteps of episodes of 4: the row after the last of one shows the first of the next.
         shown = env.envs[i].unwrapped.shown
         shown = [seen for t, seen in enumerate(shown) if t % 5 != 4]
-        for name, tensor in model._batch.obs.items():
+        for name, tensor in model._batch.rollout.obs.items():
             expected = np.stack([seen[name] for seen in shown[6:13]])
             np.testing.assert_array_equal(tensor[:, i], expected)
 
@@ -323,7 +323,7 @@ def test_noise_that_depends_on_the_state(policy: str, squash: bool, log_rhos: li
     model.learn(24)
     assert drawn == [2, 2] * 2, "at timesteps 0 and 4 of each rollout of 6"
     assert all(log_rho.abs().max() < 1e-3 for log_rho in log_rhos)
-    stored, played = model._batch.actions, np.stack(env.envs[0].unwrapped.actions[6:])
+    stored, played = model._batch.rollout.actions, np.stack(env.envs[0].unwrapped.actions[6:])
     if squash:
         assert stored.abs().max() <= 1
         np.testing.assert_allclose(played, 2 * stored[:, 0], rtol=1e-5)
@@ -370,7 +370,7 @@ def test_vec_normalize_sees_to_observations_behind_time_limits() -> None:
 
     model.learn(12, callback=Watch())
     assert (expected != 0).sum() == 2
-    torch.testing.assert_close(model._batch.truncation_value, expected)
+    torch.testing.assert_close(model._batch.rollout.truncation_value, expected)
 
 
 @pytest.mark.parametrize("space", [IMAGES, DICT], ids=["images", "dicts"])
@@ -381,7 +381,7 @@ def test_frame_stacks_and_monitors(space: spaces.Space) -> None:
     policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "CnnPolicy"
     model = make_model(policy, env).learn(36)
     assert [info["r"] for info in model.ep_info_buffer] == [10.0] * 8
-    assert (model._batch.truncation_value != 0).any()
+    assert (model._batch.rollout.truncation_value != 0).any()
     scores, lengths = evaluate_policy(model, env, 2, return_episode_rewards=True, warn=False)
     assert scores == [10.0] * 2 and lengths == [4] * 2
 
@@ -719,7 +719,7 @@ def test_dict_observations_of_workers(log_rhos: list) -> None:
     assert all(log_rho.abs().max() < 1e-3 for log_rho in log_rhos)
     assert honest.episodes and all(length == 4 for _, length in honest.episodes)
     # Episodes of 4: the last rollout, of 4 rows, cuts off one of each environment.
-    assert ((model._batch.truncation_value != 0).sum(dim=0) == 1).all()
+    assert ((model._batch.rollout.truncation_value != 0).sum(dim=0) == 1).all()
 
 
 @pytest.mark.filterwarnings("error:Training and eval env")

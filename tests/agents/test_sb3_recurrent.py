@@ -18,11 +18,11 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
-import ncrl.agents.a3c
-import ncrl.agents.learner
+import ncrl.agents.learning.learner
+import ncrl.agents.learning.objective
 from ncrl.agents import A3C
 from ncrl.agents.a3c import FORGOTTEN_AFTER
-from ncrl.agents.losses import policy_gradient_loss, value_loss
+from ncrl.agents.learning.losses import policy_gradient_loss, value_loss
 from ncrl.envs import remember
 from ncrl.sb3 import MlpLstmPolicy
 
@@ -164,8 +164,8 @@ def test_advantages_through_limits_ends_and_rollouts(
         returns.append(given)
         return value_loss(values, given)
 
-    monkeypatch.setattr(ncrl.agents.learner, "policy_gradient_loss", watched_policy_loss)
-    monkeypatch.setattr(ncrl.agents.learner, "value_loss", watched_value_loss)
+    monkeypatch.setattr(ncrl.agents.learning.objective, "policy_gradient_loss", watched_policy_loss)
+    monkeypatch.setattr(ncrl.agents.learning.objective, "value_loss", watched_value_loss)
     diaries = [Diary() for _ in range(3)]
     env = DummyVecEnv([lambda i=i: Alternating(diaries[i], i) for i in range(3)])
     model = make_model(
@@ -260,16 +260,16 @@ def test_lstms_of_actor_and_critic(
 ) -> None:
     """They train and are saved, and learner and player agree on what they remember."""
     differences = []
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = ncrl.agents.learning.learner.actor_critic_loss
 
-    def watched(policy: Any, batch: Any, objective: Any) -> Any:
+    def watched(policy: Any, batch: Any, *others: Any) -> Any:
         policy.set_training_mode(False)  # else dropout makes a difference, as it should
-        result = loss(policy, batch, objective)
+        result = loss(policy, batch, *others)
         policy.set_training_mode(True)
         differences.append((result.evaluation.log_prob.detach() - batch.log_prob).abs().max())
         return result
 
-    monkeypatch.setattr(ncrl.agents.a3c, "actor_critic_loss", watched)
+    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", watched)
     env = DummyVecEnv([lambda i=i: Alternating(Diary(), i) for i in range(2)])
     model = make_model("MlpLstmPolicy", env, LSTMS[name], learning_rate=0.01)
     unsettle(model)

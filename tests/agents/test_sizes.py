@@ -6,10 +6,9 @@ import psutil
 import pytest
 import torch
 
-import ncrl.agents.a3c
-from ncrl.agents.a3c import _learner_threads
-from ncrl.agents.buffers import RolloutBatch
-from ncrl.agents.sizes import choose_sizes
+import ncrl.agents.playing.sizes
+from ncrl.agents.playing.buffers import RolloutBatch
+from ncrl.agents.playing.sizes import choose_sizes, learner_threads
 from tests.agents.test_buffers import CPU, make_shape, numbered
 
 
@@ -51,11 +50,11 @@ def test_sizes_fit_any_machine(has_gpu: bool) -> None:
 def test_the_learner_takes_the_cores_that_workers_leave(
     n_workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ncrl.agents.a3c, "available_cores", lambda: 16)
+    monkeypatch.setattr(ncrl.agents.playing.sizes, "available_cores", lambda: 16)
     before = torch.get_num_threads()
     torch.set_num_threads(6)
     try:
-        with _learner_threads(n_workers):
+        with learner_threads(n_workers):
             assert torch.get_num_threads() == threads
         assert torch.get_num_threads() == 6
     finally:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from ncrl.agents.video import (
+from ncrl.agents.atari.video import (
     ACTIONS,
     GAME,
     HEADS,
@@ -220,6 +220,18 @@ def read(path: Path) -> list[np.ndarray]:
     while (answer := capture.read())[0]:
         pictures.append(cv2.cvtColor(answer[1], cv2.COLOR_BGR2RGB))
     return pictures
+
+
+def test_a_video_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "game.mp4").write_bytes(b"old")
+    with GameVideo(tmp_path / "game.mp4") as video:
+        video.add(moment())
+        assert (tmp_path / "game.mp4").read_bytes() == b"old"
+    assert len(read(tmp_path / "game.mp4")) == 1
+    with pytest.raises(KeyError), GameVideo(tmp_path / "other.mp4") as video:
+        video.add(moment())
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["game.mp4"]
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".MP4"])

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import nn
 
-from ncrl.agents.weights import SharedWeights
+from ncrl.agents.playing.weights import SharedWeights
 from tests.agents.conftest import wait_until
 
 SIZE = 300

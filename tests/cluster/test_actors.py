@@ -16,8 +16,8 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-import ncrl.agents.a3c
-from ncrl.agents import A3C, Limits, WorkerError
+import ncrl.agents.learning.learner as learner
+from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
 from tests.agents.conftest import wait_until
 from tests.agents.environments import TickingFactory, Trouble
 
@@ -130,7 +130,7 @@ def test_two_updates_are_those_of_processes(monkeypatch: pytest.MonkeyPatch) -> 
     process leads to, bit for bit. The weights of later rollouts are newer."""
     differences: list[float] = []
     versions: list[int] = []
-    loss = ncrl.agents.a3c.actor_critic_loss
+    loss = learner.actor_critic_loss
 
     def watched(policy: Any, batch: Any, *rest: Any) -> Any:
         result = loss(policy, batch, *rest)
@@ -138,7 +138,7 @@ def test_two_updates_are_those_of_processes(monkeypatch: pytest.MonkeyPatch) -> 
         differences.append(difference.abs().max().item())
         return result
 
-    monkeypatch.setattr(ncrl.agents.a3c, "actor_critic_loss", watched)
+    monkeypatch.setattr(learner, "actor_critic_loss", watched)
     here = make_model("CartPole-v1", cluster=None)
     here.learn(10)
     there = make_model("CartPole-v1", profile=True)
@@ -199,6 +199,17 @@ def test_an_environment_that_raises_again_and_again() -> None:
         model.learn(1000)
 
 
+def test_weights_that_are_not_finite_end_the_training_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No other actor could play with them either, and no environment has failed."""
+    model = make_model("CartPole-v1")
+    torch.nn.init.constant_(model.policy.action_net.weight, float("nan"))
+    with pytest.raises(NonFiniteError, match="no finite probabilities any more"):
+        model.learn(100)
+    assert warnings_of(caplog) == []
+
+
 def test_a_hanging_actor_is_found_and_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -231,7 +242,7 @@ def test_an_actor_without_a_place_is_waited_for_no_longer_than_allowed(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three workers on two cores: two of them play."""
-    monkeypatch.setattr("ncrl.agents.cluster.PATIENCE", 0.5)
+    monkeypatch.setattr("ncrl.agents.playing.cluster.PATIENCE", 0.5)
     limits = Limits(startup_timeout=15)
     model = make_model(TickingFactory(), n_workers=3, n_envs=6, limits=limits)
     model.learn(300)

@@ -13,11 +13,21 @@ import torch
 
 import run_atari
 from ncrl.agents import A3C
-from ncrl.agents.weights import SharedWeights, fill, flatten
+from ncrl.agents.playing.weights import SharedWeights, fill, flatten
 
 ROOT = Path(__file__).parents[2]
 FREE_PORT = "127.0.0.1:9"
 """Where nobody listens."""
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, installed: bool) -> None:
+    """Ray is installed, or not."""
+    find_spec = importlib.util.find_spec
+
+    def found(name: str, *rest: Any) -> Any:
+        return (object() if installed else None) if name == "ray" else find_spec(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
 
 
 def make_model(**options: Any) -> A3C:
@@ -42,20 +52,20 @@ def test_an_address_that_is_none(cluster: str) -> None:
 
 
 def test_without_ray_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    pretend(monkeypatch, installed=False)
     with pytest.raises(ValueError, match=r"pip install 'ncrl\[ray\]'"):
         make_model(cluster="auto")
 
 
 @pytest.mark.parametrize("options", [{"n_workers": 0}, {"env": gymnasium.make("CartPole-v1")}])
 def test_a_cluster_needs_workers(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    pretend(monkeypatch, installed=True)
     with pytest.raises(ValueError, match="needs workers: n_workers of at least 1, and an env"):
         make_model(**({"n_workers": None} | options), cluster=FREE_PORT)
 
 
 def test_where_workers_run_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    pretend(monkeypatch, installed=True)
     make_model(cluster=FREE_PORT).save(tmp_path / "model")
     assert A3C.load(tmp_path / "model").cluster is None
     assert A3C.load(tmp_path / "model", cluster="auto").cluster == "auto"

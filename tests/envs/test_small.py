@@ -8,7 +8,7 @@ import pytest
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 
-from ncrl.envs import light, masked_cartpole, remember
+from ncrl.envs import key_and_door, light, masked_cartpole, remember
 
 FACTORIES = [masked_cartpole(), remember(delay=3, n_cues=3), light(max_steps=10)]
 
@@ -100,6 +100,68 @@ def test_remember_shows_the_cue_once_and_asks_once():
     np.testing.assert_array_equal(observations[:, 2], [0, 0, 0, 1, 0, 0, 0, 1])
 
 
+def walk(env, actions):
+    """Observations [n + 1, ...], rewards and infos of one environment; 0 is left, 1 is right."""
+    observations, rewards, infos = [env.reset()[0]], [], []
+    for action in actions:
+        observation, reward, _, info = env.step(np.array([action]))
+        observations.append(observation[0])
+        rewards.append(reward[0])
+        infos.append(info[0])
+    return np.stack(observations), rewards, infos
+
+
+def test_the_key_then_the_door_is_rewarded_and_ends_the_episode():
+    """Length 5: two steps to the key, four to the last cell, and one through the door."""
+    env = key_and_door(length=5, max_steps=9)(1, 0)
+    observations, rewards, infos = walk(env, [0, 0, 1, 1, 1, 1, 1])
+    assert rewards == [0] * 6 + [1]
+    assert (infos[-1]["episode"]["r"], infos[-1]["episode"]["l"]) == (1, 7)
+    assert infos[-1]["TimeLimit.truncated"] is False
+    assert observations[:-1, :5].argmax(1).tolist() == [2, 1, 0, 1, 2, 3, 4]
+    assert observations[:, 5].tolist() == [0, 0, 1, 1, 1, 1, 1, 0]
+    np.testing.assert_array_equal(observations[-1], observations[0])  # the next begins
+    assert env.observation_space.contains(observations[-1])
+
+
+def test_the_door_is_closed_without_the_key_and_time_runs_out():
+    env = key_and_door(length=5, max_steps=9)(1, 0)
+    observations, rewards, infos = walk(env, [1] * 9)
+    assert rewards == [0] * 9
+    assert observations[:-1, :5].argmax(1).tolist() == [2, 3, 4, 4, 4, 4, 4, 4, 4]
+    assert infos[-1]["TimeLimit.truncated"] is True
+    rewards = walk(env, [0] * 8)[1]  # nor is the key itself rewarded
+    assert rewards == [0] * 8
+
+
+def test_key_and_door_pickles_and_plays_many():
+    factory = key_and_door(length=4)
+    env = pickle.loads(pickle.dumps(factory))(3, 7)
+    assert is_vecenv_wrapped(env, VecMonitor)
+    assert env.observation_space == factory.observation_space
+    observations, rewards = play(env, 400)
+    assert set(observations.sum(2).flat) == {1, 2} and set(rewards.flat) == {0, 1}
+
+
+def test_chance_hardly_ever_opens_the_door():
+    """The exact probability that a random walk takes the key and the door in time."""
+    length, max_steps = 21, 64  # the defaults
+    assert key_and_door().make.args == (length, max_steps)
+    where, opened = {(length // 2, False): 1.0}, 0.0
+    for _ in range(max_steps):
+        following: dict[tuple[int, bool], float] = {}
+        for (cell, key), p in where.items():
+            for step in (-1, 1):
+                if key and cell + step == length:
+                    opened += p / 2
+                    continue
+                new = min(max(cell + step, 0), length - 1)
+                place = new, key or new == 0
+                following[place] = following.get(place, 0) + p / 2
+        where = following
+    assert 0.5e-4 < opened < 2e-4
+
+
 def test_light_rewards_naming_the_lit_stripe():
     def name(offset):
         return lambda image: (int(image[0, 0].argmax()) // (84 // 3) + offset) % 3
@@ -128,6 +190,8 @@ def test_light_trains_a_cnn_policy():
         (remember, {"n_cues": 1.5}),
         (light, {"n_actions": 85}),
         (light, {"max_steps": -1}),
+        (key_and_door, {"length": 0}),
+        (key_and_door, {"max_steps": 2.5}),
     ],
 )
 def test_unusable_options_are_refused(make, options):

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncrl import NeurocoderConfig, NeurocoderLinear
+from ncrl import Attention, NeurocoderConfig, NeurocoderLinear
 from ncrl.neurocoder.integration import Composed, active_program, mix_slots, singular_values
 from tests.ncrl.layers import (
     CASES,
@@ -179,11 +179,11 @@ def test_any_matrix_can_be_stored_exactly(in_features: int, out_features: int) -
     differences = sigma - torch.cat([sigma[1:], torch.zeros(1, dtype=sigma.dtype)])
     memory_s = differences.expm1().log()[:, None]  # [P, 1]
     x = random_input(3, in_features)
-    one_hot = torch.eye(rank, dtype=torch.float64)[:, :, None].expand(-1, -1, 3)  # [R, P, B]
-    stored = singular_values(one_hot, memory_s)  # [R, B]
-    torch.testing.assert_close(stored, sigma[:, None].expand(-1, 3), rtol=1e-10, atol=1e-10)
-    composed = Composed(one_hot.expand(3, -1, -1, -1), stored, None)
-    y = mix_slots(composed, left.T @ x.T).T @ right
+    one_hot = torch.eye(rank, dtype=torch.float64).expand(3, -1, -1)  # [B, R, P]
+    stored = singular_values(one_hot, memory_s)  # [B, R]
+    torch.testing.assert_close(stored, sigma.expand(3, -1), rtol=1e-10, atol=1e-10)
+    composed = Composed(Attention(one_hot, one_hot, one_hot), stored, None, x @ left)
+    y = mix_slots(composed) @ right
     torch.testing.assert_close(y, x @ matrix, rtol=1e-10, atol=1e-10)
     program = active_program(composed, left.T, right)
     torch.testing.assert_close(program, matrix.expand(3, -1, -1), rtol=1e-10, atol=1e-10)

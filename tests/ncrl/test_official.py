@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ncrl import NeurocoderConfig, NeurocoderLinear, orthogonal_loss
+from ncrl.layers import make_layer as make_named_layer
+from ncrl.neurocoder import OfficialNeurocoderLinear
 from ncrl.neurocoder.official import (
     OfficialRecurrent,
     OfficialSingleStep,
-    authors_state_dict,
     least_used_attention,
-    load_authors_state_dict,
     scaled_cosine,
 )
 from tests.ncrl.layers import (
@@ -100,11 +100,13 @@ CASES = {
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-def empty_layer(case: Case, dtype: torch.dtype = torch.float64, **options: Any) -> NeurocoderLinear:
-    return NeurocoderLinear(**case._asdict(), preset="official", dtype=dtype, **options)
+def empty_layer(
+    case: Case, dtype: torch.dtype = torch.float64, **options: Any
+) -> OfficialNeurocoderLinear:
+    return OfficialNeurocoderLinear(**case._asdict(), preset="official", dtype=dtype, **options)
 
 
-def make_layer(case: Case, seed: int = 0) -> NeurocoderLinear:
+def make_layer(case: Case, seed: int = 0) -> OfficialNeurocoderLinear:
     """A float64 layer whose parameters are all random, so that no bias or gate is at its start."""
     layer = empty_layer(case)
     generator = torch.Generator().manual_seed(seed)
@@ -163,9 +165,9 @@ def test_gradients_equal_those_of_the_reference(name: str) -> None:
     )
 
 
-def authors_layer(options: dict[str, Any]) -> NeurocoderLinear:
+def authors_layer(options: dict[str, Any]) -> OfficialNeurocoderLinear:
     """A layer of the sizes that all layers in the table have."""
-    return NeurocoderLinear(
+    return OfficialNeurocoderLinear(
         3,
         2,
         num_slots=5,
@@ -184,7 +186,7 @@ def test_outputs_and_gradients_are_those_of_the_authors(name: str) -> None:
     weights = {
         key: torch.tensor(value, dtype=torch.float64) for key, value in table["weights"].items()
     }
-    load_authors_state_dict(layer, weights)
+    layer.load_authors_state_dict(weights)
     x = torch.tensor(table["input"], dtype=torch.float64, requires_grad=True)
     y = layer(x)
     y.sum().backward()
@@ -242,7 +244,7 @@ def test_samples_do_not_see_each_other(name: str) -> None:
 @pytest.mark.parametrize("key_dim", [1, 3, 7])
 def test_cosine_of_a_vector_with_itself_is_one_over_k(key_dim: int) -> None:
     vector = random_input(3, 1, key_dim).abs() + 1  # [3, P, K]
-    queries = vector.unsqueeze(3)  # [3, R, K, B]
+    queries = vector  # [3, N, K]
     cosine = scaled_cosine(queries, vector, 1.0)
     torch.testing.assert_close(cosine, torch.full_like(cosine, 1 / key_dim), rtol=2e-5, atol=0.0)
     torch.testing.assert_close(
@@ -253,7 +255,7 @@ def test_cosine_of_a_vector_with_itself_is_one_over_k(key_dim: int) -> None:
 def test_short_vectors_meet_all_three_epsilons() -> None:
     """|q| = |k| = 1e-6 and K = 2: 1e-12 / (2 * 2e-6 * 2e-6 + 1e-6)."""
     keys = torch.tensor([1e-6, 0.0], dtype=torch.float64).expand(3, 1, 2)
-    cosine = scaled_cosine(keys.unsqueeze(3), keys, 1.0)
+    cosine = scaled_cosine(keys, keys, 1.0)
     expected = 1e-12 / (2 * (2e-6) ** 2 + 1e-6)
     torch.testing.assert_close(cosine, torch.full_like(cosine, expected), rtol=1e-9, atol=0.0)
 
@@ -311,7 +313,7 @@ def test_lstm_sums_singular_values_before_it_turns_them_around() -> None:
     torch.testing.assert_close(sigma[:, 1], s[:, :-1].sum(1), rtol=1e-12, atol=0.0)
 
 
-def fill_gates(layer: NeurocoderLinear, bias: float) -> None:
+def fill_gates(layer: OfficialNeurocoderLinear, bias: float) -> None:
     with torch.no_grad():
         layer.get_parameter("composition.gate.bias").fill_(bias)
 
@@ -357,9 +359,9 @@ def test_closed_gates_leave_content_whose_largest_weight_is_one() -> None:
 def test_ties_select_fewer_slots(
     usage: list[float], num_least_used: int, expected: list[float]
 ) -> None:
-    column = torch.tensor(usage, dtype=torch.float64).view(1, 4, 1, 1).expand(3, -1, -1, 2)
-    least_used = least_used_attention(column.contiguous(), num_least_used)
-    wanted = torch.tensor(expected, dtype=torch.float64).view(1, 4, 1, 1).expand(3, -1, -1, 2)
+    used = torch.tensor(usage, dtype=torch.float64).expand(3, 2, 1, 4)
+    least_used = least_used_attention(used, num_least_used)
+    wanted = torch.tensor(expected, dtype=torch.float64).expand(3, 2, 1, 4)
     torch.testing.assert_close(least_used, wanted, rtol=1e-12, atol=0.0)
 
 
@@ -513,7 +515,7 @@ def split_mnist(hidden: int, **options: Any) -> nn.Sequential:
     widths = [(1024, hidden), (hidden, hidden), (hidden, 2)]
     options = {"preset": "official", "num_slots": 50, "num_heads": 10, "key_dim": 5, **options}
     return nn.Sequential(
-        *(NeurocoderLinear(i, o, residual=False, bias=False, **options) for i, o in widths)
+        *(OfficialNeurocoderLinear(i, o, residual=False, bias=False, **options) for i, o in widths)
     )
 
 
@@ -554,8 +556,8 @@ def test_names_shapes_and_values_survive_the_round_trip(name: str) -> None:
         key: torch.tensor(value, dtype=torch.float64) for key, value in table["weights"].items()
     }
     parameters = dict(layer.named_parameters())
-    load_authors_state_dict(layer, given)
-    returned = authors_state_dict(layer)
+    layer.load_authors_state_dict(given)
+    returned = layer.authors_state_dict()
     assert returned.keys() == given.keys()
     for key, value in returned.items():
         assert torch.equal(value, given[key]), key
@@ -563,24 +565,24 @@ def test_names_shapes_and_values_survive_the_round_trip(name: str) -> None:
     for key, parameter in layer.named_parameters():
         assert parameter is parameters[key]
         assert parameter.requires_grad
-    assert torch.equal(authors_state_dict(layer)["PM_U"], given["PM_U"])
+    assert torch.equal(layer.authors_state_dict()["PM_U"], given["PM_U"])
 
 
 @all_cases
 def test_every_parameter_has_a_name_of_the_authors(case: Case) -> None:
     layer, other = make_layer(case), make_layer(case, seed=7)
-    state = authors_state_dict(layer)
+    state = layer.authors_state_dict()
     assert sum(value.numel() for value in state.values()) == count(layer)
     assert not any(value.requires_grad for value in state.values())
-    load_authors_state_dict(other, state)
+    other.load_authors_state_dict(state)
     for (name, value), copied in zip(layer.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(value, copied), name
 
 
 def test_loading_keeps_the_type_of_the_layer() -> None:
     layer = empty_layer(CASES["five-steps"], torch.float32)
-    state = authors_state_dict(make_layer(CASES["five-steps"]))
-    load_authors_state_dict(layer, state)
+    state = make_layer(CASES["five-steps"]).authors_state_dict()
+    layer.load_authors_state_dict(state)
     assert {p.dtype for p in layer.parameters()} == {torch.float32}
     assert torch.equal(layer.memory.s, state["PM_S"][:, 3:].float())
 
@@ -615,13 +617,13 @@ def flatten_initial_state(state: dict[str, Tensor]) -> None:
 def test_unfitting_weights_are_refused_whole(
     changes: list[Callable[[dict[str, Tensor]], None]], words: list[str]
 ) -> None:
-    state = authors_state_dict(make_layer(CASES["five-steps"], seed=7))
+    state = make_layer(CASES["five-steps"], seed=7).authors_state_dict()
     for change in changes:
         change(state)
     layer = make_layer(CASES["five-steps"])
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(ValueError) as error:
-        load_authors_state_dict(layer, state)
+        layer.load_authors_state_dict(state)
     for word in words:
         assert word in str(error.value)
     for name, value in layer.state_dict().items():
@@ -629,40 +631,44 @@ def test_unfitting_weights_are_refused_whole(
 
 
 def test_weights_of_another_mode_are_refused() -> None:
-    state = authors_state_dict(make_layer(CASES["single"]))
+    state = make_layer(CASES["single"]).authors_state_dict()
     with pytest.raises(ValueError, match="read_mode"):
-        load_authors_state_dict(make_layer(CASES["five-steps"]), state)
+        make_layer(CASES["five-steps"]).load_authors_state_dict(state)
     with pytest.raises(ValueError, match="unexpected p2ku"):
-        load_authors_state_dict(make_layer(CASES["single-sharp"]), state)
+        make_layer(CASES["single-sharp"]).load_authors_state_dict(state)
 
 
-def test_a_layer_of_the_paper_is_refused() -> None:
-    layer = NeurocoderLinear(4, 3)
-    for call in (lambda: authors_state_dict(layer), lambda: load_authors_state_dict(layer, {})):
-        with pytest.raises(ValueError, match="preset='official'"):
-            call()
+def test_each_preset_has_its_class() -> None:
+    """The registry takes either; a class refuses the other's."""
+    assert type(make_named_layer("neurocoder", 4, 3, preset="official")) is OfficialNeurocoderLinear
+    assert type(make_named_layer("neurocoder", 4, 3)) is NeurocoderLinear
+    with pytest.raises(ValueError, match=r"preset='official'.*make_layer"):
+        NeurocoderLinear(4, 3, preset="official")
+    with pytest.raises(ValueError, match="preset='paper'"):
+        OfficialNeurocoderLinear(4, 3, NeurocoderConfig())
+    assert OfficialNeurocoderLinear(4, 3).config.preset == "official"
 
 
 # State and precision
 
 
-def by_state_dict(layer: NeurocoderLinear) -> NeurocoderLinear:
-    fresh = NeurocoderLinear(layer.in_features, layer.out_features, layer.config)
+def by_state_dict(layer: OfficialNeurocoderLinear) -> OfficialNeurocoderLinear:
+    fresh = OfficialNeurocoderLinear(layer.in_features, layer.out_features, layer.config)
     fresh = fresh.double()
     fresh.load_state_dict(layer.state_dict())
     return fresh
 
 
-def by_file(layer: NeurocoderLinear) -> NeurocoderLinear:
+def by_file(layer: OfficialNeurocoderLinear) -> OfficialNeurocoderLinear:
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    assert isinstance(loaded, NeurocoderLinear)
+    assert isinstance(loaded, OfficialNeurocoderLinear)
     return loaded
 
 
-COPIES: dict[str, Callable[[NeurocoderLinear], NeurocoderLinear]] = {
+COPIES: dict[str, Callable[[OfficialNeurocoderLinear], OfficialNeurocoderLinear]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
     "file": by_file,
@@ -673,7 +679,7 @@ COPIES: dict[str, Callable[[NeurocoderLinear], NeurocoderLinear]] = {
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES.keys())
 @pytest.mark.parametrize("name", ["single", "five-steps"])
 def test_copies_give_bit_equal_outputs(
-    name: str, make_copy: Callable[[NeurocoderLinear], NeurocoderLinear]
+    name: str, make_copy: Callable[[OfficialNeurocoderLinear], OfficialNeurocoderLinear]
 ) -> None:
     layer = make_layer(CASES[name])
     x = random_input(3, 4)
@@ -769,7 +775,7 @@ def test_initial_values(num_steps: int, residual: bool, reset: bool) -> None:
 
 def test_config_carries_over() -> None:
     config = NeurocoderConfig(num_slots=6, preset="official", key_mode="lk")
-    layer = NeurocoderLinear(4, 3, config)
+    layer = OfficialNeurocoderLinear(4, 3, config)
     assert layer.config == config
     assert dict(layer.named_parameters())["memory.key_columns.u"].shape == (6, 3)
 
@@ -777,10 +783,10 @@ def test_config_carries_over() -> None:
 def test_in_place_of_a_linear_layer() -> None:
     linear = nn.Linear(4, 3).double()
     options: dict[str, Any] = {"preset": "official", "num_slots": 6}
-    layer = NeurocoderLinear.from_linear(linear, keep_weight=True, **options)
+    layer = OfficialNeurocoderLinear.from_linear(linear, keep_weight=True, **options)
     assert torch.equal(layer.get_parameter("integration.residual"), linear.weight.T)
     assert torch.equal(layer.get_parameter("bias"), linear.bias)
-    without = NeurocoderLinear.from_linear(nn.Linear(4, 3, bias=False), **options)
+    without = OfficialNeurocoderLinear.from_linear(nn.Linear(4, 3, bias=False), **options)
     x = random_input(2, 4).float()
     before = without(x)
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ncrl.settings import suggest
+from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
 
 DAMPING = 0.1
@@ -45,7 +46,7 @@ class Method:
 
         Args:
             inputs: all training inputs of the task, [N, ...].
-            sample_loss: its loss for one sample; see `own_label_loss`.
+            sample_loss: its loss, summed over samples; see `own_label_loss`.
         """
 
     def state(self) -> dict[str, Any]:
@@ -56,8 +57,17 @@ class Method:
         """Take over what `state` returned, wherever its tensors are."""
 
     def placed(self, tensors: Mapping[str, Tensor]) -> Parameters:
-        """Tensors by the names of parameters, each where its parameter is."""
-        return {n: tensor.to(self.parameters[n].device) for n, tensor in tensors.items()}
+        """Tensors by the names of all parameters, or none, each where its parameter is.
+
+        Raises:
+            ValueError: for other names or shapes.
+        """
+        if tensors and set(tensors) != set(self.parameters):
+            raise ValueError("the method's state is of other parameters")
+        return {
+            name: check_like(tensor, self.parameters[name], name).to(self.parameters[name].device)
+            for name, tensor in tensors.items()
+        }
 
 
 class Quadratic(Method):
@@ -160,19 +170,15 @@ class SynapticIntelligence(Quadratic):
 class OnlineEwc(Quadratic):
     """Elastic weight consolidation with one anchor: Fisher information summed over tasks.
 
-    Args:
-        model: see `Method`.
-        coef: see `Method`.
+    Attributes:
         extra_loss: without samples, such as an orthogonality loss; its gradient is then added to
             that of every sample before it is squared, as in the Neurocoder authors' code. Only that
             of their runs: the information of a loss that knows no data says nothing about a task.
     """
 
-    def __init__(
-        self, model: nn.Module, coef: float, extra_loss: Callable[[], Tensor] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, coef: float) -> None:
         super().__init__(model, coef)
-        self.extra_loss = extra_loss
+        self.extra_loss: Callable[[], Tensor] | None = None
         self._traced: tuple[SampleLoss, SampleGradients] | None = None
 
     def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
@@ -227,7 +233,7 @@ class Ewc(OnlineEwc):
             self.anchor[name] = torch.lerp(anchor, now, share)
 
 
-METHODS: Mapping[str, Callable[..., Method]] = {
+METHODS: Mapping[str, type[Method]] = {
     "adam": Method,
     "adagrad": Method,
     "l2": L2,
@@ -238,7 +244,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 """By the names of Hsu et al.; the first two differ in the optimiser, which is the caller's."""
 
 
-def make_method(name: str, model: nn.Module, coef: float, **options: Any) -> Method:
+def make_method(name: str, model: nn.Module, coef: float) -> Method:
     """The method called `name`.
 
     Raises:
@@ -248,13 +254,13 @@ def make_method(name: str, model: nn.Module, coef: float, **options: Any) -> Met
         raise ValueError(f"unknown method {name!r}; {suggest(name, METHODS)}")
     if not coef >= 0:
         raise ValueError(f"coef must be at least 0, got {coef}")
-    return METHODS[name](model, coef, **options)
+    return METHODS[name](model, coef)
 
 
-def own_label_loss(call: Callable[..., Tensor], sample: Tensor, **options: Any) -> Tensor:
-    """Cross-entropy at the label that the model itself finds likeliest, for inputs [1, ...]."""
-    logits = call(sample, **options)
-    return torch.nn.functional.cross_entropy(logits, logits.argmax(1))
+def own_label_loss(call: Callable[..., Tensor], samples: Tensor, **options: Any) -> Tensor:
+    """Cross-entropies at the labels that the model itself finds likeliest, summed over inputs."""
+    logits = call(samples, **options)
+    return torch.nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
 
 
 class _QuadraticPenalty(torch.autograd.Function):

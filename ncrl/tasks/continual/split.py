@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -19,17 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncrl import orthogonal_loss
-from ncrl.settings import setting
+from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual import metrics
-from ncrl.tasks.continual.methods import METHODS, OnlineEwc, Quadratic, make_method, own_label_loss
+from ncrl.tasks.continual.methods import OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
+from ncrl.tasks.experiment import Experiment, evaluating, random_stream, try_network
 from ncrl.tasks.models.mlp import SplitMlp
-from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.training import Experiment, draw, evaluating, try_network
-
-SCENARIOS = ("domain", "task")
-"""Whether all tasks share one output layer (incremental domain), or each has its own, and the task
-of an image is known (incremental task)."""
+from ncrl.tasks.recipes import ContinualRecipe, build_network
 
 COEFS: Mapping[str, Mapping[str, float]] = {
     "domain": {"l2": 0.5, "si": 3000, "ewc": 100, "online-ewc": 700},
@@ -50,19 +45,6 @@ DESCRIBED_IMAGES = 50
 
 FAILED_BELOW = 75.0
 """Accuracy, halfway from chance, below which a task right after training counts as not learnt."""
-
-
-@dataclass(frozen=True)
-class ContinualRecipe(Recipe):
-    """A recipe with a scenario and a method against forgetting."""
-
-    scenario: str = setting("domain", "shared or separate output layers", choices=SCENARIOS)
-    method: str = setting("adam", "against forgetting", choices=tuple(METHODS))
-    penalty_coef: float = setting(0.0, "weight of the method's penalty", low=0)
-    fisher_orthogonality: bool = setting(
-        False, "ewc: square the gradient of the orthogonality loss into the Fisher information"
-    )
-    double_orth_coef: bool = setting(False, "with a penalty, double orth_coef after the first task")
 
 
 class Task(NamedTuple):
@@ -90,17 +72,35 @@ def split_tasks(data: Images) -> list[Task]:
             f"{data.name}: expected grey square images with an even side of up to {PADDED_SIDE}, "
             f"got {channels}x{height}x{width}"
         )
+    pixels = data._replace(
+        train_images=prepare(data.train_images), test_images=prepare(data.test_images)
+    )
+    return class_tasks(pixels, CLASSES_PER_TASK)
+
+
+def class_tasks(data: Images, classes_per_task: int) -> list[Task]:
+    """Tasks of consecutive classes; labels count from 0 in each.
+
+    Args:
+        data: with features [N, F] in place of pixels.
+        classes_per_task: divides the number of classes.
+
+    Raises:
+        ValueError: if a class lacks images.
+    """
     tasks = []
-    for first in range(0, data.num_classes - CLASSES_PER_TASK + 1, CLASSES_PER_TASK):
-        parts = []
-        for images, labels in (
+    for first in range(0, data.num_classes, classes_per_task):
+        parts: list[Tensor] = []
+        for features, labels in (
             (data.train_images, data.train_labels),
             (data.test_images, data.test_labels),
         ):
-            chosen = (labels >= first) & (labels < first + CLASSES_PER_TASK)
-            if not chosen.any():
-                raise ValueError(f"{data.name} has no images of the classes {first}, {first + 1}")
-            parts += [prepare(images[chosen]), labels[chosen] - first]
+            chosen = (labels >= first) & (labels < first + classes_per_task)
+            found = set(labels[chosen].tolist())
+            for label in range(first, first + classes_per_task):
+                if label not in found:
+                    raise ValueError(f"{data.name} has no images of class {label}")
+            parts += [features[chosen], labels[chosen] - first]
         tasks.append(Task(*parts))
     return tasks
 
@@ -158,10 +158,9 @@ class SplitLearning(Experiment):
         self.num_updates = self.evaluate_every = self.ends[-1]
         self.accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
         """Per cent, [T trained, T tested]."""
-        options: dict[str, Any] = {}
-        if recipe.fisher_orthogonality and issubclass_of_ewc(recipe.method):
-            options["extra_loss"] = self.orthogonality
-        self.method = make_method(recipe.method, self.model, recipe.penalty_coef, **options)
+        self.method = make_method(recipe.method or "adam", self.model, recipe.penalty_coef or 0.0)
+        if recipe.fisher_orthogonality and isinstance(self.method, OnlineEwc):
+            self.method.extra_loss = self.orthogonality
         self.doubles = recipe.double_orth_coef and isinstance(self.method, Quadratic)
         self._sample_losses = [partial(own_label_loss, task=head) for head in range(heads)]
         self._order_of = (-1, -1)  # task and epoch
@@ -192,7 +191,7 @@ class SplitLearning(Experiment):
         epoch, index = divmod(update - begin, self.per_epoch[task])
         images, labels = self.tasks[task][:2]
         if (task, epoch) != self._order_of:
-            stream = draw(self.seed, "order", task * self.epochs + epoch)
+            stream = random_stream(self.seed, "order", task * self.epochs + epoch)
             self._order = torch.randperm(len(images), generator=stream).to(images.device)
             self._order_of = task, epoch
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
@@ -268,11 +267,5 @@ class SplitLearning(Experiment):
         return {"accuracy": self.accuracy, "method": self.method.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.accuracy = state["accuracy"]
+        self.accuracy = check_like(state["accuracy"], self.accuracy, "accuracy")
         self.method.restore(state["method"])
-
-
-def issubclass_of_ewc(method: str) -> bool:
-    """Whether a method measures Fisher information."""
-    kind = METHODS[method]
-    return isinstance(kind, type) and issubclass(kind, OnlineEwc)

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl.layers import make_layer
-from ncrl.neurocoder.config import require_positive
+from ncrl.seat import require_positive
 from ncrl.tasks.models.mlp import Mlp
+
+DEEPEST = 1000
+"""Layers of a `DenseNet`."""
 
 
 class LeNet(nn.Module):
@@ -118,8 +121,8 @@ class DenseNet(nn.Module):
         super().__init__()
         require_positive("num_outputs", num_outputs)
         require_positive("growth", growth)
-        if depth < 7 or (depth - 4) % 3:
-            raise ValueError(f"depth must be 7, 10, 13, ..., 4 more than a multiple of 3: {depth}")
+        if not 7 <= depth <= DEEPEST or (depth - 4) % 3:
+            raise ValueError(f"depth must be 7, 10, 13, ... up to {DEEPEST}, got {depth}")
         channels = 16
         stages: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
         for block in range(3):

@@ -16,7 +16,10 @@ from torch.nn import functional as F
 
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.layers import make_layer
-from ncrl.neurocoder.config import require_positive
+from ncrl.seat import require_positive
+
+MOST_TASKS = 1000
+"""Output layers of a `SplitMlp`."""
 
 
 def dense_layers(
@@ -137,6 +140,8 @@ class SplitMlp(nn.Module):
     ) -> None:
         super().__init__()
         require_positive("num_tasks", num_tasks)
+        if num_tasks > MOST_TASKS:
+            raise ValueError(f"num_tasks must be at most {MOST_TASKS}, got {num_tasks}")
         widths = [in_features, *hidden]
         if hidden_rank is None:
             self.hidden = dense_layers(widths, bias=False, layer=layer, layer_options=layer_options)

@@ -6,15 +6,15 @@ dimension of 2 stands for the heads, read before write.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.layers import make_layer, prepared
-from ncrl.neurocoder.config import require_positive, require_switch
+from ncrl.layers import make_layer
+from ncrl.seat import require_positive, require_switch
 
 NORM_FLOOR = 1e-6
 """Smallest norm that a key or a memory row is divided by."""
@@ -24,15 +24,6 @@ WEIGHT_FLOOR = 1e-16
 
 ADDRESS_SIZES = (1, 1, 3, 1)
 """Widths of what addresses the memory besides the key: strength, gate, shift, sharpening."""
-
-
-class Interfaces(NamedTuple):
-    """What makes interface vectors from the controller's output [B, h]."""
-
-    read: Callable[[Tensor], Tensor]
-    """To [B, M + 6]."""
-    write: Callable[[Tensor], Tensor]
-    """To [B, 3M + 6]."""
 
 
 class NtmState(NamedTuple):
@@ -144,35 +135,24 @@ class Ntm(nn.Module):
         """
         if state is None:
             state = self.initial_state(inputs.shape[1])
-        interfaces = Interfaces(prepared(self.read_interface), prepared(self.write_interface))
         outputs = []
         for x in inputs:
-            output, state = self.step(x, state, interfaces)
+            output, state = self.step(x, state)
             outputs.append(output)
         return torch.stack(outputs), state
 
-    def step(
-        self, x: Tensor, state: NtmState, interfaces: Interfaces | None = None
-    ) -> tuple[Tensor, NtmState]:
-        """One timestep: x [B, in_features] -> logits [B, num_outputs], next state.
-
-        Args:
-            x: the input.
-            state: before it.
-            interfaces: the interface layers, `prepared` for several steps; themselves if None.
-        """
-        if interfaces is None:
-            interfaces = Interfaces(self.read_interface, self.write_interface)
+    def step(self, x: Tensor, state: NtmState) -> tuple[Tensor, NtmState]:
+        """One timestep: x [B, in_features] -> logits [B, num_outputs], next state."""
         controller_input = torch.cat([x, state.read], dim=1)
         hidden, cell = self.controller(controller_input, (state.hidden, state.cell))
 
         row_size = state.read.shape[1]
         address_size = row_size + sum(ADDRESS_SIZES)
-        write_address, erase, add = interfaces.write(hidden).split_with_sizes(
+        write_address, erase, add = self.write_interface(hidden).split_with_sizes(
             [address_size, row_size, row_size], dim=1
         )
         # Both heads look at the memory as it was before the write.
-        addresses = torch.stack([interfaces.read(hidden), write_address], dim=1)
+        addresses = torch.stack([self.read_interface(hidden), write_address], dim=1)
         weights = self._address(addresses, state.memory, state.weights)  # [B, 2, N]
 
         read = (weights[:, :1] @ state.memory).squeeze(1)  # [B, M]

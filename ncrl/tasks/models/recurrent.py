@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ncrl.layers import make_layer
-from ncrl.neurocoder.config import require_positive
+from ncrl.seat import require_positive
 
 
 class GruRegressor(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl.layers import make_layer
-from ncrl.neurocoder.config import require_positive
+from ncrl.seat import require_positive
 from ncrl.tasks.models.mlp import SplitMlp
 
 

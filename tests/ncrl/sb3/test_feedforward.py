@@ -12,6 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from ncrl import NeurocoderLinear
 from ncrl.envs.small import Light
 from ncrl.layers import LAYERS
 from ncrl.sb3 import NeurocoderCnnPolicy, NeurocoderMlpPolicy, NeurocoderMultiInputPolicy
@@ -59,7 +60,8 @@ def test_every_layer_trains(algorithm: Any, head: str) -> None:
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     model.learn(64)
     for net in ("action_net", "value_net"):
-        assert type(getattr(model.policy, net)) is LAYERS[head]
+        kind = NeurocoderLinear if head == "neurocoder" else LAYERS[head]
+        assert type(getattr(model.policy, net)) is kind
         assert any(
             not torch.equal(value, before[name])
             for name, value in model.policy.state_dict().items()

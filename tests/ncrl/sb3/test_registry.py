@@ -47,11 +47,11 @@ def test_names_can_be_used() -> None:
 def test_a_recurrent_policy_is_refused_by_name_and_by_class(algorithm: Any) -> None:
     register()
     with pytest.raises(
-        TypeError, match=r"use sb3_contrib\.RecurrentPPO or agents\.A3C, or \w+\('Neur"
+        TypeError, match=r"use sb3_contrib\.RecurrentPPO or ncrl\.agents\.A3C, or \w+\('Neur"
     ):
         algorithm("NeurocoderMlpLstmPolicy", "CartPole-v1", device="cpu")
     model = algorithm(NeurocoderMlpLstmPolicy, "CartPole-v1", device="cpu")
-    with pytest.raises(TypeError, match=r"use sb3_contrib\.RecurrentPPO or agents\.A3C"):
+    with pytest.raises(TypeError, match=r"use sb3_contrib\.RecurrentPPO or ncrl\.agents\.A3C"):
         model.learn(10)
 
 

@@ -173,7 +173,7 @@ def test_the_balance_loss_is_that_of_the_same_pass(recurrent: bool) -> None:
     (log_prob.sum() + 0.7 * balance_loss(gates)).backward()
     assert any("value_net.gate" in name for name in got)
     for name, gradient in got.items():
-        torch.testing.assert_close(gradient, policy.get_parameter(name).grad)
+        torch.testing.assert_close(gradient, dict(policy.named_parameters())[name].grad)
 
 
 @pytest.mark.parametrize("name", ["orth_coef", "balance_coef"])

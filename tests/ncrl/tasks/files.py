@@ -1,4 +1,4 @@
-"""Data sets of a few images, written in the formats of MNIST and CIFAR."""
+"""Recipes from their files; data sets of a few images in the formats of MNIST and CIFAR."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ncrl.tasks.recipes import Recipe, read_recipes
+
 Bytes = NDArray[np.uint8]
+
+
+def read_recipe(path: Path, variant: str = "") -> Recipe:
+    """One of the recipes of a file."""
+    return read_recipes(path)[variant]
 
 
 def idx(array: Bytes) -> bytes:
@@ -49,11 +56,10 @@ def colours(count: int, seed: int = 0) -> Bytes:
     return np.ascontiguousarray(np.stack(large).transpose(0, 3, 1, 2))
 
 
-def write_cifar(folder: Path, version: str, classes: int) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    """All files of a version, `python` or `binary`, two images each; returns what they hold."""
+def write_cifar(folder: Path, classes: int) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+    """All files of the python version, two images each; returns what they hold."""
     ten = classes == 10
-    kind = {"python": "py" if ten else "python", "binary": "bin" if ten else "binary"}[version]
-    place = folder / (f"cifar-10-batches-{kind}" if ten else f"cifar-100-{kind}")
+    place = folder / ("cifar-10-batches-py" if ten else "cifar-100-python")
     place.mkdir(parents=True)
     train = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
     test = ["test_batch"] if ten else ["test"]
@@ -63,14 +69,9 @@ def write_cifar(folder: Path, version: str, classes: int) -> tuple[Bytes, Bytes,
         own = np.array([number, classes - 1 - number], np.uint8)
         images.append(pixels)
         labels.append(own)
-        if version == "python":
-            key = b"labels" if ten else b"fine_labels"
-            batch = {b"data": pixels.reshape(2, -1), key: own.tolist()}
-            (place / name).write_bytes(pickle.dumps(batch, protocol=2))
-        else:
-            coarse = [] if ten else [np.zeros((2, 1), np.uint8)]
-            records = np.hstack([*coarse, own[:, None], pixels.reshape(2, -1)])
-            (place / f"{name}.bin").write_bytes(records.tobytes())
+        key = b"labels" if ten else b"fine_labels"
+        batch = {b"data": pixels.reshape(2, -1), key: own.tolist()}
+        (place / name).write_bytes(pickle.dumps(batch, protocol=2))
     split = len(train)
     return (
         np.concatenate(images[:split]),

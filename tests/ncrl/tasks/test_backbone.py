@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.tasks import backbone as module
-from ncrl.tasks.backbone import (
+from ncrl.tasks.data import Images
+from ncrl.tasks.models import ResNet18
+from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.split_cifar import backbone as module
+from ncrl.tasks.split_cifar.backbone import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Backbone,
@@ -24,9 +27,6 @@ from ncrl.tasks.backbone import (
     pixel_statistics,
     rotated,
 )
-from ncrl.tasks.data import Images
-from ncrl.tasks.models import ResNet18
-from ncrl.tasks.recipes import Recipe
 
 CPU = torch.device("cpu")
 
@@ -210,11 +210,11 @@ class Code:
 
 
 WRONG_FILES = {
-    "text": (lambda: b"no weights", "no state_dict that torch saved"),
-    "empty": (lambda: b"", "no state_dict that torch saved"),
-    "cut": (lambda: saved(zeros())[:2000], "no state_dict that torch saved"),
-    "code": (lambda: pickle.dumps(Code(), protocol=2), "no state_dict that torch saved"),
-    "saved code": (lambda: saved({"fc.weight": Code()}), "no state_dict that torch saved"),
+    "text": (lambda: b"no weights", "--backbone: cannot read"),
+    "empty": (lambda: b"", "--backbone: cannot read"),
+    "cut": (lambda: saved(zeros())[:2000], "--backbone: cannot read"),
+    "code": (lambda: pickle.dumps(Code(), protocol=2), "--backbone: cannot read"),
+    "saved code": (lambda: saved({"fc.weight": Code()}), "--backbone: cannot read"),
     "checkpoint": (lambda: saved({"epoch": 3}), "must hold a state_dict"),
     "list": (lambda: saved([torch.zeros(1)]), "must hold a state_dict"),
     "nothing": (lambda: saved({}), "no 'conv1.weight' in it; it is empty"),

@@ -32,8 +32,9 @@ from ncrl.tasks.command import (
     run_command,
     task_parser,
 )
-from ncrl.tasks.recipes import CONFIGS, INSTALLED_CONFIGS, Recipe, read_recipe
-from ncrl.tasks.training import Experiment, draw
+from ncrl.tasks.experiment import Experiment, random_stream
+from ncrl.tasks.recipes import CONFIGS, INSTALLED_CONFIGS, Recipe
+from tests.ncrl.tasks.files import read_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,7 +50,7 @@ class Constant(Experiment):
         self.rate = recipe.learning_rate
 
     def loss(self, update: int) -> Tensor:
-        x = torch.randn(4, 1, generator=draw(self.seed, "train", update))
+        x = torch.randn(4, 1, generator=random_stream(self.seed, "train", update))
         loss: Tensor = (self.model(x) - 1).square().mean()
         return loss
 
@@ -135,7 +136,18 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     (["--sedes", "1"], r"unknown argument '--sedes'; nearest: --seeds"),
     (["--device", "gpu"], r"device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
     (["--device", "cuda:99"], r"device cuda:99 is not there"),
-    (["--threads", "0"], r"threads must be at least 1"),
+    (["--threads", "0"], r"threads must lie in 1 .. 1024, got 0"),
+    (["--threads", "2147483648"], r"threads must lie in 1 .. 1024"),
+    (["--seeds", "2147483648"], r"seeds must lie in 0"),
+    (["--batch-size", "2147483648"], r"batch_size must lie in 1 .. 65536"),
+    (["--epochs", "9" * 400], r"epochs must lie in 1 .. 100000, got a number of about 400 digits"),
+    (["--num-steps", "2147483648"], r"num_steps must be at most 100,000, got 2147483648"),
+    (["--network-options", "num_features=10000000"], r"num_features must be at most 100,000"),
+    (["--network-options", "num_features=[[1]]"], r"num_features must be "),
+    (
+        ["--network-options", "num_features=99999", "--layer-options", "key_dim=99999"],
+        r"may have 1,0",
+    ),
     (["--figure", "x.gif"], r"--figure must end in one of .png, .svg, .pdf"),
     (["--figure", "/no/such/x.png"], r"its folder does not exist"),
     (["--data-dir", "/no/such"], r"--data-dir must be a folder: /no/such does not exist"),
@@ -147,7 +159,7 @@ REFUSED: list[tuple[Sequence[str], str]] = [
 def test_bad_input_is_one_line_and_exit_code_2(
     words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ncrl.tasks.mnist import main
+    from ncrl.tasks.mnist.experiment import main
 
     with pytest.raises(SystemExit) as ended:
         main(list(words))
@@ -194,6 +206,53 @@ def test_the_trained_network_can_be_had_again(tmp_path: Path) -> None:
         assert experiment.evaluate()["mse"] == row.metrics["mse"]
     with pytest.raises(ValueError, match=r"cannot read .*model.pt"):
         work.experiment(TOY, 1, Constant)
+
+
+def test_a_damaged_network_is_not_used(tmp_path: Path) -> None:
+    work = session(tmp_path)
+    work.run([TOY], Constant)
+    (path,) = tmp_path.rglob("model.pt")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot read .*model.pt: it is damaged"):
+        work.experiment(TOY, 0, Constant)
+
+
+def test_the_row_of_another_run_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    work = session(tmp_path)
+    work.run([TOY], Constant)
+    (path,) = tmp_path.rglob("result.json")
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(ValueError, match=r"result.json is the row of another run"):
+        work.run([TOY], Constant)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"result.json: it is no regular file"):
+        work.run([TOY], Constant)
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: Path) -> None:
+    work = session(tmp_path)
+    (row,) = work.run([TOY], Constant)
+    (path,) = tmp_path.rglob("result.json")
+    path.unlink()
+    for name in (".checkpoint.pt.abcd_123", ".model.pt.x1234567"):
+        (path.parent / name).write_bytes(b"half")
+    (path.parent / ".checkpoint.pt.mine").write_bytes(b"somebody's own")
+    (again,) = work.run([TOY], Constant)
+    assert again.metrics == row.metrics
+    left = {file.name for file in path.parent.glob(".*")}
+    assert left == {".lock", ".checkpoint.pt.mine"}
+
+
+def test_lack_of_memory_on_the_cpu_says_what_to_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(_session: Session) -> None:
+        torch.empty(1 << 60)
+
+    assert run_command("toy", task_parser("toy", "Toy."), [], work) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out of memory: lower batch_size" in error
 
 
 def test_a_run_that_somebody_else_is_at_is_waited_for_last(tmp_path: Path) -> None:
@@ -268,7 +327,7 @@ def test_figures_are_checked_before_anything_is_trained(tmp_path: Path) -> None:
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    from ncrl.tasks.cifar import main
+    from ncrl.tasks.cifar.experiment import main
 
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
@@ -283,7 +342,7 @@ def test_configs_are_installed_where_they_are_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'data-files = {{ "{INSTALLED_CONFIGS}" = ["configs/*.yaml"] }}' in project
+    assert f'"{INSTALLED_CONFIGS}" = ["configs/tasks/*.yaml"]' in project
     installed = tmp_path / "prefix" / INSTALLED_CONFIGS
     installed.mkdir(parents=True)
     # As from a wheel: no configs/ beside the package, data files below the prefix.

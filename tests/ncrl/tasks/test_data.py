@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import pickle
 import shutil
+import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from ncrl.tasks.data import Images, cache_folder, load_cifar, load_digits, load_mnist
+from ncrl.tasks.formats import image_size
 from tests.ncrl.tasks import files
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,9 +183,8 @@ def test_a_folder_without_mnist_says_what_was_expected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-@pytest.mark.parametrize("version", ["python", "binary"])
-def test_both_versions_of_cifar_are_read(tmp_path: Path, version: str, classes: int) -> None:
-    expected = files.write_cifar(tmp_path, version, classes)
+def test_batches_of_cifar_are_read(tmp_path: Path, classes: int) -> None:
+    expected = files.write_cifar(tmp_path, classes)
     data = load_cifar(tmp_path, classes)
     assert data.name == f"CIFAR-{classes}" and data.num_classes == classes
     assert data.train_images.dtype == torch.uint8 and data.train_labels.dtype == torch.int64
@@ -192,16 +195,10 @@ def test_both_versions_of_cifar_are_read(tmp_path: Path, version: str, classes: 
     assert torch.equal(load_cifar(inside, classes).train_images, data.train_images)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_image_files_are_read_in_order_of_classes(tmp_path: Path, packed: bool) -> None:
-    tree = tmp_path / "tree"
-    images = files.write_tree(tree)
-    if packed:
-        files.write_archive(tmp_path, tree)
-        folder = tmp_path
-    else:
-        folder = tree
-    data = load_cifar(folder)
+def test_image_files_are_read_in_order_of_classes(tmp_path: Path) -> None:
+    images = files.write_tree(tmp_path / "tree")
+    files.write_archive(tmp_path, tmp_path / "tree")
+    data = load_cifar(tmp_path)
     assert data.name == "CIFAR-10, JPEG-compressed copies"
     assert data.train_labels.tolist() == list(range(10)) == data.test_labels.tolist()
     difference = np.abs(data.train_images.numpy().astype(int) - images)
@@ -251,7 +248,7 @@ def test_a_pickle_that_would_run_code_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    files.write_cifar(tmp_path, "python", 10)
+    files.write_cifar(tmp_path, 10)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     batch.write_bytes(pickle.dumps({b"data": Malicious(), b"labels": [0]}))
     with pytest.raises(ValueError, match="refused"):
@@ -260,18 +257,10 @@ def test_a_pickle_that_would_run_code_is_refused(
 
 
 def test_a_wrong_cifar_file_is_named(tmp_path: Path) -> None:
-    files.write_cifar(tmp_path, "binary", 10)
-    folder = tmp_path / "cifar-10-batches-bin"
-    path = folder / "data_batch_2.bin"
-    good = path.read_bytes()
-    path.write_bytes(good[:-1])
-    with pytest.raises(ValueError, match=r"data_batch_2.bin must hold whole records of 3073"):
-        load_cifar(tmp_path)
-    path.write_bytes(b"\x0a" + good[1:])
-    with pytest.raises(ValueError, match=r"data_batch_2.bin: label number 0 is 10"):
-        load_cifar(tmp_path)
+    files.write_cifar(tmp_path, 10)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     path.unlink()
-    with pytest.raises(ValueError, match=r"is incomplete: there is no data_batch_2.bin"):
+    with pytest.raises(ValueError, match=r"is incomplete: there is no data_batch_2"):
         load_cifar(tmp_path)
     with pytest.raises(ValueError, match=r"no CIFAR-100 in .*cifar-100-python/"):
         load_cifar(tmp_path, 100)
@@ -297,36 +286,102 @@ PYTHON_BATCHES = [
         pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": ["x"]}),
         "labels must be a list of classes",
     ),
+    # A terabyte: as the size of an array, and as a place in the memo.
+    (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I1000000000000\ntS'b'\ntR.",
+        "is no batch of CIFAR-10",
+    ),
+    (b"cnumpy\nndarray\n((I1000000000000\ntS'u1'\ntR.", "is no pickled CIFAR batch"),
+    (b"I1\nr\xff\xff\xff\x7f.", "far beyond its end"),
 ]
 
 
 @pytest.mark.parametrize(("data", "message"), PYTHON_BATCHES)
 def test_a_wrong_python_batch_is_named(tmp_path: Path, data: bytes, message: str) -> None:
-    files.write_cifar(tmp_path, "python", 10)
+    files.write_cifar(tmp_path, 10)
     (tmp_path / "cifar-10-batches-py" / "data_batch_4").write_bytes(data)
     with pytest.raises(ValueError, match=rf"data_batch_4.*{message}"):
         load_cifar(tmp_path)
 
 
-def test_wrong_image_files_are_named(tmp_path: Path) -> None:
-    files.write_tree(tmp_path)
-    path = tmp_path / "train" / "cat" / "0000.jpg"
-    good = path.read_bytes()
-    path.write_bytes(b"\xff\xd8 no image")
-    with pytest.raises(ValueError, match=r"train/cat/0000.jpg is no image"):
+def picture(width: int, height: int) -> bytes:
+    """A JPEG whose header is changed to say these sizes."""
+    data = bytearray(cv2.imencode(".jpg", np.zeros((32, 32, 3), np.uint8))[1].tobytes())
+    at = data.find(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+NOISE_JPEG = cv2.imencode(".jpg", noise)[1].tobytes()
+NOISE_PNG = cv2.imencode(".png", noise)[1].tobytes()
+SMALL_PNG = cv2.imencode(".png", noise[:31])[1].tobytes()
+WRONG_IMAGES = [
+    (b"\xff\xd8 no image", "is no whole JPEG or PNG image"),
+    (b"", "is no whole JPEG or PNG image"),
+    (cv2.imencode(".bmp", noise)[1].tobytes(), "is no whole JPEG or PNG image"),
+    (NOISE_JPEG[: len(NOISE_JPEG) // 2], "is no whole JPEG or PNG image"),
+    (NOISE_PNG[: len(NOISE_PNG) // 2], "is no whole JPEG or PNG image"),
+    (picture(50_000, 20_000), "images must be 32x32, got 50000x20000"),
+    (SMALL_PNG, "images must be 32x32, got 32x31"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), WRONG_IMAGES)
+def test_a_wrong_image_is_named_before_it_is_decoded(
+    tmp_path: Path, data: bytes, message: str
+) -> None:
+    tree = tmp_path / "tree"
+    files.write_tree(tree)
+    (tree / "train" / "cat" / "0000.jpg").write_bytes(data)
+    files.write_archive(tmp_path, tree)
+    with pytest.raises(ValueError, match=rf"train/cat/0000.jpg.* {message}"):
         load_cifar(tmp_path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"train/cat/0000.jpg is no image"):
-        load_cifar(tmp_path)
-    path.write_bytes(good)
+
+
+@pytest.mark.parametrize("data", [NOISE_JPEG, NOISE_PNG, b"\xff\xd8\xff" + NOISE_JPEG[2:]])
+def test_the_size_of_an_image_is_read_from_its_header(data: bytes) -> None:
+    assert image_size(data) == (32, 32)
+    assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), 1).shape, (32, 32, 3))
+
+
+def test_wrong_classes_of_images_are_named(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    files.write_tree(tree)
     for part in ("train", "test"):
-        shutil.rmtree(tmp_path / part / "dog")
+        shutil.rmtree(tree / part / "dog")
+    files.write_archive(tmp_path, tree)
     with pytest.raises(ValueError, match=r"expected 10 classes, got 9"):
         load_cifar(tmp_path)
-    shutil.rmtree(tmp_path / "test")
-    (tmp_path / "test").mkdir()
+    shutil.rmtree(tree / "test")
+    (tree / "test").mkdir()
+    files.write_archive(tmp_path, tree)
     with pytest.raises(ValueError, match=r"holds no images of the form test/CLASS/NAME.jpg"):
         load_cifar(tmp_path)
+
+
+def test_a_file_that_is_no_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "cifar10_jpeg.tar.xz").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"cifar10_jpeg.tar.xz: it is no regular file"):
+        load_cifar(tmp_path)
+    files.write_mnist(tmp_path, gz=False)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    os.mkfifo(tmp_path / "t10k-labels-idx1-ubyte")
+    with pytest.raises(ValueError, match=r"no t10k-labels-idx1-ubyte"):
+        load_mnist(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files.write_tree(tmp_path / "tree")
+    files.write_archive(tmp_path, tmp_path / "tree")
+    monkeypatch.setattr(os, "fsync", full)
+    assert len(load_cifar(tmp_path).train_images) == 10
+    assert "not cached" in capsys.readouterr().err and not list(cache_folder().iterdir())
 
 
 def test_a_broken_archive_is_named_and_not_cached(tmp_path: Path) -> None:
@@ -452,6 +507,6 @@ def test_files_at_hand_are_not_fetched(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
     files.write_mnist(tmp_path / "mnist")
-    files.write_cifar(tmp_path, "python", 10)
+    files.write_cifar(tmp_path, 10)
     assert len(load_mnist(tmp_path, download=True).train_labels) == 20
     assert len(load_cifar(tmp_path, download=True).train_labels) == 10

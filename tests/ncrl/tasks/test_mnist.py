@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ncrl.tasks.mnist import (
+from ncrl.tasks.mnist.experiment import (
     attention_patterns,
     attention_to_u,
     decision_tree,
@@ -121,7 +121,7 @@ def test_paths_of_the_tree_are_the_patterns() -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
         patterns = rng.random((10, 4)) < 0.4
-        tree = decision_tree(patterns)._asdict()
+        tree = decision_tree(patterns)
 
         def check(node: dict[str, Any], depth: int, patterns: np.ndarray = patterns) -> None:
             digits = node["digits"]

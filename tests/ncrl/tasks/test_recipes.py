@@ -1,4 +1,4 @@
-"""Recipes: what the files in `configs/` say, how variants change them, what is refused."""
+"""Recipes: what the files in `configs/tasks/` say, how variants change them, what is refused."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from ncrl.tasks.parameters import CONFIGS, default_configs
-from ncrl.tasks.recipes import Recipe, build_network, read_recipe, read_recipes
+from ncrl.tasks.recipes import Recipe, build_network, read_recipes
+from tests.ncrl.tasks.files import read_recipe
 
 # The paper's Table 8: P J H K l_I a Rho, optimiser, batch.
 TABLE_8: dict[tuple[str, str], tuple[Any, ...]] = {
@@ -55,11 +56,13 @@ def test_configs_hold_table_8(key: tuple[str, str], values: tuple[Any, ...]) -> 
     assert (*found, recipe.optimizer, recipe.batch_size) == values
 
 
-def test_every_config_is_a_recipe_or_holds_flags_of_run_atari() -> None:
-    flags = {path.name for path in CONFIGS.glob("*.yaml")} - {p.name for p in default_configs()}
-    assert flags == {"a3c.yaml", "pong.yaml"}
+def test_every_config_says_which_command_reads_it() -> None:
     for path in default_configs():
-        assert path.stem.startswith(read_recipe(path).task)
+        task = read_recipe(path).task
+        assert path.stem.startswith(task)
+        command = "parameters" if task == "atari" else task
+        config = "" if path.stem == task else f" --config {path.stem}"
+        assert path.read_text().startswith(f"# python -m ncrl.tasks.{command}{config}\n")
 
 
 def test_a_variant_changes_options_one_by_one(tmp_path: Path) -> None:
@@ -86,11 +89,36 @@ def test_what_the_paper_counts_is_not_inherited(tmp_path: Path) -> None:
     assert (recipes["a"].paper_parameters, recipes["a"].note) == (None, "")
 
 
+def bomb(form: str) -> str:
+    """Nine levels of aliases, nine in each: 9^9 values in a few hundred bytes."""
+    lines = ["a0: &a0 {k: v}"]
+    for i in range(1, 10):
+        aliases = ", ".join([f"*a{i - 1}"] * 9)
+        lines.append(f"a{i}: &a{i} {form.replace('ALIASES', aliases)}")
+    return "\n".join(lines)
+
+
 REFUSED = [
     ("task: mnist", "does not say 'network'"),
     ("network: mlp", "does not say 'task'"),
-    ("[1, 2]", "must hold settings by name"),
-    ("{", "cannot read"),
+    ("[1, 2]", "must hold settings as 'name: value' lines"),
+    ("{", "cannot read .* it is not YAML"),
+    ("[" * 2000 + "]" * 2000, "cannot read .* nested too deeply"),
+    ("task: !!timestamp x", "cannot read .* it is not YAML"),
+    ("task: !!bool x", "cannot read .* it is not YAML"),
+    ("task: !!int ''", "cannot read .* it is not YAML"),
+    ("\xff: \x00", "cannot read"),
+    ("1: 2", "must hold settings as 'name: value' lines"),
+    ("task: mnist\nnetwork: mlp\nbatch_size: [" + "x, " * 20_000 + "]", "more than 10,000 values"),
+    (bomb("[ALIASES]"), "stands for more than 10,000 values"),
+    (bomb("{<<: [ALIASES]}"), "stands for more than 10,000 values"),
+    ("task: mnist\nnetwork: &a [*a]", "stands for more than 10,000 values"),
+    (
+        "task: mnist\nnetwork: mlp\nlearning_rate: " + "9" * 400,
+        "learning_rate .*float, got a number of about 400 digits",
+    ),
+    ("task: mnist\nnetwork: mlp\nnetwork_options: {hidden: [1000000]}", "at most 100,000"),
+    ("task: mnist\nnetwork: mlp\nnetwork_options: {hidden: [" + "9," * 101 + "]}", "at most 100 p"),
     ("task: mnist\nnetwork: mpl", "network must be one of .*'mpl'; nearest: mlp"),
     ("task: minst\nnetwork: mlp", "task must be one of .*nearest: mnist"),
     ("task: mnist\nnetwork: mlp\nlerning_rate: 1", "'lerning_rate'.*nearest: learning_rate"),
@@ -115,14 +143,6 @@ REFUSED = [
 def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s){message}"):
         read_recipes(written(tmp_path, text))
-
-
-def test_an_unknown_variant_offers_the_nearest(tmp_path: Path) -> None:
-    path = written(tmp_path, BASE + "  plain: {layer: linear}\n")
-    with pytest.raises(ValueError, match=r"unknown variant 'plane'.*nearest: plain"):
-        read_recipe(path, "plane")
-    with pytest.raises(ValueError, match=r"unknown variant 'a'.*it has none"):
-        read_recipe(written(tmp_path, BASE), "a")
 
 
 INPUTS = {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,12 +60,34 @@ def test_rows_are_found_below_a_folder_in_order(tmp_path: Path) -> None:
     assert len(read_results(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"task": "x"}', '{"strange": 1}', "{"])
+def changed(**fields: Any) -> str:
+    return json.dumps({**asdict(row(error=1.0)), **fields})
+
+
+WRONG_ROWS = [
+    *("", "[]", '{"task": "x"}', '{"strange": 1}', "{", "[" * 100_000),
+    *(changed(metrics=None), changed(metrics={"error": []}), changed(metrics=[1.0])),
+    *(changed(seed=-1), changed(seed=1.0), changed(updates=math.inf), changed(seconds=math.inf)),
+    *(changed(seconds=True), changed(curve=[[1]]), changed(curve=[{"error": "x"}])),
+    *(changed(metrics={"error": 10**400}), changed(name=None), changed(details=[])),
+]
+
+
+@pytest.mark.parametrize("text", WRONG_ROWS)
 def test_a_file_that_is_no_row_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(ValueError, match=r"result.json") as error:
         read_results(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_details_that_were_changed_are_named(tmp_path: Path) -> None:
+    write_result(tmp_path, replace(row(error=1.0), details={"seen": [50.0]}))
+    path = tmp_path / "result.json"
+    assert read_results(tmp_path)[0].details == {"seen": [50.0]}
+    path.write_text(path.read_text().replace('"seen"', '"sean"'))
+    with pytest.raises(ValueError, match=r"result.json .*details were changed"):
+        read_results(tmp_path)
 
 
 def test_mean_and_spread_are_those_of_the_population() -> None:

@@ -13,20 +13,17 @@ import torch
 from torch.nn import functional as F
 
 from ncrl.tasks.command import Plan
-from ncrl.tasks.continual.split import ContinualRecipe, Task
+from ncrl.tasks.continual.split import Task, class_tasks
 from ncrl.tasks.data import Images
+from ncrl.tasks.experiment import mutual_information
 from ncrl.tasks.models import SplitMlp
-from ncrl.tasks.recipes import CONFIGS, read_recipes
+from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results
-from ncrl.tasks.split_cifar import (
-    CONFIG,
+from ncrl.tasks.split_cifar.experiment import CONFIG, main, plan
+from ncrl.tasks.split_cifar.features import (
     SLOT_STEPS,
     SplitFeatures,
-    feature_tasks,
     hidden_attention,
-    main,
-    mutual_information,
-    plan,
     seen_accuracy,
     watched_updates,
 )
@@ -67,7 +64,7 @@ def numbers(classes: int = 4, each: int = 6) -> Images:
 
 def test_tasks_are_consecutive_classes() -> None:
     data = numbers()
-    tasks = feature_tasks(data, 2)
+    tasks = class_tasks(data, 2)
     assert len(tasks) == 2
     for number, task in enumerate(tasks):
         for x, labels in ((task.images, task.labels), (task.test_images, task.test_labels)):
@@ -76,7 +73,7 @@ def test_tasks_are_consecutive_classes() -> None:
                 assert index % 4 == 2 * number + label
     lacking = data._replace(train_labels=data.train_labels.clamp_max(2))
     with pytest.raises(ValueError, match="numbers has no images of class 3"):
-        feature_tasks(lacking, 2)
+        class_tasks(lacking, 2)
 
 
 def test_held_out_features_are_every_fifth_and_not_trained_on() -> None:
@@ -115,9 +112,9 @@ def test_mutual_information_is_that_of_its_definition() -> None:
         rows[i] += count
         columns[j] += count
     expected = entropy(rows) + entropy(columns) - entropy(pairs)
-    assert mutual_information(torch.tensor(table)) == pytest.approx(expected)
-    assert mutual_information(torch.tensor([[1, 3], [2, 6]])) == pytest.approx(0, abs=1e-12)
-    assert mutual_information(torch.eye(4)) == pytest.approx(2)
+    assert float(mutual_information(torch.tensor(table))) == pytest.approx(expected)
+    assert float(mutual_information(torch.tensor([[1, 3], [2, 6]]))) == pytest.approx(0, abs=1e-12)
+    assert float(mutual_information(torch.eye(4))) == pytest.approx(2)
 
 
 def test_seen_accuracy_leaves_tasks_to_come_out() -> None:
@@ -204,7 +201,7 @@ def test_top_slots_are_those_of_the_training_steps(tmp_path: Path) -> None:
     assert len(experiment.notes) == 16 and row.details["watched"] == list(range(16))
     counts = torch.tensor(row.details["slot_counts"])
     assert counts.shape == (2, 3, 6) and (counts.sum(2) == 15).all()
-    by_hand = sum(mutual_information(layer) for layer in counts) / 2
+    by_hand = sum(float(mutual_information(layer)) for layer in counts) / 2
     assert row.metrics["slot_information"] == pytest.approx(by_hand)
     assert row.details["seen"] == seen_accuracy(
         torch.tensor(row.details["accuracy"], dtype=torch.float64)
@@ -251,7 +248,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
 def test_classifiers_have_the_heads_of_their_tasks() -> None:
     recipes = read_recipes(CONFIGS / CONFIG)
     for classes, tasks, outputs in ((10, 5, 2), (100, 20, 5)):
-        base = Plan("split_cifar linear", recipes["linear"])
+        base = Plan("linear", recipes["linear"], {"variant": "linear", "changes": ""})
         found = plan(base, "si", {}, classes, 1000)
         options = found.recipe.network_options
         assert (options["num_tasks"], options["num_outputs"]) == (tasks, outputs)
@@ -355,9 +352,9 @@ BAD_INPUT = {
     "coef": (["--method", "si", "--penalty-coef", "-1"], "penalty_coef must lie in 0 .. inf"),
     "no file": (["--backbone", "/no/such.pth"], "/no/such.pth does not exist"),
     "folder": (["--backbone", "/"], "--backbone must be a file of weights: / is a folder"),
-    "no weights": (["--backbone", __file__], "is no state_dict that torch saved"),
+    "no weights": (["--backbone", __file__], "--backbone: cannot read"),
     "both": (["--backbone", __file__, "--backbone-epochs", "1"], "not --backbone"),
-    "epochs": (["--backbone-epochs", "-1"], "--backbone-epochs must be at least 0, got -1"),
+    "epochs": (["--backbone-epochs", "-1"], "--backbone-epochs must lie in 0 .. 100000, got -1"),
     "side": (["--image-side", "31"], "--image-side must lie in 32 .. 224, got 31"),
     "width": (["--network-options", "hidden=[0]"], "width must be an integer of at least 1"),
     "data": (["--data-dir", "/no/such/folder"], "/no/such/folder does not exist"),

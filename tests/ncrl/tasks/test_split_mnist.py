@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from ncrl.tasks.continual import tables, tradeoff
 from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.continual.split import COEFS, ContinualRecipe
-from ncrl.tasks.continual.tables import COLUMNS, Cell, Column
-from ncrl.tasks.recipes import build_network
+from ncrl.tasks.continual.split import COEFS
+from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
-from ncrl.tasks.split_mnist import RECIPES, main, plan
+from ncrl.tasks.split_mnist import tables, tradeoff
+from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, plan
+from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import count_parameters
 from tests.ncrl.tasks.refusals import assert_refused
 
@@ -86,6 +86,23 @@ def test_quirks_belong_to_the_official_variant() -> None:
     assert vars(without.recipe)["double_orth_coef"]
 
 
+def test_method_and_coefficient_can_stand_in_the_file(tmp_path: Path) -> None:
+    text = (CONFIGS / "split_mnist.yaml").read_text()
+    path = tmp_path / "own.yaml"
+    path.write_text(f"scenario: task\nmethod: l2\npenalty_coef: 3\n{text}")
+    flags = {"config": str(path)}
+    (cell,) = cells(flags)
+    assert (cell.scenario, cell.method) == ("task", "l2")
+    found = plan(cell, flags)
+    assert isinstance(found.recipe, ContinualRecipe)
+    assert (found.recipe.scenario, found.recipe.method) == ("task", "l2")
+    assert found.recipe.penalty_coef == 3 and found.name == "task l2 paper penalty_coef=3"
+    assert plan(cell, flags, coef=5.0).recipe == dataclasses.replace(found.recipe, penalty_coef=5.0)
+    (other,) = cells({**flags, "method": ["adam"], "scenario": ["domain"]})
+    assert (other.scenario, other.method) == ("domain", "adam")
+    assert vars(plan(other, flags).recipe)["penalty_coef"] == 0
+
+
 def test_flags_change_the_recipe_and_its_name() -> None:
     cell = Cell("task", "adagrad", Column("neurocoder"))
     changed = plan(cell, {"sharpness": 3.0, "epochs": 2, "orth_coef": 7.0}, coef=5.0)
@@ -149,8 +166,8 @@ BAD_INPUT = {
     "scenario": (["--scenario", "class"], "--scenario must be one of domain, task, got 'class'"),
     "layer": (["--layer", "film"], "--layer must be one of linear, lowrank, nsm, neurocoder"),
     "variant": (["--variant", "papers"], "nearest: paper"),
-    "repeats": (["--repeats", "0"], "--repeats must be at least 1, got 0"),
-    "jobs": (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+    "repeats": (["--repeats", "0"], "--repeats must lie in 1 .. 1000, got 0"),
+    "jobs": (["--jobs", "0"], "--jobs must lie in 1 .. 1000, got 0"),
     "both seeds": (["--repeats", "2", "--seeds", "1"], "exclude each other"),
     "rank": (["--layer", "lowrank", "--rank", "0"], "rank must be an integer of at least 1"),
     "rank of what": (["--layer", "linear", "--rank", "2"], "--rank needs --layer lowrank"),
@@ -165,7 +182,10 @@ BAD_INPUT = {
     ),
     "coef of what": (["--penalty-coef", "1"], "--penalty-coef needs a method out of l2, si, ewc"),
     "coefs": (["--tables", "1", "--penalty-coef", "1", "2"], "--tables takes one --penalty-coef"),
-    "config": (["--config", "polynomial"], "unknown variant 'tuned' of"),
+    "config": (
+        ["--config", "polynomial"],
+        "is for network gru, expected split_mlp",
+    ),
     "clipped": (
         ["--method", "si", "--max-grad-norm", "1"],
         "must not be clipped, got max_grad_nor",
@@ -289,11 +309,11 @@ def test_points_are_means_over_seeds_in_the_order_of_the_coefficient() -> None:
 
     def row(coef: float, seed: int, learn: float, accuracy: float, said: str = "") -> Result:
         made = made_up(cell, seed, accuracy, learn=learn)
-        name = f"{cell.name} epochs=2 penalty_coef={coef:g}" if said else made.name
-        return dataclasses.replace(made, name=name, recipe={"penalty_coef": coef})
+        labels = {**made.labels, "changes": said, "coef": f"penalty_coef={coef:g}"}
+        return dataclasses.replace(made, labels=labels, recipe={"penalty_coef": coef})
 
-    rows = [row(100.0, 0, 80.0, 70.0, "said"), row(1e-6, 0, 99.0, 50.0, "said")]
-    rows += [row(1e-6, 1, 97.0, 54.0, "said"), row(7.0, 0, 90.0, 60.0)]
+    rows = [row(100.0, 0, 80.0, 70.0, "epochs=2"), row(1e-6, 0, 99.0, 50.0, "epochs=2")]
+    rows += [row(1e-6, 1, 97.0, 54.0, "epochs=2"), row(7.0, 0, 90.0, 60.0)]
     found = tradeoff.curves(rows)
     assert found == {
         "domain ewc": {
@@ -312,6 +332,7 @@ def made_up(cell: Cell, seed: int, accuracy: float, **metrics: float) -> Result:
         *("split_mnist", cell.name, seed, cell.column.layer, 1234),
         {**values, "transfer": -1.0, "rank": 3.0, **metrics},
         *("MNIST", 10, 1.0, {}),
+        labels=cell.labels,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
+import random
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,25 +20,28 @@ from ncrl.baselines import balance_loss, record_gates
 from ncrl.diagnostics import describe
 from ncrl.layers import make_layer
 from ncrl.neurocoder import orthogonal_loss
+from ncrl.shell.screen import say
+from ncrl.shell.tensors import write_tensors
 from ncrl.tasks import training
+from ncrl.tasks.experiment import (
+    Experiment,
+    attention_bound,
+    describe_layers,
+    evaluating,
+    random_stream,
+)
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import read_result
 from ncrl.tasks.training import (
     CHECKPOINT_FILE,
-    Experiment,
     NonFiniteError,
     Run,
     Stopped,
-    attention_bound,
-    describe_layers,
-    draw,
-    evaluating,
     fingerprint,
     identity,
     learning_rate,
     load_weights,
     make_optimizer,
-    say,
     train,
 )
 
@@ -65,7 +70,7 @@ class Toy(Experiment):
         self.count = 0
 
     def loss(self, update: int) -> Tensor:
-        x = torch.randn(8, 5, generator=draw(self.seed, "train", update))
+        x = torch.randn(8, 5, generator=random_stream(self.seed, "train", update))
         return (self.model(x) - x / 2).square().mean()
 
     def after_update(self, update: int) -> None:
@@ -74,7 +79,7 @@ class Toy(Experiment):
 
     def evaluate(self) -> dict[str, float]:
         assert not self.model.training and not torch.is_grad_enabled()
-        x = torch.randn(8, 5, generator=draw(0, "test", 0))
+        x = torch.randn(8, 5, generator=random_stream(0, "test", 0))
         return {"mse": float((self.model(x) - x / 2).square().mean())}
 
     def report(self) -> dict[str, Any]:
@@ -249,13 +254,84 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
     run = interrupted(tmp_path, recipe)
     path = tmp_path / CHECKPOINT_FILE
     good = path.read_bytes()
-    for data in (good[:-200], b"", b"no checkpoint"):
+    without_checksum = io.BytesIO()
+    torch.save(torch.load(path, weights_only=True), without_checksum)
+    for data in (good[:-200], b"", b"no checkpoint", without_checksum.getvalue()):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"checkpoint.pt.*delete it to start anew") as error:
             train(run, Toy(recipe))
         assert "\n" not in str(error.value)
     path.write_bytes(good)
     assert train(run, Toy(recipe)).updates == UPDATES
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    recipe = toy_recipe(optimizer="sgd", layer="linear")
+    run = interrupted(tmp_path, recipe)
+    path = tmp_path / CHECKPOINT_FILE
+    good = path.read_bytes()
+    for place in random.Random(0).sample(range(len(good)), 150):
+        data = bytearray(good)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"cannot read .*checkpoint.pt.*delete it to start"):
+            train(run, Toy(recipe))
+
+
+def test_a_checkpoint_that_is_no_file_is_no_reason_to_start_anew(tmp_path: Path) -> None:
+    recipe = toy_recipe()
+    path = tmp_path / CHECKPOINT_FILE
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"checkpoint.pt: it is no regular file"):
+        train(make_run(tmp_path, recipe), Toy(recipe))
+
+
+def first(state: dict[str, Any], name: str, value: Any) -> None:
+    state["optimizer"]["state"][0][name] = value
+
+
+def set_in(state: dict[str, Any], name: str, value: Any) -> None:
+    state[name] = value
+
+
+SPOILT: list[tuple[Callable[[dict[str, Any]], None], str]] = [
+    (lambda s: first(s, "exp_avg", torch.zeros(1)), "'exp_avg' of parameter 0 must be .* shape"),
+    (lambda s: first(s, "exp_avg", torch.zeros(5, 5, dtype=torch.int64)), "torch.float32"),
+    (lambda s: first(s, "exp_avg", 1.0), "must be a tensor"),
+    (lambda s: first(s, "step", torch.tensor(-1.0)), "at least 0"),
+    (lambda s: first(s, "step", torch.tensor(4.0)), "0 .. 3, got 4"),
+    (lambda s: first(s, "step", torch.tensor(math.nan)), "must be a number"),
+    (lambda s: first(s, "step", torch.zeros(5)), "must be one number"),
+    (lambda s: first(s, "more", torch.zeros(5)), "must hold exp_avg, exp_avg_sq, step"),
+    (lambda s: s["optimizer"]["state"].update({99: {}}), "99, which is no parameter"),
+    (lambda s: s["optimizer"]["param_groups"][0].update(eps="x"), "'eps' must be like"),
+    (lambda s: s["optimizer"]["param_groups"][0].update(params=[0]), "must hold parameters 0 to"),
+    (lambda s: set_in(s, "optimizer", []), "must hold 'state'"),
+    (lambda s: set_in(s, "update", 2.0), "update must lie in 0 .. 9"),
+    (lambda s: set_in(s, "update", -1), "update must lie in 0 .. 9"),
+    (lambda s: set_in(s, "seconds", math.inf), "are no numbers"),
+    (lambda s: set_in(s, "curve", [{"loss": []}]), "its curve"),
+    (lambda s: set_in(s, "loss", [0.0, -3]), "losses must be 0 .. 3"),
+    (lambda s: set_in(s, "model", {"x": 1}), "cannot be used"),
+    (lambda s: set_in(s, "random", {"cpu": 1}), "cannot be used"),
+    (lambda s: set_in(s, "big", torch.zeros(1).expand(10**9)), "would take 4,000"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT)
+def test_a_state_that_does_not_fit_is_refused_before_it_is_used(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    """With a right checksum: a stranger may have written it."""
+    recipe = toy_recipe(layer="linear")
+    run = interrupted(tmp_path, recipe)
+    path = tmp_path / CHECKPOINT_FILE
+    state = torch.load(path, weights_only=True)
+    spoil(state)
+    write_tensors(path, state)
+    with pytest.raises(ValueError, match=rf"checkpoint.pt.*{message}") as error:
+        train(run, Toy(recipe))
+    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -306,7 +382,7 @@ def test_weights_of_a_finished_run_are_loaded(tmp_path: Path) -> None:
 
 def test_random_streams_follow_from_their_arguments() -> None:
     def numbers(*key: Any) -> Tensor:
-        return torch.rand(4, generator=draw(*key))
+        return torch.rand(4, generator=random_stream(*key))
 
     assert torch.equal(numbers(1, "train", 2), numbers(1, "train", 2))
     keys = [(1, "train", 2), (1, "train", 3), (2, "train", 2), (1, "test", 2), (2**31, "train", 2)]

@@ -65,6 +65,24 @@ class Odd(nn.Module):
         return (x @ self.wide[:, :IN].T + x @ self.wide[:, IN:].T * 0.5) * self.scale
 
 
+class Split(nn.Module):
+    """Weights made of others, and a parameter that is split; `whole` uses it unsplit as well."""
+
+    def __init__(self, *, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+        self.pieces = nn.Parameter(torch.randn(2, IN * OUT + OUT))
+        self.rectified = nn.Parameter(torch.randn(IN, IN))
+        self.first, self.second = (nn.Parameter(torch.randn(n, IN)) for n in (2, OUT - 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.rectified.relu()
+        weights, biases = torch.split(self.pieces, [IN * OUT, OUT], dim=1)
+        y = torch.matmul(x, weights.view(2, IN, OUT)) + biases.unsqueeze(1)  # [2, B, OUT]
+        y = y.prod(0) + F.linear(x, torch.cat([self.first, self.second]))
+        return y * self.pieces.mean() if self.whole else y
+
+
 NEUROCODER = {"num_slots": 7, "num_heads": 2, "key_dim": 3, "controller_size": 4}
 
 
@@ -74,6 +92,8 @@ def split(layer: str, **options: object) -> SplitMlp:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "odd": Odd,
+    "split": lambda: Split(whole=False),
+    "split and whole": lambda: Split(whole=True),
     "mlp": lambda: SplitMlp(IN, [9, 8], OUT),
     "low rank": lambda: SplitMlp(IN, [9, 8], OUT, hidden_rank=2),
     "neurocoder": lambda: split("neurocoder", residual=False, **NEUROCODER),
@@ -112,7 +132,8 @@ def test_other_losses_and_inputs() -> None:
     x = torch.randn(4, 2, 3, dtype=torch.float64)
 
     def loss(call: Callable[..., Tensor], sample: Tensor) -> Tensor:
-        return F.mse_loss(call(sample), torch.ones(1, OUT, dtype=torch.float64)) + sample.sum()
+        outputs = call(sample)
+        return F.mse_loss(outputs, torch.ones_like(outputs), reduction="sum") + sample.sum()
 
     assert_same(gradient_sums(model, loss, x), loop(model, loss, x))
 

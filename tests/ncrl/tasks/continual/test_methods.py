@@ -156,7 +156,9 @@ def test_extra_loss_is_in_every_samples_gradient() -> None:
         found = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(expected, found, strict=True):
             total += gradient**2 / len(x)
-    ours = OnlineEwc(model, COEF, extra).fisher(x, own_label_loss)
+    method = OnlineEwc(model, COEF)
+    method.extra_loss = extra
+    ours = method.fisher(x, own_label_loss)
     torch.testing.assert_close(list(ours.values()), expected, rtol=1e-6, atol=1e-9)
 
 
@@ -246,3 +248,16 @@ def test_bad_names_and_coefficients_are_refused() -> None:
         make_method("onlin-ewc", network(), 1.0)
     with pytest.raises(ValueError, match="coef must be at least 0, got -1"):
         make_method("l2", network(), -1.0)
+
+
+@pytest.mark.parametrize("name", ["si", "ewc"])
+def test_a_state_of_another_network_is_refused(name: str) -> None:
+    """Before any of the fused loops over it, which trust shapes and names."""
+    method = make_method(name, nn.Linear(3, 2), 1.0)
+    state = make_method(name, nn.Linear(3, 4), 1.0).state()
+    with pytest.raises(ValueError, match=r"weight must be torch.float32 of shape \[2, 3\]"):
+        method.restore(state)
+    with pytest.raises(ValueError, match="of other parameters"):
+        method.restore({**method.state(), "anchor": {"x": torch.zeros(1)}})
+    with pytest.raises(ValueError, match="must be a tensor"):
+        method.restore({**method.state(), "importance": {"weight": 1, "bias": 2}})

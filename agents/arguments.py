@@ -1,0 +1,179 @@
+"""The arguments of `A3C`: what it refuses, and what it warns of."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from torch import nn
+
+from ncrl import sb3
+from ncrl.agents.learning.objective import Objective
+from ncrl.agents.playing import sizes
+from ncrl.agents.playing.env_sources import EnvFactory, meaning
+from ncrl.sb3 import EnginePolicy
+from ncrl.settings import check
+
+ACTION_SPACES = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
+
+
+def check_numbers(
+    objective: Objective, n_steps: int, max_grad_norm: Any, learning_rate: Any
+) -> None:
+    """Raise ValueError for the first number that is out of range."""
+    if n_steps < 1:
+        raise ValueError(f"n_steps must lie in 1 .. inf, got {n_steps}")
+    clip = objective.reward_clip
+    if clip is not None and not (isinstance(clip, (int, float)) and 0 < clip < math.inf):
+        raise ValueError(f"reward_clip must be a positive number, None or 'env', got {clip!r}")
+    check(objective)
+    if not (isinstance(max_grad_norm, (int, float)) and max_grad_norm >= 0):
+        raise ValueError(
+            f"max_grad_norm must be at least 0, got {max_grad_norm}; inf sets no limit"
+        )
+    if isinstance(learning_rate, (int, float)) and not 0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be at least 0, got {learning_rate}")
+
+
+def check_batch(batch_size: int, n_steps: int, n_envs: int) -> None:
+    """Raise ValueError for a batch that is not whole rollouts, an equal share of all."""
+    whole = n_steps * n_envs
+    if batch_size < 1 or batch_size % n_steps or whole % batch_size:
+        raise ValueError(
+            f"batch_size must be a multiple of n_steps that divides n_steps * n_envs, got "
+            f"batch_size={batch_size} with n_steps={n_steps} and n_envs={n_envs}"
+        )
+
+
+def check_policy(policy_class: Any, policy_kwargs: Mapping[str, Any], use_sde: bool) -> None:
+    """Refuse policies that A3C cannot train, and arguments that are not theirs.
+
+    Raises:
+        ValueError: for the arguments.
+        TypeError: for the policy.
+    """
+    if policy_kwargs.get("squash_output") and not use_sde:
+        raise ValueError("squash_output=True needs use_sde=True, got use_sde=False")
+    for name in {"orth_coef", "balance_coef"} & set(policy_kwargs):
+        raise ValueError(
+            f"{name} is an argument of A3C itself, not of its policy: give "
+            f"A3C(..., {name}={policy_kwargs[name]!r}) and leave it out of policy_kwargs"
+        )
+    if not (isinstance(policy_class, type) and issubclass(policy_class, EnginePolicy)):
+        raise TypeError(_wrong_policy(policy_class))
+
+
+def _wrong_policy(policy: Any) -> str:
+    """What to do with a policy that A3C does not take."""
+    if not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
+        got = f"an object of {type(policy).__name__}" if isinstance(policy, nn.Module) else policy
+        return f"policy must be a name or a policy class, got {got!r}"
+    kind = next((kind for kind in ("Cnn", "MultiInput") if kind in policy.__name__), "Mlp")
+    memory = "Lstm" if issubclass(policy, RecurrentActorCriticPolicy) else ""
+    name = f"{kind}{memory}Policy"
+    return (
+        f"A3C needs a policy derived from ncrl.sb3.EnginePolicy, which {policy.__name__} is not; "
+        f"use policy={name!r}, or derive yours from ncrl.sb3.{name}"
+    )
+
+
+def check_workers(n_workers: int, n_envs: int) -> None:
+    """Raise ValueError for environments that workers cannot share out equally."""
+    if n_envs < 1 or n_workers < 0:
+        raise ValueError(
+            f"n_envs must be at least 1 and n_workers at least 0, "
+            f"got n_envs={n_envs} with n_workers={n_workers}"
+        )
+    if n_workers and n_envs % n_workers:
+        near = max(1, round(n_envs / n_workers)) * n_workers
+        raise ValueError(
+            f"n_envs must be a multiple of n_workers, got n_envs={n_envs} with "
+            f"n_workers={n_workers}; nearest: n_envs={near}"
+        )
+
+
+def check_cluster(cluster: str | None, n_workers: int) -> None:
+    """Raise ValueError for a cluster that nobody could play on."""
+    if cluster is None:
+        return
+    sizes.check_cluster(cluster)
+    if not n_workers:
+        raise ValueError(
+            f"cluster={cluster!r} needs workers: n_workers of at least 1, and an env that they can "
+            "build, a Gymnasium id or a factory"
+        )
+
+
+def check_serial(n_workers: int, env: object) -> None:
+    """Raise ValueError for an environment object that workers should play."""
+    if n_workers:
+        raise ValueError(
+            f"n_workers={n_workers} needs an env that workers can build: a Gymnasium id or a "
+            f"factory, got {type(env).__name__}; with an environment object use n_workers=0"
+        )
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An integer of any kind as an `int`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def tell_meaning(env: Any, factory: EnvFactory, verbose: int) -> None:
+    """Say what an id of a game stands for here; aloud, where SB3's users mean something else."""
+    if not isinstance(env, str) or (line := meaning(env, factory)) is None:
+        return
+    if not env.startswith("ALE/"):
+        warnings.warn(f"{line}; for other rules give ncrl.envs.atari(...)", stacklevel=3)
+    elif verbose >= 1:
+        print(line)
+
+
+def warn_of_frequencies(callback: BaseCallback, n_envs: int) -> None:
+    """Warn of callbacks that count calls: SB3's users of an id are used to one per timestep."""
+    for part in getattr(callback, "callbacks", ()):
+        warn_of_frequencies(part, n_envs)
+    for name in ("save_freq", "eval_freq"):
+        if frequency := getattr(callback, name, 0):
+            warnings.warn(
+                f"{type(callback).__name__}({name}={frequency}) counts calls, and an id makes "
+                f"{n_envs} environments here, which are one call: it acts every "
+                f"{frequency * n_envs} timesteps. Give {name}=max(timesteps // {n_envs}, 1), and "
+                f"n_envs={n_envs} if that is what you mean",
+                stacklevel=2,
+            )
+
+
+def sees_images(policy: str | type) -> bool:
+    """Whether a policy, given by name or class, is a convolutional one."""
+    return "Cnn" in (policy if isinstance(policy, str) else getattr(policy, "__name__", ""))
+
+
+def with_head_options(
+    policy: str | type, policy_kwargs: Mapping[str, Any] | None, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a policy, whose Neurocoder heads get the default options.
+
+    Heads whose options are given get the default sharpness alone. What is chosen is an argument
+    like any other then, and saved with the model.
+    """
+    options = dict(policy_kwargs or {})
+    kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
+    if options.get("head", getattr(kind, "head", None)) == "neurocoder":
+        given = options.get("head_kwargs")
+        options["head_kwargs"] = (
+            {"sharpness": defaults["sharpness"], **given} if given else dict(defaults)
+        )
+    return options

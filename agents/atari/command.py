@@ -1,0 +1,73 @@
+"""The command: train, resume, evaluate and watch A3C with Neurocoder heads on an Atari game."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ncrl.agents.atari.config import RunConfig
+from ncrl.agents.atari.evaluate import evaluate
+from ncrl.agents.atari.summary import PROGRAM
+from ncrl.agents.atari.train import learn, prepare
+from ncrl.settings import add_flags, make_parser, parse, usage_error
+from ncrl.shell.hardware import keep_freed_memory
+from ncrl.shell.screen import Screen
+from ncrl.shell.signals import leave_at_once, stop_signals
+
+EXIT_SIGINT = 130
+
+MODES = ("config", "resume", "profile", "evaluate", "episodes", "video", "deterministic", "best")
+"""Flags that are not settings of a run."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    keep_freed_memory()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    flags = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
+    modes = {name: flags.pop(name, None) for name in MODES}
+    screen = Screen(sys.stdout)
+    with stop_signals(leave_at_once) as signals:
+        try:
+            if modes["evaluate"] is not None:
+                return evaluate(Path(modes["evaluate"]), flags, modes, screen)
+            with prepare(flags, modes) as job:
+                return learn(job, screen, signals)
+        except KeyboardInterrupt:
+            screen.line("left at once; the last checkpoint is the one before")
+            return signals.exit_code or EXIT_SIGINT
+        except ValueError as error:
+            usage_error(PROGRAM, str(error))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag per field of `RunConfig`, and those that choose what to do."""
+    parser = make_parser(
+        "Train, resume, evaluate and watch A3C with Neurocoder heads on an Atari game.",
+        "Everything can also be given as 'name: value' lines of a YAML file (--config).",
+    )
+    add_flags(parser, RunConfig)
+    parser.add_argument("--config", help="YAML file of settings; flags win over it")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run exactly")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="measure where the time of each process goes; a table at the end, and curves",
+    )
+    parser.add_argument("--evaluate", metavar="RUN_DIR", help="play whole games with a trained run")
+    parser.add_argument("--episodes", type=int, help="games to evaluate (default: 10)")
+    parser.add_argument("--video", help="with --evaluate: an .mp4 or .webm of one game")
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="with --evaluate: best_model.zip, not the last checkpoint",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="with --evaluate: the likeliest action, not a sampled one",
+    )
+    return parser

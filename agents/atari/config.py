@@ -1,0 +1,379 @@
+"""The configuration of a run on an Atari game: its settings, and how flags and files make one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ncrl import NeurocoderConfig
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES
+from ncrl.agents.learning.intrinsic import SOURCES
+from ncrl.agents.learning.objective import Objective
+from ncrl.agents.playing.sizes import (
+    Sizes,
+    available_cores,
+    choose_sizes,
+    games_per_update,
+    worker_cores,
+)
+from ncrl.agents.runs.directory import RunDirectory
+from ncrl.envs import AtariFactory, atari
+from ncrl.layers import LAYERS
+from ncrl.settings import configure, same_as, setting
+from ncrl.yaml_files import read_yaml
+
+FRAMES_PER_TIMESTEP = 4
+
+EXPLORING_ENVS = 64
+"""The least with an intrinsic reward: more games find more, and are faster by the timestep."""
+
+HARD_GAMES = {
+    "montezuma_revenge": "0 to 14 points after 200 million frames",
+    "private_eye": "about 100 points after 200 million frames",
+    "pitfall": "0 points after 200 million frames",
+    "venture": "0 points after 200 million frames",
+    "frostbite": "about 300 points after 200 million frames",
+}
+"""What plain actor-critics without an exploration bonus are known to reach."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that fixes a run. Flags, YAML keys and `config.yaml` have these names."""
+
+    # The run.
+    env: str = setting("", "game: MontezumaRevenge, montezuma_revenge or ALE/MontezumaRevenge-v5")
+    protocol: str = setting(
+        "machado",
+        "machado: sticky actions 0.25, 18 actions, a game ends when it is over; classic: no-ops, "
+        "minimal actions, a lost life cuts the return",
+        choices=("machado", "classic"),
+    )
+    frames: int = setting(
+        10_000_000, "emulator frames of the whole run, 4 per timestep", low=1, high=10**12
+    )
+    seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
+    device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
+    logdir: str = setting("runs", "folder in which the run directory is made")
+    workers: int | None = setting(
+        None,
+        "worker processes, 0 for none (reproducible); chosen by cores and GPU",
+        low=0,
+        high=1024,
+    )
+    games: int | None = setting(
+        None,
+        "games of all workers together; chosen by cores and GPU, 16 with --workers",
+        low=1,
+        high=16_384,
+    )
+    envs_per_worker: int | None = setting(
+        None, "games per worker, in place of --games", low=1, high=1024
+    )
+    cluster: str | None = setting(
+        None, "play on a Ray cluster: auto, or host:port of its head (docs/cluster.md)"
+    )
+    stack: int = setting(1, "timesteps shown in one observation", low=1, high=64)
+    # The network.
+    layer: str = setting(
+        "neurocoder",
+        f"output layers of actor and critic: {', '.join(LAYERS)}",
+        choices=tuple(LAYERS),
+    )
+    encoder: str = setting(
+        "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
+    )
+    lstm_hidden_size: int = setting(512, "width of the LSTM", low=1, high=8192)
+    num_slots: int = setting(
+        IMAGE_HEADS["num_slots"], "Neurocoder: slots P of the program memory", low=1, high=65_536
+    )
+    key_dim: int = setting(3, "Neurocoder: width K of keys", low=1, high=4096)
+    num_heads: int = setting(
+        IMAGE_HEADS["num_heads"], "Neurocoder: attention heads H", low=1, high=4096
+    )
+    num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1, high=256)
+    num_least_used: int = setting(
+        IMAGE_HEADS["num_least_used"], "Neurocoder: least-used slots l_I", low=0, high=65_536
+    )
+    controller_size: int = setting(
+        8, "Neurocoder: width of the composition network", low=1, high=4096
+    )
+    sharpness: float = setting(
+        IMAGE_HEADS["sharpness"],
+        "Neurocoder: softmax temperature beta; 1 in the paper, where heads hardly attend",
+        low=1e-6,
+    )
+    residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
+    # The algorithm.
+    n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
+    batch_size: int | None = setting(
+        None,
+        "timesteps per update; rollouts of 4 games, of up to 24 with a GPU",
+        low=1,
+        high=10**9,
+    )
+    optimizer: str = setting(
+        "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
+    )
+    learning_rate: float = setting(IMAGES.learning_rate, "learning rate at the start", low=0)
+    anneal: bool = setting(True, "whether the learning rate falls linearly to 0")
+    gamma: float = same_as(Objective, "gamma")
+    gae_lambda: float = setting(IMAGES.gae_lambda, "1 for n-step returns", low=0, high=1)
+    ent_coef: float = same_as(Objective, "ent_coef")
+    vf_coef: float = same_as(Objective, "vf_coef")
+    max_grad_norm: float = setting(40.0, "limit on the gradient's norm", low=0)
+    rms_prop_eps: float = setting(0.1, "rmsprop: epsilon, inside the root", low=0)
+    orth_coef: float = same_as(Objective, "orth_coef")
+    balance_coef: float = same_as(Objective, "balance_coef")
+    correction: str = same_as(Objective, "correction")
+    # Exploration.
+    intrinsic_reward: str = setting(
+        "auto",
+        "bonus for what is new: rnd, snd, count or none; auto: rnd for games whose rewards are "
+        "rare, none for all others",
+        choices=("auto", "none", *SOURCES),
+    )
+    int_coef: float = same_as(Objective, "int_coef")
+    ext_coef: float = same_as(Objective, "ext_coef")
+    int_gamma: float = same_as(Objective, "int_gamma")
+    imitation_coef: float = same_as(Objective, "imitation_coef")
+    bonus_encoder: str = setting(
+        "a3c", "rnd and snd: size of target and predictor", choices=("a3c", "nature")
+    )
+    bonus_learning_rate: float = setting(1e-4, "rnd and snd: learning rate", low=1e-9)
+    update_proportion: float | None = setting(
+        None,
+        "rnd and snd: share of timesteps learnt from; those of 32 games if not given",
+        low=1e-3,
+        high=1,
+    )
+    bonus_warmup: int = setting(
+        100_000, "bonus: timesteps in which statistics are gathered first", low=0, high=10**12
+    )
+    # What is written.
+    log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)
+    checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1, high=10**12)
+    keep_checkpoints: int = setting(3, "checkpoints to keep", low=1, high=10**6)
+    stop_on_save_error: bool = setting(False, "whether a full disk ends the run")
+    # Workers.
+    heartbeat_timeout: float = setting(
+        60.0, "seconds after which a silent worker is replaced", low=0.1, high=10**6
+    )
+    max_restarts: int = setting(
+        5,
+        "deaths in a row, and a fourth of those in 10 minutes, that a worker is replaced after",
+        low=0,
+        high=1000,
+    )
+
+
+BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "hypernet": {"num_layers": 2, "hidden": 192},
+    "film": {"num_layers": 2, "hidden": 64},
+    "moe": {"num_experts": 10, "top_k": 5},
+    "nsm": {"num_slots": 5, "key_dim": 5},
+}
+"""Options of the baselines' heads, from the paper's search grids; but HyperNet's width is the one
+that makes 3.65 million parameters with the encoder `paper`, where the paper prints 3.6 million."""
+
+FIXED_FIELDS = (
+    *("env", "protocol", "stack", "layer", "encoder", "lstm_hidden_size", "num_slots", "key_dim"),
+    *("num_heads", "num_steps", "num_least_used", "controller_size", "sharpness", "residual"),
+    *("optimizer", "seed", "intrinsic_reward", "bonus_encoder"),
+)
+"""What a resumed run cannot change: weights or optimiser would not fit or mean something else, and
+random numbers go on where they were."""
+
+EXPLORING: dict[str, Any] = {
+    "frames": 200_000_000,
+    "learning_rate": 3e-4,
+    "gamma": 0.999,
+    "anneal": False,
+}
+"""Defaults of a run with an intrinsic reward, where they differ from `RunConfig`'s."""
+
+
+def choose_config(
+    flags: dict[str, Any], modes: dict[str, Any]
+) -> tuple[RunConfig, RunDirectory | None]:
+    """The configuration of the run, and its directory if it exists already."""
+    if modes["resume"] is None:
+        file = modes["config"]
+        values = {} if file is None else read_yaml(Path(file))
+
+        def chosen(base: RunConfig) -> RunConfig:
+            return configure(flags, configure(values, base, str(file)), "the flags")
+
+        config = with_bonus(chosen(RunConfig()))
+        if config.intrinsic_reward != "none":
+            config = with_bonus(chosen(replace(RunConfig(), **EXPLORING)))
+        _check_heads(config)
+        return with_sizes(canonical(config)), None
+    if modes["config"] is not None:
+        raise ValueError("--resume takes the run's own config.yaml; leave --config out")
+    path = Path(modes["resume"])
+    before = stored_config(path)
+    base = replace(before, games=None) if "envs_per_worker" in flags else before
+    config = with_sizes(canonical(configure(flags, base, "the flags")))
+    _check_unchanged(before, config)
+    return config, RunDirectory.open(path)
+
+
+def with_bonus(config: RunConfig) -> RunConfig:
+    """With an intrinsic reward chosen by the game, unless one was asked for.
+
+    Raises:
+        ValueError: without a game, or for one that does not exist.
+    """
+    if not config.env:
+        raise ValueError("--env is needed: a game such as MontezumaRevenge")
+    if config.intrinsic_reward != "auto":
+        return config
+    is_hard = make_factory(config).game in HARD_GAMES
+    return replace(config, intrinsic_reward="rnd" if is_hard else "none")
+
+
+def make_factory(config: RunConfig) -> AtariFactory:
+    """The game under its protocol."""
+    return atari(config.env, protocol=config.protocol, stack=config.stack)
+
+
+def camel_case(game: str) -> str:
+    """`montezuma_revenge` -> `MontezumaRevenge`."""
+    return game.title().replace("_", "")
+
+
+def canonical(config: RunConfig) -> RunConfig:
+    """With the game's name in one form, so that `Pong` and `pong` are the same game."""
+    return replace(config, env=camel_case(make_factory(config).game))
+
+
+def with_sizes(config: RunConfig) -> RunConfig:
+    """Numbers of workers and games, where they are not given; checks them with `batch_size`.
+
+    The games are what a run keeps, and workers share them out equally: where their number does not
+    divide the games, the nearest one that does is taken, with a warning.
+
+    Raises:
+        ValueError: if `batch_size` does not divide what the games play in a rollout, if games are
+            given in two ways, or if there is no such cluster.
+    """
+    if config.games is not None and config.envs_per_worker is not None:
+        raise ValueError(
+            f"games ({config.games}) and envs_per_worker ({config.envs_per_worker}) both say how "
+            "many games there are; leave one out"
+        )
+    fitting = _fitting_workers(config)
+    asked = fitting if config.workers is None else config.workers
+    games = config.games or _default_games(config, asked)
+    divisors = [n for n in range(1, games + 1) if games % n == 0]
+    workers = min(divisors, key=lambda n: abs(n - asked)) if asked else 0
+    if workers != asked and config.workers is not None:
+        logging.warning(
+            "%d workers cannot share out %d games equally: taking %d", asked, games, workers
+        )
+    config = replace(config, workers=workers, games=games, envs_per_worker=None)
+    size, whole = config.batch_size, config.n_steps * num_games(config)
+    if size is not None and (size % config.n_steps or whole % size):
+        raise ValueError(
+            f"batch_size must be a multiple of n_steps that divides the {whole} timesteps of a "
+            f"rollout of all games, got batch_size={size} with n_steps={config.n_steps} and "
+            f"{num_games(config)} games; nearest: {timesteps_per_update(config, None)}"
+        )
+    return config
+
+
+def _fitting_workers(config: RunConfig) -> int:
+    """One per core of a cluster, on this machine as many as fit."""
+    if config.cluster is not None:
+        return worker_cores(config.cluster)
+    return machine_sizes(config).workers
+
+
+def _default_games(config: RunConfig, workers: int) -> int:
+    """Games of all workers together, where their number is not given."""
+    if config.envs_per_worker is not None:
+        return max(1, workers) * config.envs_per_worker
+    is_chosen = config.workers is None or (workers > 0 and uses_gpu(config))
+    games = machine_sizes(config).games * workers if is_chosen else DEFAULT_ENVS
+    if config.intrinsic_reward == "none":
+        return games
+    return max(games, EXPLORING_ENVS // max(1, workers) * max(1, workers))
+
+
+def num_games(config: RunConfig) -> int:
+    """Games of all workers together."""
+    return config.games or _default_games(config, config.workers or 0)
+
+
+def timesteps_per_update(config: RunConfig, batch_size: int | None) -> int:
+    """`batch_size`, or the rollouts of a number of games that fits the learner."""
+    return batch_size or games_per_update(num_games(config), uses_gpu(config)) * config.n_steps
+
+
+def machine_sizes(config: RunConfig) -> Sizes:
+    """Numbers of workers and games that fit this machine."""
+    return choose_sizes(available_cores(), uses_gpu(config))
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether the learner computes on a GPU."""
+    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+
+
+def stored_config(run: Path) -> RunConfig:
+    """The configuration in a run directory.
+
+    Older runs tell their games by workers and games per worker.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run directory: it has no config.yaml")
+    # A run of an earlier release says nothing of a bonus, because there was none; its games were
+    # told by workers and games per worker.
+    before = replace(RunConfig(), intrinsic_reward="none")
+    config = configure(read_yaml(path), before, str(path))
+    if config.envs_per_worker is not None and config.games is None:
+        games = max(1, config.workers or 0) * config.envs_per_worker
+        config = replace(config, games=games, envs_per_worker=None)
+    return config
+
+
+def _check_unchanged(before: RunConfig, after: RunConfig) -> None:
+    changed = [
+        f"{name} {getattr(before, name)!r} -> {getattr(after, name)!r}"
+        for name in FIXED_FIELDS
+        if getattr(before, name) != getattr(after, name)
+    ]
+    if changed:
+        raise ValueError(
+            "a resumed run keeps its game, network, optimiser and seed; "
+            f"changed: {', '.join(changed)}"
+        )
+
+
+def _check_heads(config: RunConfig) -> None:
+    if config.layer == "neurocoder":
+        NeurocoderConfig(**head_options(config))
+
+
+def bonus_options(config: RunConfig) -> dict[str, Any]:
+    """Options of the intrinsic reward, for `A3C(intrinsic_kwargs=...)`."""
+    options: dict[str, Any] = {"warmup_timesteps": config.bonus_warmup}
+    if config.intrinsic_reward != "count":
+        options |= {"encoder": config.bonus_encoder, "learning_rate": config.bonus_learning_rate}
+        if config.update_proportion is not None:
+            options["update_proportion"] = config.update_proportion
+    return options
+
+
+def head_options(config: RunConfig) -> dict[str, Any]:
+    """Options of the output layers, for `ncrl.layers.make_layer`."""
+    if config.layer != "neurocoder":
+        return BASELINE_OPTIONS.get(config.layer, {})
+    names = [entry.name for entry in fields(RunConfig) if "Neurocoder:" in entry.metadata["help"]]
+    return {name: getattr(config, name) for name in names}

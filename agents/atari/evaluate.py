@@ -1,0 +1,129 @@
+"""Playing whole games with a trained run, for its score."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from ncrl.agents import A3C
+from ncrl.agents.atari.config import (
+    FRAMES_PER_TIMESTEP,
+    RunConfig,
+    camel_case,
+    make_factory,
+    stored_config,
+)
+from ncrl.agents.atari.film import film
+from ncrl.agents.atari.train import build_model
+from ncrl.agents.atari.video import check_path
+from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
+from ncrl.settings import configure, shown
+from ncrl.shell.hardware import choose_device
+from ncrl.shell.screen import Screen
+
+MOST_EPISODES = 1_000_000
+
+EVALUATION_ENVS = 8
+"""Games that are evaluated side by side."""
+
+
+def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: Screen) -> int:
+    """Play whole games and print the raw score; returns the exit code."""
+    for name in ("resume", "config", "profile"):
+        if modes[name] is not None:
+            raise ValueError(f"--evaluate and --{name} exclude each other")
+    allowed = {"seed", "device"}
+    if extra := set(flags) - allowed:
+        raise ValueError(
+            f"--evaluate plays the run as it was trained; leave --{min(extra)} out "
+            f"(allowed: {', '.join(sorted(allowed))})"
+        )
+    episodes = 10 if modes["episodes"] is None else modes["episodes"]
+    if not 1 <= episodes <= MOST_EPISODES:
+        raise ValueError(f"episodes must lie in 1 .. {MOST_EPISODES}, got {shown(episodes)}")
+    config = configure(flags, stored_config(path), "the flags")
+    choose_device(config.device)
+    if modes["video"] is not None:
+        check_path(Path(modes["video"]))
+    weights, after = chosen_weights(path, best=bool(modes["best"]))
+    screen.line(f"playing {episodes} whole games with {weights}")
+    model = build_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
+    load_weights(model, weights, optimizer=False)
+    deterministic = bool(modes["deterministic"])
+    scores, lengths = play_games(model, config, episodes, deterministic, screen)
+    rules = make_factory(config).describe()
+    screen.line(
+        f"{camel_case(make_factory(config).game)} {after}raw score of {episodes} whole "
+        f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
+        f"min {min(scores):g}, max {max(scores):g}; mean length {statistics.fmean(lengths):.0f} "
+        "timesteps"
+    )
+    screen.line(
+        f"protocol {config.protocol} (sticky actions {rules['sticky_actions']:g}, "
+        f"{rules['action_set']} actions, no-ops {rules['no_ops']}), "
+        f"{'likeliest' if deterministic else 'sampled'} actions, "
+        f"{'best model' if modes['best'] else 'last checkpoint'}, seed {config.seed}"
+    )
+    if modes["video"] is not None:
+        screen.line("filming one more game")
+        seed, path = evaluation_seed(config), Path(modes["video"])
+        score = film(model, make_factory(config), seed, path, deterministic)
+        screen.line(f"video of one game (score {score:g}): {modes['video']}")
+    return 0
+
+
+def chosen_weights(run: Path, *, best: bool) -> tuple[Path, str]:
+    """The file to play with, and after how much training it was written, as far as that is known.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if best:
+        path = run / "best_model.zip"
+        if not path.is_file():
+            raise ValueError(f"{run} has no best_model.zip yet; leave --best out")
+        return path, "with its best model: "
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    frames = checkpoint.timesteps * FRAMES_PER_TIMESTEP
+    return checkpoint.path, f"after {checkpoint.timesteps:,} timesteps ({frames:,} frames): "
+
+
+def play_games(
+    model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
+) -> tuple[list[float], list[int]]:
+    """Raw scores and lengths (in timesteps) of whole games, each told when it is over."""
+    told = 0
+
+    def tell(scores: Sequence[float], lengths: Sequence[int]) -> None:
+        nonlocal told
+        for score, length in zip(scores[told:], lengths[told:], strict=True):
+            told += 1
+            screen.line(f"game {told} of {episodes}: score {score:g}, {length:,} timesteps")
+
+    def after_step(seen: dict[str, Any], _globals: dict[str, Any]) -> None:
+        tell(seen["episode_rewards"], seen["episode_lengths"])
+
+    env = make_factory(config)(min(episodes, EVALUATION_ENVS), evaluation_seed(config))
+    try:
+        scores, lengths = evaluate_policy(
+            model,
+            env,
+            n_eval_episodes=episodes,
+            deterministic=deterministic,
+            callback=after_step,
+            return_episode_rewards=True,
+        )
+    finally:
+        env.close()
+    assert isinstance(scores, list) and isinstance(lengths, list)
+    tell(scores, lengths)
+    return scores, lengths
+
+
+def evaluation_seed(config: RunConfig) -> int:
+    """Games that training has not played."""
+    return (config.seed + 1_000_000_007) % 2**31

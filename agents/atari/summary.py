@@ -1,0 +1,94 @@
+"""What a run will do, in words, before it begins."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import ncrl
+from ncrl.agents import A3C
+from ncrl.agents.atari.config import (
+    FRAMES_PER_TIMESTEP,
+    HARD_GAMES,
+    RunConfig,
+    camel_case,
+    machine_sizes,
+    make_factory,
+)
+from ncrl.agents.runs.directory import RunDirectory
+
+PROGRAM = "run_atari.py"
+
+SCRIPT = Path(ncrl.__file__).resolve().parent.parent / PROGRAM
+"""In a clone; an installed package has the command `ncrl` alone."""
+COLUMNS = 79
+"""Width of the summary."""
+
+
+def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
+    """What the run will do, for the screen."""
+    factory = make_factory(config)
+    rules = factory.describe()
+    heads = {"actor": model.policy.action_net, "critic": model.policy.value_net}
+    sizes = ", ".join(f"{name} {_parameters(head):,}" for name, head in heads.items())
+    played = f", {model.num_timesteps * FRAMES_PER_TIMESTEP:,} played" if model._n_updates else ""
+    workers = (
+        f"{model.n_workers} workers of {model.n_envs // model.n_workers} games"
+        + (f" on the Ray cluster {config.cluster}" if config.cluster is not None else "")
+        if model.n_workers
+        else f"serial, {model.n_envs} games in this process"
+    )
+    lines = [
+        f"game       {camel_case(factory.game)}, {config.frames:,} frames{played}",
+        f"protocol   {config.protocol}: sticky actions {rules['sticky_actions']:g}, "
+        f"{rules['action_set']} actions, no-ops {rules['no_ops']}, a lost life: "
+        f"{rules['life_loss']}; rewards are clipped for learning, scores are raw",
+        f"playing    {workers}, {config.n_steps} timesteps per rollout",
+        f"learner    {model.device}, seed {config.seed}",
+        f"network    {_parameters(model.policy):,} parameters: encoder {config.encoder}, "
+        f"LSTM {config.lstm_hidden_size}, {config.layer} heads ({sizes})",
+    ]
+    if config.intrinsic_reward != "none":
+        lines.append(
+            f"bonus      {config.intrinsic_reward}, weight {config.int_coef:g} beside "
+            f"{config.ext_coef:g} of the game's rewards, after {config.bonus_warmup:,} timesteps"
+        )
+    fitting = machine_sizes(config)
+    sizes_fit = (config.workers, config.games) == (fitting.workers, fitting.workers * fitting.games)
+    if config.cluster is None and sizes_fit:
+        lines.insert(
+            3,
+            f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and these "
+            f"games for {fitting.reason}",
+        )
+    lines = [part for line in lines for part in wrapped(line)]
+    curves = command_line("-m", "tensorboard.main", "--logdir", str(run.path.parent))
+    lines += [f"run        {run.path}", f"curves     {curves}"]  # to be pasted, so never wrapped
+    if factory.game in HARD_GAMES:
+        lines.append(f"expect     {HARD_GAMES[factory.game]}; a score of 0 is no fault")
+    return lines
+
+
+def wrapped(line: str) -> list[str]:
+    """A line of the summary in lines of `COLUMNS`, below each other after its first word."""
+    return textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 11, break_long_words=False)
+
+
+def command_line(*words: str) -> str:
+    """What to paste into the shell: this Python with these words."""
+    return shlex.join([shown_path(sys.executable or "python"), *words])
+
+
+def shown_path(path: str) -> str:
+    """A path as short as the current folder allows."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
+
+
+def _parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

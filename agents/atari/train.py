@@ -1,0 +1,209 @@
+"""Training on an Atari game: the model of a configuration, a run from its begin to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stable_baselines3.common.utils import LinearSchedule
+
+from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
+from ncrl.agents.atari.config import (
+    FRAMES_PER_TIMESTEP,
+    RunConfig,
+    bonus_options,
+    choose_config,
+    head_options,
+    make_factory,
+    num_games,
+    timesteps_per_update,
+    with_bonus,
+)
+from ncrl.agents.atari.summary import PROGRAM, SCRIPT, command_line, shown_path, summary
+from ncrl.agents.runs.checkpoints import Checkpoint, CheckpointError, resume
+from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
+from ncrl.agents.runs.progress import Progress
+from ncrl.shell.hardware import choose_device, is_lack_of_memory
+from ncrl.shell.screen import Screen
+from ncrl.shell.signals import StopSignals
+
+EXIT_FAILED = 1
+
+SAME_IN_A3C = (
+    *("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "rms_prop_eps"),
+    *("orth_coef", "balance_coef", "correction"),
+    *("intrinsic_reward", "int_coef", "ext_coef", "int_gamma", "imitation_coef"),
+)
+"""Fields that are arguments of `A3C` under the same name."""
+
+
+class Job(NamedTuple):
+    """Everything that training needs, checked."""
+
+    model: A3C
+    config: RunConfig
+    run: RunDirectory
+
+
+@contextlib.contextmanager
+def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
+    """A new run, or one to go on with; nothing is written before every argument is checked.
+
+    Raises:
+        ValueError: for arguments or a run directory that cannot be used.
+    """
+    for name in ("episodes", "video", "deterministic", "best"):
+        if modes[name] is not None:
+            raise ValueError(f"--{name} goes with --evaluate RUN_DIR")
+    config, resumed = choose_config(flags, modes)
+    choose_device(config.device)
+    with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
+        model: A3C | None = None
+        try:
+            checkpoint = None if resumed is None else newest_unfinished(run, config)
+            model = build_model(config, profile=bool(modes["profile"]))
+            if checkpoint is not None:
+                resume(model, checkpoint)
+            try:
+                if resumed is None:  # else with the first checkpoint
+                    run.write_config(asdict(config))
+                model.set_logger(run.make_logger(model.num_timesteps))
+            except OSError as error:
+                raise cannot_write(run.path, error) from error
+            yield Job(model, config, run)
+        finally:
+            if resumed is None and (model is None or not model.num_timesteps):
+                run.remove()
+
+
+def build_model(config: RunConfig, **options: Any) -> A3C:
+    """`make_model`, on a machine that is large enough.
+
+    Raises:
+        ValueError: naming what is too large for it.
+    """
+    try:
+        model = make_model(config, **options)
+        model.check_machine()
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise ValueError(out_of_memory(config)) from error
+    return model
+
+
+def out_of_memory(config: RunConfig) -> str:
+    """What to lower, in one line."""
+    return (
+        f"out of memory; lower games ({num_games(config)}; n_envs of A3C), n_steps "
+        f"({config.n_steps}) or lstm_hidden_size ({config.lstm_hidden_size})"
+    )
+
+
+def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
+    """The checkpoint to go on from; ValueError if nothing is left to play."""
+    checkpoint = run.newest_checkpoint()
+    if checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
+        raise ValueError(
+            f"{run.path} has played its {config.frames:,} frames; give a larger --frames to go on"
+        )
+    return checkpoint
+
+
+def make_model(config: RunConfig, **options: Any) -> A3C:
+    """A fresh model; `options` replace arguments of `A3C`."""
+    config = with_bonus(config)
+    rate = config.learning_rate
+    arguments: dict[str, Any] = {
+        "env": make_factory(config),
+        "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
+        "use_rms_prop": config.optimizer == "rmsprop",
+        "n_workers": config.workers or 0,
+        "n_envs": num_games(config),
+        "cluster": config.cluster,
+        "batch_size": timesteps_per_update(config, config.batch_size),
+        "policy_kwargs": {
+            "head": config.layer,
+            "head_kwargs": head_options(config),
+            "encoder": config.encoder,
+            "lstm_hidden_size": config.lstm_hidden_size,
+        },
+        "limits": Limits(
+            heartbeat_timeout=config.heartbeat_timeout, max_restarts=config.max_restarts
+        ),
+        "seed": config.seed,
+        "device": config.device,
+    }
+    for name in SAME_IN_A3C:
+        arguments[name] = getattr(config, name)
+    if config.intrinsic_reward != "none":
+        arguments["intrinsic_kwargs"] = bonus_options(config)
+    return A3C("CnnLstmPolicy", **(arguments | options))
+
+
+def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
+    """Train to the end, or to a signal; a checkpoint is written in either case."""
+    model, config, run = job
+    for line in summary(model, config, run):
+        screen.line(line)
+    checkpoints = SaveCheckpoints(
+        run,
+        math.ceil(config.checkpoint_every / FRAMES_PER_TIMESTEP),
+        config.keep_checkpoints,
+        stop_on_error=config.stop_on_save_error,
+        config=asdict(config),
+    )
+    checkpoints.init_callback(model)
+    total = math.ceil(config.frames / FRAMES_PER_TIMESTEP)
+
+    def stop() -> None:
+        model.request_stop()
+        screen.line_from_signal(
+            "stopping after this update, with a checkpoint; once more leaves at once, without"
+        )
+
+    signals.on_stop = stop
+    try:
+        try:
+            model.learn(
+                total - model.num_timesteps,
+                callback=[checkpoints, Progress(config.frames, screen)],
+                log_interval=config.log_every,
+                reset_num_timesteps=False,
+            )
+        finally:
+            if model.time_spent is not None:
+                screen.line(model.time_spent.table())
+        if not model.num_timesteps:
+            screen.line("stopped before the first timestep; nothing was kept")
+            return signals.exit_code
+        saved = checkpoints.save()
+        model.dump_logs()
+    except (WorkerError, NonFiniteError, CheckpointError, OSError) as error:
+        return failed(str(error))
+    except Exception as error:
+        if is_lack_of_memory(error):
+            return failed(out_of_memory(config))
+        logging.exception("training failed")
+        return failed(f"{type(error).__name__}: {error}")
+    assert model.env is not None
+    model.env.close()
+    if not saved:
+        return failed(f"the last checkpoint could not be written to {run.path}")
+    screen.line(
+        f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
+        f"{command_line(shown_path(str(SCRIPT)), '--resume', str(run.path))}"
+    )
+    return signals.exit_code
+
+
+def failed(message: str) -> int:
+    """Say why the run ended; returns the exit code."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return EXIT_FAILED

@@ -1,0 +1,1 @@
+"""Learning: from a batch of rollouts to one step of the optimiser."""

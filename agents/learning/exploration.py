@@ -1,0 +1,292 @@
+"""Exploration as a part of the learner: from novelty to a reward that the loss can use.
+
+The learner scores every batch of rollouts once, so workers know nothing of it. The bonus never ends
+with a game: it has a value head and a discount of its own (Burda et al. 2018).
+
+Shapes: T timesteps, B environments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from ncrl.agents.learning.imitation import Kept, RolloutMemory
+from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
+from ncrl.agents.playing.buffers import Rollout
+
+RATE = 0.01
+"""Share of a new batch in the running deviations."""
+
+MEAN_TIMESTEPS = 1000
+"""Timesteps that the running mean of the bonus is taken over, or those of a batch. The bonus falls
+fast at first, and a mean that lags behind would leave a constant that values have to carry."""
+
+SMALLEST = 1e-8
+"""Least deviation that is divided by."""
+
+GAMES_OF_WHOLE_BATCH = 32
+"""Up to so many games the predictor learns from every timestep; from more, from as many timesteps
+(Burda et al. 2018), or it would be ahead of the policy."""
+
+
+class RunningScale(nn.Module):
+    """Centres a stream of bonuses and divides it by the deviation of its discounted return.
+
+    The return is filtered forwards in time, and never cut where a game ends. Every rollout begins
+    at 0, the mean of what is centred: which game a column belongs to differs from batch to batch.
+
+    Centring changes no advantage, as the stream never ends; it keeps values within a few units, and
+    an LSTM that serves larger ones saturates.
+    """
+
+    mean: Tensor
+    """In double precision: rounding errors of a constant bonus must not be enlarged."""
+
+    square: Tensor
+    weight: Tensor
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        for name in ("square", "weight"):
+            self.register_buffer(name, torch.zeros(()))
+
+    @property
+    def deviation(self) -> Tensor:
+        """Of the discounted return, a scalar."""
+        return (self.square / self.weight.clamp(min=RATE)).sqrt()
+
+    @torch.no_grad()
+    def update(self, bonus: Tensor) -> None:
+        """Take in the bonuses of a batch, [T, B]."""
+        first = self.weight == 0
+        share = min(1.0, bonus.numel() / MEAN_TIMESTEPS)
+        mean = bonus.mean(dtype=torch.float64)
+        self.mean.copy_(torch.where(first, mean, self.mean.lerp(mean, share)))
+        returns = discounted_sums(self.centred(bonus), self.gamma)
+        self.square.lerp_(returns.square().mean(), RATE)
+        self.weight.lerp_(torch.ones_like(self.weight), RATE)
+
+    def centred(self, bonus: Tensor) -> Tensor:
+        """Bonuses without their running mean."""
+        return bonus - self.mean
+
+    def normalise(self, bonus: Tensor) -> Tensor:
+        """Centred bonuses over the deviation of their return."""
+        return self.centred(bonus) / self.deviation.clamp(min=SMALLEST)
+
+
+def discounted_sums(rewards: Tensor, gamma: float) -> Tensor:
+    """Sum of gamma^(t - k) r_k over k <= t, [T, B]: a filter that runs forwards in time."""
+    sums = torch.empty_like(rewards)
+    carry = torch.zeros_like(rewards[0])
+    for t in range(len(rewards)):
+        carry = gamma * carry + rewards[t]
+        sums[t] = carry
+    return sums
+
+
+class Exploration(nn.Module):
+    """Owns a source of intrinsic reward, its scale, and the rollouts that led to a score.
+
+    Args:
+        source: scores observations.
+        int_gamma: discount of the intrinsic return.
+        gamma: of the extrinsic one, by which kept rollouts are judged.
+        n_envs: games of a batch.
+        imitation_coef: weight of the kept rollouts; 0 keeps none.
+        warmup_timesteps: timesteps of play before the bonus begins, in which statistics are
+            gathered. The policy has learnt little by then: it plays like chance.
+        reach: timesteps before a score that are kept with it.
+        capacity: timesteps that are kept for each number of rewards.
+        n_steps: T.
+        seed: of the choice among kept rollouts.
+
+    Raises:
+        ValueError: for impossible numbers.
+    """
+
+    advantage_deviation: float
+    """Running deviation of the intrinsic advantages, which are divided by it; 0 before the first.
+    The bonus itself persists from timestep to timestep and its value explains it, so what is left
+    as advantage is smaller than the entropy's pull."""
+
+    def __init__(
+        self,
+        source: IntrinsicReward,
+        *,
+        int_gamma: float,
+        gamma: float,
+        n_steps: int,
+        n_envs: int,
+        imitation_coef: float,
+        seed: int,
+        warmup_timesteps: int = 100_000,
+        reach: int = 320,
+        capacity: int = 10_000,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("warmup_timesteps", warmup_timesteps, 0),
+            ("reach", reach, 1),
+            ("capacity", capacity, 1),
+        ):
+            if not (isinstance(value, Integral) and least <= value < 2**40):
+                raise ValueError(
+                    f"{name} of the bonus must be an integer of at least {least}, got {value!r}"
+                )
+        self.source = source
+        self.scale = RunningScale(int_gamma)
+        self.n_envs = n_envs
+        self.n_steps = n_steps
+        self.warmup_timesteps = warmup_timesteps
+        self.num_timesteps = 0
+        self.advantage_deviation = 0.0
+        self.memory: RolloutMemory | None = None
+        if imitation_coef:
+            self.memory = RolloutMemory(
+                gamma=gamma,
+                reach=math.ceil(reach / n_steps),
+                capacity=math.ceil(capacity / n_steps),
+                seed=seed,
+            )
+
+    def intrinsic_rewards(self, batch: Rollout) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Normalised bonuses of a batch on the learner's device, [T, B], and what to log.
+
+        None while the statistics warm up. A timestep is rewarded for what it led to, which after
+        the end of a game is the beginning of the next.
+        """
+        obs = batch.obs
+        assert isinstance(obs, Tensor)  # see `ObservationView`
+        steps, envs = batch.rewards.shape
+        played = self.num_timesteps
+        self.num_timesteps += steps * envs
+        if played < self.warmup_timesteps // 2:
+            return None, {}
+        bonus = self.source.score(obs[1:].flatten(0, 1)).view(steps, envs)
+        self.scale.update(bonus)
+        if played < self.warmup_timesteps:
+            return None, {}
+        rewards = self.scale.normalise(bonus)
+        return rewards, {
+            "int_reward_raw": bonus.mean(),
+            "int_reward": rewards.mean(),
+            "int_reward_max": rewards.max(),
+            "int_return_std": self.scale.deviation,
+        }
+
+    def learn(self, batch: Rollout) -> dict[str, Tensor]:
+        """One step of the source on a batch, after the policy has learnt from it."""
+        obs = batch.obs
+        assert isinstance(obs, Tensor)
+        following = obs[1:].flatten(0, 1)
+        learnt: dict[str, Tensor] = {}
+        if self.num_timesteps > self.warmup_timesteps or not isinstance(self.source, RND):
+            learnt = self.source.learn(obs[:-1].flatten(0, 1), following)
+        self.source.watch(following)
+        return learnt
+
+    def observe_advantages(self, deviation: float) -> None:
+        """Take in the deviation of the intrinsic advantages of an update."""
+        before = self.advantage_deviation
+        self.advantage_deviation = before + RATE * (deviation - before) if before else deviation
+
+    def remember(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
+        """Keep what led to a score; see `RolloutMemory.watch`.
+
+        The last batch of a training can be shorter. It is left out, and what is played after it
+        does not follow what was played before.
+        """
+        if self.memory is None:
+            return
+        if len(batch.rewards) == self.n_steps:
+            self.memory.watch(batch, games, rewards)
+        else:
+            self.memory.forget_recent()
+
+    def draw(self, count: int) -> Kept | None:
+        """Rollouts to learn from again, if there are any."""
+        return None if self.memory is None else self.memory.draw(count)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        memory = None if self.memory is None else self.memory.state_dict()
+        return {
+            "num_timesteps": self.num_timesteps,
+            "advantage_deviation": self.advantage_deviation,
+            "n_steps": self.n_steps,
+            "memory": memory,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.num_timesteps = int(state["num_timesteps"])
+        self.advantage_deviation = float(state["advantage_deviation"])
+        # Rollouts of another length do not fit beside new ones.
+        if self.memory is not None and state["memory"] and state["n_steps"] == self.n_steps:
+            self.memory.load_state_dict(state["memory"])
+
+
+def make_exploration(
+    intrinsic_reward: str | IntrinsicReward,
+    space: spaces.Space[Any],
+    *,
+    n_envs: int,
+    options: dict[str, Any],
+    **arguments: Any,
+) -> Exploration:
+    """`Exploration` with a source by its name, or with an object.
+
+    Args:
+        intrinsic_reward: a name in `SOURCES`, or a source.
+        space: of the observations.
+        n_envs: games of a batch.
+        options: of `Exploration` (`warmup_timesteps`, `reach`, `capacity`), and of the source.
+        arguments: further arguments of `Exploration`.
+
+    Raises:
+        ValueError: for what neither takes.
+    """
+    # With it and without, everything else starts from the same random numbers.
+    with torch.random.fork_rng(devices=[]):
+        return _make_exploration(intrinsic_reward, space, n_envs, options, arguments)
+
+
+def _make_exploration(
+    intrinsic_reward: str | IntrinsicReward,
+    space: spaces.Space[Any],
+    n_envs: int,
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+) -> Exploration:
+    own = {name: options[name] for name in options if name in OPTIONS}
+    others = {name: options[name] for name in options if name not in OPTIONS}
+    if isinstance(intrinsic_reward, IntrinsicReward):
+        if others:
+            raise ValueError(
+                f"intrinsic_kwargs {', '.join(others)} cannot be given to an object; give them to "
+                f"{type(intrinsic_reward).__name__} itself"
+            )
+        refuse_dicts(space)
+        source = intrinsic_reward
+    elif isinstance(intrinsic_reward, str):
+        if issubclass(SOURCES.get(intrinsic_reward, object), RND):  # type: ignore[arg-type]
+            others.setdefault("update_proportion", min(1.0, GAMES_OF_WHOLE_BATCH / n_envs))
+        source = make_source(intrinsic_reward, space, **others)
+    else:
+        raise ValueError(
+            f"intrinsic_reward must be {', '.join(map(repr, SOURCES))}, None or an "
+            f"IntrinsicReward, got {intrinsic_reward!r}"
+        )
+    return Exploration(source, n_envs=n_envs, **arguments, **own)
+
+
+OPTIONS = ("warmup_timesteps", "reach", "capacity")
+"""Options of `Exploration` that users may give; all others go to the source."""

@@ -1,0 +1,129 @@
+"""The learner: it owns what learns, and makes updates of the batches that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ncrl.agents.learning.exploration import Exploration
+from ncrl.agents.learning.graph import GraphedUpdates
+from ncrl.agents.learning.objective import (
+    Lesson,
+    Novelty,
+    Objective,
+    actor_critic_loss,
+    rewards_in_loss,
+)
+from ncrl.agents.learning.update import Update, apply_gradient
+from ncrl.agents.playing.buffers import Batch, Rollout, split_envs
+from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.sb3 import EnginePolicy, Latent
+from ncrl.sb3.engine import map_obs
+
+IMITATED_SHARE = 0.25
+"""Rollouts that are learnt from again, for each new one of an update; at least one."""
+
+
+class Learner:
+    """Policy, optimiser (`policy.optimizer`) and exploration, with the way they are updated.
+
+    Args:
+        policy: what learns, on the learner's device.
+        n_steps: T of whole rollouts; the last batch of a training may be shorter.
+        exploration: the intrinsic reward and what belongs to it.
+        stopwatch: of this process, if its time is measured.
+    """
+
+    def __init__(
+        self,
+        policy: EnginePolicy,
+        *,
+        n_steps: int,
+        exploration: Exploration | None = None,
+        stopwatch: Stopwatch = OFF,
+    ) -> None:
+        self.policy = policy
+        self.n_steps = n_steps
+        self.exploration = exploration
+        self.stopwatch = stopwatch
+        self.graphed = GraphedUpdates(policy.device)
+        self.latent: Latent | None = None
+        """What actor and critic read in the latest update, [T + 1, B, ...]."""
+        self.explored: dict[str, Tensor] = {}
+        """Scalars of exploration in the latest batch, by the curve's name."""
+
+    def learn(
+        self, batch: Batch, objective: Objective, max_grad_norm: float, *, num_parts: int
+    ) -> Iterator[Update]:
+        """Learn from a batch in `num_parts` updates, each of which is yielded when it is made."""
+        self.policy.set_training_mode(True)
+        self.explored = {}
+        rollout = batch.rollout
+        if self.graphed.reason is not None:
+            # The LSTM looks for the beginnings of episodes, and would wait for the device.
+            rollout = rollout._replace(episode_start=batch.host.episode_start)
+        rewards = self._score(batch, objective)
+        for i, part in enumerate(split_envs(rollout, num_parts)):
+            yield self.update(self._lesson(part, rewards, i), objective, max_grad_norm)
+        if self.exploration is not None:
+            with self.stopwatch.phase("exploration"):
+                self.explored |= self.exploration.learn(batch.rollout)
+        # Not before: the actions were chosen under the mean as it was. The last row comes again.
+        self.policy.watch(map_obs(lambda x: x[:-1].flatten(0, 1), batch.rollout.obs))
+
+    def update(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
+        """One step of the optimiser."""
+        update = self._replayed(lesson, objective, max_grad_norm)
+        if update is None:
+            update = self._eager(lesson, objective, max_grad_norm)
+        if lesson.novelty is not None and self.exploration is not None and update.stepped:
+            self.exploration.observe_advantages(update.scalars["int_advantage_std"])
+        return update
+
+    def _eager(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
+        with self.stopwatch.phase("evaluation"):
+            rollout, novelty, kept = lesson
+            loss = actor_critic_loss(self.policy, rollout, objective, novelty, kept)
+        update = apply_gradient(
+            self.policy, self.policy.optimizer, loss, max_grad_norm, stopwatch=self.stopwatch
+        )
+        self.latent = loss.evaluation.latent.map(Tensor.detach)
+        return update
+
+    def _replayed(
+        self, lesson: Lesson, objective: Objective, max_grad_norm: float
+    ) -> Update | None:
+        """None for rollouts that the end of the training cut short, and where there is no graph."""
+        if len(lesson.rollout.rewards) < self.n_steps or self.graphed.reason is not None:
+            return None
+        with self.stopwatch.phase("graph"):
+            measured = self.graphed.update(self.policy, lesson, objective, max_grad_norm)
+            if measured is None:
+                return None
+            self.latent = measured.latent
+            return measured.on_host()
+
+    def _score(self, batch: Batch, objective: Objective) -> Tensor | None:
+        """Intrinsic rewards of a batch, [T, B], if there are any; what led to a score is kept."""
+        if self.exploration is None:
+            return None
+        with self.stopwatch.phase("exploration"):
+            clipped = rewards_in_loss(batch.host.rewards, objective)
+            self.exploration.remember(batch.host, batch.games, clipped)
+            rewards, self.explored = self.exploration.intrinsic_rewards(batch.rollout)
+        return rewards if objective.int_coef else None
+
+    def _lesson(self, part: Rollout, rewards: Tensor | None, index: int) -> Lesson:
+        """One of the parts of a batch, with what exploration adds to it."""
+        if self.exploration is None:
+            return Lesson(part)
+        steps, width = part.rewards.shape
+        kept = None
+        if steps == self.n_steps:  # what is kept has this length
+            kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
+        if rewards is None:
+            return Lesson(part, kept=kept)
+        deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)
+        return Lesson(part, Novelty(rewards.narrow(1, index * width, width), deviation), kept)

@@ -1,0 +1,164 @@
+"""Actor-critic mathematics: value targets, advantages and losses, as pure functions.
+
+Time-major shapes: T timesteps, B environments. Row t of `rewards` and `discounts` belongs to the
+action taken at t; `discounts[t]` is gamma, or 0 where that action ended the episode, so no `done`
+appears in the formulas. Targets and advantages are constants to the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Returns(NamedTuple):
+    """What the losses need of a rollout."""
+
+    returns: Tensor
+    """Value targets, [T, B]."""
+
+    advantages: Tensor
+    """Advantages of the actions taken, [T, B]."""
+
+
+@torch.no_grad()
+def vtrace(
+    log_rhos: Tensor,
+    discounts: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    bootstrap_value: Tensor,
+    *,
+    gae_lambda: float = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+) -> Returns:
+    """V-trace targets and advantages (Espeholt et al. 2018, "IMPALA", section 4.1).
+
+    Args:
+        log_rhos: log pi(a_t | x_t) - log mu(a_t | x_t), learner's policy over worker's, [T, B].
+        discounts: [T, B].
+        rewards: [T, B].
+        values: V(x_t) of the learner, [T, B].
+        bootstrap_value: V(x_T), [B].
+        gae_lambda: factor on the trace coefficients c_t (the paper's remark 2).
+        rho_clip: clip on the importance weights of the temporal differences.
+        c_clip: clip on the trace coefficients.
+
+    With `log_rhos` all zero this equals `gae`.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
+    _check_shapes(values, bootstrap_value, log_rhos=log_rhos, discounts=discounts, rewards=rewards)
+    rhos = log_rhos.exp()
+    clipped_rhos = rhos.clamp(max=rho_clip)
+    traces = gae_lambda * rhos.clamp(max=c_clip)
+    values_next = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])  # V(x_{t+1})
+    deltas = clipped_rhos * (rewards + discounts * values_next - values)
+
+    # v_t - V(x_t) = delta_t + discount_t c_t (v_{t+1} - V(x_{t+1})), from the last row backwards.
+    correction = torch.zeros_like(bootstrap_value)
+    later = []
+    factors = (discounts * traces).unbind()
+    for delta, factor in zip(reversed(deltas.unbind()), reversed(factors), strict=True):
+        correction = torch.addcmul(delta, factor, correction)
+        later.append(correction)
+    corrections = torch.stack(later[::-1])
+    returns = values + corrections
+
+    # The action's worth looks one step ahead to v_{t+1}, which lambda mixes with V(x_{t+1}).
+    corrections_next = torch.cat([corrections[1:], torch.zeros_like(bootstrap_value)[None]])
+    worth = rewards + discounts * (values_next + gae_lambda * corrections_next)
+    return Returns(returns, clipped_rhos * (worth - values))
+
+
+def gae(
+    discounts: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    bootstrap_value: Tensor,
+    *,
+    gae_lambda: float = 1.0,
+) -> Returns:
+    """Generalised advantage estimation (Schulman et al. 2016); `gae_lambda=1` is n-step returns.
+
+    Arguments and errors as `vtrace`, of which this is the case of equal policies.
+    """
+    return vtrace(
+        torch.zeros_like(values),
+        discounts,
+        rewards,
+        values,
+        bootstrap_value,
+        gae_lambda=gae_lambda,
+    )
+
+
+def standardised(advantages: Tensor) -> Tensor:
+    """Advantages of mean 0 and standard deviation 1 over all timesteps, [T, B]; a single one stays
+    as it is."""
+    if advantages.numel() < 2:
+        return advantages
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """-mean(log pi(a_t | x_t) A_t), a scalar; no gradient flows into the advantages."""
+    _check_shapes(log_probs, advantages=advantages)
+    return -(log_probs * advantages.detach()).mean()
+
+
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """Mean squared distance of the values from their targets, a scalar."""
+    _check_shapes(values, returns=returns)
+    return (values - returns.detach()).square().mean()
+
+
+def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> Tensor:
+    """-mean(log pi(a_t | x_t) (R_t - V(x_t))+), a scalar: self-imitation (Oh et al. 2018).
+
+    Only where more was reached than the value expects. Values learn nothing from it, other than in
+    the paper: those of the few rollouts that are repeated would soon be the returns, and end the
+    imitation long before the policy reaches them again.
+
+    Args:
+        log_probs: of the actions that were taken then, under the policy of now, [T, B].
+        values: V(x_t) of now, [T, B]; constants to the gradient.
+        returns: R_t, what was reached then, [T, B]; timesteps with 0 are left out.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
+    _check_shapes(values, log_probs=log_probs, returns=returns)
+    surplus = torch.where(returns > 0, (returns - values.detach()).clamp(min=0), 0.0)
+    return -(log_probs * surplus).mean()
+
+
+def entropy_loss(entropy: Tensor) -> Tensor:
+    """-mean entropy, a scalar: adding it to the loss keeps the policy from collapsing."""
+    return -entropy.mean()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns), a scalar; NaN where the returns are constant."""
+    _check_shapes(values, returns=returns)
+    variance = returns.var(correction=0)
+    unexplained = (returns - values).var(correction=0)
+    nan = torch.full_like(variance, float("nan"))
+    return torch.where(variance > 0, 1 - unexplained / variance, nan)
+
+
+def _check_shapes(values: Tensor, bootstrap_value: Tensor | None = None, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.shape != values.shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {list(values.shape)}"
+            )
+    if bootstrap_value is not None and bootstrap_value.shape != values.shape[1:]:
+        raise ValueError(
+            f"bootstrap_value has shape {list(bootstrap_value.shape)}, "
+            f"expected {list(values.shape[1:])}"
+        )

@@ -1,0 +1,280 @@
+"""The loss: what one update learns from, its coefficients, and the scalar that is minimised.
+
+Shapes: T timesteps, B environments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ncrl import orthogonal_loss
+from ncrl.agents.learning.imitation import Kept
+from ncrl.agents.learning.losses import (
+    Returns,
+    entropy_loss,
+    explained_variance,
+    imitation_loss,
+    policy_gradient_loss,
+    standardised,
+    value_loss,
+    vtrace,
+)
+from ncrl.agents.playing.buffers import Rollout, beside
+from ncrl.baselines import balance_loss, record_gates
+from ncrl.sb3 import EnginePolicy, RolloutEvaluation
+from ncrl.settings import setting
+
+CORRECTIONS = ("vtrace", "none")
+"""Ways to treat rollouts played by older weights: V-trace, or plain n-step returns as in A3C."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Coefficients of the loss, with the defaults of `A3C` and of its command.
+
+    The names are Stable-Baselines3's.
+    """
+
+    gamma: float = setting(0.99, "discount", low=0, high=1)
+    gae_lambda: float = setting(1.0, "1 for n-step returns", low=0, high=1)
+    ent_coef: float = setting(0.01, "weight of the entropy", low=0)
+    vf_coef: float = setting(0.5, "weight of the value loss", low=0)
+    orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
+    """Paper: a."""
+    balance_coef: float = setting(0.01, "moe: weight of the balance loss", low=0)
+    correction: str = setting("vtrace", "for rollouts played by older weights", choices=CORRECTIONS)
+    reward_scale: float = setting(1.0, "factor on rewards in the loss, not in the log", low=0)
+    reward_clip: float | None = setting(None, "limit on rewards in the loss, after the factor")
+    normalize_advantage: bool = setting(False, "whether advantages get mean 0 and deviation 1")
+    int_coef: float = setting(0.5, "bonus: weight of its advantages, of deviation 1", low=0)
+    ext_coef: float = setting(2.0, "bonus: weight of the game's own advantages beside it", low=0)
+    int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
+    """No end of a game cuts that return."""
+    imitation_coef: float = setting(
+        0.5, "bonus: weight of rollouts that led to a score, learnt from again", low=0
+    )
+
+
+class Novelty(NamedTuple):
+    """What exploration adds to a batch."""
+
+    rewards: Tensor
+    """Normalised intrinsic rewards, [T, B]."""
+
+    advantage_deviation: Tensor
+    """What their advantages are divided by, a scalar; 0 takes their own."""
+
+
+class Lesson(NamedTuple):
+    """What one update learns from."""
+
+    rollout: Rollout
+    novelty: Novelty | None = None
+    kept: Kept | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Lesson:
+        """A lesson of the function of every tensor."""
+        rollout, novelty, kept = self
+        return Lesson(
+            rollout.map(function),
+            None if novelty is None else Novelty(*map(function, novelty)),
+            None if kept is None else Kept(kept.rollout.map(function), function(kept.returns)),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        rollout, novelty, kept = self
+        again = [] if kept is None else [*kept.rollout.tensors(), kept.returns]
+        return [*rollout.tensors(), *(novelty or ()), *again]
+
+
+class Loss(NamedTuple):
+    """The total to minimise and the terms it is made of, all scalars."""
+
+    total: Tensor
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    orthogonality: Tensor
+    balance: Tensor
+    explained_variance: Tensor
+    evaluation: RolloutEvaluation
+    exploration: dict[str, Tensor]
+    """What exploration adds to the curves."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What is worth a curve, by the curve's name."""
+        return self.exploration | {
+            "policy_loss": self.policy,
+            "value_loss": self.value,
+            "entropy_loss": self.entropy,
+            "orthogonality_loss": self.orthogonality,
+            "balance_loss": self.balance,
+            "explained_variance": self.explained_variance,
+        }
+
+
+def actor_critic_loss(
+    policy: EnginePolicy,
+    batch: Rollout,
+    objective: Objective,
+    novelty: Novelty | None = None,
+    kept: Kept | None = None,
+) -> Loss:
+    """Loss of a batch of rollouts under the policy's present weights.
+
+    As in A3C and IMPALA the total is a sum over the T * B timesteps of the batch, not a mean:
+    RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
+    logged are means, as in Stable-Baselines3.
+
+    Args:
+        policy: with a head for intrinsic values, if there is novelty.
+        batch: what was played.
+        objective: coefficients.
+        novelty: intrinsic rewards of the batch.
+        kept: rollouts to learn from again. They ride along as further environments.
+    """
+    num_envs = batch.rewards.shape[1]
+    played = batch if kept is None else beside(batch, kept.rollout)
+    with record_gates(policy) as gates, _unvalidated_distributions():
+        evaluation = policy.evaluate_rollout(
+            played.obs, played.actions, played.lstm_state, played.episode_start
+        )
+    everything = evaluation
+    if kept is not None:
+        evaluation = everything.narrow(0, num_envs)
+    values = evaluation.values[:-1]  # V(x_t); the last row is V(x_T)
+    returns = _returns(batch, evaluation, objective)
+    advantages = returns.advantages
+    if objective.normalize_advantage:
+        advantages = standardised(advantages)
+    exploration: dict[str, Tensor] = {}
+    beside_policy = values.new_zeros(())
+    if novelty is not None:
+        assert evaluation.int_values is not None
+        intrinsic = _intrinsic_returns(batch, evaluation, novelty, objective)
+        deviation = intrinsic.advantages.std(correction=0)
+        known = novelty.advantage_deviation
+        divisor = torch.where(known > 0, known, deviation).clamp(min=1e-8)
+        advantages = (
+            objective.ext_coef * advantages + objective.int_coef * intrinsic.advantages / divisor
+        )
+        int_values = evaluation.int_values[:-1]
+        exploration = {
+            "int_value_loss": value_loss(int_values, intrinsic.returns),
+            "int_value": int_values.detach().mean(),
+            "int_explained_variance": explained_variance(int_values.detach(), intrinsic.returns),
+            "int_advantage_std": deviation,
+            "ext_advantage_std": returns.advantages.std(correction=0),
+        }
+        beside_policy = objective.vf_coef * exploration["int_value_loss"]
+    if kept is not None:
+        again = everything.narrow(num_envs, kept.returns.shape[1])
+        exploration["imitation_loss"] = imitation_loss(
+            again.log_prob, again.values[:-1], kept.returns.to(values.device)
+        )
+        share = kept.returns.numel() / values.numel()  # a sum over its own timesteps
+        beside_policy = (
+            beside_policy + objective.imitation_coef * share * exploration["imitation_loss"]
+        )
+    terms = {
+        "policy": policy_gradient_loss(evaluation.log_prob, advantages),
+        "value": value_loss(values, returns.returns),
+        "entropy": entropy_loss(evaluation.entropy),
+        "orthogonality": _beside(values, orthogonal_loss(policy)),
+        "balance": _beside(values, balance_loss(gates)),
+    }
+    # The balance loss is about the batch, and its usual coefficient is made for a mean.
+    total = (
+        values.numel()
+        * (
+            terms["policy"]
+            + objective.vf_coef * terms["value"]
+            + objective.ent_coef * terms["entropy"]
+            + objective.balance_coef * terms["balance"]
+            + beside_policy
+        )
+        + objective.orth_coef * terms["orthogonality"]
+    )
+    return Loss(
+        total=total,
+        **terms,
+        explained_variance=explained_variance(values.detach(), returns.returns),
+        evaluation=evaluation,
+        exploration=exploration,
+    )
+
+
+def _intrinsic_returns(
+    batch: Rollout, evaluation: RolloutEvaluation, novelty: Novelty, objective: Objective
+) -> Returns:
+    """Targets and advantages of the intrinsic reward, whose return no end of a game cuts."""
+    assert evaluation.int_values is not None
+    values = evaluation.int_values.detach()
+    return vtrace(
+        _log_rhos(batch, evaluation, objective),
+        torch.full_like(novelty.rewards, objective.int_gamma),
+        novelty.rewards,
+        values[:-1],
+        values[-1],
+        gae_lambda=objective.gae_lambda,
+    )
+
+
+def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Returns:
+    rewards = rewards_in_loss(batch.rewards, objective)
+    # Behind a time limit the return goes on with the value of what was cut off.
+    rewards = rewards + objective.gamma * batch.truncation_value
+    discounts = objective.gamma * (~batch.dones).to(rewards.dtype)
+    values = evaluation.values.detach()
+    return vtrace(
+        _log_rhos(batch, evaluation, objective),
+        discounts,
+        rewards,
+        values[:-1],
+        values[-1],
+        gae_lambda=objective.gae_lambda,
+    )
+
+
+def rewards_in_loss(rewards: Tensor, objective: Objective) -> Tensor:
+    """Raw rewards [T, B], scaled and clipped."""
+    rewards = objective.reward_scale * rewards
+    if objective.reward_clip is not None:
+        rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
+    return rewards
+
+
+def _log_rhos(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Tensor:
+    """log pi(a_t | x_t) - log mu(a_t | x_t), [T, B]; 0, if age is not corrected for."""
+    if objective.correction == "none":
+        return torch.zeros_like(batch.log_prob)
+    return evaluation.log_prob.detach() - batch.log_prob
+
+
+def _beside(values: Tensor, term: Tensor) -> Tensor:
+    """A term of the loss on the device of the values; a constant 0 is not copied there."""
+    if term.device == values.device:
+        return term
+    return term.to(values.device) if term.requires_grad else torch.zeros_like(values[0, 0])
+
+
+@contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """Distributions made inside do not look at their arguments, which the host would wait for.
+
+    Logits that are not finite make a gradient that is not finite, and that is looked for.
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)

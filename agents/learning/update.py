@@ -1,0 +1,111 @@
+"""One step of the optimiser: from a loss to changed weights, with one wait or with none."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncrl.agents.learning.objective import Lesson, Loss, Objective, actor_critic_loss
+from ncrl.agents.learning.optim import scaled_step
+from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.networks import static_unroll
+from ncrl.sb3 import EnginePolicy, Latent
+
+
+class Update(NamedTuple):
+    """What one step of the optimiser was made of."""
+
+    stepped: bool
+    """Whether there was a step: none is made along a gradient that is not finite."""
+
+    scalars: dict[str, float]
+    """`policy_loss` and the other terms, `explained_variance`, and `grad_norm` before its limit."""
+
+
+def apply_gradient(
+    policy: EnginePolicy,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    max_grad_norm: float,
+    *,
+    stopwatch: Stopwatch = OFF,
+) -> Update:
+    """One optimiser step, unless the gradient is not finite.
+
+    All that the host has to know comes from the device at once, in the only wait of an update.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with stopwatch.phase("backward"):
+        loss.total.backward()
+    with stopwatch.phase("optimiser"):
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        measured = _measured(loss, norm)
+        update = measured.on_host()
+        if update.stepped:
+            if update.scalars["grad_norm"] > max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
+            optimizer.step()
+    return update
+
+
+class Measured(NamedTuple):
+    """What an update was made of, not waited for yet."""
+
+    names: tuple[str, ...]
+    values: Tensor
+    """Scalars of these names, on the device of the weights, [n]."""
+    latent: Latent
+    """What actor and critic read, [T + 1, B, ...]."""
+
+    def on_host(self) -> Update:
+        """Wait for the values."""
+        scalars = dict(zip(self.names, self.values.tolist(), strict=True))
+        return Update(math.isfinite(scalars["grad_norm"]), scalars)
+
+
+def update_on_device(
+    policy: EnginePolicy,
+    optimizer: torch.optim.Optimizer,
+    lesson: Lesson,
+    objective: Objective,
+    max_grad_norm: float,
+) -> Measured:
+    """One optimiser step, unless the gradient is not finite, which the device finds out by itself.
+
+    The host waits for nothing, and what it asks for does not depend on data: always the same
+    operations, which can be captured as a CUDA graph. `apply_gradient` gives the same weights to
+    rounding.
+
+    Args:
+        policy: what learns.
+        optimizer: of its parameters, one that `can_scale`.
+        lesson: on the policy's device, `episode_start` too.
+        objective: what is minimised.
+        max_grad_norm: limit on the gradient's norm.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with static_unroll():
+        loss = actor_critic_loss(policy, lesson.rollout, objective, lesson.novelty, lesson.kept)
+    loss.total.backward()
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in policy.parameters() if p.grad is not None]
+    )
+    found_inf = (~norm.isfinite()).to(norm.dtype)
+    scaled_step(optimizer, _excess(norm, max_grad_norm), found_inf)
+    return _measured(loss, norm)
+
+
+def _measured(loss: Loss, norm: Tensor) -> Measured:
+    scalars = loss.scalars() | {"grad_norm": norm}
+    values = torch.stack([value.detach() for value in scalars.values()])
+    return Measured(tuple(scalars), values, loss.evaluation.latent.map(Tensor.detach))
+
+
+def _excess(norm: Tensor, limit: float) -> Tensor:
+    """By what a gradient of this norm is divided to keep the limit; as in torch's
+    `clip_grad_norm_`, but where there is nothing to limit exactly 1."""
+    return ((norm + 1e-6) / limit).clamp(min=1) if limit else torch.full_like(norm, math.inf)

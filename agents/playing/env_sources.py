@@ -1,0 +1,358 @@
+"""What `A3C(env=...)` accepts, and the environments it makes of it.
+
+A factory is any picklable callable `factory(n_envs, seed) -> VecEnv`. A Gymnasium id is turned into
+one. An environment object stays what it is and is played in this process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import (
+    EnvSpec,
+    find_highest_version,
+    get_env_id,
+    parse_env_id,
+)
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import (
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    unwrap_vec_normalize,
+)
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+
+from ncrl.sb3.engine import check_spaces
+
+EnvFactory = Callable[[int, int], VecEnv]
+"""`factory(n_envs, seed)`, called in the process that plays the environments."""
+
+ENTRY_POINTS = "ncrl.environments"
+"""Group of entry points whose names are namespaces of Gymnasium ids (`ALE` in `ALE/Pong-v5`) and
+whose values turn such an id into a factory. It lets ids of other packages, and of `envs`, come with
+their proper preprocessing while `agents` imports none of them."""
+
+ATARI = "ale_py.env:AtariEnv"
+"""What Gymnasium builds Atari games with, under all their ids."""
+
+
+@dataclass(frozen=True)
+class GymFactory:
+    """Copies of one registered Gymnasium environment, each under SB3's Monitor.
+
+    The registration travels along, so that workers also know an id that was registered in a script
+    or a notebook.
+
+    Raises:
+        ValueError: at construction, for an id that `gymnasium.make` does not know.
+    """
+
+    env_id: str
+    """As for `gymnasium.make`: also without a version, or with the module that registers it before
+    a colon."""
+
+    spec: EnvSpec = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        module, _, name = self.env_id.rpartition(":")
+        try:
+            if module:
+                importlib.import_module(module)
+            namespace, plain_name, version = parse_env_id(name)
+            if version is None:
+                version = find_highest_version(namespace, plain_name)
+            spec = gymnasium.spec(get_env_id(namespace, plain_name, version))
+        except (gymnasium.error.Error, ImportError) as error:
+            raise ValueError(f"unknown environment {self.env_id!r}: {error}") from error
+        object.__setattr__(self, "spec", spec)
+
+    def __call__(self, n_envs: int, seed: int) -> VecEnv:
+        """Environment i is seeded with `seed + i`."""
+        return make_vec_env(self._make, n_envs, seed=seed)
+
+    def _make(self) -> gymnasium.Env[Any, Any]:
+        """As `make_vec_env` does with an id: for pictures, where the environment draws them."""
+        try:
+            env = gymnasium.make(self.spec, render_mode="rgb_array")
+        except TypeError:
+            env = gymnasium.make(self.spec)
+        check_spaces(env.observation_space, env.action_space)
+        return env
+
+
+def as_factory(env: str | EnvFactory) -> EnvFactory:
+    """The factory behind a Gymnasium id, or the factory itself.
+
+    Raises:
+        ValueError: for an unknown id, or for a function of other arguments.
+    """
+    if not isinstance(env, str):
+        try:
+            inspect.signature(env).bind(1, 0)
+        except ValueError:
+            return env  # it does not tell its arguments
+        except TypeError as error:
+            raise ValueError(
+                f"an environment factory is called as factory(n_envs, seed), which {env!r} is not "
+                "made for; for example: lambda n_envs, seed: make_vec_env(make, n_envs, seed=seed)"
+            ) from error
+        return env
+    namespace = env.split("/")[0] if "/" in env else None
+    if (found := _of_namespace(namespace, env)) is not None:
+        return found
+    try:
+        factory = GymFactory(env)
+    except ValueError:
+        with suppress(ValueError):  # a game whose ids nobody has registered yet
+            if (found := _of_namespace("ALE", env)) is not None:
+                return found
+        raise
+    if factory.spec.entry_point == ATARI and factory.spec.kwargs.get("obs_type", "rgb") == "rgb":
+        # `Pong`, `PongNoFrameskip-v4`, `ale_py:ALE/Pong-v5`: one meaning for one game.
+        return _of_namespace("ALE", factory.spec.kwargs["game"]) or factory
+    return factory
+
+
+def _of_namespace(namespace: str | None, env_id: str) -> EnvFactory | None:
+    """What the entry point of a namespace makes of an id, if there is one."""
+    for entry_point in entry_points(group=ENTRY_POINTS):
+        if entry_point.name == namespace:
+            factory: EnvFactory = entry_point.load()(env_id)
+            return factory
+    return None
+
+
+def meaning(env: str, factory: EnvFactory) -> str | None:
+    """What an id stands for, in one line, where it is more than what Gymnasium registers."""
+    describe = getattr(factory, "describe", None)
+    if describe is None:
+        return None
+    return f"{env} is played as {', '.join(f'{k}={v!r}' for k, v in describe().items())}"
+
+
+def is_factory(env: object) -> bool:
+    """Whether `env` is an id or a factory, not an environment that exists already."""
+    return isinstance(env, str) or (
+        callable(env) and not isinstance(env, (VecEnv, gymnasium.Env, type))
+    )
+
+
+def check_object(env: object) -> None:
+    """What SB3 does not say about objects that are no environments, or of odd spaces.
+
+    Raises:
+        ValueError: for classes and lists, and for spaces that are not supported.
+    """
+    if env is not None and not isinstance(env, (VecEnv, gymnasium.Env)):
+        raise ValueError(
+            "env must be an environment, a Gymnasium id or a factory(n_envs, seed) -> VecEnv, got "
+            f"{env!r}; lists of functions make a DummyVecEnv"
+        )
+    if env is not None:
+        check_spaces(env.observation_space, env.action_space)
+
+
+def build(factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
+    """Build and wrap an environment as SB3 does (images are moved to channel first)."""
+    env = factory(n_envs, seed)
+    if not isinstance(env, VecEnv) or env.num_envs != n_envs:
+        raise ValueError(
+            f"the environment factory must return a VecEnv of {n_envs} environments, got {env!r}"
+        )
+    check_spaces(env.observation_space, env.action_space)
+    return BaseAlgorithm._wrap_env(env, monitor_wrapper=False)
+
+
+class RemoteEnvs(VecEnv):
+    """The workers' environments as SB3 and its callbacks see them: spaces and number.
+
+    Those that train live in the worker processes. Whoever resets, steps or asks this object gets
+    environments of the same kind, built in this process when they are first needed.
+    """
+
+    def __init__(self, factory: EnvFactory, n_envs: int, probe: VecEnv) -> None:
+        self.render_mode = probe.render_mode
+        self._factory = factory
+        self._envs: VecEnv | None = None
+        self._seed: int | None = None
+        self._is_resting = False
+        super().__init__(n_envs, probe.observation_space, probe.action_space)
+
+    @classmethod
+    def like(cls, factory: EnvFactory, n_envs: int) -> RemoteEnvs:
+        """Spaces are read off one environment, built for that and closed again.
+
+        Raises:
+            ValueError: for a factory of `VecNormalize`, whose statistics every worker would gather
+                for itself, and nobody would save; and for one of `SubprocVecEnv`.
+        """
+        probe = build(factory, 1, 0)
+        try:
+            if unwrap_vec_normalize(probe) is not None:
+                raise ValueError(
+                    "the environment factory returns a VecNormalize, which workers cannot share; "
+                    "use n_workers=0, or normalise in a wrapper without statistics"
+                )
+            if isinstance(probe.unwrapped, SubprocVecEnv):
+                raise ValueError(
+                    "the environment factory returns a SubprocVecEnv, but workers may not start "
+                    "processes of their own; return a DummyVecEnv, or use n_workers=0"
+                )
+            return cls(factory, n_envs, probe)
+        finally:
+            probe.close()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Nothing is built for a reset inside the block, which answers with zeros: SB3 resets what
+        it trains on, and the workers reset theirs."""
+        self._is_resting = True
+        try:
+            yield
+        finally:
+            self._is_resting = False
+
+    @property
+    def envs(self) -> VecEnv:
+        """The environments of this process."""
+        if self._envs is None:
+            seed = fresh_seed() if self._seed is None else self._seed
+            self._envs = build(self._factory, self.num_envs, seed)
+        return self._envs
+
+    def reset(self) -> Any:
+        if not self._is_resting:
+            return self.envs.reset()
+
+        def blank(space: spaces.Space[Any]) -> np.ndarray:
+            return np.zeros((self.num_envs, *(space.shape or ())), space.dtype)
+
+        space = self.observation_space
+        if isinstance(space, spaces.Dict):
+            return {name: blank(entry) for name, entry in space.items()}
+        return blank(space)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.envs.step_async(actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        return self.envs.step_wait()
+
+    def close(self) -> None:
+        """The workers' own end with `learn`."""
+        if self._envs is not None:
+            self._envs.close()
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        self._seed = seed
+        if self._envs is None:
+            return super().seed(seed)
+        return self._envs.seed(seed)
+
+    def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
+        return self.envs.env_is_wrapped(wrapper_class, indices)
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        if attr_name == "render_mode":  # which SB3 asks every VecEnv for when it is made
+            return [self.render_mode for _ in self._get_indices(indices)]
+        return self.envs.get_attr(attr_name, indices)
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        self.envs.set_attr(attr_name, value, indices)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
+    ) -> list[Any]:
+        return self.envs.env_method(method_name, *method_args, indices=indices, **kwargs)
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        return self.envs.get_images()
+
+    def render(self, mode: str | None = None) -> np.ndarray | None:
+        """As in SB3; None, with a warning, where what draws is not installed."""
+        try:
+            return self.envs.render(mode)
+        except gymnasium.error.DependencyNotInstalled as error:
+            warnings.warn(str(error), stacklevel=2)
+            return None
+
+
+class RecordedEnv(VecEnvWrapper):
+    """Remembers every reset and action, so that a fresh copy can be brought to the same state.
+
+    Most emulators and environments cannot be cloned, but all of ours play the same game again from
+    the same seed and actions. Costs the memory of the actions (a byte for one of few discrete ones)
+    and replay time in proportion to the run.
+    """
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self._episodes: list[_Rows] = []  # actions since each reset
+
+    def reset(self) -> Any:
+        self._episodes.append(_Rows())
+        return self.venv.reset()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._episodes[-1].append(self._compact(np.asarray(actions)))
+        self.venv.step_async(actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        return self.venv.step_wait()
+
+    def history(self) -> list[np.ndarray]:
+        """Actions [N, n_envs, ...] after each reset."""
+        empty = np.empty((0, self.num_envs), dtype=np.int64)
+        return [rows.array(empty).copy() for rows in self._episodes]
+
+    def replay(self, history: Sequence[np.ndarray]) -> Any:
+        """Repeat a recorded history on a fresh copy; returns the observations it ends in."""
+        assert not self._episodes, "only an environment that was never reset can replay"
+        obs = None
+        for actions in history:
+            obs = self.reset()
+            for action in actions.astype(self.action_space.dtype):
+                obs = self.step(action)[0]
+        return obs
+
+    def _compact(self, actions: np.ndarray) -> np.ndarray:
+        if isinstance(self.action_space, spaces.Discrete) and self.action_space.n <= 256:
+            return actions.astype(np.uint8)
+        return actions
+
+
+def fresh_seed() -> int:
+    """A seed that the system draws."""
+    return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
+
+
+class _Rows:
+    """Arrays of one shape, one after the other in one block of memory."""
+
+    def __init__(self) -> None:
+        self._block: np.ndarray | None = None
+        self._count = 0
+
+    def append(self, row: np.ndarray) -> None:
+        if self._block is None:
+            self._block = np.empty((16, *row.shape), row.dtype)
+        elif self._count == len(self._block):
+            self._block = np.concatenate([self._block, np.empty_like(self._block)])
+        self._block[self._count] = row
+        self._count += 1
+
+    def array(self, empty: np.ndarray) -> np.ndarray:
+        """All rows, or `empty` if there are none."""
+        return empty if self._block is None else self._block[: self._count]

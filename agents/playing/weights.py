@@ -1,0 +1,113 @@
+"""Versioned weights in shared memory: one writer, any number of readers, no lock.
+
+A reader never blocks the writer and takes nothing with it when it is killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+VERSIONS = 2
+"""Copies kept: the writer fills one while readers copy the other."""
+
+
+LEARNER_ONLY = "value_net_int"
+"""Part of a policy that nobody needs for acting: it is not shared."""
+
+
+class SharedWeights:
+    """Parameters and floating-point buffers of a module, published whole under a version number.
+
+    Version v lies in copy v % 2. The writer announces v in `_started` before it touches that copy,
+    and in `_version` when the copy is complete, so a reader that finds `_started` still below
+    v + 2 after copying has read nothing of a later version.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        size = sum(tensor.numel() for tensor in _floats(module))
+        self._copies = torch.zeros(VERSIONS, size).share_memory_()
+        self._version = torch.full((1,), -1, dtype=torch.int64).share_memory_()
+        self._started = torch.full((1,), -1, dtype=torch.int64).share_memory_()
+
+    @property
+    def version(self) -> int:
+        """The newest complete version; -1 before the first."""
+        return int(self._version.item())
+
+    @staticmethod
+    def bytes_for(module: nn.Module) -> int:
+        """Size in bytes."""
+        numbers = sum(tensor.numel() for tensor in _floats(module))
+        return VERSIONS * numbers * torch.get_default_dtype().itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self._copies.nbytes
+
+    def publish(self, module: nn.Module, version: int) -> None:
+        """Make the module's present weights version `version`, which must be the next one."""
+        self._started.fill_(version)
+        self._copies[version % VERSIONS].copy_(flatten(module))
+        self._version.fill_(version)
+
+    def read_into(self, module: nn.Module) -> int:
+        """Copy the newest version into the module and return its number.
+
+        The copy into the module is a local in-place one, so caches keyed on tensor versions notice.
+        """
+        while True:
+            version = self.version
+            copy = self._copies[version % VERSIONS].clone()
+            if int(self._started.item()) < version + VERSIONS:
+                break
+            time.sleep(0)  # overtaken twice while copying: there is a newer version to read
+        fill(module, copy)
+        return version
+
+
+def flatten(module: nn.Module) -> Tensor:
+    """All that is shared of a module in one vector: from another device, one copy is one wait."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in _floats(module)])
+
+
+def fill(module: nn.Module, flat: Tensor) -> None:
+    """Set what is shared of a module, in place, to what `flatten` made of another."""
+    offset = 0
+    with torch.no_grad():
+        for tensor in _floats(module):
+            tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+            offset += tensor.numel()
+
+
+def layout(module: nn.Module) -> list[tuple[str, torch.Size | None]]:
+    """Names and shapes of what is shared, and the kinds of all parts; equal for two modules where
+    the weights of one are those of the other. A compiled module counts as what it was made of."""
+    shared = [*module.named_parameters(), *module.named_buffers()]
+    parts = [
+        type(part).__qualname__
+        for name, part in module.named_modules()
+        if not _is_wrapper(part) and _is_shared(name)
+    ]
+    return [
+        *((name.replace("_orig_mod.", ""), t.shape) for name, t in shared if _is_shared(name)),
+        *((kind, None) for kind in parts),
+    ]
+
+
+def _is_shared(name: str) -> bool:
+    return LEARNER_ONLY not in name.split(".")
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod")
+
+
+def _floats(module: nn.Module) -> Iterable[Tensor]:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and _is_shared(name):
+            yield tensor

@@ -1,0 +1,362 @@
+"""The worker process: plays its environments with the newest weights, rollout after rollout."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
+from torch import Tensor
+
+from ncrl.agents.playing.buffers import Rollout, RolloutSlots
+from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
+from ncrl.agents.playing.env_sources import EnvFactory, build
+from ncrl.agents.playing.weights import SharedWeights, layout
+from ncrl.agents.runs.profiling import OFF, Seconds, Stopwatch
+from ncrl.sb3 import EnginePolicy
+from ncrl.shell.hardware import keep_freed_memory
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "OPENCV_FOR_THREADS_NUM",
+)
+"""Set to 1 before a worker imports torch: cores are shared out by processes, not threads."""
+
+
+EXIT_NO_GUARD = 78
+"""Of a process that was about to start a training while it imported its parent's script."""
+
+MESSAGE_BYTES = 8_000
+"""Size up to which infos are put into one message; a pipe takes twice that in one write."""
+
+ENTRY_BYTES = 400
+"""Size of an entry that an info over `MESSAGE_BYTES` keeps; what SB3 reads of infos is smaller."""
+
+
+def _no_learning(_progress_remaining: float) -> float:
+    return 0.0
+
+
+class NoOptimizer:
+    """In place of a torch optimiser where nothing is learned: making one imports the compiler,
+    which takes as long as everything else that a worker imports."""
+
+    def __init__(self, *_arguments: Any, **_options: Any) -> None:
+        pass
+
+
+class PolicySpec(NamedTuple):
+    """What it takes to build the policy again in another process."""
+
+    policy_class: type[EnginePolicy]
+    observation_space: Any
+    action_space: Any
+    policy_kwargs: dict[str, Any]
+    sde_sample_freq: int
+
+    def build(self, lr_schedule: Schedule | None = None) -> EnginePolicy:
+        """A policy on the CPU with fresh weights; without a schedule, one that only plays."""
+        options = self.policy_kwargs
+        if lr_schedule is None:
+            options = options | {"optimizer_class": NoOptimizer}
+        return self.policy_class(
+            self.observation_space, self.action_space, lr_schedule or _no_learning, **options
+        )
+
+    def check_like(self, policy: EnginePolicy) -> None:
+        """Raise ValueError if `policy` is not the one that workers build for themselves."""
+        with torch.random.fork_rng(devices=[]):
+            theirs = self.build()
+        if layout(theirs) != layout(policy):
+            raise ValueError(
+                "the policy was changed after it was made, and workers cannot do the same: use "
+                "n_workers=0, or a policy class whose constructor makes the change"
+            )
+
+
+@dataclass
+class WorkerSpec:
+    """Everything a worker process is given at its start."""
+
+    index: int
+    seed: int
+    """Seed of this incarnation; no other worker and no earlier incarnation had it."""
+    n_envs: int
+    parent_pid: int
+    factory: CloudpickleWrapper
+    """Of an `EnvFactory`; notebooks and scripts define theirs where pickle cannot find them."""
+    policy: CloudpickleWrapper
+    """Of a `PolicySpec`."""
+    slots: RolloutSlots
+    weights: SharedWeights
+    heartbeats: Tensor
+    """[n_workers] int64 in shared memory: steps played; a worker counts up its own entry."""
+    profile: bool
+    """Whether it measures where its time goes."""
+    info_keywords: Sequence[str]
+    """Entries of infos that are reported for every timestep."""
+
+
+class Ready(NamedTuple):
+    """The worker's environments are built."""
+
+
+Info = tuple[int, int, dict[str, Any]]
+"""(row, environment, info) where an environment reported something."""
+
+
+class Reported(NamedTuple):
+    """What environments reported in the rollout that is announced next."""
+
+    infos: list[Info]
+
+
+class Played(NamedTuple):
+    """A slot is full."""
+
+    slot: int
+    version: int
+    """Version of the weights that chose every action in it."""
+    env_seconds: float
+    """Time spent inside the environments."""
+    seconds: float
+    """Time from the first step to the last."""
+    phases: Seconds
+    """Where the worker's time went since its last message of this kind; empty if not measured."""
+
+
+class EnvFailed(NamedTuple):
+    """The environments raised; the unfinished rollout is thrown away, they are being built anew."""
+
+    reason: str
+
+
+class Failed(NamedTuple):
+    """The worker ends; the reason is its traceback."""
+
+    traceback: str
+    not_finite: str = ""
+    """What the weights that it was given computed, if that is the reason: no other worker could
+    play with them either."""
+
+
+Message = Ready | Reported | Played | EnvFailed | Failed
+
+
+def end_if_importing_main() -> None:
+    """End a spawned process that is still importing the script of its parent, without a word.
+
+    It must not start a training of its own. The parent knows the exit code, and says what to do.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(EXIT_NO_GUARD)
+
+
+def check_script() -> None:
+    """Raise RuntimeError for a program that workers cannot import again: standard input."""
+    main = sys.modules["__main__"]
+    file: str | None = getattr(main, "__file__", None)
+    if file is None or getattr(main, "__spec__", None) is not None or os.path.exists(file):
+        return
+    raise RuntimeError(
+        f"worker processes import your script again, which came from {file} (standard input): save "
+        'it to a file, with what starts a training under `if __name__ == "__main__":`, or use '
+        "n_workers=0"
+    )
+
+
+def worker_main(connection: Connection, spec: WorkerSpec) -> None:
+    """Entry point of the process. Receives slot numbers, answers with `Message`s, ends on None."""
+    keep_freed_memory()
+    # Ctrl-C reaches everybody, but the parent decides. It was blocked while this process started.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with_parent(spec.parent_pid)
+    stopwatch = Stopwatch() if spec.profile else OFF
+    try:
+        with stopwatch.phase("other"):
+            _work(connection, spec, stopwatch)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone
+    except NonFiniteError as error:
+        connection.send(Failed(tail_of_traceback(), str(error)))
+        sys.exit(1)
+    except Exception:
+        connection.send(Failed(tail_of_traceback()))
+        sys.exit(1)
+
+
+def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> None:
+    def beat() -> None:
+        spec.heartbeats[spec.index] += 1
+
+    games = Games(
+        spec.factory.var,
+        spec.policy.var,
+        spec.n_envs,
+        spec.seed,
+        info_keywords=spec.info_keywords,
+        stopwatch=stopwatch,
+        beat=beat,
+    )
+    connection.send(Ready())
+    while (slot := _next_slot(connection, stopwatch)) is not None:
+        while True:
+            with stopwatch.phase("copy"):
+                version = spec.weights.read_into(games.policy)
+            try:
+                played, infos = games.play(spec.slots[slot], slot, version)
+            except NonFiniteError:
+                raise
+            except Exception:
+                connection.send(EnvFailed(tail_of_traceback()))
+                games.start()
+                connection.send(Ready())
+                continue
+            for part in _in_small_parts(infos):
+                connection.send(Reported(part))
+            connection.send(played._replace(phases=stopwatch.take()))
+            break
+
+
+def _next_slot(connection: Connection, stopwatch: Stopwatch) -> int | None:
+    with stopwatch.phase("wait"):
+        slot: int | None = connection.recv()
+    return slot
+
+
+class Games:
+    """A worker's environments and its policy, which play rollout after rollout.
+
+    Args:
+        factory: of the environments.
+        policy: of the policy, which begins with fresh weights.
+        n_envs: environments.
+        seed: of all random numbers of this process, which computes with one thread from now on.
+        info_keywords: entries of infos that are reported for every timestep.
+        stopwatch: of this process.
+        beat: called after every timestep.
+    """
+
+    def __init__(
+        self,
+        factory: EnvFactory,
+        policy: PolicySpec,
+        n_envs: int,
+        seed: int,
+        *,
+        info_keywords: Sequence[str],
+        stopwatch: Stopwatch,
+        beat: Callable[[], None],
+    ) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        self._seeds = np.random.SeedSequence(seed)
+        self._factory, self._n_envs, self._info_keywords = factory, n_envs, info_keywords
+        self._sde_sample_freq = policy.sde_sample_freq
+        self._stopwatch, self._beat = stopwatch, beat
+        with stopwatch.phase("setup"):
+            self.policy = policy.build()
+            self.policy.set_training_mode(False)
+        self._collector: Collector | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Build the environments, anew if there are any; they do not repeat their games."""
+        if self._collector is not None:
+            with contextlib.suppress(Exception):  # it may be broken in any way
+                self._collector.env.close()
+        with self._stopwatch.phase("setup"):
+            env = build(self._factory, self._n_envs, _env_seed(self._seeds))
+            self._collector = Collector(
+                env,
+                self.policy,
+                env.reset(),
+                sde_sample_freq=self._sde_sample_freq,
+                stopwatch=self._stopwatch,
+            )
+
+    def play(self, rollout: Rollout, slot: int, version: int) -> tuple[Played, list[Info]]:
+        """Play a rollout with the policy as it is; also what environments reported.
+
+        Raises:
+            NonFiniteError: if the policy computes no finite probabilities.
+            Exception: whatever the environments raise; they need a `start` then.
+        """
+        collector = self._collector
+        assert collector is not None
+        infos: list[Info] = []
+
+        def after_step(outcome: Outcome) -> bool:
+            self._beat()
+            for i, info in enumerate(outcome.infos):
+                if "episode" in info or outcome.dones[i]:
+                    small = {k: v for k, v in info.items() if k != "terminal_observation"}
+                    infos.append((outcome.row, i, small))
+                elif wanted := {k: info[k] for k in self._info_keywords if k in info}:
+                    infos.append((outcome.row, i, wanted))
+            return True
+
+        started = time.monotonic()
+        collector.collect(rollout, len(rollout.rewards), after_step)
+        return Played(slot, version, collector.env_seconds, time.monotonic() - started, {}), infos
+
+
+def tail_of_traceback() -> str:
+    """Of the exception being handled; the end of it, if it is long."""
+    return traceback.format_exc()[-MESSAGE_BYTES:]
+
+
+def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
+    """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe.
+
+    A worker that is stopped between two writes of one message would leave its parent waiting for
+    the rest. An info that is larger by itself loses its large entries.
+    """
+    part: list[Info] = []
+    size = 0
+    for row, i, info in infos:
+        length = len(ForkingPickler.dumps(info))
+        if length > MESSAGE_BYTES:
+            info = {k: v for k, v in info.items() if len(ForkingPickler.dumps(v)) <= ENTRY_BYTES}
+            length = len(ForkingPickler.dumps(info))
+        if part and size + length > MESSAGE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append((row, i, info))
+        size += length
+    if part:
+        yield part
+
+
+def _env_seed(seeds: np.random.SeedSequence) -> int:
+    """The next seed for a set of environments: rebuilt ones do not repeat their games."""
+    return int(seeds.spawn(1)[0].generate_state(1)[0] >> 1)
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Ask Linux to kill this process when the thread that started it ends."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the request; elsewhere the pipe tells us
+        os._exit(1)

@@ -1,0 +1,1 @@
+"""Runs: what is kept of a training, and what is said about it."""

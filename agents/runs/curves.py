@@ -1,0 +1,86 @@
+"""The curves that only this toolkit has, beside those of Stable-Baselines3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from stable_baselines3.common.logger import Logger
+from torch import Tensor
+
+from ncrl import NeurocoderLinear
+from ncrl.diagnostics import describe
+from ncrl.sb3 import EnginePolicy, Latent
+
+DIAGNOSTIC_SAMPLES = 256
+"""Latents of the latest batch on which the heads are described."""
+
+
+def record_means(logger: Logger, scalars: Mapping[str, float]) -> None:
+    """Means over the updates since the last dump, as `train/...`."""
+    for name, value in scalars.items():
+        if math.isfinite(value):  # else the mean would tell nothing of the other updates
+            logger.record_mean(f"train/{name}", value)
+
+
+def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """The values of scalars on a device, waited for once."""
+    if not scalars:
+        return {}
+    values = torch.stack([value.float() for value in scalars.values()]).tolist()
+    return dict(zip(scalars, values, strict=True))
+
+
+def record_lag(logger: Logger, lags: list[int]) -> float:
+    """By how many updates the weights behind rollouts were too old; returns the mean."""
+    mean = sum(lags) / len(lags)
+    logger.record_mean("train/policy_lag", mean)
+    logger.record("train/policy_lag_max", max(lags))
+    return mean
+
+
+def record_scores(
+    logger: Logger, episodes: Iterable[dict[str, Any]], best_score: float, first_frames: int
+) -> None:
+    """Of the latest whole games.
+
+    Args:
+        logger: takes the curves.
+        episodes: as SB3 keeps them in `ep_info_buffer`.
+        best_score: of all games.
+        first_frames: frames after which the first game with a score ended; negative for none.
+    """
+    rewarded = [episode["r"] > 0 for episode in episodes]
+    if rewarded:
+        logger.record("rollout/rewarded_share", sum(rewarded) / len(rewarded))
+        logger.record("rollout/best_score", best_score)
+    if first_frames >= 0:
+        logger.record("rollout/first_reward_frames", first_frames)
+
+
+def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) -> None:
+    """What Neurocoder heads attend to in the latest batch, of which `latent` is what they read."""
+    heads = {"actor": policy.action_net, "critic": policy.value_net}
+    coded = {name: m for name, m in heads.items() if isinstance(m, NeurocoderLinear)}
+    if not coded or latent is None:
+        return
+    latent = latent.map(lambda x: x.flatten(0, 1)[:DIAGNOSTIC_SAMPLES])
+    with torch.no_grad():
+        inputs = {
+            "actor": policy.mlp_extractor.forward_actor(latent.actor),
+            "critic": policy.mlp_extractor.forward_critic(latent.critic),
+        }
+    reports = {name: describe(layer, inputs[name]) for name, layer in coded.items()}
+    for key in ("attention_entropy", "max_attention", "effective_rank", "orthogonality"):
+        values = {name: getattr(report, key) for name, report in reports.items()}
+        logger.record(f"neurocoder/{key}", sum(values.values()) / len(values))
+        for name, value in values.items():
+            logger.record(f"neurocoder/{key}/{name}", value)
+    for name, report in reports.items():
+        logger.record(
+            f"neurocoder/slot_usage/{name}",
+            report.slot_usage.cpu(),
+            exclude=("stdout", "log", "json", "csv"),
+        )

@@ -1,0 +1,108 @@
+"""The command `ncrl`: training runs and the paper's experiments under one name.
+
+    ncrl train --env Pong --frames 4_000_000
+    ncrl resume runs/Pong-1
+    ncrl evaluate runs/Pong-1 --episodes 10
+    ncrl watch runs/Pong-1 pong.mp4
+    ncrl task mnist --seeds 0 1 2
+
+What follows a command are the flags of `run_atari.py` and of `python -m ncrl.tasks.NAME`.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ncrl import __version__
+from ncrl.settings import suggest, usage_error
+
+TASKS = (
+    "mnist",
+    "cifar",
+    "polynomial",
+    "algorithms",
+    "split_mnist",
+    "split_cifar",
+    "parameters",
+)
+
+COMMANDS = {
+    "train": ("rl", "train on a game: ncrl train --env Pong"),
+    "resume": ("rl", "go on with a run exactly: ncrl resume RUN_DIR"),
+    "evaluate": ("rl", "play whole games with a run: ncrl evaluate RUN_DIR --episodes 10"),
+    "watch": ("video", "film one game of a run: ncrl watch RUN_DIR [FILE.mp4]"),
+    "task": ("tasks", f"an experiment of the paper: ncrl task {'|'.join(TASKS)}"),
+}
+"""Which extra of the package each command needs, and what it does."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code, 2 for unusable arguments."""
+    command, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if command == "--version":
+        print(f"ncrl {__version__}")
+        return 0
+    if command not in COMMANDS:
+        usage_error("ncrl", f"unknown command {command!r}; {suggest(command, COMMANDS)}")
+    try:
+        if command == "task":
+            return run_task(words)
+        from ncrl.agents.atari.command import main as run_atari
+
+        return run_atari(atari_arguments(command, words))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "ncrl":
+            raise
+        extra = COMMANDS[command][0]
+        usage_error(
+            f"ncrl {command}", f"{error.name} is not installed: pip install 'ncrl[{extra}]'"
+        )
+
+
+def help_text() -> str:
+    """What `ncrl --help` prints."""
+    lines = [f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()]
+    last = "`ncrl COMMAND --help` lists the flags of a command, `ncrl --version` the version."
+    return "\n".join(["usage: ncrl COMMAND ...", "", *lines, "", last])
+
+
+def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
+    """The arguments of `run_atari.py` that a command stands for."""
+    if command == "train" or words[:1] in (["-h"], ["--help"]):
+        return list(words)
+    if not words or words[0].startswith("-"):
+        usage_error(f"ncrl {command}", f"the folder of a run comes first: ncrl {command} RUN_DIR")
+    run, *rest = words
+    if command == "resume":
+        return ["--resume", run, *rest]
+    if command == "evaluate":
+        return ["--evaluate", run, *rest]
+    film = f"{Path(run).name}.mp4"
+    if rest and not rest[0].startswith("-"):
+        film, *rest = rest
+    return ["--evaluate", run, "--episodes", "1", "--video", film, *rest]
+
+
+def run_task(words: Sequence[str]) -> int:
+    """Run an experiment as `python -m ncrl.tasks.NAME` would, in this process."""
+    name, *rest = list(words) or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: ncrl task NAME ...\n\nNAME is one of {', '.join(TASKS)}.")
+        return 0
+    if name not in TASKS:
+        usage_error("ncrl task", f"unknown task {name!r}; {suggest(name, TASKS)}")
+    before = sys.argv
+    sys.argv = [f"ncrl task {name}", *rest]
+    try:
+        runpy.run_module(f"ncrl.tasks.{name}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = before
+    return 0

@@ -1,0 +1,119 @@
+"""Trained policies as ONNX files, which run without torch (in onnxruntime, for example).
+
+Shapes: B environments (free in the file), L LSTM layers, h LSTM width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import Tensor, nn
+
+from ncrl.networks import static_unroll
+from ncrl.sb3.engine import EnginePolicy
+
+EXAMPLES = 97
+"""Environments that the tracer is shown."""
+
+STATE = ("h", "c", "episode_start")
+
+
+def export_onnx(model: BaseAlgorithm | EnginePolicy, path: str | PathLike[str]) -> None:
+    """Write one step of a policy to an ONNX file. Needs the packages of the extra `onnx`.
+
+    Inputs of the file: `obs` [B, ...] in the observation space's own type (Dict observations: one
+    input for each entry, by its name), and for a policy with an LSTM `h` and `c` [L, B, h], the
+    state before the step, zero at first, and `episode_start` [B] bool, where the state is set to
+    zero. Outputs: `logits` [B, numbers] for Discrete, MultiDiscrete (one part after another) and
+    MultiBinary actions; `mean` and `log_std` [B, numbers] for Box, before clipping; `values` [B];
+    and `next_h`, `next_c`.
+
+    Raises:
+        ValueError: for a policy that is not one of `ncrl.sb3`, and for state-dependent exploration.
+        ImportError: without `onnx` and `onnxscript`.
+    """
+    policy = model.policy if isinstance(model, BaseAlgorithm) else model
+    if not isinstance(policy, EnginePolicy):
+        raise ValueError(
+            f"expected a policy of ncrl.sb3, or a model with one, got {type(policy).__name__}"
+        )
+    if policy.use_sde:
+        raise ValueError("a policy with use_sde=True has no ONNX form: its noise has a state")
+    step = _Step(policy)
+    was_training = policy.training
+    try:
+        # A tracer takes a number of environments for constant that could be another size.
+        with torch.no_grad(), static_unroll():
+            torch.onnx.export(
+                step.eval(),
+                step.example(EXAMPLES),
+                str(path),
+                input_names=step.inputs,
+                output_names=step.outputs,
+                dynamic_shapes=(step.free_axes(),),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        policy.train(was_training)
+
+
+class _Step(nn.Module):
+    """A policy as a function from tensors to tensors."""
+
+    def __init__(self, policy: EnginePolicy) -> None:
+        super().__init__()
+        self.policy = policy
+        space = policy.observation_space
+        self.entries = list(space.spaces) if isinstance(space, spaces.Dict) else ["obs"]
+        self.is_recurrent = policy.state_shape[0] > 0
+        self.inputs = self.entries + list(STATE) * self.is_recurrent
+        is_box = isinstance(policy.action_space, spaces.Box)
+        self.outputs = ["mean", "log_std", "values"] if is_box else ["logits", "values"]
+        self.outputs += ["next_h", "next_c"] * self.is_recurrent
+
+    def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
+        policy = self.policy
+        tensors = dict(zip(self.inputs, inputs, strict=True))
+        obs: PyTorchObs = {name: tensors[name] for name in self.entries}
+        if not isinstance(policy.observation_space, spaces.Dict):
+            obs = tensors["obs"]
+        if self.is_recurrent:
+            state, start = (tensors["h"], tensors["c"]), tensors["episode_start"]
+        else:
+            first = inputs[0]
+            state = policy.initial_state(first.shape[0])
+            start = torch.zeros(first.shape[0], dtype=torch.bool, device=first.device)
+        latent, (h, c) = policy.encode(obs, state, start)
+        action = policy.action_net(policy.mlp_extractor.forward_actor(latent.actor))
+        outputs = [action]
+        if "log_std" in self.outputs:
+            outputs.append(policy.log_std.expand_as(action))
+        outputs.append(policy.values(latent).squeeze(-1))
+        return [*outputs, h, c] if self.is_recurrent else outputs
+
+    def example(self, batch: int) -> tuple[Tensor, ...]:
+        """Inputs for `batch` environments."""
+        policy = self.policy
+        space: Any = policy.observation_space
+        parts: list[spaces.Space[Any]] = (
+            list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+        )
+        found = [
+            torch.as_tensor(part.sample()).expand(batch, *(part.shape or ())) for part in parts
+        ]
+        if self.is_recurrent:
+            found += [*policy.initial_state(batch), torch.zeros(batch, dtype=torch.bool)]
+        return tuple(tensor.to(policy.device).contiguous() for tensor in found)
+
+    def free_axes(self) -> tuple[dict[int, Any], ...]:
+        """Which axis of each input is that of the environments."""
+        batch = torch.export.Dim("batch")
+        return tuple({1 if name in ("h", "c") else 0: batch} for name in self.inputs)

@@ -1,0 +1,1 @@
+"""What surrounds a run, whatever is run: files, safe reading, signals, the screen."""

@@ -1,0 +1,127 @@
+"""Files of tensors: written with a checksum, read without running code or trusting their sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncrl.files import read_bytes, write_atomically
+
+SMALL_BYTES = 64 << 20
+"""What names, curves and random states may take beside the weights."""
+
+MARK = b"sha256 "
+"""Begins the comment of the zip that torch writes: the sum of all that comes before the comment."""
+
+
+def size_of(module: torch.nn.Module) -> int:
+    """Bytes of the parameters and buffers of a module."""
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def write_tensors(path: Path, state: Any) -> None:
+    """Write tensors and plain values, whole or not at all, so that `torch.load` reads them.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, with_checksum(buffer.getvalue()))
+
+
+def with_checksum(content: bytes) -> bytes:
+    """A zip without comment, with its own sha256 as the comment."""
+    comment = MARK + hashlib.sha256(content).hexdigest().encode()
+    # The last two bytes of a zip say how long its comment is.
+    return content[:-2] + len(comment).to_bytes(2, "little") + comment
+
+
+def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
+    """Tensors and plain values of a file, on the CPU.
+
+    Args:
+        path: of the file.
+        limit: bytes that its tensors may take.
+        foreign: whether `torch.save` alone may have written it. Such a file carries no sum of its
+            own, and only the short sums of its parts are compared.
+
+    Raises:
+        ValueError: naming the file, if it is damaged, too large, or holds anything else.
+    """
+    content = read_bytes(path, limit + SMALL_BYTES)
+    try:
+        _check_sums(content, limit + SMALL_BYTES, foreign=foreign)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        # Views of one number can have any shape, and take memory when they are copied.
+        total = sum(tensor.nbytes for tensor in tensors_in(loaded))
+        if total > limit + SMALL_BYTES:
+            raise ValueError(f"its tensors would take {total:,} bytes, expected at most {limit:,}")
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"cannot read {path}: it holds more than tensors and plain values"
+        ) from error
+    except Exception as error:  # a broken zip or pickle can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot read {path}: {reason}") from error
+    return loaded
+
+
+def _check_sums(content: bytes, limit: int, *, foreign: bool) -> None:
+    """Raise ValueError for a zip that is damaged, or unpacks to more than `limit` bytes."""
+    if foreign and not content.startswith(b"PK"):
+        return  # the format before torch 1.6, in which torchvision published weights
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+            if total > limit:
+                raise ValueError(f"it unpacks to {total:,} bytes, expected at most {limit:,}")
+            comment = archive.comment
+            whole = foreign and not comment and archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeError, OSError) as error:
+        raise ValueError("it is damaged, or no file that torch saved") from error
+    if not comment and not foreign:
+        raise ValueError("it has no checksum: an earlier release of ncrl wrote it, or a stranger")
+    if comment:
+        before = content[: -len(comment) - 2] + b"\0\0"
+        whole = comment == MARK + hashlib.sha256(before).hexdigest().encode()
+    if not whole:
+        raise ValueError("it is damaged (its checksum differs)")
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors inside of dicts, lists and tuples.
+
+    Each container is looked into once: few bytes can name one list many times.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part, seen)
+
+
+def check_like(found: Any, expected: Tensor, name: str) -> Tensor:
+    """A tensor that was read, if it has the shape and type of the one that it replaces.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        raise ValueError(
+            f"{name} must be {expected.dtype} of shape {list(expected.shape)}, "
+            f"got {found.dtype} of shape {list(found.shape)}"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Several algorithms in a sequence, by a Neural Turing machine."""

@@ -1,0 +1,146 @@
+"""Several algorithms in a sequence, by a Neural Turing machine (paper, section 4.3, Fig. 6).
+
+python -m ncrl.tasks.algorithms                             # all layers: many hours on a CPU
+python -m ncrl.tasks.algorithms --variant linear base --iterations 5000 --figure algorithms.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncrl.shell.screen import say
+from ncrl.tasks.algorithms.data import NUM_BITS, NUM_INPUTS, TASKS, Algorithms, algorithms
+from ncrl.tasks.algorithms.figure import draw_figure
+from ncrl.tasks.command import Session, run_command, task_parser
+from ncrl.tasks.experiment import Experiment, describe_layers, random_stream
+from ncrl.tasks.models import Ntm
+from ncrl.tasks.recipes import Recipe, build_network
+from ncrl.tasks.results import Result, results_table
+
+CONFIG = "algorithms.yaml"
+VARIANTS = ("linear", "hypernet", "film", "nsm", "base")
+"""What the paper compares."""
+
+TRAINED_TASKS = 4
+TESTED_TASKS = (4, 8)
+"""n, how many algorithms are asked for in a sequence."""
+
+TEST_SEQUENCES = 256
+EVALUATE_EVERY = 100
+REPORT_SEQUENCES = 8
+"""Test sequences on which the layers are described."""
+
+PAPER = "lowest error at n=4 and alone in generalising to n=8 (Fig. 6, no number printed)"
+
+
+class MultiAlgorithm(Experiment):
+    """A Neural Turing machine that learns n algorithms at once, on new sequences every time."""
+
+    def __init__(self, recipe: Recipe, seed: int, device: torch.device) -> None:
+        if recipe.iterations is None:
+            raise ValueError("the recipe does not say iterations; sequences know no epochs")
+        model = build_network(recipe).to(device)
+        if not isinstance(model, Ntm):
+            raise ValueError(f"the network must be 'ntm', got {recipe.network!r}")
+        in_features = model.controller.input_size - model.read_start.shape[0]
+        if in_features != NUM_INPUTS:
+            raise ValueError(f"in_features must be {NUM_INPUTS}, got {in_features}")
+        self.model = model
+        self.num_outputs = model.output.out_features
+        self.data = f"algorithms, n = {TRAINED_TASKS}"
+        self.readings = {
+            "identity": "one of four bits and both channels",
+            "answers": "after all questions, each followed by an end"
+            if self.num_outputs > NUM_BITS
+            else "after all questions",
+            "loss": "cross-entropy of all outputs while answers are given",
+        }
+        self.best = {f"error_n{n}": "min" for n in TESTED_TASKS}
+        self.num_updates, self.evaluate_every = recipe.iterations, EVALUATE_EVERY
+        self.seed, self.device, self.batch_size = seed, device, recipe.batch_size
+        self.test = {
+            n: self.generate(TEST_SEQUENCES, n, random_stream(0, "test", n)) for n in TESTED_TASKS
+        }
+
+    def generate(
+        self, num_sequences: int, num_tasks: int, generator: torch.Generator
+    ) -> Algorithms:
+        """Sequences for the network, on its device."""
+        made = algorithms(num_sequences, num_tasks, generator, num_outputs=self.num_outputs)
+        return Algorithms(*(tensor.to(self.device) for tensor in made))
+
+    def loss(self, update: int) -> Tensor:
+        batch = self.generate(
+            self.batch_size, TRAINED_TASKS, random_stream(self.seed, "train", update)
+        )
+        logits, _ = self.model(batch.inputs)
+        asked = (batch.task >= 0).float()
+        total = F.binary_cross_entropy_with_logits(
+            logits, batch.targets, asked[..., None], reduction="sum"
+        )
+        return total / (asked.sum() * self.num_outputs)
+
+    def evaluate(self) -> dict[str, float]:
+        """Wrong bits in per cent, for every n and, at the n trained on, every algorithm."""
+        metrics: dict[str, float] = {}
+        for n, test in self.test.items():
+            logits, _ = self.model(test.inputs)
+            by_task = bit_errors(logits, test)
+            metrics[f"error_n{n}"] = by_task["all"]
+            if n == TRAINED_TASKS:
+                metrics |= {f"error_{task}": by_task[task] for task in TASKS}
+        return metrics
+
+    def report(self) -> dict[str, Any]:
+        """Errors of every algorithm at every n, and what the layers do."""
+        details: dict[str, Any] = {}
+        for n, test in self.test.items():
+            details[f"errors_n{n}"] = bit_errors(self.model(test.inputs)[0], test)
+        test = self.test[TRAINED_TASKS]
+        goes_on = (test.task >= 0).flip(0).cummax(0).values.flip(0)  # an answer is still to come
+        inputs, counted = (part[:, :REPORT_SEQUENCES] for part in (test.inputs, goes_on))
+        layers = describe_layers(self.model, inputs, counted=counted.flatten())
+        return {**details, "layers": layers} if layers else details
+
+
+def bit_errors(logits: Tensor, test: Algorithms) -> dict[str, float]:
+    """Wrong bits in per cent of the bits of the answers, ends not counted: of `all` and by task.
+
+    Args:
+        logits: [T, N, 8 or 9]; above 0 means 1.
+        test: what was asked for.
+    """
+    counted = (test.task >= 0) & ~test.is_end
+    said, true = (tensor[..., :NUM_BITS] > 0 for tensor in (logits, test.targets))
+    wrong = (said != true).float().mean(2)  # [T, N]
+    errors = {"all": 100 * float(wrong[counted].mean())}
+    for index, task in enumerate(TASKS):
+        errors[task] = 100 * float(wrong[counted & (test.task == index)].mean())
+    return errors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    parser = task_parser("algorithms", __doc__)
+    return run_command("algorithms", parser, arguments, work)
+
+
+def work(session: Session) -> None:
+    """Train what the flags name; print the table and draw the figure."""
+    rows = session.run(session.plans(CONFIG, default_variants=VARIANTS), MultiAlgorithm)
+    if session.figure is not None and rows:
+        draw_figure(session.figure, rows, TRAINED_TASKS, TESTED_TASKS)
+        say(f"drawn: {session.figure}")
+    say(table(rows))
+
+
+def table(rows: Sequence[Result]) -> str:
+    """Bit errors at the end."""
+    metrics = [f"error_n{n}" for n in TESTED_TASKS] + [f"error_{task}" for task in TASKS]
+    coded = {row.name for row in rows if row.layer == "neurocoder"}
+    return results_table(rows, metrics, lambda name: PAPER if name in coded else None)

@@ -1,0 +1,1 @@
+"""CIFAR with coded last layers."""

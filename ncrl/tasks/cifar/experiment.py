@@ -1,0 +1,207 @@
+"""CIFAR with coded last layers of an MLP, LeNet or DenseNet (paper, section 4.2, Tables 2 and 4).
+
+python -m ncrl.tasks.cifar --data-dir DIR --layer linear moe nsm neurocoder
+python -m ncrl.tasks.cifar --data-dir DIR --config cifar_lenet --layer linear neurocoder --epochs 20
+python -m ncrl.tasks.cifar --data-dir DIR --config cifar_densenet --variant base h1 h1_no_residual
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from ncrl.shell.screen import say
+from ncrl.tasks.classification import Classification
+from ncrl.tasks.command import Plan, Session, add_validate, run_command, task_parser
+from ncrl.tasks.data import HELD_OUT, Images, load_cifar
+from ncrl.tasks.figures import draw_curves, save_figure
+from ncrl.tasks.recipes import CONFIGS, Recipe, read_recipes
+from ncrl.tasks.results import Result, by_name, markdown, summarise
+
+CONFIG = "cifar_mlp.yaml"
+HELD_OUT_EVERY = 5
+"""With --validate, one of so many training images is measured on."""
+
+READINGS = {"pixels": "standardised by channel", "augmentation": "none"}
+
+TABLE_4: Mapping[tuple[str, int], Mapping[str, float]] = {
+    ("mlp", 10): {"linear": 52.06, "moe": 50.76, "nsm": 52.76, "neurocoder": 54.86},
+    ("mlp", 100): {"linear": 23.31, "moe": 22.79, "nsm": 25.65, "neurocoder": 26.24},
+    ("lenet", 10): {"linear": 75.71, "moe": 75.88, "nsm": 75.45, "neurocoder": 78.92},
+    ("lenet", 100): {"linear": 42.73, "moe": 42.47, "nsm": 43.14, "neurocoder": 47.21},
+    ("densenet", 10): {"linear": 93.61, "moe": 80.61, "nsm": 94.24, "neurocoder": 95.61},
+    ("densenet", 100): {"linear": 78.11, "moe": 69.48, "nsm": 71.76, "neurocoder": 79.34},
+}
+"""Best test accuracy over 5 runs, by network and classes, then layer."""
+
+TABLE_2: Mapping[tuple[int, int, bool], float] = {
+    (10, 1, False): 77.4,
+    (10, 3, False): 80.8,
+    (10, 1, True): 88.9,
+    (100, 1, False): 70.8,
+    (100, 3, False): 75.0,
+    (100, 1, True): 75.1,
+}
+"""DenseNet with Neurocoder, by classes, heads H and residual; H = 3 with residual is in Table 4."""
+
+
+def paper_accuracy(row: Result) -> float | None:
+    """What the paper prints for the network of a row; None where it prints nothing. The network has
+    to stand like this in `configs/tasks/`, the number of classes left aside."""
+    if not row.data.startswith("CIFAR") or HELD_OUT in row.data or not is_shipped(row):
+        return None
+    network, options = row.recipe["network"], row.recipe["layer_options"]
+    size = int(row.recipe["network_options"].get("num_outputs", 10))
+    heads, residual = options.get("num_heads"), options.get("residual")
+    if row.layer == "neurocoder" and (heads, residual) != (3, True):
+        return TABLE_2.get((size, heads, residual)) if network == "densenet" else None
+    return TABLE_4.get((network, size), {}).get(row.layer)
+
+
+def is_shipped(row: Result) -> bool:
+    """Whether the row's network is that of a recipe in `configs/tasks/`, the number of classes left
+    aside. The authors' own layer is not, for the paper does not speak of it."""
+    path = CONFIGS / f"cifar_{row.recipe['network']}.yaml"
+    if not path.is_file() or row.recipe["layer_options"].get("preset") == "official":
+        return False
+    return any(
+        (recipe.layer, dict(recipe.layer_options), body(recipe.network_options))
+        == (row.layer, row.recipe["layer_options"], body(row.recipe["network_options"]))
+        for recipe in read_recipes(path).values()
+    )
+
+
+def body(network_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a network but for its number of classes."""
+    return {name: value for name, value in network_options.items() if name != "num_outputs"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    parser = task_parser("cifar", __doc__)
+    parser.add_argument(
+        "--classes",
+        type=int,
+        metavar="INT",
+        help="10 or 100 (default: those of the recipe)",
+    )
+    add_validate(parser, "one of five training images")
+    return run_command("cifar", parser, arguments, work)
+
+
+def work(session: Session) -> None:
+    """Train what the flags name; print the table and draw the curves."""
+    wanted = plans(session)
+    sizes = {num_outputs(plan.recipe) for plan in wanted}
+    views = {size: view(session, size) for size in sorted(sizes)}
+
+    def make(recipe: Recipe, seed: int, _device: torch.device) -> Classification:
+        images = views[num_outputs(recipe)]
+        return Classification(recipe, images, seed, readings=READINGS)
+
+    rows = session.run(wanted, make)
+    if session.figure is not None and rows:
+        draw(session.figure, rows)
+        say(f"drawn: {session.figure}")
+    say(table(rows))
+
+
+def plans(session: Session) -> list[Plan]:
+    """The recipes that the flags name; the plain MLP and Neurocoder's without any.
+
+    Raises:
+        ValueError: for recipes of other tasks, and a number of classes that is not clear.
+    """
+    flags = session.flags
+    wanted = session.plans(CONFIG)
+    if not session.names_recipes:  # to the plain network options of coded layers mean nothing
+        wanted = [*session.plans(CONFIG, layer=["linear"], layer_options=None), *wanted]
+    for plan in wanted:
+        if plan.recipe.task != "cifar":
+            raise ValueError(f"{plan.name!r} is a recipe for {plan.recipe.task}, not for cifar")
+    size = flags.get("classes")
+    if size is None and "layer" in flags:
+        # The variant that is found for a layer may be of the other data set.
+        others = session.plans(CONFIG, layer=None, layer_options=None)
+        sizes = {num_outputs(plan.recipe) for plan in others}
+        if len(sizes) > 1:
+            raise ValueError("variants of 10 and of 100 classes with --layer: say --classes")
+        (size,) = sizes
+    return [plan if size is None else with_outputs(plan, size) for plan in wanted]
+
+
+def num_outputs(recipe: Recipe) -> int:
+    """Classes that a recipe's network tells apart."""
+    return int(recipe.network_options.get("num_outputs", 10))
+
+
+def with_outputs(plan: Plan, size: int) -> Plan:
+    """The same recipe for 10 or 100 classes.
+
+    Raises:
+        ValueError: for another number.
+    """
+    if size not in (10, 100):
+        raise ValueError(f"CIFAR has 10 or 100 classes, got {size}")
+    if num_outputs(plan.recipe) == size:
+        return plan
+    options = {**plan.recipe.network_options, "num_outputs": size}
+    recipe = dataclasses.replace(plan.recipe, network_options=options, paper_parameters=None)
+    return Plan(f"{plan.name} {size} classes", recipe, plan.labels)
+
+
+def view(session: Session, num_classes: int) -> Images:
+    """The data set of so many classes, standardised and on the device."""
+    data = load_cifar(session.data_dir, num_classes, download=session.download)
+    if session.flags.get("validate"):
+        data = data.held_out(HELD_OUT_EVERY)
+    say(data.source)
+    return data.standardised().to(session.device)
+
+
+def table(rows: Sequence[Result]) -> str:
+    """Accuracy in the last and the best epoch, over seeds, beside what the paper prints."""
+    lines = []
+    for name, group in by_name(rows).items():
+        row, paper = group[0], paper_accuracy(group[0])
+        lines.append(
+            [
+                name,
+                row.layer,
+                f"{row.parameters:,}",
+                " ".join(str(each.seed) for each in group),
+                row.updates,
+                summarise(group, "accuracy"),
+                summarise(group, "best_accuracy"),
+                None if paper is None else f"{paper:.2f}",
+                f"{sum(each.seconds for each in group) / len(group):.0f} s",
+            ]
+        )
+    header = ["recipe", "layer", "parameters", "seeds", "updates", "last", "best", "paper (best)"]
+    return markdown([*header, "time"], lines)
+
+
+def draw(path: Path, rows: Sequence[Result]) -> None:
+    """Test accuracy over updates, and what the paper prints as a mark at the right.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    draw_curves(axes, rows, "accuracy")
+    last = max(row.updates for row in rows)
+    for line, group in zip(list(axes.lines), by_name(rows).values(), strict=True):
+        paper = paper_accuracy(group[0])
+        if paper is not None:
+            axes.plot([last], [paper], "<", color=line.get_color(), clip_on=False)
+    axes.set_ylabel("accuracy, %")
+    data = "; ".join(dict.fromkeys(row.data for row in rows))
+    axes.set_title(f"{data}; marks: the paper's best", fontsize=9)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,1 @@
+"""MNIST with one coded layer as a linear classifier."""

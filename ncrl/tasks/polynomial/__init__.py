@@ -1,0 +1,1 @@
+"""Auto-regression of sequences made of polynomials."""

@@ -1,0 +1,1 @@
+"""Split CIFAR: tasks of two or five classes, on frozen features."""

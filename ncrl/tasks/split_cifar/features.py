@@ -1,0 +1,131 @@
+"""Classifiers of frozen features that learn one task after the other, and what they attend to.
+
+T tasks, P slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ncrl import NeurocoderLinear
+from ncrl.shell.tensors import check_like
+from ncrl.tasks.continual.split import SplitLearning
+from ncrl.tasks.experiment import describe_layers, evaluating, mutual_information
+from ncrl.tasks.models import SplitMlp
+
+SLOT_STEPS = 100
+"""Training steps of each task at which attention is looked at (Fig. 8)."""
+
+SLOT_IMAGES = 32
+"""Images of the batch that are looked at."""
+
+
+class SplitFeatures(SplitLearning):
+    """A classifier of features that learns one task after the other, and what it attends to.
+
+    Args: those of `SplitLearning`; `recipe` is of the task scenario, with network `split_mlp`, and
+    `readings` say how features came about.
+
+    Raises:
+        ValueError: if the recipe does not fit the tasks.
+    """
+
+    model: SplitMlp
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
+        self.watched = watched_updates(self.ends) if self.coded else {}
+        self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(self.coded)), -1)
+        """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
+        steps."""
+        self._counts: Tensor | None = None  # of the trained network; see `_slot_counts`
+
+    def after_update(self, update: int) -> None:
+        super().after_update(update)
+        if update in self.watched:
+            task, step = self.watched[update]
+            _, x, _ = self.batch(update)
+            with evaluating(self.model):
+                attention = hidden_attention(self.model, x[:SLOT_IMAGES])
+            for layer, weights in enumerate(attention):
+                self.top_slots[task, step, layer] = weights.mean(0).argmax()
+
+    def evaluate(self) -> dict[str, float]:
+        """Beside what `SplitLearning` measures: `slot_information`, in bits how much the top slot
+        of an image tells about its task, mean over hidden layers; 0 if all tasks use the same."""
+        found = super().evaluate()
+        chance = 100 / int(self.recipe.network_options["num_outputs"])
+        half_way = (100 + chance) / 2
+        found["failed_tasks"] = float((self.accuracy.diagonal() < half_way).sum())
+        if self.coded:
+            self._counts = self._slot_counts()
+            found["slot_information"] = float(mutual_information(self._counts).mean())
+        return found
+
+    def _slot_counts(self) -> Tensor:
+        """Test images by their top slot, in the network as it is: [layers, T, P]."""
+        counts = []
+        for task in self.tasks:
+            tops = [
+                torch.bincount(weights.argmax(1), minlength=weights.shape[1])
+                for weights in hidden_attention(self.model, task.test_images)
+            ]
+            counts.append(torch.stack(tops))
+        return torch.stack(counts, dim=1)
+
+    def report(self) -> dict[str, Any]:
+        details = super().report()
+        details["seen"] = seen_accuracy(self.accuracy)
+        if self.coded:
+            details["top_slots"] = self.top_slots.tolist()
+            details["watched"] = sorted(self.watched)
+            # A run stopped after its last update has been measured by the process before.
+            counts = self._slot_counts() if self._counts is None else self._counts
+            details["slot_counts"] = counts.tolist()
+            images = torch.cat([task.test_images[:50] for task in self.tasks])
+            details["attention"] = describe_layers(self.model, images)
+        return details
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "top_slots": self.top_slots}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.top_slots = check_like(state["top_slots"], self.top_slots, "top_slots")
+
+
+def watched_updates(ends: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Task and number of the look, by update: SLOT_STEPS evenly spread over each task, or every
+    update of a task that has fewer.
+
+    Args:
+        ends: updates after which tasks end.
+    """
+    watched = {}
+    for task, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        steps = min(SLOT_STEPS, end - begin)
+        for step in range(steps):
+            watched[begin + (end - begin) * (step + 1) // steps - 1] = task, step
+    return watched
+
+
+def hidden_attention(model: SplitMlp, x: Tensor) -> list[Tensor]:
+    """Attention to the left vectors, M_U, of the coded hidden layers, mean over components:
+    [B, P] each, for features [B, F]."""
+    found = []
+    for layer in model.hidden:
+        if isinstance(layer, NeurocoderLinear):
+            found.append(layer.attend(x).u.mean(1))
+        x = F.relu(layer(x))
+    return found
+
+
+def seen_accuracy(accuracy: Tensor) -> list[float]:
+    """Mean over the tasks learnt so far, after each (Fig. 7), for a matrix [trained, tested]."""
+    return [float(row[: task + 1].mean()) for task, row in enumerate(accuracy)]

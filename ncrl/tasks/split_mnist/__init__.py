@@ -1,0 +1,1 @@
+"""Split MNIST: five tasks of two digits, one after the other."""

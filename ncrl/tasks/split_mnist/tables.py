@@ -1,0 +1,275 @@
+"""Tables 1, 6 and 7 of the paper: their cells, what it prints in them, and what we measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ncrl.tasks.figures import save_figure
+from ncrl.tasks.recipes import METHODS
+from ncrl.tasks.results import Result, Summary, markdown, summarise
+
+Groups = defaultdict[tuple[str, ...], list[Result]]
+"""Rows by scenario, method and layer."""
+
+SCENARIO = {1: "domain", 6: "task", 7: "domain"}
+"""By number of the table."""
+
+REPEATS = {"domain": 5, "task": 3}
+"""Of every cell; the paper has 10."""
+
+
+class Column(NamedTuple):
+    """What all layers of the network are, or for `lowrank` the hidden ones."""
+
+    layer: str
+    variant: str = "paper"
+    residual: bool = False
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        if self.layer == "neurocoder":
+            return f"{self.variant}{' residual' if self.residual else ''}"
+        return {"linear": "mlp", "nsm": "nsm"}.get(self.layer, f"rank {self.rank}")
+
+
+class Cell(NamedTuple):
+    """A place in a table."""
+
+    scenario: str
+    method: str
+    column: Column
+
+    @property
+    def name(self) -> str:
+        """Of the runs that fill it."""
+        return " ".join(self.labels.values())
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Those of the rows that fill it."""
+        return {"scenario": self.scenario, "method": self.method, "layer": self.column.name}
+
+
+COLUMNS = (
+    Column("linear"),
+    Column("neurocoder", "official"),
+    Column("neurocoder"),
+    Column("lowrank", rank=1),
+    Column("lowrank", rank=50),
+    Column("neurocoder", residual=True),
+    Column("neurocoder", "official", residual=True),
+    Column("nsm"),
+)
+"""The paper's, and the static controls: networks of the same shape, whose hidden layers have low
+rank whatever the input."""
+
+
+MAIN_COLUMNS = COLUMNS[:5]
+"""Those of Table 1: without residual, and what explains them."""
+
+
+def columns(number: int) -> Sequence[Column]:
+    """Those of a table."""
+    return MAIN_COLUMNS if number == 1 else COLUMNS
+
+
+def cells(number: int) -> list[Cell]:
+    """All cells of a table, those that say most first."""
+    scenario = SCENARIO[number]
+    return [Cell(scenario, method, column) for column in columns(number) for method in METHODS]
+
+
+PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "task": {
+        "adam": ("93.46±2.01", "93.75±3.28", "87.55±4.38", "94.91±3.29", "96.54±1.39"),
+        "adagrad": ("98.06±0.53", "98.02±0.89", "96.63±1.49", "98.04±0.85", "99.01±0.19"),
+        "l2": ("98.18±0.96", "98.14±0.43", "91.44±3.80", "98.13±0.81", "98.35±0.74"),
+        "si": ("98.56±0.49", "98.69±0.20", "98.87±0.20", "98.72±0.21", "99.14±0.24"),
+        "ewc": ("97.70±0.81", "97.00±1.10", "93.94±2.36", "97.04±0.07", "97.88±0.22"),
+        "online-ewc": ("98.04±1.10", "98.23±1.17", "96.11±1.27", "98.27±1.73", "98.30±1.48"),
+    },
+    "domain": {
+        "adam": ("55.16±1.38", "53.55±1.27", "54.85±2.81", "54.72±1.37", "58.46±0.46"),
+        "adagrad": ("58.08±1.06", "57.83±2.74", "58.42±1.87", "58.59±2.38", "62.28±4.03"),
+        "l2": ("66.00±3.73", "64.37±2.40", "62.83±7.21", "64.18±1.33", "69.89±1.72"),
+        "si": ("64.76±3.09", "64.41±3.36", "64.36±2.99", "65.98±4.74", "67.96±3.22"),
+        "ewc": ("58.85±2.59", "58.41±2.37", "58.12±3.24", "60.82±2.63", "65.66±1.25"),
+        "online-ewc": ("57.33±1.44", "57.78±1.84", "58.55±3.40", "65.17±2.45", "73.97±1.50"),
+    },
+}
+"""The paper's Tables 6 and 7, 10 runs: Hsu et al.'s MLP, its MLP, NSM, Neurocoder with and without
+residual."""
+
+PRINTED_AS = {
+    **{"hsu": 0, "mlp": 1, "nsm": 2, "paper residual": 3, "paper": 4},
+    **{"official residual": 3, "official": 4},
+}
+"""Position in `PRINTED` by column; what the paper calls Neurocoder stands beside both variants."""
+
+LOGGED: Mapping[str, Mapping[str, str]] = {
+    "mlp": {
+        "adam": "53.38±1.39",
+        "adagrad": "56.16±1.79",
+        "l2": "63.27±3.94",
+        "ewc": "56.88±2.18",
+        "online-ewc": "59.64±3.13",
+    },
+    "official": {
+        "adam": "57.07±0.45",
+        "adagrad": "60.60±0.49",
+        "si": "diverged",
+        "ewc": "62.56±1.07",
+        "online-ewc": "71.79±2.04",
+    },
+}
+"""The authors' own logs of the domain scenario, 10 runs, by column and method."""
+
+
+def printed(scenario: str, method: str, column: str) -> str | None:
+    """What the paper prints in a cell."""
+    place = PRINTED_AS.get(column)
+    return None if place is None else PRINTED[scenario][method][place]
+
+
+def logged(scenario: str, method: str, column: str) -> str | None:
+    """What the authors' logs hold for a cell."""
+    return LOGGED.get(column, {}).get(method) if scenario == "domain" else None
+
+
+def by_cell(rows: Iterable[Result], *, changes: bool = False) -> Groups:
+    """Rows by scenario, method and layer, and with what flags changed in the layer's name."""
+    groups: Groups = defaultdict(list)
+    for row in rows:
+        labels = row.labels
+        said = labels.get("changes") if changes else None
+        layer = " ".join(filter(None, (labels["layer"], said)))
+        groups[labels["scenario"], labels["method"], layer].append(row)
+    return groups
+
+
+def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
+    """One of the paper's tables as Markdown, a line for every cell, with its heading.
+
+    Args:
+        number: 1, 6 or 7.
+        rows: of any scenarios, methods and layers, which their labels say.
+        changed: what is not as in the tables' recipes, for the heading.
+    """
+    scenario = SCENARIO[number]
+    repeats = REPEATS[scenario]
+    found = by_cell(rows)
+    wanted = cells(number)
+    filled = sum(
+        set(range(repeats)) <= {row.seed for row in found[tuple(cell.labels.values())]}
+        for cell in wanted
+    )
+    said = [changed.strip()] if changed else []
+    if filled < len(wanted):
+        said.append(f"{filled} of {len(wanted)} cells have all {repeats} seeds")
+    lines = []
+    for method in METHODS:
+        for column in columns(number):
+            name = column.name
+            group = found[scenario, method, name]
+            ours = _measured(group, repeats) if group else [None] * 9
+            beside = printed(scenario, method, name), logged(scenario, method, name)
+            hsu = printed(scenario, method, "hsu") if name == "mlp" else None
+            lines.append([method, name, *ours, *beside, hsu])
+    header = (
+        *("method", "layer", "parameters", "accuracy", "seeds 0, 1, ...", "learn", "failed"),
+        *("forgetting", "transfer", "rank", "attention", "paper", "authors' log", "Hsu"),
+    )
+    title = "; ".join([f"Table {number}, incremental {scenario}", *said])
+    return f"{title}\n\n{markdown(header, lines)}"
+
+
+MISSING = "-"
+"""In place of the accuracy with a seed that has not been run, or diverged."""
+
+
+def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
+    accuracy = summarise(group, "accuracy")
+    assert accuracy is not None
+    by_seed = {row.seed: f"{row.metrics['accuracy']:.1f}" for row in group}
+    seeds = range(max(repeats, max(by_seed) + 1))
+    values = " ".join(by_seed.get(seed, MISSING) for seed in seeds)
+    failed = sum(row.metrics["failed_tasks"] > 0 for row in group)
+    cells: list[str | None] = [f"{group[0].parameters:,}", short(accuracy), values]
+    cells += [short(summarise(group, "learn")), f"{failed} of {len(group)}"]
+    cells += [short(summarise(group, name)) for name in ("forgetting", "transfer")]
+    for name, digits in (("rank", 1), ("attention", 3)):
+        summary = summarise(group, name)
+        cells.append(None if summary is None else f"{summary.mean:.{digits}f}")
+    return cells
+
+
+def short(summary: Summary | None) -> str | None:
+    """Mean and population standard deviation, as the paper prints them; of one value no spread."""
+    if summary is None:
+        return None
+    spread = f"±{summary.std:.1f}" if len(summary.values) > 1 else ""
+    return f"{summary.mean:.1f}{spread}"
+
+
+def draw(rows: Sequence[Result], path: Path) -> None:
+    """Bars of the accuracy for every cell that has rows, with the paper's number as a mark.
+
+    What the flags of the command have changed stands in columns of its own.
+    """
+    from matplotlib.figure import Figure
+
+    found = by_cell(rows, changes=True)
+    scenarios = [s for s in REPEATS if any(scenario == s for scenario, _, _ in found)]
+    figure = Figure(figsize=(9, 3.2 * len(scenarios)), layout="constrained")
+    for index, scenario in enumerate(scenarios):
+        axes = figure.add_subplot(len(scenarios), 1, index + 1)
+        columns = _columns(found, scenario)
+        width = 0.85 / max(1, len(columns))
+        for place, column in enumerate(columns):
+            shift = (place - (len(columns) - 1) / 2) * width
+            label = True
+            for x, method in enumerate(METHODS):
+                printed_value = printed(scenario, method, column)
+                if printed_value is not None:
+                    value = float(printed_value.partition("±")[0])
+                    axes.plot(x + shift, value, "k_", markersize=6, zorder=3)
+                group = found[scenario, method, column]
+                if not group:
+                    continue
+                summary = summarise(group, "accuracy")
+                assert summary is not None
+                axes.bar(
+                    x + shift,
+                    summary.mean,
+                    width,
+                    yerr=summary.std,
+                    color=f"C{place}",
+                    label=column if label else None,
+                    error_kw={"elinewidth": 0.8},
+                )
+                label = False
+        low = min(row.metrics["accuracy"] for row in rows)
+        axes.set_ylim(max(0, min(50, low) - 2), 100)
+        axes.set_xticks(range(len(METHODS)), list(METHODS))
+        axes.set_ylabel("accuracy after 5 tasks, %")
+        axes.set_title(f"incremental {scenario}; black marks: the paper's", fontsize=9)
+        axes.legend(
+            fontsize=7,
+            ncols=max(1, len(columns)),
+            frameon=False,
+            loc="upper center",  # below the axis
+            bbox_to_anchor=(0.5, -0.07),
+        )
+    save_figure(figure, path)
+
+
+def _columns(found: Groups, scenario: str) -> list[str]:
+    """Names of the columns that have rows: the tables' first, then others."""
+    present = [layer for (where, _, layer), rows in found.items() if where == scenario and rows]
+    known = [column.name for column in COLUMNS if column.name in present]
+    return [*known, *dict.fromkeys(name for name in present if name not in known)]

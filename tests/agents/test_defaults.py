@@ -1,0 +1,76 @@
+"""One table of defaults: what Python trains and what the command line trains is the same agent."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from ncrl.agents import A3C, Limits
+from ncrl.agents.atari.config import RunConfig, canonical, with_bonus, with_sizes
+from ncrl.agents.atari.train import make_model
+from ncrl.agents.defaults import FEW, IMAGES, MANY, defaults_for
+from ncrl.agents.learning.optim import SharedRMSProp
+from ncrl.agents.runs.loading import FORMER_NAMES
+from ncrl.envs import atari
+from ncrl.neurocoder import NeurocoderLinear
+from ncrl.sb3.plain import from_plain
+
+
+def test_the_readmes_agent_is_the_commands() -> None:
+    config = with_sizes(
+        canonical(with_bonus(RunConfig(env="Pong", workers=0, games=8, device="cpu")))
+    )
+    command = make_model(config)
+    python = A3C(
+        "NeurocoderCnnLstmPolicy", atari("Pong"), n_workers=0, n_envs=8, seed=0, device="cpu"
+    )
+    assert asdict(python._objective()) == asdict(command._objective())
+    for name in ("n_steps", "envs_per_update", "max_grad_norm", "sde_sample_freq"):
+        assert getattr(python, name) == getattr(command, name), name
+    for remaining in (1.0, 0.4, 0.0):
+        assert python.lr_schedule(remaining) == command.lr_schedule(remaining)
+    one, other = python.policy.optimizer, command.policy.optimizer
+    assert type(one) is type(other) is torch.optim.Adam and one.defaults == other.defaults
+    for name, weight in python.policy.state_dict().items():
+        assert torch.equal(weight, command.policy.state_dict()[name]), name
+    for mine, theirs in zip(python.policy.modules(), command.policy.modules(), strict=True):
+        if isinstance(mine, NeurocoderLinear):
+            assert isinstance(theirs, NeurocoderLinear) and mine.config == theirs.config
+            assert mine.config.sharpness == 10
+
+
+def test_the_table_has_a_row_for_everybody() -> None:
+    assert defaults_for(3, 0, True) is defaults_for(1, 0, False) is FEW
+    assert defaults_for(4, 0, True) is defaults_for(2, 1, True) is IMAGES
+    assert defaults_for(4, 0, False) is MANY
+
+
+@pytest.mark.parametrize("head_kwargs", [{"sharpness": 2.0}, None])
+def test_a_sharpness_that_is_given_is_taken_and_one_that_is_not_is_saved(
+    head_kwargs: dict | None, tmp_path: Path
+) -> None:
+    model = A3C(
+        "NeurocoderCnnPolicy", atari("Pong"), n_workers=0, n_envs=4, device="cpu",
+        policy_kwargs=None if head_kwargs is None else {"head_kwargs": head_kwargs},
+    )  # fmt: skip
+    expected = 10.0 if head_kwargs is None else 2.0
+    model.save(tmp_path / "model")
+    for one in (model, A3C.load(tmp_path / "model", device="cpu")):
+        head = one.policy.action_net
+        assert isinstance(head, NeurocoderLinear) and head.config.sharpness == expected
+
+
+def test_files_of_earlier_releases_name_classes_where_they_were() -> None:
+    for package in ("agents", "ncrl.agents"):  # the second since the packages have moved
+        kind = {"$": "class", "name": f"{package}.optim.SharedRMSProp"}
+        assert from_plain(kind, "it", (), FORMER_NAMES) is SharedRMSProp
+        limits = {
+            "$": "object",
+            "class": f"{package}.supervision.Limits",
+            "arguments": {
+                "heartbeat_timeout": 7.0, "startup_timeout": 8.0, "max_restarts": 2,
+                "first_pause": 0.1,
+            },
+        }  # fmt: skip
+        assert from_plain(limits, "it", (), FORMER_NAMES) == Limits(7.0, 8.0, 2, 0.1)

@@ -1,0 +1,232 @@
+"""What `A3C(env=...)` makes of ids, and what it says and does where SB3's users expect another."""
+
+import subprocess
+import sys
+import warnings
+from copy import deepcopy as copy
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback
+from stable_baselines3.common.envs import (
+    IdentityEnv,
+    IdentityEnvBox,
+    IdentityEnvMultiBinary,
+    IdentityEnvMultiDiscrete,
+)
+from stable_baselines3.common.evaluation import evaluate_policy
+from torch import Tensor
+
+from ncrl.agents import A3C
+from ncrl.agents.a3c import FEW_RATE
+from ncrl.agents.playing.env_sources import GymFactory, as_factory
+from ncrl.envs import masked_cartpole, remember
+from ncrl.envs.atari import AtariFactory
+
+
+def make_model(env: Any = None, policy: str = "MlpPolicy", **options: Any) -> A3C:
+    options = {"n_workers": 0, "n_envs": 2, "n_steps": 4, "seed": 1, "device": "cpu"} | options
+    return A3C(policy, env or masked_cartpole(), **options)
+
+
+# Ids.
+
+
+SCRIPT = """
+import gymnasium as gym, numpy as np
+from gymnasium import spaces
+from ncrl.agents import A3C
+from ncrl.agents.a3c import FEW_RATE
+
+class Mine(gym.Env):
+    observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+if __name__ == "__main__":
+    gym.register("Mine-v0", Mine, max_episode_steps=20)
+    A3C("MlpPolicy", "Mine-v0", n_workers=1, n_envs=1, n_steps=5, device="cpu").learn(40)
+    print("trained")
+"""
+
+
+def run_python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_workers_know_an_id_that_the_script_registers(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ran = run_python(str(tmp_path / "script.py"))
+    assert ran.stdout.strip() == "trained", ran.stderr
+
+
+def test_a_script_on_standard_input_is_told_so() -> None:
+    ran = run_python("-", input=SCRIPT)
+    last = ran.stderr.strip().splitlines()[-1]
+    assert ran.returncode and "<stdin>" in last and "__main__" in last and "n_workers=0" in last
+
+
+@pytest.mark.parametrize(
+    "env_id", ["Pong", "ALE/Pong-v5", "ale_py:ALE/Pong-v5", "PongNoFrameskip-v4", "Pong-v4"]
+)
+def test_one_meaning_for_one_game(env_id: str) -> None:
+    assert as_factory(env_id) == AtariFactory("pong")
+
+
+def test_what_a_game_means_is_said_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"n_envs": 1, "policy": "CnnLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 8}}
+    with pytest.warns(UserWarning, match=r"PongNoFrameskip-v4 is played as .*sticky_actions=0\.25"):
+        make_model("PongNoFrameskip-v4", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model("ALE/Pong-v5", verbose=1, **options)
+    assert "ALE/Pong-v5 is played as game='pong'" in capsys.readouterr().out
+
+
+def test_other_ids_are_gymnasiums() -> None:
+    factory = as_factory("CartPole")
+    assert isinstance(factory, GymFactory) and factory.spec.id == "CartPole-v1"
+    env = factory(2, 5)
+    np.testing.assert_array_equal(env.reset(), gym_reset("CartPole-v1", (5, 6)))
+
+
+def gym_reset(env_id: str, seeds: tuple[int, ...]) -> np.ndarray:
+    return np.stack([gym.make(env_id).reset(seed=seed)[0] for seed in seeds])
+
+
+# Callbacks.
+
+
+def test_frequencies_that_count_calls_are_told_to_users_of_ids(tmp_path: Path) -> None:
+    callback = CheckpointCallback(10, str(tmp_path))
+    model = A3C("MlpPolicy", "CartPole-v1", n_workers=0, n_steps=4, device="cpu")
+    assert model.n_envs == 16
+    with pytest.warns(UserWarning, match=r"save_freq=10\) counts calls.*every 160 timesteps"):
+        model.learn(64, callback=CallbackList([CallbackList([callback])]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model("CartPole-v1", n_envs=16).learn(64, callback=callback)  # who says 16 knows
+
+
+class Locals(BaseCallback):
+    """Looks at what A2C shows its callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        self.rows.append(
+            {
+                k: copy(v) if isinstance(v, (Tensor, np.ndarray)) else v
+                for k, v in self.locals.items()
+            }
+        )
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer, rows = self.locals["rollout_buffer"], self.rows[-self.model.n_steps :]
+        assert buffer.rewards.shape == (buffer.buffer_size, buffer.n_envs)
+        for name, key in (("log_probs", "log_probs"), ("observations", "obs_tensor")):
+            seen = torch.stack([row[key] for row in rows]).numpy()
+            np.testing.assert_array_equal(getattr(buffer, name), seen)
+        np.testing.assert_array_equal(buffer.rewards, np.stack([row["rewards"] for row in rows]))
+        np.testing.assert_array_equal(buffer.actions, np.stack([row["actions"] for row in rows]))
+        if rows[0]["values"] is not None:
+            values = torch.stack([row["values"] for row in rows]).squeeze(-1)
+            np.testing.assert_allclose(buffer.values, values, atol=1e-5)
+        assert not hasattr(buffer, "advantages")
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_callbacks_see_what_a2cs_see(n_workers: int) -> None:
+    seen = Locals()
+    policy_kwargs = {"lstm_hidden_size": 8}
+    model = make_model(
+        remember(), "MlpLstmPolicy", n_workers=n_workers, policy_kwargs=policy_kwargs
+    )
+    model.learn(40, callback=seen)
+    names = {"new_obs", "actions", "rewards", "dones", "infos", "values", "log_probs"}
+    names |= {"clipped_actions", "obs_tensor", "n_steps", "n_rollout_steps", "env"}
+    for row in seen.rows:
+        assert names <= set(row) and (row["values"] is None) == bool(n_workers)
+        assert len(row["obs_tensor"]) == len(row["log_probs"]) == len(row["clipped_actions"]) == 2
+        np.testing.assert_array_equal(row["clipped_actions"], row["actions"])
+
+
+def test_clipped_actions_are_those_of_the_environment() -> None:
+    class Bounded(gym.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (1,)), spaces.Box(0, 0.1, (1,))
+
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action: Any) -> Any:
+            return np.zeros(1, np.float32), float(action[0]), False, False, {}
+
+    seen = Locals()
+    make_model(Bounded()).learn(16, callback=seen)
+    for row in seen.rows:
+        np.testing.assert_array_equal(row["clipped_actions"][:, 0], row["rewards"])
+    assert any((row["clipped_actions"] != row["actions"]).any() for row in seen.rows)
+
+
+# Stopping.
+
+
+@pytest.mark.parametrize("at", ["_on_step", "_init_callback"])
+def test_a_stop_does_not_outlive_the_learn_that_failed(at: str) -> None:
+    def fail(self: BaseCallback) -> bool:
+        self.model.request_stop()
+        raise RuntimeError("a user's callback")
+
+    failing = type("Failing", (BaseCallback,), {"_on_step": lambda _: True} | {at: fail})
+    model = make_model()
+    with pytest.raises(RuntimeError, match="a user's callback"):
+        model.learn(40, callback=failing())
+    assert model.learn(40).num_timesteps == 40
+
+
+# Defaults.
+
+
+def test_defaults_follow_the_number_of_environments() -> None:
+    def defaults(env: Any, **options: Any) -> tuple[int, float]:
+        model = A3C("MlpPolicy", env, device="cpu", **options)
+        return model.n_steps, model.lr_schedule(1.0)
+
+    one = gym.make("CartPole-v1")
+    few, many = (5, FEW_RATE), (20, 7e-4)
+    assert defaults(one) == defaults(masked_cartpole(), n_workers=0, n_envs=3) == few
+    assert defaults("CartPole-v1", n_workers=0) == many
+    assert defaults("CartPole-v1", n_workers=1, n_envs=1) == many
+    assert defaults(one, n_steps=20, learning_rate=7e-4) == many
+
+
+DISCRETE = (IdentityEnv, IdentityEnvMultiDiscrete, IdentityEnvMultiBinary)
+
+
+@pytest.mark.parametrize("env", DISCRETE, ids=lambda env: env.__name__)
+def test_identity_is_learned_with_the_defaults(env: Any) -> None:
+    """SB3's own test of its algorithms, with its budget and its seed."""
+    model = A3C("MlpPolicy", env(4), gamma=0.4, seed=3, device="cpu").learn(2500)
+    assert evaluate_policy(model, model.get_env(), n_eval_episodes=20, warn=False)[0] > 90
+
+
+def test_identity_of_numbers_is_learned_with_the_defaults() -> None:
+    env = IdentityEnvBox(eps=0.5)
+    layers = {"net_arch": [64, 64]}
+    model = A3C("MlpPolicy", env, gamma=0.95, policy_kwargs=layers, seed=0, device="cpu")
+    model.learn(2000)
+    assert evaluate_policy(model, model.get_env(), n_eval_episodes=20, warn=False)[0] > 90

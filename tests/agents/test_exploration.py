@@ -1,0 +1,651 @@
+"""Exploration in the learner: scale of the bonus, the loss, what is saved, and that it works."""
+
+import io
+import math
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.logger import KVWriter, Logger
+from torch import Tensor
+
+from ncrl.agents import A3C, IntrinsicReward
+from ncrl.agents.learning.exploration import (
+    GAMES_OF_WHOLE_BATCH,
+    RATE,
+    Exploration,
+    RunningScale,
+    discounted_sums,
+    make_exploration,
+)
+from ncrl.agents.learning.imitation import Kept
+from ncrl.agents.learning.intrinsic import RND
+from ncrl.agents.learning.losses import imitation_loss
+from ncrl.agents.learning.objective import Novelty, actor_critic_loss
+from ncrl.agents.playing.buffers import Rollout, RolloutSlots
+from ncrl.agents.playing.players import WorkersPlayer
+from ncrl.agents.playing.pool import Delivery
+from ncrl.agents.playing.weights import SharedWeights
+from ncrl.agents.playing.worker import Played
+from ncrl.agents.runs.checkpoints import newest_checkpoint, resume
+from ncrl.envs import key_and_door
+from tests.agents.environments import TickingFactory
+from tests.agents.test_checkpoints import SaveAt, difference, everything, flat
+from tests.reference import vtrace_reference
+
+SHORT = key_and_door(length=3, max_steps=12)
+"""Chance opens the door in about every third episode."""
+
+EAGER = {"warmup_timesteps": 0}
+
+
+def make_model(env: Any = None, policy: str = "MlpLstmPolicy", **options: Any) -> A3C:
+    defaults: dict[str, Any] = {
+        "n_workers": 0, "n_envs": 4, "n_steps": 5, "seed": 1, "intrinsic_reward": "rnd",
+        "intrinsic_kwargs": EAGER,
+    }  # fmt: skip
+    if "Lstm" in policy:
+        defaults["policy_kwargs"] = {"lstm_hidden_size": 8}
+    return A3C(policy, env or SHORT, device="cpu", **(defaults | options))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_bit_equal(one: A3C, other: A3C) -> None:
+    for name, value in one.policy.state_dict().items():
+        assert torch.equal(value, other.policy.state_dict()[name]), name
+
+
+# The scale.
+
+
+def test_discounted_sums_are_sums_over_the_past() -> None:
+    rewards = normal(6, 2).double()
+    found = discounted_sums(rewards, 0.7)
+    for t in range(6):
+        for b in range(2):
+            expected = sum(0.7 ** (t - k) * rewards[k, b].item() for k in range(t + 1))
+            assert found[t, b].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.99])
+def test_returns_of_normalised_bonuses_have_deviation_1(gamma: float) -> None:
+    """Of a stream whose bonuses persist, lie far from 0, and shrink after a while."""
+    scale = RunningScale(gamma)
+    noise = normal(500, 20, 16).cumsum(1) * 0.2 + 3
+    found = []
+    for i, bonus in enumerate(noise * (1 - 0.5 * (torch.arange(500) > 100).float())[:, None, None]):
+        scale.update(bonus)
+        if i == 0 or i > 450:
+            found.append(discounted_sums(scale.normalise(bonus), gamma).square().mean())
+    # The first batch may be of any size, since it is the first; later the mean lags a little.
+    assert found[0].item() == pytest.approx(1, rel=1e-3)
+    assert torch.stack(found[1:]).mean().sqrt().item() == pytest.approx(1, abs=0.15)
+
+
+def test_the_deviation_is_a_running_mean_of_squares() -> None:
+    scale = RunningScale(0.9)
+    batches = [normal(5, 4, seed=seed) * (1 + seed) for seed in range(4)]
+    mean = square = weight = 0.0
+    for i, batch in enumerate(batches):
+        share = 1.0 if i == 0 else 20 / 1000
+        mean += share * (batch.mean().item() - mean)
+        sums = discounted_sums(batch.double() - mean, 0.9)
+        square += RATE * (sums.square().mean().item() - square)
+        weight += RATE * (1 - weight)
+        scale.update(batch)
+    assert scale.deviation.item() == pytest.approx(math.sqrt(square / weight), rel=1e-5)
+    torch.testing.assert_close(
+        scale.normalise(batches[0]), (batches[0] - mean) / math.sqrt(square / weight)
+    )
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3, 1e-3, 100.0])
+def test_a_constant_bonus_is_none(constant: float) -> None:
+    scale = RunningScale(0.99)
+    bonus = torch.full((20, 16), constant)
+    for _ in range(10):
+        scale.update(bonus)
+        assert scale.normalise(bonus).abs().max() < 1e-2
+
+
+def explored(source: str = "rnd", **options: Any) -> Exploration:
+    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0.1, "seed": 0}
+    return make_exploration(source, SHORT.observation_space, n_envs=4, options=options, **arguments)
+
+
+def random_batch(seed: int, steps: int = 5) -> Rollout:
+    zeros, no = torch.zeros(steps, 4), torch.zeros(steps, 4, dtype=torch.bool)
+    return Rollout(
+        obs=normal(steps + 1, 4, 4, seed=seed), episode_start=torch.cat([no, no[:1]]),
+        actions=zeros.long(), log_prob=zeros, rewards=zeros, dones=no, truncation_value=zeros,
+        lstm_h=torch.zeros(0, 4, 0), lstm_c=torch.zeros(0, 4, 0),
+    )  # fmt: skip
+
+
+def test_while_it_warms_up_statistics_move_and_nothing_else() -> None:
+    """Half of it the inputs' alone, then the bonus's too; 20 timesteps a batch."""
+    torch.manual_seed(0)
+    exploration = explored(warmup_timesteps=80)
+    source = exploration.source
+    assert isinstance(source, RND)
+    predictor = [weight.clone() for weight in source.predictor.parameters()]
+    for i in range(4):
+        rewards, scalars = exploration.intrinsic_rewards(random_batch(i))
+        assert rewards is None and scalars == {}
+        assert exploration.learn(random_batch(i)) == {}
+        assert source.moments.count == 20 * (i + 1)
+        assert bool(exploration.scale.weight > 0) == (i >= 2)
+    assert all(map(torch.equal, predictor, source.predictor.parameters()))
+    rewards, scalars = exploration.intrinsic_rewards(random_batch(5))
+    assert rewards is not None and rewards.shape == (5, 4) and torch.isfinite(rewards).all()
+    assert scalars["int_reward"] == rewards.mean()
+    assert "predictor_loss" in exploration.learn(random_batch(5))
+    assert not all(map(torch.equal, predictor, source.predictor.parameters()))
+
+
+def test_a_timestep_is_rewarded_for_what_it_led_to() -> None:
+    torch.manual_seed(0)
+    exploration = explored(warmup_timesteps=0)
+    batch = random_batch(0)
+    exploration.learn(batch)
+    rewards, scalars = exploration.intrinsic_rewards(batch)
+    assert rewards is not None
+    bonus = torch.stack([exploration.source.score(obs) for obs in batch.obs[1:]])  # type: ignore[index]
+    torch.testing.assert_close(rewards, exploration.scale.normalise(bonus))
+    assert scalars["int_reward_raw"].item() == pytest.approx(bonus.mean().item())
+
+
+def test_advantages_are_divided_by_a_running_deviation() -> None:
+    exploration = explored()
+    assert exploration.advantage_deviation == 0
+    for deviation, expected in ((3.0, 3.0), (5.0, 3.02), (3.02, 3.02)):
+        exploration.observe_advantages(torch.tensor(deviation))
+        assert exploration.advantage_deviation.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("n_envs", "stride"), [(4, 1), (32, 1), (64, 2), (128, 4)])
+def test_the_predictor_learns_from_as_many_timesteps_of_many_games(
+    n_envs: int, stride: int
+) -> None:
+    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0, "seed": 0}
+    for options, expected in (({}, stride), ({"update_proportion": 1.0}, 1)):
+        exploration = make_exploration(
+            "rnd", SHORT.observation_space, n_envs=n_envs, options=options, **arguments
+        )
+        assert isinstance(exploration.source, RND) and exploration.memory is None
+        assert exploration.source.stride == expected
+    assert GAMES_OF_WHOLE_BATCH == 32
+
+
+# The loss.
+
+
+class Scene:
+    """A batch played by other weights, in which games end, and a model to learn from it."""
+
+    def __init__(self, head: str = "linear", *, vf_coef: float = 0.5) -> None:
+        self.model = make_model(
+            policy_kwargs={"lstm_hidden_size": 8, "head": head}, n_steps=8, vf_coef=vf_coef,
+            int_coef=0.7, ext_coef=1.5, imitation_coef=0.3, int_gamma=0.8, gamma=0.95,
+            gae_lambda=0.9,
+        ).learn(32 * 4)  # fmt: skip
+        assert self.model._batch is not None
+        batch = self.model._batch.rollout
+        dones = torch.rand(8, 4, generator=torch.Generator().manual_seed(3)) < 0.3
+        self.batch = batch._replace(
+            dones=dones,
+            log_prob=batch.log_prob + 0.3 * normal(8, 4),
+            rewards=normal(8, 4, seed=1),
+            truncation_value=torch.zeros(8, 4),
+        )
+        self.objective = replace(self.model._objective(), reward_clip=None)
+        self.novelty = Novelty(normal(8, 4, seed=2), torch.tensor(0.0))
+
+    def loss(self, batch: Rollout | None = None, **options: Any) -> Any:
+        arguments = {"novelty": self.novelty, "kept": None} | options
+        return actor_critic_loss(
+            self.model.policy, batch or self.batch, self.objective, **arguments
+        )
+
+    def reference(self, discounts: Tensor, rewards: Tensor, values: Tensor) -> Any:
+        log_rhos = self.loss().evaluation.log_prob.detach() - self.batch.log_prob
+        arrays = (log_rhos, discounts, rewards, values[:-1].detach(), values[-1].detach())
+        return vtrace_reference(*(array.double() for array in arrays), gae_lambda=0.9)
+
+
+@pytest.mark.parametrize("known", [0.0, 0.25])
+def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> None:
+    scene = Scene()
+    scene.novelty = scene.novelty._replace(advantage_deviation=torch.tensor(known))
+    loss = scene.loss()
+    evaluation = loss.evaluation
+    returns, advantages = scene.reference(
+        0.95 * (~scene.batch.dones).double(), scene.batch.rewards, evaluation.values
+    )
+    int_returns, int_advantages = scene.reference(
+        torch.full((8, 4), 0.8), scene.novelty.rewards, evaluation.int_values
+    )
+    deviation = int_advantages.std(correction=0).item()
+    total = 1.5 * advantages + 0.7 * int_advantages / (known or deviation)
+    policy = -(evaluation.log_prob.double() * total).mean().item()
+    value = (evaluation.values[:-1] - returns).square().mean().item()
+    int_value = (evaluation.int_values[:-1] - int_returns).square().mean().item()
+    assert loss.policy.item() == pytest.approx(policy, rel=1e-4)
+    assert loss.value.item() == pytest.approx(value, rel=1e-4)
+    assert loss.exploration["int_value_loss"].item() == pytest.approx(int_value, rel=1e-4)
+    assert loss.exploration["int_advantage_std"].item() == pytest.approx(deviation, rel=1e-4)
+    entropy = evaluation.entropy.mean().item()
+    expected = 32 * (policy + 0.5 * (value + int_value) - scene.objective.ent_coef * entropy)
+    assert loss.total.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_intrinsic_return_crosses_the_end_of_a_game_and_the_other_does_not() -> None:
+    scene = Scene()
+    cut, uncut = (
+        scene.loss(scene.batch._replace(dones=torch.full((8, 4), dones))) for dones in (True, False)
+    )
+    for name in ("int_value_loss", "int_advantage_std"):
+        assert torch.equal(cut.exploration[name], uncut.exploration[name])
+    assert cut.value.item() != pytest.approx(uncut.value.item(), rel=1e-3)
+    assert cut.policy.item() != pytest.approx(uncut.policy.item(), rel=1e-3)
+
+
+def test_no_gradient_reaches_the_source_of_the_bonus() -> None:
+    scene = Scene()
+    rewards = scene.novelty.rewards.clone().requires_grad_()
+    deviation = torch.tensor(0.5, requires_grad=True)
+    scene.loss(novelty=Novelty(rewards, deviation)).total.backward()
+    assert rewards.grad is None and deviation.grad is None
+    assert scene.model.exploration is not None
+    source = scene.model.exploration.source
+    assert isinstance(source, RND)
+    assert not source.score(scene.batch.obs[0]).requires_grad  # type: ignore[index]
+    assert all(p.grad is not None for p in scene.model.policy.value_net_int.parameters())
+
+
+@pytest.mark.parametrize("head", ["linear", "neurocoder"])
+def test_kept_rollouts_change_none_of_the_terms_of_the_batch(head: str) -> None:
+    scene = Scene(head)
+    kept = Kept(
+        scene.batch.map(lambda tensor: tensor[:, [2, 0, 2]].clone())._replace(
+            obs=normal(9, 3, 4, seed=7)
+        ),
+        normal(8, 3, seed=8).abs(),
+    )
+    alone, beside = scene.loss(), scene.loss(kept=kept)
+    for name in ("policy", "value", "entropy", "orthogonality", "explained_variance"):
+        torch.testing.assert_close(getattr(alone, name), getattr(beside, name))
+    for name, value in alone.exploration.items():
+        torch.testing.assert_close(beside.exploration[name], value)
+    torch.testing.assert_close(alone.evaluation.values, beside.evaluation.values)
+    assert beside.evaluation.latent.actor.shape == alone.evaluation.latent.actor.shape
+
+    evaluation = scene.model.policy.evaluate_rollout(
+        kept.rollout.obs, kept.rollout.actions, kept.rollout.lstm_state,
+        kept.rollout.episode_start,
+    )  # fmt: skip
+    again = imitation_loss(evaluation.log_prob, evaluation.values[:-1], kept.returns)
+    assert again > 0
+    added = 0.3 * 24 * again  # a sum over the 24 kept timesteps
+    assert (beside.total - alone.total).item() == pytest.approx(added.item(), rel=1e-3)
+
+
+# A3C.
+
+
+def test_none_is_no_bonus_and_without_coefficients_a_bonus_changes_nothing() -> None:
+    plain = make_model(intrinsic_reward=None).learn(200)
+    assert plain.exploration is None and not hasattr(plain.policy, "value_net_int")
+    assert_bit_equal(plain, make_model(intrinsic_reward="none").learn(200))
+    for name in ("rnd", "count"):
+        without = make_model(intrinsic_reward=name, int_coef=0, imitation_coef=0).learn(200)
+        assert not hasattr(without.policy, "value_net_int")
+        assert_bit_equal(plain, without)
+    other = make_model().learn(200)
+    assert not torch.equal(other.policy.value_net.weight, plain.policy.value_net.weight)
+
+
+def test_everything_else_starts_from_the_same_numbers() -> None:
+    plain, bonus = make_model(intrinsic_reward=None), make_model()
+    assert_bit_equal(plain, bonus)
+    names = bonus.policy.state_dict().keys() - plain.policy.state_dict().keys()
+    assert {name.split(".")[0] for name in names} == {"value_net_int"}
+    states = []
+    for name in (None, "rnd"):
+        make_model(intrinsic_reward=name)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+class Visits(IntrinsicReward):
+    """A source of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("visits", torch.zeros(4))
+
+    def score(self, obs: Tensor) -> Tensor:
+        return 1 / (1 + obs @ self.visits)
+
+    def learn(self, obs: Tensor, next_obs: Tensor) -> dict[str, Tensor]:
+        self.visits += next_obs.sum(0)
+        return {"own_loss": self.visits.mean()}
+
+
+def state_of(model: A3C) -> dict[str, Any]:
+    assert model.exploration is not None
+    return everything(model) | flat(
+        {
+            "exploration": model.exploration.state_dict(),
+            "scores": (model.best_score, model.first_scored_at),
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["rnd", "snd", "count", "own"])
+def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
+    """Weights, predictor, statistics, memory, and what is drawn from it."""
+
+    def make() -> A3C:
+        source = Visits() if name == "own" else name
+        return make_model(
+            policy="NeurocoderMlpLstmPolicy", intrinsic_reward=source, batch_size=10,
+            intrinsic_kwargs={"warmup_timesteps": 60, "reach": 10, "capacity": 40},
+        )  # fmt: skip
+
+    whole = make()
+    whole.learn(320, callback=SaveAt(160, tmp_path))
+    assert whole.exploration is not None and whole.exploration.memory is not None
+    assert len(whole.exploration.memory) > 0 and whole.exploration.advantage_deviation > 0
+    expected = state_of(whole)
+    again = make()
+    resume(again, newest_checkpoint(tmp_path))
+    assert again.num_timesteps == 160 and again.best_score == 1
+    again.learn(160, reset_num_timesteps=False)
+    assert difference(expected, state_of(again)) == []
+
+
+def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> None:
+    """Kept rollouts do not fit beside longer ones; everything else is as it was."""
+    make_model().learn(200, callback=SaveAt(160, tmp_path))
+    for options in ({"n_steps": 8}, {"imitation_coef": 0}, {"n_envs": 2}):
+        model = make_model(**options)
+        resume(model, newest_checkpoint(tmp_path))
+        assert model.exploration is not None and model.exploration.num_timesteps == 160
+        model.learn(160, reset_num_timesteps=False)
+
+
+def test_a_last_batch_that_is_shorter(tmp_path: Path) -> None:
+    """No kept rollout fits beside it, and what follows does not follow what was before."""
+    model = make_model()
+    memory = model.exploration and model.exploration.memory
+    assert memory is not None
+    model.learn(400)
+    assert len(memory) and memory.state_dict()["recent"]
+    model.learn(12, reset_num_timesteps=False)  # 3 rows
+    assert not memory.state_dict()["recent"]
+    model.learn(40, reset_num_timesteps=False)
+    assert memory.state_dict()["recent"]
+
+
+@pytest.mark.parametrize("name", ["rnd", "count"])
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    model = make_model(intrinsic_reward=name).learn(200)
+    model.save(tmp_path / "model")
+    loaded = A3C.load(tmp_path / "model", env=SHORT, device="cpu")
+    assert model.exploration is not None and loaded.exploration is not None
+    one, other = flat(model.exploration.state_dict()), flat(loaded.exploration.state_dict())
+    assert difference(one, other) == []
+    assert_bit_equal(model, loaded)
+    assert (loaded.best_score, loaded.first_scored_at) == (1, model.first_scored_at)
+    loaded.learn(60, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 260
+
+
+def test_a_source_of_ones_own_is_saved_and_given_again(tmp_path: Path) -> None:
+    model = make_model(intrinsic_reward=Visits()).learn(100)
+    with pytest.warns(UserWarning, match=r"custom_objects=.'intrinsic_reward'"):
+        model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"custom_objects=.'intrinsic_reward'"):
+        A3C.load(tmp_path / "model", device="cpu")
+    own = Visits()
+    loaded = A3C.load(
+        tmp_path / "model", env=SHORT, device="cpu", custom_objects={"intrinsic_reward": own}
+    )
+    assert model.exploration is not None and loaded.exploration is not None
+    assert loaded.exploration.source is own and own.visits.sum() > 0
+    assert torch.equal(own.visits, model.exploration.source.visits)  # type: ignore[arg-type]
+    loaded.learn(40)
+
+
+MEMBER = "exploration.pth"
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "nothing": lambda state: state.clear(),
+    "a number": lambda state: state.update({"advantage_deviation": 3}),
+    "another shape": lambda state: state.update({"source.moments.mean": torch.zeros(9)}),
+    "no extra state": lambda state: state.pop("_extra_state"),
+    "a strange extra state": lambda state: state.update(_extra_state=5),
+    "a counter that is none": lambda state: state["_extra_state"].update(num_timesteps="x"),
+    "no optimiser": lambda state: state["source._extra_state"].pop("optimizer"),
+    "another optimiser": lambda state: state["source._extra_state"].update(optimizer={"state": 1}),
+    "damaged memory": lambda state: state["_extra_state"]["memory"].update(kept=[1]),
+    "code": lambda state: state.update(code=print),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_member_is_refused_in_one_line(damage: str, tmp_path: Path) -> None:
+    model = make_model().learn(200)
+    model.save(tmp_path / "model.zip")
+    with (
+        zipfile.ZipFile(tmp_path / "model.zip") as whole,
+        zipfile.ZipFile(tmp_path / "damaged.zip", "w") as damaged,
+    ):
+        for name in whole.namelist():
+            content = whole.read(name)
+            if name == MEMBER:
+                state = torch.load(io.BytesIO(content), weights_only=True)
+                DAMAGES[damage](state)
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                content = buffer.getvalue()
+            damaged.writestr(name, content)
+    with pytest.raises(ValueError) as error:
+        A3C.load(tmp_path / "damaged.zip", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "unknown name": ({"intrinsic_reward": "icm"}, "'icm'", "rnd"),
+    "no source": ({"intrinsic_reward": 3}, "IntrinsicReward", "3"),
+    "a class": ({"intrinsic_reward": RND}, "IntrinsicReward", "RND"),
+    "int_coef": ({"int_coef": -1}, "int_coef", "-1"),
+    "ext_coef": ({"ext_coef": math.inf}, "ext_coef", "inf"),
+    "int_gamma": ({"int_gamma": 1.5}, "int_gamma", "0 .. 1", "1.5"),
+    "imitation_coef": ({"imitation_coef": math.nan}, "imitation_coef", "nan"),
+    "warm-up": ({"intrinsic_kwargs": {"warmup_timesteps": -1}}, "warmup_timesteps", "0", "-1"),
+    "warm-up a word": ({"intrinsic_kwargs": {"warmup_timesteps": "1"}}, "warmup", "'1'"),
+    "reach": ({"intrinsic_kwargs": {"reach": 0}}, "reach", "at least 1", "0"),
+    "capacity": ({"intrinsic_kwargs": {"capacity": 1.5}}, "capacity", "1.5"),
+    "option": ({"intrinsic_kwargs": {"warmup": 1}}, "'rnd'", "warmup"),
+    "option of an object": (
+        {"intrinsic_reward": Visits(), "intrinsic_kwargs": {"learning_rate": 1}},
+        *("learning_rate", "Visits"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_in_one_line(case: str) -> None:
+    options, *words = REFUSED[case]
+    with pytest.raises(ValueError) as error:
+        make_model(**options)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["rnd", "count", Visits()], ids=["rnd", "count", "own"])
+def test_dict_observations_are_refused_at_the_start(source: Any) -> None:
+    env = make_vec_env(SimpleMultiObsEnv, 4)
+    with pytest.raises(ValueError, match=r"Dict observations .* intrinsic_reward=None"):
+        make_model(env, "MultiInputPolicy", intrinsic_reward=source)
+
+
+class Curves(KVWriter):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: Any, key_excluded: Any, step: int = 0) -> None:
+        self.rows.append(dict(key_values))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ["rnd", "snd", "count"])
+def test_curves(name: str) -> None:
+    curves = Curves()
+    model = make_model(intrinsic_reward=name)
+    model.set_logger(Logger(None, [curves]))
+    model.learn(800, log_interval=10)
+    last = curves.rows[-1]
+    expected = {
+        *("train/int_reward_raw", "train/int_reward", "train/int_return_std", "train/int_value"),
+        *("train/int_value_loss", "train/int_explained_variance", "train/imitation_loss"),
+        *("train/kept_rollouts", "rollout/rewarded_share", "rollout/best_score"),
+        *("rollout/first_reward_frames", *(["train/predictor_loss"] if name != "count" else [])),
+    }
+    assert expected <= last.keys()
+    assert all(math.isfinite(last[key]) for key in expected)
+    assert last["rollout/best_score"] == 1 and last["train/kept_rollouts"] > 0
+    scores = [episode["r"] for episode in model.ep_info_buffer or ()]
+    assert last["rollout/rewarded_share"] == pytest.approx(np.mean([s > 0 for s in scores]))
+    assert last["rollout/first_reward_frames"] == model.first_scored_at
+    assert all(row.get("rollout/first_reward_frames", 1e9) >= 4 for row in curves.rows)
+
+
+@pytest.mark.parametrize("name", [None, "count"])
+def test_exploration_is_a_phase_of_its_own_where_there_is_any(name: str | None) -> None:
+    model = make_model(intrinsic_reward=name, profile=True).learn(40)
+    assert model.time_spent is not None
+    model.time_spent.table()
+    assert "backward" in model.time_spent.learner
+    assert ("exploration" in model.time_spent.learner) == (name is not None)
+
+
+# Workers.
+
+
+def test_workers_are_not_sent_the_second_head() -> None:
+    bonus, plain = (
+        make_model(intrinsic_reward=name, policy="NeurocoderMlpLstmPolicy")
+        for name in ("rnd", None)
+    )
+    assert hasattr(bonus.policy, "value_net_int")
+    weights = SharedWeights(bonus.policy)
+    assert weights.nbytes == SharedWeights(plain.policy).nbytes
+    worker = bonus._policy_spec().build()
+    assert not hasattr(worker, "value_net_int")
+    bonus._policy_spec().check_like(bonus.policy)
+    with torch.no_grad():
+        for parameter in bonus.policy.parameters():
+            parameter.add_(1)
+    weights.publish(bonus.policy, 0)
+    weights.read_into(worker)
+    for name, value in worker.state_dict().items():
+        assert torch.equal(value, bonus.policy.state_dict()[name]), name
+
+
+class FakePool:
+    """Hands out rollouts of the workers 1, 0, and 1 again, whose index is in every reward."""
+
+    starting = False
+
+    def __init__(self, slots: RolloutSlots, workers: list[int]) -> None:
+        self.deliveries = []
+        for slot, worker in enumerate(workers):
+            rollout = slots[slot]
+            for tensor in rollout.tensors():
+                tensor.zero_()
+            rollout.rewards.add_(torch.tensor([10 * worker, 10 * worker + 1]))
+            self.deliveries.append(Delivery(rollout, Played(slot, 0, 0.0, 0.0, {}), [], worker))
+
+    def take(self, count: int, give_up: Any) -> list[Delivery]:
+        taken, self.deliveries = self.deliveries[:count], self.deliveries[count:]
+        return taken
+
+    def release(self, deliveries: Any) -> None:
+        pass
+
+
+def test_games_follow_their_worker_also_where_one_delivers_twice() -> None:
+    model = make_model(TickingFactory(), n_workers=3, n_envs=6)
+    shape = model._rollout_shape(6)
+    slots = RolloutSlots(shape._replace(n_envs=2), 6, shared=False)
+    weights = SharedWeights(model.policy)
+    pool: Any = FakePool(slots, [2, 0, 2, 1, 1, 0])
+    player = WorkersPlayer(
+        pool, weights, model.policy, shape, n_workers=3, device=model.device,
+        give_up=lambda: False,
+    )  # fmt: skip
+    for expected in ([4, 5, 0, 1, 4, 5], [2, 3, 2, 3, 0, 1]):
+        batch = player.collect(5, lambda _: True)
+        assert batch is not None and batch.games == expected
+        played = [int(r) // 10 * 2 + int(r) % 10 for r in batch.host.rewards[0].tolist()]
+        assert played == expected
+
+
+def test_games_of_serial_play_are_its_columns() -> None:
+    model = make_model().learn(20)
+    assert model._batch is not None and model._batch.games == [0, 1, 2, 3]
+
+
+# That it works.
+
+
+class StopWhenSolved(BaseCallback):
+    """Solved is a mean score above 0.9 in the last 50 games."""
+
+    solved = False
+
+    def _on_step(self) -> bool:
+        scores = [episode["r"] for episode in self.model.ep_info_buffer or ()][-50:]
+        self.solved = len(scores) == 50 and float(np.mean(scores)) > 0.9
+        return not self.solved
+
+
+def solves(intrinsic_reward: str | None, seed: int, timesteps: int, n_workers: int = 0) -> bool:
+    model = A3C(
+        "MlpPolicy", key_and_door(), n_workers=n_workers, n_envs=16, n_steps=16, seed=seed,
+        learning_rate=2e-3, use_rms_prop=False, gae_lambda=0.95, ent_coef=0.01, device="cpu",
+        intrinsic_reward=intrinsic_reward, imitation_coef=1.0,
+        intrinsic_kwargs={"warmup_timesteps": 2000, "learning_rate": 1e-3},
+    )  # fmt: skip
+    callback = StopWhenSolved()
+    model.learn(timesteps, callback=callback, log_interval=None)
+    return callback.solved
+
+
+def test_a_key_and_a_door_are_found_with_a_bonus() -> None:
+    assert sum(solves("rnd", seed, 100_000) for seed in range(5)) >= 4
+
+
+def test_a_key_and_a_door_are_not_found_without() -> None:
+    assert sum(solves(None, seed, 40_000) for seed in range(5)) == 0
+
+
+def test_a_key_and_a_door_are_found_through_a_worker() -> None:
+    assert any(solves("rnd", seed, 100_000, n_workers=1) for seed in (0, 1))

@@ -1,0 +1,62 @@
+"""The Python examples of README.md and of pages without a test of their own run; pages are tidy."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WITH_EXAMPLES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "neurocoder")))
+WITH_EXAMPLES += ("docs/exploration.md",)
+TIDY = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "results").glob("*.md"))]
+TIDY += [
+    ROOT / "docs" / f"{name}.md"
+    for name in ("api", "exploration", "glossary", "gpu", "lab_notes", "neurocoder", "quickstart")
+]
+PROGRAMS = [
+    pytest.param(program, id=f"{page}-{number}")
+    for page in WITH_EXAMPLES
+    for number, program in enumerate(
+        re.findall(
+            r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S
+        )
+    )
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_example_runs_and_prints_what_it_says(program: str, tmp_path: Path) -> None:
+    # Trainings are cut short; nothing else is changed.
+    short = re.sub(r"\.learn\([\d_]+", ".learn(400", program)
+    path = tmp_path / "example.py"
+    path.write_text(short, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, path.name], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"print\(.*\)\s*# (torch.*)", program)
+    if said:
+        assert done.stdout.strip() == said[1].strip()
+
+
+@pytest.mark.parametrize("page", TIDY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_can_be_read(page: Path) -> None:
+    """Prose has at most 110 characters a line; tables, pictures, code and comments cannot wrap."""
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```$|<!--.*?-->", "", text, flags=re.MULTILINE | re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > 110 and line[:1] not in ("|", "!")]
+    assert not long
+
+
+def test_pages_of_results_are_short() -> None:
+    for page in (ROOT / "results").glob("*.md"):
+        assert len(page.read_text(encoding="utf-8").splitlines()) <= 125, page.name
+
+
+def test_the_commands_that_ci_and_readers_copy_are_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    setup = r"python3 -m venv \.venv && \.venv/bin/pip install .*-c constraints\.txt -e '\.\[{}\]'"
+    assert len(re.findall("^" + setup.format("dev") + ".* pytest .*$", text, re.M)) == 1
+    assert len(re.findall("^" + setup.format("all") + ".* run_atari.py --env .*$", text, re.M)) == 1
