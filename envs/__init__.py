@@ -15,10 +15,11 @@ if __name__ != "ncrl.envs":
             sys.modules[name.removeprefix("ncrl.")] = module
 
 from ncrl.envs.atari import AtariFactory, AtariVecEnv, atari, game_name
-from ncrl.envs.player import AtariPlayer
+from ncrl.envs.player import ROOM_ADDRESS, AtariPlayer
 from ncrl.envs.small import GymFactory, key_and_door, light, masked_cartpole, remember
 
 __all__ = [
+    "ROOM_ADDRESS",
     "AtariFactory",
     "AtariPlayer",
     "AtariVecEnv",

@@ -9,6 +9,10 @@ import numpy as np
 
 from ncrl.envs.atari import MAX_SEED, AtariFactory, action_set, load_game
 
+ROOM_ADDRESS = {"montezuma_revenge": 3}
+"""Games of rooms, and the byte of the emulator's memory that numbers them (OpenAI's
+`random-network-distillation`)."""
+
 
 class AtariPlayer:
     """Game 0 of `factory(n_envs, seed)`: same observations, same rewards, same random numbers.
@@ -73,6 +77,18 @@ class AtariPlayer:
             if frames_left < 2:
                 self._look(frames_left)
         return self._observe(), reward, self._over, self._emulator.lives()
+
+    def room(self) -> int:
+        """Number of the room that the game is in, read from the emulator's memory.
+
+        For evaluation; no observation shows it.
+
+        Raises:
+            ValueError: for a game that is not in `ROOM_ADDRESS`.
+        """
+        if self.factory.game not in ROOM_ADDRESS:
+            raise ValueError(f"{self.factory.game} has no rooms that are known here")
+        return int(self._emulator.getRAM()[ROOM_ADDRESS[self.factory.game]])
 
     def frame(self) -> np.ndarray:
         """The screen as it is now, RGB uint8 [height, width, 3]; mostly [210, 160, 3]."""

@@ -17,10 +17,11 @@ from ncrl.agents.atari.config import (
     make_factory,
     stored_config,
 )
-from ncrl.agents.atari.film import film
+from ncrl.agents.atari.film import film, visit
 from ncrl.agents.atari.train import build_model
 from ncrl.agents.atari.video import check_path
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
+from ncrl.envs import ROOM_ADDRESS, AtariPlayer
 from ncrl.settings import configure, shown
 from ncrl.shell.hardware import choose_device
 from ncrl.shell.screen import Screen
@@ -54,7 +55,10 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     model = build_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
-    scores, lengths = play_games(model, config, episodes, deterministic, screen)
+    if make_factory(config).game in ROOM_ADDRESS:
+        scores, lengths = visit_rooms(model, config, episodes, deterministic, screen)
+    else:
+        scores, lengths = play_games(model, config, episodes, deterministic, screen)
     rules = make_factory(config).describe()
     screen.line(
         f"{camel_case(make_factory(config).game)} {after}raw score of {episodes} whole "
@@ -70,8 +74,8 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     )
     if modes["video"] is not None:
         screen.line("filming one more game")
-        seed, path = evaluation_seed(config), Path(modes["video"])
-        score = film(model, make_factory(config), seed, path, deterministic)
+        player = AtariPlayer(make_factory(config), evaluation_seed(config))
+        score = film(model, player, Path(modes["video"]), deterministic=deterministic)
         screen.line(f"video of one game (score {score:g}): {modes['video']}")
     return 0
 
@@ -121,6 +125,26 @@ def play_games(
         env.close()
     assert isinstance(scores, list) and isinstance(lengths, list)
     tell(scores, lengths)
+    return scores, lengths
+
+
+def visit_rooms(
+    model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
+) -> tuple[list[float], list[int]]:
+    """`play_games` for a game of rooms, one after the other, with the rooms that were entered."""
+    scores, lengths, entered = [], [], set()
+    for game in range(episodes):
+        seed = (evaluation_seed(config) + game) % 2**31
+        player = AtariPlayer(make_factory(config), seed)
+        score, length, rooms = visit(model, player, deterministic=deterministic)
+        screen.line(
+            f"game {game + 1} of {episodes}: score {score:g}, {length:,} timesteps, rooms "
+            f"{', '.join(map(str, sorted(rooms)))}"
+        )
+        scores.append(score)
+        lengths.append(length)
+        entered |= rooms
+    screen.line(f"rooms entered: {len(entered)} ({', '.join(map(str, sorted(entered)))})")
     return scores, lengths
 
 

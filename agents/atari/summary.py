@@ -12,6 +12,7 @@ from typing import Any
 import ncrl
 from ncrl.agents import A3C
 from ncrl.agents.atari.config import (
+    EXPLORED,
     FRAMES_PER_TIMESTEP,
     HARD_GAMES,
     RunConfig,
@@ -69,8 +70,15 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
     curves = command_line("-m", "tensorboard.main", "--logdir", str(run.path.parent))
     lines += [f"run        {run.path}", f"curves     {curves}"]  # to be pasted, so never wrapped
     if factory.game in HARD_GAMES:
-        lines.append(f"expect     {HARD_GAMES[factory.game]}; a score of 0 is no fault")
+        lines += wrapped(f"expect     {expectation(factory.game, config.intrinsic_reward)}")
     return lines
+
+
+def expectation(game: str, intrinsic_reward: str) -> str:
+    """What such a run has reached, of the hard games."""
+    if intrinsic_reward == "none":
+        return f"{HARD_GAMES[game]} without a bonus; a score of 0 is no fault"
+    return EXPLORED.get(game, f"no run of ours with a bonus yet; without, {HARD_GAMES[game]}")
 
 
 def wrapped(line: str) -> list[str]:

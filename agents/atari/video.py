@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +78,9 @@ class Moment(NamedTuple):
     heads: Sequence[HeadView]
     """At most two."""
 
+    bonus: float | None = None
+    """How new the learner finds what is seen, before any scaling; None without a bonus."""
+
 
 class Trace(NamedTuple):
     """What the picture remembers of one head's attention; see `remember`."""
@@ -110,6 +114,7 @@ class Box(NamedTuple):
 
 WIDTH, HEIGHT = 1280, 800
 GAME = Box(16, 16, 480, 768)
+BONUS = Box(16, 742, 480, 42)
 READOUTS = Box(520, 10, 744, 50)
 ACTIONS = Box(520, 71, 744, 116)
 HEADS = (Box(520, 200, 360, 558), Box(904, 200, 360, 558))
@@ -192,6 +197,7 @@ class GameVideo:
         if not self._writer.isOpened():
             raise OSError(f"OpenCV cannot write the video {str(path)!r}")
         self._traces: dict[str, Trace] = {}
+        self._bonuses: deque[float] = deque(maxlen=HISTORY)
 
     def add(self, moment: Moment) -> None:
         """Append the picture of one timestep.
@@ -204,7 +210,10 @@ class GameVideo:
         for name, attention in moment.heads:
             if attention is not None:
                 self._traces[name] = remember(self._traces.get(name), attention)
-        self._writer.write(cv2.cvtColor(compose(moment, self._traces), cv2.COLOR_RGB2BGR))
+        if moment.bonus is not None:
+            self._bonuses.append(moment.bonus)
+        picture = compose(moment, self._traces, self._bonuses)
+        self._writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
     def close(self) -> None:
         """Finish the file, which is then there under its name."""
@@ -260,15 +269,20 @@ def _spread(deviations: np.ndarray) -> float:
     return max(MIN_SPREAD, float(np.abs(deviations).max()))
 
 
-def compose(moment: Moment, traces: Mapping[str, Trace]) -> np.ndarray:
+def compose(
+    moment: Moment, traces: Mapping[str, Trace], bonuses: Sequence[float] = ()
+) -> np.ndarray:
     """The picture of one timestep, RGB uint8 [HEIGHT, WIDTH, 3].
 
     Args:
         moment: the timestep.
         traces: by name of the head, for heads with attention; the moment's own is the latest.
+        bonuses: of up to `HISTORY` timesteps, the moment's own last; empty without a bonus.
     """
     picture = np.full((HEIGHT, WIDTH, 3), BACKGROUND, np.uint8)
     _draw_game(picture, moment.frame)
+    if bonuses:
+        _draw_bonus(picture, bonuses)
     _draw_readouts(picture, moment)
     _draw_actions(picture, moment)
     for box, (name, attention) in zip(HEADS, moment.heads, strict=False):
@@ -294,6 +308,20 @@ def game_box(frame: np.ndarray) -> Box:
 
 def _draw_game(picture: np.ndarray, frame: np.ndarray) -> None:
     _paste(picture, game_box(frame), frame)
+
+
+def _draw_bonus(picture: np.ndarray, bonuses: Sequence[float]) -> None:
+    """A bar for every timestep, the latest at the right; the largest one is as high as the plot."""
+    _fill(picture, BONUS, PLOT)
+    largest = max(*bonuses, 1e-12)
+    width = BONUS.width // HISTORY
+    for age, bonus in enumerate(reversed(bonuses)):
+        height = round(BONUS.height * max(bonus, 0.0) / largest)
+        left = BONUS.right - (age + 1) * width
+        bar = Box(left, BONUS.bottom - height, width - 1, height)
+        _fill(picture, bar, BAR if age else ACCENT)
+    _text(picture, f"bonus: {bonuses[-1]:.3g}", (BONUS.left, BONUS.top - 9), SMALL, GREY)
+    _text(picture, f"{largest:.3g}", (BONUS.right, BONUS.top - 9), SMALL, GREY, align=1.0)
 
 
 def _draw_readouts(picture: np.ndarray, moment: Moment) -> None:

@@ -30,6 +30,7 @@ from ncrl.agents.runs.loading import SMALL_BYTES, load_tensors, read_tensors, re
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import shown
+from ncrl.shell.tensors import tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
     """Write a checkpoint of `model` between two updates, and remove all but the `keep` newest.
 
     Raises:
-        CheckpointError: if a weight is not finite; such a model is never saved.
+        CheckpointError: if a weight or the optimiser is not finite; such a model is never saved.
         OSError: if the disk refuses; older checkpoints are untouched.
     """
     zipped = model_bytes(model)
@@ -93,11 +94,13 @@ def model_bytes(model: A3C) -> bytes:
     """The model as SB3 saves it.
 
     Raises:
-        CheckpointError: if a weight is not finite.
+        CheckpointError: if a weight, or a number that the optimiser keeps, is not finite.
     """
     for name, tensor in model.policy.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"not saved: {name} is not finite")
+    if not all(torch.isfinite(t).all() for t in tensors_in(model.policy.optimizer.state_dict())):
+        raise CheckpointError("not saved: a number that the optimiser keeps is not finite")
     zipped = io.BytesIO()
     model.save(zipped)
     return zipped.getvalue()
@@ -198,14 +201,16 @@ def _sha256(path: Path) -> str:
 
 
 def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
-    """Put the weights (and optimiser) of an SB3 zip into a model of the same network.
+    """Put the weights, exploration and optimiser of an SB3 zip into a model of the same network.
 
     Raises:
         CheckpointError: if the file is no such zip, or was made by another network.
     """
-    names = ["policy"]
-    if optimizer:
-        names = model._get_torch_save_params()[0]
+    names = [
+        name
+        for name in model._get_torch_save_params()[0]
+        if optimizer or name != "policy.optimizer"
+    ]
     try:
         with zipfile.ZipFile(path) as archive:
             # RMSProp and Adam keep one or two numbers for each weight.
@@ -216,8 +221,8 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
             stored, own = parameters["policy.optimizer"], model.policy.optimizer
             check_optimizer_state(own, stored)
             own.load_state_dict(_with_own_groups(own, stored))
-            if model.exploration is not None:
-                model.exploration.load_state_dict(parameters["exploration"])
+        if model.exploration is not None:
+            model.exploration.load_state_dict(parameters["exploration"])
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {path}: {reason_of(error)}") from error
     except Exception as error:  # torch reports a forbidden pickle with several exception types

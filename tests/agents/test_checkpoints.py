@@ -646,6 +646,14 @@ def test_f19_a_weight_that_is_not_finite_is_never_saved(value: float, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_f19_an_optimiser_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    model = make_model().learn(20)
+    next(iter(model.policy.optimizer.state.values()))["square_avg"].fill_(float("inf"))
+    with pytest.raises(CheckpointError, match="optimiser"):
+        save_checkpoint(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """Writing beyond `size` bytes of a file fails with EFBIG, as a full disk does with ENOSPC."""

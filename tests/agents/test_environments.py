@@ -23,7 +23,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from torch import Tensor
 
 from ncrl.agents import A3C
-from ncrl.agents.a3c import FEW_RATE
+from ncrl.agents.defaults import FEW
 from ncrl.agents.playing.env_sources import GymFactory, as_factory
 from ncrl.envs import masked_cartpole, remember
 from ncrl.envs.atari import AtariFactory
@@ -41,7 +41,6 @@ SCRIPT = """
 import gymnasium as gym, numpy as np
 from gymnasium import spaces
 from ncrl.agents import A3C
-from ncrl.agents.a3c import FEW_RATE
 
 class Mine(gym.Env):
     observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
@@ -207,7 +206,7 @@ def test_defaults_follow_the_number_of_environments() -> None:
         return model.n_steps, model.lr_schedule(1.0)
 
     one = gym.make("CartPole-v1")
-    few, many = (5, FEW_RATE), (20, 7e-4)
+    few, many = (5, FEW.learning_rate), (20, 7e-4)
     assert defaults(one) == defaults(masked_cartpole(), n_workers=0, n_envs=3) == few
     assert defaults("CartPole-v1", n_workers=0) == many
     assert defaults("CartPole-v1", n_workers=1, n_envs=1) == many

@@ -21,7 +21,7 @@ from torch import Tensor
 import ncrl.agents.learning.learner
 import ncrl.agents.learning.objective
 from ncrl.agents import A3C
-from ncrl.agents.a3c import FORGOTTEN_AFTER
+from ncrl.agents.algorithm import FORGOTTEN_AFTER
 from ncrl.agents.learning.losses import policy_gradient_loss, value_loss
 from ncrl.envs import remember
 from ncrl.sb3 import MlpLstmPolicy

@@ -11,7 +11,10 @@ import torch
 from gymnasium import spaces
 
 from ncrl.agents.atari.video import (
+    ACCENT,
     ACTIONS,
+    BAR,
+    BONUS,
     GAME,
     HEADS,
     HEIGHT,
@@ -200,6 +203,21 @@ def test_plain_heads_are_drawn_without_traces():
     coded = compose(moment(), traces(0))
     assert (cut(picture, HEADS[0]) != cut(coded, HEADS[0])).any()
     assert len(np.unique(cut(picture, HEADS[0])[60:].reshape(-1, 3), axis=0)) == 1
+
+
+def test_the_bonus_is_a_bar_for_every_timestep():
+    """Half as high as the plot where it is half of the largest; the latest one stands out."""
+    shown = compose(moment(), traces(0), bonuses=[2.0, 0.0, 1.0])
+    plain = compose(moment(), traces(0))
+    plot = shown[BONUS.top : BONUS.bottom, BONUS.left : BONUS.right]
+    changed = (shown != plain).any(axis=2)
+    assert not changed[:, BONUS.right + 1 :].any() and not changed[: BONUS.top - 20].any()
+    width = BONUS.width // HISTORY
+    heights = [
+        int((plot[:, BONUS.width - (age + 1) * width] == colour).all(axis=1).sum())
+        for age, colour in ((0, ACCENT), (1, BAR), (2, BAR))
+    ]
+    assert heights == [BONUS.height // 2, 0, BONUS.height]
 
 
 @pytest.mark.parametrize(("components", "slots"), [(1, 1), (75, 400), (1000, 3)])

@@ -73,6 +73,14 @@ def test_observations_and_frames_are_not_overwritten():
     np.testing.assert_array_equal(frame, frame_copy)
 
 
+def test_the_room_is_known_where_there_are_rooms():
+    player = AtariPlayer(atari("MontezumaRevenge"), 0)
+    player.reset()
+    assert player.room() == 1  # where every game begins
+    with pytest.raises(ValueError, match="pong has no rooms"):
+        AtariPlayer(atari("Pong"), 0).room()
+
+
 def test_wrong_use_is_refused():
     player = AtariPlayer(atari("Pong", max_frames=8), 0)
     with pytest.raises(RuntimeError, match="reset"):

@@ -162,6 +162,7 @@ def test_a_saved_model_goes_on(tmp_path: Path) -> None:
     model = make_model().learn(240)
     model.save(tmp_path / "model.zip")
     loaded = A3C.load(tmp_path / "model.zip", device="cuda")
+    loaded.set_logger(model.logger)  # which `learn` would do
     assert_close(loaded, model, 0, 0)
     for one in (model, loaded):
         one._batch, one._current_progress_remaining = model._batch, 0.5
