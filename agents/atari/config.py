@@ -82,7 +82,7 @@ class RunConfig:
         None, "games per worker, in place of --games", low=1, high=1024
     )
     cluster: str | None = setting(
-        None, "play on a Ray cluster: auto, or host:port of its head (docs/cluster.md)"
+        None, "play on a Ray cluster: auto, host:port of its head, or none (docs/cluster.md)"
     )
     stack: int = setting(1, "timesteps shown in one observation", low=1, high=64)
     # The network.
@@ -255,8 +255,10 @@ def camel_case(game: str) -> str:
 
 
 def canonical(config: RunConfig) -> RunConfig:
-    """With the game's name in one form, so that `Pong` and `pong` are the same game."""
-    return replace(config, env=camel_case(make_factory(config).game))
+    """With the game's name in one form, so that `Pong` and `pong` are the same game; no cluster is
+    None, also for a flag."""
+    cluster = None if config.cluster == "none" else config.cluster
+    return replace(config, env=camel_case(make_factory(config).game), cluster=cluster)
 
 
 def with_sizes(config: RunConfig) -> RunConfig:

@@ -4,6 +4,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 
 import run_atari
 from ncrl.agents import A3C
+from ncrl.agents.atari.config import RunConfig, choose_config
 from ncrl.agents.playing.weights import SharedWeights, fill, flatten
+from ncrl.agents.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 FREE_PORT = "127.0.0.1:9"
@@ -82,6 +85,15 @@ def test_a_cluster_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_pat
     assert f"cannot join the Ray cluster '{FREE_PORT}'" in error and "ray start --head" in error
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_of_a_cluster_goes_on_without_it(tmp_path: Path) -> None:
+    """`--cluster none` wins over the configuration that was kept."""
+    config = RunConfig(env="Pong", intrinsic_reward="none", cluster=FREE_PORT, workers=1, games=2)
+    RunDirectory.create(tmp_path, "Pong").write_config(asdict(config))
+    modes = {"resume": str(tmp_path / "Pong-1"), "config": None}
+    resumed, _ = choose_config({"cluster": "none"}, modes)
+    assert resumed.cluster is None and (resumed.workers, resumed.games) == (1, 2)
 
 
 def test_weights_of_one_module_in_another() -> None:
