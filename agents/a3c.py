@@ -99,6 +99,9 @@ class A3C(EngineAlgorithm):
             others arrive where a game ends, and everything where this process plays.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
             per core.
+        cluster: where the workers run: None for processes of this machine; `auto` for actors of the
+            Ray cluster that it belongs to, `host:port` for the one with that head (docs/cluster.md,
+            needs `ncrl[ray]`). One core of a cluster is left to the learner. It is not saved.
         n_envs: environments that are built from an id or a factory, of all workers together; a
             multiple of `n_workers`. None takes 16.
         limits: time-outs and restarts of the workers.
@@ -148,6 +151,7 @@ class A3C(EngineAlgorithm):
         info_keywords: Sequence[str] = (),
         n_workers: int | None = None,
         n_envs: int | None = None,
+        cluster: str | None = None,
         limits: Limits | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -162,6 +166,7 @@ class A3C(EngineAlgorithm):
     ) -> None:
         self.n_workers = 0
         self.profile = profile
+        self.cluster = cluster
         self.limits = limits or Limits()
         self.batch_size = batch_size
         self.orth_coef, self.balance_coef = orth_coef, balance_coef
@@ -181,7 +186,7 @@ class A3C(EngineAlgorithm):
         played: GymEnv | None
         if is_factory(env):
             n_envs = DEFAULT_ENVS if n_envs is None else n_envs
-            self.n_workers = default_workers(n_envs) if n_workers is None else n_workers
+            self.n_workers = default_workers(n_envs, cluster) if n_workers is None else n_workers
             self.env_factory = as_factory(env)  # type: ignore[arg-type]
             arguments.tell_meaning(env, self.env_factory, verbose)
             played = self._played_by(self.env_factory, n_envs)
@@ -249,6 +254,7 @@ class A3C(EngineAlgorithm):
         self._skipped_in_a_row = 0
 
     def _check_arguments(self) -> None:
+        arguments.check_cluster(self.cluster, self.n_workers)
         self.n_steps = arguments.whole_number("n_steps", self.n_steps)
         arguments.check_numbers(
             self._objective(), self.n_steps, self.max_grad_norm, self.learning_rate
@@ -286,7 +292,7 @@ class A3C(EngineAlgorithm):
         stopwatch = self._stopwatch
         with (
             self._no_stop_remains(),
-            learner_threads(self.n_workers),
+            learner_threads(self.n_workers if self.cluster is None else 0),
             stopwatch.phase("setup"),
             self._player() as player,
             stopwatch.phase("other"),
@@ -380,6 +386,7 @@ class A3C(EngineAlgorithm):
             self.policy,
             shape,
             n_workers=self.n_workers,
+            cluster=self.cluster,
             # Games after an earlier `learn` do not repeat those played before; `num_timesteps` may
             # have been set back to 0.
             seed=self.games_seed + 7_919 * self._n_updates,

@@ -39,8 +39,8 @@ from ncrl.agents.playing.env_sources import (
     check_object,
     is_factory,
 )
-from ncrl.agents.playing.players import Player
-from ncrl.agents.playing.pool import WorkerPool, check_machine
+from ncrl.agents.playing.players import Player, Pool
+from ncrl.agents.playing.pool import check_machine
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec
 from ncrl.agents.runs import curves
@@ -53,7 +53,7 @@ FORGOTTEN_AFTER = 10
 """Predictions in a row without a state after which a policy with memory warns."""
 
 NOT_SAVED = (
-    *("env_factory", "learner", "collector", "profile", "time_spent"),
+    *("env_factory", "learner", "collector", "profile", "time_spent", "cluster"),
     *("_batch", "_pool", "_stateless_predictions", "_warned_of_state", "_started"),
     "_counts_are_news",
 )
@@ -86,6 +86,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     use_rms_prop: bool
     rms_prop_eps: float
     n_workers: int
+    cluster: str | None
     games_seed: int
     frames_per_timestep: int
     best_score: float
@@ -96,7 +97,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     learner: Learner
     time_spent: Profile | None
     """Where the time of all calls of `learn` went, if it is measured."""
-    _pool: WorkerPool | None
+    _pool: Pool | None
     _counts_are_news: bool
     _stop_requested: bool
     _dumped_at: int
@@ -338,10 +339,12 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     def check_machine(self) -> None:
         """Refuse to start workers for which shared memory or open files do not suffice.
 
+        Those of a cluster need neither.
+
         Raises:
             ValueError: naming what is needed and what there is.
         """
-        if self.n_workers:
+        if self.n_workers and self.cluster is None:
             shape = self._rollout_shape(self.n_envs // self.n_workers)
             check_machine(self.n_workers, shape, SharedWeights.bytes_for(self.policy))
 

@@ -93,8 +93,13 @@ class MeanImage(nn.Module):
     @torch.no_grad()
     def watch(self, images: Tensor) -> None:
         """Take images [B, channels, height, width] into the mean."""
-        self.num_images += len(images)
-        self.mean.lerp_(images.mean(0), len(images) / self.num_images.to(self.mean.dtype))
+        self.add(images.mean(0), len(images))
+
+    @torch.no_grad()
+    def add(self, mean: Tensor, count: int) -> None:
+        """Take `count` images into the mean, of which theirs is `mean`."""
+        self.num_images += count
+        self.mean.lerp_(mean, count / self.num_images.to(self.mean.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> the same shape."""

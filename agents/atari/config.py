@@ -14,7 +14,13 @@ from ncrl import NeurocoderConfig
 from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES
 from ncrl.agents.learning.intrinsic import SOURCES
 from ncrl.agents.learning.objective import Objective
-from ncrl.agents.playing.sizes import Sizes, available_cores, choose_sizes, games_per_update
+from ncrl.agents.playing.sizes import (
+    Sizes,
+    available_cores,
+    choose_sizes,
+    games_per_update,
+    worker_cores,
+)
 from ncrl.agents.runs.directory import RunDirectory
 from ncrl.envs import AtariFactory, atari
 from ncrl.layers import LAYERS
@@ -75,6 +81,9 @@ class RunConfig:
     )
     envs_per_worker: int | None = setting(
         None, "games per worker, in place of --games", low=1, high=1024
+    )
+    cluster: str | None = setting(
+        None, "play on a Ray cluster: auto, host:port of its head, or none (docs/cluster.md)"
     )
     stack: int = setting(1, "timesteps shown in one observation", low=1, high=64)
     # The network.
@@ -247,8 +256,10 @@ def camel_case(game: str) -> str:
 
 
 def canonical(config: RunConfig) -> RunConfig:
-    """With the game's name in one form, so that `Pong` and `pong` are the same game."""
-    return replace(config, env=camel_case(make_factory(config).game))
+    """With the game's name in one form, so that `Pong` and `pong` are the same game; no cluster is
+    None, also for a flag."""
+    cluster = None if config.cluster == "none" else config.cluster
+    return replace(config, env=camel_case(make_factory(config).game), cluster=cluster)
 
 
 def with_sizes(config: RunConfig) -> RunConfig:
@@ -258,15 +269,16 @@ def with_sizes(config: RunConfig) -> RunConfig:
     divide the games, the nearest one that does is taken, with a warning.
 
     Raises:
-        ValueError: if `batch_size` does not divide what the games play in a rollout, or if games
-            are given in two ways.
+        ValueError: if `batch_size` does not divide what the games play in a rollout, if games are
+            given in two ways, or if there is no such cluster.
     """
     if config.games is not None and config.envs_per_worker is not None:
         raise ValueError(
             f"games ({config.games}) and envs_per_worker ({config.envs_per_worker}) both say how "
             "many games there are; leave one out"
         )
-    asked = machine_sizes(config).workers if config.workers is None else config.workers
+    fitting = _fitting_workers(config)
+    asked = fitting if config.workers is None else config.workers
     games = config.games or default_games(config, asked)
     divisors = [n for n in range(1, games + 1) if games % n == 0]
     workers = min(divisors, key=lambda n: abs(n - asked)) if asked else 0
@@ -283,6 +295,13 @@ def with_sizes(config: RunConfig) -> RunConfig:
             f"{num_games(config)} games; nearest: {timesteps_per_update(config, None)}"
         )
     return config
+
+
+def _fitting_workers(config: RunConfig) -> int:
+    """One per core of a cluster, on this machine as many as fit."""
+    if config.cluster is not None:
+        return worker_cores(config.cluster)
+    return machine_sizes(config).workers
 
 
 def default_games(config: RunConfig, workers: int) -> int:

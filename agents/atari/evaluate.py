@@ -52,7 +52,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
         check_path(Path(modes["video"]))
     weights, after = chosen_weights(path, best=bool(modes["best"]))
     screen.line(f"playing {episodes} whole games with {weights}")
-    model = build_model(config, n_workers=0, n_envs=1, batch_size=None)
+    model = build_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
     if make_factory(config).game in ROOM_ADDRESS:

@@ -41,6 +41,7 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
     played = f", {model.num_timesteps * FRAMES_PER_TIMESTEP:,} played" if model._n_updates else ""
     workers = (
         f"{model.n_workers} workers of {model.n_envs // model.n_workers} games"
+        + (f" on the Ray cluster {config.cluster}" if config.cluster is not None else "")
         if model.n_workers
         else f"serial, {model.n_envs} games in this process"
     )
@@ -61,7 +62,7 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
         )
     fitting = machine_sizes(config)
     usual = default_games(replace(config, workers=None, games=None), fitting.workers)
-    if (config.workers, config.games) == (fitting.workers, usual):
+    if config.cluster is None and (config.workers, config.games) == (fitting.workers, usual):
         lines.insert(
             3,
             f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and these "

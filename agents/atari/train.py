@@ -126,6 +126,7 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
         "use_rms_prop": config.optimizer == "rmsprop",
         "n_workers": config.workers or 0,
         "n_envs": num_games(config),
+        "cluster": config.cluster,
         "batch_size": timesteps_per_update(config, config.batch_size),
         "policy_kwargs": {
             "head": config.layer,

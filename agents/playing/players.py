@@ -1,4 +1,4 @@
-"""Who collects the rollouts of `A3C`: its own process, or the workers.
+"""Who collects the rollouts of `A3C`: its own process, worker processes, or actors of a cluster.
 
 A player owns the memory that rollouts are played into and gathered in. It tells every row of
 timesteps to a callback, and hands out a `Batch` when a rollout of every environment is complete.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ncrl.agents.playing.buffers import (
     Batch,
@@ -22,7 +23,7 @@ from ncrl.agents.playing.buffers import (
 )
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.env_sources import EnvFactory
-from ncrl.agents.playing.pool import Limits, WorkerPool
+from ncrl.agents.playing.pool import Delivery, Limits, WorkerPool
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec, check_script, end_if_importing_main
 from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
@@ -41,6 +42,34 @@ class Player(Protocol):
 
     def publish(self, policy: EnginePolicy) -> None:
         """The policy has new weights."""
+
+
+class Pool(Protocol):
+    """Workers, which run inside its context: `pool.WorkerPool`, `cluster.ActorPool`."""
+
+    worker_restarts: int
+    env_restarts: int
+
+    @property
+    def starting(self) -> bool:
+        """No rollout has been taken yet."""
+
+    def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
+        """Wait for `count` rollouts; None if `give_up()` became true meanwhile."""
+
+    def release(self, deliveries: list[Delivery]) -> None:
+        """The learner has copied these rollouts."""
+
+
+class Weights(Protocol):
+    """What the workers of a pool play with: `weights.SharedWeights`, `cluster.ObjectWeights`."""
+
+    @property
+    def version(self) -> int:
+        """The newest."""
+
+    def publish(self, module: nn.Module, version: int) -> None:
+        """Make the module's present weights version `version`, which must be the next one."""
 
 
 class SerialPlayer:
@@ -90,6 +119,7 @@ def played_by_workers(
     shape: RolloutShape,
     *,
     n_workers: int,
+    cluster: str | None,
     seed: int,
     limits: Limits,
     profile: Profile | None,
@@ -97,29 +127,31 @@ def played_by_workers(
     device: torch.device,
     give_up: Callable[[], bool],
 ) -> Iterator[WorkersPlayer]:
-    """Workers that play inside the block; `WorkersPlayer` and `WorkerPool` say what is what.
+    """Workers that play inside the block: processes, or actors of the cluster at an address.
+
+    `WorkersPlayer` and `WorkerPool` say what is what.
 
     Raises:
-        RuntimeError: for a program that workers cannot import again.
-        ValueError: for a policy that they cannot build.
+        RuntimeError: for a program that worker processes cannot import again.
+        ValueError: for a policy that they cannot build, or a cluster that cannot be joined.
         WorkerError: if they cannot be kept running.
     """
-    end_if_importing_main()
-    check_script()
+    if cluster is None:
+        end_if_importing_main()
+        check_script()
     spec.check_like(policy)
-    weights = SharedWeights(policy)
-    weights.publish(policy, 0)
-    with WorkerPool(
-        factory,
-        spec,
-        shape._replace(n_envs=shape.n_envs // n_workers),
-        weights,
-        n_workers=n_workers,
-        seed=seed,
-        limits=limits,
-        profile=profile,
-        info_keywords=info_keywords,
-    ) as pool:
+    options: dict[str, Any] = {
+        "factory": factory,
+        "policy": spec,
+        "shape": shape._replace(n_envs=shape.n_envs // n_workers),
+        "n_workers": n_workers,
+        "seed": seed,
+        "limits": limits,
+        "profile": profile,
+        "info_keywords": info_keywords,
+    }
+    workers = _processes(policy, options) if cluster is None else _actors(policy, cluster, options)
+    with workers as (pool, weights):
         yield WorkersPlayer(
             pool,
             weights,
@@ -130,6 +162,29 @@ def played_by_workers(
             give_up=give_up,
             stopwatch=OFF if profile is None else profile.stopwatch,
         )
+
+
+@contextmanager
+def _processes(policy: EnginePolicy, options: dict[str, Any]) -> Iterator[tuple[Pool, Weights]]:
+    """Workers that are processes of this machine."""
+    weights = SharedWeights(policy)
+    weights.publish(policy, 0)
+    with WorkerPool(weights=weights, **options) as pool:
+        yield pool, weights
+
+
+@contextmanager
+def _actors(
+    policy: EnginePolicy, address: str, options: dict[str, Any]
+) -> Iterator[tuple[Pool, Weights]]:
+    """Workers that are actors of a cluster."""
+    from ncrl.agents.playing import cluster  # only here: it imports ray
+
+    with cluster.joined(address):
+        weights = cluster.ObjectWeights()
+        weights.publish(policy, 0)
+        with cluster.ActorPool(weights=weights, **options) as pool:
+            yield pool, weights
 
 
 class WorkersPlayer:
@@ -148,8 +203,8 @@ class WorkersPlayer:
 
     def __init__(
         self,
-        pool: WorkerPool,
-        weights: SharedWeights,
+        pool: Pool,
+        weights: Weights,
         policy: EnginePolicy,
         shape: RolloutShape,
         *,

@@ -102,6 +102,33 @@ class Limits:
 
 
 @dataclass
+class Failures:
+    """Of one worker, and what follows from them."""
+
+    in_a_row: int = 0
+    """Without a rollout between them."""
+    times: deque[float] = field(default_factory=deque)
+    """Monotonic times of those in the last `WINDOW_SECONDS`."""
+
+    def count(self, limits: Limits) -> str:
+        """One more; returns how many there were if they were too many."""
+        now = time.monotonic()
+        self.in_a_row += 1
+        self.times.append(now)
+        while self.times[0] < now - WINDOW_SECONDS:
+            self.times.popleft()
+        if self.in_a_row > limits.max_restarts:
+            return f"{self.in_a_row} times in a row"
+        if len(self.times) > FAILURES_PER_WINDOW * limits.max_restarts:
+            return f"{len(self.times)} times in {WINDOW_SECONDS / 60:.0f} minutes"
+        return ""
+
+    def pause(self, limits: Limits) -> float:
+        """Seconds before the next replacement."""
+        return min(LONGEST_PAUSE, limits.first_pause * 2 ** min(self.in_a_row - 1, 30))
+
+
+@dataclass
 class _Worker:
     """The parent's view of one worker."""
 
@@ -116,10 +143,7 @@ class _Worker:
     """Slots it holds, the one it plays first."""
     last_given: int = 0
     """Number of the hand-out in which it was given its latest slot."""
-    failures: int = 0
-    """In a row, without a rollout between them."""
-    failed_at: deque[float] = field(default_factory=deque)
-    """Monotonic times of its failures in the last `WINDOW_SECONDS`."""
+    failures: Failures = field(default_factory=Failures)
     infos: list[Info] = field(default_factory=list)
     """Reported for the rollout that it announces next."""
     incarnation: int = 0
@@ -271,7 +295,7 @@ class WorkerPool:
         elif isinstance(message, Played):
             assert worker.slots[0] == message.slot, "a slot is in exactly one place"
             worker.slots.popleft()
-            worker.failures = 0
+            worker.failures.in_a_row = 0
             rollout = self._slots[message.slot]
             self._played.append(Delivery(rollout, message, worker.infos, worker.index))
             worker.infos = []
@@ -279,7 +303,7 @@ class WorkerPool:
                 self._profile.add_worker(worker.index, message.phases)
         elif isinstance(message, EnvFailed):
             self.env_restarts += 1
-            too_often = self._count_failure(worker)
+            too_often = worker.failures.count(self.limits)
             worker.building = True
             logger.warning(
                 "worker %d (pid %s): its environments failed and are built anew: %s",
@@ -296,19 +320,6 @@ class WorkerPool:
             worker.traceback = message.traceback
             if message.not_finite:
                 raise NonFiniteError(message.not_finite)
-
-    def _count_failure(self, worker: _Worker) -> str:
-        """One more; returns how many there were if they were too many."""
-        now = time.monotonic()
-        worker.failures += 1
-        worker.failed_at.append(now)
-        while worker.failed_at[0] < now - WINDOW_SECONDS:
-            worker.failed_at.popleft()
-        if worker.failures > self.limits.max_restarts:
-            return f"{worker.failures} times in a row"
-        if len(worker.failed_at) > FAILURES_PER_WINDOW * self.limits.max_restarts:
-            return f"{len(worker.failed_at)} times in {WINDOW_SECONDS / 60:.0f} minutes"
-        return ""
 
     def _check_silence(self) -> None:
         """Replace workers whose environments hang."""
@@ -342,11 +353,11 @@ class WorkerPool:
                 worker.traceback = NO_START
         hopeless = first_start and bool(worker.traceback)
         self._bury(worker)
-        too_often = "at its start" if hopeless else self._count_failure(worker)
+        too_often = "at its start" if hopeless else worker.failures.count(self.limits)
         if too_often:
             reason = f":\n{worker.traceback}" if worker.traceback else ""
             raise WorkerError(f"worker {worker.index} (pid {pid}) {what} {too_often}{reason}")
-        pause = min(LONGEST_PAUSE, self.limits.first_pause * 2 ** min(worker.failures - 1, 30))
+        pause = worker.failures.pause(self.limits)
         last = worker.traceback.strip().splitlines()[-1:] or ["no traceback"]
         logger.warning(
             "worker %d (pid %s) %s (%s); a new one starts in %.1f s",
@@ -380,7 +391,6 @@ class WorkerPool:
             # A prime stride keeps the seeds of workers and of their successors apart.
             seed=self._seed + 1_000_003 * (worker.index + len(self._workers) * worker.incarnation),
             n_envs=self._shape.n_envs,
-            n_steps=self._shape.n_steps,
             parent_pid=os.getpid(),
             factory=self._factory,
             policy=self._policy,

@@ -1,8 +1,10 @@
-"""How many workers, games and games per update a machine is worth."""
+"""How many workers, games and games per update a machine, or a cluster of them, is worth."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -72,9 +74,38 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def default_workers(n_envs: int) -> int:
-    """One worker per core, or the next smaller number that divides `n_envs`."""
-    most = max(1, min(available_cores(), n_envs))
+def check_cluster(cluster: str) -> None:
+    """Raise ValueError for what is no address of a cluster, and where Ray is not installed."""
+    if cluster != "auto" and not re.fullmatch(r"[^/\s]+:\d+", cluster):
+        raise ValueError(
+            f"cluster must be 'auto', 'host:port' or None, got {cluster!r}; for example "
+            "'10.0.0.1:6379'"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(f"cluster={cluster!r} needs Ray: pip install 'ncrl[ray]'")
+
+
+def worker_cores(cluster: str | None = None) -> int:
+    """Cores for workers: all of this machine, or those of a cluster but one for the learner.
+
+    Raises:
+        ValueError: for a cluster that cannot be joined.
+    """
+    if cluster is None:
+        return available_cores()
+    check_cluster(cluster)
+    from ncrl.agents.playing.cluster import cluster_cores  # only here: it imports ray
+
+    return max(1, cluster_cores(cluster) - 1)
+
+
+def default_workers(n_envs: int, cluster: str | None = None) -> int:
+    """One worker per core for them, or the next smaller number that divides `n_envs`.
+
+    Raises:
+        ValueError: for a cluster that cannot be joined.
+    """
+    most = max(1, min(worker_cores(cluster), n_envs))
     return max(n for n in range(1, most + 1) if n_envs % n == 0)
 
 

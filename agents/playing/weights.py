@@ -52,7 +52,7 @@ class SharedWeights:
     def publish(self, module: nn.Module, version: int) -> None:
         """Make the module's present weights version `version`, which must be the next one."""
         self._started.fill_(version)
-        _flatten_into(self._copies[version % VERSIONS], module)
+        self._copies[version % VERSIONS].copy_(flatten(module))
         self._version.fill_(version)
 
     def read_into(self, module: nn.Module) -> int:
@@ -63,12 +63,22 @@ class SharedWeights:
             if int(self._started.item()) < version + VERSIONS:
                 break
             time.sleep(0)  # overtaken twice while copying: there is a newer version to read
-        offset = 0
-        with torch.no_grad():
-            for tensor in _floats(module):
-                tensor.copy_(copy[offset : offset + tensor.numel()].view_as(tensor))
-                offset += tensor.numel()
+        fill(module, copy)
         return version
+
+
+def flatten(module: nn.Module) -> Tensor:
+    """All that is shared of a module in one vector: from another device, one copy is one wait."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in _floats(module)])
+
+
+def fill(module: nn.Module, flat: Tensor) -> None:
+    """Set what is shared of a module, in place, to what `flatten` made of another."""
+    offset = 0
+    with torch.no_grad():
+        for tensor in _floats(module):
+            tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+            offset += tensor.numel()
 
 
 def layout(module: nn.Module) -> list[tuple[str, torch.Size | None]]:
@@ -98,8 +108,3 @@ def _floats(module: nn.Module) -> Iterable[Tensor]:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and _is_shared(name):
             yield tensor
-
-
-def _flatten_into(target: Tensor, module: nn.Module) -> None:
-    """Copy all of a module at once: from another device, one copy is one wait."""
-    target.copy_(torch.cat([tensor.detach().reshape(-1) for tensor in _floats(module)]))

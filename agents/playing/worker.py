@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -22,7 +22,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
-from ncrl.agents.playing.buffers import RolloutSlots
+from ncrl.agents.playing.buffers import Rollout, RolloutSlots
 from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
 from ncrl.agents.playing.env_sources import EnvFactory, build
 from ncrl.agents.playing.weights import SharedWeights, layout
@@ -98,7 +98,6 @@ class WorkerSpec:
     seed: int
     """Seed of this incarnation; no other worker and no earlier incarnation had it."""
     n_envs: int
-    n_steps: int
     parent_pid: int
     factory: CloudpickleWrapper
     """Of an `EnvFactory`; notebooks and scripts define theirs where pickle cannot find them."""
@@ -198,39 +197,38 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     except NonFiniteError as error:
-        connection.send(Failed(_traceback(), str(error)))
+        connection.send(Failed(tail_of_traceback(), str(error)))
         sys.exit(1)
     except Exception:
-        connection.send(Failed(_traceback()))
+        connection.send(Failed(tail_of_traceback()))
         sys.exit(1)
 
 
 def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(spec.seed)
-    np.random.seed(spec.seed % 2**32)
-    seeds = np.random.SeedSequence(spec.seed)
-    factory: EnvFactory = spec.factory.var
-    with stopwatch.phase("setup"):
-        # With fresh weights, which the first published version replaces.
-        policy: EnginePolicy = spec.policy.var.build()
-        policy.set_training_mode(False)
-    collector = _start_games(factory, spec, seeds, policy, stopwatch)
+    def beat() -> None:
+        spec.heartbeats[spec.index] += 1
+
+    games = Games(
+        spec.factory.var,
+        spec.policy.var,
+        spec.n_envs,
+        spec.seed,
+        info_keywords=spec.info_keywords,
+        stopwatch=stopwatch,
+        beat=beat,
+    )
     connection.send(Ready())
     while (slot := _next_slot(connection, stopwatch)) is not None:
         while True:
             with stopwatch.phase("copy"):
-                version = spec.weights.read_into(policy)
-            infos: list[Info] = []
+                version = spec.weights.read_into(games.policy)
             try:
-                played = _play(collector, spec, slot, version, infos)
+                played, infos = games.play(spec.slots[slot], slot, version)
             except NonFiniteError:
                 raise
             except Exception:
-                connection.send(EnvFailed(_traceback()))
-                with contextlib.suppress(Exception):  # it may be broken in any way
-                    collector.env.close()
-                collector = _start_games(factory, spec, seeds, policy, stopwatch)
+                connection.send(EnvFailed(tail_of_traceback()))
+                games.start()
                 connection.send(Ready())
                 continue
             for part in _in_small_parts(infos):
@@ -245,45 +243,85 @@ def _next_slot(connection: Connection, stopwatch: Stopwatch) -> int | None:
     return slot
 
 
-def _start_games(
-    factory: EnvFactory,
-    spec: WorkerSpec,
-    seeds: np.random.SeedSequence,
-    policy: EnginePolicy,
-    stopwatch: Stopwatch,
-) -> Collector:
-    with stopwatch.phase("setup"):
-        env = build(factory, spec.n_envs, _env_seed(seeds))
-        return Collector(
-            env,
-            policy,
-            env.reset(),
-            sde_sample_freq=spec.policy.var.sde_sample_freq,
-            stopwatch=stopwatch,
-        )
+class Games:
+    """A worker's environments and its policy, which play rollout after rollout.
+
+    Args:
+        factory: of the environments.
+        policy: of the policy, which begins with fresh weights.
+        n_envs: environments.
+        seed: of all random numbers of this process, which computes with one thread from now on.
+        info_keywords: entries of infos that are reported for every timestep.
+        stopwatch: of this process.
+        beat: called after every timestep.
+    """
+
+    def __init__(
+        self,
+        factory: EnvFactory,
+        policy: PolicySpec,
+        n_envs: int,
+        seed: int,
+        *,
+        info_keywords: Sequence[str],
+        stopwatch: Stopwatch,
+        beat: Callable[[], None],
+    ) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        self._seeds = np.random.SeedSequence(seed)
+        self._factory, self._n_envs, self._info_keywords = factory, n_envs, info_keywords
+        self._sde_sample_freq = policy.sde_sample_freq
+        self._stopwatch, self._beat = stopwatch, beat
+        with stopwatch.phase("setup"):
+            self.policy = policy.build()
+            self.policy.set_training_mode(False)
+        self._collector: Collector | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Build the environments, anew if there are any; they do not repeat their games."""
+        if self._collector is not None:
+            with contextlib.suppress(Exception):  # it may be broken in any way
+                self._collector.env.close()
+        with self._stopwatch.phase("setup"):
+            env = build(self._factory, self._n_envs, _env_seed(self._seeds))
+            self._collector = Collector(
+                env,
+                self.policy,
+                env.reset(),
+                sde_sample_freq=self._sde_sample_freq,
+                stopwatch=self._stopwatch,
+            )
+
+    def play(self, rollout: Rollout, slot: int, version: int) -> tuple[Played, list[Info]]:
+        """Play a rollout with the policy as it is; also what environments reported.
+
+        Raises:
+            NonFiniteError: if the policy computes no finite probabilities.
+            Exception: whatever the environments raise; they need a `start` then.
+        """
+        collector = self._collector
+        assert collector is not None
+        infos: list[Info] = []
+
+        def after_step(outcome: Outcome) -> bool:
+            self._beat()
+            for i, info in enumerate(outcome.infos):
+                if "episode" in info or outcome.dones[i]:
+                    small = {k: v for k, v in info.items() if k != "terminal_observation"}
+                    infos.append((outcome.row, i, small))
+                elif wanted := {k: info[k] for k in self._info_keywords if k in info}:
+                    infos.append((outcome.row, i, wanted))
+            return True
+
+        started = time.monotonic()
+        collector.collect(rollout, len(rollout.rewards), after_step)
+        return Played(slot, version, collector.env_seconds, time.monotonic() - started, {}), infos
 
 
-def _play(
-    collector: Collector, spec: WorkerSpec, slot: int, version: int, infos: list[Info]
-) -> Played:
-    """Play one rollout into a slot, adding what environments report to `infos`."""
-
-    def after_step(outcome: Outcome) -> bool:
-        spec.heartbeats[spec.index] += 1
-        for i, info in enumerate(outcome.infos):
-            if "episode" in info or outcome.dones[i]:
-                small = {k: v for k, v in info.items() if k != "terminal_observation"}
-                infos.append((outcome.row, i, small))
-            elif wanted := {k: info[k] for k in spec.info_keywords if k in info}:
-                infos.append((outcome.row, i, wanted))
-        return True
-
-    started = time.monotonic()
-    collector.collect(spec.slots[slot], spec.n_steps, after_step)
-    return Played(slot, version, collector.env_seconds, time.monotonic() - started, {})
-
-
-def _traceback() -> str:
+def tail_of_traceback() -> str:
     """Of the exception being handled; the end of it, if it is long."""
     return traceback.format_exc()[-MESSAGE_BYTES:]
 

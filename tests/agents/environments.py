@@ -28,7 +28,7 @@ THREAD_VARIABLES = (
 
 
 def in_worker() -> bool:
-    return multiprocessing.parent_process() is not None
+    return multiprocessing.parent_process() is not None or "RAY_RAYLET_PID" in os.environ
 
 
 @dataclass(frozen=True)
