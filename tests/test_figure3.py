@@ -130,7 +130,7 @@ REFUSED = {
     "--seeds x": ["--seeds", "'x'", "int"],
     "--seeds -1": ["seed", "-1"],
     "--seeds": ["--seeds"],
-    "--frames 0": ["frames", "0", "1 .. inf"],
+    "--frames 0": ["frames", "0", "1 .. 1e+12"],
     "--frames 4e6": ["--frames", "4e6", "int"],
     "--parallel 0": ["parallel", "at least 1", "got 0", "nearest: 1"],
     "--game Pong": ["--game", "nearest: --games"],
@@ -142,7 +142,7 @@ REFUSED = {
     "-- --resume runs/Pong-1": ["--resume", "automatic"],
     "-- --video out.mp4": ["--video"],
     "-- --config absent.yaml": ["absent.yaml"],
-    "-- --device cuda": ["cuda", "nearest: cpu"],
+    "-- --device cuda": ["cuda", "use cpu"],
     "--logdir there --games Seaquest --layers linear -- --gamma 0.8": [
         *("gamma is 0.8", "0.99", "nearest: 0.99", "Seaquest-1"),
     ],

@@ -568,7 +568,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     for flags, words in {
         "--intrinsic-reward none": ["intrinsic_reward", "'rnd' -> 'none'"],
         "--bonus-encoder nature": ["bonus_encoder", "'a3c' -> 'nature'"],
-        "--int-coef 0": ["value_net_int"],
+        "--int-coef 0": ["int_coef", "0.5 -> 0.0"],
     }.items():
         with pytest.raises(SystemExit) as error:
             main(["--resume", str(run.path), "--frames", "1280", *flags.split()])

@@ -317,7 +317,7 @@ def test_loaded_for_another_number_of_environments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Observation spaces do not match"):
         A3C.load(tmp_path / "model", env=one, device="cpu")
     env = masked_cartpole()(1, 0)
-    with pytest.warns(UserWarning, match="batch_size=10 .*n_envs=1; all environments"):
+    with pytest.warns(UserWarning, match="batch_size=10 .*n_envs=1; the default"):
         loaded = A3C.load(tmp_path / "model", env=env, device="cpu")
     assert loaded.batch_size is None and loaded.learn(10).num_timesteps == 10
     loaded = A3C.load(tmp_path / "model", env=env, batch_size=5, device="cpu")
