@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Train, resume, evaluate and watch A3C with Neurocoder heads on an Atari game.",
         "Everything can also be given as 'name: value' lines of a YAML file (--config).",
     )
+    parser.prog = PROGRAM
     add_flags(parser, RunConfig)
     parser.add_argument("--config", help="YAML file of settings; flags win over it")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run exactly")

@@ -24,10 +24,22 @@ from ncrl.agents.atari.config import (
 )
 from ncrl.agents.runs.directory import RunDirectory
 
-PROGRAM = "run_atari.py"
-
-SCRIPT = Path(ncrl.__file__).resolve().parent.parent / PROGRAM
+SCRIPT = Path(ncrl.__file__).resolve().parent.parent / "run_atari.py"
 """In a clone; an installed package has the command `ncrl` alone."""
+
+
+def _program() -> str:
+    """As what this was started: the command `ncrl`, `python -m ncrl`, or the script of a clone."""
+    started = Path(sys.argv[0]).parts
+    return (
+        "ncrl"
+        if started[-1:] == ("ncrl",) or started[-2:] == ("ncrl", "__main__.py")
+        else SCRIPT.name
+    )
+
+
+PROGRAM = _program()
+
 COLUMNS = 79
 """Width of the summary."""
 
