@@ -403,4 +403,4 @@ class A3C(EngineAlgorithm):
                 self._pool = None
 
 
-__all__: list[str] = ["A3C", "NonFiniteError", "default_workers"]
+__all__: list[str] = ["A3C", "NonFiniteError"]

@@ -54,7 +54,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-from ncrl.agents.a3c import default_workers
+from ncrl.agents.playing.sizes import default_workers
 from ncrl.envs import atari
 from ncrl.envs.atari import AtariFactory
 from ncrl.networks import AtariEncoder

@@ -207,6 +207,24 @@ def atari(
     return AtariFactory(name, protocol, frame_skip, stack, image_size, max_frames)
 
 
+def game_options(factory: AtariFactory) -> dict[str, Any]:
+    """The protocol of a factory as arguments of `ale_py.AtariVectorEnv`."""
+    rules = factory.rules
+    return {
+        "num_threads": 1,
+        "max_num_frames_per_episode": factory.max_frames,
+        "repeat_action_probability": rules.sticky,
+        "full_action_space": rules.all_actions,
+        "img_height": factory.image_size,
+        "img_width": factory.image_size,
+        "stack_num": factory.stack,
+        "frameskip": factory.frame_skip,
+        "noop_max": rules.max_noops + 1,
+        "use_fire_reset": rules.fire_reset,
+        "reward_clipping": False,
+    }
+
+
 class AtariVecEnv(VecEnv):
     """Games of one `AtariFactory` as an SB3 vector environment.
 
@@ -227,25 +245,14 @@ class AtariVecEnv(VecEnv):
 
         if n_envs < 1:  # a segmentation fault in ale-py
             raise ValueError(f"n_envs must be at least 1, got {n_envs}")
-        rules = factory.rules
         self.factory = factory
         self.reward_clip = factory.reward_clip
         self.frame_skip = factory.frame_skip
         self._games = AtariVectorEnv(
             factory.game,
             n_envs,
-            num_threads=1,
-            max_num_frames_per_episode=factory.max_frames,
-            repeat_action_probability=rules.sticky,
-            full_action_space=rules.all_actions,
             autoreset_mode=AutoresetMode.SAME_STEP,
-            img_height=factory.image_size,
-            img_width=factory.image_size,
-            stack_num=factory.stack,
-            frameskip=factory.frame_skip,
-            noop_max=rules.max_noops + 1,
-            use_fire_reset=rules.fire_reset,
-            reward_clipping=False,
+            **game_options(factory),
         )
         self._n_actions = len(self._games.ale.get_action_set())
         self._stepping = False

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from ncrl.envs.atari import MAX_SEED, atari
+from ncrl.envs.atari import MAX_SEED, atari, game_options
 
 
 def atari_vector_env(config: dict[str, Any]) -> VectorEnv:
@@ -27,8 +27,7 @@ def atari_vector_env(config: dict[str, Any]) -> VectorEnv:
     options = dict(config)
     n_envs = options.pop("num_envs", 1)
     factory = atari(**options)
-    rules = factory.rules
-    if rules.life_ends_return:
+    if factory.rules.life_ends_return:
         raise ValueError(
             f"RLlib cuts episodes where returns end, which protocol {factory.protocol!r} does at "
             "every lost life; use 'machado'"
@@ -54,18 +53,8 @@ def atari_vector_env(config: dict[str, Any]) -> VectorEnv:
     return Games(
         factory.game,
         n_envs,
-        num_threads=1,
-        max_num_frames_per_episode=factory.max_frames,
-        repeat_action_probability=rules.sticky,
-        full_action_space=rules.all_actions,
         autoreset_mode=AutoresetMode.NEXT_STEP,
-        img_height=factory.image_size,
-        img_width=factory.image_size,
-        stack_num=factory.stack,
-        frameskip=factory.frame_skip,
-        noop_max=rules.max_noops + 1,
-        use_fire_reset=rules.fire_reset,
-        reward_clipping=False,
+        **game_options(factory),
     )
 
 
