@@ -155,7 +155,7 @@ class RunConfig:
     bonus_learning_rate: float = setting(1e-4, "rnd and snd: learning rate", low=1e-9)
     update_proportion: float | None = setting(
         None,
-        "rnd and snd: share of timesteps learnt from; those of 32 games if not given",
+        "rnd and snd: share of timesteps learnt from; all with up to 32 games, else half",
         low=1e-3,
         high=1,
     )
@@ -201,6 +201,8 @@ EXPLORING: dict[str, Any] = {
     "learning_rate": 3e-4,
     "gamma": 0.999,
     "anneal": False,
+    "n_steps": 64,
+    "max_grad_norm": 1000.0,
 }
 """Defaults of a run with an intrinsic reward, where they differ from `RunConfig`'s."""
 

@@ -31,9 +31,12 @@ fast at first, and a mean that lags behind would leave a constant that values ha
 SMALLEST = 1e-8
 """Least deviation that is divided by."""
 
+TIMESTEPS_PER_STEP = 1280
+"""The source makes a step for so many timesteps of play, however large the batches are: its pace is
+that at which the bonus leads on. A batch that is smaller makes one step."""
+
 GAMES_OF_WHOLE_BATCH = 32
-"""Up to so many games the predictor learns from every timestep; from more, from as many timesteps
-(Burda et al. 2018), or it would be ahead of the policy."""
+"""Up to so many games the predictor learns from every timestep; with more, from half of them."""
 
 
 class RunningScale(nn.Module):
@@ -172,7 +175,8 @@ class Exploration(nn.Module):
         self.num_timesteps += steps * envs
         if played < self.warmup_timesteps // 2:
             return None, {}
-        bonus = self.source.score(obs[1:].flatten(0, 1)).view(steps, envs)
+        parts = obs[1:].flatten(0, 1).split(TIMESTEPS_PER_STEP)  # so that memory stays small
+        bonus = torch.cat([self.source.score(part) for part in parts]).view(steps, envs)
         self.scale.update(bonus)
         if played < self.warmup_timesteps:
             return None, {}
@@ -185,14 +189,18 @@ class Exploration(nn.Module):
         }
 
     def learn(self, batch: Rollout) -> dict[str, Tensor]:
-        """One step of the source on a batch, after the policy has learnt from it."""
+        """Let the source learn from a batch, after the policy has; returns what to log."""
         obs = batch.obs
         assert isinstance(obs, Tensor)
-        following = obs[1:].flatten(0, 1)
+        before, following = obs[:-1].flatten(0, 1), obs[1:].flatten(0, 1)
+        steps = max(1, len(following) // TIMESTEPS_PER_STEP)
+        parts = list(zip(before.chunk(steps), following.chunk(steps), strict=True))
         learnt: dict[str, Tensor] = {}
         if self.num_timesteps > self.warmup_timesteps or not isinstance(self.source, RND):
-            learnt = self.source.learn(obs[:-1].flatten(0, 1), following)
-        self.source.watch(following)
+            for part in parts:
+                learnt = self.source.learn(*part)
+        for _, seen in parts:
+            self.source.watch(seen)
         return learnt
 
     def observe_advantages(self, deviation: float) -> None:
@@ -278,7 +286,7 @@ def _make_exploration(
         source = intrinsic_reward
     elif isinstance(intrinsic_reward, str):
         if issubclass(SOURCES.get(intrinsic_reward, object), RND):  # type: ignore[arg-type]
-            others.setdefault("update_proportion", min(1.0, GAMES_OF_WHOLE_BATCH / n_envs))
+            others.setdefault("update_proportion", 1.0 if n_envs <= GAMES_OF_WHOLE_BATCH else 0.5)
         source = make_source(intrinsic_reward, space, **others)
     else:
         raise ValueError(

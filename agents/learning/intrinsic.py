@@ -115,20 +115,21 @@ class RunningMoments(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
         """Take in values [N, ...]."""
-        mean = values.mean(0, dtype=torch.float64)
-        squares = (values - mean.to(values.dtype)).square().sum(0, dtype=torch.float64)
+        # Within a batch single precision will do, at a fifth of the time.
+        mean = values.mean(0)
+        squares = (values - mean).square_().sum(0)
         total = self.count + len(values)
         share = len(values) / total.double()
-        distance = mean - self.mean
+        distance = mean.double() - self.mean
         self.mean += distance * share
-        self.squares += squares + distance.square() * (self.count * share)
+        self.squares += squares.double() + distance.square() * (self.count * share)
         self.count.copy_(total)
 
     def standardise(self, values: Tensor) -> Tensor:
         """(values - mean) / deviation, within +-`CLIP`; a number that never varied has deviation
         close to 0, so that any change of it counts."""
         deviation = (self.squares / self.count.clamp(min=1)).sqrt().float() + 1e-8
-        return ((values - self.mean.float()) / deviation).clamp(-CLIP, CLIP)
+        return (values - self.mean.float()).div_(deviation).clamp_(-CLIP, CLIP)
 
 
 class RND(IntrinsicReward):

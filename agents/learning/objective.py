@@ -54,7 +54,8 @@ class Objective:
     reward_clip: float | None = setting(None, "limit on rewards in the loss, after the factor")
     normalize_advantage: bool = setting(False, "whether advantages get mean 0 and deviation 1")
     int_coef: float = setting(0.5, "bonus: weight of its advantages, of deviation 1", low=0)
-    ext_coef: float = setting(2.0, "bonus: weight of the game's own advantages beside it", low=0)
+    ext_coef: float = setting(10.0, "bonus: weight of the game's own advantages beside it", low=0)
+    """A score is rare and its advantage close to 1; it has to count for more than a bonus's."""
     int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
     """No end of a game cuts that return."""
     imitation_coef: float = setting(
@@ -163,9 +164,9 @@ def actor_critic_loss(
         deviation = intrinsic.advantages.std(correction=0)
         known = novelty.advantage_deviation
         divisor = torch.where(known > 0, known, deviation).clamp(min=1e-8)
-        advantages = (
-            objective.ext_coef * advantages + objective.int_coef * intrinsic.advantages / divisor
-        )
+        # Where the whole batch is newer than its values say, no action is to blame or to praise.
+        centred = intrinsic.advantages - intrinsic.advantages.mean()
+        advantages = objective.ext_coef * advantages + objective.int_coef * centred / divisor
         int_values = evaluation.int_values[:-1]
         exploration = {
             "int_value_loss": value_loss(int_values, intrinsic.returns),

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ncrl.agents import A3C, IntrinsicReward
 from ncrl.agents.learning.exploration import (
-    GAMES_OF_WHOLE_BATCH,
     RATE,
     Exploration,
     RunningScale,
@@ -174,8 +173,8 @@ def test_advantages_are_divided_by_a_running_deviation() -> None:
         assert exploration.advantage_deviation.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("n_envs", "stride"), [(4, 1), (32, 1), (64, 2), (128, 4)])
-def test_the_predictor_learns_from_as_many_timesteps_of_many_games(
+@pytest.mark.parametrize(("n_envs", "stride"), [(32, 1), (33, 2), (240, 2)])
+def test_the_predictor_learns_from_half_of_the_timesteps_of_many_games(
     n_envs: int, stride: int
 ) -> None:
     arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0, "seed": 0}
@@ -185,7 +184,19 @@ def test_the_predictor_learns_from_as_many_timesteps_of_many_games(
         )
         assert isinstance(exploration.source, RND) and exploration.memory is None
         assert exploration.source.stride == expected
-    assert GAMES_OF_WHOLE_BATCH == 32
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(5, 1), (639, 1), (640, 2), (1000, 3)])
+def test_the_source_steps_once_in_1280_timesteps_of_large_batches(rows: int, steps: int) -> None:
+    exploration = explored()
+    exploration.num_timesteps = exploration.warmup_timesteps + 1
+    learnt = []
+    exploration.source.learn = lambda *parts: learnt.append(parts) or {}  # type: ignore[method-assign]
+    batch = random_batch(0, rows)
+    exploration.learn(batch)
+    assert len(learnt) == steps
+    for found, whole in zip(zip(*learnt), (batch.obs[:-1], batch.obs[1:])):  # noqa: B905
+        assert torch.equal(torch.cat(found), whole.flatten(0, 1))
 
 
 # The loss.
@@ -237,7 +248,8 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
         torch.full((8, 4), 0.8), scene.novelty.rewards, evaluation.int_values
     )
     deviation = int_advantages.std(correction=0).item()
-    total = 1.5 * advantages + 0.7 * int_advantages / (known or deviation)
+    centred = int_advantages - int_advantages.mean()
+    total = 1.5 * advantages + 0.7 * centred / (known or deviation)
     policy = -(evaluation.log_prob.double() * total).mean().item()
     value = (evaluation.values[:-1] - returns).square().mean().item()
     int_value = (evaluation.int_values[:-1] - int_returns).square().mean().item()

@@ -54,7 +54,8 @@ def reloaded(source: IntrinsicReward, fresh: IntrinsicReward) -> IntrinsicReward
 
 
 def test_running_moments_are_those_of_everything_seen() -> None:
-    """Batches of different sizes, far from 0, of which one number never varies."""
+    """Batches of different sizes, far from 0, of which one number never varies: within the rounding
+    of single precision."""
     rng = np.random.default_rng(0)
     batches = [rng.normal(50, [1e-2, 1, 20], (n, 3)).astype(np.float32) for n in (1, 7, 200, 30)]
     for batch in batches:
@@ -64,7 +65,7 @@ def test_running_moments_are_those_of_everything_seen() -> None:
         moments.update(torch.from_numpy(batch))
     seen = np.concatenate(batches).astype(np.float64)
     assert moments.count == len(seen)
-    np.testing.assert_allclose(moments.mean, seen.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(moments.mean, seen.mean(0), rtol=1e-7)
     np.testing.assert_allclose(moments.squares / len(seen), seen.var(0), rtol=1e-5, atol=1e-12)
 
 
