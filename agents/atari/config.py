@@ -201,7 +201,6 @@ EXPLORING: dict[str, Any] = {
     "learning_rate": 3e-4,
     "gamma": 0.999,
     "anneal": False,
-    "n_steps": 64,
     "max_grad_norm": 1000.0,
 }
 """Defaults of a run with an intrinsic reward, where they differ from `RunConfig`'s."""

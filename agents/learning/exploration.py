@@ -21,9 +21,6 @@ from ncrl.agents.learning.imitation import Kept, RolloutMemory
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 from ncrl.agents.playing.buffers import Rollout
 
-RATE = 0.01
-"""Share of a new batch in the running deviations."""
-
 MEAN_TIMESTEPS = 1000
 """Timesteps that the running mean of the bonus is taken over, or those of a batch. The bonus falls
 fast at first, and a mean that lags behind would leave a constant that values have to carry."""
@@ -42,6 +39,10 @@ GAMES_OF_WHOLE_BATCH = 32
 class RunningScale(nn.Module):
     """Centres a stream of bonuses and divides it by the deviation of its discounted return.
 
+    That deviation is of all play so far: as what is new gets rare, the bonus gets small beside the
+    game's rewards. Divided by the latest deviation it would drive the policy for ever, in the end
+    by noise.
+
     The return is filtered forwards in time, and never cut where a game ends. Every rollout begins
     at 0, the mean of what is centred: which game a column belongs to differs from batch to batch.
 
@@ -53,7 +54,9 @@ class RunningScale(nn.Module):
     """In double precision: rounding errors of a constant bonus must not be enlarged."""
 
     square: Tensor
+    """Mean squared return so far."""
     weight: Tensor
+    """Timesteps so far."""
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
@@ -65,7 +68,7 @@ class RunningScale(nn.Module):
     @property
     def deviation(self) -> Tensor:
         """Of the discounted return, a scalar."""
-        return (self.square / self.weight.clamp(min=RATE)).sqrt()
+        return self.square.sqrt()
 
     @torch.no_grad()
     def update(self, bonus: Tensor) -> None:
@@ -75,8 +78,8 @@ class RunningScale(nn.Module):
         mean = bonus.mean(dtype=torch.float64)
         self.mean.copy_(torch.where(first, mean, self.mean.lerp(mean, share)))
         returns = discounted_sums(self.centred(bonus), self.gamma)
-        self.square.lerp_(returns.square().mean(), RATE)
-        self.weight.lerp_(torch.ones_like(self.weight), RATE)
+        self.weight += bonus.numel()
+        self.square.lerp_(returns.square().mean(), bonus.numel() / self.weight)
 
     def centred(self, bonus: Tensor) -> Tensor:
         """Bonuses without their running mean."""
@@ -118,8 +121,7 @@ class Exploration(nn.Module):
     """
 
     advantage_deviation: float
-    """Running deviation of the intrinsic advantages, which are divided by it; 0 before the first.
-    The bonus itself persists from timestep to timestep and its value explains it, so what is left
+    """Of the intrinsic advantages of all updates so far, which it divides; 0 before the first. The bonus itself persists from timestep to timestep and its value explains it, so what is left
     as advantage is smaller than the entropy's pull."""
 
     def __init__(
@@ -153,6 +155,7 @@ class Exploration(nn.Module):
         self.warmup_timesteps = warmup_timesteps
         self.num_timesteps = 0
         self.advantage_deviation = 0.0
+        self.num_updates = 0
         self.memory: RolloutMemory | None = None
         if imitation_coef:
             self.memory = RolloutMemory(
@@ -205,8 +208,10 @@ class Exploration(nn.Module):
 
     def observe_advantages(self, deviation: float) -> None:
         """Take in the deviation of the intrinsic advantages of an update."""
-        before = self.advantage_deviation
-        self.advantage_deviation = before + RATE * (deviation - before) if before else deviation
+        self.num_updates += 1
+        square = self.advantage_deviation**2
+        square += (deviation**2 - square) / self.num_updates
+        self.advantage_deviation = math.sqrt(square)
 
     def remember(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
         """Keep what led to a score; see `RolloutMemory.watch`.
@@ -230,6 +235,7 @@ class Exploration(nn.Module):
         return {
             "num_timesteps": self.num_timesteps,
             "advantage_deviation": self.advantage_deviation,
+            "num_updates": self.num_updates,
             "n_steps": self.n_steps,
             "memory": memory,
         }
@@ -237,6 +243,7 @@ class Exploration(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.num_timesteps = int(state["num_timesteps"])
         self.advantage_deviation = float(state["advantage_deviation"])
+        self.num_updates = int(state["num_updates"])
         # Rollouts of another length do not fit beside new ones.
         if self.memory is not None and state["memory"] and state["n_steps"] == self.n_steps:
             self.memory.load_state_dict(state["memory"])

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ncrl.agents import A3C, IntrinsicReward
 from ncrl.agents.learning.exploration import (
-    RATE,
     Exploration,
     RunningScale,
     discounted_sums,
@@ -79,34 +78,32 @@ def test_discounted_sums_are_sums_over_the_past() -> None:
 
 @pytest.mark.parametrize("gamma", [0.5, 0.99])
 def test_returns_of_normalised_bonuses_have_deviation_1(gamma: float) -> None:
-    """Of a stream whose bonuses persist, lie far from 0, and shrink after a while."""
+    """Of a stream whose bonuses persist and lie far from 0; when they shrink, so do these."""
     scale = RunningScale(gamma)
     noise = normal(500, 20, 16).cumsum(1) * 0.2 + 3
     found = []
-    for i, bonus in enumerate(noise * (1 - 0.5 * (torch.arange(500) > 100).float())[:, None, None]):
+    for bonus in noise * torch.where(torch.arange(500) > 400, 0.1, 1)[:, None, None]:
         scale.update(bonus)
-        if i == 0 or i > 450:
-            found.append(discounted_sums(scale.normalise(bonus), gamma).square().mean())
-    # The first batch may be of any size, since it is the first; later the mean lags a little.
+        found.append(discounted_sums(scale.normalise(bonus), gamma).square().mean().sqrt())
+    # Later the mean of the bonus lags a little.
     assert found[0].item() == pytest.approx(1, rel=1e-3)
-    assert torch.stack(found[1:]).mean().sqrt().item() == pytest.approx(1, abs=0.15)
+    assert torch.stack(found[300:400]).mean().item() == pytest.approx(1, abs=0.15)
+    assert torch.stack(found[450:]).mean().item() == pytest.approx(0.1, abs=0.03)
 
 
-def test_the_deviation_is_a_running_mean_of_squares() -> None:
+def test_the_deviation_is_of_all_that_was_seen() -> None:
     scale = RunningScale(0.9)
     batches = [normal(5, 4, seed=seed) * (1 + seed) for seed in range(4)]
-    mean = square = weight = 0.0
+    mean, squares = 0.0, []
     for i, batch in enumerate(batches):
         share = 1.0 if i == 0 else 20 / 1000
         mean += share * (batch.mean().item() - mean)
         sums = discounted_sums(batch.double() - mean, 0.9)
-        square += RATE * (sums.square().mean().item() - square)
-        weight += RATE * (1 - weight)
+        squares.append(sums.square().mean().item())
         scale.update(batch)
-    assert scale.deviation.item() == pytest.approx(math.sqrt(square / weight), rel=1e-5)
-    torch.testing.assert_close(
-        scale.normalise(batches[0]), (batches[0] - mean) / math.sqrt(square / weight)
-    )
+    deviation = math.sqrt(np.mean(squares))
+    assert scale.deviation.item() == pytest.approx(deviation, rel=1e-5)
+    torch.testing.assert_close(scale.normalise(batches[0]), (batches[0] - mean) / deviation)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.3, 1e-3, 100.0])
@@ -165,12 +162,14 @@ def test_a_timestep_is_rewarded_for_what_it_led_to() -> None:
     assert scalars["int_reward_raw"].item() == pytest.approx(bonus.mean().item())
 
 
-def test_advantages_are_divided_by_a_running_deviation() -> None:
+def test_advantages_are_divided_by_the_deviation_of_all_updates() -> None:
     exploration = explored()
     assert exploration.advantage_deviation == 0
-    for deviation, expected in ((3.0, 3.0), (5.0, 3.02), (3.02, 3.02)):
-        exploration.observe_advantages(torch.tensor(deviation))
-        assert exploration.advantage_deviation.item() == pytest.approx(expected)
+    for deviation, squares in ((3.0, 9), (5.0, 9 + 25), (0.5, 9 + 25 + 0.25)):
+        exploration.observe_advantages(deviation)
+        expected = math.sqrt(squares / exploration.num_updates)
+        assert exploration.advantage_deviation == pytest.approx(expected)
+    assert exploration.num_updates == 3
 
 
 @pytest.mark.parametrize(("n_envs", "stride"), [(32, 1), (33, 2), (240, 2)])

@@ -59,13 +59,12 @@ class Images(gym.Env):
 
 def make_model(head: str = "neurocoder", *, captured: bool = True, **options: Any) -> A3C:
     env = DummyVecEnv([lambda i=i: Images((3, 7, 19, 30)[i]) for i in range(4)])  # type: ignore[misc]
-    arguments: dict[str, Any] = {
-        "policy_kwargs": {"head": head, "head_kwargs": HEADS[head], "lstm_hidden_size": 64},
-        "use_rms_prop": False,
-        "seed": 0,
-        "device": "cuda",
-    }
-    model = A3C("CnnLstmPolicy", env, **(arguments | options))
+    arguments: dict[str, Any] = {"use_rms_prop": False, "seed": 0, "device": "cuda"} | options
+    policy_kwargs = {"head": head, "head_kwargs": HEADS[head], "lstm_hidden_size": 64}
+    if not arguments["use_rms_prop"]:
+        # With its own of 1e-8 Adam makes whole steps out of rounding errors.
+        policy_kwargs["optimizer_kwargs"] = {"eps": 1e-3}
+    model = A3C("CnnLstmPolicy", env, policy_kwargs=policy_kwargs, **arguments)
     if not captured:
         be_eager(model)
     return model
