@@ -107,7 +107,6 @@ class Exploration(nn.Module):
         source: scores observations.
         int_gamma: discount of the intrinsic return.
         gamma: of the extrinsic one, by which kept rollouts are judged.
-        n_envs: games of a batch.
         imitation_coef: weight of the kept rollouts; 0 keeps none.
         warmup_timesteps: timesteps of play before the bonus begins, in which statistics are
             gathered. The policy has learnt little by then: it plays like chance.
@@ -132,7 +131,6 @@ class Exploration(nn.Module):
         int_gamma: float,
         gamma: float,
         n_steps: int,
-        n_envs: int,
         imitation_coef: float,
         seed: int,
         warmup_timesteps: int = 100_000,
@@ -151,7 +149,6 @@ class Exploration(nn.Module):
                 )
         self.source = source
         self.scale = RunningScale(int_gamma)
-        self.n_envs = n_envs
         self.n_steps = n_steps
         self.warmup_timesteps = warmup_timesteps
         self.num_timesteps = 0
@@ -270,18 +267,6 @@ def make_exploration(
     Raises:
         ValueError: for what neither takes.
     """
-    # With it and without, everything else starts from the same random numbers.
-    with torch.random.fork_rng(devices=[]):
-        return _make_exploration(intrinsic_reward, space, n_envs, options, arguments)
-
-
-def _make_exploration(
-    intrinsic_reward: str | IntrinsicReward,
-    space: spaces.Space[Any],
-    n_envs: int,
-    options: dict[str, Any],
-    arguments: dict[str, Any],
-) -> Exploration:
     own = {name: options[name] for name in options if name in OPTIONS}
     others = {name: options[name] for name in options if name not in OPTIONS}
     if isinstance(intrinsic_reward, IntrinsicReward):
@@ -295,13 +280,15 @@ def _make_exploration(
     elif isinstance(intrinsic_reward, str):
         if issubclass(SOURCES.get(intrinsic_reward, object), RND):  # type: ignore[arg-type]
             others.setdefault("update_proportion", 1.0 if n_envs <= GAMES_OF_WHOLE_BATCH else 0.5)
-        source = make_source(intrinsic_reward, space, **others)
+        # With it and without, everything else starts from the same random numbers.
+        with torch.random.fork_rng(devices=[]):
+            source = make_source(intrinsic_reward, space, **others)
     else:
         raise ValueError(
             f"intrinsic_reward must be {', '.join(map(repr, SOURCES))}, None or an "
             f"IntrinsicReward, got {intrinsic_reward!r}"
         )
-    return Exploration(source, n_envs=n_envs, **arguments, **own)
+    return Exploration(source, **arguments, **own)
 
 
 OPTIONS = ("warmup_timesteps", "reach", "capacity")
