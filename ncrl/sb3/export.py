@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
 from ncrl.sb3.recurrent import lstm_arguments
 from ncrl.settings import nearest
+from ncrl.shell.tensors import check_like
 
 logger = logging.getLogger(__name__)
 
@@ -248,9 +249,4 @@ def compare_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     for name, tensor in expected.items():
         if name not in tensors:
             raise ValueError(f"the tensor {name!r} is missing")
-        if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
-            got, wanted = (
-                f"{list(t.shape)} of {t.dtype}".replace("torch.", "")
-                for t in (tensors[name], tensor)
-            )
-            raise ValueError(f"the tensor {name!r} has shape {got}, expected {wanted}")
+        check_like(tensors[name], tensor, f"the tensor {name!r}")
