@@ -1,16 +1,15 @@
 """Neurocoder layers in the place of the linear layers of any torch model, and back again.
 
 A linear layer can be replaced if whoever calls it sees nothing but its output. So only plain
-`nn.Linear` modules are: not subclasses (`nn.MultiheadAttention` computes with the weight of its
-`out_proj`, which is one, and never calls it; lazy and parametrized layers are subclasses too), and
-none with hooks (weight norm and pruning work by hooks).
+`nn.Linear` modules are: not subclasses (`nn.MultiheadAttention` computes with the weight of one and
+never calls it), and none with hooks (weight norm and pruning work by hooks).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -32,9 +31,7 @@ def inject(
 ) -> list[str]:
     """Replace linear layers of `model` by Neurocoder layers, in place.
 
-    This changes the outputs of the model: a new layer starts from scratch but for its bias. Even
-    with `keep_weight` the gate and the smallest singular value scale the weight kept, and the
-    active program is added to it.
+    This changes the outputs of the model: a new layer starts from scratch but for its bias.
 
     New layers have the widths, bias, device, type and training mode of those they replace, and are
     trainable even where the host is frozen. Nothing else in the model changes. An optimiser built
@@ -81,7 +78,6 @@ def inject(
         chosen.update(_select(target, seats))
     if not chosen:
         raise ValueError(f"no targets given; candidates: {_listed(_candidates(seats))}")
-    _check_encoders(model, chosen)
     is_official = config is not None and config.preset == "official"
     kind = InjectedOfficialNeurocoder if is_official else InjectedNeurocoder
     layers: dict[nn.Module, InjectedNeurocoder] = {}
@@ -103,10 +99,8 @@ def eject(model: nn.Module) -> list[str]:
     What the new layers have learned is dropped. If the rest of the model is as it was, so are its
     outputs and its state_dict, bit for bit. An optimiser has to be built anew, as after `inject`.
 
-    Until then each new layer keeps its original, hidden from `parameters()` and `state_dict()`: no
-    optimiser moves it, no checkpoint holds it. It goes where the layer goes: to another device or
-    type, and into a deepcopy or pickle of the model, as a copy that is tied to what the original
-    was tied to.
+    Until then each new layer keeps its original, hidden from `parameters()` and `state_dict()`. It
+    goes where the layer goes: to another device or type, and into copies and pickles of the model.
 
     Returns:
         Names of the layers put back, in the order of `model.named_modules()`; [] if there are none.
@@ -218,26 +212,3 @@ def _no_match(target: str, present: list[str], candidates: list[str]) -> str:
 def _listed(names: list[str]) -> str:
     listed = ", ".join(names[:MAX_LISTED])
     return listed if len(names) <= MAX_LISTED else f"{listed}, ... ({len(names)} in all)"
-
-
-def _check_encoders(model: nn.Module, chosen: Collection[nn.Module]) -> None:
-    """Refuse what would fail only later: in eval mode, with a padding mask.
-
-    `nn.TransformerEncoder` then looks at its first layer alone to decide whether all layers are fed
-    nested tensors, which none but fast paths can read.
-    """
-
-    def is_slow(layer: Any) -> bool:
-        parts = layer.linear1, layer.linear2
-        return any(part in chosen or isinstance(part, InjectedNeurocoder) for part in parts)
-
-    for name, encoder in model.named_modules():
-        if not isinstance(encoder, nn.TransformerEncoder) or not encoder.use_nested_tensor:
-            continue
-        first, *others = map(is_slow, encoder.layers)
-        if any(others) and not first:
-            raise ValueError(
-                f"the nn.TransformerEncoder {name!r} feeds nested tensors to all its layers if the "
-                "first one has a fast path, which linear1 and linear2 give it: make one of these "
-                "a target in layer 0 as well, or set use_nested_tensor of the encoder to False"
-            )

@@ -72,8 +72,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         if shared_lstm and (enable_critic_lstm or not share_features_extractor):
             raise ValueError(
                 "shared_lstm=True needs enable_critic_lstm=False and share_features_extractor=True,"
-                f" got enable_critic_lstm={enable_critic_lstm} and "
-                f"share_features_extractor={share_features_extractor}"
+                f" got {enable_critic_lstm=} and {share_features_extractor=}"
             )
         if self.extractor is not None:
             kwargs.setdefault("features_extractor_class", self.extractor)
@@ -137,8 +136,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
     ) -> tuple[Tensor, Tensor, Tensor, RNNStates]:
         """Actions, values, log-probabilities and next states, as in sb3-contrib.
 
-        Raises:
-            TypeError: without states or starts, as PPO and A2C call it.
+        Raises TypeError without states or starts, as PPO and A2C call it.
         """
         if lstm_states is None or episode_starts is None:
             raise TypeError(
@@ -195,11 +193,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """As in sb3-contrib.
-
-        Raises:
-            ValueError: for an observation, a state or episode starts that do not fit.
-        """
+        """As in sb3-contrib; ValueError for what does not fit."""
         if state is not None:
             if not (isinstance(state, (tuple, list)) and len(state) == 2):
                 is_list = isinstance(state, (tuple, list))
@@ -224,11 +218,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         episode_starts: Tensor,
         deterministic: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What `predict` calls, with a state that belongs to the observations.
-
-        Raises:
-            ValueError: for a state or episode starts of another number of observations.
-        """
+        """What `predict` calls; ValueError for memory of another number of observations."""
         rows = next(iter(observation.values())) if isinstance(observation, dict) else observation
         layers, _, width = self.lstm_hidden_state_shape
         expected = (layers, len(rows), width)

@@ -883,22 +883,6 @@ def test_torch_encoder_has_its_fast_path_back_after_eject() -> None:
     assert (expected[padding] == 0).all()  # which only the path of nested tensors does
 
 
-def test_torch_encoder_with_a_fast_first_layer_is_refused() -> None:
-    model = make_encoder()
-    with pytest.raises(ValueError, match="use_nested_tensor"):
-        inject(nn.ModuleDict({"encoder": model}), CONFIG, "layers.1.linear1")
-    assert layers_of(model) == []
-    inject(model, CONFIG, "layers.0.linear2")
-    assert inject(model, CONFIG, "layers.1.linear1") == ["layers.1.linear1"]
-    eject(model)
-    model.use_nested_tensor = False
-    assert inject(model, CONFIG, "layers.1.linear1") == ["layers.1.linear1"]
-    padding = torch.tensor([[False, False, True], [False, False, False]])
-    with torch.inference_mode():
-        y = model.eval()(HOSTS["torch-encoder"].x, src_key_padding_mask=padding)
-    assert y.isfinite().all()
-
-
 def test_a_checkpoint_of_an_injected_model() -> None:
     host = HOSTS["mlp"]
     trained = host.injected()
