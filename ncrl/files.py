@@ -8,8 +8,7 @@ import re
 import tempfile
 from pathlib import Path
 
-SMALL_FILE = 1 << 20
-"""Bytes of a file that people write, or that describes others."""
+SMALL_FILE = 1 << 20  # bytes: what people write, or what describes other files
 
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 """Names that `write_atomically` gives to files until they are whole."""
@@ -18,8 +17,7 @@ UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that, whatever happens, it is there whole or as it was before.
 
-    Raises:
-        OSError: if the disk refuses; nothing is left behind then.
+    If the disk refuses, OSError is raised and nothing is left behind.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

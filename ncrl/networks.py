@@ -93,12 +93,10 @@ class AtariEncoder(BaseFeaturesExtractor):
         observation_space: images, channel first.
         encoder: `a3c`, `nature` or `paper`.
         standardize: subtract the mean of all images so far (`watch`), then divide what is left of
-            each image by its standard deviation, and do the same to its features; no gradient
-            learns any of this. Most of a frame never changes, and would make up nearly all of every
-            feature: on Breakout, where the ball is two pixels, features then vary by 1 % of their
-            size from frame to frame and the critic learns nothing in a million frames. Features
-            that are left as they are grow within thousands of updates until they saturate the LSTM
-            for good.
+            each image by its standard deviation, and do the same to its features. Most of a frame
+            never changes: on Breakout, where the ball is two pixels, raw features vary by 1 % of
+            their size and the critic learns nothing in a million frames. They also grow until they
+            saturate the LSTM for good.
         features_dim: width of the last layer of `a3c` (256) or `nature` (512).
 
     Raises:
@@ -145,10 +143,7 @@ class AtariEncoder(BaseFeaturesExtractor):
         return F.layer_norm(features, features.shape[1:], eps=CONTRAST_FLOOR)
 
     def watch(self, images: Tensor) -> None:
-        """Take images as `forward` gets them into the mean of all, where it is subtracted.
-
-        Whoever trains calls this (`EnginePolicy.watch`) with what it has trained on.
-        """
+        """Take images as `forward` gets them into the mean of all, where it is subtracted."""
         if self.background is not None:
             self.background.watch(images)
 
@@ -189,16 +184,14 @@ def unroll_lstm(
 ) -> tuple[Tensor, LstmState]:
     """Run an LSTM over time, from a zero state wherever an episode starts.
 
-    One call per stretch between rows in which some episode starts; one per timestep inside
-    `static_unroll`.
+    One call per stretch between rows in which some episode starts.
 
     Args:
         lstm: time-major.
         inputs: [T, B, features].
         state: before row 0.
         episode_start: [T, B] bool; row t is the first observation of an episode. Best on the host,
-            which has to know the rows before it can go on; the inputs may be elsewhere. Inside
-            `static_unroll`, best where the inputs are.
+            which has to know the rows; inside `static_unroll`, best where the inputs are.
 
     Returns:
         Outputs [T, B, h] and the state after row T - 1.

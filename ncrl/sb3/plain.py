@@ -121,15 +121,11 @@ def _container(value: Any, where: str) -> Any:
 
 
 def from_plain(plain: Any, where: str, classes: Iterable[type] = ()) -> Any:
-    """What `to_plain` was given.
-
-    Args:
-        plain: as `json.loads` returns it.
-        where: what it is, for messages.
-        classes: that may be used besides `CLASSES` and those of `FAMILIES`.
+    """What `to_plain` was given, from what `json.loads` returns.
 
     Raises:
-        ValueError: for a class that is not known, and for what `to_plain` never makes.
+        ValueError: for a class that is neither known (`CLASSES`, `FAMILIES`) nor among `classes`,
+            and for what `to_plain` never makes.
     """
     known = {name_of(kind): kind for kind in (*CLASSES, *_of_rl_zoo3(), *classes)}
     try:
