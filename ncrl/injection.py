@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear, OfficialNeurocoderLinear
 from ncrl.settings import nearest
 
-Injected = TypeVar("Injected", bound="InjectedNeurocoder")
+ORIGINAL = "original"
+"""Attribute of a new layer that holds the old one, where torch does not take it for a part."""
 
 MAX_LISTED = 30
 """Candidates that an error message lists; a transformer can have hundreds."""
@@ -79,13 +79,13 @@ def inject(
     if not chosen:
         raise ValueError(f"no targets given; candidates: {_listed(_candidates(seats))}")
     is_official = config is not None and config.preset == "official"
-    kind = InjectedOfficialNeurocoder if is_official else InjectedNeurocoder
-    layers: dict[nn.Module, InjectedNeurocoder] = {}
+    kind = OfficialNeurocoderLinear if is_official else NeurocoderLinear
+    layers: dict[nn.Module, NeurocoderLinear] = {}
     for linear in seats.values():  # in this order, whatever that of the targets
         if linear in chosen and linear not in layers:
             assert isinstance(linear, nn.Linear)
             layer = kind.from_linear(linear, config, keep_weight=keep_weight)
-            layer.original = (linear,)
+            vars(layer)[ORIGINAL] = linear
             layers[linear] = layer.train(linear.training)
     replaced = [name for name, module in seats.items() if module in chosen]
     for name in replaced:
@@ -99,8 +99,9 @@ def eject(model: nn.Module) -> list[str]:
     What the new layers have learned is dropped. If the rest of the model is as it was, so are its
     outputs and its state_dict, bit for bit. An optimiser has to be built anew, as after `inject`.
 
-    Until then each new layer keeps its original, hidden from `parameters()` and `state_dict()`. It
-    goes where the layer goes: to another device or type, and into copies and pickles of the model.
+    Until then each new layer keeps its original, hidden from `parameters()` and `state_dict()`, but
+    not from copies and pickles of the model. It comes back to where the layer is, in device and
+    type.
 
     Returns:
         Names of the layers put back, in the order of `model.named_modules()`; [] if there are none.
@@ -108,33 +109,15 @@ def eject(model: nn.Module) -> list[str]:
     Raises:
         ValueError: if `model` is itself an injected layer.
     """
-    if isinstance(model, InjectedNeurocoder):
+    if ORIGINAL in vars(model):
         raise ValueError("an injected layer cannot eject itself: pass the model that contains it")
     names = []
     for name, layer in _seats(model).items():
-        if isinstance(layer, InjectedNeurocoder):
-            (original,) = layer.original
+        if isinstance(layer, NeurocoderLinear) and ORIGINAL in vars(layer):
+            original = vars(layer)[ORIGINAL].to(layer.memory.u)
             model.set_submodule(name, original.train(layer.training))
             names.append(name)
     return names
-
-
-class InjectedNeurocoder(NeurocoderLinear):
-    """A Neurocoder layer that can be ejected. Made by `inject`."""
-
-    original: tuple[nn.Linear, ...] = ()
-    """The layer replaced. In a tuple, where torch does not take it for a part of this one."""
-
-    def _apply(self: Injected, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Injected:
-        # `.to()`, `.half()`, `.share_memory()` and the like all end here.
-        for linear in self.original:
-            linear._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-
-class InjectedOfficialNeurocoder(InjectedNeurocoder, OfficialNeurocoderLinear):
-    """The authors' layer likewise."""
 
 
 def _seats(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,15 +6,15 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
@@ -32,19 +32,10 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
     directly on it unless `net_arch` puts layers between.
 
     Args:
-        observation_space, action_space, lr_schedule: as in SB3.
-        net_arch: layers between LSTM and heads, as in SB3; none by default.
-        lstm_hidden_size: h.
-        n_lstm_layers: L.
+        args, kwargs: those of `ncrl.sb3.heads.ChosenHeads` and `RecurrentActorCriticPolicy`.
         shared_lstm: one LSTM for actor and critic. The default, unless `enable_critic_lstm` is
             given or `share_features_extractor` is False.
-        enable_critic_lstm: another LSTM for the critic. Neither of the two: the critic has no
-            memory.
-        kwargs: `head`, `head_kwargs`, `orth_coef`, `balance_coef` of `ncrl.sb3.heads.ChosenHeads`,
-            and further arguments of `RecurrentActorCriticPolicy`.
-
-    Raises:
-        ValueError: for an unknown head or option, or for LSTMs that are shared and are not.
+        enable_critic_lstm: another LSTM for the critic. With neither it has no memory.
     """
 
     head = "linear"
@@ -53,13 +44,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
 
     def __init__(
         self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        *,
-        lstm_hidden_size: int = 256,
-        n_lstm_layers: int = 1,
+        *args: Any,
         shared_lstm: bool | None = None,
         enable_critic_lstm: bool | None = None,
         share_features_extractor: bool = True,
@@ -76,13 +61,10 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
             )
         if self.extractor is not None:
             kwargs.setdefault("features_extractor_class", self.extractor)
+        if len(args) < 4 and kwargs.get("net_arch") is None:
+            kwargs["net_arch"] = []
         super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            [] if net_arch is None else net_arch,
-            lstm_hidden_size=lstm_hidden_size,
-            n_lstm_layers=n_lstm_layers,
+            *args,
             shared_lstm=shared_lstm,
             enable_critic_lstm=enable_critic_lstm,
             share_features_extractor=share_features_extractor,
@@ -101,10 +83,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor
     ) -> tuple[Latent, LstmState]:
         """Encoder and LSTM: obs [T, B, ...] -> latents [T, B, h], next state."""
-
-        def run(lstm: nn.LSTM, features: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
-            return unroll_lstm(lstm, features, state, episode_start)
-
+        run = partial(unroll_lstm, episode_start=episode_start)
         states = RNNStates(lstm_state, lstm_state)
         if self.lstm_critic is not None:
             halves = [part.chunk(2) for part in lstm_state]  # ([L, B, h], [L, B, h]) twice
