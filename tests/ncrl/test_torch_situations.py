@@ -19,6 +19,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {},
     "neurocoder": {"num_slots": 6, "num_heads": 2},
     "neurocoder-steps": {"num_slots": 6, "num_heads": 2, "num_steps": 2},
+    "neurocoder-linear": {
+        **{"num_slots": 6, "num_heads": 2, "controller": "linear", "gate": "head"},
+        "learned_sharpness": True,
+    },
+    "neurocoder-detached": {
+        **{"num_slots": 6, "num_heads": 2, "num_steps": 2, "gate": "slot"},
+        **{"detach_usage": True, "residual_rank": 2},
+    },
     "neurocoder-official": {"num_slots": 6, "num_heads": 2, "num_steps": 2, "preset": "official"},
     "hypernet": {"hidden": 5},
     "film": {"hidden": 5},

@@ -1,12 +1,11 @@
 """The Neurocoder layer under torch's own tools: transforms, compilers, tracers, checkpoints."""
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -25,40 +24,6 @@ every_layer = pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys()
 
 def loss_of(y: Tensor) -> Tensor:
     return (y * random_input(*y.shape, seed=5).to(y.dtype)).sum() + y.square().sum()
-
-
-def eager_gradients(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of `loss_of(layer(x))` for the parameters that want one."""
-    parameters = {n: p for n, p in layer.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss_of(layer(x)), list(parameters.values()))
-    return dict(zip(parameters, found, strict=True))
-
-
-def same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, gradient in actual.items():
-        assert gradient.shape == expected[name].shape, name
-        torch.testing.assert_close(
-            gradient, expected[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-@every_layer
-def test_gradients_of_each_sample(case: Case) -> None:
-    layer = make_layer(case)
-    x = random_input(4, case.in_features)
-    parameters = {n: p.detach() for n, p in layer.named_parameters()}
-
-    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, values, (sample,)).square().sum()
-
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    for b in range(len(x)):
-        expected = torch.autograd.grad(layer(x[b]).square().sum(), list(layer.parameters()))
-        same_gradients(
-            {name: gradient[b] for name, gradient in per_sample.items()},
-            dict(zip(parameters, expected, strict=True)),
-        )
 
 
 @every_layer
@@ -99,77 +64,6 @@ def test_dual_numbers_without_a_transform(no_grad: bool) -> None:
         slope = forward_ad.unpack_dual(call(dual)).tangent
     assert slope is not None
     close(slope, expected, 1e-10)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@every_layer
-def test_compiled(case: Case) -> None:
-    """In one piece, without and with the backward pass of the compiler's own."""
-    layer = make_layer(case)
-    x = random_input(3, case.in_features)
-    expected = eager_gradients(layer, x)
-    for backend in ("eager", "aot_eager"):
-        compiled = torch.compile(layer, backend=backend, fullgraph=True)
-        close(compiled(x), layer(x), 1e-12)
-        found = torch.autograd.grad(loss_of(compiled(x)), list(layer.parameters()))
-        same_gradients(dict(zip(expected, found, strict=True)), expected)
-        with torch.no_grad():
-            close(compiled(x), layer(x), 1e-12)
-            for parameter in layer.parameters():
-                parameter.mul_(1.1)
-            close(compiled(x), layer(x), 1e-12)
-        expected = eager_gradients(layer, x)
-
-
-@pytest.mark.parametrize("no_grad", [False, True])
-@every_layer
-def test_traced(case: Case, no_grad: bool) -> None:
-    """A trace holds for other inputs, another number of them and changed weights."""
-    layer = make_layer(case)
-    x = random_input(3, case.in_features)
-    with torch.set_grad_enabled(not no_grad):
-        layer(x)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that the trace takes for constants
-            traced = torch.jit.trace(layer, x, check_trace=True)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.mul_(1.1)
-        for batch in (3, 1, 50):
-            other = random_input(batch, case.in_features, seed=batch)
-            close(traced(other), layer(other), 1e-12)
-    same_gradients(
-        {
-            n: g
-            for (n, _), g in zip(
-                layer.named_parameters(),
-                torch.autograd.grad(loss_of(traced(x)), list(layer.parameters())),
-                strict=True,
-            )
-        },
-        eager_gradients(layer, x),
-    )
-
-
-@pytest.mark.parametrize("no_grad", [False, True])
-@every_layer
-def test_exported(case: Case, no_grad: bool) -> None:
-    layer = make_layer(case)
-    x = random_input(3, case.in_features)
-    with torch.set_grad_enabled(not no_grad):
-        layer(x)
-        shapes = ({0: torch.export.Dim("batch", min=2, max=1000)},)
-        exported = torch.export.export(layer, (x,), dynamic_shapes=shapes).module()
-        for batch in (3, 7, 50):
-            other = random_input(batch, case.in_features, seed=batch)
-            close(exported(other), layer(other), 1e-12)
 
 
 @every_layer
