@@ -27,7 +27,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
-from ncrl.networks import AtariEncoder, LstmState, VectorEncoder
+from ncrl.networks import AtariEncoder, LstmState, MeanImage, VectorEncoder
 from ncrl.settings import suggest
 
 SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -129,12 +129,12 @@ class EnginePolicy(ActorCriticPolicy):
 
         A3C calls this once for every batch of rollouts; see also `ncrl.sb3.regularise`.
         """
-        encoders = [part for part in self.modules() if isinstance(part, AtariEncoder)]
-        if encoders:
+        means = [part for part in self.modules() if isinstance(part, MeanImage)]
+        if means:
             images = preprocess_obs(obs, self.observation_space, self.normalize_images)
             assert isinstance(images, Tensor)  # an AtariEncoder reads no dicts
-            for encoder in encoders:
-                encoder.watch(images)
+            for mean in means:
+                mean.watch(images)
 
     def encode(
         self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor

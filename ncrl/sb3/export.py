@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
-from ncrl.sb3.recurrent import lstm_arguments
+from ncrl.sb3.policies import lstm_arguments
 from ncrl.settings import nearest
 from ncrl.shell.tensors import check_like
 

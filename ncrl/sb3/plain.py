@@ -28,7 +28,7 @@ from torch import nn
 
 from ncrl.networks import AtariEncoder, VectorEncoder
 from ncrl.neurocoder import NeurocoderConfig
-from ncrl.sb3 import feedforward, recurrent
+from ncrl.sb3 import policies
 
 TAG = "$"
 """The entry that says what a dict stands for."""
@@ -42,7 +42,7 @@ NUMBERS = "biuf"
 CLASSES: tuple[type, ...] = (
     *(
         entry
-        for module in (feedforward, recurrent, sb3_policies, contrib_policies)
+        for module in (policies, sb3_policies, contrib_policies)
         for entry in vars(module).values()
         if isinstance(entry, type) and issubclass(entry, BaseModel)
     ),

@@ -8,13 +8,10 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from ncrl.sb3 import feedforward, recurrent
+from ncrl.sb3 import policies
 
 POLICIES: dict[str, Any] = {
-    name: kind
-    for module in (feedforward, recurrent)
-    for name, kind in vars(module).items()
-    if name.startswith("Neurocoder")
+    name: kind for name, kind in vars(policies).items() if name.startswith("Neurocoder")
 }
 
 # Not TRPO: its natural gradient leaves no place for the heads' own losses.

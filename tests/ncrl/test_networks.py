@@ -279,8 +279,8 @@ def test_what_never_changes_in_a_picture_does_not_reach_the_features(encoder_nam
     other = copy.deepcopy(encoder)
     frames = 0.5 * torch.rand(6, 1, 84, 84)
     scenery = 0.5 * torch.rand(1, 84, 84)
-    encoder.watch(frames)
-    other.watch(frames + scenery)
+    encoder.background.watch(frames)
+    other.background.watch(frames + scenery)
     with torch.no_grad():
         features, with_scenery = encoder(frames), other(frames + scenery)
     torch.testing.assert_close(with_scenery, features, rtol=0, atol=1e-3)
@@ -296,7 +296,7 @@ def test_a_dot_before_bright_bricks_is_seen() -> None:
         frame[0, row, column] = 0.4
     with torch.no_grad():
         assert variation(encoder.network(frames)) < 0.05  # the test would show it otherwise
-        encoder.watch(frames)
+        encoder.background.watch(frames)
         assert variation(encoder(frames)) > 0.3
 
 
@@ -308,5 +308,5 @@ def variation(features: Tensor) -> float:
 def test_encoders_leave_images_and_features_alone_on_request() -> None:
     encoder = AtariEncoder(images(1, 84, 84), standardize=False)
     frames = torch.rand(3, 1, 84, 84)
-    encoder.watch(frames)
+    assert encoder.background is None
     assert torch.equal(encoder(frames), encoder.network(frames))

@@ -1,4 +1,5 @@
-"""Policies with an LSTM, for `ncrl.agents.A3C` and for sb3-contrib's RecurrentPPO.
+"""SB3 policies with heads of choice: without memory for A2C and PPO, with an LSTM for sb3-contrib's
+RecurrentPPO; `ncrl.agents.A3C` takes all of them.
 
 Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 """
@@ -13,6 +14,11 @@ import numpy as np
 import torch
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
@@ -21,6 +27,47 @@ from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
 from ncrl.sb3.engine import EnginePolicy, Latent, as_numbers
 from ncrl.sb3.heads import ChosenHeads
 from ncrl.sb3.regularise import Evaluation, regularised
+
+
+class FeedForwardPolicy(EnginePolicy, ChosenHeads):
+    """What the policies without memory have in common; one of SB3's has to follow."""
+
+    head = "linear"
+
+    @regularised
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
+        """Values [B, 1], log-probabilities [B] and entropy [B], as in SB3."""
+        return super().evaluate_actions(obs, actions)
+
+
+class MlpPolicy(FeedForwardPolicy, ActorCriticPolicy):
+    """SB3's `MlpPolicy`, with further arguments: those of `ncrl.sb3.heads.ChosenHeads`."""
+
+
+class CnnPolicy(FeedForwardPolicy, ActorCriticCnnPolicy):
+    """SB3's `CnnPolicy`, likewise."""
+
+
+class MultiInputPolicy(FeedForwardPolicy, MultiInputActorCriticPolicy):
+    """SB3's `MultiInputPolicy`, for Dict observations, likewise."""
+
+
+class NeurocoderMlpPolicy(MlpPolicy):
+    """`MlpPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+class NeurocoderCnnPolicy(CnnPolicy):
+    """`CnnPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+class NeurocoderMultiInputPolicy(MultiInputPolicy):
+    """`MultiInputPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"
 
 
 class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
