@@ -221,15 +221,6 @@ def test_attention_lies_between_zero_and_the_bound(case: Case) -> None:
         assert weights.max() <= bound + 1e-12
 
 
-@pytest.mark.parametrize("num_steps", [1, 4])
-def test_without_usage_attention_sums_to_one(num_steps: int) -> None:
-    case = Case(num_steps=num_steps, num_least_used=0)
-    attention = make_layer(case).attend(random_input(3, case.in_features))
-    for weights in (attention.u, attention.v, attention.s):
-        total = weights.sum(-1)
-        torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-12, atol=0.0)
-
-
 def test_first_step_has_no_usage_term() -> None:
     """At j = 1 w = sig(g) * c: closed gates leave nothing, and l_I makes no difference."""
     closed = Case(num_steps=1, num_least_used=2)
@@ -241,24 +232,6 @@ def test_first_step_has_no_usage_term() -> None:
     x = random_input(2, closed.in_features)
     assert torch.equal(two.attend(x).u, four.attend(x).u)
     assert torch.equal(two(x), four(x))
-
-
-def test_open_gates_are_a_layer_without_usage() -> None:
-    """sig(1000) is exactly 1, so only the content term is left at every step."""
-    case = Case(num_steps=4)
-    P, K, H = case.num_slots, case.key_dim, case.num_heads
-    gated, free = make_layer(case), empty_layer(case._replace(num_least_used=0))
-    with torch.no_grad():
-        weight = gated.composition.head.weight.view(3, H, K + P, case.controller_size)
-        bias = gated.composition.head.bias.view(3, H, K + P)
-        weight[:, :, K:] = 0.0
-        bias[:, :, K:] = 1000.0
-        state = dict(gated.state_dict())
-        state["composition.head.weight"] = weight[:, :, :K].reshape(3 * H * K, -1)
-        state["composition.head.bias"] = bias[:, :, :K].reshape(-1)
-        free.load_state_dict(state)
-    x = random_input(3, case.in_features)
-    assert relative_error(gated(x), free(x)) < 1e-12
 
 
 @pytest.mark.parametrize("num_least_used", [1, 2, 4])
@@ -366,51 +339,6 @@ def test_gradients_equal_those_of_the_reference(name: str) -> None:
         return neurocoder_reference(state, case.sizes, x)["output"]
 
     assert_gradients_equal_those_of(reference, make_layer(case), random_input(2, case.in_features))
-
-
-GRADCHECK = Case(3, 2, 4, 2, 2, 3, 1, 3)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        GRADCHECK,
-        GRADCHECK._replace(num_least_used=0, residual=False),
-        GRADCHECK._replace(num_steps=1, sharpness=10.0, bias=False),
-    ],
-    ids=["usage", "no-usage", "one-step"],
-)
-def test_gradcheck(case: Case) -> None:
-    """Finite differences in x and in each parameter but the memories.
-
-    Finite differences in the memories would see the keys, which are detached: they come next.
-    """
-    layer = make_layer(case, seed=2)
-    state = parameters_of(layer)
-    names = [name for name in state if name not in ("memory.u", "memory.v", "memory.s")]
-
-    def function(x: Tensor, *values: Tensor) -> Tensor:
-        changed = state | dict(zip(names, values, strict=True))
-        return torch.func.functional_call(layer, changed, (x,))
-
-    x = random_input(2, case.in_features).requires_grad_()
-    assert torch.autograd.gradcheck(function, (x, *(state[name] for name in names)))
-
-
-def test_gradcheck_of_the_memories() -> None:
-    """With a key network that ignores the memories there is no detached path."""
-    layer = make_layer(GRADCHECK, seed=2)
-    with torch.no_grad():
-        layer.memory.key_net.weight.zero_()
-    state = parameters_of(layer)
-    names = ["memory.u", "memory.v", "memory.s"]
-    x = random_input(2, GRADCHECK.in_features)
-
-    def function(*values: Tensor) -> Tensor:
-        changed = state | dict(zip(names, values, strict=True))
-        return torch.func.functional_call(layer, changed, (x,))
-
-    assert torch.autograd.gradcheck(function, tuple(state[name] for name in names))
 
 
 @all_cases

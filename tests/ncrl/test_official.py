@@ -525,14 +525,6 @@ def test_every_parameter_has_a_name_of_the_authors(case: Case) -> None:
         assert torch.equal(value, copied), name
 
 
-def test_loading_keeps_the_type_of_the_layer() -> None:
-    layer = empty_layer(CASES["five-steps"], torch.float32)
-    state = make_layer(CASES["five-steps"]).authors_state_dict()
-    layer.load_authors_state_dict(state)
-    assert {p.dtype for p in layer.parameters()} == {torch.float32}
-    assert torch.equal(layer.memory.s, state["PM_S"][:, 3:].float())
-
-
 def drop(state: dict[str, Tensor]) -> None:
     del state["PM_U"]
 
@@ -652,13 +644,6 @@ def test_initial_values(num_steps: int, residual: bool, reset: bool) -> None:
         assert_normal(value["bias"], 0.01)
     else:
         assert not value["bias"].any()
-
-
-def test_config_carries_over() -> None:
-    config = NeurocoderConfig(num_slots=6, preset="official", key_mode="lk")
-    layer = OfficialNeurocoderLinear(4, 3, config)
-    assert layer.config == config
-    assert dict(layer.named_parameters())["memory.key_columns.u"].shape == (6, 3)
 
 
 def test_in_place_of_a_linear_layer() -> None:

@@ -51,18 +51,6 @@ def test_value_and_gradients_equal_the_literal_reading(case: Case) -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@all_cases
-def test_gradcheck(case: Case) -> None:
-    layer = make_layer(case)
-    names = list(used(layer))
-
-    def output(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
-
-    x = random_input(2, case.sizes[0]).requires_grad_()
-    assert torch.autograd.gradcheck(output, (x, *used(layer).values()))
-
-
 # The seat of nn.Linear
 
 
