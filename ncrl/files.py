@@ -49,11 +49,8 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int = SMALL_FILE) -> bytes:
-    """The content of a regular file of at most `limit` bytes; pipes and devices are never opened.
-
-    Raises:
-        ValueError: naming the file and the reason.
-    """
+    """The content of a regular file of at most `limit` bytes, or ValueError, naming the file and
+    the reason; pipes and devices are never opened."""
     try:
         if not path.is_file():
             reason = "it is no regular file" if os.path.lexists(path) else "it does not exist"

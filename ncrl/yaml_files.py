@@ -15,11 +15,7 @@ LARGEST_YAML = 1 << 17
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, by name.
-
-    Raises:
-        ValueError: in one line that names the file, if it cannot be read or holds anything else.
-    """
+    """The settings in a YAML file, by name; ValueError, naming the file, if there is no such."""
     data = read_bytes(path, LARGEST_YAML)
     try:
         values = parse_yaml(data.decode())

@@ -35,10 +35,6 @@ class HyperNetLinear(LinearSeat):
 
     Raises:
         ValueError: for an impossible size or choice, naming it.
-
-    Example:
-        >>> HyperNetLinear(512, 18, hidden=256)(torch.zeros(20, 16, 512)).shape
-        torch.Size([20, 16, 18])
     """
 
     CHOICES: ClassVar = {"scale": ("input", "output")}
@@ -95,10 +91,6 @@ class FiLMLinear(LinearSeat):
 
     Raises:
         ValueError: for an impossible size, naming it.
-
-    Example:
-        >>> FiLMLinear(512, 18, hidden=64)(torch.zeros(20, 16, 512)).shape
-        torch.Size([20, 16, 18])
     """
 
     def __init__(

@@ -131,10 +131,6 @@ class MoELinear(LinearSeat):
 
     Raises:
         ValueError: for an impossible size, naming it; k can be at most E.
-
-    Example:
-        >>> MoELinear(512, 18, num_experts=10, top_k=2)(torch.zeros(20, 16, 512)).shape
-        torch.Size([20, 16, 18])
     """
 
     num_experts: int

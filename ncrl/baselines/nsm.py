@@ -44,10 +44,6 @@ class NSMLinear(LinearSeat):
 
     Raises:
         ValueError: for an impossible size or choice, naming it.
-
-    Example:
-        >>> NSMLinear(512, 18, num_slots=5, key_dim=5)(torch.zeros(20, 16, 512)).shape
-        torch.Size([20, 16, 18])
     """
 
     CHOICES: ClassVar = {"variant": ("lean", "official_count"), "cosine": ("true", "official")}

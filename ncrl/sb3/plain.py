@@ -80,8 +80,7 @@ class UnknownClassError(PlainError):
 def to_plain(value: Any, where: str) -> Any:
     """`value` as what `json.dumps` takes; `where` is what it is, for messages.
 
-    Raises:
-        ValueError: if it holds something that has no description, such as a function.
+    Raises ValueError if it holds something that has no description, such as a function.
     """
     kind = type(value)
     if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
@@ -123,9 +122,8 @@ def _container(value: Any, where: str) -> Any:
 def from_plain(plain: Any, where: str, classes: Iterable[type] = ()) -> Any:
     """What `to_plain` was given, from what `json.loads` returns.
 
-    Raises:
-        ValueError: for a class that is neither known (`CLASSES`, `FAMILIES`) nor among `classes`,
-            and for what `to_plain` never makes.
+    Raises ValueError for what `to_plain` never makes, and for classes that are neither known
+    (`CLASSES`, `FAMILIES`) nor among `classes`.
     """
     known = {name_of(kind): kind for kind in (*CLASSES, *_of_rl_zoo3(), *classes)}
     try:

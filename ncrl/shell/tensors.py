@@ -74,9 +74,8 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
 def load_tensors(content: bytes, name: str, limit: int) -> Any:
     """Tensors and plain values of what torch has saved, on the CPU.
 
-    Raises:
-        ValueError: if they would take more than `limit` bytes.
-        Exception: as torch raises it, if it holds more than tensors and plain values.
+    Raises ValueError if they would take more than `limit` bytes, and what torch raises if it holds
+    anything else.
     """
     _check_unpacked_size(content, name, limit)
     loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -52,18 +52,6 @@ def test_everything_equals_the_reference(case: Case) -> None:
     assert relative_error(layer(x), expected["output"]) < 1e-9
 
 
-@all_cases
-def test_no_grad_equals_the_reference(case: Case) -> None:
-    layer = make_layer(case).eval()
-    x = random_input(2, case.in_features)
-    expected = reference_output(layer, case, x)
-    with torch.no_grad():
-        assert relative_error(layer(x), expected) < 1e-9
-        assert relative_error(layer(x), expected) < 1e-9
-    with torch.inference_mode():
-        assert relative_error(layer(x), expected) < 1e-9
-
-
 @pytest.mark.parametrize("leading", [(), (1,), (4,), (3, 2), (2, 1, 2), (0,), (3, 0)])
 def test_leading_dimensions_are_free(leading: tuple[int, ...]) -> None:
     case = CASES["default"]
