@@ -1,23 +1,22 @@
 """Neurocoder layers in the place of the linear layers of any torch model, and back again.
 
 A linear layer can be replaced if whoever calls it sees nothing but its output. So only plain
-`nn.Linear` modules are: not subclasses (`nn.MultiheadAttention` computes with the weight of its
-`out_proj`, which is one, and never calls it; lazy and parametrized layers are subclasses too), and
-none with hooks (weight norm and pruning work by hooks).
+`nn.Linear` modules are: not subclasses (`nn.MultiheadAttention` computes with the weight of one and
+never calls it), and none with hooks (weight norm and pruning work by hooks).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear, OfficialNeurocoderLinear
 from ncrl.settings import nearest
 
-Injected = TypeVar("Injected", bound="InjectedNeurocoder")
+ORIGINAL = "original"
+"""Attribute of a new layer that holds the old one, where torch does not take it for a part."""
 
 MAX_LISTED = 30
 """Candidates that an error message lists; a transformer can have hundreds."""
@@ -32,9 +31,7 @@ def inject(
 ) -> list[str]:
     """Replace linear layers of `model` by Neurocoder layers, in place.
 
-    This changes the outputs of the model: a new layer starts from scratch but for its bias. Even
-    with `keep_weight` the gate and the smallest singular value scale the weight kept, and the
-    active program is added to it.
+    This changes the outputs of the model: a new layer starts from scratch but for its bias.
 
     New layers have the widths, bias, device, type and training mode of those they replace, and are
     trainable even where the host is frozen. Nothing else in the model changes. An optimiser built
@@ -75,22 +72,25 @@ def inject(
             "the model is itself a linear layer, which cannot be replaced in place: use "
             "NeurocoderLinear.from_linear(model, config), or wrap the model in nn.Sequential"
         )
-    seats = list(_seats(model))
+    seats = _seats(model)
     chosen: set[nn.Module] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         chosen.update(_select(target, seats))
     if not chosen:
         raise ValueError(f"no targets given; candidates: {_listed(_candidates(seats))}")
-    _check_encoders(model, chosen)
-    replaced = [seat for seat in seats if seat.module in chosen]
-    layers: dict[nn.Module, InjectedNeurocoder] = {}
-    for _, _, _, linear in replaced:  # in this order, whatever that of the targets
-        if linear not in layers:
+    is_official = config is not None and config.preset == "official"
+    kind = OfficialNeurocoderLinear if is_official else NeurocoderLinear
+    layers: dict[nn.Module, NeurocoderLinear] = {}
+    for linear in seats.values():  # in this order, whatever that of the targets
+        if linear in chosen and linear not in layers:
             assert isinstance(linear, nn.Linear)
-            layers[linear] = _replacement(linear, config, keep_weight)
-    for _, parent, attribute, linear in replaced:
-        setattr(parent, attribute, layers[linear])
-    return [seat.name for seat in replaced]
+            layer = kind.from_linear(linear, config, keep_weight=keep_weight)
+            vars(layer)[ORIGINAL] = linear
+            layers[linear] = layer.train(linear.training)
+    replaced = [name for name, module in seats.items() if module in chosen]
+    for name in replaced:
+        model.set_submodule(name, layers[seats[name]])
+    return replaced
 
 
 def eject(model: nn.Module) -> list[str]:
@@ -99,10 +99,9 @@ def eject(model: nn.Module) -> list[str]:
     What the new layers have learned is dropped. If the rest of the model is as it was, so are its
     outputs and its state_dict, bit for bit. An optimiser has to be built anew, as after `inject`.
 
-    Until then each new layer keeps its original, hidden from `parameters()` and `state_dict()`: no
-    optimiser moves it, no checkpoint holds it. It goes where the layer goes: to another device or
-    type, and into a deepcopy or pickle of the model, as a copy that is tied to what the original
-    was tied to.
+    Until then each new layer keeps its original, hidden from `parameters()` and `state_dict()`, but
+    not from copies and pickles of the model. It comes back to where the layer is, in device and
+    type.
 
     Returns:
         Names of the layers put back, in the order of `model.named_modules()`; [] if there are none.
@@ -110,89 +109,48 @@ def eject(model: nn.Module) -> list[str]:
     Raises:
         ValueError: if `model` is itself an injected layer.
     """
-    if isinstance(model, InjectedNeurocoder):
+    if ORIGINAL in vars(model):
         raise ValueError("an injected layer cannot eject itself: pass the model that contains it")
     names = []
-    for seat in list(_seats(model)):
-        if isinstance(seat.module, InjectedNeurocoder):
-            (original,) = seat.module.original
-            original.train(seat.module.training)
-            setattr(seat.parent, seat.attribute, original)
-            names.append(seat.name)
+    for name, layer in _seats(model).items():
+        if isinstance(layer, NeurocoderLinear) and ORIGINAL in vars(layer):
+            original = vars(layer)[ORIGINAL].to(layer.memory.u)
+            model.set_submodule(name, original.train(layer.training))
+            names.append(name)
     return names
 
 
-class InjectedNeurocoder(NeurocoderLinear):
-    """A Neurocoder layer that can be ejected. Made by `inject`."""
-
-    original: tuple[nn.Linear, ...] = ()
-    """The layer replaced. In a tuple, where torch does not take it for a part of this one."""
-
-    def _apply(self: Injected, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Injected:
-        # `.to()`, `.half()`, `.share_memory()` and the like all end here.
-        for linear in self.original:
-            linear._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+def _seats(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and Neurocoder layers below `model` by all their names, but nothing inside these."""
+    seats: dict[str, nn.Module] = {}
+    insides: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, NeurocoderLinear)) and not name.startswith(insides):
+            insides += (f"{name}." if name else "",)
+            if name:
+                seats[name] = module
+    return seats
 
 
-class InjectedOfficialNeurocoder(InjectedNeurocoder, OfficialNeurocoderLinear):
-    """The authors' layer likewise."""
-
-
-def _replacement(
-    linear: nn.Linear, config: NeurocoderConfig | None, keep_weight: bool
-) -> InjectedNeurocoder:
-    """A layer for the place of `linear`, in the same mode."""
-    is_official = config is not None and config.preset == "official"
-    kind = InjectedOfficialNeurocoder if is_official else InjectedNeurocoder
-    layer = kind.from_linear(linear, config, keep_weight=keep_weight)
-    layer.original = (linear,)
-    return layer.train(linear.training)
-
-
-class _Seat(NamedTuple):
-    """A place where a linear or Neurocoder layer is held."""
-
-    name: str
-    parent: nn.Module
-    attribute: str
-    module: nn.Module
-
-
-def _seats(module: nn.Module, prefix: str = "") -> Iterator[_Seat]:
-    """All seats below `module`, under all names, but nothing inside Neurocoder layers."""
-    if isinstance(module, NeurocoderLinear):
-        return
-    for attribute, child in module._modules.items():
-        name = prefix + attribute
-        if isinstance(child, (nn.Linear, NeurocoderLinear)):
-            yield _Seat(name, module, attribute, child)
-        elif child is not None:
-            yield from _seats(child, f"{name}.")
-
-
-def _select(target: str, seats: Sequence[_Seat]) -> list[nn.Module]:
+def _select(target: str, seats: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The linear layers that `target` means; raises ValueError unless all can be replaced."""
-    linears = [seat for seat in _matching(target, seats) if isinstance(seat.module, nn.Linear)]
+    names = _matching(target, seats)
+    linears = [name for name in names if isinstance(seats[name], nn.Linear)]
     if not linears:
-        raise ValueError(_no_match(target, seats))
-    for seat in linears:
-        if reason := _obstacle(seat.module):
-            raise ValueError(
-                f"{target!r} matches {seat.name!r}, which cannot be replaced: {reason}"
-            )
-    return [seat.module for seat in linears]
+        raise ValueError(_no_match(target, names, _candidates(seats)))
+    for name in linears:
+        if reason := _obstacle(seats[name]):
+            raise ValueError(f"{target!r} matches {name!r}, which cannot be replaced: {reason}")
+    return [seats[name] for name in linears]
 
 
-def _matching(target: str, seats: Sequence[_Seat]) -> list[_Seat]:
+def _matching(target: str, names: Iterable[str]) -> list[str]:
     rules: tuple[Callable[[str], bool], ...] = (
         lambda name: name == target,
         lambda name: name.endswith(f".{target}"),
         lambda name: fnmatchcase(name, target),
     )
-    found = ([seat for seat in seats if rule(seat.name)] for rule in rules)
-    return next(filter(None, found), [])
+    return next(filter(None, (list(filter(rule, names)) for rule in rules)), [])
 
 
 def _obstacle(module: nn.Module) -> str | None:
@@ -211,14 +169,13 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _candidates(seats: Sequence[_Seat]) -> list[str]:
-    return [seat.name for seat in seats if _obstacle(seat.module) is None]
+def _candidates(seats: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name, module in seats.items() if _obstacle(module) is None]
 
 
-def _no_match(target: str, seats: Sequence[_Seat]) -> str:
-    """What to say where no linear layer matches."""
-    candidates = _candidates(seats)
-    if present := [seat.name for seat in _matching(target, seats)]:
+def _no_match(target: str, present: list[str], candidates: list[str]) -> str:
+    """What to say where no linear layer matches, but perhaps Neurocoder layers do."""
+    if present:
         fault = f"{target!r} matches only Neurocoder layers in place already ({_listed(present)})"
     else:
         fault = f"no nn.Linear matches {target!r}"
@@ -227,37 +184,14 @@ def _no_match(target: str, seats: Sequence[_Seat]) -> str:
     # A target may be meant for the end of a name, so every end of one is compared.
     ends: dict[str, str] = {}
     for name in candidates:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            ends.setdefault(".".join(parts[start:]).lower(), name)
+        end = name.lower()
+        while end:
+            ends.setdefault(end, name)
+            end = end.partition(".")[2]
     hint = ends[nearest(target.lower(), ends)]
     return f"{fault}; nearest: {hint!r}; candidates: {_listed(candidates)}"
 
 
-def _listed(names: Collection[str]) -> str:
-    listed = ", ".join(list(names)[:MAX_LISTED])
+def _listed(names: list[str]) -> str:
+    listed = ", ".join(names[:MAX_LISTED])
     return listed if len(names) <= MAX_LISTED else f"{listed}, ... ({len(names)} in all)"
-
-
-def _check_encoders(model: nn.Module, chosen: Collection[nn.Module]) -> None:
-    """Refuse what would fail only later: in eval mode, with a padding mask.
-
-    `nn.TransformerEncoder` then looks at its first layer alone to decide whether all layers are fed
-    nested tensors, which none but fast paths can read.
-    """
-    for name, encoder in model.named_modules():
-        if not isinstance(encoder, nn.TransformerEncoder) or not encoder.use_nested_tensor:
-            continue
-        slow = [
-            any(
-                part in chosen or isinstance(part, InjectedNeurocoder)
-                for part in (layer.linear1, layer.linear2)
-            )
-            for layer in encoder.layers
-        ]
-        if any(slow) and not slow[0]:
-            raise ValueError(
-                f"the nn.TransformerEncoder {name!r} feeds nested tensors to all its layers if the "
-                "first one has a fast path, which linear1 and linear2 give it: make one of these "
-                "a target in layer 0 as well, or set use_nested_tensor of the encoder to False"
-            )

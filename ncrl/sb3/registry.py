@@ -2,79 +2,36 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 
-from ncrl.sb3.feedforward import (
-    NeurocoderCnnPolicy,
-    NeurocoderMlpPolicy,
-    NeurocoderMultiInputPolicy,
-)
-from ncrl.sb3.recurrent import (
-    NeurocoderCnnLstmPolicy,
-    NeurocoderMlpLstmPolicy,
-    NeurocoderMultiInputLstmPolicy,
-)
+from ncrl.sb3 import policies
 
-FEED_FORWARD: tuple[type[BasePolicy], ...] = (
-    NeurocoderMlpPolicy,
-    NeurocoderCnnPolicy,
-    NeurocoderMultiInputPolicy,
-)
-RECURRENT: tuple[type[BasePolicy], ...] = (
-    NeurocoderMlpLstmPolicy,
-    NeurocoderCnnLstmPolicy,
-    NeurocoderMultiInputLstmPolicy,
-)
+POLICIES: dict[str, Any] = {
+    name: kind for name, kind in vars(policies).items() if name.startswith("Neurocoder")
+}
 
 # Not TRPO: its natural gradient leaves no place for the heads' own losses.
-POLICIES: dict[type[BaseAlgorithm], tuple[type[BasePolicy], ...]] = {
-    A2C: FEED_FORWARD,
-    PPO: FEED_FORWARD,
-    RecurrentPPO: RECURRENT,
-}
+ALGORITHMS: tuple[type[BaseAlgorithm], ...] = (A2C, PPO, RecurrentPPO)
 
 
 def register() -> dict[str, list[str]]:
     """Let A2C, PPO and RecurrentPPO know our policies by name: `PPO("NeurocoderMlpPolicy", env)`.
 
-    May be called more than once. All other names keep their meaning. Names with Lstm given to A2C
-    or PPO, and names without given to RecurrentPPO, are answered with a TypeError that says what to
-    use instead.
+    May be called more than once. All other names keep their meaning. A2C and PPO know the policies
+    with an LSTM too, which say what to use instead when they are to be trained.
 
     Returns:
-        By name of the algorithm, the names of the policies that it knows now.
+        By name of the algorithm, the names of the policies that it can train.
     """
-    for algorithm, policies in POLICIES.items():
-        wrong = FEED_FORWARD if policies is RECURRENT else RECURRENT
-        algorithm.policy_aliases.update({policy.__name__: policy for policy in policies})
-        algorithm.policy_aliases.update(
-            {policy.__name__: refusal(policy.__name__, algorithm.__name__) for policy in wrong}
-        )
-    return {
-        algorithm.__name__: [policy.__name__ for policy in policies]
-        for algorithm, policies in POLICIES.items()
-    }
-
-
-@cache
-def refusal(name: str, algorithm: str) -> Any:
-    """What stands for the class of a policy that the algorithm cannot train."""
-    if "Lstm" in name:
-        other = name.replace("Lstm", "")
-        why = f"has an LSTM, whose state {algorithm} does not carry"
-        instead = f"use sb3_contrib.RecurrentPPO or ncrl.agents.A3C, or {algorithm}({other!r}, ...)"
-    else:
-        other = name.replace("Policy", "LstmPolicy")
-        why = f"has no memory, which {algorithm} is made for"
-        instead = f"use {algorithm}({other!r}, ...), or A2C, PPO or ncrl.agents.A3C"
-
-    def refuse(*_arguments: Any, **_options: Any) -> NoReturn:
-        raise TypeError(f"{name} {why}: {instead}")
-
-    return refuse
+    known: dict[str, list[str]] = {}
+    for algorithm in ALGORITHMS:
+        needs_lstm = algorithm is RecurrentPPO
+        fitting = [name for name in POLICIES if ("Lstm" in name) == needs_lstm]
+        known[algorithm.__name__] = fitting
+        for name in fitting if needs_lstm else POLICIES:
+            algorithm.policy_aliases[name] = POLICIES[name]
+    return known
