@@ -1,7 +1,6 @@
 """`benchmarks/atari_figure3.py`: what it starts, skips and goes on with, its table and figure."""
 
 import hashlib
-import json
 import os
 import re
 import signal
@@ -33,7 +32,9 @@ from benchmarks.atari_figure3 import (
     run_jobs,
 )
 from ncrl.agents.atari.config import RunConfig, canonical, with_bonus, with_sizes
+from ncrl.agents.runs.checkpoints import COUNTERS
 from ncrl.agents.runs.directory import RunDirectory
+from ncrl.shell.tensors import write_tensors
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
     wait_until,
@@ -63,12 +64,10 @@ def make_run(
     (run / "progress.csv").write_text(HEADER + rows)
     for frames in checkpoints:
         stem = f"step_{frames // 4:012d}"
-        sums = {}
-        for name in (f"{stem}.zip", f"{stem}.state.pt"):
-            (run / "checkpoints" / name).write_bytes(name.encode())
-            sums[name] = hashlib.sha256(name.encode()).hexdigest()
-        manifest = {"timesteps": frames // 4, "sha256": sums}
-        (run / "checkpoints" / f"{stem}.json").write_text(json.dumps(manifest))
+        (run / "checkpoints" / f"{stem}.zip").write_bytes(b"weights")
+        counters = dict.fromkeys(COUNTERS, 0) | {"num_timesteps": frames // 4}
+        state = {"counters": counters, "sha256": hashlib.sha256(b"weights").hexdigest()}
+        write_tensors(run / "checkpoints" / f"{stem}.state.pt", state)
     return run
 
 

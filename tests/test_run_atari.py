@@ -345,9 +345,9 @@ def test_files_of_a_run(serial_run: Run) -> None:
         *(".lock", "config.yaml", "progress.csv", "checkpoints", events),
         *("best_model.zip", "best_model.json"),
     }
-    steps = [4 * int(path.stem[5:]) for path in sorted((serial_run.path).rglob("step_*.json"))]
+    steps = [4 * int(path.stem[5:]) for path in sorted((serial_run.path).rglob("step_*.zip"))]
     assert steps == [4800, 7200, 8000], "frames of the newest 3"
-    assert len(list((serial_run.path / "checkpoints").iterdir())) == 9
+    assert len(list((serial_run.path / "checkpoints").iterdir())) == 6
     model = A3C.load(serial_run.path / "best_model.zip", device="cpu")
     obs = config_module.make_factory(RunConfig(env="Klax"))(2, 0).reset()
     assert model.predict(obs)[0].shape == (2,)
@@ -614,7 +614,7 @@ def test_resume_goes_on_to_the_new_total(run: Run) -> None:
 def test_resume_from_an_earlier_checkpoint_replaces_what_came_after(run: Run) -> None:
     """As after a kill: the curves were ahead of the checkpoint."""
     checkpoint = newest_checkpoint(run.path / "checkpoints")
-    for path in (checkpoint.path, checkpoint.state, checkpoint.path.with_suffix(".json")):
+    for path in (checkpoint.path, checkpoint.state):
         path.unlink()
     before = run.rows
     output = run_here("--resume", str(run.path))

@@ -1,7 +1,7 @@
-"""Rollout slots: where workers write what they saw and did, and the learner reads it.
+"""Rollouts: where workers write what they saw and did, and the learner reads it.
 
-Shapes: S slots, T timesteps, E environments of one worker, B = environments of a whole batch,
-L LSTM layers (0 without memory), h LSTM width. Row t holds what the worker saw at t and did at t.
+Shapes: T timesteps, E environments of one worker, B = environments of a whole batch, L LSTM layers
+(0 without memory), h LSTM width. Row t holds what the worker saw at t and did at t.
 """
 
 from __future__ import annotations
@@ -25,28 +25,20 @@ class Rollout(NamedTuple):
     obs: PyTorchObs
     """[T + 1, E, ...] observation at t; the last row is where the next rollout goes on. A dict of
     such tensors for Dict observations."""
-
     episode_start: Tensor
     """[T + 1, E] bool: obs[t] is the first of an episode, so the LSTM starts from zero there."""
-
     actions: Tensor
     """[T, E, ...] action taken at t."""
-
     log_prob: Tensor
     """[T, E] its log-probability under the weights that chose it."""
-
     rewards: Tensor
     """[T, E] raw reward that followed it."""
-
     dones: Tensor
     """[T, E] bool: it ended the episode, or the return is cut there."""
-
     truncation_value: Tensor
     """[T, E] value of the observation behind a time limit, 0 where there was none."""
-
     lstm_h: Tensor
     """[L, E, h] hidden state before row 0."""
-
     lstm_c: Tensor
     """[L, E, h] cell state before row 0."""
 
@@ -65,6 +57,15 @@ class Rollout(NamedTuple):
         obs, *others = self
         return [*(obs.values() if isinstance(obs, dict) else [obs]), *others]
 
+    def slot(self, index: int) -> Rollout:
+        """View of one of the rollouts that `RolloutShape.allocate(n)` laid into one block."""
+        return self.map(lambda tensor: tensor[index])
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
 
 class RolloutShape(NamedTuple):
     """Everything that fixes the layout of one rollout."""
@@ -80,7 +81,7 @@ class RolloutShape(NamedTuple):
     def nbytes(self) -> int:
         """Size of one rollout in bytes; nothing is allocated."""
         with torch.device("meta"):
-            return sum(tensor.nbytes for tensor in self.allocate().tensors())
+            return self.allocate().nbytes
 
     def allocate(self, *leading: int) -> Rollout:
         """A rollout of conspicuous values, with `leading` dimensions in front of every tensor.
@@ -91,13 +92,12 @@ class RolloutShape(NamedTuple):
         action_shape, action_dtype = _layout(self.action_space)
         if isinstance(self.action_space, spaces.Box):
             action_dtype = torch.float32  # what a Gaussian draws, before it is made to fit
-        state = (self.lstm_layers, envs, self.lstm_size)
 
-        def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            if dtype.is_floating_point:
-                return torch.full((*leading, *shape), float("nan"), dtype=dtype)
-            largest = 1 if dtype == torch.bool else torch.iinfo(dtype).max
-            return torch.full((*leading, *shape), largest, dtype=dtype)
+        def poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+            value = 1 if dtype == torch.bool else float("nan")
+            if dtype != torch.bool and not dtype.is_floating_point:
+                value = torch.iinfo(dtype).max
+            return torch.full((*leading, *shape), value, dtype=dtype)
 
         def poisoned_obs(space: spaces.Space[Any]) -> Tensor:
             shape, dtype = _layout(space)
@@ -110,33 +110,24 @@ class RolloutShape(NamedTuple):
             else poisoned_obs(space),
             episode_start=poisoned((steps + 1, envs), torch.bool),
             actions=poisoned((steps, envs, *action_shape), action_dtype),
-            log_prob=poisoned((steps, envs), torch.float32),
-            rewards=poisoned((steps, envs), torch.float32),
+            log_prob=poisoned((steps, envs)),
+            rewards=poisoned((steps, envs)),
             dones=poisoned((steps, envs), torch.bool),
-            truncation_value=poisoned((steps, envs), torch.float32),
-            lstm_h=poisoned(state, torch.float32),
-            lstm_c=poisoned(state, torch.float32),
+            truncation_value=poisoned((steps, envs)),
+            lstm_h=poisoned((self.lstm_layers, envs, self.lstm_size)),
+            lstm_c=poisoned((self.lstm_layers, envs, self.lstm_size)),
         )
 
 
-class RolloutSlots:
-    """S rollouts in one block per key, allocated once; processes exchange slot numbers only."""
-
-    def __init__(self, shape: RolloutShape, num_slots: int, *, shared: bool) -> None:
-        self.num_slots = num_slots
-        self._slots = shape.allocate(num_slots)
-        if shared:
-            for tensor in self._slots.tensors():
-                tensor.share_memory_()
-
-    def __getitem__(self, slot: int) -> Rollout:
-        """View of one slot."""
-        return self._slots.map(lambda tensor: tensor[slot])
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all slots in bytes."""
-        return sum(tensor.nbytes for tensor in self._slots.tensors())
+def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and torch type of one element of a space that is no Dict."""
+    if space.shape is None:
+        raise ValueError(
+            f"spaces of type {type(space).__name__} are not supported; use Box, Discrete, "
+            "MultiDiscrete or MultiBinary, or for observations a Dict of these"
+        )
+    dtype = space.dtype or np.dtype(np.float32)
+    return space.shape, torch.from_numpy(np.empty(0, dtype=dtype)).dtype
 
 
 class RolloutBatch:
@@ -148,7 +139,6 @@ class RolloutBatch:
     """
 
     def __init__(self, shape: RolloutShape, device: torch.device) -> None:
-        self.device = device
         self.host = shape.allocate()
         """What was gathered last."""
         self._mover: _Mover | None = None
@@ -172,9 +162,7 @@ class RolloutBatch:
                 target.numpy()[:, column : column + width] = source.numpy()
             column += width
         assert column == self.host.rewards.shape[1], "the rollouts of a batch fill its columns"
-        if self._mover is None:
-            return self.host
-        return self._mover.move()
+        return self.host if self._mover is None else self._mover.move()
 
 
 class _Mover:
@@ -238,26 +226,13 @@ class Batch(NamedTuple):
 
     rollout: Rollout
     """On the learner's device."""
-
     host: Rollout
     """The same on the host."""
-
     games: list[int]
     """Which game each column is: those of a worker follow each other, but the order of workers
     differs from batch to batch, and one worker may have two rollouts in it."""
-
     lags: list[int]
     """By how many updates the weights behind each rollout were older than the learner's."""
-
-
-def beside(rollout: Rollout, other: Rollout) -> Rollout:
-    """The environments of two rollouts of equal T side by side; the second on the host."""
-
-    def join(one: PyTorchObs, two: PyTorchObs) -> Tensor:
-        assert isinstance(one, Tensor) and isinstance(two, Tensor)  # what is kept is never a dict
-        return torch.cat([one, two.to(one.device)], dim=1)
-
-    return Rollout(*map(join, rollout, other))  # type: ignore[arg-type]
 
 
 class RolloutView:
@@ -268,8 +243,7 @@ class RolloutView:
     """
 
     def __init__(self, rollout: Rollout, policy: EnginePolicy) -> None:
-        self._rollout = rollout
-        self._policy = policy
+        self._rollout, self._policy = rollout, policy
         self.buffer_size, self.n_envs = rollout.rewards.shape
         self.full = True
 
@@ -297,26 +271,31 @@ class RolloutView:
     @property
     def values(self) -> np.ndarray:
         """V(x_t) under the weights of now, computed when asked for."""
+        rollout = self._rollout
         self._policy.set_training_mode(False)
-        obs, starts, state = (
-            getattr(self._rollout, name) for name in ("obs", "episode_start", "lstm_state")
-        )
         with torch.no_grad():
-            latent, _ = self._policy.unroll(obs, state, starts)
+            latent, _ = self._policy.unroll(rollout.obs, rollout.lstm_state, rollout.episode_start)
             values = self._policy.values(latent)
         return values[:-1].squeeze(-1).cpu().numpy()
 
 
+def beside(rollout: Rollout, other: Rollout) -> Rollout:
+    """The environments of two rollouts of equal T side by side; the second on the host."""
+
+    def join(one: PyTorchObs, two: PyTorchObs) -> Tensor:
+        assert isinstance(one, Tensor) and isinstance(two, Tensor)  # what is kept is never a dict
+        return torch.cat([one, two.to(one.device)], dim=1)
+
+    return Rollout(*map(join, rollout, other))  # type: ignore[arg-type]
+
+
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
     """The first `n_steps` timesteps of a rollout, with the observation that follows them."""
+    names = ("actions", "log_prob", "rewards", "dones", "truncation_value")
     return rollout._replace(
         obs=map_obs(lambda tensor: tensor[: n_steps + 1], rollout.obs),
         episode_start=rollout.episode_start[: n_steps + 1],
-        actions=rollout.actions[:n_steps],
-        log_prob=rollout.log_prob[:n_steps],
-        rewards=rollout.rewards[:n_steps],
-        dones=rollout.dones[:n_steps],
-        truncation_value=rollout.truncation_value[:n_steps],
+        **{name: getattr(rollout, name)[:n_steps] for name in names},
     )
 
 
@@ -328,19 +307,7 @@ def shown_at(t: int, obs: PyTorchObs) -> np.ndarray | dict[str, np.ndarray]:
 
 
 def split_envs(rollout: Rollout, num_parts: int) -> Iterator[Rollout]:
-    """A rollout's environments in `num_parts` equal groups; LSTM states are [L, B, h], the rest
-    [T, B, ...], so the environments are axis 1 everywhere."""
+    """A rollout's environments in `num_parts` equal groups; they are axis 1 of every tensor."""
     width = rollout.rewards.shape[1] // num_parts
     for first in range(0, num_parts * width, width):
         yield rollout.map(lambda tensor, first=first: tensor.narrow(1, first, width))  # type: ignore[misc]
-
-
-def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and torch type of one element of a space that is no Dict."""
-    if space.shape is None:
-        raise ValueError(
-            f"spaces of type {type(space).__name__} are not supported; use Box, Discrete, "
-            "MultiDiscrete or MultiBinary, or for observations a Dict of these"
-        )
-    dtype = space.dtype or np.dtype(np.float32)
-    return space.shape, torch.from_numpy(np.empty(0, dtype=dtype)).dtype

@@ -5,7 +5,6 @@ The same code runs in a worker process and, without workers, in the learner's ow
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,13 +45,24 @@ class Outcome(NamedTuple):
 
 
 class Collector:
-    """Holds where a vector environment stands between rollouts, and plays on from there."""
+    """Holds where a vector environment stands between rollouts, and plays on from there.
+
+    Args:
+        env: what is played.
+        policy: who plays.
+        obs: what the environments show now.
+        episode_start: whether their episodes begin, [B] bool; by default they do.
+        lstm_state: of the policy; by default zero.
+        sde_sample_freq: timesteps between new noise of gSDE; -1 draws it as a rollout begins.
+        with_values: whether outcomes tell values, which playing itself has no need of.
+        stopwatch: of the process that this runs in, if its time is measured.
+    """
 
     def __init__(
         self,
         env: VecEnv,
         policy: EnginePolicy,
-        first_obs: Any,
+        obs: Any,
         *,
         episode_start: np.ndarray | None = None,
         lstm_state: tuple[Tensor, Tensor] | None = None,
@@ -60,22 +70,13 @@ class Collector:
         with_values: bool = False,
         stopwatch: Stopwatch = OFF,
     ) -> None:
-        self.env = env
-        self.policy = policy
-        self.obs = first_obs
-        """What the environments show now."""
-        self.sde_sample_freq = sde_sample_freq
-        """Timesteps between new noise of gSDE; -1 draws it at the begin of a rollout."""
-        self.with_values = with_values
-        """Whether outcomes tell values, which playing itself has no need of."""
+        self.env, self.policy, self.obs = env, policy, obs
         self.episode_start = (
             np.ones(env.num_envs, dtype=bool) if episode_start is None else episode_start
         )
         self.lstm_state = policy.initial_state(env.num_envs) if lstm_state is None else lstm_state
-        self.env_seconds = 0.0
-        """Time that the latest rollout spent inside the environments."""
+        self.sde_sample_freq, self.with_values = sde_sample_freq, with_values
         self.stopwatch = stopwatch
-        """Of the process that this runs in, if its time is measured."""
 
     def collect(
         self, rollout: Rollout, n_steps: int, after_step: Callable[[Outcome], bool]
@@ -95,7 +96,6 @@ class Collector:
             NonFiniteError: if the policy answers with probabilities that are not.
         """
         self.policy.set_training_mode(False)
-        self.env_seconds = 0.0
         rollout.lstm_h.copy_(self.lstm_state[0])
         rollout.lstm_c.copy_(self.lstm_state[1])
         _check_finite("observation", self.obs, 0)
@@ -105,14 +105,20 @@ class Collector:
             ):
                 self.policy.reset_noise(self.env.num_envs)
             with self.stopwatch.phase("copy"):
-                _write_row(rollout.obs, t, self.obs)
-                rollout.episode_start[t] = torch.from_numpy(self.episode_start)
-            outcome = self._step(rollout, t)
-            if not after_step(outcome):
+                self._show(rollout, t)
+            if not after_step(self._step(rollout, t)):
                 return False
-        _write_row(rollout.obs, n_steps, self.obs)
-        rollout.episode_start[n_steps] = torch.from_numpy(self.episode_start)
+        self._show(rollout, n_steps)
         return True
+
+    def _show(self, rollout: Rollout, t: int) -> None:
+        """Copy what the environments show into row t."""
+        rollout.episode_start[t] = torch.from_numpy(self.episode_start)
+        if isinstance(rollout.obs, dict):
+            for name, tensor in rollout.obs.items():
+                tensor[t] = torch.from_numpy(self.obs[name])
+        else:
+            rollout.obs[t] = torch.from_numpy(self.obs)
 
     @torch.no_grad()
     def _step(self, rollout: Rollout, t: int) -> Outcome:
@@ -132,11 +138,9 @@ class Collector:
         with self.stopwatch.phase("copy"):
             rollout.actions[t] = step.actions
             rollout.log_prob[t] = step.log_prob
-        started = time.monotonic()
         with self.stopwatch.phase("environment"):
             for_env = actions_for_env(self.policy, step.actions)
             new_obs, rewards, dones, infos = self.env.step(for_env)
-        self.env_seconds += time.monotonic() - started
         rewards = np.asarray(rewards, dtype=np.float32)
         _check_finite("reward", rewards, t)
         _check_finite("observation", new_obs, t)
@@ -147,21 +151,21 @@ class Collector:
         for i in np.flatnonzero(dones).tolist():
             terminal = infos[i].get("terminal_observation")
             if infos[i].get("TimeLimit.truncated") and terminal is not None:
-                _check_finite("observation", terminal, t, first_env=i)
+                _check_finite("observation", terminal, t, env=i)
                 with self.stopwatch.phase("forward"):
                     rollout.truncation_value[t, i] = self._value_after(terminal, i)
         self.obs, self.episode_start = new_obs, dones
         return Outcome(
-            t,
-            rollout.actions[t].numpy(),
-            new_obs,
-            rewards,
-            dones,
-            infos,
-            obs,
-            rollout.log_prob[t],
-            for_env,
-            values,
+            row=t,
+            actions=rollout.actions[t].numpy(),
+            new_obs=new_obs,
+            rewards=rewards,
+            dones=dones,
+            infos=infos,
+            obs_tensor=obs,
+            log_probs=rollout.log_prob[t],
+            clipped_actions=for_env,
+            values=values,
         )
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
@@ -169,8 +173,7 @@ class Collector:
         obs, _ = self.policy.obs_to_tensor(terminal_observation)  # [1, ...]
         h, c = self.lstm_state
         state = h[:, i : i + 1].contiguous(), c[:, i : i + 1].contiguous()
-        going_on = torch.zeros(1, dtype=torch.bool)
-        latent, _ = self.policy.encode(obs, state, going_on)
+        latent, _ = self.policy.encode(obs, state, torch.zeros(1, dtype=torch.bool))
         return self.policy.values(latent).squeeze()
 
 
@@ -179,39 +182,28 @@ def actions_for_env(policy: EnginePolicy, actions: Tensor) -> np.ndarray:
     squashed into -1 .. 1 are scaled to them."""
     array: np.ndarray = actions.cpu().numpy()
     space = policy.action_space
-    if isinstance(space, spaces.Box):
-        if policy.squash_output:
-            scaled: np.ndarray = policy.unscale_action(array)
-            return scaled
-        return np.clip(array, space.low, space.high)
-    return array
+    if not isinstance(space, spaces.Box):
+        return array
+    return (
+        policy.unscale_action(array) if policy.squash_output else array.clip(space.low, space.high)
+    )
 
 
-def _write_row(obs: PyTorchObs, t: int, values: Any) -> None:
-    """Copy what the environments show into row t."""
-    if isinstance(obs, dict):
-        for name, tensor in obs.items():
-            tensor[t] = torch.from_numpy(values[name])
-    else:
-        obs[t] = torch.from_numpy(values)
-
-
-def _check_finite(name: str, values: Any, t: int, *, first_env: int | None = None) -> None:
+def _check_finite(name: str, values: Any, t: int, *, env: int | None = None) -> None:
     """Raise ValueError for the first environment with a NaN or infinity in `values`.
 
-    `values` has one row per environment, or belongs to environment `first_env` alone; or it is a
-    dict of such arrays.
+    These have one row per environment, or belong to `env` alone; or they are a dict of such arrays.
     """
     if isinstance(values, dict):
         for key, entry in values.items():
-            _check_finite(f"{name} {key!r}", entry, t, first_env=first_env)
+            _check_finite(f"{name} {key!r}", entry, t, env=env)
         return
     values = np.asarray(values)
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return  # images are integers and cannot be anything but finite
-    rows = values.reshape(1 if first_env is not None else len(values), -1)
-    i = int((~np.isfinite(rows)).any(axis=1).argmax())
-    value = rows[i][~np.isfinite(rows[i])][0]
+    rows = values.reshape(len(values) if env is None else 1, -1)
+    i, column = np.argwhere(~np.isfinite(rows))[0]
     raise ValueError(
-        f"environment {i + (first_env or 0)} returned {name} {value} at step {t} of a rollout"
+        f"environment {i if env is None else env} returned {name} {rows[i, column]} at step {t} of "
+        "a rollout"
     )

@@ -7,20 +7,13 @@ timesteps to a callback, and hands out a `Batch` when a rollout of every environ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ncrl.agents.playing.buffers import (
-    Batch,
-    RolloutBatch,
-    RolloutShape,
-    RolloutSlots,
-    first_rows,
-    shown_at,
-)
+from ncrl.agents.playing.buffers import Batch, RolloutBatch, RolloutShape, first_rows, shown_at
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.pool import Delivery, Limits, WorkerPool
@@ -89,23 +82,17 @@ class SerialPlayer:
         device: torch.device,
         stopwatch: Stopwatch = OFF,
     ) -> None:
-        self.collector = collector
-        self.stopwatch = stopwatch
-        self.rollout = RolloutSlots(shape, 1, shared=False)[0]
-        self.stage = RolloutBatch(shape, device)
+        self.collector, self.stopwatch = collector, stopwatch
+        self.rollout, self.stage = shape.allocate(), RolloutBatch(shape, device)
+        self.games = list(range(shape.n_envs))
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
         if not self.collector.collect(self.rollout, n_steps, on_row):
             return None
         with self.stopwatch.phase("copy"):
             batch = self.stage.gather([self.rollout])
-        n_envs = self.rollout.rewards.shape[1]
-        return Batch(
-            first_rows(batch, n_steps),
-            first_rows(self.rollout, n_steps),
-            games=list(range(n_envs)),
-            lags=[0],
-        )
+        host = first_rows(self.rollout, n_steps)
+        return Batch(first_rows(batch, n_steps), host, self.games, lags=[0])
 
     def publish(self, policy: EnginePolicy) -> None:
         """The policy that plays is the one that learns."""
@@ -136,13 +123,7 @@ def played_by_workers(
         ValueError: for a policy that they cannot build, or a cluster that cannot be joined.
         WorkerError: if they cannot be kept running.
     """
-    if cluster is None:
-        end_if_importing_main()
-        check_script()
-    spec.check_like(policy)
     options: dict[str, Any] = {
-        "factory": factory,
-        "policy": spec,
         "shape": shape._replace(n_envs=shape.n_envs // n_workers),
         "n_workers": n_workers,
         "seed": seed,
@@ -150,10 +131,25 @@ def played_by_workers(
         "profile": profile,
         "info_keywords": info_keywords,
     }
-    workers = _processes(policy, options) if cluster is None else _actors(policy, cluster, options)
-    with workers as (pool, weights):
+    with ExitStack() as stack:
+        weights: Weights
+        if cluster is None:
+            end_if_importing_main()
+            check_script()
+            spec.check_like(policy)
+            weights = SharedWeights(policy)
+            weights.publish(policy, 0)
+            pool: Any = WorkerPool(factory, spec, weights=weights, **options)
+        else:
+            from ncrl.agents.playing import cluster as actors  # only here: it imports ray
+
+            spec.check_like(policy)
+            stack.enter_context(actors.joined(cluster))
+            weights = actors.ObjectWeights()
+            weights.publish(policy, 0)
+            pool = actors.ActorPool(factory, spec, weights=weights, **options)
         yield WorkersPlayer(
-            pool,
+            stack.enter_context(pool),
             weights,
             policy,
             shape,
@@ -162,29 +158,6 @@ def played_by_workers(
             give_up=give_up,
             stopwatch=OFF if profile is None else profile.stopwatch,
         )
-
-
-@contextmanager
-def _processes(policy: EnginePolicy, options: dict[str, Any]) -> Iterator[tuple[Pool, Weights]]:
-    """Workers that are processes of this machine."""
-    weights = SharedWeights(policy)
-    weights.publish(policy, 0)
-    with WorkerPool(weights=weights, **options) as pool:
-        yield pool, weights
-
-
-@contextmanager
-def _actors(
-    policy: EnginePolicy, address: str, options: dict[str, Any]
-) -> Iterator[tuple[Pool, Weights]]:
-    """Workers that are actors of a cluster."""
-    from ncrl.agents.playing import cluster  # only here: it imports ray
-
-    with cluster.joined(address):
-        weights = cluster.ObjectWeights()
-        weights.publish(policy, 0)
-        with cluster.ActorPool(weights=weights, **options) as pool:
-            yield pool, weights
 
 
 class WorkersPlayer:
@@ -213,13 +186,8 @@ class WorkersPlayer:
         give_up: Callable[[], bool],
         stopwatch: Stopwatch = OFF,
     ) -> None:
-        self.pool = pool
-        self.weights = weights
-        self.policy = policy
-        self.shape = shape
-        self.n_workers = n_workers
-        self.give_up = give_up
-        self.stopwatch = stopwatch
+        self.pool, self.weights, self.policy, self.shape = pool, weights, policy, shape
+        self.n_workers, self.give_up, self.stopwatch = n_workers, give_up, stopwatch
         self.stage = RolloutBatch(shape, device)
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
@@ -236,7 +204,6 @@ class WorkersPlayer:
             for_env = actions_for_env(self.policy, played.actions)
         with self.stopwatch.phase("wait"):
             self.pool.release(deliveries)
-
         width = self.shape.n_envs // self.n_workers
         infos: list[list[dict[str, Any]]] = [
             [{} for _ in range(self.shape.n_envs)] for _ in range(self.shape.n_steps)
@@ -246,16 +213,16 @@ class WorkersPlayer:
                 infos[row][place * width + i] = info
         for row in range(n_steps):
             outcome = Outcome(
-                row,
-                actions[row],
-                shown_at(row + 1, played.obs),
-                rewards[row],
-                dones[row],
-                infos[row],
-                map_obs(lambda x, row=row: x[row], played.obs),  # type: ignore[misc]
-                played.log_prob[row],
-                for_env[row],
-                None,
+                row=row,
+                actions=actions[row],
+                new_obs=shown_at(row + 1, played.obs),
+                rewards=rewards[row],
+                dones=dones[row],
+                infos=infos[row],
+                obs_tensor=map_obs(lambda x, row=row: x[row], played.obs),  # type: ignore[misc]
+                log_probs=played.log_prob[row],
+                clipped_actions=for_env[row],
+                values=None,
             )
             if not on_row(outcome):
                 return None

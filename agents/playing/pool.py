@@ -11,28 +11,26 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
-from ncrl.agents.playing.buffers import Rollout, RolloutShape, RolloutSlots
+from ncrl.agents.playing.buffers import Rollout, RolloutShape
 from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.env_sources import EnvFactory
+from ncrl.agents.playing.sizes import SLOTS_PER_WORKER, slots_for
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import (
     EXIT_NO_GUARD,
-    THREAD_VARIABLES,
     EnvFailed,
     Failed,
     Info,
@@ -48,10 +46,6 @@ from ncrl.agents.runs.profiling import Profile
 
 logger = logging.getLogger(__name__)
 
-SLOTS_PER_WORKER = 2
-"""Rollouts a worker may hold: the one it plays and the one it goes on with, so that it never waits
-for a learner that is in the middle of an update."""
-
 POLL_SECONDS = 0.2
 """Longest the pool waits before it looks at its workers again."""
 
@@ -63,13 +57,18 @@ FAILURES_PER_WINDOW = 4
 LONGEST_PAUSE = 60.0
 """Seconds before a replacement, however many there were."""
 
-SHM = "/dev/shm"
+ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
+)
+"""Variables that a worker has before it imports torch: processes share out the cores."""
 
-FILES_PER_WORKER = 4
-"""Open files of this process for each worker: its pipe, what tells of its end, and two to spare."""
+NO_GUARD = (
+    "a worker process imports your file again, which must not start another training: put what "
+    'starts it under `if __name__ == "__main__":`, or use n_workers=0'
+)
 
-FILES_FOR_SHARING = 64
-"""Open files for shared memory, checkpoints, curves, and a worker that is being started."""
+NO_START = "it said why above, while it imported your file again as worker processes do"
+"""Of a worker that ended before it was set up, and so could not send its traceback."""
 
 
 class WorkerError(RuntimeError):
@@ -153,18 +152,12 @@ class _Worker:
     last_beat: int = 0
     traceback: str = ""
 
-
-NO_GUARD = (
-    "a worker process imports your file again, which must not start another training: put what "
-    'starts it under `if __name__ == "__main__":`, or use n_workers=0'
-)
-
-NO_START = "it said why above, while it imported your file again as worker processes do"
-"""Of a worker that ended before it was set up, and so could not send its traceback."""
+    def __str__(self) -> str:
+        return f"worker {self.index} (pid {self.process.pid if self.process else None})"
 
 
 class WorkerPool:
-    """Runs `n_workers` processes of `n_envs` environments each; used as a context manager.
+    """Runs `n_workers` processes of `shape.n_envs` environments each; used as a context manager.
 
     Raises:
         WorkerError: from any method, when workers cannot be kept running.
@@ -186,21 +179,29 @@ class WorkerPool:
         self.limits = limits
         self.worker_restarts = 0
         self.env_restarts = 0
-        self._factory = CloudpickleWrapper(factory)
-        self._policy = CloudpickleWrapper(policy)
-        self._shape = shape
-        self._weights = weights
-        self._seed = seed
         self._profile = profile
-        self._info_keywords = info_keywords
-        self._slots = RolloutSlots(shape, slots_for(n_workers), shared=True)
-        self._free = deque(range(self._slots.num_slots))
+        self._slots = shape.allocate(slots_for(n_workers))
+        for tensor in self._slots.tensors():
+            tensor.share_memory_()
+        self._heartbeats = torch.zeros(n_workers, dtype=torch.int64).share_memory_()
+        self._spec = WorkerSpec(
+            index=0,
+            seed=seed,
+            parent_pid=os.getpid(),
+            n_envs=shape.n_envs,
+            factory=CloudpickleWrapper(factory),
+            policy=CloudpickleWrapper(policy),
+            slots=self._slots,
+            weights=weights,
+            heartbeats=self._heartbeats,
+            profile=profile is not None,
+            info_keywords=info_keywords,
+        )
+        self._free = deque(range(slots_for(n_workers)))
         self._given = 0
         """Slots handed out so far."""
         self._played: deque[Delivery] = deque()
-        self._heartbeats = torch.zeros(n_workers, dtype=torch.int64).share_memory_()
         self._workers = [_Worker(index) for index in range(n_workers)]
-        self._context = multiprocessing.get_context("spawn")
         self._last_look = time.monotonic()
         self._starting = True
 
@@ -234,7 +235,9 @@ class WorkerPool:
             None if `give_up()` became true meanwhile.
         """
         # At the start everybody is waited for: else the first worker would play all rollouts.
-        while len(self._played) < count or (self._starting and not self._all_ready()):
+        while len(self._played) < count or (
+            self._starting and not all(worker.ready for worker in self._workers)
+        ):
             if give_up():
                 return None
             self._look(POLL_SECONDS)
@@ -245,9 +248,6 @@ class WorkerPool:
         """Free the slots of rollouts the learner has copied, and hand them out again."""
         self._free.extend(delivery.played.slot for delivery in deliveries)
         self._look(0.0)
-
-    def _all_ready(self) -> bool:
-        return all(worker.ready for worker in self._workers)
 
     def close(self) -> None:
         """End every worker: asked first, then killed. Never raises, never leaves one behind."""
@@ -296,22 +296,17 @@ class WorkerPool:
             assert worker.slots[0] == message.slot, "a slot is in exactly one place"
             worker.slots.popleft()
             worker.failures.in_a_row = 0
-            rollout = self._slots[message.slot]
+            rollout = self._slots.slot(message.slot)
             self._played.append(Delivery(rollout, message, worker.infos, worker.index))
             worker.infos = []
             if self._profile is not None:
                 self._profile.add_worker(worker.index, message.phases)
         elif isinstance(message, EnvFailed):
             self.env_restarts += 1
-            too_often = worker.failures.count(self.limits)
             worker.building = True
-            logger.warning(
-                "worker %d (pid %s): its environments failed and are built anew: %s",
-                worker.index,
-                worker.process.pid if worker.process else None,
-                message.reason.strip().splitlines()[-1],
-            )
-            if too_often:
+            last = message.reason.strip().splitlines()[-1]
+            logger.warning("%s: its environments failed and are built anew: %s", worker, last)
+            if too_often := worker.failures.count(self.limits):
                 raise WorkerError(
                     f"the environments of worker {worker.index} fail again and again, {too_often}:"
                     f"\n{message.reason}"
@@ -342,7 +337,7 @@ class WorkerPool:
 
     def _replace(self, worker: _Worker, what: str) -> None:
         """Bury a worker and set the time at which its successor starts."""
-        pid = worker.process.pid if worker.process else None
+        who = str(worker)
         # What fails at the first start fails at every other one.
         first_start = worker.incarnation == 1 and not worker.ready
         if worker.process is not None and first_start and not worker.traceback:
@@ -353,20 +348,12 @@ class WorkerPool:
                 worker.traceback = NO_START
         hopeless = first_start and bool(worker.traceback)
         self._bury(worker)
-        too_often = "at its start" if hopeless else worker.failures.count(self.limits)
-        if too_often:
+        if too_often := "at its start" if hopeless else worker.failures.count(self.limits):
             reason = f":\n{worker.traceback}" if worker.traceback else ""
-            raise WorkerError(f"worker {worker.index} (pid {pid}) {what} {too_often}{reason}")
+            raise WorkerError(f"{who} {what} {too_often}{reason}")
         pause = worker.failures.pause(self.limits)
-        last = worker.traceback.strip().splitlines()[-1:] or ["no traceback"]
-        logger.warning(
-            "worker %d (pid %s) %s (%s); a new one starts in %.1f s",
-            worker.index,
-            pid,
-            what,
-            last[0],
-            pause,
-        )
+        (last,) = worker.traceback.strip().splitlines()[-1:] or ["no traceback"]
+        logger.warning("%s %s (%s); a new one starts in %.1f s", who, what, last, pause)
         self.worker_restarts += 1
         worker.restart_at = time.monotonic() + pause
 
@@ -385,26 +372,14 @@ class WorkerPool:
         worker.infos = []
 
     def _start(self, worker: _Worker) -> None:
-        parent_end, child_end = self._context.Pipe()
-        spec = WorkerSpec(
-            index=worker.index,
-            # A prime stride keeps the seeds of workers and of their successors apart.
-            seed=self._seed + 1_000_003 * (worker.index + len(self._workers) * worker.incarnation),
-            n_envs=self._shape.n_envs,
-            parent_pid=os.getpid(),
-            factory=self._factory,
-            policy=self._policy,
-            slots=self._slots,
-            weights=self._weights,
-            heartbeats=self._heartbeats,
-            profile=self._profile is not None,
-            info_keywords=self._info_keywords,
-        )
-        process = self._context.Process(
-            target=worker_main,
-            args=(child_end, spec),
-            name=f"ncrl-worker-{worker.index}",
-            daemon=True,
+        context = multiprocessing.get_context("spawn")
+        parent_end, child_end = context.Pipe()
+        # A prime stride keeps the seeds of workers and of their successors apart.
+        stride = 1_000_003 * (worker.index + len(self._workers) * worker.incarnation)
+        spec = replace(self._spec, index=worker.index, seed=self._spec.seed + stride)
+        name = f"ncrl-worker-{worker.index}"
+        process = context.Process(
+            target=worker_main, args=(child_end, spec), name=name, daemon=True
         )
         with _one_thread_for_children(), _no_interrupts():
             process.start()
@@ -435,84 +410,6 @@ class WorkerPool:
                 ready.remove(worker)  # it died; the next look finds the end of its pipe
 
 
-def slots_for(n_workers: int) -> int:
-    """Slots of a pool: one batch may be with the learner while every worker is fully supplied."""
-    return (SLOTS_PER_WORKER + 1) * n_workers
-
-
-def check_machine(n_workers: int, shape: RolloutShape, weights: int) -> None:
-    """Refuse to start workers for which shared memory or open files do not suffice.
-
-    Args:
-        n_workers: how many.
-        shape: of a rollout of one worker.
-        weights: bytes of the shared weights.
-
-    Raises:
-        ValueError: naming what is needed and what there is.
-    """
-    check_shared_memory(slots_for(n_workers) * shape.nbytes + weights)
-    check_open_files(n_workers)
-
-
-def check_shared_memory(needed: int) -> None:
-    """Refuse to allocate more shared memory than there is: exceeding it kills the process later.
-
-    Raises:
-        ValueError: naming the size needed and the size found, in MB.
-    """
-    if not os.path.isdir(SHM):
-        return
-    free = shutil.disk_usage(SHM).free
-    if needed > free:
-        raise ValueError(
-            f"the workers need {needed / 1e6:.0f} MB of shared memory but {SHM} has "
-            f"{free / 1e6:.0f} MB free; lower n_envs or n_steps, or give the container a larger "
-            "one (docker run --shm-size)"
-        )
-
-
-def check_memory(needed: int) -> None:
-    """Refuse to fill more memory than there is: the system would end the process without a word.
-
-    Raises:
-        ValueError: naming the size needed and the size found, in MB.
-    """
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        if needed > 1024 * available:
-            raise ValueError(
-                f"rollouts need {needed / 1e6:,.0f} MB of memory and {available / 1e3:,.0f} MB are "
-                "free; lower n_envs or n_steps"
-            )
-
-
-def check_open_files(n_workers: int) -> None:
-    """Raise this process's limit of open files where the workers need it and the system lets it.
-
-    Raises:
-        ValueError: naming the limit needed, where it does not.
-    """
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    needed = FILES_PER_WORKER * n_workers + FILES_FOR_SHARING
-    with contextlib.suppress(OSError):
-        needed += len(os.listdir("/proc/self/fd"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{n_workers} workers need a limit of {needed} open files, and it is {hard}; raise it "
-            f"(ulimit -n {needed}) or lower n_workers"
-        ) from error
-
-
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
     """Processes started inside begin with SIGINT blocked: they ignore it once they are set up."""
@@ -530,26 +427,11 @@ def _no_interrupts() -> Iterator[None]:
 @contextlib.contextmanager
 def _one_thread_for_children() -> Iterator[None]:
     """Processes started inside see thread limits of 1 before they import anything."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update({name: "1" for name in THREAD_VARIABLES})
+    before = {name: value for name, value in os.environ.items() if name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-__all__ = [
-    "Delivery",
-    "Limits",
-    "WorkerError",
-    "WorkerPool",
-    "check_machine",
-    "check_memory",
-    "check_open_files",
-    "check_shared_memory",
-    "slots_for",
-]
+        for name in ONE_THREAD:
+            del os.environ[name]
+        os.environ.update(before)

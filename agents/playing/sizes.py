@@ -1,21 +1,40 @@
-"""How many workers, games and games per update a machine, or a cluster of them, is worth."""
+"""How many workers, games and games per update a machine, or a cluster of them, is worth.
+
+And whether the machine has the memory and the open files for them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from ncrl.agents.playing.buffers import RolloutShape
 
 FEW_CORES = 3
 """Up to so many, every core gets a worker, and the learner computes between them."""
 
 SMALL_UPDATE = 4
 """Games whose rollouts make one update on the CPU."""
+
+SLOTS_PER_WORKER = 2
+"""Rollouts a worker may hold: the one it plays and the one it goes on with, so that it never waits
+for a learner that is in the middle of an update."""
+
+SHM = "/dev/shm"
+
+FILES_PER_WORKER = 4
+"""Open files of this process for each worker: its pipe, what tells of its end, and two to spare."""
+
+FILES_FOR_SHARING = 64
+"""Open files for shared memory, checkpoints, curves, and a worker that is being started."""
 
 
 class Sizes(NamedTuple):
@@ -26,7 +45,6 @@ class Sizes(NamedTuple):
     """Of each worker."""
     batch: int
     """Games whose rollouts make one update; they divide those of all workers."""
-
     reason: str
     """In a few words, for the user."""
 
@@ -43,21 +61,14 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
         has_gpu: whether the learner computes on one.
     """
     if has_gpu:
-        learner, games = 1, 16
-        why = "the learner is on the GPU"
+        learner, games, why = 1, 16, "the learner is on the GPU"
     elif cores <= FEW_CORES:
-        learner, games = 0, max(8, 16 // cores)
-        why = "the learner computes between them"
+        learner, games, why = 0, max(8, 16 // cores), "the learner computes between them"
     else:
-        learner, games = cores // 4, 8
-        why = "the learner computes on the CPU"
+        learner, games, why = cores // 4, 8, "the learner computes on the CPU"
     workers = max(1, cores - learner)
-    left = cores - workers
-    reason = (
-        f"{cores} core{'s' * (cores > 1)}"
-        + (f", {left} left for the learner" if left > 0 else "")
-        + f": {why}"
-    )
+    left = f", {cores - workers} left for the learner" if cores > workers else ""
+    reason = f"{cores} core{'s' * (cores > 1)}{left}: {why}"
     return Sizes(workers, games, games_per_update(workers * games, has_gpu), reason)
 
 
@@ -109,15 +120,80 @@ def default_workers(n_envs: int, cluster: str | None = None) -> int:
     return max(n for n in range(1, most + 1) if n_envs % n == 0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def learner_threads(n_workers: int) -> Iterator[None]:
     """Leave the workers their cores while the learner works beside them, whatever its device."""
-    if not n_workers:
-        yield
-        return
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, available_cores() - n_workers)))
+    if n_workers:
+        torch.set_num_threads(max(1, min(before, available_cores() - n_workers)))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def slots_for(n_workers: int) -> int:
+    """Slots of a pool: one batch may be with the learner while every worker is fully supplied."""
+    return (SLOTS_PER_WORKER + 1) * n_workers
+
+
+def check_machine(n_workers: int, shape: RolloutShape, weights: int) -> None:
+    """Refuse to start workers for which shared memory or open files do not suffice.
+
+    Args:
+        n_workers: how many.
+        shape: of a rollout of one worker.
+        weights: bytes of the shared weights.
+
+    Raises:
+        ValueError: naming what is needed and what there is.
+    """
+    check_shared_memory(slots_for(n_workers) * shape.nbytes + weights)
+    check_open_files(n_workers)
+
+
+def check_shared_memory(needed: int) -> None:
+    """Raise ValueError where there is less shared memory: exceeding it kills the process later."""
+    if os.path.isdir(SHM) and needed > (free := shutil.disk_usage(SHM).free):
+        raise ValueError(
+            f"the workers need {needed / 1e6:.0f} MB of shared memory but {SHM} has "
+            f"{free / 1e6:.0f} MB free; lower n_envs or n_steps, or give the container a larger "
+            "one (docker run --shm-size)"
+        )
+
+
+def check_memory(needed: int) -> None:
+    """Raise ValueError where fewer bytes are free: the system would end the process silently."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        if needed > 1024 * available:
+            raise ValueError(
+                f"rollouts need {needed / 1e6:,.0f} MB of memory and {available / 1e3:,.0f} MB are "
+                "free; lower n_envs or n_steps"
+            )
+
+
+def check_open_files(n_workers: int) -> None:
+    """Raise this process's limit of open files where the workers need it.
+
+    Raises:
+        ValueError: naming the limit needed, where the system does not let it.
+    """
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    needed = FILES_PER_WORKER * n_workers + FILES_FOR_SHARING
+    with contextlib.suppress(OSError):
+        needed += len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{n_workers} workers need a limit of {needed} open files, and it is {hard}; raise it "
+            f"(ulimit -n {needed}) or lower n_workers"
+        ) from error

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,22 +21,13 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
-from ncrl.agents.playing.buffers import Rollout, RolloutSlots
+from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
 from ncrl.agents.playing.env_sources import EnvFactory, build
 from ncrl.agents.playing.weights import SharedWeights, layout
 from ncrl.agents.runs.profiling import OFF, Seconds, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.shell.hardware import keep_freed_memory
-
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "OPENCV_FOR_THREADS_NUM",
-)
-"""Set to 1 before a worker imports torch: cores are shared out by processes, not threads."""
-
 
 EXIT_NO_GUARD = 78
 """Of a process that was about to start a training while it imported its parent's script."""
@@ -47,10 +37,6 @@ MESSAGE_BYTES = 8_000
 
 ENTRY_BYTES = 400
 """Size of an entry that an info over `MESSAGE_BYTES` keeps; what SB3 reads of infos is smaller."""
-
-
-def _no_learning(_progress_remaining: float) -> float:
-    return 0.0
 
 
 class NoOptimizer:
@@ -75,9 +61,8 @@ class PolicySpec(NamedTuple):
         options = self.policy_kwargs
         if lr_schedule is None:
             options = options | {"optimizer_class": NoOptimizer}
-        return self.policy_class(
-            self.observation_space, self.action_space, lr_schedule or _no_learning, **options
-        )
+        spaces = self.observation_space, self.action_space
+        return self.policy_class(*spaces, lr_schedule or (lambda _: 0.0), **options)
 
     def check_like(self, policy: EnginePolicy) -> None:
         """Raise ValueError if `policy` is not the one that workers build for themselves."""
@@ -97,13 +82,14 @@ class WorkerSpec:
     index: int
     seed: int
     """Seed of this incarnation; no other worker and no earlier incarnation had it."""
-    n_envs: int
     parent_pid: int
+    n_envs: int
     factory: CloudpickleWrapper
     """Of an `EnvFactory`; notebooks and scripts define theirs where pickle cannot find them."""
     policy: CloudpickleWrapper
     """Of a `PolicySpec`."""
-    slots: RolloutSlots
+    slots: Rollout
+    """Rollouts in shared memory."""
     weights: SharedWeights
     heartbeats: Tensor
     """[n_workers] int64 in shared memory: steps played; a worker counts up its own entry."""
@@ -113,12 +99,12 @@ class WorkerSpec:
     """Entries of infos that are reported for every timestep."""
 
 
-class Ready(NamedTuple):
-    """The worker's environments are built."""
-
-
 Info = tuple[int, int, dict[str, Any]]
 """(row, environment, info) where an environment reported something."""
+
+
+class Ready(NamedTuple):
+    """The worker's environments are built."""
 
 
 class Reported(NamedTuple):
@@ -133,10 +119,6 @@ class Played(NamedTuple):
     slot: int
     version: int
     """Version of the weights that chose every action in it."""
-    env_seconds: float
-    """Time spent inside the environments."""
-    seconds: float
-    """Time from the first step to the last."""
     phases: Seconds
     """Where the worker's time went since its last message of this kind; empty if not measured."""
 
@@ -196,17 +178,29 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
             _work(connection, spec, stopwatch)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
-    except NonFiniteError as error:
-        connection.send(Failed(tail_of_traceback(), str(error)))
+    except Exception as error:
+        not_finite = str(error) if isinstance(error, NonFiniteError) else ""
+        connection.send(Failed(tail_of_traceback(), not_finite))
         sys.exit(1)
-    except Exception:
-        connection.send(Failed(tail_of_traceback()))
-        sys.exit(1)
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Ask Linux to kill this process when the thread that started it ends."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the request; elsewhere the pipe tells us
+        os._exit(1)
 
 
 def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> None:
     def beat() -> None:
         spec.heartbeats[spec.index] += 1
+
+    def next_slot() -> int | None:
+        with stopwatch.phase("wait"):
+            slot: int | None = connection.recv()
+        return slot
 
     games = Games(
         spec.factory.var,
@@ -218,29 +212,23 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
         beat=beat,
     )
     connection.send(Ready())
-    while (slot := _next_slot(connection, stopwatch)) is not None:
-        while True:
-            with stopwatch.phase("copy"):
-                version = spec.weights.read_into(games.policy)
-            try:
-                played, infos = games.play(spec.slots[slot], slot, version)
-            except NonFiniteError:
-                raise
-            except Exception:
-                connection.send(EnvFailed(tail_of_traceback()))
-                games.start()
-                connection.send(Ready())
-                continue
-            for part in _in_small_parts(infos):
-                connection.send(Reported(part))
-            connection.send(played._replace(phases=stopwatch.take()))
-            break
-
-
-def _next_slot(connection: Connection, stopwatch: Stopwatch) -> int | None:
-    with stopwatch.phase("wait"):
-        slot: int | None = connection.recv()
-    return slot
+    slot = next_slot()
+    while slot is not None:
+        with stopwatch.phase("copy"):
+            version = spec.weights.read_into(games.policy)
+        try:
+            played, infos = games.play(spec.slots.slot(slot), slot, version)
+        except NonFiniteError:
+            raise
+        except Exception:
+            connection.send(EnvFailed(tail_of_traceback()))
+            games.start()
+            connection.send(Ready())
+            continue
+        for part in _in_small_parts(infos):
+            connection.send(Reported(part))
+        connection.send(played._replace(phases=stopwatch.take()))
+        slot = next_slot()
 
 
 class Games:
@@ -276,7 +264,6 @@ class Games:
         self._stopwatch, self._beat = stopwatch, beat
         with stopwatch.phase("setup"):
             self.policy = policy.build()
-            self.policy.set_training_mode(False)
         self._collector: Collector | None = None
         self.start()
 
@@ -286,7 +273,8 @@ class Games:
             with contextlib.suppress(Exception):  # it may be broken in any way
                 self._collector.env.close()
         with self._stopwatch.phase("setup"):
-            env = build(self._factory, self._n_envs, _env_seed(self._seeds))
+            seed = int(self._seeds.spawn(1)[0].generate_state(1)[0] >> 1)
+            env = build(self._factory, self._n_envs, seed)
             self._collector = Collector(
                 env,
                 self.policy,
@@ -302,23 +290,21 @@ class Games:
             NonFiniteError: if the policy computes no finite probabilities.
             Exception: whatever the environments raise; they need a `start` then.
         """
-        collector = self._collector
-        assert collector is not None
+        assert self._collector is not None
         infos: list[Info] = []
 
         def after_step(outcome: Outcome) -> bool:
             self._beat()
             for i, info in enumerate(outcome.infos):
                 if "episode" in info or outcome.dones[i]:
-                    small = {k: v for k, v in info.items() if k != "terminal_observation"}
-                    infos.append((outcome.row, i, small))
+                    kept = {k: v for k, v in info.items() if k != "terminal_observation"}
+                    infos.append((outcome.row, i, kept))
                 elif wanted := {k: info[k] for k in self._info_keywords if k in info}:
                     infos.append((outcome.row, i, wanted))
             return True
 
-        started = time.monotonic()
-        collector.collect(rollout, len(rollout.rewards), after_step)
-        return Played(slot, version, collector.env_seconds, time.monotonic() - started, {}), infos
+        self._collector.collect(rollout, len(rollout.rewards), after_step)
+        return Played(slot, version, {}), infos
 
 
 def tail_of_traceback() -> str:
@@ -346,17 +332,3 @@ def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
         size += length
     if part:
         yield part
-
-
-def _env_seed(seeds: np.random.SeedSequence) -> int:
-    """The next seed for a set of environments: rebuilt ones do not repeat their games."""
-    return int(seeds.spawn(1)[0].generate_state(1)[0] >> 1)
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Ask Linux to kill this process when the thread that started it ends."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the request; elsewhere the pipe tells us
-        os._exit(1)

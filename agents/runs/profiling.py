@@ -1,44 +1,28 @@
-"""Where the time of each process goes: a stopwatch per process, and the table of all of them.
-
-environment  stepping the games
-forward      choosing actions, and values of what a time limit cut off
-copy         rollouts and weights, from one memory to another
-wait         for rollouts (learner; the messages they come in are handled meanwhile), for free slots
-             (worker)
-evaluation   the learner's pass over a batch, up to the loss
-backward     gradients of the loss
-optimiser    limiting the gradient, and the step
-graph        all three of a learner's update at once, where it is captured as a CUDA graph
-exploration  scoring rollouts by what is new in them, and learning from that
-publishing   weights for the workers
-callbacks    callbacks with all that they do (checkpoints, progress), and logging
-setup        building environments and policies, starting and ending processes
-other        what is left
-"""
+"""Where the time of each process goes: a stopwatch per process, and the table of all of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
 
 Phase = Literal[
-    "environment",
-    "forward",
-    "copy",
-    "wait",
-    "evaluation",
-    "backward",
-    "optimiser",
-    "graph",
-    "exploration",
-    "publishing",
-    "callbacks",
-    "setup",
-    "other",
+    "environment",  # stepping the games
+    "forward",  # choosing actions, and values of what a time limit cut off
+    "copy",  # rollouts and weights, from one memory to another
+    "wait",  # learner: for rollouts, and their messages; worker: for free slots
+    "evaluation",  # the learner's pass over a batch, up to the loss
+    "backward",  # gradients of the loss
+    "optimiser",  # limiting the gradient, and the step
+    "graph",  # these three at once, where an update is captured as a CUDA graph
+    "exploration",  # scoring rollouts by what is new in them, and learning from that
+    "publishing",  # weights for the workers
+    "callbacks",  # with all that they do (checkpoints, progress), and logging
+    "setup",  # building environments and policies, starting and ending processes
+    "other",  # what is left
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -80,16 +64,6 @@ class Stopwatch:
         seconds, self._seconds = self._seconds, {}
         return seconds
 
-    def enter(self, name: Phase) -> None:
-        """Interrupt the running phase by another."""
-        self.charge()
-        self._running.append(name)
-
-    def leave(self) -> None:
-        """Go on with the phase that was interrupted."""
-        self.charge()
-        self._running.pop()
-
     def charge(self) -> None:
         """Charge what has passed since the last call to the running phase."""
         if self._synchronize is not None:
@@ -99,6 +73,16 @@ class Stopwatch:
             name = self._running[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+    def enter(self, name: Phase) -> None:
+        """Interrupt the running phase by another."""
+        self.charge()
+        self._running.append(name)
+
+    def leave(self) -> None:
+        """Go on with the phase that was interrupted."""
+        self.charge()
+        self._running.pop()
 
 
 class _Lap:
@@ -168,13 +152,13 @@ class Profile:
         All workers are one process here. A process that measured nothing is absent.
         """
         self._read_learner()
-        found: dict[str, float] = {}
-        for process, seconds in self._recent.items():
-            whole = sum(seconds.values())
-            if whole > 0:
-                found |= {f"{process}/{name}": seconds.get(name, 0.0) / whole for name in PHASES}
-        self._recent = {"learner": {}, "workers": {}}
-        return found
+        recent, self._recent = self._recent, {"learner": {}, "workers": {}}
+        return {
+            f"{process}/{name}": _share(seconds, name)
+            for process, seconds in recent.items()
+            if any(seconds.values())
+            for name in PHASES
+        }
 
     def table(self) -> str:
         """Seconds and percent of each phase: in the learner, and in a worker on average.
@@ -182,26 +166,12 @@ class Profile:
         The last column is the largest share that the phase has in any worker.
         """
         self._read_learner()
-        heading, units, cells = f"{'':<12}", f"{'phase':<12}", _cells(self.learner)
-        heading += f"{'learner':>15}"
-        units += f"{'s':>9}{'%':>6}"
+        names = [f"{name:<12}" for name in ("", "phase", *PHASES, "total")]
+        columns = [names, _column("learner", [self.learner], worst=False)]
         if self.workers:
-            count = len(self.workers)
-            heading += f"{f'workers (mean of {count})':>24}"
-            units += f"{'s':>11}{'%':>6}{'worst':>7}"
-            mean: Seconds = {}
-            for seconds in self.workers.values():
-                _add(mean, {name: value / count for name, value in seconds.items()})
-            worst = [""] * (len(PHASES) + 1)
-            for row, name in enumerate(PHASES):
-                share = max(_percent(seconds)[row] for seconds in self.workers.values())
-                worst[row] = f"{share:.1f}" if name in mean else "-"
-            cells = [
-                f"{left}  {right}{last:>7}"
-                for left, right, last in zip(cells, _cells(mean), worst, strict=True)
-            ]
-        rows = [f"{name:<12}{cell}" for name, cell in zip((*PHASES, "total"), cells, strict=True)]
-        return "\n".join(line.rstrip() for line in (heading, units, *rows))
+            title = f"workers (mean of {len(self.workers)})"
+            columns.append(_column(title, self.workers.values(), worst=True))
+        return "\n".join("".join(row).rstrip() for row in zip(*columns, strict=True))
 
     def _read_learner(self) -> None:
         seconds = self.stopwatch.take()
@@ -214,23 +184,22 @@ def _add(total: Seconds, seconds: Seconds) -> None:
         total[name] = total.get(name, 0.0) + value
 
 
-def _cells(seconds: Seconds) -> list[str]:
-    """Seconds and percent of each phase, then of all."""
-    cells = [
-        f"{seconds[name]:>9.2f}{percent:>6.1f}" if name in seconds else f"{'-':>9}{'-':>6}"
-        for name, percent in zip(PHASES, _percent(seconds), strict=True)
-    ]
-    return [*cells, f"{sum(seconds.values()):>9.2f}{sum(_percent(seconds)):>6.1f}"]
+def _share(seconds: Seconds, name: Phase) -> float:
+    return seconds.get(name, 0.0) / (sum(seconds.values()) or 1.0)
 
 
-def _percent(seconds: Seconds) -> list[float]:
-    """Of each phase, to a tenth, so that they add up to 100: the largest remainders go up."""
-    whole = sum(seconds.values())
-    if whole <= 0:
-        return [0.0] * len(PHASES)
-    exact = [1000 * seconds.get(name, 0.0) / whole for name in PHASES]
-    tenths = [int(value) for value in exact]
-    by_remainder = sorted(range(len(PHASES)), key=lambda row: tenths[row] - exact[row])
-    for row in by_remainder[: 1000 - sum(tenths)]:
-        tenths[row] += 1
-    return [value / 10 for value in tenths]
+def _column(title: str, processes: Collection[Seconds], *, worst: bool) -> list[str]:
+    """Seconds and percent of each phase in the mean of processes, and the largest share in any."""
+    mean: Seconds = {}
+    for seconds in processes:
+        _add(mean, {name: value / len(processes) for name, value in seconds.items()})
+    lines = [f"{'s':>11}{'%':>6}{'worst':>7}"]
+    for name in PHASES:
+        cells = f"{'-':>11}{'-':>6}{'-':>7}"
+        if name in mean:
+            most = max(_share(seconds, name) for seconds in processes)
+            cells = f"{mean[name]:>11.2f}{100 * _share(mean, name):>6.1f}{100 * most:>7.1f}"
+        lines.append(cells)
+    lines.append(f"{sum(mean.values()):>11.2f}{100.0:>6.1f}{'':>7}")
+    width = len(lines[0]) if worst else 17
+    return [f"{title:>{width}}", *(line[:width] for line in lines)]

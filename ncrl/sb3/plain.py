@@ -110,25 +110,18 @@ def to_plain(value: Any, where: str) -> Any:
     raise ValueError(f"{where} holds a {name_of(type(value))}, which has no description as JSON")
 
 
-def from_plain(
-    plain: Any,
-    where: str,
-    classes: Iterable[type] = (),
-    former_names: Mapping[str, type] | None = None,
-) -> Any:
+def from_plain(plain: Any, where: str, classes: Iterable[type] = ()) -> Any:
     """What `to_plain` was given.
 
     Args:
         plain: as `json.loads` returns it.
         where: what it is, for messages.
         classes: that may be used besides `CLASSES` and the modules and optimisers of torch.
-        former_names: what earlier releases called some of them.
 
     Raises:
         ValueError: for a class that is not known, and for what `to_plain` never makes.
     """
     known = {name_of(kind): kind for kind in (*CLASSES, *_of_rl_zoo3(), *classes)}
-    known |= former_names or {}
     try:
         return _Reader(where, known).read(plain)
     except RecursionError as error:

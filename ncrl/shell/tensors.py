@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,19 +61,47 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
     content = read_bytes(path, limit + SMALL_BYTES)
     try:
         _check_sums(content, limit + SMALL_BYTES, foreign=foreign)
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        # Views of one number can have any shape, and take memory when they are copied.
-        total = sum(tensor.nbytes for tensor in tensors_in(loaded))
-        if total > limit + SMALL_BYTES:
-            raise ValueError(f"its tensors would take {total:,} bytes, expected at most {limit:,}")
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"cannot read {path}: it holds more than tensors and plain values"
-        ) from error
+        return load_tensors(content, limit + SMALL_BYTES)
     except Exception as error:  # a broken zip or pickle can raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read {path}: {reason}") from error
+        raise ValueError(f"cannot read {path}: {reason_of(error)}") from error
+
+
+def load_tensors(content: bytes, limit: int) -> Any:
+    """Tensors and plain values that torch has saved, on the CPU.
+
+    Raises:
+        ValueError: if they would take more than `limit` bytes.
+        Exception: of any type for what is damaged or holds anything else; see `reason_of`.
+    """
+    file = io.BytesIO(content)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:  # its members may be compressed
+            check_size(archive, limit)
+    file.seek(0)
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    # Views of one number can have any shape, and take memory when they are copied.
+    if (total := sum(tensor.nbytes for tensor in tensors_in(loaded))) > limit:
+        raise ValueError(f"its tensors would take {total:,} bytes, expected at most {limit:,}")
     return loaded
+
+
+def check_size(archive: zipfile.ZipFile, limit: int) -> None:
+    """Raise ValueError for a zip that unpacks to more than `limit` bytes."""
+    total = sum(member.file_size for member in archive.infolist())
+    if total > limit:
+        raise ValueError(f"it unpacks to {total:,} bytes, expected at most {limit:,}")
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be used, in one line."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    code = re.search(r"Unsupported (?:global|operand|class)\S*:? (?:GLOBAL )?(\S+)", text)
+    if code is None and not isinstance(error, pickle.UnpicklingError):
+        return text[:500] or type(error).__name__
+    return (
+        f"it holds more than tensors and plain values ({code[1] if code else text[-200:]}); if you "
+        "trust the file, convert it yourself: torch.load(file, weights_only=False)"
+    )
 
 
 def _check_sums(content: bytes, limit: int, *, foreign: bool) -> None:
@@ -81,9 +110,7 @@ def _check_sums(content: bytes, limit: int, *, foreign: bool) -> None:
         return  # the format before torch 1.6, in which torchvision published weights
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            total = sum(member.file_size for member in archive.infolist())
-            if total > limit:
-                raise ValueError(f"it unpacks to {total:,} bytes, expected at most {limit:,}")
+            check_size(archive, limit)
             comment = archive.comment
             whole = foreign and not comment and archive.testzip() is None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeError, OSError) as error:

@@ -24,8 +24,9 @@ from stable_baselines3.common.logger import configure
 
 import ncrl.agents.learning.learner
 import ncrl.agents.playing.pool
+import ncrl.agents.playing.sizes
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
-from ncrl.agents.playing.pool import check_open_files
+from ncrl.agents.playing.sizes import check_open_files
 from tests.agents.conftest import living_children, shared_memory_of, wait_until
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
 
@@ -553,12 +554,12 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
 def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots and weights, to within the pages that the system adds."""
     asked: list[int] = []
-    monkeypatch.setattr(ncrl.agents.playing.pool, "check_shared_memory", asked.append)
+    monkeypatch.setattr(ncrl.agents.playing.sizes, "check_shared_memory", asked.append)
     taken = []
 
     def look(model: A3C) -> None:
         pool = model._pool
-        taken.append(pool._slots.nbytes + pool._weights.nbytes)
+        taken.append(pool._slots.nbytes + pool._spec.weights._copies.nbytes)
 
     model = make_model(TickingFactory())
     model.learn(10, callback=Ends(at=1, act=look))
@@ -585,7 +586,7 @@ def test_f26_the_files_counted_are_the_files_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     look = Ends(at=1, act=lambda model: opened.append(len(os.listdir("/proc/self/fd")) - before))
     make_model(TickingFactory(), n_workers=2).learn(10, callback=look)
-    allowed = ncrl.agents.playing.pool
+    allowed = ncrl.agents.playing.sizes
     assert opened[0] <= 2 * allowed.FILES_PER_WORKER + allowed.FILES_FOR_SHARING
 
 

@@ -256,7 +256,7 @@ def saver(run: RunDirectory, *, every: int = 40, stop: bool = False) -> SaveChec
 def test_checkpoints_come_between_updates_and_the_newest_are_kept(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "CartPole")
     make_model().learn(200, callback=saver(run))
-    names = sorted(path.stem for path in run.checkpoints.glob("*.json"))
+    names = sorted(path.stem for path in run.checkpoints.glob("*.zip"))
     assert names == ["step_000000000120", "step_000000000160"]
     assert run.newest_checkpoint() == newest_checkpoint(run.checkpoints)
 
