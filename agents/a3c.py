@@ -313,7 +313,7 @@ class A3C(EngineAlgorithm):
                 if self._batch is None:
                     break
                 with stopwatch.phase("callbacks"):
-                    rollout_buffer = RolloutView(self._batch.rollout, self.policy)
+                    rollout_buffer = RolloutView(self._batch, self.policy)
                     callback.update_locals(locals())
                     callback.on_rollout_end()
                 iteration += 1

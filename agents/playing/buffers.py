@@ -22,25 +22,15 @@ from ncrl.sb3.engine import EnginePolicy, map_obs
 class Rollout(NamedTuple):
     """A rollout of T timesteps in E (or, in a batch, B) environments."""
 
-    obs: PyTorchObs
-    """[T + 1, E, ...] observation at t; the last row is where the next rollout goes on. A dict of
-    such tensors for Dict observations."""
-    episode_start: Tensor
-    """[T + 1, E] bool: obs[t] is the first of an episode, so the LSTM starts from zero there."""
-    actions: Tensor
-    """[T, E, ...] action taken at t."""
-    log_prob: Tensor
-    """[T, E] its log-probability under the weights that chose it."""
-    rewards: Tensor
-    """[T, E] raw reward that followed it."""
-    dones: Tensor
-    """[T, E] bool: it ended the episode, or the return is cut there."""
-    truncation_value: Tensor
-    """[T, E] value of the observation behind a time limit, 0 where there was none."""
-    lstm_h: Tensor
-    """[L, E, h] hidden state before row 0."""
-    lstm_c: Tensor
-    """[L, E, h] cell state before row 0."""
+    obs: PyTorchObs  # [T + 1, E, ...] the last row is where the next rollout goes on; or a dict
+    episode_start: Tensor  # [T + 1, E] bool: obs[t] begins an episode, the LSTM starts from zero
+    actions: Tensor  # [T, E, ...]
+    log_prob: Tensor  # [T, E] of the action, under the weights that chose it
+    rewards: Tensor  # [T, E] raw
+    dones: Tensor  # [T, E] bool: the episode ended, or the return is cut there
+    truncation_value: Tensor  # [T, E] of the observation behind a time limit, 0 where none was
+    lstm_h: Tensor  # [L, E, h] hidden state before row 0
+    lstm_c: Tensor  # [L, E, h] cell state before row 0
 
     @property
     def lstm_state(self) -> LstmState:
@@ -133,27 +123,26 @@ def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
 class RolloutBatch:
     """Staging area in which the learner lays rollouts side by side, then moves them to its device.
 
-    On CUDA the whole batch is one pinned block and goes over in one copy, on a stream of its own,
-    into one of two blocks on the device: while the host goes on, and while the updates from the
-    batch before may still be running.
+    On CUDA the batch is one pinned block and goes over in one copy, while the host goes on.
     """
 
     def __init__(self, shape: RolloutShape, device: torch.device) -> None:
-        self.host = shape.allocate()
-        """What was gathered last."""
-        self._mover: _Mover | None = None
+        self.host = self.batch = shape.allocate()  # what was gathered last, and its copy
+        self._blocks: tuple[Tensor, Tensor] | None = None
         if device.type == "cuda":
-            self._mover = _Mover(self.host, device)
-            self.host = self._mover.host
+            pinned = packed(self.host, torch.device("cpu"))[0].pin_memory()
+            block, self.batch = packed(self.host, device)
+            self.host = unpacked(pinned, self.host)
+            self._blocks, self._arrived = (pinned, block), torch.cuda.Event()
 
     def gather(self, rollouts: Sequence[Rollout]) -> Rollout:
         """Copy rollouts into one batch along the axis of environments.
 
-        The result lives on the learner's device. It is overwritten by the next call, on CUDA by the
-        one after that; the slots may be reused at once.
+        The result lives on the learner's device, until the next call overwrites it. The slots may
+        be reused at once.
         """
-        if self._mover is not None:
-            self._mover.wait()
+        if self._blocks is not None:
+            self._arrived.synchronize()
         column = 0
         for rollout in rollouts:
             width = rollout.rewards.shape[1]
@@ -162,43 +151,14 @@ class RolloutBatch:
                 target.numpy()[:, column : column + width] = source.numpy()
             column += width
         assert column == self.host.rewards.shape[1], "the rollouts of a batch fill its columns"
-        return self.host if self._mover is None else self._mover.move()
+        if self._blocks is not None:
+            pinned, block = self._blocks
+            block.copy_(pinned, non_blocking=True)
+            self._arrived.record(torch.cuda.current_stream(block.device))
+        return self.batch
 
 
-class _Mover:
-    """Copies a batch from pinned memory to a CUDA device."""
-
-    def __init__(self, like: Rollout, device: torch.device) -> None:
-        self._pinned = packed(like, torch.device("cpu"))[0].pin_memory()
-        self.host = unpacked(self._pinned, like)
-        self._blocks = [packed(like, device) for _ in range(2)]
-        self._stream = torch.cuda.Stream(device)
-        self._arrived = torch.cuda.Event()
-        self._read = [torch.cuda.Event() for _ in self._blocks]
-        """Recorded when all that reads a block has been asked for."""
-        self._moves = 0
-
-    def wait(self) -> None:
-        """Until the pinned memory may be written again."""
-        self._arrived.synchronize()
-
-    def move(self) -> Rollout:
-        """A copy of the pinned batch on the device; whatever is asked for next waits for it."""
-        current = torch.cuda.current_stream(self._stream.device)
-        self._read[(self._moves - 1) % 2].record(current)
-        index = self._moves % 2
-        self._moves += 1
-        block, batch = self._blocks[index]
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._read[index])
-            block.copy_(self._pinned, non_blocking=True)
-            self._arrived.record(self._stream)
-        current.wait_event(self._arrived)
-        return batch
-
-
-ALIGNMENT = 64
-"""Bytes; every tensor in a block begins at a multiple of it."""
+ALIGNMENT = 64  # bytes; every tensor in a block begins at a multiple of it
 
 
 def packed(like: Rollout, device: torch.device) -> tuple[Tensor, Rollout]:
@@ -224,49 +184,29 @@ def unpacked(block: Tensor, like: Rollout) -> Rollout:
 class Batch(NamedTuple):
     """What the learner learns from at once: one rollout of every environment."""
 
-    rollout: Rollout
-    """On the learner's device."""
-    host: Rollout
-    """The same on the host."""
+    rollout: Rollout  # on the learner's device
+    host: Rollout  # the same on the host
     games: list[int]
     """Which game each column is: those of a worker follow each other, but the order of workers
     differs from batch to batch, and one worker may have two rollouts in it."""
-    lags: list[int]
-    """By how many updates the weights behind each rollout were older than the learner's."""
+    lags: list[int]  # by how many updates the weights behind each rollout were too old
 
 
 class RolloutView:
     """SB3's `rollout_buffer` for callbacks that ask for it when a rollout has ended.
 
-    Arrays [T, B, ...] of what was played. There are no `advantages` and `returns`, which A3C
-    computes inside its update.
+    Arrays [T, B, ...] of what was played, until the next rollout. There are no `advantages` and
+    `returns`, which A3C computes inside its update.
     """
 
-    def __init__(self, rollout: Rollout, policy: EnginePolicy) -> None:
-        self._rollout, self._policy = rollout, policy
-        self.buffer_size, self.n_envs = rollout.rewards.shape
+    def __init__(self, batch: Batch, policy: EnginePolicy) -> None:
+        self._rollout, self._policy, host = batch.rollout, policy, batch.host
+        self.buffer_size, self.n_envs = host.rewards.shape
         self.full = True
-
-    @property
-    def observations(self) -> np.ndarray | dict[str, np.ndarray]:
-        obs = map_obs(lambda x: x[:-1].cpu(), self._rollout.obs)
-        return {k: x.numpy() for k, x in obs.items()} if isinstance(obs, dict) else obs.numpy()
-
-    @property
-    def actions(self) -> np.ndarray:
-        return self._rollout.actions.cpu().numpy()
-
-    @property
-    def rewards(self) -> np.ndarray:
-        return self._rollout.rewards.cpu().numpy()
-
-    @property
-    def episode_starts(self) -> np.ndarray:
-        return self._rollout.episode_start[:-1].float().cpu().numpy()
-
-    @property
-    def log_probs(self) -> np.ndarray:
-        return self._rollout.log_prob.cpu().numpy()
+        self.observations: Any = map_obs(lambda x: x[:-1].numpy(), host.obs)  # type: ignore[arg-type, return-value]
+        self.actions, self.rewards = host.actions.numpy(), host.rewards.numpy()
+        self.episode_starts = host.episode_start[:-1].float().numpy()
+        self.log_probs = host.log_prob.numpy()
 
     @property
     def values(self) -> np.ndarray:
@@ -297,13 +237,6 @@ def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
         episode_start=rollout.episode_start[: n_steps + 1],
         **{name: getattr(rollout, name)[:n_steps] for name in names},
     )
-
-
-def shown_at(t: int, obs: PyTorchObs) -> np.ndarray | dict[str, np.ndarray]:
-    """Row t of observations on the host, as an environment returns it."""
-    if isinstance(obs, dict):
-        return {name: tensor[t].numpy() for name, tensor in obs.items()}
-    return obs[t].numpy()
 
 
 def split_envs(rollout: Rollout, num_parts: int) -> Iterator[Rollout]:

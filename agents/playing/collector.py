@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.networks import LstmState
 from ncrl.sb3.engine import EnginePolicy, map_obs
 
 
@@ -29,45 +30,29 @@ class Outcome(NamedTuple):
 
     row: int
     actions: np.ndarray
-    new_obs: Any
-    """What they show now: [B, ...], or a dict of that; valid until the next rollout."""
+    new_obs: Any  # what they show now: [B, ...], or a dict of that; valid until the next rollout
     rewards: np.ndarray
     dones: np.ndarray
     infos: list[dict[str, Any]]
-    obs_tensor: PyTorchObs
-    """What they showed before, [B, ...]."""
-    log_probs: Tensor
-    """Log-probabilities of the actions, [B]."""
-    clipped_actions: np.ndarray
-    """The actions as the environments took them."""
-    values: Tensor | None
-    """V(obs_tensor), [B, 1], where this process plays; workers leave values to the learner."""
+    obs_tensor: PyTorchObs  # what they showed before, [B, ...]
+    log_probs: Tensor  # of the actions, [B]
+    clipped_actions: np.ndarray  # the actions as the environments took them
+    values: Tensor | None  # V(obs_tensor), [B, 1], where this process plays
 
 
 class Collector:
-    """Holds where a vector environment stands between rollouts, and plays on from there.
-
-    Args:
-        env: what is played.
-        policy: who plays.
-        obs: what the environments show now.
-        episode_start: whether their episodes begin, [B] bool; by default they do.
-        lstm_state: of the policy; by default zero.
-        sde_sample_freq: timesteps between new noise of gSDE; -1 draws it as a rollout begins.
-        with_values: whether outcomes tell values, which playing itself has no need of.
-        stopwatch: of the process that this runs in, if its time is measured.
-    """
+    """Holds where a vector environment stands between rollouts, and plays on from there."""
 
     def __init__(
         self,
         env: VecEnv,
         policy: EnginePolicy,
-        obs: Any,
+        obs: Any,  # what the environments show now
         *,
-        episode_start: np.ndarray | None = None,
-        lstm_state: tuple[Tensor, Tensor] | None = None,
-        sde_sample_freq: int = -1,
-        with_values: bool = False,
+        episode_start: np.ndarray | None = None,  # [B] bool; by default all episodes begin
+        lstm_state: LstmState | None = None,  # by default zero
+        sde_sample_freq: int = -1,  # timesteps between new noise of gSDE; -1: once per rollout
+        with_values: bool = False,  # whether outcomes tell them; playing does not need them
         stopwatch: Stopwatch = OFF,
     ) -> None:
         self.env, self.policy, self.obs = env, policy, obs
@@ -81,15 +66,10 @@ class Collector:
     def collect(
         self, rollout: Rollout, n_steps: int, after_step: Callable[[Outcome], bool]
     ) -> bool:
-        """Play `n_steps` timesteps into the first rows of `rollout`.
-
-        Args:
-            rollout: on the host; written in place.
-            n_steps: at most the rollout's T.
-            after_step: called after every step; returning False ends the rollout early.
+        """Play `n_steps` timesteps into the first rows of `rollout`, which is on the host.
 
         Returns:
-            Whether the rollout is complete.
+            Whether the rollout is complete: `after_step` may end it by returning False.
 
         Raises:
             ValueError: if the environment answers with a reward or observation that is not finite.

@@ -38,8 +38,7 @@ ENTRY_POINTS = "ncrl.environments"
 whose values turn such an id into a factory. It lets ids of other packages, and of `envs`, come with
 their proper preprocessing while `agents` imports none of them."""
 
-ATARI = "ale_py.env:AtariEnv"
-"""What Gymnasium builds Atari games with, under all their ids."""
+ATARI = "ale_py.env:AtariEnv"  # what Gymnasium builds Atari games with, under all their ids
 
 
 class GymFactory:
@@ -230,8 +229,7 @@ class RemoteEnvs(VecEnv):
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Nothing is built for a reset inside the block, which answers with zeros: SB3 resets what
-        it trains on, and the workers reset theirs."""
+        """A reset inside the block does nothing: SB3 asks for it, but workers reset theirs."""
         self._is_resting = True
         try:
             yield
@@ -239,16 +237,7 @@ class RemoteEnvs(VecEnv):
             self._is_resting = False
 
     def reset(self) -> Any:
-        if not self._is_resting:
-            return self.envs.reset()
-
-        def blank(space: spaces.Space[Any]) -> np.ndarray:
-            return np.zeros((self.num_envs, *(space.shape or ())), space.dtype)
-
-        space = self.observation_space
-        if isinstance(space, spaces.Dict):
-            return {name: blank(entry) for name, entry in space.items()}
-        return blank(space)
+        return None if self._is_resting else self.envs.reset()
 
     def close(self) -> None:
         """The workers' own end with `learn`."""

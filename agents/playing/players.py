@@ -6,74 +6,35 @@ timesteps to a callback, and hands out a `Batch` when a rollout of every environ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
 
-from ncrl.agents.playing.buffers import Batch, RolloutBatch, RolloutShape, first_rows, shown_at
+from ncrl.agents.playing.buffers import Batch, RolloutBatch, RolloutShape, first_rows
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.env_sources import EnvFactory
-from ncrl.agents.playing.pool import Delivery, Limits, WorkerPool
+from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec, check_script, end_if_importing_main
 from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
 
+if TYPE_CHECKING:
+    from ncrl.agents.playing.cluster import ActorPool, ObjectWeights
+
 OnRow = Callable[[Outcome], bool]
 """Called for every row of `n_envs` timesteps; returning False ends the rollout early."""
 
-
-class Player(Protocol):
-    """Collects rollouts, and learns of new weights."""
-
-    def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
-        """A batch of `n_steps` timesteps in every environment; None if it was ended early."""
-
-    def publish(self, policy: EnginePolicy) -> None:
-        """The policy has new weights."""
-
-
-class Pool(Protocol):
-    """Workers, which run inside its context: `pool.WorkerPool`, `cluster.ActorPool`."""
-
-    worker_restarts: int
-    env_restarts: int
-
-    @property
-    def starting(self) -> bool:
-        """No rollout has been taken yet."""
-
-    def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
-        """Wait for `count` rollouts; None if `give_up()` became true meanwhile."""
-
-    def release(self, deliveries: list[Delivery]) -> None:
-        """The learner has copied these rollouts."""
-
-
-class Weights(Protocol):
-    """What the workers of a pool play with: `weights.SharedWeights`, `cluster.ObjectWeights`."""
-
-    @property
-    def version(self) -> int:
-        """The newest."""
-
-    def publish(self, module: nn.Module, version: int) -> None:
-        """Make the module's present weights version `version`, which must be the next one."""
+Pool: TypeAlias = "WorkerPool | ActorPool"
+Player: TypeAlias = "SerialPlayer | WorkersPlayer"
 
 
 class SerialPlayer:
-    """Plays in this process, with the learner's own policy.
-
-    Args:
-        collector: plays the environments.
-        shape: of a rollout of all of them.
-        device: of the batches.
-        stopwatch: of this process, if its time is measured.
-    """
+    """Plays in this process, with the learner's own policy, environments of one `Collector`."""
 
     def __init__(
         self,
@@ -87,6 +48,7 @@ class SerialPlayer:
         self.games = list(range(shape.n_envs))
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
+        """A batch of `n_steps` timesteps in every environment; None if it was ended early."""
         if not self.collector.collect(self.rollout, n_steps, on_row):
             return None
         with self.stopwatch.phase("copy"):
@@ -107,90 +69,66 @@ def played_by_workers(
     *,
     n_workers: int,
     cluster: str | None,
-    seed: int,
-    limits: Limits,
     profile: Profile | None,
-    info_keywords: Sequence[str],
     device: torch.device,
     give_up: Callable[[], bool],
+    **options: Any,
 ) -> Iterator[WorkersPlayer]:
     """Workers that play inside the block: processes, or actors of the cluster at an address.
 
-    `WorkersPlayer` and `WorkerPool` say what is what.
+    `WorkersPlayer` and `WorkerPool`, whose are the further `options`, say what is what.
 
     Raises:
         RuntimeError: for a program that worker processes cannot import again.
         ValueError: for a policy that they cannot build, or a cluster that cannot be joined.
         WorkerError: if they cannot be kept running.
     """
-    options: dict[str, Any] = {
-        "shape": shape._replace(n_envs=shape.n_envs // n_workers),
-        "n_workers": n_workers,
-        "seed": seed,
-        "limits": limits,
-        "profile": profile,
-        "info_keywords": info_keywords,
-    }
+    options |= {"shape": shape._replace(n_envs=shape.n_envs // n_workers), "profile": profile}
+    options |= {"factory": factory, "policy": spec, "n_workers": n_workers}
+    if cluster is None:
+        end_if_importing_main()
+        check_script()
+    spec.check_like(policy)
+    stopwatch = OFF if profile is None else profile.stopwatch
     with ExitStack() as stack:
-        weights: Weights
+        pool: Pool
+        weights: SharedWeights | ObjectWeights
         if cluster is None:
-            end_if_importing_main()
-            check_script()
-            spec.check_like(policy)
             weights = SharedWeights(policy)
             weights.publish(policy, 0)
-            pool: Any = WorkerPool(factory, spec, weights=weights, **options)
+            pool = stack.enter_context(WorkerPool(weights=weights, **options))
         else:
-            from ncrl.agents.playing import cluster as actors  # only here: it imports ray
+            from ncrl.agents.playing.cluster import (  # only here: it imports ray
+                ActorPool,
+                ObjectWeights,
+                joined,
+            )
 
-            spec.check_like(policy)
-            stack.enter_context(actors.joined(cluster))
-            weights = actors.ObjectWeights()
+            stack.enter_context(joined(cluster))
+            weights = ObjectWeights()
             weights.publish(policy, 0)
-            pool = actors.ActorPool(factory, spec, weights=weights, **options)
-        yield WorkersPlayer(
-            stack.enter_context(pool),
-            weights,
-            policy,
-            shape,
-            n_workers=n_workers,
-            device=device,
-            give_up=give_up,
-            stopwatch=OFF if profile is None else profile.stopwatch,
-        )
+            pool = stack.enter_context(ActorPool(weights=weights, **options))
+        yield WorkersPlayer(pool, weights, policy, shape, n_workers, device, give_up, stopwatch)
 
 
+@dataclass
 class WorkersPlayer:
-    """Receives what the workers play, and sends them weights.
+    """Receives what the workers play, and sends them weights."""
 
-    Args:
-        pool: of the workers, started.
-        weights: that they play with.
-        policy: what those are weights of.
-        shape: of a rollout of all environments.
-        n_workers: they share out the environments equally.
-        device: of the batches.
-        give_up: asked while waiting; whether to wait no longer.
-        stopwatch: of this process, if its time is measured.
-    """
+    pool: Pool  # started
+    weights: SharedWeights | ObjectWeights  # that the workers play with
+    policy: EnginePolicy  # what those are weights of
+    shape: RolloutShape  # of a rollout of all environments
+    n_workers: int  # which share out the environments equally
+    device: torch.device  # of the batches
+    give_up: Callable[[], bool]  # asked while waiting
+    stopwatch: Stopwatch = OFF
 
-    def __init__(
-        self,
-        pool: Pool,
-        weights: Weights,
-        policy: EnginePolicy,
-        shape: RolloutShape,
-        *,
-        n_workers: int,
-        device: torch.device,
-        give_up: Callable[[], bool],
-        stopwatch: Stopwatch = OFF,
-    ) -> None:
-        self.pool, self.weights, self.policy, self.shape = pool, weights, policy, shape
-        self.n_workers, self.give_up, self.stopwatch = n_workers, give_up, stopwatch
-        self.stage = RolloutBatch(shape, device)
+    def __post_init__(self) -> None:
+        self.stage = RolloutBatch(self.shape, self.device)
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
+        """A batch of `n_steps` timesteps in every environment; None if it was ended early."""
         with self.stopwatch.phase("setup" if self.pool.starting else "wait"):
             deliveries = self.pool.take(self.n_workers, self.give_up)
         if deliveries is None:
@@ -215,11 +153,11 @@ class WorkersPlayer:
             outcome = Outcome(
                 row=row,
                 actions=actions[row],
-                new_obs=shown_at(row + 1, played.obs),
+                new_obs=map_obs(lambda x, t=row + 1: x[t].numpy(), played.obs),  # type: ignore[misc]
                 rewards=rewards[row],
                 dones=dones[row],
                 infos=infos[row],
-                obs_tensor=map_obs(lambda x, row=row: x[row], played.obs),  # type: ignore[misc]
+                obs_tensor=map_obs(lambda x, t=row: x[t], played.obs),  # type: ignore[misc]
                 log_probs=played.log_prob[row],
                 clipped_actions=for_env[row],
                 values=None,
@@ -234,4 +172,5 @@ class WorkersPlayer:
         )
 
     def publish(self, policy: EnginePolicy) -> None:
+        """The policy has new weights."""
         self.weights.publish(policy, self.weights.version + 1)

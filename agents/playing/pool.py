@@ -1,8 +1,8 @@
 """The pool of worker processes: started, watched, replaced, and always ended.
 
 One pipe per worker, thrown away with it: a worker killed in the middle of a message harms nobody
-else. Slot numbers are the only thing that is handed round, and the pool knows where each one is:
-free, at a worker, or played and waiting for the learner. Nothing here waits without a time-out.
+else. Every worker plays into slots of its own. Their numbers are all that is handed round, and the
+pool knows where each is: free, at the worker, or played. Nothing here waits without a time-out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from ncrl.agents.playing.worker import (
     Played,
     PolicySpec,
     Ready,
-    Reported,
     WorkerSpec,
     worker_main,
 )
@@ -46,21 +45,15 @@ from ncrl.agents.runs.profiling import Profile
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.2
-"""Longest the pool waits before it looks at its workers again."""
-
-WINDOW_SECONDS = 600.0
-"""Time over which failures of one worker are counted whatever it played between them."""
-
+POLL_SECONDS = 0.2  # longest the pool waits before it looks at its workers again
+WINDOW_SECONDS = 600.0  # in which failures of a worker are counted whatever it played between them
 FAILURES_PER_WINDOW = 4
+LONGEST_PAUSE = 60.0  # seconds before a replacement, however many there were
 
-LONGEST_PAUSE = 60.0
-"""Seconds before a replacement, however many there were."""
-
+# What a worker finds before it imports torch: processes, not threads, share out the cores.
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
 )
-"""Variables that a worker has before it imports torch: processes share out the cores."""
 
 NO_GUARD = (
     "a worker process imports your file again, which must not start another training: put what "
@@ -78,8 +71,7 @@ class WorkerError(RuntimeError):
 class Delivery(NamedTuple):
     """One played rollout."""
 
-    rollout: Rollout
-    """View of its slot; valid until `release`."""
+    rollout: Rollout  # a view of its slot; valid until `release`
     played: Played
     infos: list[Info]
     worker: int
@@ -89,25 +81,20 @@ class Delivery(NamedTuple):
 class Limits:
     """When the pool gives up on a worker, and on itself."""
 
-    heartbeat_timeout: float = 60.0
-    """Seconds a worker with work to do may go without finishing a timestep."""
-    startup_timeout: float = 180.0
-    """Seconds a worker may take to build its environments."""
+    heartbeat_timeout: float = 60.0  # seconds that a worker with work may go without a timestep
+    startup_timeout: float = 180.0  # seconds that it may take to build its environments
     max_restarts: int = 5
     """Deaths, or environment failures, of one worker without a rollout between them. With rollouts
     between them it may have `FAILURES_PER_WINDOW` times as many in `WINDOW_SECONDS`."""
-    first_pause: float = 0.5
-    """Seconds before a first replacement; doubles with each further death."""
+    first_pause: float = 0.5  # seconds before a first replacement; doubles with each further death
 
 
 @dataclass
 class Failures:
     """Of one worker, and what follows from them."""
 
-    in_a_row: int = 0
-    """Without a rollout between them."""
-    times: deque[float] = field(default_factory=deque)
-    """Monotonic times of those in the last `WINDOW_SECONDS`."""
+    in_a_row: int = 0  # without a rollout between them
+    times: deque[float] = field(default_factory=deque)  # of those in the last `WINDOW_SECONDS`
 
     def count(self, limits: Limits) -> str:
         """One more; returns how many there were if they were too many."""
@@ -134,21 +121,15 @@ class _Worker:
     index: int
     process: SpawnProcess | None = None
     connection: Connection | None = None
-    ready: bool = False
-    """It has built its environments at least once."""
-    building: bool = True
-    """It is building them now, for the first time or again."""
-    slots: deque[int] = field(default_factory=deque)
-    """Slots it holds, the one it plays first."""
-    last_given: int = 0
-    """Number of the hand-out in which it was given its latest slot."""
+    ready: bool = False  # it has built its environments at least once
+    building: bool = True  # it is building them now, for the first time or again
+    free: deque[int] = field(default_factory=deque)  # slots that it may be given
+    slots: deque[int] = field(default_factory=deque)  # that it holds, the one it plays first
     failures: Failures = field(default_factory=Failures)
-    infos: list[Info] = field(default_factory=list)
-    """Reported for the rollout that it announces next."""
+    infos: list[Info] = field(default_factory=list)  # of the rollout that it announces next
     incarnation: int = 0
     restart_at: float | None = None
-    last_sign: float = 0.0
-    """Monotonic time of its latest heartbeat, message or task."""
+    last_sign: float = 0.0  # time of its latest heartbeat, message or task
     last_beat: int = 0
     traceback: str = ""
 
@@ -177,8 +158,8 @@ class WorkerPool:
         info_keywords: Sequence[str] = (),
     ) -> None:
         self.limits = limits
-        self.worker_restarts = 0
-        self.env_restarts = 0
+        self.worker_restarts = self.env_restarts = 0
+        self.starting = True  # no rollout has been taken yet
         self._profile = profile
         self._slots = shape.allocate(slots_for(n_workers))
         for tensor in self._slots.tensors():
@@ -197,13 +178,12 @@ class WorkerPool:
             profile=profile is not None,
             info_keywords=info_keywords,
         )
-        self._free = deque(range(slots_for(n_workers)))
-        self._given = 0
-        """Slots handed out so far."""
         self._played: deque[Delivery] = deque()
-        self._workers = [_Worker(index) for index in range(n_workers)]
+        self._workers = [
+            _Worker(index, free=deque(range(index, slots_for(n_workers), n_workers)))
+            for index in range(n_workers)
+        ]
         self._last_look = time.monotonic()
-        self._starting = True
 
     def __enter__(self) -> WorkerPool:
         try:
@@ -223,11 +203,6 @@ class WorkerPool:
         processes = [worker.process for worker in self._workers]
         return [p.pid for p in processes if p is not None and p.pid is not None and p.is_alive()]
 
-    @property
-    def starting(self) -> bool:
-        """No rollout has been taken yet; the workers are building their environments."""
-        return self._starting
-
     def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
         """Wait for `count` played rollouts, the oldest first. Give them back with `release`.
 
@@ -236,17 +211,18 @@ class WorkerPool:
         """
         # At the start everybody is waited for: else the first worker would play all rollouts.
         while len(self._played) < count or (
-            self._starting and not all(worker.ready for worker in self._workers)
+            self.starting and not all(worker.ready for worker in self._workers)
         ):
             if give_up():
                 return None
             self._look(POLL_SECONDS)
-        self._starting = False
+        self.starting = False
         return [self._played.popleft() for _ in range(count)]
 
     def release(self, deliveries: list[Delivery]) -> None:
         """Free the slots of rollouts the learner has copied, and hand them out again."""
-        self._free.extend(delivery.played.slot for delivery in deliveries)
+        for delivery in deliveries:
+            self._workers[delivery.worker].free.append(delivery.played.slot)
         self._look(0.0)
 
     def close(self) -> None:
@@ -278,20 +254,18 @@ class WorkerPool:
     def _receive(self, worker: _Worker) -> None:
         """Handle all that a worker has sent; the end of its pipe is its death."""
         assert worker.connection is not None
-        try:
+        with contextlib.suppress(EOFError, OSError):
             while worker.connection.poll():
                 self._handle(worker, worker.connection.recv())
             return
-        except (EOFError, OSError):
-            pass  # what follows is told without this
         self._replace(worker, "died")
 
     def _handle(self, worker: _Worker, message: Message) -> None:
         worker.last_sign = time.monotonic()
         if isinstance(message, Ready):
             worker.ready, worker.building = True, False
-        elif isinstance(message, Reported):
-            worker.infos.extend(message.infos)
+        elif isinstance(message, list):
+            worker.infos.extend(message)
         elif isinstance(message, Played):
             assert worker.slots[0] == message.slot, "a slot is in exactly one place"
             worker.slots.popleft()
@@ -305,7 +279,7 @@ class WorkerPool:
             self.env_restarts += 1
             worker.building = True
             last = message.reason.strip().splitlines()[-1]
-            logger.warning("%s: its environments failed and are built anew: %s", worker, last)
+            logger.warning("%s: its environments failed and are built anew: %s", str(worker), last)
             if too_often := worker.failures.count(self.limits):
                 raise WorkerError(
                     f"the environments of worker {worker.index} fail again and again, {too_often}:"
@@ -367,7 +341,7 @@ class WorkerPool:
         if worker.connection is not None:
             worker.connection.close()
             worker.connection = None
-        self._free.extend(worker.slots)
+        worker.free.extend(worker.slots)
         worker.slots.clear()
         worker.infos = []
 
@@ -381,7 +355,7 @@ class WorkerPool:
         process = context.Process(
             target=worker_main, args=(child_end, spec), name=name, daemon=True
         )
-        with _one_thread_for_children(), _no_interrupts():
+        with _for_children():
             process.start()
         child_end.close()
         worker.process, worker.connection = process, parent_end
@@ -391,47 +365,30 @@ class WorkerPool:
         worker.last_sign = time.monotonic()
 
     def _hand_out(self) -> None:
-        """Give free slots to the workers, those with the fewest first.
-
-        Among equals the one that was given its last slot the longest ago goes first: where slots
-        are scarce, everybody waits in turn.
-        """
-        ready = [w for w in self._workers if w.connection is not None and w.ready]
-        while self._free and ready:
-            worker = min(ready, key=lambda w: (len(w.slots), w.last_given))
-            if len(worker.slots) >= SLOTS_PER_WORKER:
-                return
-            self._given += 1
-            worker.last_given = self._given
-            worker.slots.append(self._free.popleft())
-            try:
-                worker.connection.send(worker.slots[-1])  # type: ignore[union-attr]
-            except OSError:
-                ready.remove(worker)  # it died; the next look finds the end of its pipe
+        """Give every worker that plays slots of its own that are free."""
+        for worker in self._workers:
+            if worker.connection is None or not worker.ready:
+                continue
+            while worker.free and len(worker.slots) < SLOTS_PER_WORKER:
+                worker.slots.append(worker.free.popleft())
+                with contextlib.suppress(OSError):  # the next look finds the end of its pipe
+                    worker.connection.send(worker.slots[-1])
 
 
 @contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Processes started inside begin with SIGINT blocked: they ignore it once they are set up."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # the first start would do it, and unblock SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _one_thread_for_children() -> Iterator[None]:
-    """Processes started inside see thread limits of 1 before they import anything."""
+def _for_children() -> Iterator[None]:
+    """Processes started inside have one thread, and SIGINT blocked until they are set up."""
     before = {name: value for name, value in os.environ.items() if name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
+    mask: set[signal.Signals] | None = None
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # the first start would do it, and unblock SIGINT
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # type: ignore[assignment]
     try:
         yield
     finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for name in ONE_THREAD:
             del os.environ[name]
         os.environ.update(before)

@@ -18,35 +18,24 @@ import torch
 
 from ncrl.agents.playing.buffers import RolloutShape
 
-FEW_CORES = 3
-"""Up to so many, every core gets a worker, and the learner computes between them."""
-
-SMALL_UPDATE = 4
-"""Games whose rollouts make one update on the CPU."""
+FEW_CORES = 3  # up to so many, every core gets a worker, and the learner computes between them
+SMALL_UPDATE = 4  # games whose rollouts make one update on the CPU
+SHM = "/dev/shm"
+FILES_PER_WORKER = 4  # open files: its pipe, what tells of its end, and two to spare
+FILES_FOR_SHARING = 64  # open files for shared memory, checkpoints, curves, a worker that starts
 
 SLOTS_PER_WORKER = 2
 """Rollouts a worker may hold: the one it plays and the one it goes on with, so that it never waits
-for a learner that is in the middle of an update."""
-
-SHM = "/dev/shm"
-
-FILES_PER_WORKER = 4
-"""Open files of this process for each worker: its pipe, what tells of its end, and two to spare."""
-
-FILES_FOR_SHARING = 64
-"""Open files for shared memory, checkpoints, curves, and a worker that is being started."""
+for a learner that is in the middle of an update. A third one may be with the learner."""
 
 
 class Sizes(NamedTuple):
     """What fits a machine."""
 
     workers: int
-    games: int
-    """Of each worker."""
-    batch: int
-    """Games whose rollouts make one update; they divide those of all workers."""
-    reason: str
-    """In a few words, for the user."""
+    games: int  # of each worker
+    batch: int  # games whose rollouts make one update; they divide those of all workers
+    reason: str  # in a few words, for the user
 
 
 def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
@@ -56,9 +45,6 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
     fast as 16 workers of one game. Small updates learn more from the same games than large ones
     (results/atari.md), but 4 games an update leave a GPU idle.
 
-    Args:
-        cores: that this process may use, at least 1.
-        has_gpu: whether the learner computes on one.
     """
     if has_gpu:
         learner, games, why = 1, 16, "the learner is on the GPU"
@@ -97,11 +83,7 @@ def check_cluster(cluster: str) -> None:
 
 
 def worker_cores(cluster: str | None = None) -> int:
-    """Cores for workers: all of this machine, or those of a cluster but one for the learner.
-
-    Raises:
-        ValueError: for a cluster that cannot be joined.
-    """
+    """Cores for workers: all of this machine, or those of a cluster but one for the learner."""
     if cluster is None:
         return available_cores()
     check_cluster(cluster)
@@ -111,11 +93,7 @@ def worker_cores(cluster: str | None = None) -> int:
 
 
 def default_workers(n_envs: int, cluster: str | None = None) -> int:
-    """One worker per core for them, or the next smaller number that divides `n_envs`.
-
-    Raises:
-        ValueError: for a cluster that cannot be joined.
-    """
+    """One worker per core for them, or the next smaller number that divides `n_envs`."""
     most = max(1, min(worker_cores(cluster), n_envs))
     return max(n for n in range(1, most + 1) if n_envs % n == 0)
 
@@ -133,20 +111,14 @@ def learner_threads(n_workers: int) -> Iterator[None]:
 
 
 def slots_for(n_workers: int) -> int:
-    """Slots of a pool: one batch may be with the learner while every worker is fully supplied."""
+    """Slots of a pool."""
     return (SLOTS_PER_WORKER + 1) * n_workers
 
 
 def check_machine(n_workers: int, shape: RolloutShape, weights: int) -> None:
-    """Refuse to start workers for which shared memory or open files do not suffice.
+    """Raise ValueError where shared memory or open files do not suffice for workers.
 
-    Args:
-        n_workers: how many.
-        shape: of a rollout of one worker.
-        weights: bytes of the shared weights.
-
-    Raises:
-        ValueError: naming what is needed and what there is.
+    `shape` is that of a rollout of one worker, `weights` the bytes of the shared ones.
     """
     check_shared_memory(slots_for(n_workers) * shape.nbytes + weights)
     check_open_files(n_workers)
@@ -175,11 +147,7 @@ def check_memory(needed: int) -> None:
 
 
 def check_open_files(n_workers: int) -> None:
-    """Raise this process's limit of open files where the workers need it.
-
-    Raises:
-        ValueError: naming the limit needed, where the system does not let it.
-    """
+    """Raise this process's limit of open files for the workers; ValueError where it cannot be."""
     try:
         import resource
     except ImportError:  # not on Windows

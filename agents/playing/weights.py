@@ -11,11 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-VERSIONS = 2
-"""Copies kept: the writer fills one while readers copy the other."""
-
-LEARNER_ONLY = "value_net_int"
-"""Part of a policy that nobody needs for acting: it is not shared."""
+VERSIONS = 2  # copies kept: the writer fills one while readers copy the other
+LEARNER_ONLY = "value_net_int"  # part of a policy that acting does not need: it is not shared
 
 
 class SharedWeights:

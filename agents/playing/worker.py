@@ -29,14 +29,12 @@ from ncrl.agents.runs.profiling import OFF, Seconds, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.shell.hardware import keep_freed_memory
 
-EXIT_NO_GUARD = 78
-"""Of a process that was about to start a training while it imported its parent's script."""
+EXIT_NO_GUARD = 78  # of a process about to start a training while it imports its parent's script
+MESSAGE_BYTES = 8_000  # most infos in one message; a pipe takes twice that in one write
+ENTRY_BYTES = 400  # largest entry of an info over `MESSAGE_BYTES`; SB3 reads smaller ones only
 
-MESSAGE_BYTES = 8_000
-"""Size up to which infos are put into one message; a pipe takes twice that in one write."""
-
-ENTRY_BYTES = 400
-"""Size of an entry that an info over `MESSAGE_BYTES` keeps; what SB3 reads of infos is smaller."""
+Info = tuple[int, int, dict[str, Any]]
+"""(row, environment, info) where an environment reported something."""
 
 
 class NoOptimizer:
@@ -80,47 +78,28 @@ class WorkerSpec:
     """Everything a worker process is given at its start."""
 
     index: int
-    seed: int
-    """Seed of this incarnation; no other worker and no earlier incarnation had it."""
+    seed: int  # of this incarnation; no other worker and no earlier incarnation had it
     parent_pid: int
     n_envs: int
-    factory: CloudpickleWrapper
-    """Of an `EnvFactory`; notebooks and scripts define theirs where pickle cannot find them."""
-    policy: CloudpickleWrapper
-    """Of a `PolicySpec`."""
-    slots: Rollout
-    """Rollouts in shared memory."""
+    factory: CloudpickleWrapper  # of an `EnvFactory`, which pickle may not find in a notebook
+    policy: CloudpickleWrapper  # of a `PolicySpec`
+    slots: Rollout  # rollouts in shared memory
     weights: SharedWeights
-    heartbeats: Tensor
-    """[n_workers] int64 in shared memory: steps played; a worker counts up its own entry."""
-    profile: bool
-    """Whether it measures where its time goes."""
-    info_keywords: Sequence[str]
-    """Entries of infos that are reported for every timestep."""
-
-
-Info = tuple[int, int, dict[str, Any]]
-"""(row, environment, info) where an environment reported something."""
+    heartbeats: Tensor  # [n_workers] in shared memory: steps played, each counts up its own
+    profile: bool  # whether it measures where its time goes
+    info_keywords: Sequence[str]  # entries of infos that are reported for every timestep
 
 
 class Ready(NamedTuple):
     """The worker's environments are built."""
 
 
-class Reported(NamedTuple):
-    """What environments reported in the rollout that is announced next."""
-
-    infos: list[Info]
-
-
 class Played(NamedTuple):
     """A slot is full."""
 
     slot: int
-    version: int
-    """Version of the weights that chose every action in it."""
-    phases: Seconds
-    """Where the worker's time went since its last message of this kind; empty if not measured."""
+    version: int  # of the weights that chose every action in it
+    phases: Seconds  # where time went since the last message of this kind; empty if not measured
 
 
 class EnvFailed(NamedTuple):
@@ -133,12 +112,11 @@ class Failed(NamedTuple):
     """The worker ends; the reason is its traceback."""
 
     traceback: str
-    not_finite: str = ""
-    """What the weights that it was given computed, if that is the reason: no other worker could
-    play with them either."""
+    not_finite: str = ""  # what its weights computed, if that is why: nobody could play with them
 
 
-Message = Ready | Reported | Played | EnvFailed | Failed
+Message = Ready | list[Info] | Played | EnvFailed | Failed
+"""A list is what environments reported in the rollout that is announced next."""
 
 
 def end_if_importing_main() -> None:
@@ -194,14 +172,12 @@ def _die_with_parent(parent_pid: int) -> None:
 
 
 def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> None:
-    def beat() -> None:
-        spec.heartbeats[spec.index] += 1
-
     def next_slot() -> int | None:
         with stopwatch.phase("wait"):
             slot: int | None = connection.recv()
         return slot
 
+    heartbeat = spec.heartbeats[spec.index]
     games = Games(
         spec.factory.var,
         spec.policy.var,
@@ -209,7 +185,7 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
         spec.seed,
         info_keywords=spec.info_keywords,
         stopwatch=stopwatch,
-        beat=beat,
+        beat=lambda: heartbeat.add_(1),
     )
     connection.send(Ready())
     slot = next_slot()
@@ -226,34 +202,24 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
             connection.send(Ready())
             continue
         for part in _in_small_parts(infos):
-            connection.send(Reported(part))
+            connection.send(part)
         connection.send(played._replace(phases=stopwatch.take()))
         slot = next_slot()
 
 
 class Games:
-    """A worker's environments and its policy, which play rollout after rollout.
-
-    Args:
-        factory: of the environments.
-        policy: of the policy, which begins with fresh weights.
-        n_envs: environments.
-        seed: of all random numbers of this process, which computes with one thread from now on.
-        info_keywords: entries of infos that are reported for every timestep.
-        stopwatch: of this process.
-        beat: called after every timestep.
-    """
+    """A worker's environments and its policy, which play rollout after rollout."""
 
     def __init__(
         self,
         factory: EnvFactory,
-        policy: PolicySpec,
+        policy: PolicySpec,  # whose weights are fresh
         n_envs: int,
-        seed: int,
+        seed: int,  # of all random numbers of this process, which has one thread from now on
         *,
-        info_keywords: Sequence[str],
+        info_keywords: Sequence[str],  # entries of infos that are reported for every timestep
         stopwatch: Stopwatch,
-        beat: Callable[[], None],
+        beat: Callable[[], object],  # called after every timestep
     ) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(seed)

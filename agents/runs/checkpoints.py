@@ -1,18 +1,16 @@
 """Checkpoints: written whole or not at all, verified when read, and enough to go on exactly.
 
-A checkpoint is two files of one stem: `.zip`, the model as SB3 saves it, and, written after it,
-`.state.pt`: counters, random states, without workers the games, and the sha256 of the zip.
-Nothing that is read here can run code: weights and state are tensors and plain values only.
+A checkpoint is the model as SB3 saves it, a zip, with one more member: counters, random states and,
+without workers, the games. The zip's comment is the sha256 of all before it. Nothing that is read
+here can run code: weights and state are tensors and plain values only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import math
 import random
-import re
 import zipfile
 from collections import deque
 from pathlib import Path
@@ -28,23 +26,19 @@ from ncrl.agents.runs.loading import SMALL_BYTES, read_tensors
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import shown
-from ncrl.shell import tensors
 from ncrl.shell.hardware import random_state, set_random_state
-from ncrl.shell.tensors import reason_of, tensors_in, write_tensors
+from ncrl.shell.tensors import check_sums, reason_of, size_of, tensors_in, with_checksum
 
 logger = logging.getLogger(__name__)
 
+STATE = "state.pt"  # the member beside those of SB3
+
+# Attributes of `A3C` that go on where they were.
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "games_seed")
-"""Attributes of `A3C` that go on where they were."""
-
 SCORES = ("best_score", "first_scored_at")
-"""Likewise."""
 
-MAX_KEPT_BYTES = 256 << 20
-"""What the rollouts that an exploring model keeps may take in its checkpoint, a quarter of it."""
-
-MAX_MEMBER_BYTES = 4 << 30
-"""Largest file of a checkpoint that is read into memory, whatever the model's size."""
+MAX_KEPT_BYTES = 256 << 20  # a quarter of what an exploring model may keep of rollouts
+MAX_BYTES = 4 << 30  # of a checkpoint, whatever the model's size
 
 
 class CheckpointError(ValueError):
@@ -52,12 +46,9 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint whose files have been verified."""
+    """A checkpoint that has been verified."""
 
-    path: Path
-    """The SB3 zip, which `A3C.load` reads."""
-    state: Path
-    """What exact resuming needs beside it."""
+    path: Path  # a zip, which `A3C.load` reads too
     timesteps: int
 
 
@@ -68,13 +59,17 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
         CheckpointError: if a weight or the optimiser is not finite; such a model is never saved.
         OSError: if the disk refuses; older checkpoints are untouched.
     """
-    zipped = model_bytes(model)
-    stem = _free_stem(folder, model.num_timesteps)
-    path, state = folder / f"{stem}.zip", folder / f"{stem}.state.pt"
-    write_atomically(path, zipped)
-    write_tensors(state, _state_of(model) | {"sha256": hashlib.sha256(zipped).hexdigest()})
-    _clear_away(folder, keep, state)
-    return Checkpoint(path, state, model.num_timesteps)
+    state, zipped = io.BytesIO(), io.BytesIO(model_bytes(model))
+    torch.save(_state_of(model), state)
+    with zipfile.ZipFile(zipped, "a") as archive:
+        archive.writestr(STATE, state.getvalue())
+    path = folder / f"step_{model.num_timesteps:012d}.zip"
+    write_atomically(path, with_checksum(zipped.getvalue()))
+    # Those of more timesteps are damaged: the run went back behind them. They do not count.
+    older = sorted(other for other in folder.glob("step_*.zip") if other < path)
+    for superfluous in [*folder.glob(".step_*"), *older[: max(0, len(older) + 1 - keep)]]:
+        superfluous.unlink(missing_ok=True)
+    return Checkpoint(path, model.num_timesteps)
 
 
 def model_bytes(model: A3C) -> bytes:
@@ -95,78 +90,42 @@ def model_bytes(model: A3C) -> bytes:
     return zipped.getvalue()
 
 
-def _free_stem(folder: Path, timesteps: int) -> str:
-    """A name that sorts last and that nobody has or had: files of a checkpoint are never replaced.
-
-    A run that is stopped right after it was resumed saves the same number of timesteps again.
-    """
-    taken = [order for path in folder.glob("step_*") if (order := _order(path))[0] == timesteps]
-    number = max(taken)[1] + 1 if taken else 0
-    stem = f"step_{timesteps:012d}"
-    return f"{stem}_{number:03d}" if number else stem
-
-
-def _order(path: Path) -> tuple[int, int]:
-    """Timesteps of a checkpoint, and which of those with as many it is; (-1, 0) for other files."""
-    found = re.fullmatch(r"step_(\d{12,18})(?:_(\d{3,9}))?\..*", path.name)
-    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
-
-
-def _clear_away(folder: Path, keep: int, newest: Path) -> None:
-    """Remove what is older than the `keep` checkpoints up to `newest`, the one just written.
-
-    Also what killed processes left unfinished. Checkpoints of more timesteps stay: a run that went
-    back behind damaged ones does not count them among the ones that it keeps.
-    """
-    last = _order(newest)
-    orders = [order for path in folder.glob("step_*.state.pt") if (order := _order(path)) <= last]
-    kept = sorted(orders)[-keep:]
-    for path in [*folder.glob("step_*"), *folder.glob(".step_*")]:
-        if path.name.startswith(".") or (_order(path) <= last and _order(path) not in kept):
-            path.unlink(missing_ok=True)
-
-
 def newest_checkpoint(folder: Path) -> Checkpoint:
-    """The newest checkpoint whose files are whole; damaged ones are passed over with a warning.
+    """The newest checkpoint that is whole; damaged ones are passed over with a warning.
 
     Raises:
         CheckpointError: if there is none, with what is wrong with the newest.
     """
     faults: list[str] = []
-    for state in sorted(folder.glob("step_*.state.pt"), key=_order, reverse=True):
-        path = state.with_suffix("").with_suffix(".zip")
+    for path in sorted(folder.glob("step_*.zip"), reverse=True):
         try:
-            content = _read_state(state)
-            zipped = read_bytes(path, MAX_MEMBER_BYTES)
-            if hashlib.sha256(zipped).hexdigest() != content.get("sha256"):
-                raise ValueError(f"{path} is damaged (its checksum differs)")
+            timesteps = _read_state(path)["counters"]["num_timesteps"]
         except ValueError as error:
             faults.append(str(error))
             continue
         for fault in faults:
             logger.warning("%s; going back to the checkpoint before", fault)
-        return Checkpoint(path, state, content["counters"]["num_timesteps"])
+        return Checkpoint(path, timesteps)
     if faults:
         raise CheckpointError(f"cannot use {folder}: {faults[0]}; none of its checkpoints is whole")
     raise CheckpointError(f"cannot use {folder}: it has no checkpoint")
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The content of a `.state.pt`, with counters that count."""
+    """What a checkpoint holds beside the model, with counters that count."""
+    content = read_bytes(path, MAX_BYTES)
     try:
-        # What torch saves is not compressed, so it takes no more memory than its file has bytes.
-        state = tensors.read_tensors(path, min(path.stat().st_size, MAX_MEMBER_BYTES))
+        # What torch and SB3 save is not compressed: it takes no more memory than the file has.
+        check_sums(content, len(content))
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            state: dict[str, Any] = read_tensors(archive, STATE, len(content))
         for name in COUNTERS:
             value = state["counters"][name]
             if type(value) is not int or not 0 <= value < 2**63:
                 raise ValueError(f"its {name} must be a positive integer, got {shown(value)}")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        reason = reason_of(error)
-        raise CheckpointError(
-            reason if str(path) in reason else f"cannot load {path}: {reason}"
-        ) from error
-    loaded: dict[str, Any] = state
-    return loaded
+    except Exception as error:  # a broken zip or pickle can raise anything
+        raise CheckpointError(f"cannot load {path}: {reason_of(error)}") from error
+    return state
 
 
 def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
@@ -179,7 +138,7 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             # RMSProp and Adam keep one or two numbers for each weight.
-            limit = min(MAX_MEMBER_BYTES, 4 * _size_of(model) + SMALL_BYTES)
+            limit = min(MAX_BYTES, 4 * _size_of(model) + SMALL_BYTES)
             stored = {name: read_tensors(archive, f"{name}.pth", limit) for name in names}
         model.policy.load_state_dict(stored["policy"])
         if optimizer:
@@ -202,7 +161,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) ->
 
 
 def _size_of(model: A3C) -> int:
-    size = tensors.size_of(model.policy)
+    size = size_of(model.policy)
     if model.exploration is not None:
         size += sum(tensor.nbytes for tensor in model.exploration.parameters()) + MAX_KEPT_BYTES
     return size
@@ -219,14 +178,14 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
         CheckpointError: if the state cannot be read, or the games do not replay.
     """
     load_weights(model, checkpoint.path)
-    state = _read_state(checkpoint.state)
+    state = _read_state(checkpoint.path)
     try:
         _restore(model, state)
     except Exception as error:  # a stranger may have written it
-        raise CheckpointError(f"cannot load {checkpoint.state}: {reason_of(error)}") from error
+        raise CheckpointError(f"cannot load {checkpoint.path}: {reason_of(error)}") from error
 
 
-# The state beside the weights, as tensors and plain values.
+# What is beside the model, as tensors and plain values.
 
 
 def _state_of(model: A3C) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
 from ncrl.sb3 import EnginePolicy, Latent
 
-DIAGNOSTIC_SAMPLES = 256
-"""Latents of the latest batch on which the heads are described."""
+DIAGNOSTIC_SAMPLES = 256  # latents of the latest batch on which the heads are described
 
 
 def record_means(logger: Logger, scalars: Mapping[str, float]) -> None:

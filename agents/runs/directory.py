@@ -34,13 +34,9 @@ from ncrl.shell.lock import locked
 
 logger = logging.getLogger(__name__)
 
-BEST_NOTE = "best_model.json"
-"""Beside `best_model.zip`: the mean score that it was saved for."""
-
+BEST_NOTE = "best_model.json"  # beside `best_model.zip`: the mean score that it was saved for
 STEP_KEY = "time/total_timesteps"
-
-MIN_GAMES_FOR_BEST = 10
-"""Games that a mean score must be taken over before it can be the best."""
+MIN_GAMES_FOR_BEST = 10  # that a mean score must be taken over before it can be the best
 
 
 class RunDirectory:
@@ -98,7 +94,7 @@ class RunDirectory:
         return cls(path)
 
     def newest_checkpoint(self) -> Checkpoint:
-        """See `ncrl.agents.runs.checkpoints.newest_checkpoint`."""
+        """The newest one whose files are whole; CheckpointError if there is none."""
         return newest_checkpoint(self.checkpoints)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -126,13 +122,8 @@ class RunDirectory:
 class SaveCheckpoints(BaseCallback):
     """Saves between updates, every so many timesteps, and keeps the best model by mean score.
 
-    Args:
-        run: where to save.
-        every: timesteps between checkpoints.
-        keep: checkpoints to keep.
-        stop_on_error: whether a full disk ends the run; otherwise it is reported and play goes on.
-        config: stored after the first checkpoint. A resumed run whose new settings do not work
-            keeps those with which it can go on.
+    `config` is stored after the first checkpoint: a resumed run whose new settings do not work
+    keeps those with which it can go on.
     """
 
     model: A3C
@@ -140,10 +131,10 @@ class SaveCheckpoints(BaseCallback):
     def __init__(
         self,
         run: RunDirectory,
-        every: int,
-        keep: int,
+        every: int,  # timesteps between checkpoints
+        keep: int,  # checkpoints
         *,
-        stop_on_error: bool,
+        stop_on_error: bool,  # whether a full disk ends the run, or is reported and play goes on
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()

@@ -42,18 +42,15 @@ SelfAlgorithm = TypeVar("SelfAlgorithm", bound=BaseAlgorithm)
 
 DESCRIPTION = "ncrl.json"
 VERSION = 1
-
-PICKLED = ":serialized:"
-"""SB3's mark of a pickle in its JSON."""
-
+PICKLED = ":serialized:"  # SB3's mark of a pickle in its JSON
 TENSORS = ("policy.pth", "policy.optimizer.pth", "exploration.pth", "pytorch_variables.pth")
+DERIVED = "lr_schedule"  # an attribute that `_setup_model` makes of others
+CLASSES = (SharedRMSProp, Limits)  # that a model refers to, besides those of `ncrl.sb3.plain`
 
 NEVER_SAVED = ("env", "env_factory", "policy", "_logger")
 """Names that a checkpoint cannot give a meaning to: an id of an environment imports modules."""
 
-OF_A3C = "correction"
-"""A field that every saved A3C has, and no other algorithm."""
-
+OF_A3C = "correction"  # a field that every saved A3C has, and no other algorithm
 OTHERS = {
     "cg_max_steps": "TRPO",
     "clip_range": "PPO or RecurrentPPO",
@@ -64,20 +61,9 @@ OTHERS = {
 }
 """Fields that tell who has saved a zip, the most telling ones first."""
 
-DERIVED = "lr_schedule"
-"""An attribute that `_setup_model` makes of others."""
-
-SMALL_BYTES = 16 << 20
-"""What names and containers may take beside the weights."""
-
-MOST_EXPANSION = 20
-"""Times its size that a file may unpack to; SB3 does not compress."""
-
-MOST_BUILT = 4
-"""Times the number of weights in the file that a policy may make, some only to replace them."""
-
-CLASSES = (SharedRMSProp, Limits)
-"""Classes of ours that a model refers to, besides those of `ncrl.sb3.plain`."""
+SMALL_BYTES = 16 << 20  # what names and containers may take beside the weights
+MOST_EXPANSION = 20  # times its size that a file may unpack to; SB3 does not compress
+MOST_BUILT = 4  # times the weights in the file that a policy may make, some only to replace them
 
 
 def write_model(model: BaseAlgorithm, zipped: bytes, path: str | pathlib.Path | Any) -> None:
@@ -136,19 +122,10 @@ def load_model(
     trust: bool,
     known: Iterable[type],
 ) -> SelfAlgorithm:
-    """What `A3C.load` does.
+    """What `kind.load` does, whose arguments these are; `sb3_load` is the one it has inherited.
 
-    Args:
-        kind: the class whose `load` was called.
-        sb3_load: the `load` that it has inherited.
-        path, env, custom_objects, trust, known: as there.
-        options: its further arguments, and attributes to set in place of the saved ones.
+    `options` are its further arguments, and attributes to set in place of the saved ones.
     """
-    if custom_objects is not None and not isinstance(custom_objects, dict):
-        raise ValueError(f"custom_objects must be a dict, got {type(custom_objects).__name__}")
-    known = list(known)
-    if wrong := [value for value in known if not isinstance(value, type)]:
-        raise ValueError(f"known must hold classes, got {wrong[0]!r}")
     is_object = env is not None and not is_factory(env)
     if is_object:
         check_object(env)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -36,10 +37,8 @@ class Stopwatch:
     Nothing is counted outside all phases: the outermost one of a process is "other", and the sum
     over phases is then the time spent in it.
 
-    Args:
-        clock: seconds that never go back.
-        synchronize: called before the clock is read. Work that an accelerator was only asked to do
-            would else be charged to whichever later phase happens to wait for it.
+    `synchronize` is called before the clock is read: work that an accelerator was only asked to do
+    would else be charged to whichever later phase happens to wait for it.
     """
 
     def __init__(
@@ -47,10 +46,9 @@ class Stopwatch:
         clock: Callable[[], float] = time.monotonic,
         synchronize: Callable[[], None] | None = None,
     ) -> None:
-        self._clock = clock
-        self._synchronize = synchronize
+        self._clock, self._synchronize = clock, synchronize
         self._laps = {name: _Lap(self, name) for name in PHASES}
-        self._running: list[Phase] = []  # the innermost last
+        self.running: list[Phase] = []  # the innermost last
         self._since = 0.0
         self._seconds: Seconds = {}
 
@@ -69,36 +67,27 @@ class Stopwatch:
         if self._synchronize is not None:
             self._synchronize()
         now = self._clock()
-        if self._running:
-            name = self._running[-1]
+        if self.running:
+            name = self.running[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
         self._since = now
 
-    def enter(self, name: Phase) -> None:
-        """Interrupt the running phase by another."""
-        self.charge()
-        self._running.append(name)
 
-    def leave(self) -> None:
-        """Go on with the phase that was interrupted."""
-        self.charge()
-        self._running.pop()
-
-
+@dataclass(slots=True)
 class _Lap:
     """Enters and leaves one phase; made once, as phases are entered several times per timestep."""
 
-    __slots__ = ("_name", "_stopwatch")
-
-    def __init__(self, stopwatch: Stopwatch, name: Phase) -> None:
-        self._stopwatch = stopwatch
-        self._name: Phase = name
+    stopwatch: Stopwatch
+    name: Phase
 
     def __enter__(self) -> None:
-        self._stopwatch.enter(self._name)
+        """Interrupt the running phase by this one."""
+        self.stopwatch.charge()
+        self.stopwatch.running.append(self.name)
 
     def __exit__(self, *_exception: object) -> None:
-        self._stopwatch.leave()
+        self.stopwatch.charge()
+        self.stopwatch.running.pop()
 
 
 class _Off(Stopwatch):
@@ -129,16 +118,12 @@ class Profile:
     A worker sends what it measured since its last rollout together with the next one, so each
     moment arrives once. What a killed worker had not sent yet is lost, with its rollout; its
     successor adds to the same entry.
-
-    Args:
-        stopwatch: the learner's.
     """
 
     def __init__(self, stopwatch: Stopwatch) -> None:
-        self.stopwatch = stopwatch
+        self.stopwatch = stopwatch  # the learner's
         self.learner: Seconds = {}
-        self.workers: dict[int, Seconds] = {}
-        """By index; workers that have not sent a rollout yet are absent."""
+        self.workers: dict[int, Seconds] = {}  # of those that have sent a rollout, by index
         self._recent: dict[str, Seconds] = {"learner": {}, "workers": {}}
 
     def add_worker(self, index: int, seconds: Seconds) -> None:

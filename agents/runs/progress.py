@@ -12,26 +12,21 @@ from tqdm import tqdm
 from ncrl.agents.a3c import A3C
 from ncrl.shell.screen import LINE_SECONDS, Screen
 
-BAR_SECONDS = 0.5
-"""Time between redraws of the bar."""
+BAR_SECONDS = 0.5  # between redraws of the bar
 
 
 class Progress(BaseCallback):
     """Frames played and to play, frames per second, mean raw score and time left.
 
     Speed and time left are measured from the end of the first rollout, as nobody starts twice.
-
-    Args:
-        total_frames: emulator frames at which the run ends.
-        screen: where to show it.
+    `total_frames` is the number of emulator frames at which the run ends.
     """
 
     model: A3C
 
     def __init__(self, total_frames: int, screen: Screen) -> None:
         super().__init__()
-        self.total_frames = total_frames
-        self.screen = screen
+        self.total_frames, self.screen = total_frames, screen
         self._bar: tqdm[Any] | None = None
 
     def _on_training_start(self) -> None:

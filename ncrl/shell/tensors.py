@@ -60,7 +60,7 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
     """
     content = read_bytes(path, limit + SMALL_BYTES)
     try:
-        _check_sums(content, limit + SMALL_BYTES, foreign=foreign)
+        check_sums(content, limit + SMALL_BYTES, foreign=foreign)
         return load_tensors(content, limit + SMALL_BYTES)
     except Exception as error:  # a broken zip or pickle can raise anything
         raise ValueError(f"cannot read {path}: {reason_of(error)}") from error
@@ -104,7 +104,7 @@ def reason_of(error: Exception) -> str:
     )
 
 
-def _check_sums(content: bytes, limit: int, *, foreign: bool) -> None:
+def check_sums(content: bytes, limit: int, *, foreign: bool = False) -> None:
     """Raise ValueError for a zip that is damaged, or unpacks to more than `limit` bytes."""
     if foreign and not content.startswith(b"PK"):
         return  # the format before torch 1.6, in which torchvision published weights

@@ -52,9 +52,8 @@ def count_slots(model: A3C) -> list[int]:
     """Every slot number, wherever it is: free, at a worker, or played."""
     pool = model._pool
     assert pool is not None
-    held = [slot for worker in pool._workers for slot in worker.slots]
-    played = [delivery.played.slot for delivery in pool._played]
-    return sorted([*pool._free, *held, *played])
+    held = [slot for worker in pool._workers for slot in (*worker.free, *worker.slots)]
+    return sorted([*held, *(delivery.played.slot for delivery in pool._played)])
 
 
 class Ends(BaseCallback):

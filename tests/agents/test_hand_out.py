@@ -57,7 +57,8 @@ def test_no_worker_waits_more_than_twice_the_mean(n_workers: int, batch_ticks: i
             fake.played += 1
             pool._handle(pool._workers[index], Played(fake.slots.popleft(), 0, {}))
         if tick >= learner_free_at and len(pool._played) >= n_workers:
-            pool._free.extend(delivery.played.slot for delivery in taken)
+            for delivery in taken:
+                pool._workers[delivery.worker].free.append(delivery.played.slot)
             taken = [pool._played.popleft() for _ in range(n_workers)]
             learner_free_at = tick + batch_ticks
     waits, plays = [fake.waited for fake in workers], [fake.played for fake in workers]
@@ -65,13 +66,3 @@ def test_no_worker_waits_more_than_twice_the_mean(n_workers: int, batch_ticks: i
     assert min(plays) >= sum(plays) / n_workers / 2
     if batch_ticks > SLOTS_PER_WORKER + 1:
         assert min(waits) > 0, "the learner is what limits"
-
-
-def test_scarce_slots_go_round() -> None:
-    pool, workers = make_pool(4)
-    held = [pool._free.popleft() for _ in range(len(pool._free) - 2)]
-    pool._hand_out()
-    assert [len(fake.slots) for fake in workers] == [1, 1, 0, 0]
-    pool._free.extend(held[:3])
-    pool._hand_out()
-    assert [len(fake.slots) for fake in workers] == [2, 1, 1, 1]
