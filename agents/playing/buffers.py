@@ -74,10 +74,8 @@ class RolloutShape(NamedTuple):
             return self.allocate().nbytes
 
     def allocate(self, *leading: int) -> Rollout:
-        """A rollout of conspicuous values, with `leading` dimensions in front of every tensor.
-
-        Reading what nobody wrote gives NaN or the largest integer, not a plausible zero.
-        """
+        """A rollout with `leading` dimensions in front of every tensor, of conspicuous values: NaN,
+        and the largest integers, not zeros that look plausible."""
         steps, envs = self.n_steps, self.n_envs
         action_shape, action_dtype = _layout(self.action_space)
         if isinstance(self.action_space, spaces.Box):
@@ -123,7 +121,7 @@ def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
 class RolloutBatch:
     """Staging area in which the learner lays rollouts side by side, then moves them to its device.
 
-    On CUDA the batch is one pinned block and goes over in one copy, while the host goes on.
+    On CUDA it is one pinned block, which goes over in one copy, while the host goes on.
     """
 
     def __init__(self, shape: RolloutShape, device: torch.device) -> None:
@@ -136,10 +134,9 @@ class RolloutBatch:
             self._blocks, self._arrived = (pinned, block), torch.cuda.Event()
 
     def gather(self, rollouts: Sequence[Rollout]) -> Rollout:
-        """Copy rollouts into one batch along the axis of environments.
+        """Copy rollouts into one batch on the learner's device, along the axis of environments.
 
-        The result lives on the learner's device, until the next call overwrites it. The slots may
-        be reused at once.
+        The next call overwrites it. The slots may be reused at once.
         """
         if self._blocks is not None:
             self._arrived.synchronize()
@@ -193,11 +190,8 @@ class Batch(NamedTuple):
 
 
 class RolloutView:
-    """SB3's `rollout_buffer` for callbacks that ask for it when a rollout has ended.
-
-    Arrays [T, B, ...] of what was played, until the next rollout. There are no `advantages` and
-    `returns`, which A3C computes inside its update.
-    """
+    """SB3's `rollout_buffer` for callbacks: arrays [T, B, ...] of what was played, until the next
+    rollout; no `advantages` and `returns`, which A3C computes inside its update."""
 
     def __init__(self, batch: Batch, policy: EnginePolicy) -> None:
         self._rollout, self._policy, host = batch.rollout, policy, batch.host
@@ -220,13 +214,9 @@ class RolloutView:
 
 
 def beside(rollout: Rollout, other: Rollout) -> Rollout:
-    """The environments of two rollouts of equal T side by side; the second on the host."""
-
-    def join(one: PyTorchObs, two: PyTorchObs) -> Tensor:
-        assert isinstance(one, Tensor) and isinstance(two, Tensor)  # what is kept is never a dict
-        return torch.cat([one, two.to(one.device)], dim=1)
-
-    return Rollout(*map(join, rollout, other))  # type: ignore[arg-type]
+    """The environments of two rollouts of equal T, without dicts, side by side."""
+    pairs = zip(rollout.tensors(), other.tensors(), strict=True)
+    return Rollout(*(torch.cat([one, two.to(one.device)], dim=1) for one, two in pairs))
 
 
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:

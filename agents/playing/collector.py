@@ -68,12 +68,8 @@ class Collector:
     ) -> bool:
         """Play `n_steps` timesteps into the first rows of `rollout`, which is on the host.
 
-        Returns:
-            Whether the rollout is complete: `after_step` may end it by returning False.
-
-        Raises:
-            ValueError: if the environment answers with a reward or observation that is not finite.
-            NonFiniteError: if the policy answers with probabilities that are not.
+        Returns whether the rollout is complete: `after_step` may end it by returning False.
+        ValueError if a reward or observation is not finite; NonFiniteError for probabilities.
         """
         self.policy.set_training_mode(False)
         rollout.lstm_h.copy_(self.lstm_state[0])
@@ -135,18 +131,8 @@ class Collector:
                 with self.stopwatch.phase("forward"):
                     rollout.truncation_value[t, i] = self._value_after(terminal, i)
         self.obs, self.episode_start = new_obs, dones
-        return Outcome(
-            row=t,
-            actions=rollout.actions[t].numpy(),
-            new_obs=new_obs,
-            rewards=rewards,
-            dones=dones,
-            infos=infos,
-            obs_tensor=obs,
-            log_probs=rollout.log_prob[t],
-            clipped_actions=for_env,
-            values=values,
-        )
+        actions, log_prob = rollout.actions[t].numpy(), rollout.log_prob[t]
+        return Outcome(t, actions, new_obs, rewards, dones, infos, obs, log_prob, for_env, values)
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
         """Value of the observation environment i was cut off at (SB3 issue 633)."""
@@ -170,10 +156,7 @@ def actions_for_env(policy: EnginePolicy, actions: Tensor) -> np.ndarray:
 
 
 def _check_finite(name: str, values: Any, t: int, *, env: int | None = None) -> None:
-    """Raise ValueError for the first environment with a NaN or infinity in `values`.
-
-    These have one row per environment, or belong to `env` alone; or they are a dict of such arrays.
-    """
+    """Raise ValueError for the first environment, or for `env` alone, with a NaN or infinity."""
     if isinstance(values, dict):
         for key, entry in values.items():
             _check_finite(f"{name} {key!r}", entry, t, env=env)

@@ -35,8 +35,7 @@ EnvFactory = Callable[[int, int], VecEnv]
 
 ENTRY_POINTS = "ncrl.environments"
 """Group of entry points whose names are namespaces of Gymnasium ids (`ALE` in `ALE/Pong-v5`) and
-whose values turn such an id into a factory. It lets ids of other packages, and of `envs`, come with
-their proper preprocessing while `agents` imports none of them."""
+whose values turn such an id into a factory, with the preprocessing that is proper for it."""
 
 ATARI = "ale_py.env:AtariEnv"  # what Gymnasium builds Atari games with, under all their ids
 
@@ -45,14 +44,8 @@ class GymFactory:
     """Copies of one registered Gymnasium environment, each under SB3's Monitor.
 
     The registration travels along, so that workers also know an id that was registered in a script
-    or a notebook.
-
-    Args:
-        env_id: as for `gymnasium.make`: also without a version, or with the module that registers
-            it before a colon.
-
-    Raises:
-        ValueError: for an id that `gymnasium.make` does not know.
+    or a notebook. Ids are those of `gymnasium.make`, also without a version, or with the module
+    that registers it before a colon; ValueError for others.
     """
 
     def __init__(self, env_id: str) -> None:
@@ -82,11 +75,7 @@ class GymFactory:
 
 
 def as_factory(env: str | EnvFactory) -> EnvFactory:
-    """The factory behind a Gymnasium id, or the factory itself.
-
-    Raises:
-        ValueError: for an unknown id, or for a function of other arguments.
-    """
+    """The factory of an id, or itself; ValueError for unknown ids and other arguments."""
     if not isinstance(env, str):
         try:
             inspect.signature(env).bind(1, 0)
@@ -132,17 +121,12 @@ def meaning(env: str, factory: EnvFactory) -> str | None:
 
 def is_factory(env: object) -> bool:
     """Whether `env` is an id or a factory, not an environment that exists already."""
-    return isinstance(env, str) or (
-        callable(env) and not isinstance(env, (VecEnv, gymnasium.Env, type))
-    )
+    is_object = isinstance(env, (VecEnv, gymnasium.Env, type))
+    return isinstance(env, str) or (callable(env) and not is_object)
 
 
 def check_object(env: object) -> None:
-    """What SB3 does not say about objects that are no environments, or of odd spaces.
-
-    Raises:
-        ValueError: for classes and lists, and for spaces that are not supported.
-    """
+    """Raise ValueError for classes, lists, and environments whose spaces are not supported."""
     if env is None:
         return
     if not isinstance(env, (VecEnv, gymnasium.Env)):
@@ -183,11 +167,8 @@ class RemoteEnvs(VecEnv):
 
     Those that train live in the worker processes. Whoever resets, steps or asks this object gets
     environments of the same kind, built in this process when they are first needed. Spaces are read
-    off one environment, built for that and closed again.
-
-    Raises:
-        ValueError: for a factory of `VecNormalize`, whose statistics every worker would gather for
-            itself, and nobody would save; and for one of `SubprocVecEnv`.
+    off one environment, built for that and closed again. ValueError for a factory of `VecNormalize`
+    (every worker would gather statistics, nobody would save them) or of `SubprocVecEnv`.
     """
 
     def __init__(self, factory: EnvFactory, n_envs: int) -> None:
@@ -265,18 +246,16 @@ class RemoteEnvs(VecEnv):
 class RecordedEnv(VecEnvWrapper):
     """Remembers every reset and action, so that a fresh copy can be brought to the same state.
 
-    Most emulators and environments cannot be cloned, but all of ours play the same game again from
-    the same seed and actions. Costs the memory of the actions (a byte for one of few discrete ones)
-    and replay time in proportion to the run.
+    Most environments cannot be cloned, but ours play the same game again from the same seed and
+    actions. Costs memory (a byte for one of few discrete actions) and time to replay.
     """
 
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv)
         space = self.action_space
-        few = isinstance(space, spaces.Discrete) and space.n <= 256
+        few = isinstance(space, spaces.Discrete) and 0 <= space.start <= 256 - space.n
         self._dtype = np.dtype(np.uint8 if few else space.dtype)
-        self._episodes: list[bytearray] = []
-        """The actions since each reset."""
+        self._episodes: list[bytearray] = []  # the actions since each reset
 
     def reset(self) -> Any:
         self._episodes.append(bytearray())

@@ -77,11 +77,8 @@ def played_by_workers(
     """Workers that play inside the block: processes, or actors of the cluster at an address.
 
     `WorkersPlayer` and `WorkerPool`, whose are the further `options`, say what is what.
-
-    Raises:
-        RuntimeError: for a program that worker processes cannot import again.
-        ValueError: for a policy that they cannot build, or a cluster that cannot be joined.
-        WorkerError: if they cannot be kept running.
+    RuntimeError for a program that processes cannot import again, ValueError for a policy that they
+    cannot build or a cluster that cannot be joined, WorkerError if they cannot be kept running.
     """
     options |= {"shape": shape._replace(n_envs=shape.n_envs // n_workers), "profile": profile}
     options |= {"factory": factory, "policy": spec, "n_workers": n_workers}
@@ -98,16 +95,12 @@ def played_by_workers(
             weights.publish(policy, 0)
             pool = stack.enter_context(WorkerPool(weights=weights, **options))
         else:
-            from ncrl.agents.playing.cluster import (  # only here: it imports ray
-                ActorPool,
-                ObjectWeights,
-                joined,
-            )
+            from ncrl.agents.playing import cluster as ray_cluster  # only here: it imports ray
 
-            stack.enter_context(joined(cluster))
-            weights = ObjectWeights()
+            stack.enter_context(ray_cluster.joined(cluster))
+            weights = ray_cluster.ObjectWeights()
             weights.publish(policy, 0)
-            pool = stack.enter_context(ActorPool(weights=weights, **options))
+            pool = stack.enter_context(ray_cluster.ActorPool(weights=weights, **options))
         yield WorkersPlayer(pool, weights, policy, shape, n_workers, device, give_up, stopwatch)
 
 

@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
 from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.env_sources import EnvFactory
-from ncrl.agents.playing.sizes import SLOTS_PER_WORKER, slots_for
+from ncrl.agents.playing.sizes import SLOTS_PER_WORKER
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import (
     EXIT_NO_GUARD,
@@ -60,8 +60,8 @@ NO_GUARD = (
     'starts it under `if __name__ == "__main__":`, or use n_workers=0'
 )
 
+# Of a worker that ended before it was set up, and so could not send its traceback.
 NO_START = "it said why above, while it imported your file again as worker processes do"
-"""Of a worker that ended before it was set up, and so could not send its traceback."""
 
 
 class WorkerError(RuntimeError):
@@ -94,15 +94,13 @@ class Failures:
     """Of one worker, and what follows from them."""
 
     in_a_row: int = 0  # without a rollout between them
-    times: deque[float] = field(default_factory=deque)  # of those in the last `WINDOW_SECONDS`
+    times: list[float] = field(default_factory=list)  # of those in the last `WINDOW_SECONDS`
 
     def count(self, limits: Limits) -> str:
         """One more; returns how many there were if they were too many."""
         now = time.monotonic()
         self.in_a_row += 1
-        self.times.append(now)
-        while self.times[0] < now - WINDOW_SECONDS:
-            self.times.popleft()
+        self.times = [*(then for then in self.times if then >= now - WINDOW_SECONDS), now]
         if self.in_a_row > limits.max_restarts:
             return f"{self.in_a_row} times in a row"
         if len(self.times) > FAILURES_PER_WINDOW * limits.max_restarts:
@@ -123,8 +121,8 @@ class _Worker:
     connection: Connection | None = None
     ready: bool = False  # it has built its environments at least once
     building: bool = True  # it is building them now, for the first time or again
-    free: deque[int] = field(default_factory=deque)  # slots that it may be given
     slots: deque[int] = field(default_factory=deque)  # that it holds, the one it plays first
+    free: deque[int] = field(default_factory=deque)  # slots that it may be given
     failures: Failures = field(default_factory=Failures)
     infos: list[Info] = field(default_factory=list)  # of the rollout that it announces next
     incarnation: int = 0
@@ -140,8 +138,7 @@ class _Worker:
 class WorkerPool:
     """Runs `n_workers` processes of `shape.n_envs` environments each; used as a context manager.
 
-    Raises:
-        WorkerError: from any method, when workers cannot be kept running.
+    Any method raises WorkerError when workers cannot be kept running.
     """
 
     def __init__(
@@ -161,28 +158,22 @@ class WorkerPool:
         self.worker_restarts = self.env_restarts = 0
         self.starting = True  # no rollout has been taken yet
         self._profile = profile
-        self._slots = shape.allocate(slots_for(n_workers))
-        for tensor in self._slots.tensors():
-            tensor.share_memory_()
-        self._heartbeats = torch.zeros(n_workers, dtype=torch.int64).share_memory_()
         self._spec = WorkerSpec(
-            index=0,
             seed=seed,
-            parent_pid=os.getpid(),
-            n_envs=shape.n_envs,
             factory=CloudpickleWrapper(factory),
             policy=CloudpickleWrapper(policy),
-            slots=self._slots,
+            slots=shape.allocate(SLOTS_PER_WORKER * n_workers),
             weights=weights,
-            heartbeats=self._heartbeats,
+            heartbeats=torch.zeros(n_workers, dtype=torch.int64).share_memory_(),
             profile=profile is not None,
             info_keywords=info_keywords,
         )
+        for tensor in self._spec.slots.tensors():
+            tensor.share_memory_()
         self._played: deque[Delivery] = deque()
-        self._workers = [
-            _Worker(index, free=deque(range(index, slots_for(n_workers), n_workers)))
-            for index in range(n_workers)
-        ]
+        self._workers = [_Worker(index) for index in range(n_workers)]
+        for slot in range(SLOTS_PER_WORKER * n_workers):
+            self._workers[slot % n_workers].free.append(slot)
         self._last_look = time.monotonic()
 
     def __enter__(self) -> WorkerPool:
@@ -190,24 +181,27 @@ class WorkerPool:
             for worker in self._workers:
                 self._start(worker)
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the living workers."""
-        processes = [worker.process for worker in self._workers]
-        return [p.pid for p in processes if p is not None and p.pid is not None and p.is_alive()]
+        """End every worker: asked first, then killed. Never raises, never leaves one behind."""
+        for worker in self._workers:
+            if worker.connection is not None:
+                with contextlib.suppress(OSError):
+                    worker.connection.send(None)
+        deadline = time.monotonic() + 1.0
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+        for worker in self._workers:
+            self._bury(worker)
 
     def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
-        """Wait for `count` played rollouts, the oldest first. Give them back with `release`.
+        """Wait for `count` played rollouts, the oldest first; None if `give_up()` became true.
 
-        Returns:
-            None if `give_up()` became true meanwhile.
+        They are given back with `release`.
         """
         # At the start everybody is waited for: else the first worker would play all rollouts.
         while len(self._played) < count or (
@@ -224,19 +218,6 @@ class WorkerPool:
         for delivery in deliveries:
             self._workers[delivery.worker].free.append(delivery.played.slot)
         self._look(0.0)
-
-    def close(self) -> None:
-        """End every worker: asked first, then killed. Never raises, never leaves one behind."""
-        for worker in self._workers:
-            if worker.connection is not None:
-                with contextlib.suppress(OSError):
-                    worker.connection.send(None)
-        deadline = time.monotonic() + 1.0
-        for worker in self._workers:
-            if worker.process is not None:
-                worker.process.join(max(0.0, deadline - time.monotonic()))
-        for worker in self._workers:
-            self._bury(worker)
 
     # What happens in one look: messages, deaths, silence, replacements, new tasks.
 
@@ -270,7 +251,7 @@ class WorkerPool:
             assert worker.slots[0] == message.slot, "a slot is in exactly one place"
             worker.slots.popleft()
             worker.failures.in_a_row = 0
-            rollout = self._slots.slot(message.slot)
+            rollout = self._spec.slots.slot(message.slot)
             self._played.append(Delivery(rollout, message, worker.infos, worker.index))
             worker.infos = []
             if self._profile is not None:
@@ -299,7 +280,7 @@ class WorkerPool:
         for worker in self._workers:
             if worker.process is None:
                 continue
-            beat = int(self._heartbeats[worker.index].item())
+            beat = int(self._spec.heartbeats[worker.index].item())
             if beat != worker.last_beat or (not worker.building and not worker.slots):
                 worker.last_beat, worker.last_sign = beat, now
             elif grace > 5 * POLL_SECONDS:
@@ -351,10 +332,7 @@ class WorkerPool:
         # A prime stride keeps the seeds of workers and of their successors apart.
         stride = 1_000_003 * (worker.index + len(self._workers) * worker.incarnation)
         spec = replace(self._spec, index=worker.index, seed=self._spec.seed + stride)
-        name = f"ncrl-worker-{worker.index}"
-        process = context.Process(
-            target=worker_main, args=(child_end, spec), name=name, daemon=True
-        )
+        process = context.Process(target=worker_main, args=(child_end, spec), daemon=True)
         with _for_children():
             process.start()
         child_end.close()
@@ -365,11 +343,9 @@ class WorkerPool:
         worker.last_sign = time.monotonic()
 
     def _hand_out(self) -> None:
-        """Give every worker that plays slots of its own that are free."""
+        """Give every worker that plays those of its slots that are free."""
         for worker in self._workers:
-            if worker.connection is None or not worker.ready:
-                continue
-            while worker.free and len(worker.slots) < SLOTS_PER_WORKER:
+            while worker.free and worker.ready and worker.connection is not None:
                 worker.slots.append(worker.free.popleft())
                 with contextlib.suppress(OSError):  # the next look finds the end of its pipe
                     worker.connection.send(worker.slots[-1])

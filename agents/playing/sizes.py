@@ -24,9 +24,9 @@ SHM = "/dev/shm"
 FILES_PER_WORKER = 4  # open files: its pipe, what tells of its end, and two to spare
 FILES_FOR_SHARING = 64  # open files for shared memory, checkpoints, curves, a worker that starts
 
-SLOTS_PER_WORKER = 2
-"""Rollouts a worker may hold: the one it plays and the one it goes on with, so that it never waits
-for a learner that is in the middle of an update. A third one may be with the learner."""
+SLOTS_PER_WORKER = 3
+"""The rollout that a worker plays, the one that it goes on with, so that it never waits for a
+learner in the middle of an update, and the one that the learner copies."""
 
 
 class Sizes(NamedTuple):
@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 
 
 def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
-    """Workers, games per worker and games per update for a machine.
+    """Workers, games per worker and games per update for a machine, whose learner may have a GPU.
 
     Measured with a GPU on 16 cores: 15 workers of 16 games play as fast as 15 of 32, and 4 times as
     fast as 16 workers of one game. Small updates learn more from the same games than large ones
@@ -110,17 +110,10 @@ def learner_threads(n_workers: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def slots_for(n_workers: int) -> int:
-    """Slots of a pool."""
-    return (SLOTS_PER_WORKER + 1) * n_workers
-
-
 def check_machine(n_workers: int, shape: RolloutShape, weights: int) -> None:
-    """Raise ValueError where shared memory or open files do not suffice for workers.
-
-    `shape` is that of a rollout of one worker, `weights` the bytes of the shared ones.
-    """
-    check_shared_memory(slots_for(n_workers) * shape.nbytes + weights)
+    """ValueError where shared memory or open files do not suffice: `shape` is that of a rollout of
+    one worker, `weights` the bytes of the shared ones."""
+    check_shared_memory(SLOTS_PER_WORKER * n_workers * shape.nbytes + weights)
     check_open_files(n_workers)
 
 

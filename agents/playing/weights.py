@@ -72,8 +72,8 @@ def fill(module: nn.Module, flat: Tensor) -> None:
 
 
 def layout(module: nn.Module) -> list[tuple[str, torch.Size | None]]:
-    """Names and shapes of what is shared, and the kinds of all parts; equal for two modules where
-    the weights of one are those of the other. A compiled module counts as what it was made of."""
+    """Names and shapes of what is shared, and the kinds of all parts: equal where one module can
+    have the weights of another. A compiled module counts as what it was made of."""
     shapes = [(name.replace("_orig_mod.", ""), tensor.shape) for name, tensor in _shared(module)]
     kinds = [
         type(part).__qualname__

@@ -33,16 +33,7 @@ EXIT_NO_GUARD = 78  # of a process about to start a training while it imports it
 MESSAGE_BYTES = 8_000  # most infos in one message; a pipe takes twice that in one write
 ENTRY_BYTES = 400  # largest entry of an info over `MESSAGE_BYTES`; SB3 reads smaller ones only
 
-Info = tuple[int, int, dict[str, Any]]
-"""(row, environment, info) where an environment reported something."""
-
-
-class NoOptimizer:
-    """In place of a torch optimiser where nothing is learned: making one imports the compiler,
-    which takes as long as everything else that a worker imports."""
-
-    def __init__(self, *_arguments: Any, **_options: Any) -> None:
-        pass
+Info = tuple[int, int, dict[str, Any]]  # (row, environment, info) of what was reported
 
 
 class PolicySpec(NamedTuple):
@@ -58,7 +49,8 @@ class PolicySpec(NamedTuple):
         """A policy on the CPU with fresh weights; without a schedule, one that only plays."""
         options = self.policy_kwargs
         if lr_schedule is None:
-            options = options | {"optimizer_class": NoOptimizer}
+            # One of torch imports the compiler, which takes as long as all other imports.
+            options = options | {"optimizer_class": lambda *_arguments, **_options: None}
         spaces = self.observation_space, self.action_space
         return self.policy_class(*spaces, lr_schedule or (lambda _: 0.0), **options)
 
@@ -77,10 +69,7 @@ class PolicySpec(NamedTuple):
 class WorkerSpec:
     """Everything a worker process is given at its start."""
 
-    index: int
     seed: int  # of this incarnation; no other worker and no earlier incarnation had it
-    parent_pid: int
-    n_envs: int
     factory: CloudpickleWrapper  # of an `EnvFactory`, which pickle may not find in a notebook
     policy: CloudpickleWrapper  # of a `PolicySpec`
     slots: Rollout  # rollouts in shared memory
@@ -88,6 +77,7 @@ class WorkerSpec:
     heartbeats: Tensor  # [n_workers] in shared memory: steps played, each counts up its own
     profile: bool  # whether it measures where its time goes
     info_keywords: Sequence[str]  # entries of infos that are reported for every timestep
+    index: int = 0
 
 
 class Ready(NamedTuple):
@@ -120,9 +110,9 @@ Message = Ready | list[Info] | Played | EnvFailed | Failed
 
 
 def end_if_importing_main() -> None:
-    """End a spawned process that is still importing the script of its parent, without a word.
+    """End a spawned process that imports its parent's script, which must not train there again.
 
-    It must not start a training of its own. The parent knows the exit code, and says what to do.
+    The parent knows the exit code, and says what to do.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit(EXIT_NO_GUARD)
@@ -132,13 +122,12 @@ def check_script() -> None:
     """Raise RuntimeError for a program that workers cannot import again: standard input."""
     main = sys.modules["__main__"]
     file: str | None = getattr(main, "__file__", None)
-    if file is None or getattr(main, "__spec__", None) is not None or os.path.exists(file):
-        return
-    raise RuntimeError(
-        f"worker processes import your script again, which came from {file} (standard input): save "
-        'it to a file, with what starts a training under `if __name__ == "__main__":`, or use '
-        "n_workers=0"
-    )
+    if file and getattr(main, "__spec__", None) is None and not os.path.exists(file):
+        raise RuntimeError(
+            f"worker processes import your script again, which came from {file} (standard input): "
+            'save it to a file, with what starts a training under `if __name__ == "__main__":`, or '
+            "use n_workers=0"
+        )
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
@@ -149,7 +138,7 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with_parent(spec.parent_pid)
+    _die_with_parent()
     stopwatch = Stopwatch() if spec.profile else OFF
     try:
         with stopwatch.phase("other"):
@@ -162,12 +151,13 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
         sys.exit(1)
 
 
-def _die_with_parent(parent_pid: int) -> None:
+def _die_with_parent() -> None:
     """Ask Linux to kill this process when the thread that started it ends."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the request; elsewhere the pipe tells us
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:  # it ended before the request
         os._exit(1)
 
 
@@ -181,7 +171,7 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
     games = Games(
         spec.factory.var,
         spec.policy.var,
-        spec.n_envs,
+        spec.slots.rewards.shape[-1],
         spec.seed,
         info_keywords=spec.info_keywords,
         stopwatch=stopwatch,
@@ -252,9 +242,7 @@ class Games:
     def play(self, rollout: Rollout, slot: int, version: int) -> tuple[Played, list[Info]]:
         """Play a rollout with the policy as it is; also what environments reported.
 
-        Raises:
-            NonFiniteError: if the policy computes no finite probabilities.
-            Exception: whatever the environments raise; they need a `start` then.
+        What environments raise is passed on; they need a `start` then.
         """
         assert self._collector is not None
         infos: list[Info] = []
@@ -279,11 +267,8 @@ def tail_of_traceback() -> str:
 
 
 def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
-    """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe.
-
-    A worker that is stopped between two writes of one message would leave its parent waiting for
-    the rest. An info that is larger by itself loses its large entries.
-    """
+    """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe: who is stopped
+    between two writes would leave the parent waiting. A larger info loses its large entries."""
     part: list[Info] = []
     size = 0
     for row, i, info in infos:

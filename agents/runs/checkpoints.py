@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from stable_baselines3.common.vec_env import unwrap_vec_wrapper
 
 from ncrl.agents.a3c import A3C
 from ncrl.agents.playing.collector import Collector
@@ -55,9 +56,8 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
     """Write a checkpoint of `model` between two updates, and remove all but the `keep` newest.
 
-    Raises:
-        CheckpointError: if a weight or the optimiser is not finite; such a model is never saved.
-        OSError: if the disk refuses; older checkpoints are untouched.
+    CheckpointError if a weight or the optimiser is not finite; such a model is never saved. OSError
+    if the disk refuses; older checkpoints are untouched.
     """
     state, zipped = io.BytesIO(), io.BytesIO(model_bytes(model))
     torch.save(_state_of(model), state)
@@ -73,11 +73,7 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
 
 
 def model_bytes(model: A3C) -> bytes:
-    """The model as SB3 saves it.
-
-    Raises:
-        CheckpointError: if a weight, or a number that the optimiser keeps, is not finite.
-    """
+    """The model as SB3 saves it; CheckpointError if any of its numbers is not finite."""
     parts: dict[str, Any] = dict(model.policy.state_dict())
     parts["a number that the optimiser keeps"] = model.policy.optimizer.state_dict()
     if model.exploration is not None:
@@ -93,8 +89,7 @@ def model_bytes(model: A3C) -> bytes:
 def newest_checkpoint(folder: Path) -> Checkpoint:
     """The newest checkpoint that is whole; damaged ones are passed over with a warning.
 
-    Raises:
-        CheckpointError: if there is none, with what is wrong with the newest.
+    CheckpointError if there is none, with what is wrong with the newest.
     """
     faults: list[str] = []
     for path in sorted(folder.glob("step_*.zip"), reverse=True):
@@ -131,10 +126,11 @@ def _read_state(path: Path) -> dict[str, Any]:
 def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
     """Put the weights, exploration and optimiser of an SB3 zip into a model of the same network.
 
-    Raises:
-        CheckpointError: if the file is no such zip, or was made by another network.
+    CheckpointError if the file is no such zip, or was made by another network.
     """
-    names = set(model._get_torch_save_params()[0]) - (set() if optimizer else {"policy.optimizer"})
+    names = [*model._get_torch_save_params()[0]]
+    if not optimizer:
+        names.remove("policy.optimizer")
     try:
         with zipfile.ZipFile(path) as archive:
             # RMSProp and Adam keep one or two numbers for each weight.
@@ -161,10 +157,10 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) ->
 
 
 def _size_of(model: A3C) -> int:
-    size = size_of(model.policy)
-    if model.exploration is not None:
-        size += sum(tensor.nbytes for tensor in model.exploration.parameters()) + MAX_KEPT_BYTES
-    return size
+    if model.exploration is None:
+        return size_of(model.policy)
+    parameters = model.exploration.parameters()
+    return size_of(model.policy) + sum(one.nbytes for one in parameters) + MAX_KEPT_BYTES
 
 
 def resume(model: A3C, checkpoint: Checkpoint) -> None:
@@ -172,10 +168,7 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
 
     Without workers everything goes on bit for bit, the games included: their actions are played
     again. With workers the games start anew, seeded by the run's seed and the timesteps played;
-    everything else is as it was.
-
-    Raises:
-        CheckpointError: if the state cannot be read, or the games do not replay.
+    everything else is as it was. CheckpointError for what cannot be read, or does not replay.
     """
     load_weights(model, checkpoint.path)
     state = _read_state(checkpoint.path)
@@ -232,8 +225,8 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
 
 def _games_state(model: A3C) -> dict[str, Any] | None:
     """Where the games of a serial run stand; None if they cannot be brought back there."""
-    recorded, collector = _recorded(model), model.collector
-    if recorded is None or collector is None:
+    collector = model.collector
+    if collector is None or (recorded := unwrap_vec_wrapper(collector.env, RecordedEnv)) is None:
         return None
     return {
         "n_envs": model.n_envs,
@@ -245,14 +238,13 @@ def _games_state(model: A3C) -> dict[str, Any] | None:
 
 
 def _restore_games(model: A3C, games: dict[str, Any]) -> None:
-    recorded = _recorded(model)
-    if recorded is None or model.env is None:
+    assert model.env is not None
+    recorded = unwrap_vec_wrapper(model.env, RecordedEnv)
+    if recorded is None:
         raise ValueError("its games are those of a factory, and the model plays an object")
     obs = recorded.replay([actions.numpy() for actions in games["history"]])
-    replayed, expected = _as_tensors(obs), games["obs"]
-    if replayed.keys() != expected.keys() or not all(
-        torch.equal(replayed[name], tensor) for name, tensor in expected.items()
-    ):
+    shown_now = _as_tensors(obs)
+    if not all(torch.equal(shown_now[name], entry) for name, entry in games["obs"].items()):
         raise ValueError("the games do not replay to the state in which they were saved")
     h, c = games["lstm_state"]
     model.collector = Collector(
@@ -270,10 +262,3 @@ def _as_tensors(obs: Any) -> dict[str, torch.Tensor]:
     """Copies of observations by name; those that are no Dict have the name ""."""
     entries = obs if isinstance(obs, dict) else {"": obs}
     return {name: torch.from_numpy(np.array(entry)) for name, entry in entries.items()}
-
-
-def _recorded(model: A3C) -> RecordedEnv | None:
-    env: Any = model.env
-    while env is not None and not isinstance(env, RecordedEnv):
-        env = getattr(env, "venv", None)
-    return env

@@ -22,13 +22,7 @@ from stable_baselines3.common.utils import safe_mean
 from torch.utils.tensorboard import SummaryWriter
 
 from ncrl.agents.a3c import A3C
-from ncrl.agents.runs.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    model_bytes,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from ncrl.agents.runs.checkpoints import CheckpointError, model_bytes, save_checkpoint
 from ncrl.files import read_bytes, write_atomically
 from ncrl.shell.lock import locked
 
@@ -39,35 +33,25 @@ STEP_KEY = "time/total_timesteps"
 MIN_GAMES_FOR_BEST = 10  # that a mean score must be taken over before it can be the best
 
 
-class RunDirectory:
+class RunDirectory(contextlib.ExitStack):
     """One run's folder, locked until it is closed; a context manager.
 
-    Raises:
-        ValueError: at construction, if the folder cannot be made or written, or is in use.
+    ValueError if the folder cannot be made or written, or is in use.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
+        super().__init__()
+        self.path, self.checkpoints = path, path / "checkpoints"
         self._logger: Logger | None = None
-        with contextlib.ExitStack() as stack:
-            if not stack.enter_context(locked(path)):
+        try:
+            if not self.enter_context(locked(path)):
                 raise ValueError(f"{path} is in use by another process")
-            try:
-                self.checkpoints.mkdir(exist_ok=True)
-            except OSError as error:
+            self.checkpoints.mkdir(exist_ok=True)
+        except (OSError, ValueError) as error:
+            self.close()
+            if isinstance(error, OSError):
                 raise cannot_write(path, error) from error
-            self._lock = stack.pop_all()
-
-    def __enter__(self) -> RunDirectory:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the lock back."""
-        self._lock.close()
+            raise
 
     @classmethod
     def create(cls, logdir: Path, name: str) -> RunDirectory:
@@ -84,18 +68,10 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """An existing run, to go on with.
-
-        Raises:
-            ValueError: if there is no run in that folder, or another process works on it.
-        """
+        """An existing run, to go on with; ValueError if there is none, or a process works on it."""
         if not (path / "config.yaml").is_file():
             raise ValueError(f"{path} is no run directory: it has no config.yaml")
         return cls(path)
-
-    def newest_checkpoint(self) -> Checkpoint:
-        """The newest one whose files are whole; CheckpointError if there is none."""
-        return newest_checkpoint(self.checkpoints)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Store the run's configuration."""
@@ -155,11 +131,7 @@ class SaveCheckpoints(BaseCallback):
         return True
 
     def save(self) -> bool:
-        """Write a checkpoint now; only between updates. Returns whether it was written.
-
-        Raises:
-            OSError, CheckpointError: if it cannot be written and `stop_on_error` is set.
-        """
+        """Write a checkpoint now, between updates; whether it was. Raises if `stop_on_error`."""
         self._saved_at = self._compared_at = self.num_timesteps
         return self._guard(self._save_all) and self._guard(self._save_best)
 
@@ -197,7 +169,7 @@ class SaveCheckpoints(BaseCallback):
 
 
 def cannot_write(path: Path, error: OSError) -> ValueError:
-    """What to raise where a run cannot begin because the disk refuses."""
+    """What to raise where a run cannot begin."""
     return ValueError(f"cannot write to {path}: {error.strerror or error}")
 
 
@@ -227,10 +199,7 @@ class _TensorBoard(TensorBoardOutputFormat):
 
 
 class _Csv(CSVOutputFormat):
-    """SB3's, which would begin an empty file, with the rows up to `timesteps` kept.
-
-    A row that a killed process left half written is dropped.
-    """
+    """SB3's, which would begin an empty file, with the whole rows up to `timesteps` kept."""
 
     def __init__(self, path: Path, timesteps: int) -> None:
         text = path.read_text(errors="replace") if path.is_file() else ""

@@ -35,7 +35,6 @@ from ncrl.optimizer_state import check_optimizer_state
 from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import compare_tensors, without_memory
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
-from ncrl.settings import suggest
 from ncrl.shell.tensors import check_size, load_tensors, reason_of
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound=BaseAlgorithm)
@@ -63,38 +62,29 @@ OTHERS = {
 
 SMALL_BYTES = 16 << 20  # what names and containers may take beside the weights
 MOST_EXPANSION = 20  # times its size that a file may unpack to; SB3 does not compress
-MOST_BUILT = 4  # times the weights in the file that a policy may make, some only to replace them
+MOST_BUILT = 4  # times the weights of the file that a policy may make, some to replace them
 
 
 def write_model(model: BaseAlgorithm, zipped: bytes, path: str | pathlib.Path | Any) -> None:
     """Write the zip that SB3 made of `model`, with the description that `load_model` reads."""
-    described = io.BytesIO(zipped)
+    described, fields, classes = io.BytesIO(zipped), {}, _classes(type(model))
     with zipfile.ZipFile(described, "a") as archive:
-        names = _pickled(json.loads(archive.read("data")))
-        fields = _describe(vars(model), names, _classes(type(model)))
+        for name in _pickled(json.loads(archive.read("data"))):
+            if name == DERIVED:
+                continue
+            try:
+                fields[name] = to_plain(vars(model)[name], repr(name))
+                from_plain(fields[name], repr(name), classes)
+            except ValueError as error:
+                needed = f"custom_objects={{{name!r}: ...}} or trust=True"
+                if isinstance(error, UnknownClassError):
+                    needed = "known=[...]"
+                warnings.warn(f"saved, but load() will need {needed}: {error}", stacklevel=3)
         archive.writestr(DESCRIPTION, json.dumps({"version": VERSION, "fields": fields}))
     file = open_path(path, "w", verbose=0, suffix="zip")
     file.write(described.getbuffer())
     if isinstance(path, (str, pathlib.Path)):
         file.close()
-
-
-def _describe(
-    values: Mapping[str, Any], names: Iterable[str], classes: Collection[type]
-) -> dict[str, Any]:
-    fields = {}
-    for name in names:
-        if name == DERIVED:
-            continue
-        try:
-            fields[name] = to_plain(values[name], repr(name))
-            from_plain(fields[name], repr(name), classes)
-        except ValueError as error:
-            needed = f"custom_objects={{{name!r}: ...}} or trust=True"
-            if isinstance(error, UnknownClassError):
-                needed = "known=[...]"
-            warnings.warn(f"saved, but load() will need {needed}: {error}", stacklevel=4)
-    return fields
 
 
 def _pickled(data: Mapping[str, Any]) -> list[str]:
@@ -103,8 +93,8 @@ def _pickled(data: Mapping[str, Any]) -> list[str]:
 
 
 def _classes(kind: type[BaseAlgorithm]) -> list[type]:
-    """What a file may name: our own, and features extractors and policies of the running program,
-    which are classes that somebody has already imported and that do nothing but compute."""
+    """What a file may name: our own, and features extractors and policies that somebody has already
+    imported, which do nothing but compute."""
     own = [BaseFeaturesExtractor, EnginePolicy]
     for parent in own:  # which grows while it is walked
         own += parent.__subclasses__()
@@ -122,10 +112,8 @@ def load_model(
     trust: bool,
     known: Iterable[type],
 ) -> SelfAlgorithm:
-    """What `kind.load` does, whose arguments these are; `sb3_load` is the one it has inherited.
-
-    `options` are its further arguments, and attributes to set in place of the saved ones.
-    """
+    """What `kind.load` does, whose arguments these are; `sb3_load` is the one it has inherited, and
+    `options` are its further arguments, and attributes to set in place of the saved ones."""
     is_object = env is not None and not is_factory(env)
     if is_object:
         check_object(env)
@@ -136,8 +124,13 @@ def load_model(
         limit = MOST_EXPANSION * len(content) + SMALL_BYTES
         if not trust:
             _check_members(archive, limit)
-        data = _json(archive, "data")
-        _check_algorithm(data)
+        if "data" not in archive.namelist():
+            raise ValueError("it is no model that SB3 has saved: it has no member 'data'")
+        data = dict(json.loads(archive.read("data")))
+        if OF_A3C not in data:
+            others = [name for field, name in OTHERS.items() if field in data]
+            other = (*others, "another algorithm")[0]
+            raise ValueError(f"it was saved by {other}, not by A3C; load it with the same class")
         if not trust:
             given = options | objects
             objects |= _objects(kind, archive, data, given, [*known, *_classes(kind)])
@@ -156,11 +149,10 @@ def load_model(
 
 
 def _read(path: str | pathlib.Path | io.BufferedIOBase) -> bytes:
-    file = open_path(path, "r", verbose=0, suffix="zip")
-    if not isinstance(path, (str, pathlib.Path)):
-        file.seek(0)
-        return file.read()
-    with file:
+    if isinstance(path, io.BufferedIOBase):
+        path.seek(0)
+        return path.read()
+    with open_path(path, "r", suffix="zip") as file:
         return file.read()
 
 
@@ -170,26 +162,6 @@ def _check_members(archive: zipfile.ZipFile, limit: int) -> None:
         if foreign or "/" in name or "\\" in name:
             raise ValueError(f"its member {name[:200]!r} is none of a saved A3C")
     check_size(archive, limit)
-
-
-def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
-    if name not in archive.namelist():
-        raise ValueError(f"it has no member {name!r}: it is no model that SB3 has saved")
-    try:
-        content = json.loads(archive.read(name))
-    except RecursionError as error:
-        raise ValueError(f"its member {name!r} is nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"its member {name!r} is no dict")
-    return content
-
-
-def _check_algorithm(data: Mapping[str, Any]) -> None:
-    if OF_A3C not in data:
-        other = next((name for field, name in OTHERS.items() if field in data), "another algorithm")
-        raise ValueError(
-            f"it was saved by {other}, not by A3C; load it with the class that saved it"
-        )
 
 
 def _objects(
@@ -203,12 +175,11 @@ def _objects(
     for name in data:
         if name in NEVER_SAVED or hasattr(kind, name):
             raise ValueError(f"it gives a value to {name!r}, which no saved A3C does")
-    description = _json(archive, DESCRIPTION) if DESCRIPTION in archive.namelist() else {}
+    description: dict[str, Any] = {}
+    if DESCRIPTION in archive.namelist():
+        description = dict(json.loads(archive.read(DESCRIPTION)))
     if (version := description.get("version", VERSION)) != VERSION:
-        raise ValueError(
-            f"its description has version {version!r}, and this release of ncrl reads version "
-            f"{VERSION}"
-        )
+        raise ValueError(f"its description has version {version!r}, and {VERSION} is read here")
     described = description.get("fields", {})
     objects: dict[str, Any] = {}
     for name in _pickled(data):
@@ -259,11 +230,7 @@ def _check_policy(
     """Raise an error unless weights and optimiser are those of the policy described."""
     policy_class = values["policy_class"]
     if isinstance(policy_class, str):
-        if policy_class not in kind.policy_aliases:
-            raise ValueError(
-                f"unknown policy {policy_class!r}; {suggest(policy_class, kind.policy_aliases)}"
-            )
-        policy_class = kind.policy_aliases[policy_class]
+        policy_class = kind.policy_aliases.get(policy_class)
     if not (isinstance(policy_class, type) and issubclass(policy_class, ActorCriticPolicy)):
         raise ValueError("its policy_class is none of an actor-critic policy")
     if not (isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values())):
@@ -283,10 +250,7 @@ def _check_policy(
 
 @contextmanager
 def _at_most_weights(most: int) -> Iterator[None]:
-    """Raise ValueError inside where a module gets more weights than the file can hold.
-
-    One number of the file, such as a number of layers, could keep the constructor busy for hours.
-    """
+    """ValueError for more weights: a number of layers could keep a constructor busy for hours."""
     count = 0
 
     def one_more(*_arguments: object) -> None:
@@ -315,13 +279,7 @@ def _fitting_batch(values: Mapping[str, Any], n_envs: int) -> int | None:
 
 
 def read_tensors(archive: zipfile.ZipFile, member: str, limit: int) -> Any:
-    """Tensors and plain values of a member that torch has saved, on the CPU.
-
-    Raises:
-        KeyError: if there is no such member.
-        ValueError: if it takes more than `limit` bytes.
-        Exception: as torch raises it, if it holds more than tensors and plain values.
-    """
+    """Tensors and plain values of a member of a zip; raises what `load_tensors` does."""
     size = archive.getinfo(member).file_size
     if size > limit:
         raise ValueError(f"{member} would take {size} bytes, for this model at most {limit}")

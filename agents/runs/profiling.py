@@ -27,16 +27,13 @@ Phase = Literal[
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-Seconds = dict[Phase, float]
-"""Time per phase; phases that did not happen are absent."""
+Seconds = dict[Phase, float]  # time per phase; phases that did not happen are absent
 
 
 class Stopwatch:
     """Time per phase. A phase within another stops the outer one, so that each moment counts once.
 
-    Nothing is counted outside all phases: the outermost one of a process is "other", and the sum
-    over phases is then the time spent in it.
-
+    Nothing is counted outside all phases; the outermost one of a process is "other".
     `synchronize` is called before the clock is read: work that an accelerator was only asked to do
     would else be charged to whichever later phase happens to wait for it.
     """
@@ -107,17 +104,15 @@ OFF: Stopwatch = _Off()
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
     """One that waits for the device at each change of phase, where kernels run asynchronously."""
-    if device.type != "cuda":
-        return Stopwatch()
-    return Stopwatch(synchronize=lambda: torch.cuda.synchronize(device))
+    is_cuda = device.type == "cuda"
+    return Stopwatch(synchronize=(lambda: torch.cuda.synchronize(device)) if is_cuda else None)
 
 
 class Profile:
     """Adds up what the stopwatches of all processes say.
 
-    A worker sends what it measured since its last rollout together with the next one, so each
-    moment arrives once. What a killed worker had not sent yet is lost, with its rollout; its
-    successor adds to the same entry.
+    A worker sends what it measured with its next rollout. What a killed one had not sent is lost;
+    its successor adds to the same entry.
     """
 
     def __init__(self, stopwatch: Stopwatch) -> None:
@@ -132,10 +127,7 @@ class Profile:
         _add(self._recent["workers"], seconds)
 
     def shares(self) -> dict[str, float]:
-        """Share (0 to 1) of each phase since the last call, by `<process>/<phase>`.
-
-        All workers are one process here. A process that measured nothing is absent.
-        """
+        """Share (0 to 1) of each phase since the last call, by `learner/phase`, `workers/phase`."""
         self._read_learner()
         recent, self._recent = self._recent, {"learner": {}, "workers": {}}
         return {
@@ -146,10 +138,7 @@ class Profile:
         }
 
     def table(self) -> str:
-        """Seconds and percent of each phase: in the learner, and in a worker on average.
-
-        The last column is the largest share that the phase has in any worker.
-        """
+        """Seconds and percent of each phase in the learner and the mean worker, and at most."""
         self._read_learner()
         names = [f"{name:<12}" for name in ("", "phase", *PHASES, "total")]
         columns = [names, _column("learner", [self.learner], worst=False)]

@@ -64,7 +64,9 @@ class Progress(BaseCallback):
         if self._measured_from is not None:
             since, first = self._measured_from
             speed = (frames - first) / max(time.monotonic() - since, 1e-9)
-        left = f"{_clock((self.total_frames - frames) / speed)} left" if speed > 0 else "starting"
+        left = "starting"
+        if speed > 0:
+            left = f"{tqdm.format_interval((self.total_frames - frames) / speed)} left"
         score = "no game finished yet"
         if games := self.model.ep_info_buffer:
             score = f"score {safe_mean([game['r'] for game in games]):.2f} ({len(games)} games)"
@@ -79,10 +81,3 @@ class Progress(BaseCallback):
 
     def _frames(self) -> int:
         return min(self.model.num_timesteps * self.model.frames_per_timestep, self.total_frames)
-
-
-def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, seconds = divmod(int(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

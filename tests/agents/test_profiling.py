@@ -17,6 +17,7 @@ import ncrl.agents.playing.pool
 from ncrl.agents import A3C, Limits
 from ncrl.agents.runs.checkpoints import resume, save_checkpoint
 from ncrl.agents.runs.profiling import OFF, PHASES, Profile, Seconds, Stopwatch, stopwatch_for
+from tests.agents.conftest import worker_pids
 from tests.agents.environments import TickingFactory, Trouble
 
 
@@ -351,7 +352,7 @@ def test_what_a_worker_measured_before_its_end_is_counted_once(
         def _on_step(self) -> bool:
             pool = self.model._pool
             if end == "killed" and self.n_calls == 20:
-                os.kill(pool.pids[0], signal.SIGKILL)
+                os.kill(worker_pids(self.model)[0], signal.SIGKILL)
             restarted = pool.worker_restarts if end == "killed" else pool.env_restarts
             incarnations = {incarnation for incarnation, _ in received}
             return not (
