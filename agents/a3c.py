@@ -31,8 +31,13 @@ from ncrl.agents.playing.env_sources import (
     is_factory,
 )
 from ncrl.agents.playing.players import Player, SerialPlayer, played_by_workers
-from ncrl.agents.playing.pool import Limits, check_memory
-from ncrl.agents.playing.sizes import default_workers, games_per_update, learner_threads
+from ncrl.agents.playing.pool import Limits
+from ncrl.agents.playing.sizes import (
+    check_memory,
+    default_workers,
+    games_per_update,
+    learner_threads,
+)
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.profiling import Profile, stopwatch_for
 from ncrl.sb3 import (
@@ -308,7 +313,7 @@ class A3C(EngineAlgorithm):
                 if self._batch is None:
                     break
                 with stopwatch.phase("callbacks"):
-                    rollout_buffer = RolloutView(self._batch.rollout, self.policy)
+                    rollout_buffer = RolloutView(self._batch, self.policy)
                     callback.update_locals(locals())
                     callback.on_rollout_end()
                 iteration += 1

@@ -40,7 +40,7 @@ from ncrl.agents.playing.env_sources import (
     is_factory,
 )
 from ncrl.agents.playing.players import Player, Pool
-from ncrl.agents.playing.pool import check_machine
+from ncrl.agents.playing.sizes import check_machine
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec
 from ncrl.agents.runs import curves
@@ -163,7 +163,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         """What SB3 takes for the environment of a model whose environments a factory builds."""
         check_workers(self.n_workers, n_envs)
         if self.n_workers:
-            return RemoteEnvs.like(factory, n_envs)
+            return RemoteEnvs(factory, n_envs)
         return RecordedEnv(build(factory, n_envs, self.games_seed))
 
     def set_env(self, env: GymEnv | str | EnvFactory, force_reset: bool = True) -> None:

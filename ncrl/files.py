@@ -56,7 +56,8 @@ def read_bytes(path: Path, limit: int = SMALL_FILE) -> bytes:
             reason = "it is no regular file" if os.path.lexists(path) else "it does not exist"
             raise ValueError(f"cannot read {path}: {reason}")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # As much as is asked for is set aside at once.
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     if len(data) > limit:

@@ -1,13 +1,13 @@
 """`benchmarks/atari_figure3.py`: what it starts, skips and goes on with, its table and figure."""
 
-import hashlib
-import json
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from benchmarks import atari_figure3
@@ -33,7 +34,9 @@ from benchmarks.atari_figure3 import (
     run_jobs,
 )
 from ncrl.agents.atari.config import RunConfig, canonical, with_bonus, with_sizes
+from ncrl.agents.runs.checkpoints import COUNTERS, STATE
 from ncrl.agents.runs.directory import RunDirectory
+from ncrl.shell.tensors import with_checksum
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
     wait_until,
@@ -63,12 +66,12 @@ def make_run(
     (run / "progress.csv").write_text(HEADER + rows)
     for frames in checkpoints:
         stem = f"step_{frames // 4:012d}"
-        sums = {}
-        for name in (f"{stem}.zip", f"{stem}.state.pt"):
-            (run / "checkpoints" / name).write_bytes(name.encode())
-            sums[name] = hashlib.sha256(name.encode()).hexdigest()
-        manifest = {"timesteps": frames // 4, "sha256": sums}
-        (run / "checkpoints" / f"{stem}.json").write_text(json.dumps(manifest))
+        buffer, state = io.BytesIO(), io.BytesIO()
+        counters = dict.fromkeys(COUNTERS, 0) | {"num_timesteps": frames // 4}
+        torch.save({"counters": counters}, state)
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr(STATE, state.getvalue())
+        (run / "checkpoints" / f"{stem}.zip").write_bytes(with_checksum(buffer.getvalue()))
     return run
 
 

@@ -345,9 +345,9 @@ def test_files_of_a_run(serial_run: Run) -> None:
         *(".lock", "config.yaml", "progress.csv", "checkpoints", events),
         *("best_model.zip", "best_model.json"),
     }
-    steps = [4 * int(path.stem[5:]) for path in sorted((serial_run.path).rglob("step_*.json"))]
+    steps = [4 * int(path.stem[5:]) for path in sorted((serial_run.path).rglob("step_*.zip"))]
     assert steps == [4800, 7200, 8000], "frames of the newest 3"
-    assert len(list((serial_run.path / "checkpoints").iterdir())) == 9
+    assert len(list((serial_run.path / "checkpoints").iterdir())) == 3
     model = A3C.load(serial_run.path / "best_model.zip", device="cpu")
     obs = config_module.make_factory(RunConfig(env="Klax"))(2, 0).reset()
     assert model.predict(obs)[0].shape == (2,)
@@ -614,8 +614,7 @@ def test_resume_goes_on_to_the_new_total(run: Run) -> None:
 def test_resume_from_an_earlier_checkpoint_replaces_what_came_after(run: Run) -> None:
     """As after a kill: the curves were ahead of the checkpoint."""
     checkpoint = newest_checkpoint(run.path / "checkpoints")
-    for path in (checkpoint.path, checkpoint.state, checkpoint.path.with_suffix(".json")):
-        path.unlink()
+    checkpoint.path.unlink()
     before = run.rows
     output = run_here("--resume", str(run.path))
     assert "8,000 frames, 7,200 played" in output
@@ -715,11 +714,8 @@ def test_a_finished_run_is_not_resumed(run: Run, capsys: pytest.CaptureFixture) 
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("suffix", [".zip", ".state.pt"])
-def test_f13_resume_passes_over_damage(
-    suffix: str, run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    victim = newest_checkpoint(run.path / "checkpoints").path.with_suffix("").with_suffix(suffix)
+def test_f13_resume_passes_over_damage(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    victim = newest_checkpoint(run.path / "checkpoints").path
     victim.write_bytes(victim.read_bytes()[:-1])
     output = run_here("--resume", str(run.path), "--frames", "7360")
     assert "7,200 played" in output
@@ -730,7 +726,7 @@ def test_f13_resume_passes_over_damage(
 def test_f13_without_a_whole_checkpoint_nothing_starts(
     run: Run, capsys: pytest.CaptureFixture
 ) -> None:
-    for path in run.path.rglob("*.state.pt"):
+    for path in run.path.rglob("step_*.zip"):
         path.write_bytes(b"")
     for flags in (["--resume"], ["--evaluate"]):
         with pytest.raises(SystemExit) as error:

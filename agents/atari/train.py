@@ -26,7 +26,12 @@ from ncrl.agents.atari.config import (
     with_bonus,
 )
 from ncrl.agents.atari.summary import PROGRAM, resume_line, summary
-from ncrl.agents.runs.checkpoints import Checkpoint, CheckpointError, resume
+from ncrl.agents.runs.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    newest_checkpoint,
+    resume,
+)
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.runs.progress import Progress
 from ncrl.shell.hardware import choose_device, is_lack_of_memory
@@ -108,7 +113,7 @@ def out_of_memory(config: RunConfig) -> str:
 
 def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
     """The checkpoint to go on from; ValueError if nothing is left to play."""
-    checkpoint = run.newest_checkpoint()
+    checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
         raise ValueError(
             f"{run.path} has played its {config.frames:,} frames; give a larger --frames to go on"

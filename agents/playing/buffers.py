@@ -1,7 +1,7 @@
-"""Rollout slots: where workers write what they saw and did, and the learner reads it.
+"""Rollouts: where workers write what they saw and did, and the learner reads it.
 
-Shapes: S slots, T timesteps, E environments of one worker, B = environments of a whole batch,
-L LSTM layers (0 without memory), h LSTM width. Row t holds what the worker saw at t and did at t.
+Shapes: T timesteps, E environments of one worker, B = environments of a whole batch, L LSTM layers
+(0 without memory), h LSTM width. Row t holds what the worker saw at t and did at t.
 """
 
 from __future__ import annotations
@@ -22,33 +22,15 @@ from ncrl.sb3.engine import EnginePolicy, map_obs
 class Rollout(NamedTuple):
     """A rollout of T timesteps in E (or, in a batch, B) environments."""
 
-    obs: PyTorchObs
-    """[T + 1, E, ...] observation at t; the last row is where the next rollout goes on. A dict of
-    such tensors for Dict observations."""
-
-    episode_start: Tensor
-    """[T + 1, E] bool: obs[t] is the first of an episode, so the LSTM starts from zero there."""
-
-    actions: Tensor
-    """[T, E, ...] action taken at t."""
-
-    log_prob: Tensor
-    """[T, E] its log-probability under the weights that chose it."""
-
-    rewards: Tensor
-    """[T, E] raw reward that followed it."""
-
-    dones: Tensor
-    """[T, E] bool: it ended the episode, or the return is cut there."""
-
-    truncation_value: Tensor
-    """[T, E] value of the observation behind a time limit, 0 where there was none."""
-
-    lstm_h: Tensor
-    """[L, E, h] hidden state before row 0."""
-
-    lstm_c: Tensor
-    """[L, E, h] cell state before row 0."""
+    obs: PyTorchObs  # [T + 1, E, ...] the last row is where the next rollout goes on; or a dict
+    episode_start: Tensor  # [T + 1, E] bool: obs[t] begins an episode, the LSTM starts from zero
+    actions: Tensor  # [T, E, ...]
+    log_prob: Tensor  # [T, E] of the action, under the weights that chose it
+    rewards: Tensor  # [T, E] raw
+    dones: Tensor  # [T, E] bool: the episode ended, or the return is cut there
+    truncation_value: Tensor  # [T, E] of the observation behind a time limit, 0 where none was
+    lstm_h: Tensor  # [L, E, h] hidden state before row 0
+    lstm_c: Tensor  # [L, E, h] cell state before row 0
 
     @property
     def lstm_state(self) -> LstmState:
@@ -65,6 +47,15 @@ class Rollout(NamedTuple):
         obs, *others = self
         return [*(obs.values() if isinstance(obs, dict) else [obs]), *others]
 
+    def slot(self, index: int) -> Rollout:
+        """View of one of the rollouts that `RolloutShape.allocate(n)` laid into one block."""
+        return self.map(lambda tensor: tensor[index])
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
 
 class RolloutShape(NamedTuple):
     """Everything that fixes the layout of one rollout."""
@@ -80,24 +71,21 @@ class RolloutShape(NamedTuple):
     def nbytes(self) -> int:
         """Size of one rollout in bytes; nothing is allocated."""
         with torch.device("meta"):
-            return sum(tensor.nbytes for tensor in self.allocate().tensors())
+            return self.allocate().nbytes
 
     def allocate(self, *leading: int) -> Rollout:
-        """A rollout of conspicuous values, with `leading` dimensions in front of every tensor.
-
-        Reading what nobody wrote gives NaN or the largest integer, not a plausible zero.
-        """
+        """A rollout with `leading` dimensions in front of every tensor, of conspicuous values: NaN,
+        and the largest integers, not zeros that look plausible."""
         steps, envs = self.n_steps, self.n_envs
         action_shape, action_dtype = _layout(self.action_space)
         if isinstance(self.action_space, spaces.Box):
             action_dtype = torch.float32  # what a Gaussian draws, before it is made to fit
-        state = (self.lstm_layers, envs, self.lstm_size)
 
-        def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            if dtype.is_floating_point:
-                return torch.full((*leading, *shape), float("nan"), dtype=dtype)
-            largest = 1 if dtype == torch.bool else torch.iinfo(dtype).max
-            return torch.full((*leading, *shape), largest, dtype=dtype)
+        def poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+            value = 1 if dtype == torch.bool else float("nan")
+            if dtype != torch.bool and not dtype.is_floating_point:
+                value = torch.iinfo(dtype).max
+            return torch.full((*leading, *shape), value, dtype=dtype)
 
         def poisoned_obs(space: spaces.Space[Any]) -> Tensor:
             shape, dtype = _layout(space)
@@ -110,60 +98,48 @@ class RolloutShape(NamedTuple):
             else poisoned_obs(space),
             episode_start=poisoned((steps + 1, envs), torch.bool),
             actions=poisoned((steps, envs, *action_shape), action_dtype),
-            log_prob=poisoned((steps, envs), torch.float32),
-            rewards=poisoned((steps, envs), torch.float32),
+            log_prob=poisoned((steps, envs)),
+            rewards=poisoned((steps, envs)),
             dones=poisoned((steps, envs), torch.bool),
-            truncation_value=poisoned((steps, envs), torch.float32),
-            lstm_h=poisoned(state, torch.float32),
-            lstm_c=poisoned(state, torch.float32),
+            truncation_value=poisoned((steps, envs)),
+            lstm_h=poisoned((self.lstm_layers, envs, self.lstm_size)),
+            lstm_c=poisoned((self.lstm_layers, envs, self.lstm_size)),
         )
 
 
-class RolloutSlots:
-    """S rollouts in one block per key, allocated once; processes exchange slot numbers only."""
-
-    def __init__(self, shape: RolloutShape, num_slots: int, *, shared: bool) -> None:
-        self.num_slots = num_slots
-        self._slots = shape.allocate(num_slots)
-        if shared:
-            for tensor in self._slots.tensors():
-                tensor.share_memory_()
-
-    def __getitem__(self, slot: int) -> Rollout:
-        """View of one slot."""
-        return self._slots.map(lambda tensor: tensor[slot])
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all slots in bytes."""
-        return sum(tensor.nbytes for tensor in self._slots.tensors())
+def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and torch type of one element of a space that is no Dict."""
+    if space.shape is None:
+        raise ValueError(
+            f"spaces of type {type(space).__name__} are not supported; use Box, Discrete, "
+            "MultiDiscrete or MultiBinary, or for observations a Dict of these"
+        )
+    dtype = space.dtype or np.dtype(np.float32)
+    return space.shape, torch.from_numpy(np.empty(0, dtype=dtype)).dtype
 
 
 class RolloutBatch:
     """Staging area in which the learner lays rollouts side by side, then moves them to its device.
 
-    On CUDA the whole batch is one pinned block and goes over in one copy, on a stream of its own,
-    into one of two blocks on the device: while the host goes on, and while the updates from the
-    batch before may still be running.
+    On CUDA it is one pinned block, which goes over in one copy, while the host goes on.
     """
 
     def __init__(self, shape: RolloutShape, device: torch.device) -> None:
-        self.device = device
-        self.host = shape.allocate()
-        """What was gathered last."""
-        self._mover: _Mover | None = None
+        self.host = self.batch = shape.allocate()  # what was gathered last, and its copy
+        self._blocks: tuple[Tensor, Tensor] | None = None
         if device.type == "cuda":
-            self._mover = _Mover(self.host, device)
-            self.host = self._mover.host
+            pinned = packed(self.host, torch.device("cpu"))[0].pin_memory()
+            block, self.batch = packed(self.host, device)
+            self.host = unpacked(pinned, self.host)
+            self._blocks, self._arrived = (pinned, block), torch.cuda.Event()
 
     def gather(self, rollouts: Sequence[Rollout]) -> Rollout:
-        """Copy rollouts into one batch along the axis of environments.
+        """Copy rollouts into one batch on the learner's device, along the axis of environments.
 
-        The result lives on the learner's device. It is overwritten by the next call, on CUDA by the
-        one after that; the slots may be reused at once.
+        The next call overwrites it. The slots may be reused at once.
         """
-        if self._mover is not None:
-            self._mover.wait()
+        if self._blocks is not None:
+            self._arrived.synchronize()
         column = 0
         for rollout in rollouts:
             width = rollout.rewards.shape[1]
@@ -172,45 +148,14 @@ class RolloutBatch:
                 target.numpy()[:, column : column + width] = source.numpy()
             column += width
         assert column == self.host.rewards.shape[1], "the rollouts of a batch fill its columns"
-        if self._mover is None:
-            return self.host
-        return self._mover.move()
+        if self._blocks is not None:
+            pinned, block = self._blocks
+            block.copy_(pinned, non_blocking=True)
+            self._arrived.record(torch.cuda.current_stream(block.device))
+        return self.batch
 
 
-class _Mover:
-    """Copies a batch from pinned memory to a CUDA device."""
-
-    def __init__(self, like: Rollout, device: torch.device) -> None:
-        self._pinned = packed(like, torch.device("cpu"))[0].pin_memory()
-        self.host = unpacked(self._pinned, like)
-        self._blocks = [packed(like, device) for _ in range(2)]
-        self._stream = torch.cuda.Stream(device)
-        self._arrived = torch.cuda.Event()
-        self._read = [torch.cuda.Event() for _ in self._blocks]
-        """Recorded when all that reads a block has been asked for."""
-        self._moves = 0
-
-    def wait(self) -> None:
-        """Until the pinned memory may be written again."""
-        self._arrived.synchronize()
-
-    def move(self) -> Rollout:
-        """A copy of the pinned batch on the device; whatever is asked for next waits for it."""
-        current = torch.cuda.current_stream(self._stream.device)
-        self._read[(self._moves - 1) % 2].record(current)
-        index = self._moves % 2
-        self._moves += 1
-        block, batch = self._blocks[index]
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._read[index])
-            block.copy_(self._pinned, non_blocking=True)
-            self._arrived.record(self._stream)
-        current.wait_event(self._arrived)
-        return batch
-
-
-ALIGNMENT = 64
-"""Bytes; every tensor in a block begins at a multiple of it."""
+ALIGNMENT = 64  # bytes; every tensor in a block begins at a multiple of it
 
 
 def packed(like: Rollout, device: torch.device) -> tuple[Tensor, Rollout]:
@@ -236,111 +181,56 @@ def unpacked(block: Tensor, like: Rollout) -> Rollout:
 class Batch(NamedTuple):
     """What the learner learns from at once: one rollout of every environment."""
 
-    rollout: Rollout
-    """On the learner's device."""
-
-    host: Rollout
-    """The same on the host."""
-
+    rollout: Rollout  # on the learner's device
+    host: Rollout  # the same on the host
     games: list[int]
     """Which game each column is: those of a worker follow each other, but the order of workers
     differs from batch to batch, and one worker may have two rollouts in it."""
-
-    lags: list[int]
-    """By how many updates the weights behind each rollout were older than the learner's."""
-
-
-def beside(rollout: Rollout, other: Rollout) -> Rollout:
-    """The environments of two rollouts of equal T side by side; the second on the host."""
-
-    def join(one: PyTorchObs, two: PyTorchObs) -> Tensor:
-        assert isinstance(one, Tensor) and isinstance(two, Tensor)  # what is kept is never a dict
-        return torch.cat([one, two.to(one.device)], dim=1)
-
-    return Rollout(*map(join, rollout, other))  # type: ignore[arg-type]
+    lags: list[int]  # by how many updates the weights behind each rollout were too old
 
 
 class RolloutView:
-    """SB3's `rollout_buffer` for callbacks that ask for it when a rollout has ended.
+    """SB3's `rollout_buffer` for callbacks: arrays [T, B, ...] of what was played, until the next
+    rollout; no `advantages` and `returns`, which A3C computes inside its update."""
 
-    Arrays [T, B, ...] of what was played. There are no `advantages` and `returns`, which A3C
-    computes inside its update.
-    """
-
-    def __init__(self, rollout: Rollout, policy: EnginePolicy) -> None:
-        self._rollout = rollout
-        self._policy = policy
-        self.buffer_size, self.n_envs = rollout.rewards.shape
+    def __init__(self, batch: Batch, policy: EnginePolicy) -> None:
+        self._rollout, self._policy, host = batch.rollout, policy, batch.host
+        self.buffer_size, self.n_envs = host.rewards.shape
         self.full = True
-
-    @property
-    def observations(self) -> np.ndarray | dict[str, np.ndarray]:
-        obs = map_obs(lambda x: x[:-1].cpu(), self._rollout.obs)
-        return {k: x.numpy() for k, x in obs.items()} if isinstance(obs, dict) else obs.numpy()
-
-    @property
-    def actions(self) -> np.ndarray:
-        return self._rollout.actions.cpu().numpy()
-
-    @property
-    def rewards(self) -> np.ndarray:
-        return self._rollout.rewards.cpu().numpy()
-
-    @property
-    def episode_starts(self) -> np.ndarray:
-        return self._rollout.episode_start[:-1].float().cpu().numpy()
-
-    @property
-    def log_probs(self) -> np.ndarray:
-        return self._rollout.log_prob.cpu().numpy()
+        self.observations: Any = map_obs(lambda x: x[:-1].numpy(), host.obs)  # type: ignore[arg-type, return-value]
+        self.actions, self.rewards = host.actions.numpy(), host.rewards.numpy()
+        self.episode_starts = host.episode_start[:-1].float().numpy()
+        self.log_probs = host.log_prob.numpy()
 
     @property
     def values(self) -> np.ndarray:
         """V(x_t) under the weights of now, computed when asked for."""
+        rollout = self._rollout
         self._policy.set_training_mode(False)
-        obs, starts, state = (
-            getattr(self._rollout, name) for name in ("obs", "episode_start", "lstm_state")
-        )
         with torch.no_grad():
-            latent, _ = self._policy.unroll(obs, state, starts)
+            latent, _ = self._policy.unroll(rollout.obs, rollout.lstm_state, rollout.episode_start)
             values = self._policy.values(latent)
         return values[:-1].squeeze(-1).cpu().numpy()
 
 
+def beside(rollout: Rollout, other: Rollout) -> Rollout:
+    """The environments of two rollouts of equal T, without dicts, side by side."""
+    pairs = zip(rollout.tensors(), other.tensors(), strict=True)
+    return Rollout(*(torch.cat([one, two.to(one.device)], dim=1) for one, two in pairs))
+
+
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
     """The first `n_steps` timesteps of a rollout, with the observation that follows them."""
+    names = ("actions", "log_prob", "rewards", "dones", "truncation_value")
     return rollout._replace(
         obs=map_obs(lambda tensor: tensor[: n_steps + 1], rollout.obs),
         episode_start=rollout.episode_start[: n_steps + 1],
-        actions=rollout.actions[:n_steps],
-        log_prob=rollout.log_prob[:n_steps],
-        rewards=rollout.rewards[:n_steps],
-        dones=rollout.dones[:n_steps],
-        truncation_value=rollout.truncation_value[:n_steps],
+        **{name: getattr(rollout, name)[:n_steps] for name in names},
     )
 
 
-def shown_at(t: int, obs: PyTorchObs) -> np.ndarray | dict[str, np.ndarray]:
-    """Row t of observations on the host, as an environment returns it."""
-    if isinstance(obs, dict):
-        return {name: tensor[t].numpy() for name, tensor in obs.items()}
-    return obs[t].numpy()
-
-
 def split_envs(rollout: Rollout, num_parts: int) -> Iterator[Rollout]:
-    """A rollout's environments in `num_parts` equal groups; LSTM states are [L, B, h], the rest
-    [T, B, ...], so the environments are axis 1 everywhere."""
+    """A rollout's environments in `num_parts` equal groups; they are axis 1 of every tensor."""
     width = rollout.rewards.shape[1] // num_parts
     for first in range(0, num_parts * width, width):
         yield rollout.map(lambda tensor, first=first: tensor.narrow(1, first, width))  # type: ignore[misc]
-
-
-def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and torch type of one element of a space that is no Dict."""
-    if space.shape is None:
-        raise ValueError(
-            f"spaces of type {type(space).__name__} are not supported; use Box, Discrete, "
-            "MultiDiscrete or MultiBinary, or for observations a Dict of these"
-        )
-    dtype = space.dtype or np.dtype(np.float32)
-    return space.shape, torch.from_numpy(np.empty(0, dtype=dtype)).dtype

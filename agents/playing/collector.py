@@ -5,7 +5,6 @@ The same code runs in a worker process and, without workers, in the learner's ow
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.networks import LstmState
 from ncrl.sb3.engine import EnginePolicy, map_obs
 
 
@@ -30,19 +30,14 @@ class Outcome(NamedTuple):
 
     row: int
     actions: np.ndarray
-    new_obs: Any
-    """What they show now: [B, ...], or a dict of that; valid until the next rollout."""
+    new_obs: Any  # what they show now: [B, ...], or a dict of that; valid until the next rollout
     rewards: np.ndarray
     dones: np.ndarray
     infos: list[dict[str, Any]]
-    obs_tensor: PyTorchObs
-    """What they showed before, [B, ...]."""
-    log_probs: Tensor
-    """Log-probabilities of the actions, [B]."""
-    clipped_actions: np.ndarray
-    """The actions as the environments took them."""
-    values: Tensor | None
-    """V(obs_tensor), [B, 1], where this process plays; workers leave values to the learner."""
+    obs_tensor: PyTorchObs  # what they showed before, [B, ...]
+    log_probs: Tensor  # of the actions, [B]
+    clipped_actions: np.ndarray  # the actions as the environments took them
+    values: Tensor | None  # V(obs_tensor), [B, 1], where this process plays
 
 
 class Collector:
@@ -52,50 +47,31 @@ class Collector:
         self,
         env: VecEnv,
         policy: EnginePolicy,
-        first_obs: Any,
+        obs: Any,  # what the environments show now
         *,
-        episode_start: np.ndarray | None = None,
-        lstm_state: tuple[Tensor, Tensor] | None = None,
-        sde_sample_freq: int = -1,
-        with_values: bool = False,
+        episode_start: np.ndarray | None = None,  # [B] bool; by default all episodes begin
+        lstm_state: LstmState | None = None,  # by default zero
+        sde_sample_freq: int = -1,  # timesteps between new noise of gSDE; -1: once per rollout
+        with_values: bool = False,  # whether outcomes tell them; playing does not need them
         stopwatch: Stopwatch = OFF,
     ) -> None:
-        self.env = env
-        self.policy = policy
-        self.obs = first_obs
-        """What the environments show now."""
-        self.sde_sample_freq = sde_sample_freq
-        """Timesteps between new noise of gSDE; -1 draws it at the begin of a rollout."""
-        self.with_values = with_values
-        """Whether outcomes tell values, which playing itself has no need of."""
+        self.env, self.policy, self.obs = env, policy, obs
         self.episode_start = (
             np.ones(env.num_envs, dtype=bool) if episode_start is None else episode_start
         )
         self.lstm_state = policy.initial_state(env.num_envs) if lstm_state is None else lstm_state
-        self.env_seconds = 0.0
-        """Time that the latest rollout spent inside the environments."""
+        self.sde_sample_freq, self.with_values = sde_sample_freq, with_values
         self.stopwatch = stopwatch
-        """Of the process that this runs in, if its time is measured."""
 
     def collect(
         self, rollout: Rollout, n_steps: int, after_step: Callable[[Outcome], bool]
     ) -> bool:
-        """Play `n_steps` timesteps into the first rows of `rollout`.
+        """Play `n_steps` timesteps into the first rows of `rollout`, which is on the host.
 
-        Args:
-            rollout: on the host; written in place.
-            n_steps: at most the rollout's T.
-            after_step: called after every step; returning False ends the rollout early.
-
-        Returns:
-            Whether the rollout is complete.
-
-        Raises:
-            ValueError: if the environment answers with a reward or observation that is not finite.
-            NonFiniteError: if the policy answers with probabilities that are not.
+        Returns whether the rollout is complete: `after_step` may end it by returning False.
+        ValueError if a reward or observation is not finite; NonFiniteError for probabilities.
         """
         self.policy.set_training_mode(False)
-        self.env_seconds = 0.0
         rollout.lstm_h.copy_(self.lstm_state[0])
         rollout.lstm_c.copy_(self.lstm_state[1])
         _check_finite("observation", self.obs, 0)
@@ -105,14 +81,20 @@ class Collector:
             ):
                 self.policy.reset_noise(self.env.num_envs)
             with self.stopwatch.phase("copy"):
-                _write_row(rollout.obs, t, self.obs)
-                rollout.episode_start[t] = torch.from_numpy(self.episode_start)
-            outcome = self._step(rollout, t)
-            if not after_step(outcome):
+                self._show(rollout, t)
+            if not after_step(self._step(rollout, t)):
                 return False
-        _write_row(rollout.obs, n_steps, self.obs)
-        rollout.episode_start[n_steps] = torch.from_numpy(self.episode_start)
+        self._show(rollout, n_steps)
         return True
+
+    def _show(self, rollout: Rollout, t: int) -> None:
+        """Copy what the environments show into row t."""
+        rollout.episode_start[t] = torch.from_numpy(self.episode_start)
+        if isinstance(rollout.obs, dict):
+            for name, tensor in rollout.obs.items():
+                tensor[t] = torch.from_numpy(self.obs[name])
+        else:
+            rollout.obs[t] = torch.from_numpy(self.obs)
 
     @torch.no_grad()
     def _step(self, rollout: Rollout, t: int) -> Outcome:
@@ -132,11 +114,9 @@ class Collector:
         with self.stopwatch.phase("copy"):
             rollout.actions[t] = step.actions
             rollout.log_prob[t] = step.log_prob
-        started = time.monotonic()
         with self.stopwatch.phase("environment"):
             for_env = actions_for_env(self.policy, step.actions)
             new_obs, rewards, dones, infos = self.env.step(for_env)
-        self.env_seconds += time.monotonic() - started
         rewards = np.asarray(rewards, dtype=np.float32)
         _check_finite("reward", rewards, t)
         _check_finite("observation", new_obs, t)
@@ -147,30 +127,19 @@ class Collector:
         for i in np.flatnonzero(dones).tolist():
             terminal = infos[i].get("terminal_observation")
             if infos[i].get("TimeLimit.truncated") and terminal is not None:
-                _check_finite("observation", terminal, t, first_env=i)
+                _check_finite("observation", terminal, t, env=i)
                 with self.stopwatch.phase("forward"):
                     rollout.truncation_value[t, i] = self._value_after(terminal, i)
         self.obs, self.episode_start = new_obs, dones
-        return Outcome(
-            t,
-            rollout.actions[t].numpy(),
-            new_obs,
-            rewards,
-            dones,
-            infos,
-            obs,
-            rollout.log_prob[t],
-            for_env,
-            values,
-        )
+        actions, log_prob = rollout.actions[t].numpy(), rollout.log_prob[t]
+        return Outcome(t, actions, new_obs, rewards, dones, infos, obs, log_prob, for_env, values)
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
         """Value of the observation environment i was cut off at (SB3 issue 633)."""
         obs, _ = self.policy.obs_to_tensor(terminal_observation)  # [1, ...]
         h, c = self.lstm_state
         state = h[:, i : i + 1].contiguous(), c[:, i : i + 1].contiguous()
-        going_on = torch.zeros(1, dtype=torch.bool)
-        latent, _ = self.policy.encode(obs, state, going_on)
+        latent, _ = self.policy.encode(obs, state, torch.zeros(1, dtype=torch.bool))
         return self.policy.values(latent).squeeze()
 
 
@@ -179,39 +148,25 @@ def actions_for_env(policy: EnginePolicy, actions: Tensor) -> np.ndarray:
     squashed into -1 .. 1 are scaled to them."""
     array: np.ndarray = actions.cpu().numpy()
     space = policy.action_space
-    if isinstance(space, spaces.Box):
-        if policy.squash_output:
-            scaled: np.ndarray = policy.unscale_action(array)
-            return scaled
-        return np.clip(array, space.low, space.high)
-    return array
+    if not isinstance(space, spaces.Box):
+        return array
+    return (
+        policy.unscale_action(array) if policy.squash_output else array.clip(space.low, space.high)
+    )
 
 
-def _write_row(obs: PyTorchObs, t: int, values: Any) -> None:
-    """Copy what the environments show into row t."""
-    if isinstance(obs, dict):
-        for name, tensor in obs.items():
-            tensor[t] = torch.from_numpy(values[name])
-    else:
-        obs[t] = torch.from_numpy(values)
-
-
-def _check_finite(name: str, values: Any, t: int, *, first_env: int | None = None) -> None:
-    """Raise ValueError for the first environment with a NaN or infinity in `values`.
-
-    `values` has one row per environment, or belongs to environment `first_env` alone; or it is a
-    dict of such arrays.
-    """
+def _check_finite(name: str, values: Any, t: int, *, env: int | None = None) -> None:
+    """Raise ValueError for the first environment, or for `env` alone, with a NaN or infinity."""
     if isinstance(values, dict):
         for key, entry in values.items():
-            _check_finite(f"{name} {key!r}", entry, t, first_env=first_env)
+            _check_finite(f"{name} {key!r}", entry, t, env=env)
         return
     values = np.asarray(values)
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return  # images are integers and cannot be anything but finite
-    rows = values.reshape(1 if first_env is not None else len(values), -1)
-    i = int((~np.isfinite(rows)).any(axis=1).argmax())
-    value = rows[i][~np.isfinite(rows[i])][0]
+    rows = values.reshape(len(values) if env is None else 1, -1)
+    i, column = np.argwhere(~np.isfinite(rows))[0]
     raise ValueError(
-        f"environment {i + (first_env or 0)} returned {name} {value} at step {t} of a rollout"
+        f"environment {i if env is None else env} returned {name} {rows[i, column]} at step {t} of "
+        "a rollout"
     )

@@ -11,19 +11,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import (
-    EnvSpec,
-    find_highest_version,
-    get_env_id,
-    parse_env_id,
-)
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import (
@@ -41,42 +35,30 @@ EnvFactory = Callable[[int, int], VecEnv]
 
 ENTRY_POINTS = "ncrl.environments"
 """Group of entry points whose names are namespaces of Gymnasium ids (`ALE` in `ALE/Pong-v5`) and
-whose values turn such an id into a factory. It lets ids of other packages, and of `envs`, come with
-their proper preprocessing while `agents` imports none of them."""
+whose values turn such an id into a factory, with the preprocessing that is proper for it."""
 
-ATARI = "ale_py.env:AtariEnv"
-"""What Gymnasium builds Atari games with, under all their ids."""
+ATARI = "ale_py.env:AtariEnv"  # what Gymnasium builds Atari games with, under all their ids
 
 
-@dataclass(frozen=True)
 class GymFactory:
     """Copies of one registered Gymnasium environment, each under SB3's Monitor.
 
     The registration travels along, so that workers also know an id that was registered in a script
-    or a notebook.
-
-    Raises:
-        ValueError: at construction, for an id that `gymnasium.make` does not know.
+    or a notebook. Ids are those of `gymnasium.make`, also without a version, or with the module
+    that registers it before a colon; ValueError for others.
     """
 
-    env_id: str
-    """As for `gymnasium.make`: also without a version, or with the module that registers it before
-    a colon."""
-
-    spec: EnvSpec = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        module, _, name = self.env_id.rpartition(":")
+    def __init__(self, env_id: str) -> None:
+        module, _, name = env_id.rpartition(":")
         try:
             if module:
                 importlib.import_module(module)
             namespace, plain_name, version = parse_env_id(name)
             if version is None:
                 version = find_highest_version(namespace, plain_name)
-            spec = gymnasium.spec(get_env_id(namespace, plain_name, version))
+            self.spec = gymnasium.spec(get_env_id(namespace, plain_name, version))
         except (gymnasium.error.Error, ImportError) as error:
-            raise ValueError(f"unknown environment {self.env_id!r}: {error}") from error
-        object.__setattr__(self, "spec", spec)
+            raise ValueError(f"unknown environment {env_id!r}: {error}") from error
 
     def __call__(self, n_envs: int, seed: int) -> VecEnv:
         """Environment i is seeded with `seed + i`."""
@@ -93,24 +75,20 @@ class GymFactory:
 
 
 def as_factory(env: str | EnvFactory) -> EnvFactory:
-    """The factory behind a Gymnasium id, or the factory itself.
-
-    Raises:
-        ValueError: for an unknown id, or for a function of other arguments.
-    """
+    """The factory of an id, or itself; ValueError for unknown ids and other arguments."""
     if not isinstance(env, str):
         try:
             inspect.signature(env).bind(1, 0)
         except ValueError:
-            return env  # it does not tell its arguments
+            pass  # it does not tell its arguments
         except TypeError as error:
             raise ValueError(
                 f"an environment factory is called as factory(n_envs, seed), which {env!r} is not "
                 "made for; for example: lambda n_envs, seed: make_vec_env(make, n_envs, seed=seed)"
             ) from error
         return env
-    namespace = env.split("/")[0] if "/" in env else None
-    if (found := _of_namespace(namespace, env)) is not None:
+    namespace, slash, _ = env.partition("/")
+    if slash and (found := _of_namespace(namespace, env)) is not None:
         return found
     try:
         factory = GymFactory(env)
@@ -125,12 +103,11 @@ def as_factory(env: str | EnvFactory) -> EnvFactory:
     return factory
 
 
-def _of_namespace(namespace: str | None, env_id: str) -> EnvFactory | None:
+def _of_namespace(namespace: str, env_id: str) -> EnvFactory | None:
     """What the entry point of a namespace makes of an id, if there is one."""
-    for entry_point in entry_points(group=ENTRY_POINTS):
-        if entry_point.name == namespace:
-            factory: EnvFactory = entry_point.load()(env_id)
-            return factory
+    for entry_point in entry_points(group=ENTRY_POINTS, name=namespace):
+        factory: EnvFactory = entry_point.load()(env_id)
+        return factory
     return None
 
 
@@ -144,24 +121,20 @@ def meaning(env: str, factory: EnvFactory) -> str | None:
 
 def is_factory(env: object) -> bool:
     """Whether `env` is an id or a factory, not an environment that exists already."""
-    return isinstance(env, str) or (
-        callable(env) and not isinstance(env, (VecEnv, gymnasium.Env, type))
-    )
+    is_object = isinstance(env, (VecEnv, gymnasium.Env, type))
+    return isinstance(env, str) or (callable(env) and not is_object)
 
 
 def check_object(env: object) -> None:
-    """What SB3 does not say about objects that are no environments, or of odd spaces.
-
-    Raises:
-        ValueError: for classes and lists, and for spaces that are not supported.
-    """
-    if env is not None and not isinstance(env, (VecEnv, gymnasium.Env)):
+    """Raise ValueError for classes, lists, and environments whose spaces are not supported."""
+    if env is None:
+        return
+    if not isinstance(env, (VecEnv, gymnasium.Env)):
         raise ValueError(
             "env must be an environment, a Gymnasium id or a factory(n_envs, seed) -> VecEnv, got "
             f"{env!r}; lists of functions make a DummyVecEnv"
         )
-    if env is not None:
-        check_spaces(env.observation_space, env.action_space)
+    check_spaces(env.observation_space, env.action_space)
 
 
 def build(factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
@@ -175,29 +148,34 @@ def build(factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
     return BaseAlgorithm._wrap_env(env, monitor_wrapper=False)
 
 
+def fresh_seed() -> int:
+    """A seed that the system draws."""
+    return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
+
+
+def _forwarded(name: str) -> Any:
+    """A method that builds the environments if need be, and asks them."""
+
+    def method(self: RemoteEnvs, *arguments: Any, **options: Any) -> Any:
+        return getattr(self.envs, name)(*arguments, **options)
+
+    return method
+
+
 class RemoteEnvs(VecEnv):
     """The workers' environments as SB3 and its callbacks see them: spaces and number.
 
     Those that train live in the worker processes. Whoever resets, steps or asks this object gets
-    environments of the same kind, built in this process when they are first needed.
+    environments of the same kind, built in this process when they are first needed. Spaces are read
+    off one environment, built for that and closed again. ValueError for a factory of `VecNormalize`
+    (every worker would gather statistics, nobody would save them) or of `SubprocVecEnv`.
     """
 
-    def __init__(self, factory: EnvFactory, n_envs: int, probe: VecEnv) -> None:
-        self.render_mode = probe.render_mode
+    def __init__(self, factory: EnvFactory, n_envs: int) -> None:
         self._factory = factory
         self._envs: VecEnv | None = None
         self._seed: int | None = None
         self._is_resting = False
-        super().__init__(n_envs, probe.observation_space, probe.action_space)
-
-    @classmethod
-    def like(cls, factory: EnvFactory, n_envs: int) -> RemoteEnvs:
-        """Spaces are read off one environment, built for that and closed again.
-
-        Raises:
-            ValueError: for a factory of `VecNormalize`, whose statistics every worker would gather
-                for itself, and nobody would save; and for one of `SubprocVecEnv`.
-        """
         probe = build(factory, 1, 0)
         try:
             if unwrap_vec_normalize(probe) is not None:
@@ -210,19 +188,10 @@ class RemoteEnvs(VecEnv):
                     "the environment factory returns a SubprocVecEnv, but workers may not start "
                     "processes of their own; return a DummyVecEnv, or use n_workers=0"
                 )
-            return cls(factory, n_envs, probe)
+            self.render_mode = probe.render_mode
+            super().__init__(n_envs, probe.observation_space, probe.action_space)
         finally:
             probe.close()
-
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Nothing is built for a reset inside the block, which answers with zeros: SB3 resets what
-        it trains on, and the workers reset theirs."""
-        self._is_resting = True
-        try:
-            yield
-        finally:
-            self._is_resting = False
 
     @property
     def envs(self) -> VecEnv:
@@ -232,23 +201,24 @@ class RemoteEnvs(VecEnv):
             self._envs = build(self._factory, self.num_envs, seed)
         return self._envs
 
+    step_async = _forwarded("step_async")
+    step_wait = _forwarded("step_wait")
+    env_is_wrapped = _forwarded("env_is_wrapped")
+    set_attr = _forwarded("set_attr")
+    env_method = _forwarded("env_method")
+    get_images = _forwarded("get_images")
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """A reset inside the block does nothing: SB3 asks for it, but workers reset theirs."""
+        self._is_resting = True
+        try:
+            yield
+        finally:
+            self._is_resting = False
+
     def reset(self) -> Any:
-        if not self._is_resting:
-            return self.envs.reset()
-
-        def blank(space: spaces.Space[Any]) -> np.ndarray:
-            return np.zeros((self.num_envs, *(space.shape or ())), space.dtype)
-
-        space = self.observation_space
-        if isinstance(space, spaces.Dict):
-            return {name: blank(entry) for name, entry in space.items()}
-        return blank(space)
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self.envs.step_async(actions)
-
-    def step_wait(self) -> VecEnvStepReturn:
-        return self.envs.step_wait()
+        return None if self._is_resting else self.envs.reset()
 
     def close(self) -> None:
         """The workers' own end with `learn`."""
@@ -257,28 +227,12 @@ class RemoteEnvs(VecEnv):
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         self._seed = seed
-        if self._envs is None:
-            return super().seed(seed)
-        return self._envs.seed(seed)
-
-    def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
-        return self.envs.env_is_wrapped(wrapper_class, indices)
+        return super().seed(seed) if self._envs is None else self._envs.seed(seed)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         if attr_name == "render_mode":  # which SB3 asks every VecEnv for when it is made
             return [self.render_mode for _ in self._get_indices(indices)]
         return self.envs.get_attr(attr_name, indices)
-
-    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        self.envs.set_attr(attr_name, value, indices)
-
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
-    ) -> list[Any]:
-        return self.envs.env_method(method_name, *method_args, indices=indices, **kwargs)
-
-    def get_images(self) -> Sequence[np.ndarray | None]:
-        return self.envs.get_images()
 
     def render(self, mode: str | None = None) -> np.ndarray | None:
         """As in SB3; None, with a warning, where what draws is not installed."""
@@ -292,21 +246,23 @@ class RemoteEnvs(VecEnv):
 class RecordedEnv(VecEnvWrapper):
     """Remembers every reset and action, so that a fresh copy can be brought to the same state.
 
-    Most emulators and environments cannot be cloned, but all of ours play the same game again from
-    the same seed and actions. Costs the memory of the actions (a byte for one of few discrete ones)
-    and replay time in proportion to the run.
+    Most environments cannot be cloned, but ours play the same game again from the same seed and
+    actions. Costs memory (a byte for one of few discrete actions) and time to replay.
     """
 
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv)
-        self._episodes: list[_Rows] = []  # actions since each reset
+        space = self.action_space
+        few = isinstance(space, spaces.Discrete) and 0 <= space.start <= 256 - space.n
+        self._dtype = np.dtype(np.uint8 if few else space.dtype)
+        self._episodes: list[bytearray] = []  # the actions since each reset
 
     def reset(self) -> Any:
-        self._episodes.append(_Rows())
+        self._episodes.append(bytearray())
         return self.venv.reset()
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._episodes[-1].append(self._compact(np.asarray(actions)))
+        self._episodes[-1] += np.asarray(actions).astype(self._dtype).tobytes()
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -314,8 +270,8 @@ class RecordedEnv(VecEnvWrapper):
 
     def history(self) -> list[np.ndarray]:
         """Actions [N, n_envs, ...] after each reset."""
-        empty = np.empty((0, self.num_envs), dtype=np.int64)
-        return [rows.array(empty).copy() for rows in self._episodes]
+        shape = (-1, self.num_envs, *(self.action_space.shape or ()))
+        return [np.frombuffer(rows.copy(), self._dtype).reshape(shape) for rows in self._episodes]
 
     def replay(self, history: Sequence[np.ndarray]) -> Any:
         """Repeat a recorded history on a fresh copy; returns the observations it ends in."""
@@ -326,33 +282,3 @@ class RecordedEnv(VecEnvWrapper):
             for action in actions.astype(self.action_space.dtype):
                 obs = self.step(action)[0]
         return obs
-
-    def _compact(self, actions: np.ndarray) -> np.ndarray:
-        if isinstance(self.action_space, spaces.Discrete) and self.action_space.n <= 256:
-            return actions.astype(np.uint8)
-        return actions
-
-
-def fresh_seed() -> int:
-    """A seed that the system draws."""
-    return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
-
-
-class _Rows:
-    """Arrays of one shape, one after the other in one block of memory."""
-
-    def __init__(self) -> None:
-        self._block: np.ndarray | None = None
-        self._count = 0
-
-    def append(self, row: np.ndarray) -> None:
-        if self._block is None:
-            self._block = np.empty((16, *row.shape), row.dtype)
-        elif self._count == len(self._block):
-            self._block = np.concatenate([self._block, np.empty_like(self._block)])
-        self._block[self._count] = row
-        self._count += 1
-
-    def array(self, empty: np.ndarray) -> np.ndarray:
-        """All rows, or `empty` if there are none."""
-        return empty if self._block is None else self._block[: self._count]

@@ -6,81 +6,35 @@ timesteps to a callback, and hands out a `Batch` when a rollout of every environ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
 
-from ncrl.agents.playing.buffers import (
-    Batch,
-    RolloutBatch,
-    RolloutShape,
-    RolloutSlots,
-    first_rows,
-    shown_at,
-)
+from ncrl.agents.playing.buffers import Batch, RolloutBatch, RolloutShape, first_rows
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.env_sources import EnvFactory
-from ncrl.agents.playing.pool import Delivery, Limits, WorkerPool
+from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec, check_script, end_if_importing_main
 from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
 
+if TYPE_CHECKING:
+    from ncrl.agents.playing.cluster import ActorPool, ObjectWeights
+
 OnRow = Callable[[Outcome], bool]
 """Called for every row of `n_envs` timesteps; returning False ends the rollout early."""
 
-
-class Player(Protocol):
-    """Collects rollouts, and learns of new weights."""
-
-    def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
-        """A batch of `n_steps` timesteps in every environment; None if it was ended early."""
-
-    def publish(self, policy: EnginePolicy) -> None:
-        """The policy has new weights."""
-
-
-class Pool(Protocol):
-    """Workers, which run inside its context: `pool.WorkerPool`, `cluster.ActorPool`."""
-
-    worker_restarts: int
-    env_restarts: int
-
-    @property
-    def starting(self) -> bool:
-        """No rollout has been taken yet."""
-
-    def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
-        """Wait for `count` rollouts; None if `give_up()` became true meanwhile."""
-
-    def release(self, deliveries: list[Delivery]) -> None:
-        """The learner has copied these rollouts."""
-
-
-class Weights(Protocol):
-    """What the workers of a pool play with: `weights.SharedWeights`, `cluster.ObjectWeights`."""
-
-    @property
-    def version(self) -> int:
-        """The newest."""
-
-    def publish(self, module: nn.Module, version: int) -> None:
-        """Make the module's present weights version `version`, which must be the next one."""
+Pool: TypeAlias = "WorkerPool | ActorPool"
+Player: TypeAlias = "SerialPlayer | WorkersPlayer"
 
 
 class SerialPlayer:
-    """Plays in this process, with the learner's own policy.
-
-    Args:
-        collector: plays the environments.
-        shape: of a rollout of all of them.
-        device: of the batches.
-        stopwatch: of this process, if its time is measured.
-    """
+    """Plays in this process, with the learner's own policy, environments of one `Collector`."""
 
     def __init__(
         self,
@@ -89,23 +43,18 @@ class SerialPlayer:
         device: torch.device,
         stopwatch: Stopwatch = OFF,
     ) -> None:
-        self.collector = collector
-        self.stopwatch = stopwatch
-        self.rollout = RolloutSlots(shape, 1, shared=False)[0]
-        self.stage = RolloutBatch(shape, device)
+        self.collector, self.stopwatch = collector, stopwatch
+        self.rollout, self.stage = shape.allocate(), RolloutBatch(shape, device)
+        self.games = list(range(shape.n_envs))
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
+        """A batch of `n_steps` timesteps in every environment; None if it was ended early."""
         if not self.collector.collect(self.rollout, n_steps, on_row):
             return None
         with self.stopwatch.phase("copy"):
             batch = self.stage.gather([self.rollout])
-        n_envs = self.rollout.rewards.shape[1]
-        return Batch(
-            first_rows(batch, n_steps),
-            first_rows(self.rollout, n_steps),
-            games=list(range(n_envs)),
-            lags=[0],
-        )
+        host = first_rows(self.rollout, n_steps)
+        return Batch(first_rows(batch, n_steps), host, self.games, lags=[0])
 
     def publish(self, policy: EnginePolicy) -> None:
         """The policy that plays is the one that learns."""
@@ -120,109 +69,59 @@ def played_by_workers(
     *,
     n_workers: int,
     cluster: str | None,
-    seed: int,
-    limits: Limits,
     profile: Profile | None,
-    info_keywords: Sequence[str],
     device: torch.device,
     give_up: Callable[[], bool],
+    **options: Any,
 ) -> Iterator[WorkersPlayer]:
     """Workers that play inside the block: processes, or actors of the cluster at an address.
 
-    `WorkersPlayer` and `WorkerPool` say what is what.
-
-    Raises:
-        RuntimeError: for a program that worker processes cannot import again.
-        ValueError: for a policy that they cannot build, or a cluster that cannot be joined.
-        WorkerError: if they cannot be kept running.
+    `WorkersPlayer` and `WorkerPool`, whose are the further `options`, say what is what.
+    RuntimeError for a program that processes cannot import again, ValueError for a policy that they
+    cannot build or a cluster that cannot be joined, WorkerError if they cannot be kept running.
     """
+    options |= {"shape": shape._replace(n_envs=shape.n_envs // n_workers), "profile": profile}
+    options |= {"factory": factory, "policy": spec, "n_workers": n_workers}
     if cluster is None:
         end_if_importing_main()
         check_script()
     spec.check_like(policy)
-    options: dict[str, Any] = {
-        "factory": factory,
-        "policy": spec,
-        "shape": shape._replace(n_envs=shape.n_envs // n_workers),
-        "n_workers": n_workers,
-        "seed": seed,
-        "limits": limits,
-        "profile": profile,
-        "info_keywords": info_keywords,
-    }
-    workers = _processes(policy, options) if cluster is None else _actors(policy, cluster, options)
-    with workers as (pool, weights):
-        yield WorkersPlayer(
-            pool,
-            weights,
-            policy,
-            shape,
-            n_workers=n_workers,
-            device=device,
-            give_up=give_up,
-            stopwatch=OFF if profile is None else profile.stopwatch,
-        )
+    stopwatch = OFF if profile is None else profile.stopwatch
+    with ExitStack() as stack:
+        pool: Pool
+        weights: SharedWeights | ObjectWeights
+        if cluster is None:
+            weights = SharedWeights(policy)
+            weights.publish(policy, 0)
+            pool = stack.enter_context(WorkerPool(weights=weights, **options))
+        else:
+            from ncrl.agents.playing import cluster as ray_cluster  # only here: it imports ray
+
+            stack.enter_context(ray_cluster.joined(cluster))
+            weights = ray_cluster.ObjectWeights()
+            weights.publish(policy, 0)
+            pool = stack.enter_context(ray_cluster.ActorPool(weights=weights, **options))
+        yield WorkersPlayer(pool, weights, policy, shape, n_workers, device, give_up, stopwatch)
 
 
-@contextmanager
-def _processes(policy: EnginePolicy, options: dict[str, Any]) -> Iterator[tuple[Pool, Weights]]:
-    """Workers that are processes of this machine."""
-    weights = SharedWeights(policy)
-    weights.publish(policy, 0)
-    with WorkerPool(weights=weights, **options) as pool:
-        yield pool, weights
-
-
-@contextmanager
-def _actors(
-    policy: EnginePolicy, address: str, options: dict[str, Any]
-) -> Iterator[tuple[Pool, Weights]]:
-    """Workers that are actors of a cluster."""
-    from ncrl.agents.playing import cluster  # only here: it imports ray
-
-    with cluster.joined(address):
-        weights = cluster.ObjectWeights()
-        weights.publish(policy, 0)
-        with cluster.ActorPool(weights=weights, **options) as pool:
-            yield pool, weights
-
-
+@dataclass
 class WorkersPlayer:
-    """Receives what the workers play, and sends them weights.
+    """Receives what the workers play, and sends them weights."""
 
-    Args:
-        pool: of the workers, started.
-        weights: that they play with.
-        policy: what those are weights of.
-        shape: of a rollout of all environments.
-        n_workers: they share out the environments equally.
-        device: of the batches.
-        give_up: asked while waiting; whether to wait no longer.
-        stopwatch: of this process, if its time is measured.
-    """
+    pool: Pool  # started
+    weights: SharedWeights | ObjectWeights  # that the workers play with
+    policy: EnginePolicy  # what those are weights of
+    shape: RolloutShape  # of a rollout of all environments
+    n_workers: int  # which share out the environments equally
+    device: torch.device  # of the batches
+    give_up: Callable[[], bool]  # asked while waiting
+    stopwatch: Stopwatch = OFF
 
-    def __init__(
-        self,
-        pool: Pool,
-        weights: Weights,
-        policy: EnginePolicy,
-        shape: RolloutShape,
-        *,
-        n_workers: int,
-        device: torch.device,
-        give_up: Callable[[], bool],
-        stopwatch: Stopwatch = OFF,
-    ) -> None:
-        self.pool = pool
-        self.weights = weights
-        self.policy = policy
-        self.shape = shape
-        self.n_workers = n_workers
-        self.give_up = give_up
-        self.stopwatch = stopwatch
-        self.stage = RolloutBatch(shape, device)
+    def __post_init__(self) -> None:
+        self.stage = RolloutBatch(self.shape, self.device)
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
+        """A batch of `n_steps` timesteps in every environment; None if it was ended early."""
         with self.stopwatch.phase("setup" if self.pool.starting else "wait"):
             deliveries = self.pool.take(self.n_workers, self.give_up)
         if deliveries is None:
@@ -236,7 +135,6 @@ class WorkersPlayer:
             for_env = actions_for_env(self.policy, played.actions)
         with self.stopwatch.phase("wait"):
             self.pool.release(deliveries)
-
         width = self.shape.n_envs // self.n_workers
         infos: list[list[dict[str, Any]]] = [
             [{} for _ in range(self.shape.n_envs)] for _ in range(self.shape.n_steps)
@@ -246,16 +144,16 @@ class WorkersPlayer:
                 infos[row][place * width + i] = info
         for row in range(n_steps):
             outcome = Outcome(
-                row,
-                actions[row],
-                shown_at(row + 1, played.obs),
-                rewards[row],
-                dones[row],
-                infos[row],
-                map_obs(lambda x, row=row: x[row], played.obs),  # type: ignore[misc]
-                played.log_prob[row],
-                for_env[row],
-                None,
+                row=row,
+                actions=actions[row],
+                new_obs=map_obs(lambda x, t=row + 1: x[t].numpy(), played.obs),  # type: ignore[misc]
+                rewards=rewards[row],
+                dones=dones[row],
+                infos=infos[row],
+                obs_tensor=map_obs(lambda x, t=row: x[t], played.obs),  # type: ignore[misc]
+                log_probs=played.log_prob[row],
+                clipped_actions=for_env[row],
+                values=None,
             )
             if not on_row(outcome):
                 return None
@@ -267,4 +165,5 @@ class WorkersPlayer:
         )
 
     def publish(self, policy: EnginePolicy) -> None:
+        """The policy has new weights."""
         self.weights.publish(policy, self.weights.version + 1)

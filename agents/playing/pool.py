@@ -1,8 +1,8 @@
 """The pool of worker processes: started, watched, replaced, and always ended.
 
 One pipe per worker, thrown away with it: a worker killed in the middle of a message harms nobody
-else. Slot numbers are the only thing that is handed round, and the pool knows where each one is:
-free, at a worker, or played and waiting for the learner. Nothing here waits without a time-out.
+else. Every worker plays into slots of its own. Their numbers are all that is handed round, and the
+pool knows where each is: free, at the worker, or played. Nothing here waits without a time-out.
 """
 
 from __future__ import annotations
@@ -11,28 +11,26 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
-from ncrl.agents.playing.buffers import Rollout, RolloutShape, RolloutSlots
+from ncrl.agents.playing.buffers import Rollout, RolloutShape
 from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.env_sources import EnvFactory
+from ncrl.agents.playing.sizes import SLOTS_PER_WORKER
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import (
     EXIT_NO_GUARD,
-    THREAD_VARIABLES,
     EnvFailed,
     Failed,
     Info,
@@ -40,7 +38,6 @@ from ncrl.agents.playing.worker import (
     Played,
     PolicySpec,
     Ready,
-    Reported,
     WorkerSpec,
     worker_main,
 )
@@ -48,28 +45,23 @@ from ncrl.agents.runs.profiling import Profile
 
 logger = logging.getLogger(__name__)
 
-SLOTS_PER_WORKER = 2
-"""Rollouts a worker may hold: the one it plays and the one it goes on with, so that it never waits
-for a learner that is in the middle of an update."""
-
-POLL_SECONDS = 0.2
-"""Longest the pool waits before it looks at its workers again."""
-
-WINDOW_SECONDS = 600.0
-"""Time over which failures of one worker are counted whatever it played between them."""
-
+POLL_SECONDS = 0.2  # longest the pool waits before it looks at its workers again
+WINDOW_SECONDS = 600.0  # in which failures of a worker are counted whatever it played between them
 FAILURES_PER_WINDOW = 4
+LONGEST_PAUSE = 60.0  # seconds before a replacement, however many there were
 
-LONGEST_PAUSE = 60.0
-"""Seconds before a replacement, however many there were."""
+# What a worker finds before it imports torch: processes, not threads, share out the cores.
+ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
+)
 
-SHM = "/dev/shm"
+NO_GUARD = (
+    "a worker process imports your file again, which must not start another training: put what "
+    'starts it under `if __name__ == "__main__":`, or use n_workers=0'
+)
 
-FILES_PER_WORKER = 4
-"""Open files of this process for each worker: its pipe, what tells of its end, and two to spare."""
-
-FILES_FOR_SHARING = 64
-"""Open files for shared memory, checkpoints, curves, and a worker that is being started."""
+# Of a worker that ended before it was set up, and so could not send its traceback.
+NO_START = "it said why above, while it imported your file again as worker processes do"
 
 
 class WorkerError(RuntimeError):
@@ -79,8 +71,7 @@ class WorkerError(RuntimeError):
 class Delivery(NamedTuple):
     """One played rollout."""
 
-    rollout: Rollout
-    """View of its slot; valid until `release`."""
+    rollout: Rollout  # a view of its slot; valid until `release`
     played: Played
     infos: list[Info]
     worker: int
@@ -90,33 +81,26 @@ class Delivery(NamedTuple):
 class Limits:
     """When the pool gives up on a worker, and on itself."""
 
-    heartbeat_timeout: float = 60.0
-    """Seconds a worker with work to do may go without finishing a timestep."""
-    startup_timeout: float = 180.0
-    """Seconds a worker may take to build its environments."""
+    heartbeat_timeout: float = 60.0  # seconds that a worker with work may go without a timestep
+    startup_timeout: float = 180.0  # seconds that it may take to build its environments
     max_restarts: int = 5
     """Deaths, or environment failures, of one worker without a rollout between them. With rollouts
     between them it may have `FAILURES_PER_WINDOW` times as many in `WINDOW_SECONDS`."""
-    first_pause: float = 0.5
-    """Seconds before a first replacement; doubles with each further death."""
+    first_pause: float = 0.5  # seconds before a first replacement; doubles with each further death
 
 
 @dataclass
 class Failures:
     """Of one worker, and what follows from them."""
 
-    in_a_row: int = 0
-    """Without a rollout between them."""
-    times: deque[float] = field(default_factory=deque)
-    """Monotonic times of those in the last `WINDOW_SECONDS`."""
+    in_a_row: int = 0  # without a rollout between them
+    times: list[float] = field(default_factory=list)  # of those in the last `WINDOW_SECONDS`
 
     def count(self, limits: Limits) -> str:
         """One more; returns how many there were if they were too many."""
         now = time.monotonic()
         self.in_a_row += 1
-        self.times.append(now)
-        while self.times[0] < now - WINDOW_SECONDS:
-            self.times.popleft()
+        self.times = [*(then for then in self.times if then >= now - WINDOW_SECONDS), now]
         if self.in_a_row > limits.max_restarts:
             return f"{self.in_a_row} times in a row"
         if len(self.times) > FAILURES_PER_WINDOW * limits.max_restarts:
@@ -135,39 +119,26 @@ class _Worker:
     index: int
     process: SpawnProcess | None = None
     connection: Connection | None = None
-    ready: bool = False
-    """It has built its environments at least once."""
-    building: bool = True
-    """It is building them now, for the first time or again."""
-    slots: deque[int] = field(default_factory=deque)
-    """Slots it holds, the one it plays first."""
-    last_given: int = 0
-    """Number of the hand-out in which it was given its latest slot."""
+    ready: bool = False  # it has built its environments at least once
+    building: bool = True  # it is building them now, for the first time or again
+    slots: deque[int] = field(default_factory=deque)  # that it holds, the one it plays first
+    free: deque[int] = field(default_factory=deque)  # slots that it may be given
     failures: Failures = field(default_factory=Failures)
-    infos: list[Info] = field(default_factory=list)
-    """Reported for the rollout that it announces next."""
+    infos: list[Info] = field(default_factory=list)  # of the rollout that it announces next
     incarnation: int = 0
     restart_at: float | None = None
-    last_sign: float = 0.0
-    """Monotonic time of its latest heartbeat, message or task."""
+    last_sign: float = 0.0  # time of its latest heartbeat, message or task
     last_beat: int = 0
     traceback: str = ""
 
-
-NO_GUARD = (
-    "a worker process imports your file again, which must not start another training: put what "
-    'starts it under `if __name__ == "__main__":`, or use n_workers=0'
-)
-
-NO_START = "it said why above, while it imported your file again as worker processes do"
-"""Of a worker that ended before it was set up, and so could not send its traceback."""
+    def __str__(self) -> str:
+        return f"worker {self.index} (pid {self.process.pid if self.process else None})"
 
 
 class WorkerPool:
-    """Runs `n_workers` processes of `n_envs` environments each; used as a context manager.
+    """Runs `n_workers` processes of `shape.n_envs` environments each; used as a context manager.
 
-    Raises:
-        WorkerError: from any method, when workers cannot be kept running.
+    Any method raises WorkerError when workers cannot be kept running.
     """
 
     def __init__(
@@ -184,72 +155,37 @@ class WorkerPool:
         info_keywords: Sequence[str] = (),
     ) -> None:
         self.limits = limits
-        self.worker_restarts = 0
-        self.env_restarts = 0
-        self._factory = CloudpickleWrapper(factory)
-        self._policy = CloudpickleWrapper(policy)
-        self._shape = shape
-        self._weights = weights
-        self._seed = seed
+        self.worker_restarts = self.env_restarts = 0
+        self.starting = True  # no rollout has been taken yet
         self._profile = profile
-        self._info_keywords = info_keywords
-        self._slots = RolloutSlots(shape, slots_for(n_workers), shared=True)
-        self._free = deque(range(self._slots.num_slots))
-        self._given = 0
-        """Slots handed out so far."""
+        self._spec = WorkerSpec(
+            seed=seed,
+            factory=CloudpickleWrapper(factory),
+            policy=CloudpickleWrapper(policy),
+            slots=shape.allocate(SLOTS_PER_WORKER * n_workers),
+            weights=weights,
+            heartbeats=torch.zeros(n_workers, dtype=torch.int64).share_memory_(),
+            profile=profile is not None,
+            info_keywords=info_keywords,
+        )
+        for tensor in self._spec.slots.tensors():
+            tensor.share_memory_()
         self._played: deque[Delivery] = deque()
-        self._heartbeats = torch.zeros(n_workers, dtype=torch.int64).share_memory_()
         self._workers = [_Worker(index) for index in range(n_workers)]
-        self._context = multiprocessing.get_context("spawn")
+        for slot in range(SLOTS_PER_WORKER * n_workers):
+            self._workers[slot % n_workers].free.append(slot)
         self._last_look = time.monotonic()
-        self._starting = True
 
     def __enter__(self) -> WorkerPool:
         try:
             for worker in self._workers:
                 self._start(worker)
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the living workers."""
-        processes = [worker.process for worker in self._workers]
-        return [p.pid for p in processes if p is not None and p.pid is not None and p.is_alive()]
-
-    @property
-    def starting(self) -> bool:
-        """No rollout has been taken yet; the workers are building their environments."""
-        return self._starting
-
-    def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
-        """Wait for `count` played rollouts, the oldest first. Give them back with `release`.
-
-        Returns:
-            None if `give_up()` became true meanwhile.
-        """
-        # At the start everybody is waited for: else the first worker would play all rollouts.
-        while len(self._played) < count or (self._starting and not self._all_ready()):
-            if give_up():
-                return None
-            self._look(POLL_SECONDS)
-        self._starting = False
-        return [self._played.popleft() for _ in range(count)]
-
-    def release(self, deliveries: list[Delivery]) -> None:
-        """Free the slots of rollouts the learner has copied, and hand them out again."""
-        self._free.extend(delivery.played.slot for delivery in deliveries)
-        self._look(0.0)
-
-    def _all_ready(self) -> bool:
-        return all(worker.ready for worker in self._workers)
-
-    def close(self) -> None:
         """End every worker: asked first, then killed. Never raises, never leaves one behind."""
         for worker in self._workers:
             if worker.connection is not None:
@@ -261,6 +197,27 @@ class WorkerPool:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
         for worker in self._workers:
             self._bury(worker)
+
+    def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
+        """Wait for `count` played rollouts, the oldest first; None if `give_up()` became true.
+
+        They are given back with `release`.
+        """
+        # At the start everybody is waited for: else the first worker would play all rollouts.
+        while len(self._played) < count or (
+            self.starting and not all(worker.ready for worker in self._workers)
+        ):
+            if give_up():
+                return None
+            self._look(POLL_SECONDS)
+        self.starting = False
+        return [self._played.popleft() for _ in range(count)]
+
+    def release(self, deliveries: list[Delivery]) -> None:
+        """Free the slots of rollouts the learner has copied, and hand them out again."""
+        for delivery in deliveries:
+            self._workers[delivery.worker].free.append(delivery.played.slot)
+        self._look(0.0)
 
     # What happens in one look: messages, deaths, silence, replacements, new tasks.
 
@@ -278,40 +235,33 @@ class WorkerPool:
     def _receive(self, worker: _Worker) -> None:
         """Handle all that a worker has sent; the end of its pipe is its death."""
         assert worker.connection is not None
-        try:
+        with contextlib.suppress(EOFError, OSError):
             while worker.connection.poll():
                 self._handle(worker, worker.connection.recv())
             return
-        except (EOFError, OSError):
-            pass  # what follows is told without this
         self._replace(worker, "died")
 
     def _handle(self, worker: _Worker, message: Message) -> None:
         worker.last_sign = time.monotonic()
         if isinstance(message, Ready):
             worker.ready, worker.building = True, False
-        elif isinstance(message, Reported):
-            worker.infos.extend(message.infos)
+        elif isinstance(message, list):
+            worker.infos.extend(message)
         elif isinstance(message, Played):
             assert worker.slots[0] == message.slot, "a slot is in exactly one place"
             worker.slots.popleft()
             worker.failures.in_a_row = 0
-            rollout = self._slots[message.slot]
+            rollout = self._spec.slots.slot(message.slot)
             self._played.append(Delivery(rollout, message, worker.infos, worker.index))
             worker.infos = []
             if self._profile is not None:
                 self._profile.add_worker(worker.index, message.phases)
         elif isinstance(message, EnvFailed):
             self.env_restarts += 1
-            too_often = worker.failures.count(self.limits)
             worker.building = True
-            logger.warning(
-                "worker %d (pid %s): its environments failed and are built anew: %s",
-                worker.index,
-                worker.process.pid if worker.process else None,
-                message.reason.strip().splitlines()[-1],
-            )
-            if too_often:
+            last = message.reason.strip().splitlines()[-1]
+            logger.warning("%s: its environments failed and are built anew: %s", str(worker), last)
+            if too_often := worker.failures.count(self.limits):
                 raise WorkerError(
                     f"the environments of worker {worker.index} fail again and again, {too_often}:"
                     f"\n{message.reason}"
@@ -330,7 +280,7 @@ class WorkerPool:
         for worker in self._workers:
             if worker.process is None:
                 continue
-            beat = int(self._heartbeats[worker.index].item())
+            beat = int(self._spec.heartbeats[worker.index].item())
             if beat != worker.last_beat or (not worker.building and not worker.slots):
                 worker.last_beat, worker.last_sign = beat, now
             elif grace > 5 * POLL_SECONDS:
@@ -342,7 +292,7 @@ class WorkerPool:
 
     def _replace(self, worker: _Worker, what: str) -> None:
         """Bury a worker and set the time at which its successor starts."""
-        pid = worker.process.pid if worker.process else None
+        who = str(worker)
         # What fails at the first start fails at every other one.
         first_start = worker.incarnation == 1 and not worker.ready
         if worker.process is not None and first_start and not worker.traceback:
@@ -353,20 +303,12 @@ class WorkerPool:
                 worker.traceback = NO_START
         hopeless = first_start and bool(worker.traceback)
         self._bury(worker)
-        too_often = "at its start" if hopeless else worker.failures.count(self.limits)
-        if too_often:
+        if too_often := "at its start" if hopeless else worker.failures.count(self.limits):
             reason = f":\n{worker.traceback}" if worker.traceback else ""
-            raise WorkerError(f"worker {worker.index} (pid {pid}) {what} {too_often}{reason}")
+            raise WorkerError(f"{who} {what} {too_often}{reason}")
         pause = worker.failures.pause(self.limits)
-        last = worker.traceback.strip().splitlines()[-1:] or ["no traceback"]
-        logger.warning(
-            "worker %d (pid %s) %s (%s); a new one starts in %.1f s",
-            worker.index,
-            pid,
-            what,
-            last[0],
-            pause,
-        )
+        (last,) = worker.traceback.strip().splitlines()[-1:] or ["no traceback"]
+        logger.warning("%s %s (%s); a new one starts in %.1f s", who, what, last, pause)
         self.worker_restarts += 1
         worker.restart_at = time.monotonic() + pause
 
@@ -380,33 +322,18 @@ class WorkerPool:
         if worker.connection is not None:
             worker.connection.close()
             worker.connection = None
-        self._free.extend(worker.slots)
+        worker.free.extend(worker.slots)
         worker.slots.clear()
         worker.infos = []
 
     def _start(self, worker: _Worker) -> None:
-        parent_end, child_end = self._context.Pipe()
-        spec = WorkerSpec(
-            index=worker.index,
-            # A prime stride keeps the seeds of workers and of their successors apart.
-            seed=self._seed + 1_000_003 * (worker.index + len(self._workers) * worker.incarnation),
-            n_envs=self._shape.n_envs,
-            parent_pid=os.getpid(),
-            factory=self._factory,
-            policy=self._policy,
-            slots=self._slots,
-            weights=self._weights,
-            heartbeats=self._heartbeats,
-            profile=self._profile is not None,
-            info_keywords=self._info_keywords,
-        )
-        process = self._context.Process(
-            target=worker_main,
-            args=(child_end, spec),
-            name=f"ncrl-worker-{worker.index}",
-            daemon=True,
-        )
-        with _one_thread_for_children(), _no_interrupts():
+        context = multiprocessing.get_context("spawn")
+        parent_end, child_end = context.Pipe()
+        # A prime stride keeps the seeds of workers and of their successors apart.
+        stride = 1_000_003 * (worker.index + len(self._workers) * worker.incarnation)
+        spec = replace(self._spec, index=worker.index, seed=self._spec.seed + stride)
+        process = context.Process(target=worker_main, args=(child_end, spec), daemon=True)
+        with _for_children():
             process.start()
         child_end.close()
         worker.process, worker.connection = process, parent_end
@@ -416,140 +343,28 @@ class WorkerPool:
         worker.last_sign = time.monotonic()
 
     def _hand_out(self) -> None:
-        """Give free slots to the workers, those with the fewest first.
-
-        Among equals the one that was given its last slot the longest ago goes first: where slots
-        are scarce, everybody waits in turn.
-        """
-        ready = [w for w in self._workers if w.connection is not None and w.ready]
-        while self._free and ready:
-            worker = min(ready, key=lambda w: (len(w.slots), w.last_given))
-            if len(worker.slots) >= SLOTS_PER_WORKER:
-                return
-            self._given += 1
-            worker.last_given = self._given
-            worker.slots.append(self._free.popleft())
-            try:
-                worker.connection.send(worker.slots[-1])  # type: ignore[union-attr]
-            except OSError:
-                ready.remove(worker)  # it died; the next look finds the end of its pipe
-
-
-def slots_for(n_workers: int) -> int:
-    """Slots of a pool: one batch may be with the learner while every worker is fully supplied."""
-    return (SLOTS_PER_WORKER + 1) * n_workers
-
-
-def check_machine(n_workers: int, shape: RolloutShape, weights: int) -> None:
-    """Refuse to start workers for which shared memory or open files do not suffice.
-
-    Args:
-        n_workers: how many.
-        shape: of a rollout of one worker.
-        weights: bytes of the shared weights.
-
-    Raises:
-        ValueError: naming what is needed and what there is.
-    """
-    check_shared_memory(slots_for(n_workers) * shape.nbytes + weights)
-    check_open_files(n_workers)
-
-
-def check_shared_memory(needed: int) -> None:
-    """Refuse to allocate more shared memory than there is: exceeding it kills the process later.
-
-    Raises:
-        ValueError: naming the size needed and the size found, in MB.
-    """
-    if not os.path.isdir(SHM):
-        return
-    free = shutil.disk_usage(SHM).free
-    if needed > free:
-        raise ValueError(
-            f"the workers need {needed / 1e6:.0f} MB of shared memory but {SHM} has "
-            f"{free / 1e6:.0f} MB free; lower n_envs or n_steps, or give the container a larger "
-            "one (docker run --shm-size)"
-        )
-
-
-def check_memory(needed: int) -> None:
-    """Refuse to fill more memory than there is: the system would end the process without a word.
-
-    Raises:
-        ValueError: naming the size needed and the size found, in MB.
-    """
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        if needed > 1024 * available:
-            raise ValueError(
-                f"rollouts need {needed / 1e6:,.0f} MB of memory and {available / 1e3:,.0f} MB are "
-                "free; lower n_envs or n_steps"
-            )
-
-
-def check_open_files(n_workers: int) -> None:
-    """Raise this process's limit of open files where the workers need it and the system lets it.
-
-    Raises:
-        ValueError: naming the limit needed, where it does not.
-    """
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    needed = FILES_PER_WORKER * n_workers + FILES_FOR_SHARING
-    with contextlib.suppress(OSError):
-        needed += len(os.listdir("/proc/self/fd"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{n_workers} workers need a limit of {needed} open files, and it is {hard}; raise it "
-            f"(ulimit -n {needed}) or lower n_workers"
-        ) from error
+        """Give every worker that plays those of its slots that are free."""
+        for worker in self._workers:
+            while worker.free and worker.ready and worker.connection is not None:
+                worker.slots.append(worker.free.popleft())
+                with contextlib.suppress(OSError):  # the next look finds the end of its pipe
+                    worker.connection.send(worker.slots[-1])
 
 
 @contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Processes started inside begin with SIGINT blocked: they ignore it once they are set up."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # the first start would do it, and unblock SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _for_children() -> Iterator[None]:
+    """Processes started inside have one thread, and SIGINT blocked until they are set up."""
+    before = {name: value for name, value in os.environ.items() if name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
+    mask: set[signal.Signals] | None = None
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # the first start would do it, and unblock SIGINT
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # type: ignore[assignment]
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _one_thread_for_children() -> Iterator[None]:
-    """Processes started inside see thread limits of 1 before they import anything."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update({name: "1" for name in THREAD_VARIABLES})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-__all__ = [
-    "Delivery",
-    "Limits",
-    "WorkerError",
-    "WorkerPool",
-    "check_machine",
-    "check_memory",
-    "check_open_files",
-    "check_shared_memory",
-    "slots_for",
-]
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for name in ONE_THREAD:
+            del os.environ[name]
+        os.environ.update(before)

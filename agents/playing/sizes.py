@@ -1,63 +1,60 @@
-"""How many workers, games and games per update a machine, or a cluster of them, is worth."""
+"""How many workers, games and games per update a machine, or a cluster of them, is worth.
+
+And whether the machine has the memory and the open files for them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-FEW_CORES = 3
-"""Up to so many, every core gets a worker, and the learner computes between them."""
+from ncrl.agents.playing.buffers import RolloutShape
 
-SMALL_UPDATE = 4
-"""Games whose rollouts make one update on the CPU."""
+FEW_CORES = 3  # up to so many, every core gets a worker, and the learner computes between them
+SMALL_UPDATE = 4  # games whose rollouts make one update on the CPU
+SHM = "/dev/shm"
+FILES_PER_WORKER = 4  # open files: its pipe, what tells of its end, and two to spare
+FILES_FOR_SHARING = 64  # open files for shared memory, checkpoints, curves, a worker that starts
+
+SLOTS_PER_WORKER = 3
+"""The rollout that a worker plays, the one that it goes on with, so that it never waits for a
+learner in the middle of an update, and the one that the learner copies."""
 
 
 class Sizes(NamedTuple):
     """What fits a machine."""
 
     workers: int
-    games: int
-    """Of each worker."""
-    batch: int
-    """Games whose rollouts make one update; they divide those of all workers."""
-
-    reason: str
-    """In a few words, for the user."""
+    games: int  # of each worker
+    batch: int  # games whose rollouts make one update; they divide those of all workers
+    reason: str  # in a few words, for the user
 
 
 def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
-    """Workers, games per worker and games per update for a machine.
+    """Workers, games per worker and games per update for a machine, whose learner may have a GPU.
 
     Measured with a GPU on 16 cores: 15 workers of 16 games play as fast as 15 of 32, and 4 times as
     fast as 16 workers of one game. Small updates learn more from the same games than large ones
     (results/atari.md), but 4 games an update leave a GPU idle.
 
-    Args:
-        cores: that this process may use, at least 1.
-        has_gpu: whether the learner computes on one.
     """
     if has_gpu:
-        learner, games = 1, 16
-        why = "the learner is on the GPU"
+        learner, games, why = 1, 16, "the learner is on the GPU"
     elif cores <= FEW_CORES:
-        learner, games = 0, max(8, 16 // cores)
-        why = "the learner computes between them"
+        learner, games, why = 0, max(8, 16 // cores), "the learner computes between them"
     else:
-        learner, games = cores // 4, 8
-        why = "the learner computes on the CPU"
+        learner, games, why = cores // 4, 8, "the learner computes on the CPU"
     workers = max(1, cores - learner)
-    left = cores - workers
-    reason = (
-        f"{cores} core{'s' * (cores > 1)}"
-        + (f", {left} left for the learner" if left > 0 else "")
-        + f": {why}"
-    )
+    left = f", {cores - workers} left for the learner" if cores > workers else ""
+    reason = f"{cores} core{'s' * (cores > 1)}{left}: {why}"
     return Sizes(workers, games, games_per_update(workers * games, has_gpu), reason)
 
 
@@ -86,11 +83,7 @@ def check_cluster(cluster: str) -> None:
 
 
 def worker_cores(cluster: str | None = None) -> int:
-    """Cores for workers: all of this machine, or those of a cluster but one for the learner.
-
-    Raises:
-        ValueError: for a cluster that cannot be joined.
-    """
+    """Cores for workers: all of this machine, or those of a cluster but one for the learner."""
     if cluster is None:
         return available_cores()
     check_cluster(cluster)
@@ -100,24 +93,68 @@ def worker_cores(cluster: str | None = None) -> int:
 
 
 def default_workers(n_envs: int, cluster: str | None = None) -> int:
-    """One worker per core for them, or the next smaller number that divides `n_envs`.
-
-    Raises:
-        ValueError: for a cluster that cannot be joined.
-    """
+    """One worker per core for them, or the next smaller number that divides `n_envs`."""
     most = max(1, min(worker_cores(cluster), n_envs))
     return max(n for n in range(1, most + 1) if n_envs % n == 0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def learner_threads(n_workers: int) -> Iterator[None]:
     """Leave the workers their cores while the learner works beside them, whatever its device."""
-    if not n_workers:
-        yield
-        return
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, available_cores() - n_workers)))
+    if n_workers:
+        torch.set_num_threads(max(1, min(before, available_cores() - n_workers)))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_machine(n_workers: int, shape: RolloutShape, weights: int) -> None:
+    """ValueError where shared memory or open files do not suffice: `shape` is that of a rollout of
+    one worker, `weights` the bytes of the shared ones."""
+    check_shared_memory(SLOTS_PER_WORKER * n_workers * shape.nbytes + weights)
+    check_open_files(n_workers)
+
+
+def check_shared_memory(needed: int) -> None:
+    """Raise ValueError where there is less shared memory: exceeding it kills the process later."""
+    if os.path.isdir(SHM) and needed > (free := shutil.disk_usage(SHM).free):
+        raise ValueError(
+            f"the workers need {needed / 1e6:.0f} MB of shared memory but {SHM} has "
+            f"{free / 1e6:.0f} MB free; lower n_envs or n_steps, or give the container a larger "
+            "one (docker run --shm-size)"
+        )
+
+
+def check_memory(needed: int) -> None:
+    """Raise ValueError where fewer bytes are free: the system would end the process silently."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        if needed > 1024 * available:
+            raise ValueError(
+                f"rollouts need {needed / 1e6:,.0f} MB of memory and {available / 1e3:,.0f} MB are "
+                "free; lower n_envs or n_steps"
+            )
+
+
+def check_open_files(n_workers: int) -> None:
+    """Raise this process's limit of open files for the workers; ValueError where it cannot be."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    needed = FILES_PER_WORKER * n_workers + FILES_FOR_SHARING
+    with contextlib.suppress(OSError):
+        needed += len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{n_workers} workers need a limit of {needed} open files, and it is {hard}; raise it "
+            f"(ulimit -n {needed}) or lower n_workers"
+        ) from error

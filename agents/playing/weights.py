@@ -6,17 +6,13 @@ A reader never blocks the writer and takes nothing with it when it is killed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-VERSIONS = 2
-"""Copies kept: the writer fills one while readers copy the other."""
-
-
-LEARNER_ONLY = "value_net_int"
-"""Part of a policy that nobody needs for acting: it is not shared."""
+VERSIONS = 2  # copies kept: the writer fills one while readers copy the other
+LEARNER_ONLY = "value_net_int"  # part of a policy that acting does not need: it is not shared
 
 
 class SharedWeights:
@@ -28,8 +24,7 @@ class SharedWeights:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        size = sum(tensor.numel() for tensor in _floats(module))
-        self._copies = torch.zeros(VERSIONS, size).share_memory_()
+        self._copies = torch.zeros(VERSIONS, flatten(module).numel()).share_memory_()
         self._version = torch.full((1,), -1, dtype=torch.int64).share_memory_()
         self._started = torch.full((1,), -1, dtype=torch.int64).share_memory_()
 
@@ -43,11 +38,6 @@ class SharedWeights:
         """Size in bytes."""
         numbers = sum(tensor.numel() for tensor in _floats(module))
         return VERSIONS * numbers * torch.get_default_dtype().itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self._copies.nbytes
 
     def publish(self, module: nn.Module, version: int) -> None:
         """Make the module's present weights version `version`, which must be the next one."""
@@ -82,29 +72,22 @@ def fill(module: nn.Module, flat: Tensor) -> None:
 
 
 def layout(module: nn.Module) -> list[tuple[str, torch.Size | None]]:
-    """Names and shapes of what is shared, and the kinds of all parts; equal for two modules where
-    the weights of one are those of the other. A compiled module counts as what it was made of."""
-    shared = [*module.named_parameters(), *module.named_buffers()]
-    parts = [
+    """Names and shapes of what is shared, and the kinds of all parts: equal where one module can
+    have the weights of another. A compiled module counts as what it was made of."""
+    shapes = [(name.replace("_orig_mod.", ""), tensor.shape) for name, tensor in _shared(module)]
+    kinds = [
         type(part).__qualname__
         for name, part in module.named_modules()
-        if not _is_wrapper(part) and _is_shared(name)
+        if not hasattr(part, "_orig_mod") and LEARNER_ONLY not in name.split(".")
     ]
-    return [
-        *((name.replace("_orig_mod.", ""), t.shape) for name, t in shared if _is_shared(name)),
-        *((kind, None) for kind in parts),
-    ]
+    return [*shapes, *((kind, None) for kind in kinds)]
 
 
-def _is_shared(name: str) -> bool:
-    return LEARNER_ONLY not in name.split(".")
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod")
-
-
-def _floats(module: nn.Module) -> Iterable[Tensor]:
+def _shared(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point() and _is_shared(name):
-            yield tensor
+        if LEARNER_ONLY not in name.split("."):
+            yield name, tensor
+
+
+def _floats(module: nn.Module) -> Iterator[Tensor]:
+    return (tensor for _, tensor in _shared(module) if tensor.is_floating_point())

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
-from ncrl.agents.playing.buffers import Rollout, RolloutSlots
+from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
 from ncrl.agents.playing.env_sources import EnvFactory, build
 from ncrl.agents.playing.weights import SharedWeights, layout
@@ -30,35 +29,11 @@ from ncrl.agents.runs.profiling import OFF, Seconds, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.shell.hardware import keep_freed_memory
 
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "OPENCV_FOR_THREADS_NUM",
-)
-"""Set to 1 before a worker imports torch: cores are shared out by processes, not threads."""
+EXIT_NO_GUARD = 78  # of a process about to start a training while it imports its parent's script
+MESSAGE_BYTES = 8_000  # most infos in one message; a pipe takes twice that in one write
+ENTRY_BYTES = 400  # largest entry of an info over `MESSAGE_BYTES`; SB3 reads smaller ones only
 
-
-EXIT_NO_GUARD = 78
-"""Of a process that was about to start a training while it imported its parent's script."""
-
-MESSAGE_BYTES = 8_000
-"""Size up to which infos are put into one message; a pipe takes twice that in one write."""
-
-ENTRY_BYTES = 400
-"""Size of an entry that an info over `MESSAGE_BYTES` keeps; what SB3 reads of infos is smaller."""
-
-
-def _no_learning(_progress_remaining: float) -> float:
-    return 0.0
-
-
-class NoOptimizer:
-    """In place of a torch optimiser where nothing is learned: making one imports the compiler,
-    which takes as long as everything else that a worker imports."""
-
-    def __init__(self, *_arguments: Any, **_options: Any) -> None:
-        pass
+Info = tuple[int, int, dict[str, Any]]  # (row, environment, info) of what was reported
 
 
 class PolicySpec(NamedTuple):
@@ -74,10 +49,10 @@ class PolicySpec(NamedTuple):
         """A policy on the CPU with fresh weights; without a schedule, one that only plays."""
         options = self.policy_kwargs
         if lr_schedule is None:
-            options = options | {"optimizer_class": NoOptimizer}
-        return self.policy_class(
-            self.observation_space, self.action_space, lr_schedule or _no_learning, **options
-        )
+            # One of torch imports the compiler, which takes as long as all other imports.
+            options = options | {"optimizer_class": lambda *_arguments, **_options: None}
+        spaces = self.observation_space, self.action_space
+        return self.policy_class(*spaces, lr_schedule or (lambda _: 0.0), **options)
 
     def check_like(self, policy: EnginePolicy) -> None:
         """Raise ValueError if `policy` is not the one that workers build for themselves."""
@@ -94,51 +69,27 @@ class PolicySpec(NamedTuple):
 class WorkerSpec:
     """Everything a worker process is given at its start."""
 
-    index: int
-    seed: int
-    """Seed of this incarnation; no other worker and no earlier incarnation had it."""
-    n_envs: int
-    parent_pid: int
-    factory: CloudpickleWrapper
-    """Of an `EnvFactory`; notebooks and scripts define theirs where pickle cannot find them."""
-    policy: CloudpickleWrapper
-    """Of a `PolicySpec`."""
-    slots: RolloutSlots
+    seed: int  # of this incarnation; no other worker and no earlier incarnation had it
+    factory: CloudpickleWrapper  # of an `EnvFactory`, which pickle may not find in a notebook
+    policy: CloudpickleWrapper  # of a `PolicySpec`
+    slots: Rollout  # rollouts in shared memory
     weights: SharedWeights
-    heartbeats: Tensor
-    """[n_workers] int64 in shared memory: steps played; a worker counts up its own entry."""
-    profile: bool
-    """Whether it measures where its time goes."""
-    info_keywords: Sequence[str]
-    """Entries of infos that are reported for every timestep."""
+    heartbeats: Tensor  # [n_workers] in shared memory: steps played, each counts up its own
+    profile: bool  # whether it measures where its time goes
+    info_keywords: Sequence[str]  # entries of infos that are reported for every timestep
+    index: int = 0
 
 
 class Ready(NamedTuple):
     """The worker's environments are built."""
 
 
-Info = tuple[int, int, dict[str, Any]]
-"""(row, environment, info) where an environment reported something."""
-
-
-class Reported(NamedTuple):
-    """What environments reported in the rollout that is announced next."""
-
-    infos: list[Info]
-
-
 class Played(NamedTuple):
     """A slot is full."""
 
     slot: int
-    version: int
-    """Version of the weights that chose every action in it."""
-    env_seconds: float
-    """Time spent inside the environments."""
-    seconds: float
-    """Time from the first step to the last."""
-    phases: Seconds
-    """Where the worker's time went since its last message of this kind; empty if not measured."""
+    version: int  # of the weights that chose every action in it
+    phases: Seconds  # where time went since the last message of this kind; empty if not measured
 
 
 class EnvFailed(NamedTuple):
@@ -151,18 +102,17 @@ class Failed(NamedTuple):
     """The worker ends; the reason is its traceback."""
 
     traceback: str
-    not_finite: str = ""
-    """What the weights that it was given computed, if that is the reason: no other worker could
-    play with them either."""
+    not_finite: str = ""  # what its weights computed, if that is why: nobody could play with them
 
 
-Message = Ready | Reported | Played | EnvFailed | Failed
+Message = Ready | list[Info] | Played | EnvFailed | Failed
+"""A list is what environments reported in the rollout that is announced next."""
 
 
 def end_if_importing_main() -> None:
-    """End a spawned process that is still importing the script of its parent, without a word.
+    """End a spawned process that imports its parent's script, which must not train there again.
 
-    It must not start a training of its own. The parent knows the exit code, and says what to do.
+    The parent knows the exit code, and says what to do.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit(EXIT_NO_GUARD)
@@ -172,13 +122,12 @@ def check_script() -> None:
     """Raise RuntimeError for a program that workers cannot import again: standard input."""
     main = sys.modules["__main__"]
     file: str | None = getattr(main, "__file__", None)
-    if file is None or getattr(main, "__spec__", None) is not None or os.path.exists(file):
-        return
-    raise RuntimeError(
-        f"worker processes import your script again, which came from {file} (standard input): save "
-        'it to a file, with what starts a training under `if __name__ == "__main__":`, or use '
-        "n_workers=0"
-    )
+    if file and getattr(main, "__spec__", None) is None and not os.path.exists(file):
+        raise RuntimeError(
+            f"worker processes import your script again, which came from {file} (standard input): "
+            'save it to a file, with what starts a training under `if __name__ == "__main__":`, or '
+            "use n_workers=0"
+        )
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
@@ -189,83 +138,78 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with_parent(spec.parent_pid)
+    _die_with_parent()
     stopwatch = Stopwatch() if spec.profile else OFF
     try:
         with stopwatch.phase("other"):
             _work(connection, spec, stopwatch)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
-    except NonFiniteError as error:
-        connection.send(Failed(tail_of_traceback(), str(error)))
+    except Exception as error:
+        not_finite = str(error) if isinstance(error, NonFiniteError) else ""
+        connection.send(Failed(tail_of_traceback(), not_finite))
         sys.exit(1)
-    except Exception:
-        connection.send(Failed(tail_of_traceback()))
-        sys.exit(1)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the thread that started it ends."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:  # it ended before the request
+        os._exit(1)
 
 
 def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> None:
-    def beat() -> None:
-        spec.heartbeats[spec.index] += 1
+    def next_slot() -> int | None:
+        with stopwatch.phase("wait"):
+            slot: int | None = connection.recv()
+        return slot
 
+    heartbeat = spec.heartbeats[spec.index]
     games = Games(
         spec.factory.var,
         spec.policy.var,
-        spec.n_envs,
+        spec.slots.rewards.shape[-1],
         spec.seed,
         info_keywords=spec.info_keywords,
         stopwatch=stopwatch,
-        beat=beat,
+        beat=lambda: heartbeat.add_(1),
     )
     connection.send(Ready())
-    while (slot := _next_slot(connection, stopwatch)) is not None:
-        while True:
-            with stopwatch.phase("copy"):
-                version = spec.weights.read_into(games.policy)
-            try:
-                played, infos = games.play(spec.slots[slot], slot, version)
-            except NonFiniteError:
-                raise
-            except Exception:
-                connection.send(EnvFailed(tail_of_traceback()))
-                games.start()
-                connection.send(Ready())
-                continue
-            for part in _in_small_parts(infos):
-                connection.send(Reported(part))
-            connection.send(played._replace(phases=stopwatch.take()))
-            break
-
-
-def _next_slot(connection: Connection, stopwatch: Stopwatch) -> int | None:
-    with stopwatch.phase("wait"):
-        slot: int | None = connection.recv()
-    return slot
+    slot = next_slot()
+    while slot is not None:
+        with stopwatch.phase("copy"):
+            version = spec.weights.read_into(games.policy)
+        try:
+            played, infos = games.play(spec.slots.slot(slot), slot, version)
+        except NonFiniteError:
+            raise
+        except Exception:
+            connection.send(EnvFailed(tail_of_traceback()))
+            games.start()
+            connection.send(Ready())
+            continue
+        for part in _in_small_parts(infos):
+            connection.send(part)
+        connection.send(played._replace(phases=stopwatch.take()))
+        slot = next_slot()
 
 
 class Games:
-    """A worker's environments and its policy, which play rollout after rollout.
-
-    Args:
-        factory: of the environments.
-        policy: of the policy, which begins with fresh weights.
-        n_envs: environments.
-        seed: of all random numbers of this process, which computes with one thread from now on.
-        info_keywords: entries of infos that are reported for every timestep.
-        stopwatch: of this process.
-        beat: called after every timestep.
-    """
+    """A worker's environments and its policy, which play rollout after rollout."""
 
     def __init__(
         self,
         factory: EnvFactory,
-        policy: PolicySpec,
+        policy: PolicySpec,  # whose weights are fresh
         n_envs: int,
-        seed: int,
+        seed: int,  # of all random numbers of this process, which has one thread from now on
         *,
-        info_keywords: Sequence[str],
+        info_keywords: Sequence[str],  # entries of infos that are reported for every timestep
         stopwatch: Stopwatch,
-        beat: Callable[[], None],
+        beat: Callable[[], object],  # called after every timestep
     ) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
@@ -276,7 +220,6 @@ class Games:
         self._stopwatch, self._beat = stopwatch, beat
         with stopwatch.phase("setup"):
             self.policy = policy.build()
-            self.policy.set_training_mode(False)
         self._collector: Collector | None = None
         self.start()
 
@@ -286,7 +229,8 @@ class Games:
             with contextlib.suppress(Exception):  # it may be broken in any way
                 self._collector.env.close()
         with self._stopwatch.phase("setup"):
-            env = build(self._factory, self._n_envs, _env_seed(self._seeds))
+            seed = int(self._seeds.spawn(1)[0].generate_state(1)[0] >> 1)
+            env = build(self._factory, self._n_envs, seed)
             self._collector = Collector(
                 env,
                 self.policy,
@@ -298,27 +242,23 @@ class Games:
     def play(self, rollout: Rollout, slot: int, version: int) -> tuple[Played, list[Info]]:
         """Play a rollout with the policy as it is; also what environments reported.
 
-        Raises:
-            NonFiniteError: if the policy computes no finite probabilities.
-            Exception: whatever the environments raise; they need a `start` then.
+        What environments raise is passed on; they need a `start` then.
         """
-        collector = self._collector
-        assert collector is not None
+        assert self._collector is not None
         infos: list[Info] = []
 
         def after_step(outcome: Outcome) -> bool:
             self._beat()
             for i, info in enumerate(outcome.infos):
                 if "episode" in info or outcome.dones[i]:
-                    small = {k: v for k, v in info.items() if k != "terminal_observation"}
-                    infos.append((outcome.row, i, small))
+                    kept = {k: v for k, v in info.items() if k != "terminal_observation"}
+                    infos.append((outcome.row, i, kept))
                 elif wanted := {k: info[k] for k in self._info_keywords if k in info}:
                     infos.append((outcome.row, i, wanted))
             return True
 
-        started = time.monotonic()
-        collector.collect(rollout, len(rollout.rewards), after_step)
-        return Played(slot, version, collector.env_seconds, time.monotonic() - started, {}), infos
+        self._collector.collect(rollout, len(rollout.rewards), after_step)
+        return Played(slot, version, {}), infos
 
 
 def tail_of_traceback() -> str:
@@ -327,11 +267,8 @@ def tail_of_traceback() -> str:
 
 
 def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
-    """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe.
-
-    A worker that is stopped between two writes of one message would leave its parent waiting for
-    the rest. An info that is larger by itself loses its large entries.
-    """
+    """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe: who is stopped
+    between two writes would leave the parent waiting. A larger info loses its large entries."""
     part: list[Info] = []
     size = 0
     for row, i, info in infos:
@@ -346,17 +283,3 @@ def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
         size += length
     if part:
         yield part
-
-
-def _env_seed(seeds: np.random.SeedSequence) -> int:
-    """The next seed for a set of environments: rebuilt ones do not repeat their games."""
-    return int(seeds.spawn(1)[0].generate_state(1)[0] >> 1)
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Ask Linux to kill this process when the thread that started it ends."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the request; elsewhere the pipe tells us
-        os._exit(1)

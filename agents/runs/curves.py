@@ -14,8 +14,7 @@ from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
 from ncrl.sb3 import EnginePolicy, Latent
 
-DIAGNOSTIC_SAMPLES = 256
-"""Latents of the latest batch on which the heads are described."""
+DIAGNOSTIC_SAMPLES = 256  # latents of the latest batch on which the heads are described
 
 
 def record_means(logger: Logger, scalars: Mapping[str, float]) -> None:
@@ -27,10 +26,8 @@ def record_means(logger: Logger, scalars: Mapping[str, float]) -> None:
 
 def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
     """The values of scalars on a device, waited for once."""
-    if not scalars:
-        return {}
-    values = torch.stack([value.float() for value in scalars.values()]).tolist()
-    return dict(zip(scalars, values, strict=True))
+    values = [value.float() for value in scalars.values()]
+    return dict(zip(scalars, torch.stack(values).tolist() if values else [], strict=True))
 
 
 def record_lag(logger: Logger, lags: list[int]) -> float:
@@ -44,14 +41,7 @@ def record_lag(logger: Logger, lags: list[int]) -> float:
 def record_scores(
     logger: Logger, episodes: Iterable[dict[str, Any]], best_score: float, first_frames: int
 ) -> None:
-    """Of the latest whole games.
-
-    Args:
-        logger: takes the curves.
-        episodes: as SB3 keeps them in `ep_info_buffer`.
-        best_score: of all games.
-        first_frames: frames after which the first game with a score ended; negative for none.
-    """
+    """Of the latest whole games, and after how many frames the first had a score; -1 for none."""
     rewarded = [episode["r"] > 0 for episode in episodes]
     if rewarded:
         logger.record("rollout/rewarded_share", sum(rewarded) / len(rewarded))

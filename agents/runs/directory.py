@@ -11,105 +11,67 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import (
-    CSVOutputFormat,
-    KVWriter,
-    Logger,
-    TensorBoardOutputFormat,
-)
+from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import safe_mean
 from torch.utils.tensorboard import SummaryWriter
 
 from ncrl.agents.a3c import A3C
-from ncrl.agents.runs.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    model_bytes,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from ncrl.agents.runs.checkpoints import CheckpointError, model_bytes, save_checkpoint
 from ncrl.files import read_bytes, write_atomically
 from ncrl.shell.lock import locked
 
 logger = logging.getLogger(__name__)
 
-BEST_NOTE = "best_model.json"
-"""Beside `best_model.zip`: the mean score that it was saved for."""
-
+BEST_NOTE = "best_model.json"  # beside `best_model.zip`: the mean score that it was saved for
 STEP_KEY = "time/total_timesteps"
-
-MIN_GAMES_FOR_BEST = 10
-"""Games that a mean score must be taken over before it can be the best."""
+MIN_GAMES_FOR_BEST = 10  # that a mean score must be taken over before it can be the best
 
 
-class RunDirectory:
+class RunDirectory(contextlib.ExitStack):
     """One run's folder, locked until it is closed; a context manager.
 
-    Raises:
-        ValueError: at construction, if the folder cannot be made or written, or is in use.
+    ValueError if the folder cannot be made or written, or is in use.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
+        super().__init__()
+        self.path, self.checkpoints = path, path / "checkpoints"
         self._logger: Logger | None = None
-        self._lock = contextlib.ExitStack()
         try:
-            if not self._lock.enter_context(locked(path)):
+            if not self.enter_context(locked(path)):
                 raise ValueError(f"{path} is in use by another process")
             self.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.close()
-            raise cannot_write(path, error) from error
-        except ValueError:
-            self.close()
+            if isinstance(error, OSError):
+                raise cannot_write(path, error) from error
             raise
-
-    def __enter__(self) -> RunDirectory:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the lock back."""
-        self._lock.close()
 
     @classmethod
     def create(cls, logdir: Path, name: str) -> RunDirectory:
         """A new folder `logdir/name-1`, or the first higher number that nobody has taken."""
         try:
             logdir.mkdir(parents=True, exist_ok=True)
-            number = 1
-            while True:
-                try:
+            for number in count(1):
+                with contextlib.suppress(FileExistsError):
                     (logdir / f"{name}-{number}").mkdir()
                     break
-                except FileExistsError:
-                    number += 1
         except OSError as error:
             raise cannot_write(logdir, error) from error
         return cls(logdir / f"{name}-{number}")
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """An existing run, to go on with.
-
-        Raises:
-            ValueError: if there is no run in that folder, or another process works on it.
-        """
+        """An existing run, to go on with; ValueError if there is none, or a process works on it."""
         if not (path / "config.yaml").is_file():
             raise ValueError(f"{path} is no run directory: it has no config.yaml")
         return cls(path)
-
-    def newest_checkpoint(self) -> Checkpoint:
-        """See `ncrl.agents.runs.checkpoints.newest_checkpoint`."""
-        return newest_checkpoint(self.checkpoints)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Store the run's configuration."""
@@ -121,11 +83,8 @@ class RunDirectory:
 
         A run that was killed goes on from its last checkpoint, and plays again what came after.
         """
-        formats: list[KVWriter] = [
-            _Csv(self.path / "progress.csv", timesteps),
-            _TensorBoard(self.path, timesteps),
-        ]
-        self._logger = _Logger(str(self.path), formats)
+        csv = _Csv(self.path / "progress.csv", timesteps)
+        self._logger = _Logger(str(self.path), [csv, _TensorBoard(self.path, timesteps)])
         return self._logger
 
     def remove(self) -> None:
@@ -139,34 +98,27 @@ class RunDirectory:
 class SaveCheckpoints(BaseCallback):
     """Saves between updates, every so many timesteps, and keeps the best model by mean score.
 
-    Args:
-        run: where to save.
-        every: timesteps between checkpoints.
-        keep: checkpoints to keep.
-        stop_on_error: whether a full disk ends the run; otherwise it is reported and play goes on.
-        config: stored after the first checkpoint. A resumed run whose new settings do not work
-            keeps those with which it can go on.
+    `config` is stored after the first checkpoint: a resumed run whose new settings do not work
+    keeps those with which it can go on.
     """
+
+    model: A3C
 
     def __init__(
         self,
         run: RunDirectory,
-        every: int,
-        keep: int,
+        every: int,  # timesteps between checkpoints
+        keep: int,  # checkpoints
         *,
-        stop_on_error: bool,
+        stop_on_error: bool,  # whether a full disk ends the run, or is reported and play goes on
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.run = run
-        self.every = every
-        self.keep = keep
-        self.stop_on_error = stop_on_error
+        self.run, self.every, self.keep = run, every, keep
+        self.stop_on_error, self.config = stop_on_error, config
 
     def _on_training_start(self) -> None:
-        self._saved_at = self.num_timesteps
-        self._compared_at = self.num_timesteps
+        self._saved_at = self._compared_at = self.num_timesteps
 
     def _on_rollout_start(self) -> None:
         if self.num_timesteps - self._saved_at >= self.every:
@@ -179,42 +131,31 @@ class SaveCheckpoints(BaseCallback):
         return True
 
     def save(self) -> bool:
-        """Write a checkpoint now; only between updates. Returns whether it was written.
-
-        Raises:
-            OSError, CheckpointError: if it cannot be written and `stop_on_error` is set.
-        """
+        """Write a checkpoint now, between updates; whether it was. Raises if `stop_on_error`."""
         self._saved_at = self._compared_at = self.num_timesteps
-        model = self._model()
-        saved = self._guard(lambda: save_checkpoint(model, self.run.checkpoints, keep=self.keep))
-        return saved and self._guard(self._save_config) and self._guard(self._save_best)
+        return self._guard(self._save_all) and self._guard(self._save_best)
 
-    def _save_config(self) -> None:
+    def _save_all(self) -> None:
+        save_checkpoint(self.model, self.run.checkpoints, keep=self.keep)
         if self.config is not None:
             self.run.write_config(self.config)
             self.config = None
 
     def _save_best(self) -> None:
-        games = self.model.ep_info_buffer
-        if not games or len(games) < MIN_GAMES_FOR_BEST:
-            return
+        games = self.model.ep_info_buffer or ()
         score = float(safe_mean([game["r"] for game in games]))
-        if score > self._best_score():
+        if len(games) >= MIN_GAMES_FOR_BEST and score > self._best_score():
             note = {"score": score, "games": len(games), "timesteps": self.num_timesteps}
-            write_atomically(self.run.path / "best_model.zip", model_bytes(self._model()))
+            write_atomically(self.run.path / "best_model.zip", model_bytes(self.model))
             write_atomically(self.run.path / BEST_NOTE, json.dumps(note).encode())
 
     def _best_score(self) -> float:
         """Of the best model so far, also before the run was resumed."""
         try:
             score = float(json.loads(read_bytes(self.run.path / BEST_NOTE))["score"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return -math.inf
         return score if math.isfinite(score) else -math.inf
-
-    def _model(self) -> A3C:
-        assert isinstance(self.model, A3C)
-        return self.model
 
     def _guard(self, save: Callable[[], object]) -> bool:
         try:
@@ -228,7 +169,7 @@ class SaveCheckpoints(BaseCallback):
 
 
 def cannot_write(path: Path, error: OSError) -> ValueError:
-    """What to raise where a run cannot begin because the disk refuses."""
+    """What to raise where a run cannot begin."""
     return ValueError(f"cannot write to {path}: {error.strerror or error}")
 
 
@@ -241,9 +182,8 @@ class _Logger(Logger):
         try:
             super().dump(step)
         except OSError as error:
-            self.name_to_value.clear()
-            self.name_to_count.clear()
-            self.name_to_excluded.clear()
+            for entries in (self.name_to_value, self.name_to_count, self.name_to_excluded):
+                entries.clear()
             if not self._failed:
                 self._failed = True
                 logger.error("could not write curves to %s: %s; going on", self.dir, error)
@@ -259,28 +199,19 @@ class _TensorBoard(TensorBoardOutputFormat):
 
 
 class _Csv(CSVOutputFormat):
-    """SB3's, which would begin an empty file, with the rows up to `timesteps` kept.
-
-    A row that a killed process left half written is dropped.
-    """
+    """SB3's, which would begin an empty file, with the whole rows up to `timesteps` kept."""
 
     def __init__(self, path: Path, timesteps: int) -> None:
         text = path.read_text(errors="replace") if path.is_file() else ""
         super().__init__(str(path))
-        header, *rows = text.splitlines(keepends=True) or [""]
-        keys = header.strip().split(",")
-        if STEP_KEY not in keys or not header.endswith("\n"):
+        header, *rows = text[: text.rfind("\n") + 1].splitlines() or [""]
+        keys = header.split(",")
+        if STEP_KEY not in keys:
             return
         self.keys = keys
-        step = keys.index(STEP_KEY)
-        kept = [row for row in rows if _is_row(row, len(keys), step, timesteps)]
-        self.file.writelines([header, *kept])
+        for row in (header, *rows):
+            cells = row.split(",")
+            step = cells[keys.index(STEP_KEY)] if len(cells) == len(keys) else ""
+            if row is header or (step.isdigit() and int(step) <= timesteps):
+                self.file.write(row + "\n")
         self.file.flush()
-
-
-def _is_row(row: str, num_keys: int, step: int, timesteps: int) -> bool:
-    """Whether a line of the table is whole, and no later than `timesteps`."""
-    cells = row.rstrip("\n").split(",")
-    if not row.endswith("\n") or len(cells) != num_keys:
-        return False
-    return cells[step].isdigit() and int(cells[step]) <= timesteps

@@ -12,26 +12,22 @@ from tqdm import tqdm
 from ncrl.agents.a3c import A3C
 from ncrl.shell.screen import LINE_SECONDS, Screen
 
-BAR_SECONDS = 0.5
-"""Time between redraws of the bar."""
+BAR_SECONDS = 0.5  # between redraws of the bar
 
 
 class Progress(BaseCallback):
     """Frames played and to play, frames per second, mean raw score and time left.
 
     Speed and time left are measured from the end of the first rollout, as nobody starts twice.
-
-    Args:
-        total_frames: emulator frames at which the run ends.
-        screen: where to show it.
+    `total_frames` is the number of emulator frames at which the run ends.
     """
+
+    model: A3C
 
     def __init__(self, total_frames: int, screen: Screen) -> None:
         super().__init__()
-        self.total_frames = total_frames
-        self.screen = screen
+        self.total_frames, self.screen = total_frames, screen
         self._bar: tqdm[Any] | None = None
-        self._shown = 0.0
 
     def _on_training_start(self) -> None:
         self._shown = time.monotonic()
@@ -64,41 +60,24 @@ class Progress(BaseCallback):
             self._bar.close()
 
     def _show(self) -> None:
-        frames, speed = self._frames(), self._speed()
-        left = f"{_clock((self.total_frames - frames) / speed)} left" if speed > 0 else "starting"
+        frames, speed = self._frames(), 0.0
+        if self._measured_from is not None:
+            since, first = self._measured_from
+            speed = (frames - first) / max(time.monotonic() - since, 1e-9)
+        left = "starting"
+        if speed > 0:
+            left = f"{tqdm.format_interval((self.total_frames - frames) / speed)} left"
+        score = "no game finished yet"
+        if games := self.model.ep_info_buffer:
+            score = f"score {safe_mean([game['r'] for game in games]):.2f} ({len(games)} games)"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{left}, {speed:,.0f}/s, {self._score()}", refresh=False)
+            self._bar.set_postfix_str(f"{left}, {speed:,.0f}/s, {score}", refresh=False)
             self._bar.update(frames - self._bar.n)
             return
         self.screen.line(
-            f"{frames:,} / {self.total_frames:,} frames, {speed:,.0f} frames/s, {self._score()}, "
-            f"policy lag {self._model().policy_lag:.1f}, {left}"
+            f"{frames:,} / {self.total_frames:,} frames, {speed:,.0f} frames/s, {score}, "
+            f"policy lag {self.model.policy_lag:.1f}, {left}"
         )
 
-    def _speed(self) -> float:
-        """Frames per second since the first rollout; 0 during it."""
-        if self._measured_from is None:
-            return 0.0
-        since, first = self._measured_from
-        return (self._frames() - first) / max(time.monotonic() - since, 1e-9)
-
-    def _score(self) -> str:
-        games = self._model().ep_info_buffer
-        if not games:
-            return "no game finished yet"
-        return f"score {safe_mean([game['r'] for game in games]):.2f} ({len(games)} games)"
-
     def _frames(self) -> int:
-        model = self._model()
-        return min(model.num_timesteps * model.frames_per_timestep, self.total_frames)
-
-    def _model(self) -> A3C:
-        assert isinstance(self.model, A3C)
-        return self.model
-
-
-def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, seconds = divmod(int(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        return min(self.model.num_timesteps * self.model.frames_per_timestep, self.total_frames)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,16 +32,19 @@ def size_of(module: torch.nn.Module) -> int:
 
 
 def write_tensors(path: Path, state: Any) -> None:
-    """Write tensors and plain values, whole or not at all, so that `torch.load` reads them.
-
-    The zip that torch makes gets its own sha256 as its comment. Raises OSError if the disk refuses.
+    """Write tensors and plain values, whole or not at all, so that `torch.load` reads them. Raises
+    OSError if the disk refuses.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()
+    write_atomically(path, with_checksum(buffer.getvalue()))
+
+
+def with_checksum(content: bytes) -> bytes:
+    """A zip without comment, with its own sha256 as the comment."""
     comment = MARK + hashlib.sha256(content).hexdigest().encode()
     # The last two bytes of a zip say how long its comment is.
-    write_atomically(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
+    return content[:-2] + len(comment).to_bytes(2, "little") + comment
 
 
 def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
@@ -57,47 +61,57 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
     limit += SMALL_BYTES
     content = read_bytes(path, limit)
     try:
-        _check_unpacked_size(content, "it", limit)
-        # What is no zip: the format before torch 1.6, in which torchvision published weights.
-        if not foreign or content.startswith(b"PK"):
-            _check_sums(content, foreign)
-        return load_tensors(content, "it", limit)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"cannot read {path}: it holds more than tensors and plain values"
-        ) from error
+        check_sums(content, limit, foreign=foreign)
+        return load_tensors(content, limit)
     except Exception as error:  # a broken zip or pickle can raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read {path}: {reason}") from error
+        raise ValueError(f"cannot read {path}: {reason_of(error)}") from error
 
 
-def load_tensors(content: bytes, name: str, limit: int) -> Any:
-    """Tensors and plain values of what torch has saved, on the CPU.
+def load_tensors(content: bytes, limit: int) -> Any:
+    """Tensors and plain values that torch has saved, on the CPU.
 
-    Raises ValueError if they would take more than `limit` bytes, and what torch raises if it holds
-    anything else.
+    Raises:
+        ValueError: if they would take more than `limit` bytes.
+        Exception: of any type for what is damaged or holds anything else; see `reason_of`.
     """
-    _check_unpacked_size(content, name, limit)
-    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    file = io.BytesIO(content)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:  # its members may be compressed
+            check_size(archive, limit)
+    file.seek(0)
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
     # Views of one number can have any shape, and take memory when they are copied.
     if (total := sum(tensor.nbytes for tensor in tensors_in(loaded))) > limit:
-        raise ValueError(f"{name} would take {total:,} bytes, expected at most {limit:,}")
+        raise ValueError(f"its tensors would take {total:,} bytes, expected at most {limit:,}")
     return loaded
 
 
-def _check_unpacked_size(content: bytes, name: str, limit: int) -> None:
-    file = io.BytesIO(content)
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:  # whose members may be compressed
-            total = sum(member.file_size for member in archive.infolist())
-        if total > limit:
-            raise ValueError(f"{name} unpacks to {total:,} bytes, expected at most {limit:,}")
+def check_size(archive: zipfile.ZipFile, limit: int) -> None:
+    """Raise ValueError for a zip that unpacks to more than `limit` bytes."""
+    total = sum(member.file_size for member in archive.infolist())
+    if total > limit:
+        raise ValueError(f"it unpacks to {total:,} bytes, expected at most {limit:,}")
 
 
-def _check_sums(content: bytes, foreign: bool) -> None:
-    """Raise ValueError for a zip that is damaged."""
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be used, in one line."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    code = re.search(r"Unsupported (?:global|operand|class)\S*:? (?:GLOBAL )?(\S+)", text)
+    if code is None and not isinstance(error, pickle.UnpicklingError):
+        return text[:500] or type(error).__name__
+    return (
+        f"it holds more than tensors and plain values ({code[1] if code else text[-200:]}); if you "
+        "trust the file, convert it yourself: torch.load(file, weights_only=False)"
+    )
+
+
+def check_sums(content: bytes, limit: int, *, foreign: bool = False) -> None:
+    """Raise ValueError for a zip that is damaged, or unpacks to more than `limit` bytes."""
+    if foreign and not content.startswith(b"PK"):
+        return  # the format before torch 1.6, in which torchvision published weights
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            check_size(archive, limit)
             comment = archive.comment
             whole = foreign and not comment and archive.testzip() is None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeError, OSError) as error:

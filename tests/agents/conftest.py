@@ -46,6 +46,12 @@ def living_children(pid: int | None = None) -> list[psutil.Process]:
     return children
 
 
+def worker_pids(model: Any) -> list[int]:
+    """Process ids of the living workers of a model."""
+    processes = [worker.process for worker in model._pool._workers]
+    return [process.pid for process in processes if process is not None and process.is_alive()]
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
     """Whether the condition came true in time."""
     deadline = time.monotonic() + seconds

@@ -13,7 +13,6 @@ from ncrl.agents.playing.buffers import (
     Rollout,
     RolloutBatch,
     RolloutShape,
-    RolloutSlots,
     first_rows,
     packed,
     split_envs,
@@ -116,33 +115,35 @@ def test_groups_of_environments(options: dict[str, Any]) -> None:
 
 @both
 def test_slots_are_views_that_do_not_overlap(options: dict[str, Any]) -> None:
-    slots = RolloutSlots(make_shape(**options), 3, shared=False)
+    slots = make_shape(**options).allocate(3)
     for index in range(3):
-        for tensor in slots[index].tensors():
+        for tensor in slots.slot(index).tensors():
             tensor.fill_(index)
     for index in range(3):
-        for tensor in slots[index].tensors():
+        for tensor in slots.slot(index).tensors():
             expected = index > 0 if tensor.dtype == torch.bool else index
             assert (tensor == expected).all()
-    assert slots.nbytes == 3 * sum(t.nbytes for t in make_shape(**options).allocate().tensors())
+    assert slots.nbytes == 3 * make_shape(**options).nbytes
 
 
-def write_slot(slots: RolloutSlots, index: int) -> None:
-    for tensor in slots[index].tensors():
+def write_slot(slots: Rollout, index: int) -> None:
+    for tensor in slots.slot(index).tensors():
         tensor.fill_(1)
 
 
 @both
 def test_shared_slots_are_written_by_another_process(options: dict[str, Any]) -> None:
-    slots = RolloutSlots(make_shape(**options), 2, shared=True)
+    slots = make_shape(**options).allocate(2)
+    for tensor in slots.tensors():
+        tensor.share_memory_()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=write_slot, args=(slots, 1), daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    for tensor in slots[1].tensors():
+    for tensor in slots.slot(1).tensors():
         assert (tensor == 1).all()
-    assert slots[0].rewards.isnan().all()
+    assert slots.slot(0).rewards.isnan().all()
 
 
 def columns(tensor: Tensor, place: int) -> Tensor:

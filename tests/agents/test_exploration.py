@@ -28,7 +28,7 @@ from ncrl.agents.learning.imitation import Kept
 from ncrl.agents.learning.intrinsic import RND
 from ncrl.agents.learning.losses import imitation_loss
 from ncrl.agents.learning.objective import Novelty, actor_critic_loss
-from ncrl.agents.playing.buffers import Rollout, RolloutSlots
+from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.playing.players import WorkersPlayer
 from ncrl.agents.playing.pool import Delivery
 from ncrl.agents.playing.weights import SharedWeights
@@ -585,14 +585,14 @@ class FakePool:
 
     starting = False
 
-    def __init__(self, slots: RolloutSlots, workers: list[int]) -> None:
+    def __init__(self, slots: Rollout, workers: list[int]) -> None:
         self.deliveries = []
         for slot, worker in enumerate(workers):
-            rollout = slots[slot]
+            rollout = slots.slot(slot)
             for tensor in rollout.tensors():
                 tensor.zero_()
             rollout.rewards.add_(torch.tensor([10 * worker, 10 * worker + 1]))
-            self.deliveries.append(Delivery(rollout, Played(slot, 0, 0.0, 0.0, {}), [], worker))
+            self.deliveries.append(Delivery(rollout, Played(slot, 0, {}), [], worker))
 
     def take(self, count: int, give_up: Any) -> list[Delivery]:
         taken, self.deliveries = self.deliveries[:count], self.deliveries[count:]
@@ -605,7 +605,7 @@ class FakePool:
 def test_games_follow_their_worker_also_where_one_delivers_twice() -> None:
     model = make_model(TickingFactory(), n_workers=3, n_envs=6)
     shape = model._rollout_shape(6)
-    slots = RolloutSlots(shape._replace(n_envs=2), 6, shared=False)
+    slots = shape._replace(n_envs=2).allocate(6)
     weights = SharedWeights(model.policy)
     pool: Any = FakePool(slots, [2, 0, 2, 1, 1, 0])
     player = WorkersPlayer(

@@ -24,9 +24,10 @@ from stable_baselines3.common.logger import configure
 
 import ncrl.agents.learning.learner
 import ncrl.agents.playing.pool
+import ncrl.agents.playing.sizes
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
-from ncrl.agents.playing.pool import check_open_files
-from tests.agents.conftest import living_children, shared_memory_of, wait_until
+from ncrl.agents.playing.sizes import check_open_files
+from tests.agents.conftest import living_children, shared_memory_of, wait_until, worker_pids
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
 
 ROOT = Path(__file__).parents[2]
@@ -51,9 +52,8 @@ def count_slots(model: A3C) -> list[int]:
     """Every slot number, wherever it is: free, at a worker, or played."""
     pool = model._pool
     assert pool is not None
-    held = [slot for worker in pool._workers for slot in worker.slots]
-    played = [delivery.played.slot for delivery in pool._played]
-    return sorted([*pool._free, *held, *played])
+    held = [slot for worker in pool._workers for slot in (*worker.free, *worker.slots)]
+    return sorted([*held, *(delivery.played.slot for delivery in pool._played)])
 
 
 class Ends(BaseCallback):
@@ -94,7 +94,7 @@ class Ends(BaseCallback):
 
 
 def kill_first(model: A3C) -> None:
-    os.kill(model._pool.pids[0], signal.SIGKILL)
+    os.kill(worker_pids(model)[0], signal.SIGKILL)
 
 
 # Workers that die.
@@ -105,7 +105,7 @@ def test_f1_a_killed_worker_is_replaced(tmp_path: Path, caplog: pytest.LogCaptur
     victims = []
 
     def kill(model: A3C) -> None:
-        victims.append(model._pool.pids[0])
+        victims.append(worker_pids(model)[0])
         kill_first(model)
 
     env = TickingFactory(length=1, log=str(tmp_path), together=2, pause=0.002)
@@ -136,7 +136,7 @@ def test_f2_workers_killed_at_any_moment_block_nobody(caplog: pytest.LogCaptureF
         killed = 0
 
         def _on_step(self) -> bool:
-            if self.killed < 3 and self.model._pool.pids and rng.random() < 0.05:
+            if self.killed < 3 and worker_pids(self.model) and rng.random() < 0.05:
                 time.sleep(rng.random() * 0.01)
                 kill_first(self.model)
                 self.killed += 1
@@ -152,8 +152,8 @@ def test_f2_workers_killed_at_any_moment_block_nobody(caplog: pytest.LogCaptureF
 
 def stopped_while_sending(model: A3C) -> psutil.Process:
     """Wait until the worker is in the middle of a message that nobody receives."""
-    worker = psutil.Process(model._pool.pids[0])
-    beats = model._pool._heartbeats
+    worker = psutil.Process(worker_pids(model)[0])
+    beats = model._pool._spec.heartbeats
     last = -1
 
     def blocked() -> bool:
@@ -319,7 +319,7 @@ def test_f6_f27_a_short_stop_is_no_alarm(caplog: pytest.LogCaptureFixture) -> No
         psutil.Process(stopped[0]).resume()
 
     def stop(model: A3C) -> None:
-        stopped.append(model._pool.pids[0])
+        stopped.append(worker_pids(model)[0])
         psutil.Process(stopped[0]).suspend()
         threading.Timer(1.0, resume).start()
 
@@ -342,12 +342,13 @@ SCRIPT = """
 import os, signal, sys, threading, time
 from stable_baselines3.common.callbacks import BaseCallback
 from ncrl.agents import A3C
+from tests.agents.conftest import worker_pids
 from tests.agents.environments import TickingFactory, Trouble
 
 class Tell(BaseCallback):
     def _on_step(self):
         if self.n_calls == 10:
-            print("workers", *self.model._pool.pids, flush=True)
+            print("workers", *worker_pids(self.model), flush=True)
         return True
 
 if __name__ == "__main__":
@@ -379,7 +380,7 @@ def run_script(folder: Path, setup: str = "pass", trouble: str = "") -> subproce
     )
 
 
-def worker_pids(process: subprocess.Popen) -> set[int]:
+def pids_told(process: subprocess.Popen) -> set[int]:
     assert process.stdout is not None
     word, *pids = process.stdout.readline().split()
     assert word == "workers" and len(pids) >= 1
@@ -394,7 +395,7 @@ def test_f7_nobody_outlives_a_killed_parent(moment: str, tmp_path: Path) -> None
     if moment == "starting":
         assert wait_until(lambda: len(living_children(process.pid)) >= 1)
     else:
-        worker_pids(process)
+        pids_told(process)
         assert wait_until(flag.exists)
     everybody = psutil.Process(process.pid).children(recursive=True)
     assert len(everybody) >= 1
@@ -428,7 +429,7 @@ def test_a_keyboard_interrupt_leaves_no_children(caplog: pytest.LogCaptureFixtur
 
 def test_f8_an_interrupt_of_the_group_shows_no_workers_traceback(tmp_path: Path) -> None:
     process = run_script(tmp_path)
-    worker_pids(process)
+    pids_told(process)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
@@ -553,12 +554,12 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
 def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots and weights, to within the pages that the system adds."""
     asked: list[int] = []
-    monkeypatch.setattr(ncrl.agents.playing.pool, "check_shared_memory", asked.append)
+    monkeypatch.setattr(ncrl.agents.playing.sizes, "check_shared_memory", asked.append)
     taken = []
 
     def look(model: A3C) -> None:
         pool = model._pool
-        taken.append(pool._slots.nbytes + pool._weights.nbytes)
+        taken.append(pool._spec.slots.nbytes + pool._spec.weights._copies.nbytes)
 
     model = make_model(TickingFactory())
     model.learn(10, callback=Ends(at=1, act=look))
@@ -585,7 +586,7 @@ def test_f26_the_files_counted_are_the_files_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     look = Ends(at=1, act=lambda model: opened.append(len(os.listdir("/proc/self/fd")) - before))
     make_model(TickingFactory(), n_workers=2).learn(10, callback=look)
-    allowed = ncrl.agents.playing.pool
+    allowed = ncrl.agents.playing.sizes
     assert opened[0] <= 2 * allowed.FILES_PER_WORKER + allowed.FILES_FOR_SHARING
 
 
@@ -610,7 +611,7 @@ def test_f31_workers_compute_with_one_thread() -> None:
     ends, counts = Ends(at=-1), []
 
     def count(model: A3C) -> None:
-        counts.extend(psutil.Process(pid).num_threads() for pid in model._pool.pids)
+        counts.extend(psutil.Process(pid).num_threads() for pid in worker_pids(model))
 
     ends = Ends(at=10, act=count)
     make_model(TickingFactory(length=1)).learn(40, callback=ends)

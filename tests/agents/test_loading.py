@@ -218,8 +218,6 @@ def test_any_other_class_has_to_be_given(tmp_path: Path) -> None:
     ):
         loaded = A3C.load(path, device="cpu", **options)  # type: ignore[arg-type]
         assert loaded.policy_kwargs == model.policy_kwargs
-    with pytest.raises(ValueError, match="known must hold classes, got 1"):
-        A3C.load(path, known=[1])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
@@ -234,12 +232,6 @@ def test_a_zip_of_another_algorithm_says_whose_it_is(
         assert f"was saved by {named}" in refusal(path, **options)
     with open(path, "rb") as file, pytest.raises(ValueError, match=f"saved by {named}"):
         A3C.load(file, trust=True)  # type: ignore[arg-type]
-
-
-def test_custom_objects_must_be_a_dict(tmp_path: Path) -> None:
-    make_model().save(tmp_path / "model")
-    with pytest.raises(ValueError, match="custom_objects must be a dict, got list"):
-        A3C.load(tmp_path / "model", custom_objects=[])  # type: ignore[arg-type]
 
 
 # Files made to do harm.

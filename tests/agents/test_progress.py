@@ -18,7 +18,7 @@ import pytest
 
 import ncrl.agents.runs.progress
 from ncrl.agents import A3C
-from ncrl.agents.runs.progress import Progress, Screen, _clock
+from ncrl.agents.runs.progress import Progress, Screen
 from tests.agents.environments import TickingFactory
 
 ROOT = Path(__file__).parents[2]
@@ -208,21 +208,3 @@ def test_f24_the_interpreter_ends_silently_without_a_reader() -> None:
     process.stdout.close()
     _, errors = process.communicate(b"\n", timeout=60)
     assert process.returncode == 0 and errors == b""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-5, "0:00"),
-        (0, "0:00"),
-        (59.9, "0:59"),
-        (60, "1:00"),
-        (61, "1:01"),
-        (3599, "59:59"),
-        (3600, "1:00:00"),
-        (3661, "1:01:01"),
-        (360_000, "100:00:00"),
-    ],
-)
-def test_clock(seconds: float, text: str) -> None:
-    assert _clock(seconds) == text

@@ -256,9 +256,8 @@ def saver(run: RunDirectory, *, every: int = 40, stop: bool = False) -> SaveChec
 def test_checkpoints_come_between_updates_and_the_newest_are_kept(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "CartPole")
     make_model().learn(200, callback=saver(run))
-    names = sorted(path.stem for path in run.checkpoints.glob("*.json"))
+    names = sorted(path.stem for path in run.checkpoints.glob("*.zip"))
     assert names == ["step_000000000120", "step_000000000160"]
-    assert run.newest_checkpoint() == newest_checkpoint(run.checkpoints)
 
 
 def test_f11_a_full_disk_is_reported_and_play_goes_on(
@@ -268,18 +267,18 @@ def test_f11_a_full_disk_is_reported_and_play_goes_on(
     model = make_model()
     callback = saver(run)
     model.learn(80, callback=callback)
-    before = run.newest_checkpoint()
+    before = newest_checkpoint(run.checkpoints)
     monkeypatch.setattr(os, "fsync", full_disk)
     model.learn(100, callback=callback, reset_num_timesteps=False)
     assert model.num_timesteps == 180
     errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
     assert errors and all("No space" in e and str(run.path) in e for e in errors)
-    assert run.newest_checkpoint() == before
+    assert newest_checkpoint(run.checkpoints) == before
     assert not [path for path in run.path.rglob(".*") if path.name != ".lock"]
 
     monkeypatch.undo()
     callback.save()
-    assert run.newest_checkpoint().timesteps == 180
+    assert newest_checkpoint(run.checkpoints).timesteps == 180
 
 
 def test_f11_a_full_disk_ends_the_run_if_that_is_asked_for(

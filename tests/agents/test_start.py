@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 import sys
 import ncrl.agents.playing.worker as worker
-from ncrl.agents.playing.buffers import RolloutShape, RolloutSlots
+from ncrl.agents.playing.buffers import RolloutShape
 from ncrl.agents.playing.collector import Collector
 from ncrl.agents.playing.env_sources import GymFactory, build
 from ncrl.sb3 import NeurocoderMlpLstmPolicy
@@ -14,8 +14,8 @@ from ncrl.sb3 import NeurocoderMlpLstmPolicy
 env = build(GymFactory("CartPole-v1"), 2, 0)
 spaces = env.observation_space, env.action_space
 policy = worker.PolicySpec(NeurocoderMlpLstmPolicy, *spaces, {}, -1).build()
-slots = RolloutSlots(RolloutShape(3, 2, *spaces, *policy.state_shape), 1, shared=False)
-Collector(env, policy, env.reset()).collect(slots[0], 3, lambda outcome: True)
+rollout = RolloutShape(3, 2, *spaces, *policy.state_shape).allocate()
+Collector(env, policy, env.reset()).collect(rollout, 3, lambda outcome: True)
 heavy = "torch._dynamo", "torch._inductor", "sympy", "sklearn", "matplotlib", "pandas"
 print([name for name in heavy if name in sys.modules])
 """

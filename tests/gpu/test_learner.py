@@ -188,13 +188,11 @@ def test_memory_stays_flat_over_1000_updates(captured: bool) -> None:
     assert is_captured(model) == captured
 
 
-def test_batches_arrive_whole_while_the_one_before_is_read() -> None:
-    """The host goes on at once; what is read of a batch later is what was gathered."""
+def test_batches_arrive_whole_while_the_device_is_busy() -> None:
+    """The host goes on at once; what is asked for after that reads what was gathered."""
     shape: RolloutShape = make_shape(n_steps=50, n_envs=64)
     batch = RolloutBatch(shape, torch.device("cuda"))
-    batch.starts_on_host = False
     busy = torch.randn(2000, 2000, device="cuda")
-    before = None
     for first in range(6):
         rollout = numbered(shape, first)
         moved = batch.gather([rollout])
@@ -203,7 +201,3 @@ def test_batches_arrive_whole_while_the_one_before_is_read() -> None:
         read = [tensor.clone() for tensor in moved.tensors()]
         for mine, expected in zip(read, rollout.tensors(), strict=True):
             torch.testing.assert_close(mine.cpu(), expected, rtol=0, atol=0)
-        if before is not None:
-            for mine, expected in zip(*before, strict=True):
-                torch.testing.assert_close(mine.cpu(), expected, rtol=0, atol=0)
-        before = moved.tensors(), rollout.tensors()
