@@ -16,11 +16,11 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import psutil
-from common import HEADS, Target, build_a3c, machine, print_header, print_targets
+from common import HEADS, Target, build_a3c, machine, print_header, print_row, print_targets
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ncrl.agents import A3C
@@ -49,41 +49,15 @@ class Sample(NamedTuple):
     rate: float
     """Timesteps per second over the interval."""
 
-    def __str__(self) -> str:
-        return (
-            f"| {self.minute:.1f} | {self.processes} | {self.rss:,.0f} | {self.files:.0f} | "
-            f"{self.shm:.1f} | {self.lag:.2f} | {self.rate:,.0f} |"
-        )
 
-
-class Tolerance(NamedTuple):
-    """How much a quantity may grow."""
-
-    name: str
-    quantity: Callable[[Sample], float]
-    absolute: float
-    relative: float
-    unit: str
-
-    def target(self, samples: Sequence[Sample]) -> Target:
-        """Growth between the thirds of the samples behind the first quarter."""
-        values = [self.quantity(sample) for sample in samples[math.ceil(len(samples) / 4) :]]
-        third = max(1, len(values) // 3)
-        if len(values) < 2:
-            return Target(f"growth of {self.name}", math.nan, 0.0, at_least=False)
-        before, after = statistics.median(values[:third]), statistics.median(values[-third:])
-        allowed = max(self.absolute, self.relative * before)
-        name = f"growth of {self.name}"
-        return Target(name, after - before, allowed, at_least=False, unit=self.unit)
-
-
-TOLERANCES = (
-    Tolerance("resident memory", lambda sample: sample.rss, 0.0, 0.03, "MiB"),
-    Tolerance("open files", lambda sample: sample.files, 2.0, 0.0, ""),
-    Tolerance("/dev/shm", lambda sample: sample.shm, 8.0, 0.0, "MiB"),
-    Tolerance("policy lag", lambda sample: sample.lag, 0.25, 0.0, "updates"),
-    Tolerance("time per timestep", lambda sample: 1000 / sample.rate, 0.0, 0.1, "ms"),
-)
+TOLERANCES: dict[str, tuple[Callable[[Sample], float], float, float, str]] = {
+    "resident memory": (lambda sample: sample.rss, 0.0, 0.03, "MiB"),
+    "open files": (lambda sample: sample.files, 2.0, 0.0, ""),
+    "/dev/shm": (lambda sample: sample.shm, 8.0, 0.0, "MiB"),
+    "policy lag": (lambda sample: sample.lag, 0.25, 0.0, "updates"),
+    "time per timestep": (lambda sample: 1000 / sample.rate, 0.0, 0.1, "ms"),
+}
+"""What must not grow: a quantity, how much it may, absolutely or relatively, and its unit."""
 
 
 def main() -> None:
@@ -117,13 +91,26 @@ def main() -> None:
     model.learn(10**12, callback=watch)
 
     targets = [Target("start-up", watch.start_up, START_UP_SECONDS, at_least=False, unit="s")]
-    targets += [tolerance.target(watch.samples) for tolerance in TOLERANCES]
+    targets += growth(watch.samples)
     print()
     print_targets(targets)
     failures = [target.name for target in targets if target.failed]
     print(f"\nVerdict: {'failed: ' + ', '.join(failures) if failures else 'steady'}")
     if failures:
         sys.exit(1)
+
+
+def growth(samples: Sequence[Sample]) -> Iterator[Target]:
+    """Of medians, between the thirds of the samples behind the first quarter."""
+    kept = samples[math.ceil(len(samples) / 4) :]
+    third = max(1, len(kept) // 3)
+    for name, (quantity, absolute, relative, unit) in TOLERANCES.items():
+        values = [quantity(sample) for sample in kept]
+        change, allowed = math.nan, 0.0
+        if len(values) > 1:
+            before, after = statistics.median(values[:third]), statistics.median(values[-third:])
+            change, allowed = after - before, max(absolute, relative * before)
+        yield Target(f"growth of {name}", change, allowed, at_least=False, unit=unit)
 
 
 class Watch(BaseCallback):
@@ -152,8 +139,11 @@ class Watch(BaseCallback):
         if now - self.since < self.interval:
             return
         rate = (self.num_timesteps - self.timesteps) / (now - self.since)
-        self.samples.append(take_sample((now - self.began) / 60, statistics.mean(self.lags), rate))
-        print(self.samples[-1], flush=True)
+        sample = take_sample((now - self.began) / 60, statistics.mean(self.lags), rate)
+        self.samples.append(sample)
+        minute, processes, rss, files, shm, lag, _ = sample
+        cells = (f"{rss:,.0f}", f"{files:.0f}", f"{shm:.1f}", f"{lag:.2f}", f"{rate:,.0f}")
+        print_row(f"{minute:.1f}", processes, *cells)
         self.since, self.timesteps, self.lags = now, self.num_timesteps, []
 
 

@@ -25,7 +25,7 @@ def table_rows(output: str, first_cell: str) -> list[str]:
 
 
 @pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_throughput_prints_parts_rates_and_targets(peers: bool) -> None:
+def test_throughput_prints_parts_and_rates(peers: bool) -> None:
     tiny = ("--encoder", "a3c", "--n-envs", "2", "--seconds", "0.05", "--rounds", "1")
     chosen = "--peers" if peers else "--no-peers"
     done = run_script("throughput.py", *tiny, "--workers", "1", "--device", "cpu", chosen)
@@ -72,12 +72,12 @@ def test_policy_heads_prints_a_row_for_each_training() -> None:
 
 
 def test_gpu_prints_its_tables_also_without_one() -> None:
-    tables = ("correctness", "layer")
+    tables = ("correctness", "acting")
     done = run_script("gpu.py", "--device", "cpu", "--seconds", "0.01", "--tables", *tables)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout
     assert len(table_rows(done.stdout, "Neurocoder J")) == 3
-    assert len(table_rows(done.stdout, "784 -> 400")) == 2
+    assert len(table_rows(done.stdout, "neurocoder | 8")) == 1
     if not torch.cuda.is_available():
         done = run_script("gpu.py")
         assert done.returncode == 2 and "cuda is not available" in done.stderr
