@@ -23,7 +23,6 @@ from ncrl.agents.atari.video import (
     WIDTH,
     Box,
     GameVideo,
-    HeadView,
     Moment,
     Trace,
     check_path,
@@ -53,7 +52,7 @@ def moment(seed: int = 0, *, coded: bool = True, action: str = "FIRE") -> Moment
         value=0.25,
         probabilities=np.array([0.1, 0.2, 0.3, 0.4]),
         action_names=ACTION_NAMES,
-        heads=[HeadView(name, attention(seed) if coded else None) for name in ("actor", "critic")],
+        heads={name: attention(seed) if coded else None for name in ("actor", "critic")},
     )
 
 
@@ -84,21 +83,20 @@ HEAD_KWARGS = {"num_slots": SLOTS, "num_heads": 3, "num_steps": 2, "num_least_us
 def test_heads_show_the_attention_behind_the_outputs(net_arch):
     coded = policy(NeurocoderCnnLstmPolicy, head_kwargs=HEAD_KWARGS, net_arch=net_arch)
     x = torch.randn(1, 16)
-    actor, critic = view_heads(coded, Latent(x, x))
-    assert (actor.name, critic.name) == ("actor", "critic")
-    for view, head, read in (
-        (actor, coded.action_net, coded.mlp_extractor.forward_actor(x)),
-        (critic, coded.value_net, coded.mlp_extractor.forward_critic(x)),
+    seen = view_heads(coded, Latent(x, x))
+    for name, head, read in (
+        ("actor", coded.action_net, coded.mlp_extractor.forward_actor(x)),
+        ("critic", coded.value_net, coded.mlp_extractor.forward_critic(x)),
     ):
         expected = torch.stack([weights[0] for weights in head.attend(read)])
-        assert view.attention.shape == (3, COMPONENTS, SLOTS)
-        np.testing.assert_array_equal(view.attention, expected.detach().numpy())
-    assert not np.array_equal(actor.attention, critic.attention)
+        assert seen[name].shape == (3, COMPONENTS, SLOTS)
+        np.testing.assert_array_equal(seen[name], expected.detach().numpy())
+    assert not np.array_equal(seen["actor"], seen["critic"])
 
 
 def test_plain_heads_have_no_attention():
     heads = view_heads(policy(CnnLstmPolicy), Latent(*torch.randn(2, 1, 16)))
-    assert heads == [HeadView("actor", None), HeadView("critic", None)]
+    assert heads == {"actor": None, "critic": None}
 
 
 # Memory of the picture
@@ -184,18 +182,18 @@ def test_the_action_taken_stands_out():
     assert set((rows - 20) // 16) == {0, 3}
 
 
+@pytest.mark.parametrize("largest", [1.0, 0.06])
 @pytest.mark.parametrize("num_actions", [2, 6, 18])
-def test_bars_are_as_long_as_the_probabilities(num_actions):
+def test_bars_are_as_long_as_the_probabilities_beside_the_largest(num_actions, largest):
     probabilities = np.zeros(num_actions)
-    probabilities[-1] = 1
+    probabilities[-1], probabilities[0] = largest, largest / 2
     names = [f"ACTION{index}" for index in range(num_actions)]
     shown = moment(action=names[0])._replace(action_names=names, probabilities=probabilities)
     picture = compose(shown, traces(0))
-    bars = (cut(picture, ACTIONS) == (84, 116, 168)).all(axis=2)
-    heights = bars.sum(axis=0)
-    assert set(heights) == {0, 10}
-    columns = -(-num_actions // 6)
-    assert (heights > 0).sum() == (ACTIONS.width + 24) // columns - 24 - 168
+    width = (ACTIONS.width + 24) // -(-num_actions // 6) - 24 - 168
+    for colour, length in ((BAR, width), (ACCENT, round(width / 2))):
+        heights = (cut(picture, ACTIONS)[20:] == colour).all(axis=2).sum(axis=0)
+        assert (heights == 10).sum() == length
 
 
 def test_plain_heads_are_drawn_without_traces():
