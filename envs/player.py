@@ -34,6 +34,10 @@ class AtariPlayer:
         self._stack = np.zeros((factory.stack, factory.image_size, factory.image_size), np.uint8)
         self._frames = 0
         self._over = True
+        self.score = 0
+        """Sum of the raw rewards of the game so far."""
+        self.timesteps = 0
+        """Of the game so far."""
 
     def reset(self) -> np.ndarray:
         """Starts a game as the protocol wants it and returns its first observation."""
@@ -49,7 +53,7 @@ class AtariPlayer:
             emulator.act(ale_py.Action.NOOP)
             if emulator.game_over():
                 emulator.reset_game()
-        self._frames = 0
+        self._frames = self.score = self.timesteps = 0
         self._over = False
         self._stack[:] = 0
         self._screens[1] = 0
@@ -76,6 +80,8 @@ class AtariPlayer:
                 break
             if frames_left < 2:
                 self._look(frames_left)
+        self.score += reward
+        self.timesteps += 1
         return self._observe(), reward, self._over, self._emulator.lives()
 
     def room(self) -> int:
