@@ -18,9 +18,9 @@ from ncrl.agents.atari.config import (
     HARD_GAMES,
     RunConfig,
     camel_case,
-    default_games,
     machine_sizes,
     make_factory,
+    with_sizes,
 )
 from ncrl.agents.runs.directory import RunDirectory
 
@@ -28,17 +28,10 @@ SCRIPT = Path(ncrl.__file__).resolve().parent.parent / "run_atari.py"
 """In a clone; an installed package has the command `ncrl` alone."""
 
 
-def _program() -> str:
-    """As what this was started: the command `ncrl`, `python -m ncrl`, or the script of a clone."""
-    started = Path(sys.argv[0]).parts
-    return (
-        "ncrl"
-        if started[-1:] == ("ncrl",) or started[-2:] == ("ncrl", "__main__.py")
-        else SCRIPT.name
-    )
-
-
-PROGRAM = _program()
+_started = Path(sys.argv[0]).parts
+_is_ncrl = _started[-1:] == ("ncrl",) or _started[-2:] == ("ncrl", "__main__.py")
+PROGRAM = "ncrl" if _is_ncrl else SCRIPT.name
+"""As what this was started: the command `ncrl`, `python -m ncrl`, or the script of a clone."""
 
 COLUMNS = 79
 """Width of the summary."""
@@ -72,14 +65,14 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
             f"bonus      {config.intrinsic_reward}, weight {config.int_coef:g} beside "
             f"{config.ext_coef:g} of the game's rewards, after {config.bonus_warmup:,} timesteps"
         )
-    fitting = machine_sizes(config)
-    usual = default_games(replace(config, workers=None, games=None), fitting.workers)
-    if config.cluster is None and (config.workers, config.games) == (fitting.workers, usual):
-        lines.insert(
-            3,
-            f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and these "
-            f"games for {fitting.reason}",
-        )
+    if config.cluster is None:
+        usual = with_sizes(replace(config, workers=None, games=None, batch_size=None))
+        if (config.workers, config.games) == (usual.workers, usual.games):
+            lines.insert(
+                3,
+                f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and "
+                f"these games for {machine_sizes(config).reason}",
+            )
     lines = [part for line in lines for part in wrapped(line)]
     curves = command_line("-m", "tensorboard.main", "--logdir", str(run.path.parent))
     lines += [f"run        {run.path}", f"curves     {curves}"]  # to be pasted, so never wrapped

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,6 @@ from ncrl.agents.atari.config import (
     choose_config,
     head_options,
     make_factory,
-    num_games,
-    timesteps_per_update,
-    with_bonus,
 )
 from ncrl.agents.atari.summary import PROGRAM, resume_line, summary
 from ncrl.agents.runs.checkpoints import Checkpoint, CheckpointError, resume
@@ -34,13 +32,6 @@ from ncrl.shell.screen import Screen
 from ncrl.shell.signals import StopSignals
 
 EXIT_FAILED = 1
-
-SAME_IN_A3C = (
-    *("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "rms_prop_eps"),
-    *("orth_coef", "balance_coef", "correction"),
-    *("intrinsic_reward", "int_coef", "ext_coef", "int_gamma", "imitation_coef"),
-)
-"""Fields that are arguments of `A3C` under the same name."""
 
 
 class Job(NamedTuple):
@@ -101,7 +92,7 @@ def build_model(config: RunConfig, **options: Any) -> A3C:
 def out_of_memory(config: RunConfig) -> str:
     """What to lower, in one line."""
     return (
-        f"out of memory; lower games ({num_games(config)}; n_envs of A3C), n_steps "
+        f"out of memory; lower games ({config.games}; n_envs of A3C), n_steps "
         f"({config.n_steps}) or lstm_hidden_size ({config.lstm_hidden_size})"
     )
 
@@ -118,16 +109,14 @@ def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
 
 def make_model(config: RunConfig, **options: Any) -> A3C:
     """A fresh model; `options` replace arguments of `A3C`."""
-    config = with_bonus(config)
     rate = config.learning_rate
-    arguments: dict[str, Any] = {
+    same = {name for name in signature(A3C).parameters if hasattr(config, name)}
+    arguments: dict[str, Any] = {name: getattr(config, name) for name in same} | {
         "env": make_factory(config),
         "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
         "use_rms_prop": config.optimizer == "rmsprop",
         "n_workers": config.workers or 0,
-        "n_envs": num_games(config),
-        "cluster": config.cluster,
-        "batch_size": timesteps_per_update(config, config.batch_size),
+        "n_envs": config.games,
         "policy_kwargs": {
             "head": config.layer,
             "head_kwargs": head_options(config),
@@ -137,11 +126,7 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
         "limits": Limits(
             heartbeat_timeout=config.heartbeat_timeout, max_restarts=config.max_restarts
         ),
-        "seed": config.seed,
-        "device": config.device,
     }
-    for name in SAME_IN_A3C:
-        arguments[name] = getattr(config, name)
     if config.intrinsic_reward != "none":
         arguments["intrinsic_kwargs"] = bonus_options(config)
     return A3C("CnnLstmPolicy", **(arguments | options))
