@@ -2,11 +2,10 @@
 
 One run of run_atari.py per game, layer and seed, one after the other; for several at a time start
 this several times with other seeds. The same command again goes on where it was stopped. It ends
-with LOGDIR/figure3.md and LOGDIR/figure3.png.
+with LOGDIR/figure3.md and LOGDIR/figure3.png of what is there.
 
 python benchmarks/atari_figure3.py --games Seaquest --layers linear neurocoder --seeds 0 1 \
     --frames 4_000_000 --logdir runs/figure3
-python benchmarks/atari_figure3.py --logdir runs/figure3 --figure-only
 python benchmarks/atari_figure3.py --seeds 0 1 2 3 4 -- --encoder paper
 """
 
@@ -16,7 +15,6 @@ import csv
 import io
 import itertools
 import math
-import re
 import signal
 import statistics
 import subprocess
@@ -86,28 +84,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="(default: 0)")
     parser.add_argument("--frames", type=int, help=f"of each run (default: {RunConfig.frames})")
     parser.add_argument("--logdir", help="folder of all runs (default: runs/figure3)")
-    parser.add_argument("--figure-only", action="store_true", help="of what is there; no run")
     flags, rest = parse(parser, given[:cut]), given[cut + 1 :]
     logdir = Path(flags.get("logdir", "runs/figure3"))
-    failed: list[str] = []
+    frames = flags.get("frames", RunConfig.frames)
+    exit_code = 0
     try:
         cells = chosen_cells(flags, rest)
-        if flags.get("figure_only"):
-            cells = cells_there(logdir, flags, cells)
-        else:
-            logdir.mkdir(parents=True, exist_ok=True)
-            for cell in cells:
-                code = play(cell, flags.get("frames", RunConfig.frames), logdir, rest)
-                if code >= 128:
-                    print("stopped; the same command goes on, --figure-only draws what is there")
-                    return code
-                failed += [f"{cell} failed with exit code {code}"] if code else []
+        logdir.mkdir(parents=True, exist_ok=True)
+        for cell in cells:
+            code = play(cell, frames, logdir, rest)
+            if code:
+                print(f"{PROGRAM}: {cell} ended with exit code {code}", file=sys.stderr)
+                exit_code = 1
+            if code >= 128:
+                print("stopped; the same command goes on")
+                exit_code = code
+                break
         report(cells, logdir)
     except (OSError, ValueError) as error:
         usage_error(PROGRAM, str(error))
-    for message in failed:
-        print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return 1 if failed else 0
+    return exit_code
 
 
 def chosen_cells(flags: dict[str, Any], rest: Sequence[str]) -> list[Cell]:
@@ -135,23 +131,6 @@ def chosen_cells(flags: dict[str, Any], rest: Sequence[str]) -> list[Cell]:
         choose_device(config.device)
         cells[Cell(config.env, layer, seed)] = True  # a game may be named twice, in two spellings
     return list(cells)
-
-
-def cells_there(logdir: Path, flags: dict[str, Any], chosen: Sequence[Cell]) -> list[Cell]:
-    """All with a folder in `logdir`; those of the flags where flags are given.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    named = [re.fullmatch(r"(\w+)-(\w+)-seed(\d+)", path.name) for path in logdir.glob("*")]
-    there = [Cell(m[1], m[2], int(m[3])) for m in named if m and m[2] in LAYERS]
-    for flag, field in (("games", "game"), ("layers", "layer"), ("seeds", "seed")):
-        if flag in flags:
-            wanted = {getattr(cell, field) for cell in chosen}
-            there = [cell for cell in there if getattr(cell, field) in wanted]
-    if not there:
-        raise ValueError(f"no such run in {logdir}: expected folders called GAME-LAYER-seedN")
-    return sorted(there)
 
 
 def play(cell: Cell, frames: int, logdir: Path, rest: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 """What a GPU is worth to the learner: every table of one machine in about two minutes.
 
 python benchmarks/gpu.py                        # from a checkout: PYTHONPATH=. before it
-python benchmarks/gpu.py --tables update acting # some of them
+python benchmarks/gpu.py --tables update        # one of them
 
 The layer alone: benchmarks/layer.py --device cuda. Games and workers: benchmarks/throughput.py.
 """
@@ -148,26 +148,6 @@ def kernels_of(model: A3C) -> tuple[float, int]:
     return sum(event.self_device_time_total for event in kernels) / 1000, len(kernels)
 
 
-def acting(arguments: argparse.Namespace) -> None:
-    """One step of a whole policy, on the learner's device and on one core."""
-    print_header("heads", "games", f"{arguments.device}, ms", "one core, ms")
-    for head in ("linear", "neurocoder"):
-        policies = [learner(head, 4, device, False).policy for device in (arguments.device, "cpu")]
-        for games in (8, 256):
-            times: list[float] = []
-            for policy in policies:
-                policy.set_training_mode(False)
-                obs = torch.zeros(games, 1, 84, 84, dtype=torch.uint8, device=policy.device)
-                state, starts = policy.initial_state(games), torch.zeros(games, dtype=torch.bool)
-
-                @torch.no_grad()
-                def act(policy: Any = policy, given: Any = (obs, state, starts)) -> None:
-                    policy.act(*given).actions.cpu()
-
-                times += medians(arguments.seconds / 2, act)
-            print_row(head, games, *(f"{value:.2f}" for value in times))
-
-
 def pong(arguments: argparse.Namespace) -> None:
     """What the plain command says of itself when it is stopped after a while."""
     print("```", flush=True)
@@ -182,7 +162,7 @@ def pong(arguments: argparse.Namespace) -> None:
     print("```")
 
 
-TABLES = {"correctness": correctness, "update": update, "acting": acting, "pong": pong}
+TABLES = {"correctness": correctness, "update": update, "pong": pong}
 
 if __name__ == "__main__":
     main()

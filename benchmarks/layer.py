@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from ncrl.layers import LAYERS, make_layer, neurocoder
-from ncrl.networks import ENCODERS
 
 COMMON = {"key_dim": 5, "num_least_used": 5, "residual": False}
 WIDE = COMMON | {"num_slots": 30, "num_steps": 5, "num_heads": 3, "controller_size": 32}
@@ -84,36 +83,23 @@ def measurements(arguments: argparse.Namespace) -> Iterator[Row]:
         mine, theirs = medians(arguments.seconds, ours, reference)
         return Row(name, mine, theirs, target)
 
-    def beside_linear(name: str, layer: Any, hidden: bool, target: float | None) -> Row:
+    def beside_linear(name: str, layer: Any, target: float | None = None) -> Row:
         width, out = layer.in_features, layer.out_features
-        x = torch.randn(batch, width, requires_grad=hidden)
+        x = torch.randn(batch, width, requires_grad=True)
         ours, reference = training_step(layer, x), training_step(nn.Linear(width, out), x)
         return compare(f"{width} -> {out}, {name}", ours, reference, target)
 
-    for hidden in (True, False):
-        where = "" if hidden else ", first layer (no gradient of the input)"
-        layer = make_layer("neurocoder", 3072, 512, **WIDE)
-        yield beside_linear(f"P 30 J 5 H 3{where}", layer, hidden, 1.0 if hidden else None)
-        layer = make_layer("neurocoder", 784, 400, **MIDDLE)
-        yield beside_linear(f"P 50 J 1 H 10{where}", layer, hidden, 1.5 if hidden else None)
-
+    yield beside_linear("P 30 J 5 H 3", make_layer("neurocoder", 3072, 512, **WIDE), 1.0)
+    yield beside_linear("P 50 J 1 H 10", make_layer("neurocoder", 784, 400, **MIDDLE), 1.5)
+    head = make_layer("neurocoder", 512, 18, residual=False, **NEUROCODER)
+    step = training_step(head, torch.randn(320, 512, requires_grad=True))
     lstm = training_step(nn.LSTM(256, 512), torch.randn(20, 16, 256, requires_grad=True))
-    for out, name in ((18, "actor"), (1, "critic")):
-        for residual in (False, True):
-            head = make_layer("neurocoder", 512, out, residual=residual, **NEUROCODER)
-            step = training_step(head, torch.randn(320, 512, requires_grad=True))
-            label = f"{name} 512 -> {out}{', Rho' if residual else ''}, batch 320"
-            target = 0.25 if out == 18 and not residual else None
-            yield compare(f"{label}, beside LSTM-512 (T 20, B 16)", step, lstm, target)
-
-    heads, others = acting_steps()
-    (milliseconds,) = medians(arguments.seconds, heads)
-    yield Row("acting, both heads, batch 8, beside 1 ms", milliseconds, 1.0, 0.4)
-    yield compare("acting, both heads, batch 8, beside a3c and LSTM-512", heads, others, 0.125)
+    name = "actor 512 -> 18, batch 320, beside LSTM-512 (T 20, B 16)"
+    yield compare(name, step, lstm, 0.25)
     if arguments.device == "cpu":
         yield peak_memory(batch)
     for name, layer in others_of_784().items() if arguments.all else ():
-        yield beside_linear(name, layer, True, None)
+        yield beside_linear(name, layer)
 
 
 def others_of_784() -> dict[str, nn.Module]:
@@ -137,24 +123,6 @@ def training_step(module: nn.Module, x: Tensor) -> Step:
         y.backward(torch.ones_like(y))
 
     return step
-
-
-def acting_steps() -> tuple[Step, Step]:
-    """Both Atari heads on 8 inputs, and the encoder and LSTM below them, without gradient."""
-    heads = [make_layer("neurocoder", 512, out, residual=True, **NEUROCODER) for out in (18, 1)]
-    encoder, lstm = nn.Sequential(*ENCODERS["a3c"](1)), nn.LSTM(256, 512)
-    images, latent = torch.rand(8, 1, 84, 84), torch.randn(8, 512)
-
-    @torch.no_grad()
-    def act() -> None:
-        for head in heads:
-            head(latent)
-
-    @torch.no_grad()
-    def act_without_heads() -> None:
-        lstm(encoder(images).unsqueeze(0))
-
-    return act, act_without_heads
 
 
 def peak_memory(batch: int) -> Row:

@@ -235,42 +235,35 @@ def time_parts(
 
 
 class Meter(BaseCallback):
-    """Timesteps per second after a warm-up, over a fixed time; then it ends the training."""
+    """Ends the training after a quarter of the seconds for warming up, and as many that count."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.warm_up, self.seconds = seconds / 4, seconds
-        self.rate = float("nan")
-        self.first: float | None = None
-        self.counting: tuple[float, int] | None = None
+        self.seconds = seconds
+        self.marks: list[tuple[float, int]] = []
+        """Time and timesteps at the starts of rollouts, without the first: it starts workers."""
 
     def _on_rollout_start(self) -> None:
-        # Whole cycles of playing and learning only, else a cut would favour one of them. The first
-        # one is none of them: it contains the start of the workers.
-        now = time.monotonic()
-        if self.num_timesteps == 0:
-            return
-        self.first = self.first or now
-        if self.counting is not None:
-            since, timesteps = self.counting
-            self.rate = (self.num_timesteps - timesteps) / (now - since)
-        elif now - self.first >= self.warm_up:
-            self.counting = now, self.num_timesteps
+        if self.num_timesteps:
+            self.marks.append((time.monotonic(), self.num_timesteps))
 
     def _on_step(self) -> bool:
-        done = self.counting is not None and time.monotonic() - self.counting[0] > self.seconds
-        return not (done and self.rate == self.rate)
+        return len(self.counted()) < 2 or self.marks[-1][0] < self.counted()[0][0] + self.seconds
+
+    def counted(self) -> list[tuple[float, int]]:
+        return [mark for mark in self.marks if mark[0] >= self.marks[0][0] + self.seconds / 4]
 
 
 def measure(model: OnPolicyAlgorithm, seconds: float) -> float:
     """Timesteps per second in whole cycles of playing and learning."""
     meter = Meter(seconds)
     model.learn(10**9, callback=meter)
+    (began, before), *_, (ended, after) = meter.counted()
     if model.env is not None:
         model.env.close()
     del model
     gc.collect()  # models are cycles, and hold the threads of emulators
-    return meter.rate
+    return (after - before) / (ended - began)
 
 
 @contextmanager
