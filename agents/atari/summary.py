@@ -44,12 +44,10 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
     heads = {"actor": model.policy.action_net, "critic": model.policy.value_net}
     sizes = ", ".join(f"{name} {_parameters(head):,}" for name, head in heads.items())
     played = f", {model.num_timesteps * FRAMES_PER_TIMESTEP:,} played" if model._n_updates else ""
-    workers = (
-        f"{model.n_workers} workers of {model.n_envs // model.n_workers} games"
-        + (f" on the Ray cluster {config.cluster}" if config.cluster is not None else "")
-        if model.n_workers
-        else f"serial, {model.n_envs} games in this process"
-    )
+    workers = f"serial, {model.n_envs} games in this process"
+    if model.n_workers:
+        workers = f"{model.n_workers} workers of {model.n_envs // model.n_workers} games"
+        workers += f" on the Ray cluster {config.cluster}" if config.cluster is not None else ""
     lines = [
         f"game       {camel_case(factory.game)}, {config.frames:,} frames{played}",
         f"protocol   {config.protocol}: sticky actions {rules['sticky_actions']:g}, "
@@ -76,16 +74,12 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
     lines = [part for line in lines for part in wrapped(line)]
     curves = command_line("-m", "tensorboard.main", "--logdir", str(run.path.parent))
     lines += [f"run        {run.path}", f"curves     {curves}"]  # to be pasted, so never wrapped
-    if factory.game in HARD_GAMES:
-        lines += wrapped(f"expect     {expectation(factory.game, config.intrinsic_reward)}")
+    if hard := HARD_GAMES.get(factory.game):
+        reached = EXPLORED.get(factory.game, f"no run of ours with a bonus yet; without, {hard}")
+        if config.intrinsic_reward == "none":
+            reached = f"{hard} without a bonus; a score of 0 is no fault"
+        lines += wrapped(f"expect     {reached}")
     return lines
-
-
-def expectation(game: str, intrinsic_reward: str) -> str:
-    """What such a run has reached, of the hard games."""
-    if intrinsic_reward == "none":
-        return f"{HARD_GAMES[game]} without a bonus; a score of 0 is no fault"
-    return EXPLORED.get(game, f"no run of ours with a bonus yet; without, {HARD_GAMES[game]}")
 
 
 def wrapped(line: str) -> list[str]:

@@ -24,7 +24,7 @@ from ncrl.agents.atari.config import (
     make_factory,
 )
 from ncrl.agents.atari.summary import PROGRAM, resume_line, summary
-from ncrl.agents.runs.checkpoints import Checkpoint, CheckpointError, resume
+from ncrl.agents.runs.checkpoints import CheckpointError, resume
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.runs.progress import Progress
 from ncrl.shell.hardware import choose_device, is_lack_of_memory
@@ -57,7 +57,10 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
     with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
         model: A3C | None = None
         try:
-            checkpoint = None if resumed is None else newest_unfinished(run, config)
+            checkpoint = None if resumed is None else run.newest_checkpoint()
+            if checkpoint and checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
+                played = f"{run.path} has played its {config.frames:,} frames"
+                raise ValueError(f"{played}; give a larger --frames to go on")
             model = build_model(config, profile=bool(modes["profile"]))
             if checkpoint is not None:
                 resume(model, checkpoint)
@@ -74,11 +77,7 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
 
 
 def build_model(config: RunConfig, **options: Any) -> A3C:
-    """`make_model`, on a machine that is large enough.
-
-    Raises:
-        ValueError: naming what is too large for it.
-    """
+    """`make_model`; ValueError on a machine that is too small for it."""
     try:
         model = make_model(config, **options)
         model.check_machine()
@@ -95,16 +94,6 @@ def out_of_memory(config: RunConfig) -> str:
         f"out of memory; lower games ({config.games}; n_envs of A3C), n_steps "
         f"({config.n_steps}) or lstm_hidden_size ({config.lstm_hidden_size})"
     )
-
-
-def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
-    """The checkpoint to go on from; ValueError if nothing is left to play."""
-    checkpoint = run.newest_checkpoint()
-    if checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
-        raise ValueError(
-            f"{run.path} has played its {config.frames:,} frames; give a larger --frames to go on"
-        )
-    return checkpoint
 
 
 def make_model(config: RunConfig, **options: Any) -> A3C:
