@@ -21,6 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
 from ncrl import sb3
@@ -400,6 +401,11 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         curves.record_scores(
             self.logger, self.ep_info_buffer or (), self.best_score, self.first_scored_at * frames
         )
+        if self.ep_info_buffer:
+            # TensorBoard sorts its sections by name: this is the first one.
+            score = safe_mean([episode["r"] for episode in self.ep_info_buffer])
+            elsewhere = ("stdout", "log", "json", "csv")
+            self.logger.record("game/score", score, exclude=elsewhere)
         if self._pool is not None:
             self.logger.record("time/worker_restarts", self._pool.worker_restarts)
             self.logger.record("time/env_restarts", self._pool.env_restarts)

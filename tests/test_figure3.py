@@ -1,7 +1,5 @@
 """`benchmarks/atari_figure3.py`: what it starts, skips and goes on with, its table and figure."""
 
-import hashlib
-import json
 import os
 import re
 import signal
@@ -39,28 +37,15 @@ HEADER = "time/frames,rollout/ep_rew_mean,time/total_timesteps\n"
 
 
 def make_run(
-    logdir: Path,
-    cell: Cell,
-    *,
-    checkpoints: tuple[int, ...] = (),
-    rows: str = "",
-    number: int = 1,
-    **settings: Any,
+    logdir: Path, cell: Cell, *, played: int = 0, rows: str = "", number: int = 1, **settings: Any
 ) -> Path:
-    """A run directory as run_atari.py leaves it; `checkpoints` in frames."""
+    """A run directory as run_atari.py leaves it, after `played` frames."""
     run = cell.run(logdir).with_name(f"{cell.game}-{number}")
-    (run / "checkpoints").mkdir(parents=True)
+    run.mkdir(parents=True)
     config = RunConfig(env=cell.game, layer=cell.layer, seed=cell.seed, games=16, **settings)
     (run / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
     (run / "progress.csv").write_text(HEADER + rows)
-    for frames in checkpoints:
-        stem = f"step_{frames // 4:012d}"
-        sums = {}
-        for name in (f"{stem}.zip", f"{stem}.state.pt"):
-            (run / "checkpoints" / name).write_bytes(name.encode())
-            sums[name] = hashlib.sha256(name.encode()).hexdigest()
-        manifest = {"timesteps": frames // 4, "sha256": sums}
-        (run / "checkpoints" / f"{stem}.json").write_text(json.dumps(manifest))
+    (run / "played").write_text(str(played))
     return run
 
 
@@ -70,20 +55,18 @@ CELL = Cell("Seaquest", "linear", 0)
 # What is played, and by which commands.
 
 
-def test_the_newest_run_counts_by_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+def test_the_newest_run_counts(tmp_path: Path) -> None:
     """A run that was killed before its first checkpoint leaves a folder behind."""
     assert frames_of(CELL.run(tmp_path)) == 0
-    make_run(tmp_path, CELL, number=2)
-    assert frames_of(CELL.run(tmp_path)) == 0
-    made = make_run(tmp_path, CELL, number=10, checkpoints=(400, 800))
-    assert CELL.run(tmp_path) == made and frames_of(made) == 800
-    (made / "checkpoints" / f"step_{200:012d}.zip").write_text("damaged")
-    assert frames_of(made) == 400
+    for number in (2, 10):
+        made = make_run(tmp_path, CELL, number=number)
+        assert CELL.run(tmp_path) == made and frames_of(made) == 0
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands, in place of which another one runs: it succeeds, but for seed 5."""
+    """Commands, in place of which another one runs: it succeeds, but for seed 5. What a run has
+    played is in a file."""
     commands: list[list[str]] = []
     popen = subprocess.Popen
 
@@ -91,15 +74,19 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         commands.append(command[2:])
         return popen(["false" if "5" in command else "true"])
 
+    def frames(run: Path) -> int:
+        return int((run / "played").read_text()) if run.is_dir() else 0
+
     monkeypatch.setattr(atari_figure3.subprocess, "Popen", start)
+    monkeypatch.setattr(atari_figure3, "frames_of", frames)
     return commands
 
 
 def test_commands_of_new_interrupted_and_finished_cells(
     tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture
 ) -> None:
-    made = make_run(tmp_path, Cell("Pong", "linear", 1), checkpoints=(400,), gamma=0.9)
-    make_run(tmp_path, Cell("Pong", "linear", 2), checkpoints=(800,), gamma=0.9)
+    made = make_run(tmp_path, Cell("Pong", "linear", 1), played=400, gamma=0.9)
+    make_run(tmp_path, Cell("Pong", "linear", 2), played=800, gamma=0.9)
     (tmp_path / "more.yaml").write_text("gamma: 0.9\nenv: Breakout\n")
     flags = f"--games pong Pong --layers linear --seeds 0 1 2 5 --frames 800 --logdir {tmp_path}"
     rest = f"--config {tmp_path / 'more.yaml'} --workers 0 --no-stop-on-save-error"
@@ -207,7 +194,7 @@ def test_table_and_figure_of_what_is_there(
 ) -> None:
     for seed in (0, 1):
         rows = f"400,{seed},100\n800,{seed + 9},200\n"
-        make_run(tmp_path, Cell("Seaquest", "neurocoder", seed), checkpoints=(800,), rows=rows)
+        make_run(tmp_path, Cell("Seaquest", "neurocoder", seed), played=800, rows=rows)
     pacman = Cell("MsPacman", "linear", 0)
     make_run(tmp_path, pacman, rows="400,60,100\n800,90,200\n", protocol="classic")
     make_run(tmp_path, Cell("Frostbite", "linear", 0))

@@ -444,6 +444,12 @@ def test_tensorboard_tags(serial_run: Run) -> None:
     for tag in TAGS:
         values = [event.value for event in events.Scalars(tag)]
         assert all(abs(value) < float("inf") for value in values), (tag, values)
+    assert min(tags["scalars"]) == "game/score", "the first section"
+    scores, same = (events.Scalars(tag) for tag in ("game/score", "rollout/ep_rew_mean"))
+    assert [(e.step, e.value) for e in scores] == [(e.step, e.value) for e in same]
+    (settings,) = events.Tensors("settings/text_summary")
+    (text,) = settings.tensor_proto.string_val
+    assert yaml.safe_load(text.decode().strip("`\n")) == serial_run.config
     assert events.Histograms("neurocoder/slot_usage/actor")[-1].histogram_value.num == 8
     frames = events.Scalars("time/frames")
     assert {event.step for event in frames} == POINTS

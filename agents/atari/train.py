@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
@@ -67,7 +68,10 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
             try:
                 if resumed is None:  # else with the first checkpoint
                     run.write_config(asdict(config))
-                model.set_logger(run.make_logger(model.num_timesteps))
+                curves = run.make_logger(model.num_timesteps)
+                settings = yaml.safe_dump(asdict(config), sort_keys=False)
+                curves.record("settings", f"```\n{settings}```", exclude="csv")
+                model.set_logger(curves)
             except OSError as error:
                 raise cannot_write(run.path, error) from error
             yield Job(model, config, run)
