@@ -16,9 +16,9 @@ from ncrl.agents.atari.config import (
     make_factory,
     stored_config,
 )
-from ncrl.agents.atari.film import film, play
+from ncrl.agents.atari.film import moments, play
 from ncrl.agents.atari.train import build_model
-from ncrl.agents.atari.video import check_path
+from ncrl.agents.atari.video import check_path, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
 from ncrl.envs import ROOM_ADDRESS, AtariPlayer
 from ncrl.settings import configure, shown
@@ -73,7 +73,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     if modes["video"] is not None:
         screen.line("filming one more game")
         player = AtariPlayer(factory, evaluation_seed(config))
-        film(model, player, Path(modes["video"]), deterministic=deterministic)
+        write_video(Path(modes["video"]), moments(model, player, deterministic=deterministic))
         screen.line(f"video of one game (score {player.score:g}): {modes['video']}")
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from stable_baselines3.common.distributions import Distribution
 from torch import Tensor
 
 from ncrl.agents import A3C
-from ncrl.agents.atari.video import GameVideo, Moment, view_heads
+from ncrl.agents.atari.video import Moment, view_heads
 from ncrl.envs import AtariPlayer
 from ncrl.sb3 import Latent
 
@@ -46,26 +45,21 @@ def play(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[De
 
 
 @torch.no_grad()
-def film(model: A3C, player: AtariPlayer, path: Path, *, deterministic: bool) -> None:
-    """Write a video of one game beside what the heads attend to."""
+def moments(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[Moment]:
+    """One whole game for a film: each timestep beside what the heads attend to."""
     names = player.factory.action_meanings
-    with GameVideo(path) as video:
-        for seen in play(model, player, deterministic=deterministic):
-            bonus = None
-            if model.exploration is not None:
-                bonus = float(model.exploration.source.score(seen.images))
-            categorical = seen.distribution.distribution
-            assert isinstance(categorical, torch.distributions.Categorical)
-            video.add(
-                Moment(
-                    frame=player.frame(),
-                    score=player.score,
-                    timestep=player.timesteps,
-                    action=names[seen.action],
-                    value=float(model.policy.values(seen.latent)),
-                    probabilities=categorical.probs[0].cpu().numpy(),
-                    action_names=names,
-                    heads=view_heads(model.policy, seen.latent),
-                    bonus=bonus,
-                )
-            )
+    for seen in play(model, player, deterministic=deterministic):
+        categorical = seen.distribution.distribution
+        assert isinstance(categorical, torch.distributions.Categorical)
+        source = None if model.exploration is None else model.exploration.source
+        yield Moment(
+            frame=player.frame(),
+            score=player.score,
+            timestep=player.timesteps,
+            action=names[seen.action],
+            value=float(model.policy.values(seen.latent)),
+            probabilities=categorical.probs[0].cpu().numpy(),
+            action_names=names,
+            heads=view_heads(model.policy, seen.latent),
+            bonus=None if source is None else float(source.score(seen.images)),
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,69 +148,43 @@ def check_path(path: Path) -> None:
         raise ValueError(f"cannot write the video {str(path)!r}")
 
 
-class GameVideo:
-    """A video file that grows by one picture per timestep, under another name until it is closed.
+def write_video(path: Path, moments: Iterable[Moment], fps: float = FPS) -> None:
+    """A video file of one picture per timestep, under another name until it is whole.
 
     Args:
         path: ends in `.mp4` or `.webm`; an existing file is replaced.
+        moments: of one game. Whatever they raise, nothing is left behind.
         fps: pictures, hence timesteps, per second.
 
     Raises:
         ValueError: for another suffix.
         OSError: if the file cannot be written.
-
-    Example:
-        >>> with GameVideo("game.mp4") as video:
-        ...     video.add(moment)
     """
-
-    def __init__(self, path: str | Path, fps: float = FPS) -> None:
-        self.path = Path(path)
-        check_path(self.path)
-        self._target = self.path.resolve()  # a link stays one
-        self._growing = self._target.with_name(f".{self.path.stem}.growing{self.path.suffix}")
-        codec = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix.lower()])
-        # OpenCV asks for hundreds of megabits a second, and takes other wishes from here alone.
-        os.environ.setdefault("OPENCV_FFMPEG_WRITER_OPTIONS", WRITER_OPTIONS)
-        self._writer = cv2.VideoWriter(
-            str(self._growing), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT)
-        )
-        if not self._writer.isOpened():
-            raise OSError(f"OpenCV cannot write the video {str(path)!r}")
-        self._traces: dict[str, Trace] = {}
-        self._bonuses: deque[float] = deque(maxlen=HISTORY)
-
-    def add(self, moment: Moment) -> None:
-        """Append the picture of one timestep.
-
-        Raises:
-            ValueError: after `close`.
-        """
-        if not self._writer.isOpened():
-            raise ValueError(f"the video {str(self.path)!r} is closed")
-        for name, attention in moment.heads.items():
-            if attention is not None:
-                self._traces[name] = remember(self._traces.get(name), attention)
-        if moment.bonus is not None:
-            self._bonuses.append(moment.bonus)
-        picture = compose(moment, self._traces, self._bonuses)
-        self._writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-
-    def close(self) -> None:
-        """Finish the file, which is then there under its name."""
-        if self._writer.isOpened():
-            self._writer.release()
-            os.replace(self._growing, self._target)
-
-    def __enter__(self) -> GameVideo:
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
-        if error_type is None:
-            self.close()
-        else:
-            self._writer.release()
-            self._growing.unlink(missing_ok=True)
+    check_path(path)
+    target = path.resolve()  # a link stays one
+    growing = target.with_name(f".{path.stem}.growing{path.suffix}")
+    codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
+    # OpenCV asks for hundreds of megabits a second, and takes other wishes from here alone.
+    os.environ.setdefault("OPENCV_FFMPEG_WRITER_OPTIONS", WRITER_OPTIONS)
+    writer = cv2.VideoWriter(str(growing), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT))
+    if not writer.isOpened():
+        raise OSError(f"OpenCV cannot write the video {str(path)!r}")
+    traces: dict[str, Trace] = {}
+    bonuses: deque[float] = deque(maxlen=HISTORY)
+    try:
+        for moment in moments:
+            for name, attention in moment.heads.items():
+                if attention is not None:
+                    traces[name] = remember(traces.get(name), attention)
+            if moment.bonus is not None:
+                bonuses.append(moment.bonus)
+            picture = compose(moment, traces, bonuses)
+            writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        writer.release()
+        os.replace(growing, target)
+    finally:
+        writer.release()
+        growing.unlink(missing_ok=True)
 
 
 def remember(trace: Trace | None, attention: np.ndarray) -> Trace:
