@@ -27,12 +27,7 @@ MIDDLE: dict[str, Any] = COMMON | {"num_slots": 50, "num_heads": 10, "controller
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "residual": {"residual": True},
-    "residual of rank 8": {"residual": True, "residual_rank": 8},
-    "gate per slot": {"gate": "slot"},
-    "gate per head": {"gate": "head"},
-    "no usage attention": {"num_least_used": 0},
     "5 steps of 2 heads": {"num_steps": 5, "num_heads": 2},
-    "linear controller": {"controller": "linear"},
     "official": {"preset": "official"},
 }
 """Changes of `MIDDLE`."""

@@ -1,16 +1,13 @@
-"""Timesteps per second of A3C, what its parts alone allow, and peers on the same machine.
-
-The parts are an environment's step, choosing actions, and a step of learning, each timed alone on
-one thread. If all cores did nothing else they would give the ceiling,
-cores / (environment + acting + learning), in seconds per timestep.
+"""Timesteps per second of A3C, and of peers on the same machine.
 
 Peers are sb3-contrib's RecurrentPPO on the same network, and Stable-Baselines3's A2C, which has no
 LSTM and sees four stacked frames instead. At equal work they use T = 20 and our environments and
 encoder; both are also run as their users have them, with SB3's make_atari_env and NatureCNN.
 
 Rounds go through all rows in turn, and ratios are taken within a round, since the speed of a
-machine drifts; the tables show medians over the rounds. The machine has to be idle otherwise: other
+machine drifts; the table shows medians over the rounds. The machine has to be idle otherwise: other
 load slows rows of several torch threads, the peers', far more than those of several processes.
+Where the time of a run goes is what `run_atari.py --profile` says.
 
 python benchmarks/throughput.py --workers 1 2        # encoders a3c and nature
 python benchmarks/throughput.py --encoder a3c --no-peers --seconds 10
@@ -32,9 +29,7 @@ from typing import Any, NamedTuple
 
 import ale_py
 import gymnasium
-import numpy as np
-import torch
-from common import HEADS, N_STEPS, build_a3c, machine, medians, print_header, print_row
+from common import HEADS, N_STEPS, build_a3c, machine, print_header, print_row
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
@@ -52,18 +47,11 @@ STACK = 4
 GAMES_PER_WORKER = 8
 """In the rows that show how the rate grows with workers; their batch grows with them."""
 
-BURST = 20
-"""Calls in a row of environment and acting: a worker plays many steps between two rollouts, with
-warm caches."""
-
 EQUAL_PPO = f"RecurrentPPO, one epoch over T = {N_STEPS}"
 EQUAL_A2C = f"A2C without LSTM, T = {N_STEPS}"
 USUAL = "as usual: make_atari_env, NatureCNN"
 
 Options = dict[str, Any]
-
-Key = tuple[str, int]
-"""Head and number of environments."""
 
 
 class Row(NamedTuple):
@@ -71,27 +59,8 @@ class Row(NamedTuple):
 
     name: str
     build: Callable[[], OnPolicyAlgorithm]
-    parts: Key | None = None
-    """Whose ceiling the rate is compared with."""
     n_cores: int | None = None
     """Cores that it may use; None for all."""
-
-
-class Costs(NamedTuple):
-    """Seconds per timestep on one thread."""
-
-    environment: float
-    acting: float
-    learning: float
-    learns_here: bool
-    """Learning takes time of the CPU's cores, not of a GPU."""
-
-    def ceiling(self) -> float:
-        """Timesteps per second that these allow when all cores are always busy."""
-        playing = self.environment + self.acting
-        if self.learns_here:
-            return available_cores() / (playing + self.learning)
-        return min(available_cores() / playing, 1 / self.learning)
 
 
 def main() -> None:
@@ -105,20 +74,15 @@ def main() -> None:
         rows = [*our_rows(arguments, encoder)]
         if arguments.peers:
             rows += peer_rows(arguments, encoder)
-        costs: dict[Key, list[Costs]] = {row.parts: [] for row in rows if row.parts}
         rates: dict[str, list[float]] = {row.name: [] for row in rows}
         for i in range(arguments.rounds):
-            for key, seen in costs.items():
-                seen.append(time_parts(arguments, encoder, *key, seconds))
             for row in rows:
                 with on_cores(row.n_cores):
                     rates[row.name].append(measure(row.build(), seconds))
                 progress = f"round {i + 1} of {arguments.rounds}, {encoder}: {row.name}"
                 print(f"{progress}: {rates[row.name][-1]:,.0f}", file=sys.stderr, flush=True)
         print(f"\n## Encoder {encoder}\n")
-        print_parts(costs)
-        print()
-        print_rates(arguments, rows, costs, rates)
+        print_rates(arguments, rates)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -152,10 +116,10 @@ def our_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
 
     for n, head in itertools.product(arguments.n_envs, HEADS):
         name = f"A3C, {default_workers(n)} workers, {n} games, {head} heads"
-        yield Row(name, a3c(head, n, None), (head, n))
+        yield Row(name, a3c(head, n, None))
     few = arguments.n_envs[0]
     for head in HEADS:
-        yield Row(f"A3C serial, {few} games, {head} heads", a3c(head, few, 0), (head, few))
+        yield Row(f"A3C serial, {few} games, {head} heads", a3c(head, few, 0))
     for n in arguments.workers:
         name = f"A3C, {n} workers of {GAMES_PER_WORKER} games on as many cores, plain heads"
         build = a3c("plain", n * GAMES_PER_WORKER, n)
@@ -202,63 +166,32 @@ def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
 # Measuring.
 
 
-def time_parts(
-    arguments: argparse.Namespace, encoder: str, head: str, n_envs: int, seconds: float
-) -> Costs:
-    """Medians, which leave out the rare burst in which a game starts anew."""
-    game, per_worker = atari(arguments.game), n_envs // default_workers(n_envs)
-    build = partial(build_a3c, game, head, encoder, n_workers=0)
-    learner = build(n_envs=n_envs, device=arguments.device)
-    learner.learn(N_STEPS * n_envs)  # gives it a batch to learn from
-    policy = build(n_envs=per_worker, device="cpu").policy  # workers act on the CPU
-    policy.set_training_mode(False)
-    env, rng = game(per_worker, 0), np.random.default_rng(0)
-    obs = torch.from_numpy(env.reset())
-    state, starts = policy.initial_state(per_worker), torch.zeros(per_worker, dtype=torch.bool)
-
-    def play() -> None:
-        for _ in range(BURST):
-            env.step(rng.integers(game.action_space.n, size=per_worker))
-
-    @torch.no_grad()
-    def act() -> None:
-        for _ in range(BURST):
-            policy.act(obs, state, starts)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    played, acted, learnt = medians(seconds, play, act, learner.train)
-    torch.set_num_threads(threads)
-    each = 1000 * BURST * per_worker
-    is_here = learner.device.type == "cpu"
-    return Costs(played / each, acted / each, learnt / (1000 * N_STEPS * n_envs), is_here)
-
-
 class Meter(BaseCallback):
     """Ends the training after a quarter of the seconds for warming up, and as many that count."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds = seconds
+        self.first: float | None = None
         self.marks: list[tuple[float, int]] = []
-        """Time and timesteps at the starts of rollouts, without the first: it starts workers."""
+        """Time and timesteps at the starts of rollouts that count."""
 
     def _on_rollout_start(self) -> None:
-        if self.num_timesteps:
-            self.marks.append((time.monotonic(), self.num_timesteps))
+        if self.num_timesteps:  # workers start in the first rollout
+            now = time.monotonic()
+            self.first = self.first or now
+            if now > self.first + self.seconds / 4:
+                self.marks.append((now, self.num_timesteps))
 
     def _on_step(self) -> bool:
-        return len(self.counted()) < 2 or self.marks[-1][0] < self.counted()[0][0] + self.seconds
-
-    def counted(self) -> list[tuple[float, int]]:
-        return [mark for mark in self.marks if mark[0] >= self.marks[0][0] + self.seconds / 4]
+        return len(self.marks) < 2 or self.marks[-1][0] < self.marks[0][0] + self.seconds
 
 
 def measure(model: OnPolicyAlgorithm, seconds: float) -> float:
     """Timesteps per second in whole cycles of playing and learning."""
     meter = Meter(seconds)
     model.learn(10**9, callback=meter)
-    (began, before), *_, (ended, after) = meter.counted()
+    (began, before), *_, (ended, after) = meter.marks
     if model.env is not None:
         model.env.close()
     del model
@@ -278,48 +211,24 @@ def on_cores(number: int | None) -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over rounds of the ratio within a round."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-# Tables.
-
-
-def print_parts(costs: dict[Key, list[Costs]]) -> None:
-    parts = ("environment", "acting", "learning")
-    print_header("one thread, ms per timestep", *parts, "ceiling on all cores, timesteps/s")
-    for (head, n_envs), seen in costs.items():
-        games = n_envs // default_workers(n_envs)
-        times = [f"{1000 * statistics.median(cost[i] for cost in seen):.3f}" for i in range(3)]
-        name = f"{head} heads, {games} games a worker, batch of {N_STEPS * n_envs}"
-        print_row(name, *times, f"{statistics.median(cost.ceiling() for cost in seen):,.0f}")
-
-
-def print_rates(
-    arguments: argparse.Namespace,
-    rows: Sequence[Row],
-    costs: dict[Key, list[Costs]],
-    rates: dict[str, list[float]],
-) -> None:
+def print_rates(arguments: argparse.Namespace, rates: dict[str, list[float]]) -> None:
     peers = (EQUAL_PPO, EQUAL_A2C) if arguments.peers else ()
-    against = [f"against {peer}" for peer in peers]
-    print_header("", "timesteps/s", "rounds", "frames/s", "share of the ceiling", *against)
-    for row in rows:
-        mine = rates[row.name]
-        rate, share = statistics.median(mine), ""
-        if row.parts:
-            ceilings = [cost.ceiling() for cost in costs[row.parts]]
-            share = f"{100 * median_ratio(mine, ceilings):.0f} %"
+    print_header("", "timesteps/s", "rounds", "frames/s", *(f"against {peer}" for peer in peers))
+    for name, mine in rates.items():
+        rate = statistics.median(mine)
         print_row(
-            row.name,
+            name,
             f"{rate:,.0f}",
             f"{min(mine):,.0f} to {max(mine):,.0f}",
             f"{atari(arguments.game).frame_skip * rate:,.0f}",
-            share,
             *(f"{median_ratio(mine, rates[peer]):.2f}" for peer in peers),
         )
     print("\nWorkers have one thread each; games of peers and of serial rows are stepped by one.")
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 if __name__ == "__main__":

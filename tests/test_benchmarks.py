@@ -25,13 +25,11 @@ def table_rows(output: str, first_cell: str) -> list[str]:
 
 
 @pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_throughput_prints_parts_and_rates(peers: bool) -> None:
+def test_throughput_prints_rates(peers: bool) -> None:
     tiny = ("--encoder", "a3c", "--n-envs", "2", "--seconds", "0.05", "--rounds", "1")
     chosen = "--peers" if peers else "--no-peers"
     done = run_script("throughput.py", *tiny, "--workers", "1", "--device", "cpu", chosen)
     assert done.returncode == 0, done.stderr
-    for head in ("plain", "Neurocoder"):
-        assert len(table_rows(done.stdout, f"{head} heads, 1 games a worker")) == 1
     # With workers and serial, both heads; then one worker.
     assert len(table_rows(done.stdout, "A3C, 2 workers, 2 games")) >= 2
     assert len(table_rows(done.stdout, "A3C serial")) == 2

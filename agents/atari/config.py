@@ -61,36 +61,24 @@ class RunConfig:
         "minimal actions, a lost life cuts the return",
         choices=("machado", "classic"),
     )
-    frames: int = setting(
-        10_000_000, "emulator frames of the whole run, 4 per timestep", low=1, high=10**12
-    )
+    frames: int = setting(10_000_000, "emulator frames in all, 4 per timestep", low=1, high=10**12)
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
     device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
     logdir: str = setting("runs", "folder in which the run directory is made")
     workers: int | None = setting(
-        None,
-        "worker processes, 0 for none (reproducible); chosen by cores and GPU",
-        low=0,
-        high=1024,
+        None, "worker processes, 0 for none (reproducible); by cores and GPU", low=0, high=1024
     )
     games: int | None = setting(
-        None,
-        "games of all workers together; chosen by cores and GPU, 16 with --workers",
-        low=1,
-        high=16_384,
+        None, "games of all workers; by cores and GPU, 16 with --workers", low=1, high=16_384
     )
-    envs_per_worker: int | None = setting(
-        None, "games per worker, in place of --games", low=1, high=1024
-    )
+    envs_per_worker: int | None = setting(None, "games per worker, not --games", low=1, high=1024)
     cluster: str | None = setting(
         None, "play on a Ray cluster: auto, host:port of its head, or none (docs/cluster.md)"
     )
     stack: int = setting(1, "timesteps shown in one observation", low=1, high=64)
     # The network.
     layer: str = setting(
-        "neurocoder",
-        f"output layers of actor and critic: {', '.join(LAYERS)}",
-        choices=tuple(LAYERS),
+        "neurocoder", f"heads of actor and critic: {', '.join(LAYERS)}", choices=tuple(LAYERS)
     )
     encoder: str = setting(
         "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
@@ -103,26 +91,19 @@ class RunConfig:
     num_heads: int = setting(
         IMAGE_HEADS["num_heads"], "Neurocoder: attention heads H", low=1, high=4096
     )
-    num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1, high=256)
+    num_steps: int = setting(1, "Neurocoder: steps J of the controller", low=1, high=256)
     num_least_used: int = setting(
         IMAGE_HEADS["num_least_used"], "Neurocoder: least-used slots l_I", low=0, high=65_536
     )
-    controller_size: int = setting(
-        8, "Neurocoder: width of the composition network", low=1, high=4096
-    )
+    controller_size: int = setting(8, "Neurocoder: width of the controller", low=1, high=4096)
     sharpness: float = setting(
-        IMAGE_HEADS["sharpness"],
-        "Neurocoder: softmax temperature beta; 1 in the paper, where heads hardly attend",
-        low=1e-6,
+        IMAGE_HEADS["sharpness"], "Neurocoder: softmax temperature; 1 in the paper", low=1e-6
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
-        None,
-        "timesteps per update; rollouts of 4 games, of up to 24 with a GPU",
-        low=1,
-        high=10**9,
+        None, "timesteps per update; rollouts of 4 games, up to 24 with a GPU", low=1, high=10**9
     )
     optimizer: str = setting(
         "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
@@ -154,13 +135,10 @@ class RunConfig:
     )
     bonus_learning_rate: float = setting(1e-4, "rnd and snd: learning rate", low=1e-9)
     update_proportion: float | None = setting(
-        None,
-        "rnd and snd: share of timesteps learnt from; those of 32 games if not given",
-        low=1e-3,
-        high=1,
+        None, "rnd and snd: share of timesteps learnt from; those of 32 games", low=1e-3, high=1
     )
     bonus_warmup: int = setting(
-        100_000, "bonus: timesteps in which statistics are gathered first", low=0, high=10**12
+        100_000, "bonus: timesteps to gather statistics", low=0, high=10**12
     )
     # What is written.
     log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)
