@@ -40,9 +40,7 @@ from ncrl.agents.playing.sizes import (
 )
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.profiling import Profile, stopwatch_for
-from ncrl.sb3 import (
-    EnginePolicy,
-)
+from ncrl.sb3 import EnginePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +58,8 @@ class A3C(EngineAlgorithm):
     on the CPU with weights that are whole versions of the learner's, at most a few updates old.
 
     Args:
-        policy: a name in `policy_aliases` or a subclass of `ncrl.sb3.EnginePolicy`. Those with
-            `Lstm` in their name have a memory, those with `Neurocoder` have Neurocoder heads.
+        policy: a name in `policy_aliases` or a subclass of `ncrl.sb3.EnginePolicy`. `Lstm` in a
+            name means a memory, `Neurocoder` Neurocoder heads.
         env: where it plays. A factory `factory(n_envs, seed) -> VecEnv` (such as
             `ncrl.envs.atari("Pong")`) or a Gymnasium id is built inside the worker processes. An
             environment object is played in this process, serially and reproducibly.
@@ -70,13 +68,12 @@ class A3C(EngineAlgorithm):
             `gae_lambda` and `use_rms_prop`. The defaults differ for fewer than 4 environments in
             this process, for policies that see images (`Cnn`), and for all others.
         n_steps: T, timesteps per rollout; by default 5 for few environments, else 20.
-        batch_size: timesteps per update, a multiple of `n_steps` that divides `n_steps * n_envs`;
-            whole rollouts of some environments. None takes all environments at once, and with
-            images 4, on a GPU up to 24.
+        batch_size: timesteps per update, a multiple of `n_steps` that divides `n_steps * n_envs`:
+            whole rollouts of some environments. None takes all, and with images 4, on a GPU up to
+            24.
         gamma: discount.
         gae_lambda: 1 gives n-step returns; by default 0.95 with images, else 1.
-        ent_coef: weight of the entropy.
-        vf_coef: weight of the value loss.
+        ent_coef, vf_coef: weights of the entropy and of the value loss.
         max_grad_norm: limit on the gradient's norm.
         use_rms_prop: RMSProp as in A3C; False takes Adam, the default with images. Any other
             optimiser is named in `policy_kwargs`: `optimizer_class`, `optimizer_kwargs`.
@@ -92,8 +89,8 @@ class A3C(EngineAlgorithm):
         intrinsic_reward: a bonus for what is new, for games whose rewards are rare: `rnd`, `snd`,
             `count`, or an `ncrl.agents.IntrinsicReward` of your own; None for no bonus. It has a
             value head and a discount of its own, and no end of a game cuts its return.
-        int_coef: weight of intrinsic advantages, which have deviation 1; 0 for no bonus.
-        ext_coef: weight of the others beside them.
+        int_coef, ext_coef: weights of intrinsic advantages, which have deviation 1, and of the
+            others beside them.
         int_gamma: discount of the intrinsic return.
         imitation_coef: weight of rollouts that led to a reward, which are learnt from again beside
             an intrinsic reward; 0 keeps none.
@@ -106,21 +103,18 @@ class A3C(EngineAlgorithm):
             per core.
         cluster: where the workers run: None for processes of this machine; `auto` for actors of the
             Ray cluster that it belongs to, `host:port` for the one with that head (docs/cluster.md,
-            needs `ncrl[ray]`). One core of a cluster is left to the learner. It is not saved.
+            needs `ncrl[ray]`). It is not saved.
         n_envs: environments that are built from an id or a factory, of all workers together; a
             multiple of `n_workers`. None takes 16.
         limits: time-outs and restarts of the workers.
         stats_window_size: whole games that means of scores are taken over.
-        tensorboard_log: folder of TensorBoard runs.
         policy_kwargs: further arguments of the policy, such as `head`, `head_kwargs`, `encoder`.
             Neurocoder heads on images have the sizes and sharpness of `ncrl.agents.defaults`.
-        verbose: 0 nothing, 1 information, 2 debugging.
         seed: of everything; serial runs with equal seeds give bit-equal weights.
         device: of the learner.
         profile: measure where the time of each process goes: curves `profile/<process>/<phase>`,
             and `time_spent.table()`. On CUDA the learner waits for the device at each phase.
-        use_sde: explore by noise that depends on the state (gSDE), for continuous actions.
-        sde_sample_freq: timesteps between new noise; -1 draws it once per rollout.
+        tensorboard_log, verbose, use_sde, sde_sample_freq: as in SB3.
 
     Raises:
         ValueError: for impossible arguments.
@@ -169,15 +163,12 @@ class A3C(EngineAlgorithm):
         sde_sample_freq: int = -1,
         _init_setup_model: bool = True,
     ) -> None:
-        self.n_workers = 0
+        self.n_workers, self.cluster, self.limits = 0, cluster, limits or Limits()
         self.profile = profile
-        self.cluster = cluster
-        self.limits = limits or Limits()
         self.batch_size = batch_size
         self.orth_coef, self.balance_coef = orth_coef, balance_coef
         self.rms_prop_eps = rms_prop_eps
-        self.normalize_advantage = normalize_advantage
-        self.correction = correction
+        self.normalize_advantage, self.correction = normalize_advantage, correction
         self.reward_scale = reward_scale
         self.intrinsic_reward = None if intrinsic_reward == "none" else intrinsic_reward
         self.int_coef, self.ext_coef, self.int_gamma = int_coef, ext_coef, int_gamma
@@ -200,13 +191,11 @@ class A3C(EngineAlgorithm):
             check_object(env)
             played = env  # type: ignore[assignment]
         source = self.env_factory or env
-        self.reward_clip: Any = (
-            getattr(source, "reward_clip", None) if reward_clip == "env" else reward_clip
-        )
+        own_clip = getattr(source, "reward_clip", None)
+        self.reward_clip: Any = own_clip if reward_clip == "env" else reward_clip
         self.frames_per_timestep = int(getattr(source, "frame_skip", 1))
-        defaults = defaults_for(
-            getattr(played, "num_envs", 1), self.n_workers, arguments.sees_images(policy)
-        )
+        num_envs, sees_images = getattr(played, "num_envs", 1), arguments.sees_images(policy)
+        defaults = defaults_for(num_envs, self.n_workers, sees_images)
         if _init_setup_model and defaults.small_updates:
             policy_kwargs = arguments.with_head_options(policy, policy_kwargs, IMAGE_HEADS)
         self._small_updates = defaults.small_updates
@@ -342,11 +331,9 @@ class A3C(EngineAlgorithm):
         """Learn from the rollouts collected last, `batch_size` timesteps at a time."""
         assert self._batch is not None, "train() follows a rollout"
         self._update_learning_rate(self.policy.optimizer)
-        num_parts = self.n_envs // self.envs_per_update
-        updates = self.learner.learn(
-            self._batch, self._objective(), self.max_grad_norm, num_parts=num_parts
-        )
-        for update in updates:
+        parts = self.n_envs // self.envs_per_update
+        learn = self.learner.learn
+        for update in learn(self._batch, self._objective(), self.max_grad_norm, num_parts=parts):
             self._count(update)
         curves.record_means(self.logger, curves.on_host(self.learner.explored))
         if self.exploration is not None and self.exploration.memory is not None:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
 from ncrl import sb3
@@ -59,12 +61,12 @@ NOT_SAVED = (
 )
 """Attributes that `_setup_model` makes anew, or that no file should hold."""
 
-POLICIES = (
-    *("MlpPolicy", "CnnPolicy", "MultiInputPolicy"),
-    *("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"),
-    *("NeurocoderMlpPolicy", "NeurocoderCnnPolicy", "NeurocoderMultiInputPolicy"),
-    *("NeurocoderMlpLstmPolicy", "NeurocoderCnnLstmPolicy", "NeurocoderMultiInputLstmPolicy"),
-)
+POLICIES = [
+    f"{head}{kind}{memory}Policy"
+    for head, memory, kind in product(
+        ("", "Neurocoder"), ("", "Lstm"), ("Mlp", "Cnn", "MultiInput")
+    )
+]
 """Policies that can be named, all of them of `ncrl.sb3`."""
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="EngineAlgorithm")
@@ -97,11 +99,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     learner: Learner
     time_spent: Profile | None
     """Where the time of all calls of `learn` went, if it is measured."""
-    _pool: Pool | None
     _counts_are_news: bool
-    _stop_requested: bool
-    _dumped_at: int
-    _started: int
     _stateless_predictions: int
     _warned_of_state: bool
 
@@ -235,9 +233,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         known: Iterable[type] = (),
         **kwargs: Any,
     ) -> SelfAlgorithm:
-        """As in SB3, but no code of the file is run.
-
-        As in SB3, a model that was made with a seed seeds Python, numpy and torch with it again.
+        """As in SB3, seeds included, but no code of the file is run.
 
         Args:
             path: of the zip, or the zip as an open file.
@@ -248,28 +244,17 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             force_reset: whether the environment is reset before training goes on.
             trust: read like SB3, which runs whatever code the file carries.
             known: classes of yours that the file may name, such as a features extractor, besides
-                those of ncrl, SB3 and torch. Features extractors and policies that your program has
-                already imported are known.
+                those of ncrl, SB3 and torch. Those that your program has imported are known.
             kwargs: attributes to set in place of the saved ones.
 
         Raises:
             ValueError: in one line, for a file that is damaged or no saved A3C, and without `trust`
                 for one with a field that only code could restore, such as a lambda.
         """
+        options = {"device": device, "print_system_info": print_system_info}
+        options |= {"force_reset": force_reset, **kwargs}
         return load_model(
-            cls,
-            super().load,
-            path,
-            env,
-            {
-                "device": device,
-                "print_system_info": print_system_info,
-                "force_reset": force_reset,
-                **kwargs,
-            },
-            custom_objects,
-            trust=trust,
-            known=known,
+            cls, super().load, path, env, options, custom_objects, trust=trust, known=known
         )
 
     def save(
@@ -302,7 +287,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         """What no file holds: where a model stands before its first training."""
         self.collector: Collector | None = None
         """Where the games stand that this process plays."""
-        self._pool = None
+        self._pool: Pool | None = None
         self._stop_requested = False
         self._dumped_at = -1
         self._started = time.monotonic_ns()
@@ -337,25 +322,17 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         return batch
 
     def check_machine(self) -> None:
-        """Refuse to start workers for which shared memory or open files do not suffice.
+        """Raise ValueError if shared memory or open files do not suffice for the workers.
 
         Those of a cluster need neither.
-
-        Raises:
-            ValueError: naming what is needed and what there is.
         """
         if self.n_workers and self.cluster is None:
             shape = self._rollout_shape(self.n_envs // self.n_workers)
             check_machine(self.n_workers, shape, SharedWeights.bytes_for(self.policy))
 
     def _rollout_shape(self, n_envs: int) -> RolloutShape:
-        return RolloutShape(
-            self.n_steps,
-            n_envs,
-            self.observation_space,
-            self.action_space,
-            *self.policy.state_shape,
-        )
+        spaces = self.observation_space, self.action_space
+        return RolloutShape(self.n_steps, n_envs, *spaces, *self.policy.state_shape)
 
     def request_stop(self) -> None:
         """Let `learn`, or the next call of it, return after the update it is in.
@@ -373,11 +350,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             self._stop_requested = False
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        with (
-            self.env.resting()
-            if isinstance(self.env, RemoteEnvs) and self.n_workers
-            else nullcontext()
-        ):
+        is_remote = isinstance(self.env, RemoteEnvs) and self.n_workers
+        with self.env.resting() if is_remote else nullcontext():  # type: ignore[union-attr]
             try:
                 return super()._setup_learn(*args, **kwargs)
             except BaseException:
@@ -398,12 +372,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     def _after_row(self, callback: BaseCallback, outcome: Outcome) -> bool:
         """SB3's bookkeeping for one row of `n_envs` timesteps."""
         self.num_timesteps += self.n_envs
-        seen = outcome._asdict() | {
-            "self": self,
-            "env": self.env,
-            "n_steps": outcome.row,
-            "n_rollout_steps": self.n_steps,
-        }
+        seen = outcome._asdict() | {"self": self, "env": self.env}
+        seen |= {"n_steps": outcome.row, "n_rollout_steps": self.n_steps}
         with self._stopwatch.phase("callbacks"):
             callback.update_locals(seen)
             if not callback.on_step():
@@ -431,6 +401,11 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         curves.record_scores(
             self.logger, self.ep_info_buffer or (), self.best_score, self.first_scored_at * frames
         )
+        if self.ep_info_buffer:
+            # TensorBoard sorts its sections by name: this is the first one.
+            score = safe_mean([episode["r"] for episode in self.ep_info_buffer])
+            elsewhere = ("stdout", "log", "json", "csv")
+            self.logger.record("game/score", score, exclude=elsewhere)
         if self._pool is not None:
             self.logger.record("time/worker_restarts", self._pool.worker_restarts)
             self.logger.record("time/env_restarts", self._pool.env_restarts)

@@ -44,21 +44,16 @@ def check_numbers(
 
 def check_batch(batch_size: int, n_steps: int, n_envs: int) -> None:
     """Raise ValueError for a batch that is not whole rollouts, an equal share of all."""
-    whole = n_steps * n_envs
-    if batch_size < 1 or batch_size % n_steps or whole % batch_size:
+    if batch_size < 1 or batch_size % n_steps or n_steps * n_envs % batch_size:
         raise ValueError(
             f"batch_size must be a multiple of n_steps that divides n_steps * n_envs, got "
             f"batch_size={batch_size} with n_steps={n_steps} and n_envs={n_envs}"
         )
 
 
-def check_policy(policy_class: Any, policy_kwargs: Mapping[str, Any], use_sde: bool) -> None:
-    """Refuse policies that A3C cannot train, and arguments that are not theirs.
-
-    Raises:
-        ValueError: for the arguments.
-        TypeError: for the policy.
-    """
+def check_policy(policy: Any, policy_kwargs: Mapping[str, Any], use_sde: bool) -> None:
+    """Raise ValueError for arguments that are not the policy's, TypeError for a policy that A3C
+    cannot train."""
     if policy_kwargs.get("squash_output") and not use_sde:
         raise ValueError("squash_output=True needs use_sde=True, got use_sde=False")
     for name in {"orth_coef", "balance_coef"} & set(policy_kwargs):
@@ -66,22 +61,17 @@ def check_policy(policy_class: Any, policy_kwargs: Mapping[str, Any], use_sde: b
             f"{name} is an argument of A3C itself, not of its policy: give "
             f"A3C(..., {name}={policy_kwargs[name]!r}) and leave it out of policy_kwargs"
         )
-    if not (isinstance(policy_class, type) and issubclass(policy_class, EnginePolicy)):
-        raise TypeError(_wrong_policy(policy_class))
-
-
-def _wrong_policy(policy: Any) -> str:
-    """What to do with a policy that A3C does not take."""
     if not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
         got = f"an object of {type(policy).__name__}" if isinstance(policy, nn.Module) else policy
-        return f"policy must be a name or a policy class, got {got!r}"
-    kind = next((kind for kind in ("Cnn", "MultiInput") if kind in policy.__name__), "Mlp")
-    memory = "Lstm" if issubclass(policy, RecurrentActorCriticPolicy) else ""
-    name = f"{kind}{memory}Policy"
-    return (
-        f"A3C needs a policy derived from ncrl.sb3.EnginePolicy, which {policy.__name__} is not; "
-        f"use policy={name!r}, or derive yours from ncrl.sb3.{name}"
-    )
+        raise TypeError(f"policy must be a name or a policy class, got {got!r}")
+    if not issubclass(policy, EnginePolicy):
+        kind = next((kind for kind in ("Cnn", "MultiInput") if kind in policy.__name__), "Mlp")
+        memory = "Lstm" if issubclass(policy, RecurrentActorCriticPolicy) else ""
+        name = f"{kind}{memory}Policy"
+        raise TypeError(
+            f"A3C needs a policy derived from ncrl.sb3.EnginePolicy, which {policy.__name__} is "
+            f"not; use policy={name!r}, or derive yours from ncrl.sb3.{name}"
+        )
 
 
 def check_workers(n_workers: int, n_envs: int) -> None:
@@ -121,11 +111,7 @@ def check_serial(n_workers: int, env: object) -> None:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """An integer of any kind as an `int`.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """An integer of any kind as an `int`; ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     return int(value)
@@ -164,16 +150,12 @@ def sees_images(policy: str | type) -> bool:
 def with_head_options(
     policy: str | type, policy_kwargs: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a policy, whose Neurocoder heads get the default options.
-
-    Heads whose options are given get the default sharpness alone. What is chosen is an argument
-    like any other then, and saved with the model.
-    """
+    """Arguments of a policy, whose Neurocoder heads get the default options, or the default
+    sharpness alone beside options that are given. They are saved with the model like any other."""
     options = dict(policy_kwargs or {})
     kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
     if options.get("head", getattr(kind, "head", None)) == "neurocoder":
         given = options.get("head_kwargs")
-        options["head_kwargs"] = (
-            {"sharpness": defaults["sharpness"], **given} if given else dict(defaults)
-        )
+        own = {"sharpness": defaults["sharpness"], **given} if given else dict(defaults)
+        options["head_kwargs"] = own
     return options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ncrl.agents import A3C
-from ncrl.envs.atari import AtariFactory
+from ncrl.agents.playing.sizes import available_cores
+from ncrl.envs import AtariFactory
 
 NEUROCODER = {"num_slots": 80, "num_heads": 15, "num_least_used": 5, "controller_size": 8}
 """The paper's Atari heads (Table 8)."""
@@ -22,7 +22,6 @@ HEADS = {"plain": "linear", "Neurocoder": "neurocoder"}
 
 N_STEPS = 20
 """T of every A3C here, and of the peers at equal work."""
-
 
 WARM_UP = 3
 """Calls that are not timed."""
@@ -55,16 +54,11 @@ def build_a3c(
     )
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> str:
     """What a table of timings has to say about where it was measured."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {cores()} cores{gpu}, torch {torch.__version__}"
+    return f"{cpu}, {available_cores()} cores{gpu}, torch {torch.__version__}"
 
 
 def print_row(*cells: object) -> None:
@@ -78,39 +72,38 @@ def print_header(*cells: object) -> None:
     print("|---" * len(cells) + "|", flush=True)
 
 
-def synchronize() -> None:
-    """Wait for the accelerator, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def medians(
     seconds: float,
     *functions: Callable[[], Any],
     clock: Callable[[], float] = time.perf_counter,
-    least: int = 1,
 ) -> list[float]:
     """Median milliseconds of each function, called in turn so that noise meets all alike.
 
     Args:
-        seconds: of all calls together.
-        functions: what they have started on a device is waited for.
+        seconds: of all calls together; each function is called at least once.
+        functions: what they have started on a GPU is waited for.
         clock: seconds.
-        least: calls of each, whatever they take.
     """
+
+    def timed(function: Callable[[], Any]) -> float:
+        synchronize()
+        began = clock()
+        function()
+        synchronize()
+        return 1000 * (clock() - began)
+
+    def synchronize() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     for function in functions:
         for _ in range(WARM_UP):
             function()
-    times: list[list[float]] = [[] for _ in functions]
+    times: list[list[float]] = []
     until = time.monotonic() + seconds
-    while len(times[0]) < least or time.monotonic() < until:
-        for function, seen in zip(functions, times, strict=True):
-            synchronize()
-            began = clock()
-            function()
-            synchronize()
-            seen.append(1000 * (clock() - began))
-    return [statistics.median(seen) for seen in times]
+    while not times or time.monotonic() < until:
+        times.append([timed(function) for function in functions])
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 class Target(NamedTuple):
@@ -136,23 +129,18 @@ class Target(NamedTuple):
     def failed(self) -> bool:
         return self.required and not self.met
 
-    def __str__(self) -> str:
-        relation = ">=" if self.at_least else "<="
-        verdict = "yes" if self.met else "no" if self.required else "no (stretch)"
-        return (
-            f"| {self.name} | {self._in_unit(self.measured)} | "
-            f"{relation} {self._in_unit(self.wanted)} | {verdict} |"
-        )
-
-    def _in_unit(self, value: float) -> str:
-        if self.unit == "%":
-            return f"{100 * value:.1f} %"
-        number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
-        return f"{number} {self.unit}".rstrip()
-
 
 def print_targets(targets: Sequence[Target]) -> None:
     """The table of verdicts."""
     print_header("target", "measured", "wanted", "met")
     for target in targets:
-        print(target)
+        measured, wanted = (_in_unit(v, target.unit) for v in (target.measured, target.wanted))
+        verdict = "yes" if target.met else "no" if target.required else "no (stretch)"
+        print_row(target.name, measured, f"{'>=' if target.at_least else '<='} {wanted}", verdict)
+
+
+def _in_unit(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{100 * value:.1f} %"
+    number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+    return f"{number} {unit}".rstrip()

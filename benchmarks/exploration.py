@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 COLUMNS = {
     "frames": "time/frames",
     "seconds": "time/time_elapsed",
@@ -40,8 +42,7 @@ SHOWN = (
 """What the figure shows over frames."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     curve = commands.add_parser("curve", help="write the small CSV of a run")
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figure = commands.add_parser("figure", help="draw small CSVs; a curve is called as its file")
     figure.add_argument("curves", type=Path, nargs="+")
     figure.add_argument("out", type=Path)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if options.command == "curve":
         write_curve(options.run, options.out)
     else:
@@ -59,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write_curve(run: Path, out: Path) -> None:
     """At most `MOST_ROWS` rows of what a run has logged."""
-    with (run / "progress.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(run / "progress.csv")
     every = math.ceil(len(rows) / MOST_ROWS)
     kept = rows[::every] + (rows[-1:] if (len(rows) - 1) % every else [])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,25 +68,23 @@ def write_curve(run: Path, out: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row in kept:
-            writer.writerow([_short(row.get(name) or "") for name in COLUMNS.values()])
+            cells = [row.get(name) or "" for name in COLUMNS.values()]
+            writer.writerow([f"{float(cell):.6g}" if cell else "" for cell in cells])
 
 
-def _short(text: str) -> str:
-    return f"{float(text):.6g}" if text else ""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def draw(curves: Sequence[Path], out: Path) -> None:
     """One panel for each of `SHOWN`, one line for each file."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (column, title) in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
         for path in curves:
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row[column]]
-            if rows:
-                frames = [float(row["frames"]) / 1e6 for row in rows]
-                axes.plot(frames, [float(row[column]) for row in rows], label=path.stem)
+            rows = [row for row in read_rows(path) if row[column]]
+            frames = [float(row["frames"]) / 1e6 for row in rows]
+            axes.plot(frames, [float(row[column]) for row in rows], label=path.stem)
         axes.set(title=title, xlabel="million frames")
         axes.grid(alpha=0.3)
         if column == "int_reward_raw":

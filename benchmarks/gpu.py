@@ -1,39 +1,31 @@
-"""What a GPU is worth to the learner: every table of one machine in about three minutes.
+"""What a GPU is worth to the learner: every table of one machine in about two minutes.
 
-PYTHONPATH=. python benchmarks/gpu.py                        # from a checkout
-python benchmarks/gpu.py --tables update acting              # some of them
+python benchmarks/gpu.py                        # from a checkout: PYTHONPATH=. before it
+python benchmarks/gpu.py --tables update        # one of them
+
+The layer alone: benchmarks/layer.py --device cuda. Games and workers: benchmarks/throughput.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import N_STEPS, NEUROCODER, cores, machine, medians, print_header, print_row
-from layer import MIDDLE, WIDE, Bench
-from stable_baselines3.common.callbacks import BaseCallback
-from torch import nn
+from common import N_STEPS, NEUROCODER, machine, medians, print_header, print_row
 from torch.profiler import ProfilerActivity, profile
 
 from ncrl.agents import A3C
-from ncrl.agents.playing.sizes import choose_sizes
 from ncrl.envs import atari
 from ncrl.layers import make_layer
 
 ROOT = Path(__file__).resolve().parent.parent
-FRAMES_PER_TIMESTEP = 4
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
@@ -60,7 +52,6 @@ def main() -> None:
         parser.error("device cuda is not available on this machine; nearest: --device cpu")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    began = time.monotonic()
     print(machine(), flush=True)
     for name in arguments.tables:
         print(f"\n## {name}\n", flush=True)
@@ -68,10 +59,6 @@ def main() -> None:
             TABLES[name](arguments)
         except Exception:  # the other tables are worth printing all the same
             print(traceback.format_exc(), flush=True)
-    print(f"\n{time.monotonic() - began:.0f} s in all")
-
-
-# Correctness.
 
 
 def correctness(arguments: argparse.Namespace) -> None:
@@ -109,38 +96,28 @@ def difference(
     )
 
 
-# The update.
-
-
 def update(arguments: argparse.Namespace) -> None:
     """One `train()`: eager, and replayed; what both end in; what the kernels alone take."""
-    print_header(
-        "heads", "timesteps", "eager, ms", "graph, ms", "kernels, ms", "launches", "difference"
-    )
-    graphs: dict[tuple[str, int], float] = {}
+    columns = ("eager, ms", "graph, ms", "kernels, ms", "launches", "difference")
+    print_header("heads", "timesteps", *columns)
     for games in (4, 64):
+        graphs = {}
         for head in ("linear", "neurocoder"):
             eager, captured = (learner(head, games, arguments.device, g) for g in (False, True))
             for model in (eager, captured):
                 for _ in range(3):
                     model.train()
-            gap = largest_gap(eager, captured)
+            pairs = zip(eager.policy.parameters(), captured.policy.parameters(), strict=True)
+            gap = max(float((a - b).detach().abs().max()) for a, b in pairs)
             kernels, launches = kernels_of(eager) if arguments.device == "cuda" else (0.0, 0)
             (milliseconds,) = medians(arguments.seconds, eager.train)
-            (replayed,) = medians(arguments.seconds, captured.train)
-            graphs[head, games] = replayed
-            note = captured.learner.graphed.reason
-            print_row(
-                head,
-                games * N_STEPS,
-                f"{milliseconds:.2f}",
-                f"{replayed:.2f}" if note is None else f"none: {note}",
-                f"{kernels:.2f}",
-                launches,
-                f"{gap:.1e}",
-            )
-        share = graphs["neurocoder", games] / graphs["linear", games]
-        print_row("Neurocoder beside linear heads", games * N_STEPS, "", f"{share:.2f}", "", "", "")
+            (graphs[head],) = medians(arguments.seconds, captured.train)
+            reason = captured.learner.graphed.reason
+            graph = f"none: {reason}" if reason else f"{graphs[head]:.2f}"
+            times = (f"{milliseconds:.2f}", graph, f"{kernels:.2f}", launches, f"{gap:.1e}")
+            print_row(head, games * N_STEPS, *times)
+        share = f"{graphs['neurocoder'] / graphs['linear']:.2f}"
+        print_row("Neurocoder beside linear heads", games * N_STEPS, "", share, "", "", "")
 
 
 def learner(head: str, games: int, device: str, captured: bool) -> A3C:
@@ -162,12 +139,6 @@ def learner(head: str, games: int, device: str, captured: bool) -> A3C:
     return model.learn(N_STEPS * games)
 
 
-def largest_gap(one: A3C, other: A3C) -> float:
-    """Between their weights."""
-    pairs = zip(one.policy.parameters(), other.policy.parameters(), strict=True)
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
-
-
 def kernels_of(model: A3C) -> tuple[float, int]:
     """Milliseconds of all kernels of an update, and their number."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -177,181 +148,21 @@ def kernels_of(model: A3C) -> tuple[float, int]:
     return sum(event.self_device_time_total for event in kernels) / 1000, len(kernels)
 
 
-# Acting.
-
-
-def acting(arguments: argparse.Namespace) -> None:
-    """One step of a whole policy, on the learner's device and on one core."""
-    print_header("heads", "games", f"{arguments.device}, ms", "one core, ms")
-    for head in ("linear", "neurocoder"):
-        policies = [learner(head, 4, device, False).policy for device in (arguments.device, "cpu")]
-        for games in (8, 256):
-            times: list[float] = []
-            for policy in policies:
-                policy.set_training_mode(False)
-                obs = torch.zeros(games, 1, 84, 84, dtype=torch.uint8, device=policy.device)
-                state, starts = policy.initial_state(games), torch.zeros(games, dtype=torch.bool)
-
-                @torch.no_grad()
-                def act(policy: Any = policy, given: Any = (obs, state, starts)) -> None:
-                    policy.act(*given).actions.cpu()
-
-                times.append(*medians(arguments.seconds / 2, act))
-            print_row(head, games, *(f"{value:.2f}" for value in times))
-
-
-# The layer.
-
-
-def layer(arguments: argparse.Namespace) -> None:
-    """Training steps beside nn.Linear of the same widths."""
-    bench = Bench(torch.device(arguments.device), arguments.seconds / 2, compiled=False)
-    print_header("layer", "batch", "ours, ms", "nn.Linear, ms", "ratio")
-    wide = bench.layer(3072, 512, controller_size=32, residual=False, **WIDE)
-    middle = bench.layer(784, 400, controller_size=18, residual=False, **MIDDLE)
-    for batch in (320, 4096):
-        for name, ours in (("3072 -> 512, J 5", wide), ("784 -> 400", middle)):
-            found = bench.beside_linear(name, ours, batch, None, True)
-            print_row(
-                name, batch, f"{found.ours:.3f}", f"{found.reference:.3f}", f"{found.ratio:.1f}"
-            )
-    head = bench.layer(512, 18, controller_size=8, residual=True, **NEUROCODER_HEAD)
-    lstm = bench.put(nn.LSTM(256, 512))
-    steps = (
-        bench.training_step(head, bench.input(320, 512)),
-        bench.training_step(lstm, bench.input(N_STEPS, 16, 256)),
-    )
-    mine, theirs = medians(bench.seconds, *steps)
-    print_row(
-        "actor head beside LSTM-512", 320, f"{mine:.3f}", f"{theirs:.3f}", f"{mine / theirs:.1f}"
-    )
-
-
-NEUROCODER_HEAD = {k: v for k, v in NEUROCODER.items() if k != "controller_size"}
-
-
-# All cores.
-
-
-def ceiling(arguments: argparse.Namespace) -> None:
-    """Games and acting without any learning, one process per core."""
-    print_header("processes", "games each", "timesteps/s, games + acting")
-    games = choose_sizes(cores(), arguments.device == "cuda").games
-    print_row(cores(), games, f"{played_alone(cores(), games, 5 * arguments.seconds):,.0f}")
-
-
-def played_alone(processes: int, games: int, seconds: float) -> float:
-    """Timesteps per second of all processes together."""
-    context = multiprocessing.get_context("spawn")
-    barrier, counts = context.Barrier(processes), context.SimpleQueue()
-    players = [
-        context.Process(target=play_alone, args=(games, seconds, index, barrier, counts))
-        for index in range(processes)
-    ]
-    for player in players:
-        player.start()
-    for player in players:
-        player.join()
-    if any(player.exitcode for player in players):
-        raise RuntimeError("a process that plays alone failed; it said why above")
-    return sum(counts.get() for _ in players)
-
-
-def play_alone(games: int, seconds: float, index: int, barrier: Any, counts: Any) -> None:
-    torch.set_num_threads(1)
-    model = A3C(
-        "NeurocoderCnnLstmPolicy",
-        atari("Pong")(games, index),
-        policy_kwargs={"head_kwargs": NEUROCODER},
-        device="cpu",
-        seed=index,
-    )
-    env, policy = model.env, model.policy
-    assert env is not None
-    policy.set_training_mode(False)
-    obs, state = torch.from_numpy(env.reset()), policy.initial_state(games)
-    starts = torch.ones(games, dtype=torch.bool)
-    barrier.wait(120)
-    timesteps, began = 0, time.monotonic()
-    with torch.no_grad():
-        while time.monotonic() - began < seconds:
-            step = policy.act(obs, state, starts)
-            shown, _, dones, _ = env.step(step.actions.numpy())
-            obs, state, starts = torch.from_numpy(shown), step.lstm_state, torch.from_numpy(dones)
-            timesteps += games
-    counts.put(timesteps / (time.monotonic() - began))
-
-
-def start_up(arguments: argparse.Namespace) -> None:
-    """From `learn` to the first timestep that arrives."""
-    print_header("workers", "games each", "first timestep after, s")
-    sizes = choose_sizes(cores(), arguments.device == "cuda")
-    for workers in sorted({min(2, cores()), sizes.workers}):
-        model = A3C(
-            "NeurocoderCnnLstmPolicy",
-            atari("Pong"),
-            n_envs=workers * sizes.games,
-            n_workers=workers,
-            device=arguments.device,
-        )
-        first = FirstStep()
-        model.learn(10**9, callback=first)
-        print_row(workers, sizes.games, f"{first.seconds:.1f}")
-
-
-class FirstStep(BaseCallback):
-    """Ends the training at its first timestep."""
-
-    def _on_training_start(self) -> None:
-        self.seconds = float("nan")
-        self.began = time.monotonic()
-
-    def _on_step(self) -> bool:
-        self.seconds = time.monotonic() - self.began
-        return False
-
-
 def pong(arguments: argparse.Namespace) -> None:
-    """The plain command, and what its learner and workers did."""
+    """What the plain command says of itself when it is stopped after a while."""
+    print("```", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *(sys.executable, str(ROOT / "run_atari.py"), "--env", "Pong", "--protocol", "classic"),
-            *("--frames", "1000000000", "--device", arguments.device, "--logdir", folder),
-            "--profile",
-        ]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-        ) as run:
-            stop = threading.Timer(arguments.play_seconds, run.send_signal, [signal.SIGINT])
-            stop.start()
-            assert run.stdout is not None
-            lines = [(time.monotonic(), line.rstrip()) for line in run.stdout]
-            stop.cancel()
+        command = [sys.executable, str(ROOT / "run_atari.py"), "--env", "Pong", "--profile"]
+        command += ["--protocol", "classic", "--device", arguments.device, "--logdir", folder]
+        with subprocess.Popen(command, stderr=subprocess.STDOUT) as run:
+            try:
+                run.wait(arguments.play_seconds)
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGINT)
     print("```")
-    print("\n".join(line for _, line in lines))
-    print("```\n")
-    seen = []
-    for when, line in lines:
-        if found := re.match(r"([\d,]+) / [\d,]+ frames, .*frames/s", line):
-            seen.append((when, int(found.group(1).replace(",", ""))))
-    moving = [(when, frames) for when, frames in seen if frames > 0]
-    if len(moving) < 2:
-        print("too short to tell a rate")
-        return
-    (began, before), (ended, after) = moving[0], moving[-1]
-    rate = (after - before) / (ended - began)
-    print(f"{rate:,.0f} frames/s, {rate / FRAMES_PER_TIMESTEP:,.0f} timesteps/s without start-up")
 
 
-TABLES: dict[str, Callable[[argparse.Namespace], None]] = {
-    "correctness": correctness,
-    "update": update,
-    "acting": acting,
-    "layer": layer,
-    "ceiling": ceiling,
-    "start-up": start_up,
-    "pong": pong,
-}
+TABLES = {"correctness": correctness, "update": update, "pong": pong}
 
 if __name__ == "__main__":
     main()

@@ -16,11 +16,10 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import psutil
-from common import HEADS, Target, build_a3c, machine, print_header, print_targets
+from common import HEADS, Target, build_a3c, machine, print_header, print_row, print_targets
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ncrl.agents import A3C
@@ -32,58 +31,17 @@ SHM = "/dev/shm"
 START_UP_SECONDS = 10.0
 """From the start of this process to the first timesteps that the workers deliver."""
 
+TOLERANCES = {
+    "RSS, MiB": (0.0, 0.03),  # of all processes; pages that they share count once in each
+    "open files": (2.0, 0.0),
+    "/dev/shm, MiB": (8.0, 0.0),  # by whomever: torch's files there have no names
+    "policy lag, updates": (0.25, 0.0),
+    "ms per timestep": (0.0, 0.1),
+}
+"""What is looked at, and how much it may grow: absolutely, or relatively if that is more."""
 
-class Sample(NamedTuple):
-    """What was seen at the end of one interval."""
-
-    minute: float
-    processes: int
-    rss: float
-    """MiB of all processes together; pages that they share count once in each of them."""
-    files: float
-    """Open file descriptors of all processes."""
-    shm: float
-    """MiB used in /dev/shm, by whomever: torch unlinks its files at once, so they have no names."""
-    lag: float
-    """Mean policy lag of the interval's rollouts, in updates."""
-    rate: float
-    """Timesteps per second over the interval."""
-
-    def __str__(self) -> str:
-        return (
-            f"| {self.minute:.1f} | {self.processes} | {self.rss:,.0f} | {self.files:.0f} | "
-            f"{self.shm:.1f} | {self.lag:.2f} | {self.rate:,.0f} |"
-        )
-
-
-class Tolerance(NamedTuple):
-    """How much a quantity may grow."""
-
-    name: str
-    quantity: Callable[[Sample], float]
-    absolute: float
-    relative: float
-    unit: str
-
-    def target(self, samples: Sequence[Sample]) -> Target:
-        """Growth between the thirds of the samples behind the first quarter."""
-        values = [self.quantity(sample) for sample in samples[math.ceil(len(samples) / 4) :]]
-        third = max(1, len(values) // 3)
-        if len(values) < 2:
-            return Target(f"growth of {self.name}", math.nan, 0.0, at_least=False)
-        before, after = statistics.median(values[:third]), statistics.median(values[-third:])
-        allowed = max(self.absolute, self.relative * before)
-        name = f"growth of {self.name}"
-        return Target(name, after - before, allowed, at_least=False, unit=self.unit)
-
-
-TOLERANCES = (
-    Tolerance("resident memory", lambda sample: sample.rss, 0.0, 0.03, "MiB"),
-    Tolerance("open files", lambda sample: sample.files, 2.0, 0.0, ""),
-    Tolerance("/dev/shm", lambda sample: sample.shm, 8.0, 0.0, "MiB"),
-    Tolerance("policy lag", lambda sample: sample.lag, 0.25, 0.0, "updates"),
-    Tolerance("time per timestep", lambda sample: 1000 / sample.rate, 0.0, 0.1, "ms"),
-)
+Sample = dict[str, float]
+"""By the names of `TOLERANCES`."""
 
 
 def main() -> None:
@@ -111,19 +69,30 @@ def main() -> None:
         f"{arguments.game}, encoder {arguments.encoder}, {arguments.head} heads, "
         f"{model.n_workers} workers, {model.n_envs} games, {machine()}"
     )
-    columns = ("processes", "RSS, MiB", "open files", "/dev/shm, MiB", "lag", "timesteps/s")
-    print_header("minute", *columns)
+    print_header("minute", *TOLERANCES)
     watch = Watch(60 * arguments.minutes, arguments.interval)
     model.learn(10**12, callback=watch)
 
     targets = [Target("start-up", watch.start_up, START_UP_SECONDS, at_least=False, unit="s")]
-    targets += [tolerance.target(watch.samples) for tolerance in TOLERANCES]
+    targets += growth(watch.samples)
     print()
     print_targets(targets)
     failures = [target.name for target in targets if target.failed]
     print(f"\nVerdict: {'failed: ' + ', '.join(failures) if failures else 'steady'}")
-    if failures:
-        sys.exit(1)
+    sys.exit(1 if failures else 0)
+
+
+def growth(samples: Sequence[Sample]) -> Iterator[Target]:
+    """Of medians, between the thirds of the samples behind the first quarter."""
+    kept = samples[math.ceil(len(samples) / 4) :]
+    third = max(1, len(kept) // 3)
+    for name, (absolute, relative) in TOLERANCES.items():
+        before, after = math.nan, math.nan
+        if len(kept) > 1:
+            before = statistics.median(sample[name] for sample in kept[:third])
+            after = statistics.median(sample[name] for sample in kept[-third:])
+        allowed = max(absolute, relative * before)
+        yield Target(f"growth of {name}", after - before, allowed, at_least=False)
 
 
 class Watch(BaseCallback):
@@ -133,8 +102,7 @@ class Watch(BaseCallback):
 
     def __init__(self, seconds: float, interval: float) -> None:
         super().__init__()
-        self.seconds = seconds
-        self.interval = interval
+        self.seconds, self.interval = seconds, interval
         self.start_up = math.nan
         self.samples: list[Sample] = []
 
@@ -151,24 +119,24 @@ class Watch(BaseCallback):
         now = time.monotonic()
         if now - self.since < self.interval:
             return
-        rate = (self.num_timesteps - self.timesteps) / (now - self.since)
-        self.samples.append(take_sample((now - self.began) / 60, statistics.mean(self.lags), rate))
-        print(self.samples[-1], flush=True)
+        milliseconds = 1000 * (now - self.since) / (self.num_timesteps - self.timesteps)
+        seen = (*processes(), statistics.mean(self.lags), milliseconds)
+        self.samples.append(dict(zip(TOLERANCES, seen, strict=True)))
+        print_row(f"{(now - self.began) / 60:.1f}", *(f"{value:,.2f}" for value in seen))
         self.since, self.timesteps, self.lags = now, self.num_timesteps, []
 
 
-def take_sample(minute: float, lag: float, rate: float) -> Sample:
-    """The state of this process and of all that it started; one that is just ending has none."""
+def processes() -> tuple[float, float, float]:
+    """Memory and open files of this process and of all that it started, and shared memory."""
     me = psutil.Process()
-    rss, files, processes = 0.0, 0, 0
+    rss, files = 0, 0
     for process in (me, *me.children(recursive=True)):
         try:
-            rss += process.memory_info().rss / MIB
+            rss += process.memory_info().rss
             files += process.num_fds()
-            processes += 1
-        except psutil.NoSuchProcess:
+        except psutil.NoSuchProcess:  # one that is just ending
             continue
-    return Sample(minute, processes, rss, files, shutil.disk_usage(SHM).used / MIB, lag, rate)
+    return rss / MIB, files, shutil.disk_usage(SHM).used / MIB
 
 
 if __name__ == "__main__":

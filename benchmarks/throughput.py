@@ -1,19 +1,15 @@
-"""Timesteps per second of A3C, what its parts alone allow, and peers on the same machine.
-
-The parts are an environment's step, choosing actions, and a step of learning, each timed alone on
-one thread. If all cores did nothing else they would give the ceiling,
-cores / (environment + acting + learning), in seconds per timestep.
+"""Timesteps per second of A3C, and of peers on the same machine.
 
 Peers are sb3-contrib's RecurrentPPO on the same network, and Stable-Baselines3's A2C, which has no
 LSTM and sees four stacked frames instead. At equal work they use T = 20 and our environments and
 encoder; both are also run as their users have them, with SB3's make_atari_env and NatureCNN.
 
 Rounds go through all rows in turn, and ratios are taken within a round, since the speed of a
-machine drifts; the tables show medians over the rounds. The machine has to be idle otherwise: other
+machine drifts; the table shows medians over the rounds. The machine has to be idle otherwise: other
 load slows rows of several torch threads, the peers', far more than those of several processes.
+Where the time of a run goes is what `run_atari.py --profile` says.
 
-python benchmarks/throughput.py                      # encoders a3c and nature
-python benchmarks/throughput.py --encoder a3c --workers 1 2 4 8 --check
+python benchmarks/throughput.py --workers 1 2        # encoders a3c and nature
 python benchmarks/throughput.py --encoder a3c --no-peers --seconds 10
 """
 
@@ -33,20 +29,7 @@ from typing import Any, NamedTuple
 
 import ale_py
 import gymnasium
-import numpy as np
-import torch
-from common import (
-    HEADS,
-    N_STEPS,
-    Target,
-    build_a3c,
-    cores,
-    machine,
-    print_header,
-    print_row,
-    print_targets,
-    synchronize,
-)
+from common import HEADS, N_STEPS, build_a3c, machine, print_header, print_row
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
@@ -54,12 +37,9 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-from ncrl.agents.playing.sizes import default_workers
+from ncrl.agents.playing.sizes import available_cores, default_workers
 from ncrl.envs import atari
-from ncrl.envs.atari import AtariFactory
 from ncrl.networks import AtariEncoder
-
-Options = dict[str, Any]
 
 STACK = 4
 """Frames that A2C sees at once."""
@@ -67,26 +47,11 @@ STACK = 4
 GAMES_PER_WORKER = 8
 """In the rows that show how the rate grows with workers; their batch grows with them."""
 
-EQUAL_RECURRENT_PPO = f"RecurrentPPO, one epoch over T = {N_STEPS}"
+EQUAL_PPO = f"RecurrentPPO, one epoch over T = {N_STEPS}"
 EQUAL_A2C = f"A2C without LSTM, T = {N_STEPS}"
-USUAL_RECURRENT_PPO = (
-    f"RecurrentPPO as usual: make_atari_env, NatureCNN, one epoch over T = {N_STEPS}"
-)
-USUAL_A2C = "A2C as usual: make_atari_env, NatureCNN, T = 5"
+USUAL = "as usual: make_atari_env, NatureCNN"
 
-
-class Workload(argparse.Namespace):
-    """The flags, and the encoder of one table."""
-
-    encoder: str
-    device: str
-    n_envs: Sequence[int]
-    workers: Sequence[int]
-    peers: bool
-
-    @property
-    def factory(self) -> AtariFactory:
-        return atari(self.game)
+Options = dict[str, Any]
 
 
 class Row(NamedTuple):
@@ -94,62 +59,30 @@ class Row(NamedTuple):
 
     name: str
     build: Callable[[], OnPolicyAlgorithm]
-    parts: tuple[str, int] | None = None
-    """Head and number of environments, for the ceiling that the rate is compared with."""
     n_cores: int | None = None
     """Cores that it may use; None for all."""
 
 
-class Costs(NamedTuple):
-    """Seconds per timestep on one thread."""
-
-    environment: float
-    acting: float
-    learning: float
-    learns_here: bool
-    """Learning takes time of the CPU's cores, not of an accelerator."""
-
-    def ceiling(self) -> float:
-        """Timesteps per second that these allow when all cores are always busy."""
-        playing = self.environment + self.acting
-        if self.learns_here:
-            return cores() / (playing + self.learning)
-        return min(cores() / playing, 1 / self.learning)
-
-
-class Measured(NamedTuple):
-    """One value per round, by row or by head and number of environments."""
-
-    costs: dict[tuple[str, int], list[Costs]]
-    rates: dict[str, list[float]]
-    threads: dict[str, int]
-    """Torch threads of the process that learns."""
-
-
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
     print(
         f"{arguments.game}, LSTM 512, T = {N_STEPS}, {machine()}, medians of {arguments.rounds} "
         f"round(s), {arguments.seconds:g} s counted per row; load before: {os.getloadavg()[0]:.2f}"
     )
-    missed = False
+    seconds = arguments.seconds / arguments.rounds
     for encoder in arguments.encoder:
-        workload = Workload(**vars(arguments) | {"encoder": encoder})
-        rows = list(all_rows(workload))
-        measured = measure_rounds(workload, rows, arguments.rounds, arguments.seconds)
-        targets = list(all_targets(workload, rows, measured))
+        rows = [*our_rows(arguments, encoder)]
+        if arguments.peers:
+            rows += peer_rows(arguments, encoder)
+        rates: dict[str, list[float]] = {row.name: [] for row in rows}
+        for i in range(arguments.rounds):
+            for row in rows:
+                with on_cores(row.n_cores):
+                    rates[row.name].append(measure(row.build(), seconds))
+                progress = f"round {i + 1} of {arguments.rounds}, {encoder}: {row.name}"
+                print(f"{progress}: {rates[row.name][-1]:,.0f}", file=sys.stderr, flush=True)
         print(f"\n## Encoder {encoder}\n")
-        print_parts(measured)
-        print()
-        print_rates(workload, rows, measured)
-        print()
-        print_targets(targets)
-        sys.stdout.flush()
-        missed = missed or any(target.failed for target in targets)
-    if arguments.check and missed:
-        sys.exit(1)
+        print_rates(arguments, rates)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -167,219 +100,103 @@ def parse_arguments() -> argparse.Namespace:
         help=f"rows for growing numbers of workers, {GAMES_PER_WORKER} games and one core each",
     )
     parser.add_argument("--device", default="auto", help="of the learner, ours and the peers'")
-    parser.add_argument(
-        "--threads", type=int, help="torch threads of peers and of serial rows; torch's default"
-    )
     parser.add_argument("--seconds", type=float, default=30.0, help="counted, for each row")
     parser.add_argument("--rounds", type=int, default=3, help="that the seconds are divided over")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     return parser.parse_args()
 
 
 # Rows.
 
 
-def all_rows(workload: Workload) -> Iterator[Row]:
-    """Every system, in the order of the table."""
-
+def our_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
     def a3c(head: str, n_envs: int, n_workers: int | None) -> Callable[[], OnPolicyAlgorithm]:
-        return partial(
-            build_a3c,
-            workload.factory,
-            head,
-            workload.encoder,
-            n_envs=n_envs,
-            n_workers=n_workers,
-            device=workload.device,
-        )
+        build = partial(build_a3c, atari(arguments.game), head, encoder, device=arguments.device)
+        return partial(build, n_envs=n_envs, n_workers=n_workers)
 
-    for n_envs, head in itertools.product(workload.n_envs, HEADS):
-        yield Row(our_name(head, n_envs), a3c(head, n_envs, None), (head, n_envs))
-    few = workload.n_envs[0]
+    for n, head in itertools.product(arguments.n_envs, HEADS):
+        name = f"A3C, {default_workers(n)} workers, {n} games, {head} heads"
+        yield Row(name, a3c(head, n, None))
+    few = arguments.n_envs[0]
     for head in HEADS:
-        yield Row(f"A3C serial, {few} games, {head} heads", a3c(head, few, 0), (head, few))
-    for n in workload.workers:
-        yield Row(scaling_name(n), a3c("plain", n * GAMES_PER_WORKER, n), n_cores=min(n, cores()))
-    if workload.peers:
-        yield from peer_rows(workload)
+        yield Row(f"A3C serial, {few} games, {head} heads", a3c(head, few, 0))
+    for n in arguments.workers:
+        name = f"A3C, {n} workers of {GAMES_PER_WORKER} games on as many cores, plain heads"
+        build = a3c("plain", n * GAMES_PER_WORKER, n)
+        yield Row(name, build, n_cores=min(n, available_cores()))
 
 
-def our_name(head: str, n_envs: int) -> str:
-    return f"A3C, {default_workers(n_envs)} workers, {n_envs} games, {head} heads"
-
-
-def scaling_name(n_workers: int) -> str:
-    return f"A3C, {n_workers} workers of {GAMES_PER_WORKER} games on as many cores, plain heads"
-
-
-def peer_rows(workload: Workload) -> Iterator[Row]:
+def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
     """Peers with the first number of environments."""
-    n_envs = workload.n_envs[0]
-    env, device = workload.factory, workload.device
-    encoder = {
+    game, n_envs = atari(arguments.game), arguments.n_envs[0]
+    features = {
         "features_extractor_class": AtariEncoder,
-        "features_extractor_kwargs": {"encoder": workload.encoder},
+        "features_extractor_kwargs": {"encoder": encoder},
     }
     lstm = dict(net_arch=[], lstm_hidden_size=512, shared_lstm=True, enable_critic_lstm=False)
     one_epoch = {"n_steps": N_STEPS, "batch_size": N_STEPS * n_envs, "n_epochs": 1}
 
     def usual_env() -> VecEnv:
         gymnasium.register_envs(ale_py)
-        env_id = env.game.title().replace("_", "") + "NoFrameskip-v4"
+        env_id = game.game.title().replace("_", "") + "NoFrameskip-v4"
         return make_atari_env(env_id, n_envs, seed=0)
 
-    def recurrent_ppo(make_env: Callable[[], VecEnv], policy: Options, **settings: Any) -> Any:
-        env = make_env()
-        return RecurrentPPO("CnnLstmPolicy", env, device=device, policy_kwargs=policy, **settings)
+    def usual_stacked() -> VecEnv:
+        return VecFrameStack(usual_env(), STACK)
 
-    def a2c(make_env: Callable[[], VecEnv], policy: Options, **settings: Any) -> A2C:
-        return A2C("CnnPolicy", make_env(), device=device, policy_kwargs=policy, **settings)
+    def build(make_env: Callable[[], VecEnv], policy: Options, settings: Options) -> Any:
+        options = {"device": arguments.device, "policy_kwargs": policy, **settings}
+        if "lstm_hidden_size" in policy:
+            return RecurrentPPO("CnnLstmPolicy", make_env(), **options)
+        return A2C("CnnPolicy", make_env(), **options)
 
-    ours = partial(env, n_envs, 0)
-    stacked = partial(atari(env.game, stack=STACK), n_envs, 0)
-    ppo = partial(recurrent_ppo, ours, encoder | lstm)
-    yield Row(EQUAL_RECURRENT_PPO, partial(ppo, **one_epoch))
-    yield Row("RecurrentPPO, its usual settings", ppo)
-    yield Row(EQUAL_A2C, partial(a2c, stacked, encoder, n_steps=N_STEPS))
-    yield Row("A2C without LSTM, its usual T = 5", partial(a2c, stacked, encoder, n_steps=5))
-    yield Row(USUAL_A2C, partial(a2c, lambda: VecFrameStack(usual_env(), STACK), {}))
-    yield Row(USUAL_RECURRENT_PPO, partial(recurrent_ppo, usual_env, lstm, **one_epoch))
+    ours = partial(game, n_envs, 0)
+    stacked = partial(atari(game.game, stack=STACK), n_envs, 0)
+    peers: dict[str, tuple[Callable[[], VecEnv], Options, Options]] = {
+        EQUAL_PPO: (ours, features | lstm, one_epoch),
+        "RecurrentPPO, its usual settings": (ours, features | lstm, {}),
+        EQUAL_A2C: (stacked, features, {"n_steps": N_STEPS}),
+        f"A2C {USUAL}, T = 5": (usual_stacked, {}, {}),
+        f"RecurrentPPO {USUAL}, one epoch over T = {N_STEPS}": (usual_env, lstm, one_epoch),
+    }
+    for name, how in peers.items():
+        yield Row(name, partial(build, *how))
 
 
 # Measuring.
 
 
-def measure_rounds(
-    workload: Workload, rows: Sequence[Row], rounds: int, seconds: float
-) -> Measured:
-    """All parts and rows in turn, `rounds` times."""
-    keys = list(dict.fromkeys(row.parts for row in rows if row.parts))
-    parts = {key: Parts(workload, *key) for key in keys}
-    measured = Measured({key: [] for key in keys}, {row.name: [] for row in rows}, {})
-    for i in range(rounds):
-        for key in keys:
-            measured.costs[key].append(parts[key].time(seconds / rounds))
-        for row in rows:
-            with on_cores(row.n_cores):
-                rate, measured.threads[row.name] = measure(row.build(), seconds / rounds)
-            measured.rates[row.name].append(rate)
-            progress = f"round {i + 1} of {rounds}, {workload.encoder}"
-            print(f"{progress}: {row.name}: {rate:,.0f}", file=sys.stderr, flush=True)
-    return measured
-
-
-class Parts:
-    """The three parts of one head and number of environments, each to be timed alone."""
-
-    BURSTS = (20, 20, 1)
-    """Calls in a row of environment, acting and learning; a worker plays many steps between two
-    rollouts, with warm caches."""
-
-    def __init__(self, workload: Workload, head: str, n_envs: int) -> None:
-        build = partial(build_a3c, workload.factory, head, workload.encoder, n_workers=0)
-        self.per_worker = n_envs // default_workers(n_envs)
-        self.learner = build(n_envs=n_envs, device=workload.device)
-        self.learner.learn(N_STEPS * n_envs)  # gives it a batch to learn from
-        self.policy = build(n_envs=self.per_worker, device="cpu").policy  # workers act on the CPU
-        self.policy.set_training_mode(False)
-        self.env = workload.factory(self.per_worker, 0)
-        self.obs = torch.from_numpy(self.env.reset())
-        n_actions = workload.factory.action_space.n
-        actions = np.random.default_rng(0).integers(n_actions, size=(1000, self.per_worker))
-        self.actions = itertools.cycle(actions)
-
-    def time(self, seconds: float) -> Costs:
-        """Medians, which leave out the rare step in which a game starts anew."""
-        functions = (self.play, self.act, self.learn)
-        seen: tuple[list[float], ...] = ([], [], [])
-        until = time.monotonic() + seconds
-        with one_thread():
-            for function in functions:
-                function()
-            while not seen[-1] or time.monotonic() < until:
-                for function, burst, times in zip(functions, self.BURSTS, seen, strict=True):
-                    for _ in range(burst):
-                        began = time.perf_counter()
-                        function()
-                        times.append(time.perf_counter() - began)
-        play, act, learn = (statistics.median(times) for times in seen)
-        return Costs(
-            play / self.per_worker,
-            act / self.per_worker,
-            learn / (N_STEPS * self.learner.n_envs),
-            self.learner.device.type == "cpu",
-        )
-
-    def play(self) -> None:
-        self.env.step(next(self.actions))
-
-    @torch.no_grad()
-    def act(self) -> None:
-        going_on = torch.zeros(self.per_worker, dtype=torch.bool)
-        self.policy.act(self.obs, self.policy.initial_state(self.per_worker), going_on)
-
-    def learn(self) -> None:
-        """Loss, gradient, its limit, optimiser."""
-        self.learner.train()
-        synchronize()
-
-
 class Meter(BaseCallback):
-    """Timesteps per second after a warm-up, over a fixed time; then it ends the training."""
+    """Ends the training after a quarter of the seconds for warming up, and as many that count."""
 
-    def __init__(self, warm_up: float, seconds: float) -> None:
+    def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.warm_up = warm_up
         self.seconds = seconds
-        self.rate = float("nan")
-        self.threads = 0
-
-    def _on_training_start(self) -> None:
-        self.threads = torch.get_num_threads()
         self.first: float | None = None
-        self.counting: tuple[float, int] | None = None
+        self.marks: list[tuple[float, int]] = []
+        """Time and timesteps at the starts of rollouts that count."""
 
     def _on_rollout_start(self) -> None:
-        # Whole cycles of playing and learning only, else a cut would favour one of them. The first
-        # one is none of them: it contains the start of the workers.
-        now = time.monotonic()
-        if self.num_timesteps == 0:
-            return
-        self.first = self.first or now
-        if self.counting is None:
-            if now - self.first >= self.warm_up:
-                self.counting = now, self.num_timesteps
-            return
-        since, timesteps = self.counting
-        self.rate = (self.num_timesteps - timesteps) / (now - since)
+        if self.num_timesteps:  # workers start in the first rollout
+            now = time.monotonic()
+            self.first = self.first or now
+            if now > self.first + self.seconds / 4:
+                self.marks.append((now, self.num_timesteps))
 
     def _on_step(self) -> bool:
-        done = self.counting is not None and time.monotonic() - self.counting[0] > self.seconds
-        return not (done and self.rate == self.rate)
+        return len(self.marks) < 2 or self.marks[-1][0] < self.marks[0][0] + self.seconds
 
 
-def measure(model: OnPolicyAlgorithm, seconds: float) -> tuple[float, int]:
-    """Timesteps per second in whole cycles of playing and learning, and threads of the learner."""
-    meter = Meter(warm_up=seconds / 4, seconds=seconds)
-    try:
-        model.learn(10**9, callback=meter)
-    finally:
-        if model.env is not None:
-            model.env.close()
-        del model
-        gc.collect()  # models are cycles, and hold the threads of emulators
-    return meter.rate, meter.threads
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def measure(model: OnPolicyAlgorithm, seconds: float) -> float:
+    """Timesteps per second in whole cycles of playing and learning."""
+    meter = Meter(seconds)
+    model.learn(10**9, callback=meter)
+    (began, before), *_, (ended, after) = meter.marks
+    if model.env is not None:
+        model.env.close()
+    del model
+    gc.collect()  # models are cycles, and hold the threads of emulators
+    return (after - before) / (ended - began)
 
 
 @contextmanager
@@ -390,92 +207,23 @@ def on_cores(number: int | None) -> Iterator[None]:
         return
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:number])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+    yield
+    os.sched_setaffinity(0, before)
 
 
-# Tables.
-
-
-def print_parts(measured: Measured) -> None:
-    parts = ("environment", "acting", "learning")
-    print_header("one thread, ms per timestep", *parts, "ceiling on all cores, timesteps/s")
-    for (head, n_envs), costs in measured.costs.items():
-        games = n_envs // default_workers(n_envs)
-        cells = [
-            f"{1000 * statistics.median(times):.3f}" for times in list(zip(*costs, strict=True))[:3]
-        ]
-        ceiling = statistics.median(cost.ceiling() for cost in costs)
-        name = f"{head} heads, {games} games a worker, batch of {N_STEPS * n_envs}"
-        print_row(name, *cells, f"{ceiling:,.0f}")
-
-
-def print_rates(workload: Workload, rows: Sequence[Row], measured: Measured) -> None:
-    columns = ["", "torch threads of the learner", "timesteps/s", "rounds", "frames/s"]
-    columns += ["share of the ceiling"]
-    if workload.peers:
-        columns += ["against RecurrentPPO, one epoch", f"against A2C, T = {N_STEPS}"]
-    print_header(*columns)
-    for row in rows:
-        rates = measured.rates[row.name]
-        rate = statistics.median(rates)
-        cells = [row.name, str(measured.threads[row.name]), f"{rate:,.0f}"]
-        cells += [f"{min(rates):,.0f} to {max(rates):,.0f}"]
-        cells += [f"{workload.factory.frame_skip * rate:,.0f}"]
-        cells += [f"{100 * share_of_ceiling(row, measured):.0f} %" if row.parts else ""]
-        if workload.peers:
-            for peer in (EQUAL_RECURRENT_PPO, EQUAL_A2C):
-                cells += [f"{median_ratio(rates, measured.rates[peer]):.2f}"]
-        print_row(*cells)
+def print_rates(arguments: argparse.Namespace, rates: dict[str, list[float]]) -> None:
+    peers = (EQUAL_PPO, EQUAL_A2C) if arguments.peers else ()
+    print_header("", "timesteps/s", "rounds", "frames/s", *(f"against {peer}" for peer in peers))
+    for name, mine in rates.items():
+        rate = statistics.median(mine)
+        print_row(
+            name,
+            f"{rate:,.0f}",
+            f"{min(mine):,.0f} to {max(mine):,.0f}",
+            f"{atari(arguments.game).frame_skip * rate:,.0f}",
+            *(f"{median_ratio(mine, rates[peer]):.2f}" for peer in peers),
+        )
     print("\nWorkers have one thread each; games of peers and of serial rows are stepped by one.")
-
-
-def all_targets(workload: Workload, rows: Sequence[Row], measured: Measured) -> Iterator[Target]:
-    """The verdicts on all rows that something is expected of."""
-    for row in rows:
-        if row.parts and row.name == our_name(*row.parts) and row.parts[1] >= 16:
-            wanted = 1.0 if row.parts[1] >= 32 else 0.9
-            share = share_of_ceiling(row, measured)
-            yield Target(f"{row.name}: share of the ceiling", share, wanted, unit="%")
-    rates = measured.rates
-    for n_envs in workload.n_envs:
-        coded, plain = (rates[our_name(head, n_envs)] for head in ("Neurocoder", "plain"))
-        name = f"Neurocoder heads, {n_envs} games: share of the whole step"
-        yield Target(name, 1 - median_ratio(coded, plain), 0.1, at_least=False, unit="%")
-    if workload.peers:
-        yield from peer_targets(workload, rates)
-    if workload.encoder == "a3c" and cores() == 2:
-        for head in HEADS:
-            best = max(statistics.median(rates[our_name(head, n)]) for n in workload.n_envs)
-            name = f"two cores, {head} heads, best of the above"
-            yield Target(name, best, 2000, unit="timesteps/s", required=False)
-    if 1 in workload.workers:
-        yield from scaling_targets(workload, rates)
-
-
-def peer_targets(workload: Workload, rates: dict[str, list[float]]) -> Iterator[Target]:
-    """At equal work: the same games, encoder, T and number of environments."""
-    few = workload.n_envs[0]
-    ours = rates[our_name("plain", few)]
-    for peer, factor in ((EQUAL_A2C, 3.0), (EQUAL_RECURRENT_PPO, 4.0)):
-        name = f"A3C, {few} games, plain heads, against {peer}"
-        yield Target(name, median_ratio(ours, rates[peer]), factor, unit="times")
-
-
-def scaling_targets(workload: Workload, rates: dict[str, list[float]]) -> Iterator[Target]:
-    """Linear in cores, where the machine has them; nine tenths of that pass for linear."""
-    for n in sorted(set(workload.workers) - {1}):
-        if n <= cores():
-            factor = median_ratio(rates[scaling_name(n)], rates[scaling_name(1)])
-            yield Target(f"{n} workers on {n} cores against 1 on 1", factor, 0.9 * n, unit="times")
-
-
-def share_of_ceiling(row: Row, measured: Measured) -> float:
-    assert row.parts is not None
-    ceilings = [costs.ceiling() for costs in measured.costs[row.parts]]
-    return median_ratio(measured.rates[row.name], ceilings)
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

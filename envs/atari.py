@@ -119,8 +119,7 @@ def action_set(emulator: "ALEInterface", all_actions: bool) -> list["Action"]:
 class AtariFactory:
     """One game under one protocol; `factory(n_envs, seed)` builds the vector environment.
 
-    Picklable and hashable; holds no emulator. Raises ValueError at construction for an unknown
-    game or protocol and for sizes below 1.
+    Picklable and hashable; holds no emulator. ValueError for what makes no sense.
     """
 
     game: str
@@ -147,10 +146,7 @@ class AtariFactory:
                 raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
 
     def __call__(self, n_envs: int, seed: int) -> "AtariVecEnv":
-        """`n_envs` games in this process; game i plays from seed `seed + i`.
-
-        Raises ValueError if `n_envs` is below 1.
-        """
+        """`n_envs` games in this process, at least 1; game i plays from seed `seed + i`."""
         return AtariVecEnv(self, n_envs, seed)
 
     @property
@@ -191,20 +187,17 @@ class AtariFactory:
         }
 
 
-def atari(
-    name: str,
-    *,
-    protocol: str = "machado",
-    frame_skip: int = 4,
-    stack: int = 1,
-    image_size: int = 84,
-    max_frames: int = 108_000,
-) -> AtariFactory:
-    """A picklable factory of vector environments of one Atari game; see `AtariFactory`.
+def atari(name: str, **options: Any) -> AtariFactory:
+    """A picklable factory of vector environments of one Atari game.
 
-    Raises ValueError, with the nearest valid choice, for an unknown game or protocol.
+    Args:
+        name: of the game, in any usual form (see `game_name`).
+        options: the other fields of `AtariFactory`, such as `protocol="classic"` and `stack=4`.
+
+    Raises:
+        ValueError: with the nearest valid choice, for an unknown game or protocol.
     """
-    return AtariFactory(name, protocol, frame_skip, stack, image_size, max_frames)
+    return AtariFactory(name, **options)
 
 
 def game_options(factory: AtariFactory) -> dict[str, Any]:
@@ -265,10 +258,8 @@ class AtariVecEnv(VecEnv):
         self.seed(int(seed))
 
     def reset(self) -> np.ndarray:
-        """Starts every game anew and returns the observations.
-
-        After `seed` (and after construction) from those seeds, else from where the generators are.
-        """
+        """Observations of new games, which begin from the seeds of `seed` or of the constructor if
+        they were not used yet, else from where the generators are."""
         if self._stepping:
             self.step_wait()
         # -1 keeps the state of a game's generator
@@ -276,8 +267,7 @@ class AtariVecEnv(VecEnv):
         observations, info = self._games.reset(seed=np.array(seeds))
         self._reset_seeds()
         self._reset_options()
-        self._scores[:] = 0
-        self._lengths[:] = 0
+        self._scores[:] = self._lengths[:] = 0
         self._lives = info["lives"]
         starts = info["episode_frame_number"].tolist()
         self.reset_infos = [{"episode_frame_number": frames} for frames in starts]
@@ -311,11 +301,13 @@ class AtariVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         dones = terminated | truncated
         for i in np.flatnonzero(dones).tolist():
+            seconds = round(time.monotonic() - self._started, 6)
             infos[i] = {
                 "terminal_observation": info["final_obs"][i],
                 "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
-                "episode": self._close_game(i),
+                "episode": {"r": float(self._scores[i]), "l": int(self._lengths[i]), "t": seconds},
             }
+            self._scores[i] = self._lengths[i] = 0
         if self.factory.rules.life_ends_return:
             lives = info["lives"]
             lost = ~dones & (lives > 0) & (lives < self._lives)
@@ -325,25 +317,17 @@ class AtariVecEnv(VecEnv):
                 infos[i]["life_lost"] = True
         return observations, rewards.astype(np.float32), dones, infos
 
-    def _close_game(self, i: int) -> dict[str, float]:
-        """What SB3's Monitor reports of a finished game; the next one counts from zero."""
-        seconds = round(time.monotonic() - self._started, 6)
-        episode = {"r": float(self._scores[i]), "l": int(self._lengths[i]), "t": seconds}
-        self._scores[i] = 0
-        self._lengths[i] = 0
-        return episode
-
     def close(self) -> None:
         """Ends the emulator thread, which lives as long as the ale-py object does."""
         self.__dict__.pop("_games", None)
 
     def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
         """True for SB3's monitors: the infos carry what they would add, scores of whole games."""
-        return [wrapper_class in (Monitor, VecMonitor)] * len(self._rows(indices))
+        return [wrapper_class in (Monitor, VecMonitor) for _ in self._get_indices(indices)]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The attribute of this object, once for each game: the games have none of their own."""
-        return [getattr(self, attr_name)] * len(self._rows(indices))
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Sets the attribute of this object, for all games; ValueError if `indices` are given."""
@@ -360,6 +344,3 @@ class AtariVecEnv(VecEnv):
     def get_images(self) -> Sequence[np.ndarray | None]:
         """None for each game: ale-py's vector interface cannot draw; `AtariPlayer` can."""
         return [None] * self.num_envs
-
-    def _rows(self, indices: VecEnvIndices) -> list[int]:
-        return list(self._get_indices(indices))

@@ -34,6 +34,10 @@ class AtariPlayer:
         self._stack = np.zeros((factory.stack, factory.image_size, factory.image_size), np.uint8)
         self._frames = 0
         self._over = True
+        self.score = 0
+        """Sum of the raw rewards of the game so far."""
+        self.timesteps = 0
+        """Of the game so far."""
 
     def reset(self) -> np.ndarray:
         """Starts a game as the protocol wants it and returns its first observation."""
@@ -49,19 +53,18 @@ class AtariPlayer:
             emulator.act(ale_py.Action.NOOP)
             if emulator.game_over():
                 emulator.reset_game()
-        self._frames = 0
+        self._frames = self.score = self.timesteps = 0
         self._over = False
         self._stack[:] = 0
         self._screens[1] = 0
-        self._look(0)
+        emulator.getScreenGrayscale(self._screens[0])
         return self._observe()
 
     def step(self, action: int) -> tuple[np.ndarray, int, bool, int]:
         """Plays one timestep: the observation, the raw reward, whether the game is over, the lives.
 
-        A game is over when it is lost or won, or after `max_frames` frames.
-        Raises ValueError for an action that the game does not have, RuntimeError before `reset`
-        and after the end of a game.
+        A game is over when it is lost or won, or after `max_frames` frames. ValueError for an
+        action that the game does not have, RuntimeError where no game is running.
         """
         if not 0 <= action < len(self._actions):
             raise ValueError(f"expected an action from 0 to {len(self._actions) - 1}, got {action}")
@@ -75,17 +78,14 @@ class AtariPlayer:
             if self._over:  # before the screen is read: the last observation of a game is stale
                 break
             if frames_left < 2:
-                self._look(frames_left)
+                self._emulator.getScreenGrayscale(self._screens[frames_left])
+        self.score += reward
+        self.timesteps += 1
         return self._observe(), reward, self._over, self._emulator.lives()
 
     def room(self) -> int:
-        """Number of the room that the game is in, read from the emulator's memory.
-
-        For evaluation; no observation shows it.
-
-        Raises:
-            ValueError: for a game that is not in `ROOM_ADDRESS`.
-        """
+        """Number of the room that the game is in, from the emulator's memory; no observation
+        shows it. ValueError for a game that is not in `ROOM_ADDRESS`."""
         if self.factory.game not in ROOM_ADDRESS:
             raise ValueError(f"{self.factory.game} has no rooms that are known here")
         return int(self._emulator.getRAM()[ROOM_ADDRESS[self.factory.game]])
@@ -102,9 +102,6 @@ class AtariPlayer:
         """
         bits = int(self._noop_rng.randint(0, 2**32, dtype=np.uint32))
         return bits * (self.factory.rules.max_noops + 1) >> 32
-
-    def _look(self, frames_left: int) -> None:
-        self._emulator.getScreenGrayscale(self._screens[frames_left])
 
     def _observe(self) -> np.ndarray:
         """Pushes the maximum of both screens, reduced, on the stack and returns a copy of it."""

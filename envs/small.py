@@ -15,6 +15,7 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
+ResetReturn = tuple[np.ndarray, dict[str, Any]]
 StepReturn = tuple[np.ndarray, float, bool, bool, dict[str, Any]]
 
 
@@ -52,7 +53,7 @@ def masked_cartpole(*, max_steps: int = 500) -> GymFactory:
 
     Balancing needs memory. The best return is `max_steps`, where an episode is truncated.
     """
-    return GymFactory(partial(_masked_cartpole, _at_least_1("max_steps", max_steps)))
+    return _limited(_MaskedCartPole, max_steps)
 
 
 def remember(*, delay: int = 5, n_cues: int = 2) -> GymFactory:
@@ -60,7 +61,7 @@ def remember(*, delay: int = 5, n_cues: int = 2) -> GymFactory:
 
     The best return is 1; without memory it is 1 / n_cues on average.
     """
-    delay, n_cues = _at_least_1("delay", delay), _at_least_1("n_cues", n_cues)
+    _check(delay=delay, n_cues=n_cues)
     return GymFactory(partial(Remember, delay, n_cues))
 
 
@@ -69,10 +70,10 @@ def light(*, n_actions: int = 4, max_steps: int = 50) -> GymFactory:
 
     The best return is `max_steps`; that of chance is max_steps / n_actions on average.
     """
-    n_actions, max_steps = _at_least_1("n_actions", n_actions), _at_least_1("max_steps", max_steps)
+    _check(n_actions=n_actions)
     if n_actions > Light.SIZE:
         raise ValueError(f"n_actions must be at most {Light.SIZE}, got {n_actions}")
-    return GymFactory(partial(_light, n_actions, max_steps))
+    return _limited(Light, max_steps, n_actions)
 
 
 def key_and_door(*, length: int = 21, max_steps: int = 64) -> GymFactory:
@@ -80,8 +81,23 @@ def key_and_door(*, length: int = 21, max_steps: int = 64) -> GymFactory:
 
     The best return is 1. Chance opens the door in about one of ten thousand episodes.
     """
-    length, max_steps = _at_least_1("length", length), _at_least_1("max_steps", max_steps)
-    return GymFactory(partial(_key_and_door, length, max_steps))
+    _check(length=length)
+    return _limited(KeyAndDoor, max_steps, length)
+
+
+def _limited(kind: Callable[..., gym.Env], max_steps: int, *sizes: int) -> GymFactory:
+    _check(max_steps=max_steps)
+    return GymFactory(partial(_make_limited, kind, max_steps, *sizes))
+
+
+def _make_limited(kind: Callable[..., gym.Env], max_steps: int, *sizes: int) -> gym.Env:
+    return gym.wrappers.TimeLimit(kind(*sizes), max_steps)
+
+
+def _check(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 class KeyAndDoor(gym.Env):
@@ -96,12 +112,8 @@ class KeyAndDoor(gym.Env):
         self.observation_space = spaces.Box(0, 1, (length + 1,), np.float32)
         self.action_space = spaces.Discrete(2)
         self._length = length
-        self._cell = 0
-        self._has_key = False
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> ResetReturn:
         super().reset(seed=seed)
         self._cell = self._length // 2
         self._has_key = False
@@ -132,14 +144,9 @@ class Remember(gym.Env):
     def __init__(self, delay: int, n_cues: int):
         self.observation_space = spaces.Box(0, 1, (n_cues + 1,), np.float32)
         self.action_space = spaces.Discrete(n_cues)
-        self._n_cues = n_cues
-        self._delay = delay
-        self._cue = 0
-        self._time = 0
+        self._n_cues, self._delay = n_cues, delay
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> ResetReturn:
         super().reset(seed=seed)
         self._cue = int(self.np_random.integers(self._n_cues))
         self._time = 0
@@ -172,11 +179,8 @@ class Light(gym.Env):
         self.observation_space = spaces.Box(0, 255, (1, self.SIZE, self.SIZE), np.uint8)
         self.action_space = spaces.Discrete(n_actions)
         self._n_actions = n_actions
-        self._lit = 0
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> ResetReturn:
         super().reset(seed=seed)
         return self._draw(), {}
 
@@ -192,32 +196,14 @@ class Light(gym.Env):
         return image
 
 
-class _HideVelocities(gym.ObservationWrapper):
+class _MaskedCartPole(gym.ObservationWrapper):
     """Keeps position and angle of CartPole's position, velocity, angle, angular velocity."""
 
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        space = env.observation_space
+    def __init__(self) -> None:
+        super().__init__(CartPoleEnv())
+        space = self.env.observation_space
         assert isinstance(space, spaces.Box)
         self.observation_space = spaces.Box(space.low[::2], space.high[::2], dtype=np.float32)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
         return observation[::2]
-
-
-def _masked_cartpole(max_steps: int) -> gym.Env:
-    return gym.wrappers.TimeLimit(_HideVelocities(CartPoleEnv()), max_steps)
-
-
-def _key_and_door(length: int, max_steps: int) -> gym.Env:
-    return gym.wrappers.TimeLimit(KeyAndDoor(length), max_steps)
-
-
-def _light(n_actions: int, max_steps: int) -> gym.Env:
-    return gym.wrappers.TimeLimit(Light(n_actions), max_steps)
-
-
-def _at_least_1(name: str, value: int) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value

@@ -19,15 +19,7 @@ from pathlib import Path
 from ncrl import __version__
 from ncrl.settings import suggest, usage_error
 
-TASKS = (
-    "mnist",
-    "cifar",
-    "polynomial",
-    "algorithms",
-    "split_mnist",
-    "split_cifar",
-    "parameters",
-)
+TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "parameters")
 
 COMMANDS = {
     "train": ("rl", "train on a game: ncrl train --env Pong"),
@@ -43,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, 2 for unusable arguments."""
     command, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
-        print(help_text())
+        lines = [f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()]
+        last = "`ncrl COMMAND --help` lists the flags of a command, `ncrl --version` the version."
+        print("\n".join(["usage: ncrl COMMAND ...", "", *lines, "", last]))
         return 0
     if command == "--version":
         print(f"ncrl {__version__}")
@@ -59,17 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "ncrl":
             raise
-        extra = COMMANDS[command][0]
-        usage_error(
-            f"ncrl {command}", f"{error.name} is not installed: pip install 'ncrl[{extra}]'"
-        )
-
-
-def help_text() -> str:
-    """What `ncrl --help` prints."""
-    lines = [f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()]
-    last = "`ncrl COMMAND --help` lists the flags of a command, `ncrl --version` the version."
-    return "\n".join(["usage: ncrl COMMAND ...", "", *lines, "", last])
+        needed = f"pip install 'ncrl[{COMMANDS[command][0]}]'"
+        usage_error(f"ncrl {command}", f"{error.name} is not installed: {needed}")
 
 
 def atari_arguments(command: str, words: Sequence[str]) -> list[str]:

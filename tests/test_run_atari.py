@@ -34,7 +34,7 @@ import ncrl.agents.playing.pool
 import ncrl.agents.runs.directory
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
-from ncrl.agents.atari.config import RunConfig, with_bonus, with_sizes
+from ncrl.agents.atari.config import RunConfig, with_game, with_sizes
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.learning.intrinsic import RND, PseudoCount
 from ncrl.agents.runs.checkpoints import newest_checkpoint
@@ -392,7 +392,7 @@ def test_updates_are_small_unless_asked_for(
     config = RunConfig(
         env="Klax", workers=workers, envs_per_worker=envs, batch_size=batch_size, device="cpu"
     )
-    assert make_model(with_sizes(with_bonus(config))).envs_per_update == games
+    assert make_model(with_sizes(with_game(config))).envs_per_update == games
 
 
 LAYER_SIZES = {
@@ -411,7 +411,7 @@ def test_every_layer_can_be_chosen(layer: str) -> None:
     config = RunConfig(
         env="Klax", layer=layer, encoder="paper", workers=0, envs_per_worker=1, device="cpu"
     )
-    model = make_model(with_sizes(with_bonus(config)), batch_size=None)
+    model = make_model(with_sizes(with_game(config)), batch_size=None)
     kind = type(make_layer(layer, 8, 2))
     assert type(model.policy.action_net) is type(model.policy.value_net) is kind
     assert sum(p.numel() for p in model.policy.parameters()) == LAYER_SIZES[layer]
@@ -444,6 +444,12 @@ def test_tensorboard_tags(serial_run: Run) -> None:
     for tag in TAGS:
         values = [event.value for event in events.Scalars(tag)]
         assert all(abs(value) < float("inf") for value in values), (tag, values)
+    assert min(tags["scalars"]) == "game/score", "the first section"
+    scores, same = (events.Scalars(tag) for tag in ("game/score", "rollout/ep_rew_mean"))
+    assert [(e.step, e.value) for e in scores] == [(e.step, e.value) for e in same]
+    (settings,) = events.Tensors("settings/text_summary")
+    (text,) = settings.tensor_proto.string_val
+    assert yaml.safe_load(text.decode().strip("`\n")) == serial_run.config
     assert events.Histograms("neurocoder/slot_usage/actor")[-1].histogram_value.num == 8
     frames = events.Scalars("time/frames")
     assert {event.step for event in frames} == POINTS
@@ -509,7 +515,7 @@ def test_the_bonus_is_chosen_by_the_game_and_brings_its_defaults(
     assert config.intrinsic_reward == bonus
     assert set(config_module.EXPLORING) == set(ORDINARY)
     assert settings(config) == (ORDINARY if bonus == "none" else config_module.EXPLORING)
-    assert config_module.num_games(config) == (16 if bonus == "none" else 64)
+    assert config.games == (16 if bonus == "none" else 64)
 
 
 def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path) -> None:
@@ -519,7 +525,7 @@ def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path)
     )
     expected = config_module.EXPLORING | {"gamma": 0.9, "frames": 4000}
     assert config.intrinsic_reward == "rnd" and settings(config) == expected
-    assert config_module.num_games(config) == 2
+    assert config.games == 2
     (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\nintrinsic_reward: none\n")
     assert settings(chosen(f"--config {tmp_path / 'run.yaml'}")) == ORDINARY
 
@@ -637,16 +643,15 @@ def test_f17_resume_with_another_number_of_games(envs: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("workers", range(7))
-@pytest.mark.parametrize("stored", ["games: 16\nworkers: 2", "workers: 2\nenvs_per_worker: 8"])
 def test_f17_the_games_of_a_run_are_kept_by_any_number_of_workers(
-    stored: str, workers: int, tmp_path: Path
+    workers: int, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.yaml").write_text(f"env: Pong\n{stored}\n")
+    (tmp_path / "config.yaml").write_text("env: Pong\ngames: 16\nworkers: 2\n")
     modes: dict[str, Any] = {"resume": str(tmp_path), "config": None}
     config, run = config_module.choose_config({"workers": workers}, modes)
     assert run is not None
     run.close()
-    assert config_module.num_games(config) == config.games == 16
+    assert config.games == 16
     nearest = min(abs(n - workers) for n in (1, 2, 4, 8, 16))
     assert config.workers is not None and abs(config.workers - workers) <= nearest
     assert workers == 0 or 16 % config.workers == 0

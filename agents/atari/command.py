@@ -19,7 +19,19 @@ from ncrl.shell.signals import leave_at_once, stop_signals
 
 EXIT_SIGINT = 130
 
-MODES = ("config", "resume", "profile", "evaluate", "episodes", "video", "deterministic", "best")
+MODES: dict[str, tuple[type, str]] = {
+    "config": (str, "YAML file of settings; flags win over it"),
+    "resume": (str, "go on with a run exactly"),
+    "profile": (
+        bool,
+        "measure where the time of each process goes; a table at the end, and curves",
+    ),
+    "evaluate": (str, "play whole games with a trained run"),
+    "episodes": (int, "games to evaluate (default: 10)"),
+    "video": (str, "with --evaluate: an .mp4 or .webm of one game"),
+    "best": (bool, "with --evaluate: best_model.zip, not the last checkpoint"),
+    "deterministic": (bool, "with --evaluate: the likeliest action, not a sampled one"),
+}
 """Flags that are not settings of a run."""
 
 
@@ -51,24 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.prog = PROGRAM
     add_flags(parser, RunConfig)
-    parser.add_argument("--config", help="YAML file of settings; flags win over it")
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run exactly")
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="measure where the time of each process goes; a table at the end, and curves",
-    )
-    parser.add_argument("--evaluate", metavar="RUN_DIR", help="play whole games with a trained run")
-    parser.add_argument("--episodes", type=int, help="games to evaluate (default: 10)")
-    parser.add_argument("--video", help="with --evaluate: an .mp4 or .webm of one game")
-    parser.add_argument(
-        "--best",
-        action="store_true",
-        help="with --evaluate: best_model.zip, not the last checkpoint",
-    )
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="with --evaluate: the likeliest action, not a sampled one",
-    )
+    for name, (kind, text) in MODES.items():
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            metavar = "RUN_DIR" if name in ("resume", "evaluate") else None
+            parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     return parser

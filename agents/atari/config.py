@@ -61,36 +61,24 @@ class RunConfig:
         "minimal actions, a lost life cuts the return",
         choices=("machado", "classic"),
     )
-    frames: int = setting(
-        10_000_000, "emulator frames of the whole run, 4 per timestep", low=1, high=10**12
-    )
+    frames: int = setting(10_000_000, "emulator frames in all, 4 per timestep", low=1, high=10**12)
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
     device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
     logdir: str = setting("runs", "folder in which the run directory is made")
     workers: int | None = setting(
-        None,
-        "worker processes, 0 for none (reproducible); chosen by cores and GPU",
-        low=0,
-        high=1024,
+        None, "worker processes, 0 for none (reproducible); by cores and GPU", low=0, high=1024
     )
     games: int | None = setting(
-        None,
-        "games of all workers together; chosen by cores and GPU, 16 with --workers",
-        low=1,
-        high=16_384,
+        None, "games of all workers; by cores and GPU, 16 with --workers", low=1, high=16_384
     )
-    envs_per_worker: int | None = setting(
-        None, "games per worker, in place of --games", low=1, high=1024
-    )
+    envs_per_worker: int | None = setting(None, "games per worker, not --games", low=1, high=1024)
     cluster: str | None = setting(
         None, "play on a Ray cluster: auto, host:port of its head, or none (docs/cluster.md)"
     )
     stack: int = setting(1, "timesteps shown in one observation", low=1, high=64)
     # The network.
     layer: str = setting(
-        "neurocoder",
-        f"output layers of actor and critic: {', '.join(LAYERS)}",
-        choices=tuple(LAYERS),
+        "neurocoder", f"heads of actor and critic: {', '.join(LAYERS)}", choices=tuple(LAYERS)
     )
     encoder: str = setting(
         "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
@@ -103,26 +91,19 @@ class RunConfig:
     num_heads: int = setting(
         IMAGE_HEADS["num_heads"], "Neurocoder: attention heads H", low=1, high=4096
     )
-    num_steps: int = setting(1, "Neurocoder: steps J of the composition network", low=1, high=256)
+    num_steps: int = setting(1, "Neurocoder: steps J of the controller", low=1, high=256)
     num_least_used: int = setting(
         IMAGE_HEADS["num_least_used"], "Neurocoder: least-used slots l_I", low=0, high=65_536
     )
-    controller_size: int = setting(
-        8, "Neurocoder: width of the composition network", low=1, high=4096
-    )
+    controller_size: int = setting(8, "Neurocoder: width of the controller", low=1, high=4096)
     sharpness: float = setting(
-        IMAGE_HEADS["sharpness"],
-        "Neurocoder: softmax temperature beta; 1 in the paper, where heads hardly attend",
-        low=1e-6,
+        IMAGE_HEADS["sharpness"], "Neurocoder: softmax temperature; 1 in the paper", low=1e-6
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
-        None,
-        "timesteps per update; rollouts of 4 games, of up to 24 with a GPU",
-        low=1,
-        high=10**9,
+        None, "timesteps per update; rollouts of 4 games, up to 24 with a GPU", low=1, high=10**9
     )
     optimizer: str = setting(
         "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
@@ -155,12 +136,12 @@ class RunConfig:
     bonus_learning_rate: float = setting(1e-4, "rnd and snd: learning rate", low=1e-9)
     update_proportion: float | None = setting(
         None,
-        "rnd and snd: share of timesteps learnt from; all with up to 32 games, else half",
+        "rnd and snd: share of timesteps learnt from; all or, with many games, half",
         low=1e-3,
         high=1,
     )
     bonus_warmup: int = setting(
-        100_000, "bonus: timesteps in which statistics are gathered first", low=0, high=10**12
+        100_000, "bonus: timesteps to gather statistics", low=0, high=10**12
     )
     # What is written.
     log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)
@@ -215,35 +196,31 @@ def choose_config(
         values = {} if file is None else read_yaml(Path(file))
 
         def chosen(base: RunConfig) -> RunConfig:
-            return configure(flags, configure(values, base, str(file)), "the flags")
+            return with_game(configure(flags, configure(values, base, str(file)), "the flags"))
 
-        config = with_bonus(chosen(RunConfig()))
+        config = chosen(RunConfig())
         if config.intrinsic_reward != "none":
-            config = with_bonus(chosen(replace(RunConfig(), **EXPLORING)))
-        _check_heads(config)
-        return with_sizes(canonical(config)), None
+            config = chosen(replace(RunConfig(), **EXPLORING))
+        if config.layer == "neurocoder":
+            NeurocoderConfig(**head_options(config))  # ValueError if they do not go together
+        return with_sizes(config), None
     if modes["config"] is not None:
         raise ValueError("--resume takes the run's own config.yaml; leave --config out")
     path = Path(modes["resume"])
     before = stored_config(path)
     base = replace(before, games=None) if "envs_per_worker" in flags else before
-    config = with_sizes(canonical(configure(flags, base, "the flags")))
+    config = with_sizes(with_game(configure(flags, base, "the flags")))
     _check_unchanged(before, config)
     return config, RunDirectory.open(path)
 
 
-def with_bonus(config: RunConfig) -> RunConfig:
-    """With an intrinsic reward chosen by the game, unless one was asked for.
-
-    Raises:
-        ValueError: without a game, or for one that does not exist.
-    """
-    if not config.env:
-        raise ValueError("--env is needed: a game such as MontezumaRevenge")
-    if config.intrinsic_reward != "auto":
-        return config
-    is_hard = make_factory(config).game in HARD_GAMES
-    return replace(config, intrinsic_reward="rnd" if is_hard else "none")
+def stored_config(run: Path) -> RunConfig:
+    """The configuration in a run directory."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run directory: it has no config.yaml")
+    # A file of an earlier release says nothing of a bonus, because there was none.
+    return configure(read_yaml(path), replace(RunConfig(), intrinsic_reward="none"), str(path))
 
 
 def make_factory(config: RunConfig) -> AtariFactory:
@@ -256,11 +233,21 @@ def camel_case(game: str) -> str:
     return game.title().replace("_", "")
 
 
-def canonical(config: RunConfig) -> RunConfig:
-    """With the game's name in one form, so that `Pong` and `pong` are the same game; no cluster is
-    None, also for a flag."""
+def with_game(config: RunConfig) -> RunConfig:
+    """With the game's name in one form, so that `Pong` and `pong` are the same game, and with an
+    intrinsic reward chosen by the game, unless one was asked for; no cluster is None.
+
+    Raises:
+        ValueError: without a game, or for one that does not exist.
+    """
+    if not config.env:
+        raise ValueError("--env is needed: a game such as MontezumaRevenge")
+    game = make_factory(config).game
+    bonus = config.intrinsic_reward
+    if bonus == "auto":
+        bonus = "rnd" if game in HARD_GAMES else "none"
     cluster = None if config.cluster == "none" else config.cluster
-    return replace(config, env=camel_case(make_factory(config).game), cluster=cluster)
+    return replace(config, env=camel_case(game), intrinsic_reward=bonus, cluster=cluster)
 
 
 def with_sizes(config: RunConfig) -> RunConfig:
@@ -278,8 +265,11 @@ def with_sizes(config: RunConfig) -> RunConfig:
             f"games ({config.games}) and envs_per_worker ({config.envs_per_worker}) both say how "
             "many games there are; leave one out"
         )
-    fitting = _fitting_workers(config)
-    asked = fitting if config.workers is None else config.workers
+    asked = config.workers
+    if asked is None:
+        # One per core of a cluster, on this machine as many as fit.
+        cluster = config.cluster
+        asked = machine_sizes(config).workers if cluster is None else worker_cores(cluster)
     games = config.games or default_games(config, asked)
     divisors = [n for n in range(1, games + 1) if games % n == 0]
     workers = min(divisors, key=lambda n: abs(n - asked)) if asked else 0
@@ -287,22 +277,14 @@ def with_sizes(config: RunConfig) -> RunConfig:
         logging.warning(
             "%d workers cannot share out %d games equally: taking %d", asked, games, workers
         )
-    config = replace(config, workers=workers, games=games, envs_per_worker=None)
-    size, whole = config.batch_size, config.n_steps * num_games(config)
+    size, whole = config.batch_size, config.n_steps * games
     if size is not None and (size % config.n_steps or whole % size):
         raise ValueError(
             f"batch_size must be a multiple of n_steps that divides the {whole} timesteps of a "
             f"rollout of all games, got batch_size={size} with n_steps={config.n_steps} and "
-            f"{num_games(config)} games; nearest: {timesteps_per_update(config, None)}"
+            f"{games} games; nearest: {config.n_steps * games_per_update(games, uses_gpu(config))}"
         )
-    return config
-
-
-def _fitting_workers(config: RunConfig) -> int:
-    """One per core of a cluster, on this machine as many as fit."""
-    if config.cluster is not None:
-        return worker_cores(config.cluster)
-    return machine_sizes(config).workers
+    return replace(config, workers=workers, games=games, envs_per_worker=None)
 
 
 def default_games(config: RunConfig, workers: int) -> int:
@@ -313,18 +295,7 @@ def default_games(config: RunConfig, workers: int) -> int:
     games = machine_sizes(config).games * workers if is_chosen else DEFAULT_ENVS
     if config.intrinsic_reward == "none":
         return games
-    each = math.ceil(EXPLORING_ENVS / max(1, workers))
-    return max(games, each * max(1, workers))
-
-
-def num_games(config: RunConfig) -> int:
-    """Games of all workers together."""
-    return config.games or default_games(config, config.workers or 0)
-
-
-def timesteps_per_update(config: RunConfig, batch_size: int | None) -> int:
-    """`batch_size`, or the rollouts of a number of games that fits the learner."""
-    return batch_size or games_per_update(num_games(config), uses_gpu(config)) * config.n_steps
+    return max(games, math.ceil(EXPLORING_ENVS / max(1, workers)) * max(1, workers))
 
 
 def machine_sizes(config: RunConfig) -> Sizes:
@@ -335,24 +306,6 @@ def machine_sizes(config: RunConfig) -> Sizes:
 def uses_gpu(config: RunConfig) -> bool:
     """Whether the learner computes on a GPU."""
     return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-
-
-def stored_config(run: Path) -> RunConfig:
-    """The configuration in a run directory.
-
-    Older runs tell their games by workers and games per worker.
-    """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    # A run of an earlier release says nothing of a bonus, because there was none; its games were
-    # told by workers and games per worker.
-    before = replace(RunConfig(), intrinsic_reward="none")
-    config = configure(read_yaml(path), before, str(path))
-    if config.envs_per_worker is not None and config.games is None:
-        games = max(1, config.workers or 0) * config.envs_per_worker
-        config = replace(config, games=games, envs_per_worker=None)
-    return config
 
 
 def _check_unchanged(before: RunConfig, after: RunConfig) -> None:
@@ -369,11 +322,6 @@ def _check_unchanged(before: RunConfig, after: RunConfig) -> None:
             "a resumed run keeps its game, network, optimiser and seed; "
             f"changed: {', '.join(changed)}"
         )
-
-
-def _check_heads(config: RunConfig) -> None:
-    if config.layer == "neurocoder":
-        NeurocoderConfig(**head_options(config))
 
 
 def bonus_options(config: RunConfig) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from ncrl.agents.atari.config import (
     make_factory,
     stored_config,
 )
-from ncrl.agents.atari.film import film, visit
+from ncrl.agents.atari.film import moments, play
 from ncrl.agents.atari.train import build_model
-from ncrl.agents.atari.video import check_path
+from ncrl.agents.atari.video import check_path, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
 from ncrl.envs import ROOM_ADDRESS, AtariPlayer
 from ncrl.settings import configure, shown
@@ -55,13 +54,12 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     model = build_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
-    if make_factory(config).game in ROOM_ADDRESS:
-        scores, lengths = visit_rooms(model, config, episodes, deterministic, screen)
-    else:
-        scores, lengths = play_games(model, config, episodes, deterministic, screen)
-    rules = make_factory(config).describe()
+    factory = make_factory(config)
+    rules = factory.describe()
+    games = visit_rooms if factory.game in ROOM_ADDRESS else play_games
+    scores, lengths = games(model, config, episodes, deterministic, screen)
     screen.line(
-        f"{camel_case(make_factory(config).game)} {after}raw score of {episodes} whole "
+        f"{camel_case(factory.game)} {after}raw score of {episodes} whole "
         f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
         f"min {min(scores):g}, max {max(scores):g}; mean length {statistics.fmean(lengths):.0f} "
         "timesteps"
@@ -74,9 +72,9 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     )
     if modes["video"] is not None:
         screen.line("filming one more game")
-        player = AtariPlayer(make_factory(config), evaluation_seed(config))
-        score = film(model, player, Path(modes["video"]), deterministic=deterministic)
-        screen.line(f"video of one game (score {score:g}): {modes['video']}")
+        player = AtariPlayer(factory, evaluation_seed(config))
+        write_video(Path(modes["video"]), moments(model, player, deterministic=deterministic))
+        screen.line(f"video of one game (score {player.score:g}): {modes['video']}")
     return 0
 
 
@@ -102,27 +100,22 @@ def play_games(
     """Raw scores and lengths (in timesteps) of whole games, each told when it is over."""
     told = 0
 
-    def tell(scores: Sequence[float], lengths: Sequence[int]) -> None:
+    def tell(scores: list[float], lengths: list[int]) -> None:
         nonlocal told
         for score, length in zip(scores[told:], lengths[told:], strict=True):
             told += 1
             screen.line(f"game {told} of {episodes}: score {score:g}, {length:,} timesteps")
 
-    def after_step(seen: dict[str, Any], _globals: dict[str, Any]) -> None:
-        tell(seen["episode_rewards"], seen["episode_lengths"])
-
     env = make_factory(config)(min(episodes, EVALUATION_ENVS), evaluation_seed(config))
-    try:
-        scores, lengths = evaluate_policy(
-            model,
-            env,
-            n_eval_episodes=episodes,
-            deterministic=deterministic,
-            callback=after_step,
-            return_episode_rewards=True,
-        )
-    finally:
-        env.close()
+    scores, lengths = evaluate_policy(
+        model,
+        env,
+        n_eval_episodes=episodes,
+        deterministic=deterministic,
+        callback=lambda seen, _: tell(seen["episode_rewards"], seen["episode_lengths"]),
+        return_episode_rewards=True,
+    )
+    env.close()
     assert isinstance(scores, list) and isinstance(lengths, list)
     tell(scores, lengths)
     return scores, lengths
@@ -132,17 +125,19 @@ def visit_rooms(
     model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
 ) -> tuple[list[float], list[int]]:
     """`play_games` for a game of rooms, one after the other, with the rooms that were entered."""
-    scores, lengths, entered = [], [], set()
+    scores: list[float] = []
+    lengths: list[int] = []
+    entered: set[int] = set()
     for game in range(episodes):
         seed = (evaluation_seed(config) + game) % 2**31
         player = AtariPlayer(make_factory(config), seed)
-        score, length, rooms = visit(model, player, deterministic=deterministic)
+        rooms = {player.room() for _ in play(model, player, deterministic=deterministic)}
         screen.line(
-            f"game {game + 1} of {episodes}: score {score:g}, {length:,} timesteps, rooms "
-            f"{', '.join(map(str, sorted(rooms)))}"
+            f"game {game + 1} of {episodes}: score {player.score:g}, {player.timesteps:,} "
+            f"timesteps, rooms {', '.join(map(str, sorted(rooms)))}"
         )
-        scores.append(score)
-        lengths.append(length)
+        scores.append(player.score)
+        lengths.append(player.timesteps)
         entered |= rooms
     screen.line(f"rooms entered: {len(entered)} ({', '.join(map(str, sorted(entered)))})")
     return scores, lengths

@@ -18,9 +18,9 @@ from ncrl.agents.atari.config import (
     HARD_GAMES,
     RunConfig,
     camel_case,
-    default_games,
     machine_sizes,
     make_factory,
+    with_sizes,
 )
 from ncrl.agents.runs.directory import RunDirectory
 
@@ -28,17 +28,10 @@ SCRIPT = Path(ncrl.__file__).resolve().parent.parent / "run_atari.py"
 """In a clone; an installed package has the command `ncrl` alone."""
 
 
-def _program() -> str:
-    """As what this was started: the command `ncrl`, `python -m ncrl`, or the script of a clone."""
-    started = Path(sys.argv[0]).parts
-    return (
-        "ncrl"
-        if started[-1:] == ("ncrl",) or started[-2:] == ("ncrl", "__main__.py")
-        else SCRIPT.name
-    )
-
-
-PROGRAM = _program()
+_started = Path(sys.argv[0]).parts
+_is_ncrl = _started[-1:] == ("ncrl",) or _started[-2:] == ("ncrl", "__main__.py")
+PROGRAM = "ncrl" if _is_ncrl else SCRIPT.name
+"""As what this was started: the command `ncrl`, `python -m ncrl`, or the script of a clone."""
 
 COLUMNS = 79
 """Width of the summary."""
@@ -51,12 +44,10 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
     heads = {"actor": model.policy.action_net, "critic": model.policy.value_net}
     sizes = ", ".join(f"{name} {_parameters(head):,}" for name, head in heads.items())
     played = f", {model.num_timesteps * FRAMES_PER_TIMESTEP:,} played" if model._n_updates else ""
-    workers = (
-        f"{model.n_workers} workers of {model.n_envs // model.n_workers} games"
-        + (f" on the Ray cluster {config.cluster}" if config.cluster is not None else "")
-        if model.n_workers
-        else f"serial, {model.n_envs} games in this process"
-    )
+    workers = f"serial, {model.n_envs} games in this process"
+    if model.n_workers:
+        workers = f"{model.n_workers} workers of {model.n_envs // model.n_workers} games"
+        workers += f" on the Ray cluster {config.cluster}" if config.cluster is not None else ""
     lines = [
         f"game       {camel_case(factory.game)}, {config.frames:,} frames{played}",
         f"protocol   {config.protocol}: sticky actions {rules['sticky_actions']:g}, "
@@ -72,27 +63,23 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
             f"bonus      {config.intrinsic_reward}, weight {config.int_coef:g} beside "
             f"{config.ext_coef:g} of the game's rewards, after {config.bonus_warmup:,} timesteps"
         )
-    fitting = machine_sizes(config)
-    usual = default_games(replace(config, workers=None, games=None), fitting.workers)
-    if config.cluster is None and (config.workers, config.games) == (fitting.workers, usual):
-        lines.insert(
-            3,
-            f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and these "
-            f"games for {fitting.reason}",
-        )
+    if config.cluster is None:
+        usual = with_sizes(replace(config, workers=None, games=None, batch_size=None))
+        if (config.workers, config.games) == (usual.workers, usual.games):
+            lines.insert(
+                3,
+                f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and "
+                f"these games for {machine_sizes(config).reason}",
+            )
     lines = [part for line in lines for part in wrapped(line)]
     curves = command_line("-m", "tensorboard.main", "--logdir", str(run.path.parent))
     lines += [f"run        {run.path}", f"curves     {curves}"]  # to be pasted, so never wrapped
-    if factory.game in HARD_GAMES:
-        lines += wrapped(f"expect     {expectation(factory.game, config.intrinsic_reward)}")
+    if hard := HARD_GAMES.get(factory.game):
+        reached = EXPLORED.get(factory.game, f"no run of ours with a bonus yet; without, {hard}")
+        if config.intrinsic_reward == "none":
+            reached = f"{hard} without a bonus; a score of 0 is no fault"
+        lines += wrapped(f"expect     {reached}")
     return lines
-
-
-def expectation(game: str, intrinsic_reward: str) -> str:
-    """What such a run has reached, of the hard games."""
-    if intrinsic_reward == "none":
-        return f"{HARD_GAMES[game]} without a bonus; a score of 0 is no fault"
-    return EXPLORED.get(game, f"no run of ours with a bonus yet; without, {HARD_GAMES[game]}")
 
 
 def wrapped(line: str) -> list[str]:

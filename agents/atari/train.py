@@ -8,9 +8,11 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
@@ -21,17 +23,9 @@ from ncrl.agents.atari.config import (
     choose_config,
     head_options,
     make_factory,
-    num_games,
-    timesteps_per_update,
-    with_bonus,
 )
 from ncrl.agents.atari.summary import PROGRAM, resume_line, summary
-from ncrl.agents.runs.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    newest_checkpoint,
-    resume,
-)
+from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint, resume
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.runs.progress import Progress
 from ncrl.shell.hardware import choose_device, is_lack_of_memory
@@ -39,13 +33,6 @@ from ncrl.shell.screen import Screen
 from ncrl.shell.signals import StopSignals
 
 EXIT_FAILED = 1
-
-SAME_IN_A3C = (
-    *("n_steps", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "rms_prop_eps"),
-    *("orth_coef", "balance_coef", "correction"),
-    *("intrinsic_reward", "int_coef", "ext_coef", "int_gamma", "imitation_coef"),
-)
-"""Fields that are arguments of `A3C` under the same name."""
 
 
 class Job(NamedTuple):
@@ -71,14 +58,20 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
     with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
         model: A3C | None = None
         try:
-            checkpoint = None if resumed is None else newest_unfinished(run, config)
+            checkpoint = None if resumed is None else newest_checkpoint(run.checkpoints)
+            if checkpoint and checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
+                played = f"{run.path} has played its {config.frames:,} frames"
+                raise ValueError(f"{played}; give a larger --frames to go on")
             model = build_model(config, profile=bool(modes["profile"]))
             if checkpoint is not None:
                 resume(model, checkpoint)
             try:
                 if resumed is None:  # else with the first checkpoint
                     run.write_config(asdict(config))
-                model.set_logger(run.make_logger(model.num_timesteps))
+                curves = run.make_logger(model.num_timesteps)
+                settings = yaml.safe_dump(asdict(config), sort_keys=False)
+                curves.record("settings", f"```\n{settings}```", exclude="csv")
+                model.set_logger(curves)
             except OSError as error:
                 raise cannot_write(run.path, error) from error
             yield Job(model, config, run)
@@ -88,11 +81,7 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
 
 
 def build_model(config: RunConfig, **options: Any) -> A3C:
-    """`make_model`, on a machine that is large enough.
-
-    Raises:
-        ValueError: naming what is too large for it.
-    """
+    """`make_model`; ValueError on a machine that is too small for it."""
     try:
         model = make_model(config, **options)
         model.check_machine()
@@ -106,33 +95,21 @@ def build_model(config: RunConfig, **options: Any) -> A3C:
 def out_of_memory(config: RunConfig) -> str:
     """What to lower, in one line."""
     return (
-        f"out of memory; lower games ({num_games(config)}; n_envs of A3C), n_steps "
+        f"out of memory; lower games ({config.games}; n_envs of A3C), n_steps "
         f"({config.n_steps}) or lstm_hidden_size ({config.lstm_hidden_size})"
     )
 
 
-def newest_unfinished(run: RunDirectory, config: RunConfig) -> Checkpoint:
-    """The checkpoint to go on from; ValueError if nothing is left to play."""
-    checkpoint = newest_checkpoint(run.checkpoints)
-    if checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
-        raise ValueError(
-            f"{run.path} has played its {config.frames:,} frames; give a larger --frames to go on"
-        )
-    return checkpoint
-
-
 def make_model(config: RunConfig, **options: Any) -> A3C:
     """A fresh model; `options` replace arguments of `A3C`."""
-    config = with_bonus(config)
     rate = config.learning_rate
-    arguments: dict[str, Any] = {
+    same = {name for name in signature(A3C).parameters if hasattr(config, name)}
+    arguments: dict[str, Any] = {name: getattr(config, name) for name in same} | {
         "env": make_factory(config),
         "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
         "use_rms_prop": config.optimizer == "rmsprop",
         "n_workers": config.workers or 0,
-        "n_envs": num_games(config),
-        "cluster": config.cluster,
-        "batch_size": timesteps_per_update(config, config.batch_size),
+        "n_envs": config.games,
         "policy_kwargs": {
             "head": config.layer,
             "head_kwargs": head_options(config),
@@ -142,11 +119,7 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
         "limits": Limits(
             heartbeat_timeout=config.heartbeat_timeout, max_restarts=config.max_restarts
         ),
-        "seed": config.seed,
-        "device": config.device,
     }
-    for name in SAME_IN_A3C:
-        arguments[name] = getattr(config, name)
     if config.intrinsic_reward != "none":
         arguments["intrinsic_kwargs"] = bonus_options(config)
     return A3C("CnnLstmPolicy", **(arguments | options))

@@ -6,18 +6,16 @@ Components and slots are numbered from 1 on the picture; component 1 has the lar
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ncrl.neurocoder import NeurocoderLinear
 from ncrl.sb3 import EnginePolicy, Latent
@@ -40,59 +38,34 @@ HISTORY = 160
 MIN_SPREAD = 0.001
 """Smallest end of a colour scale, so that uniform weights do not show their rounding errors."""
 
+Colour = tuple[int, int, int]
 
-class HeadView(NamedTuple):
-    """One output layer of the policy at one timestep."""
 
-    name: str
-    """What the head computes: `actor` or `critic`."""
-
-    attention: np.ndarray | None
-    """Attention weights of the memories u, v, s, [3, R, P]; None for other layers."""
+Heads = Mapping[str, np.ndarray | None]
+"""`actor` and `critic`: attention weights of the memories u, v, s, [3, R, P]; None for layers
+without."""
 
 
 class Moment(NamedTuple):
     """One timestep of a game: what was seen, and what the agent made of it."""
 
-    frame: np.ndarray
-    """Screen of the game, RGB uint8 [height, width, 3]."""
-
-    score: float
-    """Sum of the raw rewards of the game so far."""
-
+    frame: np.ndarray  # the screen, RGB uint8 [height, width, 3]
+    score: float  # raw rewards of the game so far
     timestep: int
-    """Timesteps since the start of the game."""
-
-    action: str
-    """Name of the action taken."""
-
-    value: float
-    """The critic's estimate of the return."""
-
-    probabilities: np.ndarray
-    """Probability of each action, [A]."""
-
+    action: str  # the one taken
+    value: float  # the critic's estimate of the return
+    probabilities: np.ndarray  # [A]
     action_names: Sequence[str]
-    """Names of the A actions."""
-
-    heads: Sequence[HeadView]
-    """At most two."""
-
-    bonus: float | None = None
-    """How new the learner finds what is seen, before any scaling; None without a bonus."""
+    heads: Heads
+    bonus: float | None = None  # how new this is to the learner, before any scaling
 
 
 class Trace(NamedTuple):
     """What the picture remembers of one head's attention; see `remember`."""
 
-    weights: np.ndarray
-    """The latest weights as deviations from uniform ones, [R, P]: 0 is uniform, 1 twice that."""
-
-    spread: float
-    """Largest deviation of all weights so far."""
-
-    slot_use: np.ndarray
-    """Mean of `weights` over components for up to `HISTORY` timesteps, [T, P], latest last."""
+    weights: np.ndarray  # [R, P], the latest, as deviations: 0 is uniform, 1 twice that
+    spread: float  # largest deviation of all weights so far
+    slot_use: np.ndarray  # [T, P], mean of `weights` for up to `HISTORY` timesteps, latest last
 
 
 class Box(NamedTuple):
@@ -135,30 +108,37 @@ PALETTE = np.stack(
 ).astype(np.uint8)  # [256, 3]
 
 SMALL, MEDIUM, LARGE = 0.4, 0.48, 0.75
+"""OpenCV's font scales."""
+
+NOTES = (
+    "Left vectors' weights (u) as multiples of uniform ones; strips: mean over components. "
+    "White: most attended slot.",
+    "Scales are centred on uniform weights, or on the mean over the strip for the change; "
+    "they end at the largest deviation.",
+)
 
 
 @torch.no_grad()
-def view_heads(policy: EnginePolicy, latent: Latent) -> list[HeadView]:
+def view_heads(policy: EnginePolicy, latent: Latent) -> Heads:
     """Attention of the policy's actor and critic for one latent, [1, ...]."""
     extractor = policy.mlp_extractor
-    return [
-        _view_head("actor", policy.action_net, extractor.forward_actor(latent.actor)),
-        _view_head("critic", policy.value_net, extractor.forward_critic(latent.critic)),
-    ]
-
-
-def _view_head(name: str, head: nn.Module, x: Tensor) -> HeadView:
-    if not isinstance(head, NeurocoderLinear):
-        return HeadView(name, None)
-    return HeadView(name, torch.stack(head.attend(x)).squeeze(1).cpu().numpy())
+    read = {
+        "actor": (policy.action_net, extractor.forward_actor(latent.actor)),
+        "critic": (policy.value_net, extractor.forward_critic(latent.critic)),
+    }
+    return {
+        name: torch.stack(head.attend(x)).squeeze(1).cpu().numpy()
+        if isinstance(head, NeurocoderLinear)
+        else None
+        for name, (head, x) in read.items()
+    }
 
 
 def check_path(path: Path) -> None:
     """Refuse a video's path at once, rather than after hours of play.
 
     Raises:
-        ValueError: if its suffix is none of `CODECS`.
-        ValueError: if its folder does not exist or cannot be written to.
+        ValueError: for a suffix that is none of `CODECS`, or a folder that cannot be written to.
     """
     if path.suffix.lower() not in CODECS:
         raise ValueError(f"a video's name ends in {' or '.join(CODECS)}, got {str(path)!r}")
@@ -168,85 +148,43 @@ def check_path(path: Path) -> None:
         raise ValueError(f"cannot write the video {str(path)!r}")
 
 
-class GameVideo:
-    """A video file that grows by one picture per timestep, under another name until it is closed.
+def write_video(path: Path, moments: Iterable[Moment], fps: float = FPS) -> None:
+    """A video file of one picture per timestep, under another name until it is whole.
 
     Args:
         path: ends in `.mp4` or `.webm`; an existing file is replaced.
+        moments: of one game. Whatever they raise, nothing is left behind.
         fps: pictures, hence timesteps, per second.
 
     Raises:
         ValueError: for another suffix.
         OSError: if the file cannot be written.
-
-    Example:
-        >>> with GameVideo("game.mp4") as video:
-        ...     video.add(moment)
     """
-
-    def __init__(self, path: str | Path, fps: float = FPS) -> None:
-        self.path = Path(path)
-        check_path(self.path)
-        self._target = self.path.resolve()  # a link stays one
-        self._growing = self._target.with_name(f".{self.path.stem}.growing{self.path.suffix}")
-        codec = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix.lower()])
-        with _writer_options():
-            self._writer = cv2.VideoWriter(
-                str(self._growing), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT)
-            )
-        if not self._writer.isOpened():
-            raise OSError(f"OpenCV cannot write the video {str(path)!r}")
-        self._traces: dict[str, Trace] = {}
-        self._bonuses: deque[float] = deque(maxlen=HISTORY)
-
-    def add(self, moment: Moment) -> None:
-        """Append the picture of one timestep.
-
-        Raises:
-            ValueError: after `close`.
-        """
-        if not self._writer.isOpened():
-            raise ValueError(f"the video {str(self.path)!r} is closed")
-        for name, attention in moment.heads:
-            if attention is not None:
-                self._traces[name] = remember(self._traces.get(name), attention)
-        if moment.bonus is not None:
-            self._bonuses.append(moment.bonus)
-        picture = compose(moment, self._traces, self._bonuses)
-        self._writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-
-    def close(self) -> None:
-        """Finish the file, which is then there under its name."""
-        if self._writer.isOpened():
-            self._writer.release()
-            os.replace(self._growing, self._target)
-
-    def __enter__(self) -> GameVideo:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._writer.release()
-            self._growing.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writer_options() -> Iterator[None]:
-    """OpenCV asks for hundreds of megabits per second, and takes other wishes from here alone."""
-    name, before = "OPENCV_FFMPEG_WRITER_OPTIONS", os.environ.get("OPENCV_FFMPEG_WRITER_OPTIONS")
-    os.environ[name] = before or WRITER_OPTIONS
+    check_path(path)
+    target = path.resolve()  # a link stays one
+    growing = target.with_name(f".{path.stem}.growing{path.suffix}")
+    codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
+    # OpenCV asks for hundreds of megabits a second, and takes other wishes from here alone.
+    os.environ.setdefault("OPENCV_FFMPEG_WRITER_OPTIONS", WRITER_OPTIONS)
+    writer = cv2.VideoWriter(str(growing), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT))
+    if not writer.isOpened():
+        raise OSError(f"OpenCV cannot write the video {str(path)!r}")
+    traces: dict[str, Trace] = {}
+    bonuses: deque[float] = deque(maxlen=HISTORY)
     try:
-        yield
+        for moment in moments:
+            for name, attention in moment.heads.items():
+                if attention is not None:
+                    traces[name] = remember(traces.get(name), attention)
+            if moment.bonus is not None:
+                bonuses.append(moment.bonus)
+            picture = compose(moment, traces, bonuses)
+            writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        writer.release()
+        os.replace(growing, target)
     finally:
-        if before is None:
-            del os.environ[name]
+        writer.release()
+        growing.unlink(missing_ok=True)
 
 
 def remember(trace: Trace | None, attention: np.ndarray) -> Trace:
@@ -269,6 +207,51 @@ def _spread(deviations: np.ndarray) -> float:
     return max(MIN_SPREAD, float(np.abs(deviations).max()))
 
 
+# The picture.
+
+
+class _Canvas:
+    """A picture [height, width, 3], and the ways to draw on it."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.picture = np.full((height, width, 3), BACKGROUND, np.uint8)
+
+    def fill(self, box: Box, colour: Colour = PLOT) -> None:
+        self.picture[box.top : box.bottom, box.left : box.right] = colour
+
+    def paste(self, box: Box, image: np.ndarray) -> None:
+        """Put an image [height, width, 3] into a box; pixels are repeated or averaged."""
+        # one direction after the other: a heat map may be wider than its box and lower than it
+        for size in ((box.width, image.shape[0]), (box.width, box.height)):
+            shrinks = size[0] < image.shape[1] or size[1] < image.shape[0]
+            interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
+            image = cv2.resize(np.ascontiguousarray(image), size, interpolation=interpolation)
+        self.picture[box.top : box.bottom, box.left : box.right] = image
+
+    def text(
+        self,
+        text: str,
+        x: int,
+        y: int,
+        size: float = SMALL,
+        colour: Colour = GREY,
+        *,
+        align: float = 0.0,
+        room: float = math.inf,
+    ) -> None:
+        """Write a line of ASCII, shrunk to `room` pixels.
+
+        `x` is its left end (align 0), centre (0.5) or right end (1), `y` its middle.
+        """
+        font = cv2.FONT_HERSHEY_SIMPLEX
+        width, height = cv2.getTextSize(text, font, size, 1)[0]
+        if width > room:
+            size *= room / width
+            width, height = cv2.getTextSize(text, font, size, 1)[0]
+        start = (round(x - align * width), y + height // 2)
+        cv2.putText(self.picture, text, start, font, size, colour, 1, cv2.LINE_AA)
+
+
 def compose(
     moment: Moment, traces: Mapping[str, Trace], bonuses: Sequence[float] = ()
 ) -> np.ndarray:
@@ -279,20 +262,23 @@ def compose(
         traces: by name of the head, for heads with attention; the moment's own is the latest.
         bonuses: of up to `HISTORY` timesteps, the moment's own last; empty without a bonus.
     """
-    picture = np.full((HEIGHT, WIDTH, 3), BACKGROUND, np.uint8)
-    _draw_game(picture, moment.frame)
+    canvas = _Canvas(WIDTH, HEIGHT)
+    canvas.paste(game_box(moment.frame), moment.frame)
     if bonuses:
-        _draw_bonus(picture, bonuses)
-    _draw_readouts(picture, moment)
-    _draw_actions(picture, moment)
-    for box, (name, attention) in zip(HEADS, moment.heads, strict=False):
+        _draw_bonus(canvas, bonuses)
+    _draw_readouts(canvas, moment)
+    _draw_actions(canvas, moment)
+    for box, (name, attention) in zip(HEADS, moment.heads.items(), strict=True):
+        canvas.text(name, box.left, box.top + 8, MEDIUM, WHITE)
         if attention is None:
-            _draw_plain_head(picture, box, name)
+            note = "no Neurocoder layer: no program slots to attend to"
+            canvas.text(note, box.left, box.top + 32, room=box.width)
         else:
-            _draw_head(picture, box, name, traces[name])
-    if any(head.attention is not None for head in moment.heads):
-        _draw_legend(picture)
-    return picture
+            _draw_head(canvas, box, traces[name])
+    if traces:
+        for line, note in enumerate(NOTES):
+            canvas.text(note, LEGEND.left, LEGEND.top + 8 + 16 * line, room=LEGEND.width)
+    return canvas.picture
 
 
 def game_box(frame: np.ndarray) -> Box:
@@ -306,27 +292,23 @@ def game_box(frame: np.ndarray) -> Box:
     return Box(left, GAME.top + (GAME.height - shown_height) // 2, shown_width, shown_height)
 
 
-def _draw_game(picture: np.ndarray, frame: np.ndarray) -> None:
-    _paste(picture, game_box(frame), frame)
-
-
-def _draw_bonus(picture: np.ndarray, bonuses: Sequence[float]) -> None:
+def _draw_bonus(canvas: _Canvas, bonuses: Sequence[float]) -> None:
     """A bar for every timestep, the latest at the right; the largest one is as high as the plot."""
-    _fill(picture, BONUS, PLOT)
+    canvas.fill(BONUS)
     largest = max(*bonuses, 1e-12)
     width = BONUS.width // HISTORY
     for age, bonus in enumerate(reversed(bonuses)):
         height = round(BONUS.height * max(bonus, 0.0) / largest)
-        left = BONUS.right - (age + 1) * width
-        bar = Box(left, BONUS.bottom - height, width - 1, height)
-        _fill(picture, bar, BAR if age else ACCENT)
-    _text(picture, f"bonus: {bonuses[-1]:.3g}", (BONUS.left, BONUS.top - 9), SMALL, GREY)
-    _text(picture, f"{largest:.3g}", (BONUS.right, BONUS.top - 9), SMALL, GREY, align=1.0)
+        bar = Box(BONUS.right - (age + 1) * width, BONUS.bottom - height, width - 1, height)
+        canvas.fill(bar, BAR if age else ACCENT)
+    canvas.text(f"bonus: {bonuses[-1]:.3g}", BONUS.left, BONUS.top - 9)
+    canvas.text(f"{largest:.3g}", BONUS.right, BONUS.top - 9, align=1.0)
 
 
-def _draw_readouts(picture: np.ndarray, moment: Moment) -> None:
+def _draw_readouts(canvas: _Canvas, moment: Moment) -> None:
+    score = moment.score
     readouts = {
-        "score": _number(moment.score),
+        "score": f"{score:.0f}" if score == round(score) else f"{score:.2f}",
         "timestep": str(moment.timestep),
         "action": moment.action,
         "value": f"{moment.value:.3f}",
@@ -334,75 +316,54 @@ def _draw_readouts(picture: np.ndarray, moment: Moment) -> None:
     width = READOUTS.width // len(readouts)
     for column, (label, value) in enumerate(readouts.items()):
         left = READOUTS.left + column * width
-        _text(picture, label, (left, READOUTS.top + 8), SMALL, GREY)
+        canvas.text(label, left, READOUTS.top + 8)
         colour = ACCENT if label == "action" else WHITE
-        _text(picture, value, (left, READOUTS.top + 34), LARGE, colour, room=width - 16)
+        canvas.text(value, left, READOUTS.top + 34, LARGE, colour, room=width - 16)
 
 
-def _number(score: float) -> str:
-    return f"{score:.0f}" if score == round(score) else f"{score:.2f}"
-
-
-def _draw_actions(picture: np.ndarray, moment: Moment) -> None:
-    _text(picture, "action probabilities", (ACTIONS.left, ACTIONS.top + 8), MEDIUM, WHITE)
+def _draw_actions(canvas: _Canvas, moment: Moment) -> None:
+    """A bar for every action; the likeliest one's is full, since many are small."""
+    canvas.text("action probabilities", ACTIONS.left, ACTIONS.top + 8, MEDIUM, WHITE)
     columns = -(-len(moment.action_names) // ROWS_OF_ACTIONS)
     width = (ACTIONS.width + 24) // columns - 24
+    likeliest = max(float(moment.probabilities.max()), 1e-12)
     for index, name in enumerate(moment.action_names):
         column, row = divmod(index, ROWS_OF_ACTIONS)
-        line = Box(ACTIONS.left + column * (width + 24), ACTIONS.top + 20 + 16 * row, width, 16)
-        taken = name == moment.action
-        _draw_action(picture, line, name, float(moment.probabilities[index]), taken=taken)
+        left, top = ACTIONS.left + column * (width + 24), ACTIONS.top + 20 + 16 * row
+        probability, taken = float(moment.probabilities[index]), name == moment.action
+        canvas.text(name, left, top + 8, colour=ACCENT if taken else GREY, room=112)
+        bar = Box(left + 120, top + 3, width - 120 - 48, 10)
+        canvas.fill(bar)
+        filled = round(bar.width * probability / likeliest)
+        canvas.fill(bar._replace(width=filled), ACCENT if taken else BAR)
+        canvas.text(f"{probability:.3f}", left + width, top + 8, align=1.0)
 
 
-def _draw_action(
-    picture: np.ndarray, line: Box, name: str, probability: float, *, taken: bool
-) -> None:
-    middle = line.top + line.height // 2
-    colour = ACCENT if taken else GREY
-    _text(picture, name, (line.left, middle), SMALL, colour, room=112)
-    bar = Box(line.left + 120, line.top + 3, line.width - 120 - 48, line.height - 6)
-    _fill(picture, bar, PLOT)
-    filled = round(bar.width * min(max(probability, 0.0), 1.0))
-    _fill(picture, bar._replace(width=filled), ACCENT if taken else BAR)
-    _text(picture, f"{probability:.3f}", (line.right, middle), SMALL, colour, align=1.0)
-
-
-def _draw_plain_head(picture: np.ndarray, box: Box, name: str) -> None:
-    _text(picture, name, (box.left, box.top + 8), MEDIUM, WHITE)
-    note = "no Neurocoder layer: no program slots to attend to"
-    _text(picture, note, (box.left, box.top + 32), SMALL, GREY, room=box.width)
-
-
-def _draw_head(picture: np.ndarray, box: Box, name: str, trace: Trace) -> None:
+def _draw_head(canvas: _Canvas, box: Box, trace: Trace) -> None:
     num_components, num_slots = trace.weights.shape
     most_used = f"most attended slot: {trace.slot_use[-1].argmax() + 1}"
-    _text(picture, name, (box.left, box.top + 8), MEDIUM, WHITE)
-    _text(picture, most_used, (box.right, box.top + 8), SMALL, WHITE, align=1.0)
+    canvas.text(most_used, box.right, box.top + 8, colour=WHITE, align=1.0)
 
     now = Box(box.left + 40, box.top + 44, box.width - 40, 105)
     low = max(-trace.spread, -1.0)  # no weight is negative
-    _draw_title(picture, now, "attention now", _multiples(low, trace.spread))
-    _paste(picture, now, _colours(trace.weights, low, trace.spread))
-    _draw_rows_axis(picture, now, "component", num_components)
-    _draw_columns_axis(picture, now, "1", "slot", str(num_slots))
+    image, ends = _colours(trace.weights, low, trace.spread), _multiples(low, trace.spread)
+    _draw_map(canvas, now, "attention now", ends, image, ("component", num_components))
+    _draw_columns_axis(canvas, now, "1", "slot", str(num_slots))
 
     use = trace.slot_use  # [T, P]
     recent = Box(now.left, now.bottom + 44, now.width, 160)
     high = _spread(use)
     low = max(-high, -1.0)
-    colours = _colours(use, low, high)
-    colours[np.arange(len(use)), use.argmax(axis=1)] = WHITE
-    _draw_title(picture, recent, "use of slots", _multiples(low, high))
-    _paste(picture, recent, _strip(colours))
-    _draw_rows_axis(picture, recent, "slot", num_slots)
+    image, ends = _colours(use, low, high), _multiples(low, high)
+    image[np.arange(len(use)), use.argmax(axis=1)] = WHITE
+    _draw_map(canvas, recent, "use of slots", ends, _strip(image), ("slot", num_slots))
 
     change = use - use.mean(axis=0)
     high = _spread(change)
+    image, ends = _strip(_colours(change, -high, high)), (f"{-high:.3f}x", f"{high:+.3f}x")
     recent = recent._replace(top=recent.bottom + 26)
-    _draw_title(picture, recent, "change of use", (f"{-high:.3f}x", f"{high:+.3f}x"))
-    _paste(picture, recent, _strip(_colours(change, -high, high)))
-    _draw_rows_axis(picture, recent, "slot", num_slots)
-    _draw_columns_axis(picture, recent, f"-{HISTORY - 1}", "time (timesteps)", "now")
+    _draw_map(canvas, recent, "change of use", ends, image, ("slot", num_slots))
+    _draw_columns_axis(canvas, recent, f"-{HISTORY - 1}", "time (timesteps)", "now")
 
 
 def _strip(colours: np.ndarray) -> np.ndarray:
@@ -424,85 +385,32 @@ def _multiples(low: float, high: float) -> tuple[str, str]:
     return f"{1 + low:.{decimals}f}x", f"{1 + high:.{decimals}f}x"
 
 
-def _draw_title(picture: np.ndarray, plot: Box, title: str, ends: tuple[str, str]) -> None:
-    """Title above a plot, and its colour scale between the numbers at its ends."""
-    middle = plot.top - 11
-    _text(picture, title, (plot.left, middle), SMALL, GREY)
-    _text(picture, ends[1], (plot.right, middle), SMALL, GREY, align=1.0)
-    bar = Box(plot.right - 56 - 80, middle - 4, 80, 8)
-    _paste(picture, bar, PALETTE[np.newaxis])
-    _text(picture, ends[0], (bar.left - 6, middle), SMALL, GREY, align=1.0)
-
-
-def _draw_rows_axis(picture: np.ndarray, plot: Box, label: str, count: int) -> None:
-    """Numbers of the first and last row left of a plot, and what the rows are, upwards."""
-    _text(picture, "1", (plot.left - 5, plot.top + 6), SMALL, GREY, align=1.0)
-    if count > 1:
-        _text(picture, str(count), (plot.left - 5, plot.bottom - 6), SMALL, GREY, align=1.0)
-    upwards = np.full((plot.height, 16, 3), BACKGROUND, np.uint8)
-    lying = np.ascontiguousarray(np.rot90(upwards, -1))  # [16, height, 3]
-    _text(lying, label, (plot.height // 2, 8), SMALL, GREY, align=0.5)
-    _paste(picture, Box(plot.left - 40, plot.top, 16, plot.height), np.rot90(lying))
-
-
-def _draw_columns_axis(picture: np.ndarray, plot: Box, first: str, label: str, last: str) -> None:
-    middle = plot.bottom + 10
-    _text(picture, first, (plot.left, middle), SMALL, GREY)
-    _text(picture, label, (plot.left + plot.width // 2, middle), SMALL, GREY, align=0.5)
-    _text(picture, last, (plot.right, middle), SMALL, GREY, align=1.0)
-
-
-def _draw_legend(picture: np.ndarray) -> None:
-    notes = (
-        "Left vectors' weights (u) as multiples of uniform ones; strips: mean over components. "
-        "White: most attended slot.",
-        "Scales are centred on uniform weights, or on the mean over the strip for the change; "
-        "they end at the largest deviation.",
-    )
-    for line, note in enumerate(notes):
-        at = (LEGEND.left, LEGEND.top + 8 + 16 * line)
-        _text(picture, note, at, SMALL, GREY, room=LEGEND.width)
-
-
-def _text(
-    picture: np.ndarray,
-    text: str,
-    at: tuple[int, int],
-    size: float,
-    colour: tuple[int, int, int],
-    *,
-    align: float = 0.0,
-    room: int | None = None,
+def _draw_map(
+    canvas: _Canvas,
+    plot: Box,
+    title: str,
+    ends: tuple[str, str],
+    image: np.ndarray,
+    rows: tuple[str, int],
 ) -> None:
-    """Write one line.
-
-    Args:
-        picture: changed in place.
-        text: ASCII.
-        at: x of the left end (align 0), centre (0.5) or right end (1), and y of the middle.
-        size: OpenCV's font scale.
-        colour: RGB.
-        align: see `at`.
-        room: width in pixels that the text is shrunk to if it is longer.
-    """
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    width, height = cv2.getTextSize(text, font, size, 1)[0]
-    if room is not None and width > room:
-        size *= room / width
-        width, height = cv2.getTextSize(text, font, size, 1)[0]
-    start = (round(at[0] - align * width), at[1] + height // 2)
-    cv2.putText(picture, text, start, font, size, colour, 1, cv2.LINE_AA)
+    """A heat map below its title and colour scale; what its rows are stands upwards at the left."""
+    canvas.paste(plot, image)
+    canvas.text(title, plot.left, plot.top - 11)
+    canvas.text(ends[1], plot.right, plot.top - 11, align=1.0)
+    scale = Box(plot.right - 56 - 80, plot.top - 15, 80, 8)
+    canvas.paste(scale, PALETTE[np.newaxis])
+    canvas.text(ends[0], scale.left - 6, plot.top - 11, align=1.0)
+    label, count = rows
+    canvas.text("1", plot.left - 5, plot.top + 6, align=1.0)
+    if count > 1:
+        canvas.text(str(count), plot.left - 5, plot.bottom - 6, align=1.0)
+    lying = _Canvas(plot.height, 16)
+    lying.text(label, plot.height // 2, 8, align=0.5)
+    canvas.paste(Box(plot.left - 40, plot.top, 16, plot.height), np.rot90(lying.picture))
 
 
-def _fill(picture: np.ndarray, box: Box, colour: tuple[int, int, int]) -> None:
-    picture[box.top : box.bottom, box.left : box.right] = colour
-
-
-def _paste(picture: np.ndarray, box: Box, image: np.ndarray) -> None:
-    """Put an image [height, width, 3] into a box: pixels are repeated or averaged, not blurred."""
-    # one direction after the other: a heat map may be wider than its box and lower than it
-    for size in ((box.width, image.shape[0]), (box.width, box.height)):
-        shrinks = size[0] < image.shape[1] or size[1] < image.shape[0]
-        interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
-        image = cv2.resize(np.ascontiguousarray(image), size, interpolation=interpolation)
-    picture[box.top : box.bottom, box.left : box.right] = image
+def _draw_columns_axis(canvas: _Canvas, plot: Box, first: str, label: str, last: str) -> None:
+    middle = plot.bottom + 10
+    canvas.text(first, plot.left, middle)
+    canvas.text(label, plot.left + plot.width // 2, middle, align=0.5)
+    canvas.text(last, plot.right, middle, align=1.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ncrl.agents import A3C
-from ncrl.agents.atari.config import RunConfig, canonical, with_bonus, with_sizes
+from ncrl.agents.atari.config import RunConfig, with_game, with_sizes
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.defaults import FEW, IMAGES, MANY, defaults_for
 from ncrl.envs import atari
@@ -15,9 +15,7 @@ from ncrl.neurocoder import NeurocoderLinear
 
 
 def test_the_readmes_agent_is_the_commands() -> None:
-    config = with_sizes(
-        canonical(with_bonus(RunConfig(env="Pong", workers=0, games=8, device="cpu")))
-    )
+    config = with_sizes(with_game(RunConfig(env="Pong", workers=0, games=8, device="cpu")))
     command = make_model(config)
     python = A3C(
         "NeurocoderCnnLstmPolicy", atari("Pong"), n_workers=0, n_envs=8, seed=0, device="cpu"

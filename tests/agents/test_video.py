@@ -1,6 +1,6 @@
 """Videos: what is on a picture, and whether the files can be read back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from ncrl.agents.atari.video import (
     MIN_SPREAD,
     WIDTH,
     Box,
-    GameVideo,
-    HeadView,
     Moment,
     Trace,
     check_path,
@@ -31,6 +29,7 @@ from ncrl.agents.atari.video import (
     game_box,
     remember,
     view_heads,
+    write_video,
 )
 from ncrl.sb3 import CnnLstmPolicy, Latent, LstmPolicy, NeurocoderCnnLstmPolicy
 
@@ -53,7 +52,7 @@ def moment(seed: int = 0, *, coded: bool = True, action: str = "FIRE") -> Moment
         value=0.25,
         probabilities=np.array([0.1, 0.2, 0.3, 0.4]),
         action_names=ACTION_NAMES,
-        heads=[HeadView(name, attention(seed) if coded else None) for name in ("actor", "critic")],
+        heads={name: attention(seed) if coded else None for name in ("actor", "critic")},
     )
 
 
@@ -84,21 +83,20 @@ HEAD_KWARGS = {"num_slots": SLOTS, "num_heads": 3, "num_steps": 2, "num_least_us
 def test_heads_show_the_attention_behind_the_outputs(net_arch):
     coded = policy(NeurocoderCnnLstmPolicy, head_kwargs=HEAD_KWARGS, net_arch=net_arch)
     x = torch.randn(1, 16)
-    actor, critic = view_heads(coded, Latent(x, x))
-    assert (actor.name, critic.name) == ("actor", "critic")
-    for view, head, read in (
-        (actor, coded.action_net, coded.mlp_extractor.forward_actor(x)),
-        (critic, coded.value_net, coded.mlp_extractor.forward_critic(x)),
+    seen = view_heads(coded, Latent(x, x))
+    for name, head, read in (
+        ("actor", coded.action_net, coded.mlp_extractor.forward_actor(x)),
+        ("critic", coded.value_net, coded.mlp_extractor.forward_critic(x)),
     ):
         expected = torch.stack([weights[0] for weights in head.attend(read)])
-        assert view.attention.shape == (3, COMPONENTS, SLOTS)
-        np.testing.assert_array_equal(view.attention, expected.detach().numpy())
-    assert not np.array_equal(actor.attention, critic.attention)
+        assert seen[name].shape == (3, COMPONENTS, SLOTS)
+        np.testing.assert_array_equal(seen[name], expected.detach().numpy())
+    assert not np.array_equal(seen["actor"], seen["critic"])
 
 
 def test_plain_heads_have_no_attention():
     heads = view_heads(policy(CnnLstmPolicy), Latent(*torch.randn(2, 1, 16)))
-    assert heads == [HeadView("actor", None), HeadView("critic", None)]
+    assert heads == {"actor": None, "critic": None}
 
 
 # Memory of the picture
@@ -184,18 +182,18 @@ def test_the_action_taken_stands_out():
     assert set((rows - 20) // 16) == {0, 3}
 
 
+@pytest.mark.parametrize("largest", [1.0, 0.06])
 @pytest.mark.parametrize("num_actions", [2, 6, 18])
-def test_bars_are_as_long_as_the_probabilities(num_actions):
+def test_bars_are_as_long_as_the_probabilities_beside_the_largest(num_actions, largest):
     probabilities = np.zeros(num_actions)
-    probabilities[-1] = 1
+    probabilities[-1], probabilities[0] = largest, largest / 2
     names = [f"ACTION{index}" for index in range(num_actions)]
     shown = moment(action=names[0])._replace(action_names=names, probabilities=probabilities)
     picture = compose(shown, traces(0))
-    bars = (cut(picture, ACTIONS) == (84, 116, 168)).all(axis=2)
-    heights = bars.sum(axis=0)
-    assert set(heights) == {0, 10}
-    columns = -(-num_actions // 6)
-    assert (heights > 0).sum() == (ACTIONS.width + 24) // columns - 24 - 168
+    width = (ACTIONS.width + 24) // -(-num_actions // 6) - 24 - 168
+    for colour, length in ((BAR, width), (ACCENT, round(width / 2))):
+        heights = (cut(picture, ACTIONS)[20:] == colour).all(axis=2).sum(axis=0)
+        assert (heights == 10).sum() == length
 
 
 def test_plain_heads_are_drawn_without_traces():
@@ -241,15 +239,21 @@ def read(path: Path) -> list[np.ndarray]:
 
 
 def test_a_video_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
-    (tmp_path / "game.mp4").write_bytes(b"old")
-    with GameVideo(tmp_path / "game.mp4") as video:
-        video.add(moment())
-        assert (tmp_path / "game.mp4").read_bytes() == b"old"
-    assert len(read(tmp_path / "game.mp4")) == 1
-    with pytest.raises(KeyError), GameVideo(tmp_path / "other.mp4") as video:
-        video.add(moment())
-        raise KeyError
-    assert [path.name for path in tmp_path.iterdir()] == ["game.mp4"]
+    path = tmp_path / "game.mp4"
+    path.write_bytes(b"old")
+
+    def until(error: Exception | None) -> Iterator[Moment]:
+        yield moment()
+        assert path.read_bytes() == b"old"
+        if error is not None:
+            raise error
+
+    with pytest.raises(KeyError):
+        write_video(path, until(KeyError()))
+    assert path.read_bytes() == b"old"
+    write_video(path, until(None))
+    assert len(read(path)) == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".MP4"])
@@ -257,9 +261,8 @@ def test_a_video_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_video_can_be_read_back(tmp_path, suffix, coded):
     path = tmp_path / f"game{suffix}"
     shown = moment(coded=coded)._replace(frame=smooth_frame())
-    with GameVideo(path, fps=10) as video:
-        for seed in range(4):
-            video.add(shown._replace(heads=moment(seed, coded=coded).heads))
+    heads = [moment(seed, coded=coded).heads for seed in range(4)]
+    write_video(path, (shown._replace(heads=head) for head in heads), fps=10)
     pictures = read(path)
     assert [picture.shape for picture in pictures] == [(HEIGHT, WIDTH, 3)] * 4
     assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS) == 10
@@ -276,15 +279,11 @@ def smooth_frame() -> np.ndarray:
     return np.stack([x, y, np.full_like(x, 90)], axis=2).astype(np.uint8)
 
 
-def test_a_video_is_of_the_policy_that_plays(tmp_path):
-    coded = policy(NeurocoderCnnLstmPolicy, head_kwargs=HEAD_KWARGS)
-    with GameVideo(tmp_path / "game.mp4") as video:
-        for _ in range(2):
-            video.add(moment()._replace(heads=view_heads(coded, Latent(*torch.randn(2, 1, 16)))))
-    assert len(read(tmp_path / "game.mp4")) == 2
+def refuse_video(path: Path) -> None:
+    write_video(path, [])
 
 
-@pytest.mark.parametrize("refuse", [check_path, GameVideo])
+@pytest.mark.parametrize("refuse", [check_path, refuse_video])
 @pytest.mark.parametrize("name", ["game.avi", "game", "mp4"])
 def test_a_wrong_suffix_is_refused(tmp_path, name, refuse: Callable[[Path], object]):
     with pytest.raises(ValueError, match=rf"\.mp4 or \.webm, got .*{name}"):
@@ -292,7 +291,7 @@ def test_a_wrong_suffix_is_refused(tmp_path, name, refuse: Callable[[Path], obje
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("refuse", [check_path, GameVideo])
+@pytest.mark.parametrize("refuse", [check_path, refuse_video])
 @pytest.mark.parametrize("name", ["nowhere/game.mp4", "file/game.webm", "folder.mp4"])
 def test_a_path_that_cannot_be_written_is_an_error(
     tmp_path, name, refuse: Callable[[Path], object]
@@ -306,7 +305,7 @@ def test_a_path_that_cannot_be_written_is_an_error(
 def test_a_file_that_opencv_cannot_open_is_an_error(tmp_path):
     (tmp_path / "game.mp4").symlink_to(tmp_path / "nowhere" / "game.mp4")
     with pytest.raises(OSError, match=r"OpenCV cannot write .*game\.mp4"):
-        GameVideo(tmp_path / "game.mp4")
+        refuse_video(tmp_path / "game.mp4")
 
 
 def test_a_good_path_is_left_alone(tmp_path):
@@ -314,14 +313,3 @@ def test_a_good_path_is_left_alone(tmp_path):
     for name in ("new.mp4", "old.webm"):
         check_path(tmp_path / name)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
-
-
-@pytest.mark.parametrize("end", [GameVideo.close, lambda video: video.__exit__(None, None, None)])
-def test_a_closed_video_takes_no_more(tmp_path, end: Callable[[GameVideo], None]):
-    video = GameVideo(tmp_path / "game.mp4")
-    video.add(moment())
-    end(video)
-    video.close()  # twice is no error
-    with pytest.raises(ValueError, match=r"game\.mp4' is closed"):
-        video.add(moment())
-    assert len(read(tmp_path / "game.mp4")) == 1

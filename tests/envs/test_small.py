@@ -9,6 +9,7 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 
 from ncrl.envs import key_and_door, light, masked_cartpole, remember
+from ncrl.envs.small import KeyAndDoor
 
 FACTORIES = [masked_cartpole(), remember(delay=3, n_cues=3), light(max_steps=10)]
 
@@ -146,7 +147,7 @@ def test_key_and_door_pickles_and_plays_many():
 def test_chance_hardly_ever_opens_the_door():
     """The exact probability that a random walk takes the key and the door in time."""
     length, max_steps = 21, 64  # the defaults
-    assert key_and_door().make.args == (length, max_steps)
+    assert key_and_door().make.args == (KeyAndDoor, max_steps, length)
     where, opened = {(length // 2, False): 1.0}, 0.0
     for _ in range(max_steps):
         following: dict[tuple[int, bool], float] = {}
