@@ -6,6 +6,7 @@ that nothing about the data has to be stored: `random_stream` makes random strea
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -29,12 +30,11 @@ from ncrl.shell.screen import Progress
 from ncrl.shell.signals import Stopped, StopSignals, stop_signals
 from ncrl.shell.tensors import read_tensors, size_of, write_tensors
 from ncrl.tasks.experiment import Experiment, evaluating
-from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.recipes import Recipe, count_parameters
 from ncrl.tasks.results import (
     RESULT_FILE,
     Result,
     command_line,
-    count_parameters,
     fingerprint,
     is_curve,
     is_number,
@@ -93,11 +93,9 @@ class Run(NamedTuple):
 def identity(
     recipe: Recipe, data: str, readings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What makes two runs the same but for the seed, as plain values."""
-    values: dict[str, Any] = asdict(recipe)
-    # What the paper prints does not change what is trained.
-    for name in ("paper_parameters", "note"):
-        values.pop(name)
+    """What makes two runs the same but for the seed, as plain values. What the paper prints does
+    not change what is trained."""
+    values = {k: v for k, v in asdict(recipe).items() if k not in ("paper_parameters", "note")}
     return {"recipe": values, "data": data, "readings": dict(readings or {})}
 
 
@@ -138,7 +136,7 @@ def train(run: Run, experiment: Experiment) -> Result:
         Stopped: at SIGINT or SIGTERM, with a checkpoint written.
         ValueError: for a checkpoint that cannot be used.
     """
-    training = _Training(run, experiment)
+    training = Training(run, experiment)
     training.resume()
     total = experiment.num_updates
     with stop_signals() as stop, Progress(run.title, total, training.update) as progress:
@@ -146,20 +144,7 @@ def train(run: Run, experiment: Experiment) -> Result:
     return training.finish()
 
 
-def make_step(recipe: Recipe, experiment: Experiment) -> Callable[[], None]:
-    """One update as `train` makes it, again and again; for timing."""
-    device = next(experiment.model.parameters()).device
-    training = _Training(Run("", "", recipe, 0, device, Path()), experiment)
-    experiment.model.train()
-
-    def step() -> None:
-        training.step()
-        training.losses.clear()
-
-    return step
-
-
-class _Training:
+class Training:
     """State of a run between updates."""
 
     def __init__(self, run: Run, experiment: Experiment) -> None:
@@ -176,21 +161,22 @@ class _Training:
         self._save_seconds = 0.0
 
     def loop(self, stop: StopSignals, progress: Progress) -> None:
-        experiment = self.experiment
-        writer = None
-        try:
+        """Update until the end or a signal; evaluate and save in between."""
+        with contextlib.ExitStack() as files:
+            writer: CurveWriter | None = None
             self.model.train()
-            while self.update < experiment.num_updates:
+            while self.update < self.experiment.num_updates:
                 self.step()
-                at_end = self.update == experiment.num_updates
+                at_end = self.update == self.experiment.num_updates
                 if self.update % CHECK_EVERY == 0:
                     self._check_losses()
                     progress.show(self.update, self._mean_loss())
-                if self.update % experiment.evaluate_every == 0 or at_end:
+                if self.update % self.experiment.evaluate_every == 0 or at_end:
                     row = self._evaluate()
                     if writer is None:
                         # Points after the last checkpoint of a killed run are written again.
                         writer = CurveWriter(self.run.folder, self.update)
+                        files.callback(writer.close)
                     for name, value in row.items():
                         if name != "update":
                             writer.add(f"{self.run.task}/{name}", value, self.update)
@@ -200,9 +186,6 @@ class _Training:
                     raise Stopped(stop.exit_code)
                 if not at_end and self._checkpoint_is_due():
                     self.save()
-        finally:
-            if writer is not None:
-                writer.close()
 
     def step(self) -> None:
         """One update."""
@@ -210,7 +193,12 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss, total = self._losses_of(self.update)
+        with record_gates(self.model) if self.has_gates else contextlib.nullcontext() as gates:
+            total = loss = self.experiment.loss(self.update)
+        if gates is not None:
+            total = total + self.recipe.balance_coef * balance_loss(gates)
+        if self.recipe.orth_coef:
+            total = total + self.recipe.orth_coef * orthogonal_loss(self.model)
         total.backward()  # type: ignore[no-untyped-call]
         if self.recipe.max_grad_norm is not None:
             clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
@@ -218,18 +206,6 @@ class _Training:
         self.losses.append(loss.detach())
         self.experiment.after_update(self.update)
         self.update += 1
-
-    def _losses_of(self, update: int) -> tuple[Tensor, Tensor]:
-        """The task's loss, and what is minimised."""
-        if self.has_gates:
-            with record_gates(self.model) as gates:
-                loss = self.experiment.loss(update)
-            total = loss + self.recipe.balance_coef * balance_loss(gates)
-        else:
-            total = loss = self.experiment.loss(update)
-        if self.recipe.orth_coef:
-            total = total + self.recipe.orth_coef * orthogonal_loss(self.model)
-        return loss, total
 
     def _check_losses(self) -> None:
         if not self.losses:
@@ -268,7 +244,7 @@ class _Training:
             last[f"best_{name}"] = choose(row[name] for row in self.curve)
         with evaluating(self.model):
             details = experiment.report()
-        what = identity(run.recipe, experiment.data, experiment.readings)
+        what = self._identity()
         result = Result(
             task=run.task,
             name=run.name,
@@ -294,8 +270,6 @@ class _Training:
         (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
 
-    # Checkpoints.
-
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._began
 
@@ -309,7 +283,7 @@ class _Training:
         begin = time.monotonic()
         state = {
             "seed": self.run.seed,
-            "identity": self._identity(),
+            "identity": self._mark(),
             "update": self.update,
             "seconds": self._elapsed(),
             "curve": self.curve,
@@ -324,11 +298,7 @@ class _Training:
         self._save_seconds = self._saved - begin
 
     def resume(self) -> None:
-        """Go on from the checkpoint in the run's folder, if there is one.
-
-        Raises:
-            ValueError: if it cannot be read, or is of another run.
-        """
+        """Go on from the checkpoint in the run's folder, if there is one."""
         path = self.run.folder / CHECKPOINT_FILE
         if not os.path.lexists(path):
             return
@@ -336,7 +306,7 @@ class _Training:
             state = read_tensors(path, CHECKPOINT_SIZE * size_of(self.model))
         except ValueError as error:
             raise ValueError(f"{error}; delete it to start anew") from error
-        if not isinstance(state, dict) or state.get("identity") != self._identity():
+        if not isinstance(state, dict) or state.get("identity") != self._mark():
             raise ValueError(f"{path} is no checkpoint of this run; delete it to start anew")
         try:
             self._restore(state)
@@ -347,14 +317,14 @@ class _Training:
     def _restore(self, state: Mapping[str, Any]) -> None:
         update, seconds, curve = state["update"], state["seconds"], state["curve"]
         loss_sum, loss_count = state["loss"]
-        if type(update) is not int or not 0 <= update <= self.experiment.num_updates:
-            raise ValueError(f"update must lie in 0 .. {self.experiment.num_updates}, got {update}")
-        if type(loss_count) is not int or not 0 <= loss_count <= update:
-            raise ValueError(f"losses must be 0 .. {update}, got {loss_count}")
-        if not (is_number(seconds) and seconds >= 0 and is_number(loss_sum)):
-            raise ValueError(f"its seconds or loss are no numbers: {seconds!r}, {loss_sum!r}")
-        if not is_curve(curve):
-            raise ValueError("its curve does not hold numbers by name")
+        for name, count, most in (
+            ("update", update, self.experiment.num_updates),
+            ("its number of losses", loss_count, update),
+        ):
+            if type(count) is not int or not 0 <= count <= most:
+                raise ValueError(f"{name} must lie in 0 .. {most}, got {count}")
+        if not (is_number(seconds) and seconds >= 0 and is_number(loss_sum) and is_curve(curve)):
+            raise ValueError("its seconds, losses or curve are no numbers")
         check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -363,18 +333,16 @@ class _Training:
         self._loss_sum, self._loss_count = loss_sum, loss_count
         set_random_state(state["random"])
 
-    def _identity(self) -> str:
-        experiment = self.experiment
-        what = identity(self.recipe, experiment.data, experiment.readings)
-        return f"{fingerprint(what)} {experiment.num_updates} seed {self.run.seed}"
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.recipe, self.experiment.data, self.experiment.readings)
+
+    def _mark(self) -> str:
+        updates = self.experiment.num_updates
+        return f"{fingerprint(self._identity())} {updates} seed {self.run.seed}"
 
 
 def load_weights(run: Run, model: nn.Module) -> None:
-    """Put the weights of a finished run into a model.
-
-    Raises:
-        ValueError: naming the file, if they are missing or do not fit.
-    """
+    """Put the weights of a finished run into a model; names the file if they do not fit."""
     path = run.folder / WEIGHTS_FILE
     weights = read_tensors(path, size_of(model), foreign=True)
     try:

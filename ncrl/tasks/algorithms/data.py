@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 TASKS = ("copy", "repeat_copy", "associative_recall", "priority_sort")
 
@@ -55,13 +56,10 @@ class Algorithms(NamedTuple):
 
     inputs: Tensor
     """[T, N, 10]."""
-
     targets: Tensor
     """[T, N, num_outputs], 0 or 1; 0 where nothing is asked for."""
-
     task: Tensor
     """Of the answer at every timestep, an index into `TASKS`: [T, N]; -1 where there is none."""
-
     is_end: Tensor
     """Whether this is the end of an answer, [T, N]."""
 
@@ -69,44 +67,31 @@ class Algorithms(NamedTuple):
 class _Part(NamedTuple):
     """Questions or answers of m draws, each with a place for every vector it could have."""
 
-    vectors: Tensor
-    """[m, L, width]."""
-    present: Tensor
-    """Which places are taken, [m, L]."""
+    vectors: Tensor  # [m, L, width]
+    present: Tensor  # which places are taken, [m, L]
 
 
 def algorithms(
     num_sequences: int, num_tasks: int, generator: torch.Generator, *, num_outputs: int = 9
 ) -> Algorithms:
-    """Random sequences; T is that of the longest.
+    """N random sequences of n questions; T is that of the longest.
 
-    Args:
-        num_sequences: N.
-        num_tasks: n.
-        generator: of the random numbers.
-        num_outputs: 9, or 8 for answers whose end is not marked.
-
-    Raises:
-        ValueError: for another number of outputs, or sizes below 1.
+    Answers have 9 outputs, or 8 if their ends are not marked.
     """
     if num_outputs not in (NUM_BITS, NUM_BITS + 1):
         raise ValueError(f"num_outputs must be {NUM_BITS} or {NUM_BITS + 1}, got {num_outputs}")
-    if num_sequences < 1 or num_tasks < 1:
-        raise ValueError(
-            f"sequences and tasks must be at least 1, got {num_sequences}, {num_tasks}"
-        )
     count = num_sequences * num_tasks
     drawn = torch.randint(len(TASKS), (count,), generator=generator)
     # Every task for every place, of which one is taken: they are small.
     made = [make(count, generator) for make in (_copy, _repeat_copy, _recall, _sort)]
+    rows = torch.arange(count)
     questions, answers = (
-        _Part(*(_choose(field, drawn) for field in zip(*parts, strict=True)))
+        _Part(*(torch.stack(field)[drawn, rows] for field in zip(*parts, strict=True)))
         for parts in zip(*made, strict=True)
     )
     ends = torch.zeros(count, ANSWER, 1)
     if num_outputs > NUM_BITS:
         length = answers.present.sum(1)
-        rows = torch.arange(count)
         ends[rows, length] = 1
         answers.present[rows, length] = True
     answers = _Part(torch.cat([answers.vectors, ends], dim=2), answers.present)
@@ -128,11 +113,6 @@ def algorithms(
     return Algorithms(padded, targets[..., :num_outputs], task, targets[..., END] > 0)
 
 
-def _choose(parts: tuple[Tensor, ...], drawn: Tensor) -> Tensor:
-    """Row m of the part that was drawn for m."""
-    return torch.stack(parts)[drawn, torch.arange(len(drawn))]
-
-
 def _in_a_row(part: _Part, num_sequences: int) -> tuple[Tensor, Tensor]:
     """The vectors that are present, sequence by sequence without gaps: [N, most, width], and how
     many there are, [N]."""
@@ -150,8 +130,8 @@ def _bits(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(2, (*shape, NUM_BITS), generator=generator).float()
 
 
-def _empty(count: int, task: str) -> _Part:
-    """A question that only says its task."""
+def _question(count: int, task: str) -> _Part:
+    """One that only says its task."""
     vectors = torch.zeros(count, QUESTION, NUM_INPUTS)
     present = torch.zeros(count, QUESTION, dtype=torch.bool)
     vectors[:, 0, [TASKS.index(task), FIRST, SECOND]] = 1
@@ -159,16 +139,16 @@ def _empty(count: int, task: str) -> _Part:
     return _Part(vectors, present)
 
 
-def _answer(vectors: Tensor, present: Tensor) -> _Part:
+def _answer(vectors: Tensor, present: Tensor | None = None) -> _Part:
     """An answer [m, l, 8] in the places of the longest."""
     count, length, _ = vectors.shape
-    whole = _Part(
-        torch.zeros(count, ANSWER, NUM_BITS), torch.zeros(count, ANSWER, dtype=torch.bool)
-    )
+    if present is None:
+        present = torch.ones(count, length, dtype=torch.bool)
+    missing = ANSWER - length
     # Where no vector is, the mark of the end will stand alone.
-    whole.vectors[:, :length] = vectors * present[..., None]
-    whole.present[:, :length] = present
-    return whole
+    return _Part(
+        F.pad(vectors * present[..., None], [0, 0, 0, missing]), F.pad(present, [0, missing])
+    )
 
 
 def _lengths(count: int, generator: torch.Generator) -> Tensor:
@@ -179,7 +159,7 @@ def _lengths(count: int, generator: torch.Generator) -> Tensor:
 
 def _copy(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
     vectors, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
-    question = _empty(count, "copy")
+    question = _question(count, "copy")
     question.vectors[:, 1 : 1 + MOST_VECTORS, :NUM_BITS] = vectors
     question.present[:, 1 : 1 + MOST_VECTORS] = present
     return question, _answer(vectors, present)
@@ -188,7 +168,7 @@ def _copy(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
 def _repeat_copy(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
     vectors, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
     repeats = torch.randint(1, MOST_REPEATS + 1, (count, 1), generator=generator)
-    question = _empty(count, "repeat_copy")
+    question = _question(count, "repeat_copy")
     question.vectors[:, 1, SECOND] = repeats[:, 0].float()
     question.present[:, 1] = True
     question.vectors[:, 2 : 2 + MOST_VECTORS, :NUM_BITS] = vectors
@@ -206,7 +186,7 @@ def _recall(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
     number = torch.randint(ITEMS[0], most + 1, (count,), generator=generator)
     # Of the items but the last, each as likely as the others.
     chosen = (torch.rand(count, generator=generator) * (number - 1)).long()
-    question = _empty(count, "associative_recall")
+    question = _question(count, "associative_recall")
     length = 1 + ITEM_LENGTH
     for i in range(most):
         begin = 1 + i * length
@@ -218,17 +198,17 @@ def _recall(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
     question.vectors[:, 1 - length :, :NUM_BITS] = items[row, chosen]
     question.present[:, -length:] = True
     answer = items[row, chosen + 1]
-    return question, _answer(answer, torch.ones(answer.shape[:2], dtype=torch.bool))
+    return question, _answer(answer)
 
 
 def _sort(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
     vectors = _bits(generator, count, SORTED)
     priority = 2 * torch.rand(count, SORTED, generator=generator) - 1
-    question = _empty(count, "priority_sort")
+    question = _question(count, "priority_sort")
     question.vectors[:, 1 : 1 + SORTED, :NUM_BITS] = vectors
     question.vectors[:, 1 : 1 + SORTED, SECOND] = priority
     question.present[:, 1 : 1 + SORTED] = True
     # Whole vectors change places, never single columns.
     best = priority.argsort(1, descending=True)[:, :KEPT, None].expand(-1, -1, NUM_BITS)
     answer = vectors.gather(1, best)
-    return question, _answer(answer, torch.ones(answer.shape[:2], dtype=torch.bool))
+    return question, _answer(answer)

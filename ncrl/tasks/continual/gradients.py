@@ -36,8 +36,7 @@ follows from its own sample alone."""
 Leaf = tuple[str, int]
 """Name of a parameter, and which of the pieces that the model splits it into."""
 
-Split = tuple[Any, int]
-"""Sizes and dimension."""
+Split = tuple[Any, int]  # sizes and dimension
 
 Pair = tuple[Tensor, Tensor]
 """The sum of a tensor over samples, and that of its elementwise square."""
@@ -71,9 +70,10 @@ class SampleGradients:
         two, three = (sample.expand(size, *sample.shape) for size in (2, 3))
         self._splits: dict[str, Split] = {}
         self._splits = self._watch(two).splits
-        watch = self._watch(two)
-        also_whole = {name for name, whole in self._parameters.items() if watch.reaches(whole)}
-        self._splits = {n: split for n, split in self._splits.items() if n not in also_whole}
+        whole = self._watch(two)
+        self._splits = {
+            n: split for n, split in self._splits.items() if not whole.reaches(self._parameters[n])
+        }
         watch = self._watch(two)
         uses = _uses(watch, self._watch(three))
         self._product_of = {leaf: u[0] for leaf, u in uses.items() if len(u) == 1 and u[0] != ELSE}
@@ -82,19 +82,8 @@ class SampleGradients:
         self._chunk = min(CHUNK, max(1, MOST_NUMBERS // max(1, numbers)))
 
     def sums(self, inputs: Tensor, *, chunk: int | None = None) -> Sums:
-        """Sum gradients and their elementwise squares.
-
-        Args:
-            inputs: [N, ...].
-            chunk: samples that are differentiated together; None for `CHUNK`, or as many as keep
-                within `MOST_NUMBERS`.
-
-        Returns:
-            Sums for every parameter that requires a gradient.
-
-        Raises:
-            ValueError: if there are no samples.
-        """
+        """Sums for every parameter that requires a gradient, over inputs [N, ...], of which `chunk`
+        are differentiated together; None for `CHUNK`, or as many as keep within `MOST_NUMBERS`."""
         if len(inputs) == 0:
             raise ValueError("gradients of no samples: inputs must hold at least one")
         totals = {
@@ -152,9 +141,8 @@ class SampleGradients:
             g = g.flatten(0, -2) if product.weight.ndim == 2 else g
             of_weight = x @ g, x.square() @ g.square()
             for leaf in (leaf for leaf, own in self._product_of.items() if own == index):
-                total, squares = (
-                    _pull_back(product.weight, watch.leaves[leaf], part) for part in of_weight
-                )
+                own = watch.leaves[leaf]
+                total, squares = (_pull_back(product.weight, own, part) for part in of_weight)
                 assert total is not None and squares is not None
                 found[leaf] = total, squares
         return found
@@ -247,12 +235,7 @@ def _pull_back(output: Tensor, tensor: Tensor, gradient: Tensor) -> Tensor | Non
 
 def _uses(two: _Watch, three: _Watch) -> dict[Leaf, list[int]]:
     """By leaf, the numbers of the products of samples whose weights it is rearranged into; `ELSE`
-    for every other use.
-
-    Args:
-        two: of two samples.
-        three: of three, by which the axis of samples is told from others.
-    """
+    for every other use. The axis of samples is told from others by batches of two and three."""
     uses: dict[Leaf, list[int]] = {leaf: [] for leaf in two.leaves}
     for index, (one, other) in enumerate(zip(two.products, three.products, strict=True)):
         rows = one.x.shape[:-1].numel(), other.x.shape[:-1].numel()

@@ -57,11 +57,7 @@ class Method:
         """Take over what `state` returned, wherever its tensors are."""
 
     def placed(self, tensors: Mapping[str, Tensor]) -> Parameters:
-        """Tensors by the names of all parameters, or none, each where its parameter is.
-
-        Raises:
-            ValueError: for other names or shapes.
-        """
+        """Tensors by the names of all parameters, or none, each where its parameter is."""
         if tensors and set(tensors) != set(self.parameters):
             raise ValueError("the method's state is of other parameters")
         return {
@@ -71,10 +67,14 @@ class Method:
 
 
 class Quadratic(Method):
-    """A penalty that holds every weight to an anchor, with a strength of its own.
+    """A penalty that holds every weight to an anchor, with a strength of its own; before the first
+    task's end there is none.
 
-    Before the first task's end there is none.
+    Attributes:
+        KEPT: names of its dictionaries of tensors by parameter, which are its state.
     """
+
+    KEPT: tuple[str, ...] = ("importance", "anchor")
 
     def __init__(self, model: nn.Module, coef: float) -> None:
         super().__init__(model, coef)
@@ -90,9 +90,8 @@ class Quadratic(Method):
         """coef * sum Omega (theta - theta*)^2, a scalar."""
         values, anchor = list(self.parameters.values()), list(self.anchor.values())
         importance = list(self.importance.values())
-        penalty: Tensor = _QuadraticPenalty.apply(  # type: ignore[no-untyped-call]
-            self.coef, importance, anchor, *values
-        )
+        apply: Any = _QuadraticPenalty.apply
+        penalty: Tensor = apply(self.coef, importance, anchor, *values)
         return penalty
 
     def move_anchor(self) -> None:
@@ -100,10 +99,11 @@ class Quadratic(Method):
         self.anchor = {n: p.detach().clone() for n, p in self.parameters.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"importance": self.importance, "anchor": self.anchor}
+        return {name: getattr(self, name) for name in self.KEPT}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.importance, self.anchor = (self.placed(state[n]) for n in ("importance", "anchor"))
+        for name in self.KEPT:
+            setattr(self, name, self.placed(state[name]))
 
 
 class L2(Quadratic):
@@ -124,6 +124,8 @@ class SynapticIntelligence(Quadratic):
     negative Omega would make the penalty unbounded below. Gradients must not be clipped: what the
     penalty added to them is taken out again.
     """
+
+    KEPT = (*Quadratic.KEPT, "path", "start", "last")
 
     def __init__(self, model: nn.Module, coef: float) -> None:
         super().__init__(model, coef)
@@ -156,15 +158,6 @@ class SynapticIntelligence(Quadratic):
             self.path[name].zero_()
         self.move_anchor()
         self.start = {n: p.clone() for n, p in self.anchor.items()}
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "path": self.path, "start": self.start, "last": self.last}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        self.path, self.start, self.last = (
-            self.placed(state[n]) for n in ("path", "start", "last")
-        )
 
 
 class OnlineEwc(Quadratic):
@@ -201,19 +194,15 @@ class OnlineEwc(Quadratic):
         if self.extra_loss is None:
             return {name: squares / count for name, squares in sums.squares.items()}
         # mean (g + e)^2 = mean g^2 + 2 e mean g + e^2
+        with torch.enable_grad():
+            extras = torch.autograd.grad(
+                self.extra_loss(), list(self.parameters.values()), materialize_grads=True
+            )
         fisher: Parameters = {}
-        for name, extra in self._extra_gradient().items():
+        for name, extra in zip(self.parameters, extras, strict=True):
             cross = sums.gradients[name].mul_(2 / count).add_(extra).mul_(extra)
             fisher[name] = cross.add_(sums.squares[name], alpha=1 / count).clamp_min_(0)
         return fisher
-
-    def _extra_gradient(self) -> Parameters:
-        assert self.extra_loss is not None
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                self.extra_loss(), list(self.parameters.values()), materialize_grads=True
-            )
-        return dict(zip(self.parameters, gradients, strict=True))
 
 
 class Ewc(OnlineEwc):
@@ -245,11 +234,7 @@ METHODS: Mapping[str, type[Method]] = {
 
 
 def make_method(name: str, model: nn.Module, coef: float) -> Method:
-    """The method called `name`.
-
-    Raises:
-        ValueError: for an unknown name (the nearest one is offered) or a negative coefficient.
-    """
+    """The method called `name`, with a weight of its penalty of at least 0."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; {suggest(name, METHODS)}")
     if not coef >= 0:

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ncrl.tasks.figures import draw_map, save_figure
-from ncrl.tasks.results import Result, by_name, summarise
+from ncrl.tasks.figures import save_figure
+from ncrl.tasks.results import Result, Summary, by_name, summarise
 
 
 def draw(path: Path, rows: Sequence[Result], maps: Sequence[Result], images: Tensor) -> None:
@@ -24,15 +24,14 @@ def draw(path: Path, rows: Sequence[Result], maps: Sequence[Result], images: Ten
         rows: of Neurocoder with several J, and of the linear classifier.
         maps: rows with attention maps; the last one makes the tree.
         images: an example of every digit, [10, height, width], the one whose attention is shown.
-
-    Raises:
-        ValueError: if the file cannot be written.
     """
     figure: Any = Figure(figsize=(11, 8.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.3))
     left, right = top.subplots(1, 2, width_ratios=(1, 1.6))
     draw_errors(left, rows)
-    draw_tree(right, maps[-1].details["tree"])
+    right.axis("off")
+    tree = maps[-1].details["tree"]
+    draw_tree(right, tree, 0.0, float(_count_leaves(tree)))
     right.set_title(f"tree of attention patterns, {_sizes(maps[-1])}", fontsize=9)
     _draw_maps(bottom, maps, images)
     save_figure(figure, path)
@@ -40,29 +39,27 @@ def draw(path: Path, rows: Sequence[Result], maps: Sequence[Result], images: Ten
 
 def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
     """Test error against J, with every seed as a point, and the linear classifier as a line."""
-    coded: list[tuple[int, list[Result]]] = []
+    coded: dict[int, Summary] = {}
+    sizes = set()
     for group in by_name(rows).values():
         summary = summarise(group, "error")
         if summary is None:
             continue
+        mean, std, _ = summary
         if group[0].layer == "neurocoder":
-            coded.append((int(group[0].recipe["layer_options"]["num_steps"]), group))
+            coded[int(group[0].recipe["layer_options"]["num_steps"])] = summary
+            sizes.add(group[0].parameters)
         else:
             label = f"{group[0].layer}, {group[0].parameters:,} parameters"
-            axes.axhline(summary.mean, linestyle="--", color="gray", label=label)
-            axes.axhspan(
-                summary.mean - summary.std, summary.mean + summary.std, color="gray", alpha=0.2
-            )
-    coded.sort(key=lambda pair: pair[0])
+            axes.axhline(mean, linestyle="--", color="gray", label=label)
+            axes.axhspan(mean - std, mean + std, color="gray", alpha=0.2)
     if coded:
-        steps = [j for j, _ in coded]
-        summaries = [s for _, group in coded if (s := summarise(group, "error")) is not None]
-        sizes = sorted({group[0].parameters for _, group in coded})
-        label = f"Neurocoder, {' to '.join(f'{size:,}' for size in sizes)} parameters"
-        means, stds = [s.mean for s in summaries], [s.std for s in summaries]
+        steps = sorted(coded)
+        label = f"Neurocoder, {' to '.join(f'{size:,}' for size in sorted(sizes))} parameters"
+        means, stds = [coded[j].mean for j in steps], [coded[j].std for j in steps]
         axes.errorbar(steps, means, stds, marker="o", capsize=3, label=label)
-        for j, summary in zip(steps, summaries, strict=True):
-            axes.plot([j] * len(summary.values), summary.values, ".", color="black", markersize=3)
+        for j, (_, _, values) in coded.items():
+            axes.plot([j] * len(values), values, ".", color="black", markersize=3)
         axes.set_xticks(steps)
     seeds = len({row.seed for row in rows})
     axes.set_xlabel("composition steps J")
@@ -72,43 +69,29 @@ def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
     axes.legend(fontsize=8)
 
 
-def draw_tree(axes: Axes, tree: Mapping[str, Any]) -> None:
-    """Nodes with the digits that share a path; components from top to bottom."""
-    axes.axis("off")
-    leaves = _count_leaves(tree)
-    _draw_node(axes, tree, 0.0, float(leaves), 0, None)
-
-
-def _count_leaves(node: Mapping[str, Any]) -> int:
-    return sum(_count_leaves(child) for child in node["children"]) if node["children"] else 1
-
-
-def _draw_node(
+def draw_tree(
     axes: Axes,
     node: Mapping[str, Any],
     left: float,
     right: float,
-    depth: int,
-    above: tuple[float, float] | None,
+    depth: int = 0,
+    above: tuple[float, float] | None = None,
 ) -> None:
+    """A node with the digits that share a path, and its children below it, between two places."""
     x, y = (left + right) / 2, -float(depth)
     if above is not None:
         axes.plot([above[0], x], [above[1], y], color="gray", linewidth=1, zorder=1)
-    text = " ".join(map(str, node["digits"]))
-    axes.text(
-        x,
-        y,
-        re.sub(r"((?:\d ){4}\d) ", r"\1\n", text),
-        ha="center",
-        va="center",
-        fontsize=8,
-        bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": "gray"},
-    )
-    begin = left
+    digits = re.sub(r"((?:\d ){4}\d) ", r"\1\n", " ".join(map(str, node["digits"])))
+    box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "gray"}
+    axes.text(x, y, digits, ha="center", va="center", fontsize=8, bbox=box)
     for child in node["children"]:
         width = (right - left) * _count_leaves(child) / _count_leaves(node)
-        _draw_node(axes, child, begin, begin + width, depth + 1, (x, y))
-        begin += width
+        draw_tree(axes, child, left, left + width, depth + 1, (x, y))
+        left += width
+
+
+def _count_leaves(node: Mapping[str, Any]) -> int:
+    return sum(map(_count_leaves, node["children"])) if node["children"] else 1
 
 
 def _draw_maps(figure: Any, maps: Sequence[Result], images: Tensor) -> None:
@@ -125,7 +108,10 @@ def _draw_maps(figure: Any, maps: Sequence[Result], images: Tensor) -> None:
         for offset, (kind, said) in enumerate((("example", "this image"), ("mean", "class mean"))):
             line = grid[1 + 2 * index + offset]
             for digit in range(len(images)):
-                draw_map(line[digit], shown[kind][digit], largest)
+                weights = np.asarray(shown[kind][digit]).T  # [P, R]
+                options = {"aspect": "auto", "interpolation": "nearest", "origin": "lower"}
+                line[digit].imshow(weights, vmin=0, vmax=largest, cmap="viridis", **options)
+                line[digit].set(xticks=[], yticks=[])
             line[0].set_ylabel(f"{_sizes(row)}\n{said}", fontsize=7)
     figure.supxlabel("attention w^u: components to the right, slots upwards", fontsize=8)
 

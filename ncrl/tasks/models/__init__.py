@@ -1,6 +1,4 @@
-"""Networks of the paper's experiments, by name; each takes `layer` and `layer_options`."""
-
-from __future__ import annotations
+"""Networks of the paper's experiments, by the name that recipes use."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,8 +7,7 @@ from torch import nn
 from ncrl.tasks.models.atari import atari_policy
 from ncrl.tasks.models.convolutional import DenseNet, LeNet
 from ncrl.tasks.models.mlp import Mlp, ProjectedLinear, SplitMlp
-from ncrl.tasks.models.ntm import Ntm
-from ncrl.tasks.models.recurrent import GruRegressor
+from ncrl.tasks.models.recurrent import GruRegressor, Ntm
 from ncrl.tasks.models.resnet import FrozenResNetMlp, ResNet18
 
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
@@ -25,18 +22,4 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "resnet_mlp": FrozenResNetMlp,
     "atari": atari_policy,
 }
-"""Constructors by the name that recipes use."""
-
-__all__ = [
-    "NETWORKS",
-    "DenseNet",
-    "FrozenResNetMlp",
-    "GruRegressor",
-    "LeNet",
-    "Mlp",
-    "Ntm",
-    "ProjectedLinear",
-    "ResNet18",
-    "SplitMlp",
-    "atari_policy",
-]
+"""Constructors; beside options of its own each takes `coded`, the kind of its coded layers."""

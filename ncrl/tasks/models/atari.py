@@ -1,13 +1,12 @@
-"""The network of the Atari experiment, which `run_atari.py` trains."""
+"""The network of the Atari experiment, which `run_atari.py` trains: here it is only counted."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from torch import nn
+
+from ncrl.tasks.models.mlp import PLAIN, Coded
 
 
 def atari_policy(
@@ -16,22 +15,9 @@ def atari_policy(
     encoder: str = "paper",
     lstm_hidden_size: int = 512,
     image_size: int = 80,
-    layer: str = "linear",
-    layer_options: Mapping[str, Any] | None = None,
+    coded: Coded = PLAIN,
 ) -> nn.Module:
-    """Encoder, LSTM, and one coded output layer each for policy and value (paper, section 4.2).
-
-    Args:
-        num_actions: logits of the policy.
-        encoder: name in `ncrl.networks.ENCODERS`.
-        lstm_hidden_size: width of the LSTM.
-        image_size: height and width of a frame.
-        layer: name in `ncrl.layers.LAYERS`, of both output layers.
-        layer_options: their options.
-
-    Raises:
-        ValueError: for an unknown encoder or layer, or frames that are too small.
-    """
+    """Encoder, LSTM, and one coded output layer each for policy and value (paper, section 4.2)."""
     # Importing Stable-Baselines3 takes seconds that the other networks need not pay.
     from ncrl.sb3 import CnnLstmPolicy
 
@@ -41,6 +27,6 @@ def atari_policy(
         lambda _: 0.0,
         encoder=encoder,
         lstm_hidden_size=lstm_hidden_size,
-        head=layer,
-        head_kwargs=dict(layer_options or {}),
+        head=coded.layer,
+        head_kwargs=dict(coded.options),
     )

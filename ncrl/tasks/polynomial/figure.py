@@ -23,14 +23,10 @@ LARGEST_STEP = 0.02
 class Example(NamedTuple):
     """One sequence as a trained network sees it."""
 
-    attention: Tensor
-    """Of the component shown, [P, T]."""
-    targets: Tensor
-    """[T]."""
-    predictions: Tensor
-    """[T]."""
-    chunk: Tensor
-    """[T]."""
+    attention: Tensor  # of the component shown, [P, T]
+    targets: Tensor  # [T]
+    predictions: Tensor  # [T]
+    chunk: Tensor  # [T]
 
 
 def draw_figure(
@@ -43,9 +39,6 @@ def draw_figure(
         rows: of all runs.
         examples: by the recipe's name.
         metric: error inside chunks to draw, a metric of `Result.curve`.
-
-    Raises:
-        ValueError: if the figure cannot be written.
     """
     heights = [2.8, *([2.3] * len(examples))]
     figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")

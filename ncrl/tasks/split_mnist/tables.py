@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
 
 from ncrl.tasks.figures import save_figure
-from ncrl.tasks.recipes import METHODS
 from ncrl.tasks.results import Result, Summary, markdown, summarise
 
 Groups = defaultdict[tuple[str, ...], list[Result]]
@@ -35,6 +36,11 @@ class Column(NamedTuple):
         if self.layer == "neurocoder":
             return f"{self.variant}{' residual' if self.residual else ''}"
         return {"linear": "mlp", "nsm": "nsm"}.get(self.layer, f"rank {self.rank}")
+
+    @property
+    def is_official(self) -> bool:
+        """Whether it is the authors' layer."""
+        return self.variant == "official"
 
 
 class Cell(NamedTuple):
@@ -66,16 +72,12 @@ COLUMNS = (
     Column("nsm"),
 )
 """The paper's, and the static controls: networks of the same shape, whose hidden layers have low
-rank whatever the input."""
-
-
-MAIN_COLUMNS = COLUMNS[:5]
-"""Those of Table 1: without residual, and what explains them."""
+rank whatever the input. Table 1 has the first five: without residual, and what explains them."""
 
 
 def columns(number: int) -> Sequence[Column]:
     """Those of a table."""
-    return MAIN_COLUMNS if number == 1 else COLUMNS
+    return COLUMNS[:5] if number == 1 else COLUMNS
 
 
 def cells(number: int) -> list[Cell]:
@@ -105,6 +107,9 @@ PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
 """The paper's Tables 6 and 7, 10 runs: Hsu et al.'s MLP, its MLP, NSM, Neurocoder with and without
 residual."""
 
+METHODS = tuple(PRINTED["domain"])
+"""The paper's; there may be others."""
+
 PRINTED_AS = {
     **{"hsu": 0, "mlp": 1, "nsm": 2, "paper residual": 3, "paper": 4},
     **{"official residual": 3, "official": 4},
@@ -133,12 +138,8 @@ LOGGED: Mapping[str, Mapping[str, str]] = {
 def printed(scenario: str, method: str, column: str) -> str | None:
     """What the paper prints in a cell."""
     place = PRINTED_AS.get(column)
-    return None if place is None else PRINTED[scenario][method][place]
-
-
-def logged(scenario: str, method: str, column: str) -> str | None:
-    """What the authors' logs hold for a cell."""
-    return LOGGED.get(column, {}).get(method) if scenario == "domain" else None
+    values = PRINTED[scenario].get(method)
+    return None if place is None or values is None else values[place]
 
 
 def by_cell(rows: Iterable[Result], *, changes: bool = False) -> Groups:
@@ -153,13 +154,8 @@ def by_cell(rows: Iterable[Result], *, changes: bool = False) -> Groups:
 
 
 def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
-    """One of the paper's tables as Markdown, a line for every cell, with its heading.
-
-    Args:
-        number: 1, 6 or 7.
-        rows: of any scenarios, methods and layers, which their labels say.
-        changed: what is not as in the tables' recipes, for the heading.
-    """
+    """The paper's Table 1, 6 or 7 as Markdown, a line for every cell, with its heading, which says
+    what is not as in the tables' recipes; rows may be of any scenarios, methods and layers."""
     scenario = SCENARIO[number]
     repeats = REPEATS[scenario]
     found = by_cell(rows)
@@ -177,9 +173,9 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
             name = column.name
             group = found[scenario, method, name]
             ours = _measured(group, repeats) if group else [None] * 9
-            beside = printed(scenario, method, name), logged(scenario, method, name)
+            log = LOGGED.get(name, {}).get(method) if scenario == "domain" else None
             hsu = printed(scenario, method, "hsu") if name == "mlp" else None
-            lines.append([method, name, *ours, *beside, hsu])
+            lines.append([method, name, *ours, printed(scenario, method, name), log, hsu])
     header = (
         *("method", "layer", "parameters", "accuracy", "seeds 0, 1, ...", "learn", "failed"),
         *("forgetting", "transfer", "rank", "attention", "paper", "authors' log", "Hsu"),
@@ -221,55 +217,40 @@ def draw(rows: Sequence[Result], path: Path) -> None:
 
     What the flags of the command have changed stands in columns of its own.
     """
-    from matplotlib.figure import Figure
-
     found = by_cell(rows, changes=True)
     scenarios = [s for s in REPEATS if any(scenario == s for scenario, _, _ in found)]
+    methods = list(dict.fromkeys([*METHODS, *(method for _, method, _ in found)]))
     figure = Figure(figsize=(9, 3.2 * len(scenarios)), layout="constrained")
-    for index, scenario in enumerate(scenarios):
-        axes = figure.add_subplot(len(scenarios), 1, index + 1)
-        columns = _columns(found, scenario)
-        width = 0.85 / max(1, len(columns))
-        for place, column in enumerate(columns):
-            shift = (place - (len(columns) - 1) / 2) * width
-            label = True
-            for x, method in enumerate(METHODS):
-                printed_value = printed(scenario, method, column)
-                if printed_value is not None:
-                    value = float(printed_value.partition("±")[0])
+    grid = figure.subplots(len(scenarios), squeeze=False)[:, 0]
+    low = min(row.metrics["accuracy"] for row in rows)
+    for axes, scenario in zip(grid, scenarios, strict=True):
+        present = dict.fromkeys(layer for where, _, layer in found if where == scenario)
+        known = [column.name for column in COLUMNS if column.name in present]
+        layers = list(dict.fromkeys([*known, *present]))
+        width = 0.85 / len(layers)
+        for place, layer in enumerate(layers):
+            shift = (place - (len(layers) - 1) / 2) * width
+            summaries = {
+                x: summary
+                for x, method in enumerate(methods)
+                if (summary := summarise(found.get((scenario, method, layer), []), "accuracy"))
+            }
+            axes.bar(
+                [x + shift for x in summaries],
+                [summary.mean for summary in summaries.values()],
+                width,
+                yerr=[summary.std for summary in summaries.values()],
+                label=layer,
+                error_kw={"elinewidth": 0.8},
+            )
+            for x, method in enumerate(methods):
+                if (text := printed(scenario, method, layer)) is not None:
+                    value = float(text.partition("±")[0])
                     axes.plot(x + shift, value, "k_", markersize=6, zorder=3)
-                group = found[scenario, method, column]
-                if not group:
-                    continue
-                summary = summarise(group, "accuracy")
-                assert summary is not None
-                axes.bar(
-                    x + shift,
-                    summary.mean,
-                    width,
-                    yerr=summary.std,
-                    color=f"C{place}",
-                    label=column if label else None,
-                    error_kw={"elinewidth": 0.8},
-                )
-                label = False
-        low = min(row.metrics["accuracy"] for row in rows)
         axes.set_ylim(max(0, min(50, low) - 2), 100)
-        axes.set_xticks(range(len(METHODS)), list(METHODS))
+        axes.set_xticks(range(len(methods)), methods)
         axes.set_ylabel("accuracy after 5 tasks, %")
         axes.set_title(f"incremental {scenario}; black marks: the paper's", fontsize=9)
-        axes.legend(
-            fontsize=7,
-            ncols=max(1, len(columns)),
-            frameon=False,
-            loc="upper center",  # below the axis
-            bbox_to_anchor=(0.5, -0.07),
-        )
+        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07)}
+        axes.legend(fontsize=7, ncols=len(layers), frameon=False, **below)
     save_figure(figure, path)
-
-
-def _columns(found: Groups, scenario: str) -> list[str]:
-    """Names of the columns that have rows: the tables' first, then others."""
-    present = [layer for (where, _, layer), rows in found.items() if where == scenario and rows]
-    known = [column.name for column in COLUMNS if column.name in present]
-    return [*known, *dict.fromkeys(name for name in present if name not in known)]

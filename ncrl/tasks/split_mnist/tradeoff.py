@@ -10,13 +10,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ncrl.tasks.figures import save_figure
-from ncrl.tasks.results import Result, summarise
+from ncrl.tasks.results import Result
 from ncrl.tasks.split_mnist.tables import by_cell
 
 LEAST_ERROR, MOST_ERROR = 0.2, 60.0
@@ -32,27 +32,16 @@ class Point(NamedTuple):
 
 
 def curves(rows: Sequence[Result]) -> Mapping[str, Mapping[str, list[Point]]]:
-    """By scenario and method, then by layer: points in the order of the coefficient.
-
-    Args:
-        rows: of split MNIST.
-    """
+    """By scenario and method, then by layer: points in the order of the coefficient."""
     found: dict[str, dict[str, list[Point]]] = defaultdict(dict)
     for (scenario, method, layer), group in by_cell(rows, changes=True).items():
-        by_coef: dict[float, list[Result]] = defaultdict(list)
-        for row in group:
-            by_coef[row.recipe["penalty_coef"]].append(row)
-        found[f"{scenario} {method}"][layer] = [
-            Point(coef, _mean(by_coef[coef], "learn"), _mean(by_coef[coef], "accuracy"))
-            for coef in sorted(by_coef)
-        ]
+        points = []
+        for coef in sorted({row.recipe["penalty_coef"] for row in group}):
+            metrics = [row.metrics for row in group if row.recipe["penalty_coef"] == coef]
+            means = (fmean(own[name] for own in metrics) for name in ("learn", "accuracy"))
+            points.append(Point(coef, *means))
+        found[f"{scenario} {method}"][layer] = points
     return found
-
-
-def _mean(rows: Sequence[Result], metric: str) -> float:
-    summary = summarise(rows, metric)
-    assert summary is not None
-    return summary.mean
 
 
 def draw(rows: Sequence[Result], path: Path) -> None:
@@ -65,10 +54,18 @@ def draw(rows: Sequence[Result], path: Path) -> None:
     layers = list(dict.fromkeys(layer for by_layer in found.values() for layer in by_layer))
     lowest = min(row.metrics["accuracy"] for row in rows)
     errors = [LEAST_ERROR * (MOST_ERROR / LEAST_ERROR) ** (i / 50) for i in range(51)]
-    for index, (where, by_layer) in enumerate(found.items()):
-        axes = figure.add_subplot(lines, columns, index + 1)
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(found) :]:
+        axes.remove()
+    for axes, (where, by_layer) in zip(grid, found.items(), strict=False):
         for layer, points in by_layer.items():
-            _draw_curve(axes, points, layer, f"C{layers.index(layer)}")
+            style: Any = {"color": f"C{layers.index(layer)}"}
+            x = [max(100 - point.learn, LEAST_ERROR) for point in points]
+            y = [point.accuracy for point in points]
+            axes.plot(x, y, "o-", markersize=4, linewidth=1, label=layer, **style)
+            style |= {"fontsize": 6, "xytext": (3, 3), "textcoords": "offset points"}
+            for point, error in zip(points, x, strict=True):
+                axes.annotate(f"{point.coef:g}", (error, point.accuracy), **style)
         axes.plot(errors, [100 - error for error in errors], color="0.8", linewidth=0.8, zorder=0)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -79,18 +76,3 @@ def draw(rows: Sequence[Result], path: Path) -> None:
         axes.set_title(f"{where}; grey: nothing forgotten", fontsize=9)
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
     save_figure(figure, path)
-
-
-def _draw_curve(axes: Axes, points: Sequence[Point], label: str, color: str) -> None:
-    x = [max(100 - point.learn, LEAST_ERROR) for point in points]
-    y = [point.accuracy for point in points]
-    axes.plot(x, y, "o-", markersize=4, linewidth=1, label=label, color=color)
-    for point, error in zip(points, x, strict=True):
-        axes.annotate(
-            f"{point.coef:g}",
-            (error, point.accuracy),
-            xytext=(3, 3),
-            textcoords="offset points",
-            fontsize=6,
-            color=color,
-        )
