@@ -13,11 +13,8 @@ from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Batches, Experiment, describe_layers, try_network
 from ncrl.tasks.recipes import Recipe, build_network
 
-EVALUATION_BATCH = 1000
-"""Images that are classified at a time."""
-
-REPORT_IMAGES = 256
-"""Test images on which the layers are described."""
+EVALUATION_BATCH = 1000  # images that are classified at a time
+REPORT_IMAGES = 256  # test images on which the layers are described
 
 
 class Classification(Experiment):

@@ -35,21 +35,17 @@ from ncrl.yaml_files import parse_yaml
 
 EXIT_FAILED, EXIT_SIGINT = 1, 130
 
+# In the folder of a run whose loss was not finite: the same run would end there again.
 DIVERGED_FILE = "diverged.txt"
-"""In the folder of a run whose loss was not finite: the same run would end there again."""
-
 LARGEST_SEED = 2**31 - 1
 MOST_THREADS = 1024
 
+# Fields of a recipe that are flags, too.
 OVERRIDES = (
     *("optimizer", "learning_rate", "schedule", "momentum", "rmsprop_alpha", "weight_decay"),
     *("max_grad_norm", "batch_size", "epochs", "iterations", "orth_coef", "balance_coef"),
 )
-"""Fields of a recipe that are flags, too."""
-
-BASE = "base"
-"""Name on the command line of the recipe at the top of a file."""
-
+BASE = "base"  # name on the command line of the recipe at the top of a file
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 Make = Callable[[Any, int, torch.device], Experiment]

@@ -39,34 +39,25 @@ MNIST_SIDE = 28
 
 Arrays = Mapping[str, NDArray[Any]]
 
-DIGITS_TEST_EVERY = 5
-"""Of the embedded digits every fifth is kept for testing."""
-
-DIGITS = "digits of scikit-learn"
-"""The name of the embedded data set."""
-
+DIGITS_TEST_EVERY = 5  # of the embedded digits every fifth is kept for testing
+DIGITS = "digits of scikit-learn"  # the name of the embedded data set
+# What the name of a data set says whose test images are not used.
 HELD_OUT = "held out and measured on"
-"""What the name of a data set says whose test images are not used."""
-
 FETCH_HINT = "--download fetches it from OpenML"
 
 
 class Images(NamedTuple):
     """A data set of images, on the CPU; `to` moves it."""
 
-    name: str
-    """What it is, for result rows; runs on data of another name or `mark` are other runs."""
-    source: str
-    """The same with where it comes from, for outputs."""
-    train_images: Tensor
-    """[N, channels, height, width], uint8."""
-    train_labels: Tensor
-    """[N], int64."""
+    name: str  # what it is, for result rows; runs on data of another name or `mark` are other runs
+    source: str  # the same with where it comes from, for outputs
+    train_images: Tensor  # [N, channels, height, width], uint8
+    train_labels: Tensor  # [N], int64
     test_images: Tensor
     test_labels: Tensor
     num_classes: int
+    # A hash of all images and labels; empty for the embedded digits, which are always the same.
     mark: str = ""
-    """A hash of all images and labels; empty for the embedded digits, which are always the same."""
 
     @property
     def readings(self) -> dict[str, str]:
@@ -217,14 +208,13 @@ def _find_cifar(folder: Path, num_classes: int) -> Images | None:
     return None
 
 
+# Folder and files of the python version, by number of classes; the last one is for testing.
 BATCHES: Mapping[int, tuple[str, Sequence[str]]] = {
     10: ("cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]),
     100: ("cifar-100-python", ["train", "test"]),
 }
-"""Folder and files of the python version, by number of classes; the last one is for testing."""
-
+# What the name of a data set from image files says: compression costs a little accuracy.
 JPEG = ", JPEG-compressed copies"
-"""What the name of a data set from image files says: compression costs a little accuracy."""
 
 
 def _images(name: str, place: object, train: Labelled, test: Labelled, num_classes: int) -> Images:

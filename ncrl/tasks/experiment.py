@@ -26,20 +26,13 @@ class Experiment(ABC):
 
     model: nn.Module
 
-    num_updates: int
-    """Updates of the whole run."""
-
-    evaluate_every: int
-    """Updates between evaluations; there is one at the end in any case."""
-
-    data: str
-    """Name of the data set; part of what makes a run another one."""
-
+    num_updates: int  # updates of the whole run
+    evaluate_every: int  # updates between evaluations; there is one at the end in any case
+    data: str  # Name of the data set; part of what makes a run another one
+    # Decisions where the paper is silent, beyond those in the recipe; part of the identity.
     readings: Mapping[str, Any] = {}
-    """Decisions where the paper is silent, beyond those in the recipe; part of the identity."""
-
+    # Metrics whose best value over all evaluations is reported too: `max` or `min`.
     best: Mapping[str, str] = {}
-    """Metrics whose best value over all evaluations is reported too: `max` or `min`."""
 
     @abstractmethod
     def loss(self, update: int) -> Tensor:

@@ -26,14 +26,11 @@ from ncrl import files
 
 Bytes = NDArray[np.uint8]
 
-LARGEST_FILE = 1 << 30
-"""Bytes; six times the largest file of these data sets, unpacked."""
-
+LARGEST_FILE = 1 << 30  # bytes; six times the largest file of these data sets, unpacked
 CIFAR_SIDE = 32
 CIFAR_PIXELS = 3 * CIFAR_SIDE * CIFAR_SIDE
 
-PARTS = ("train", "test")
-"""Folders of an archive of images."""
+PARTS = ("train", "test")  # folders of an archive of images
 
 
 class Labelled(NamedTuple):

@@ -14,15 +14,14 @@ from ncrl.settings import make_parser, parse, usage_error
 from ncrl.tasks.recipes import CONFIGS, Recipe, count_parameters, outline_network, read_recipes
 from ncrl.tasks.results import markdown
 
+# Relative difference up to which a count of Table 9, printed with two digits, is reproduced.
 TOLERANCE = 0.05
-"""Relative difference up to which a count of Table 9, printed with two digits, is reproduced."""
 
 
 class Row(NamedTuple):
     """One recipe beside what the paper prints for it."""
 
-    name: str
-    """File, and after a colon the variant."""
+    name: str  # file, and after a colon the variant
     recipe: Recipe
     parameters: int
 

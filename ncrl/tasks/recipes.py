@@ -31,24 +31,20 @@ from ncrl.yaml_files import read_yaml
 TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "atari")
 OPTIMIZERS = ("sgd", "adam", "adagrad", "rmsprop")
 SCHEDULES = ("constant", "steps")
+# Fields that hold options, and the field that says whose.
 OPTIONS_OF = {"network_options": "network", "layer_options": "layer"}
-"""Fields that hold options, and the field that says whose."""
-
 LARGEST_BATCH_SIZE = 1 << 16
 MOST_EPOCHS = 100_000
 MOST_ITERATIONS = 10**9
+# Of widths, counts and so on, and of widths in a list: far beyond those of any recipe.
 LARGEST_OPTION, MOST_LAYERS = 100_000, 100
-"""Of widths, counts and so on, and of widths in a list: far beyond those of any recipe."""
-
-MOST_PARAMETERS = 1 << 30
-"""Of a network: 4 GiB, of which training takes several."""
-
+MOST_PARAMETERS = 1 << 30  # of a network: 4 GiB, of which training takes several
 Options = Mapping[str, Any]
 
 OWN_OPTIONS: Options = setting(None, "options of its own, see docs/layers.md").metadata
 
+# Where `pip install` puts configs/tasks/, below the prefix (see pyproject.toml).
 INSTALLED_CONFIGS = "share/ncrl/configs/tasks"
-"""Where `pip install` puts configs/tasks/, below the prefix (see pyproject.toml)."""
 
 
 def configs_folder() -> Path:
@@ -135,8 +131,8 @@ class ContinualRecipe(Recipe):
     double_orth_coef: bool = setting(False, "with a penalty, double orth_coef after the first task")
 
 
+# Those that learn task after task, so that their recipes say more.
 CONTINUAL_NETWORKS = ("split_mlp", "resnet_mlp")
-"""Those that learn task after task, so that their recipes say more."""
 
 
 def network_option_types(network: str) -> dict[str, str]:

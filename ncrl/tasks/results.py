@@ -16,12 +16,8 @@ from ncrl.files import read_bytes, write_atomically
 
 RESULT_FILE = "result.json"
 
-CHECKSUM = "details_checksum"
-"""Beside the fields of a row in its file; unpacked rows may have none."""
-
-LARGEST_ROW = 256 << 20
-"""Bytes of a row; curves and maps take most of them."""
-
+CHECKSUM = "details_checksum"  # beside the fields of a row in its file; unpacked rows may have none
+LARGEST_ROW = 256 << 20  # bytes of a row; curves and maps take most of them
 LARGEST_NUMBER = 1e300
 
 
@@ -29,37 +25,29 @@ LARGEST_NUMBER = 1e300
 class Result:
     """One run: a recipe trained with one seed."""
 
-    task: str
-    """Module of ncrl.tasks."""
-    name: str
-    """The recipe, as tables call it."""
+    task: str  # module of ncrl.tasks
+    name: str  # the recipe, as tables call it
     seed: int
     layer: str
-    parameters: int
-    """Of the network, frozen ones included, buffers not."""
+    parameters: int  # of the network, frozen ones included, buffers not
+    # What was measured at the end, and `best_...` of metrics for which the paper reports that.
     metrics: Mapping[str, float]
-    """What was measured at the end, and `best_...` of metrics for which the paper reports that."""
-    data: str
-    """Name of the data set."""
+    data: str  # name of the data set
     updates: int
-    seconds: float
-    """Of training and its evaluations, on `hardware`."""
-    recipe: Mapping[str, Any]
-    """Every setting, those that flags changed included."""
+    seconds: float  # of training and its evaluations, on `hardware`
+    recipe: Mapping[str, Any]  # every setting, those that flags changed included
+    # Decisions where the paper is silent, beyond those that the recipe holds.
     readings: Mapping[str, Any] = field(default_factory=dict)
-    """Decisions where the paper is silent, beyond those that the recipe holds."""
+    # What else the task found out about the trained network: per layer, class, task and so on
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What else the task found out about the trained network: per layer, class, task, ..."""
+    # What tables and figures group rows by, such as the variant of the recipe.
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What tables and figures group rows by, such as the variant of the recipe."""
+    # Metrics at every evaluation, with `update` and the mean training `loss` since the last.
     curve: Sequence[Mapping[str, float]] = ()
-    """Metrics at every evaluation, with `update` and the mean training `loss` since the last."""
-    command: str = ""
-    """That it was made with."""
+    command: str = ""  # that it was made with
     hardware: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    date: str = ""
-    """When it ended, ISO 8601."""
+    date: str = ""  # when it ended, ISO 8601
 
     def line(self) -> str:
         """The row in one line."""
@@ -111,6 +99,7 @@ def _row(values: dict[str, Any]) -> Result:
     return row
 
 
+# What JSON may hold for a field of `Result`, by its annotation.
 JSON_TYPES: Mapping[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -118,7 +107,6 @@ JSON_TYPES: Mapping[str, tuple[type, ...]] = {
     "Mapping": (dict,),
     "Sequence": (list, tuple),
 }
-"""What JSON may hold for a field of `Result`, by its annotation."""
 
 
 def is_number(value: Any) -> bool:

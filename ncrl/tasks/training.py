@@ -48,14 +48,9 @@ CHECKPOINT_SIZE = 12
 """Times the size of the model that a checkpoint may take: the optimiser keeps up to two numbers for
 each weight, a method against forgetting up to five."""
 
-CHECKPOINT_SECONDS = 60.0
-"""Least time between checkpoints; large ones are written more rarely."""
-
-CHECKPOINT_SHARE = 0.05
-"""Of the time, at most, goes into writing checkpoints."""
-
-CHECK_EVERY = 20
-"""Updates between looks at the loss: each look waits for the device."""
+CHECKPOINT_SECONDS = 60.0  # least time between checkpoints; large ones are written more rarely
+CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
+CHECK_EVERY = 20  # updates between looks at the loss: each look waits for the device
 
 
 class NonFiniteError(RuntimeError):

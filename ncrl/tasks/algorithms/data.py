@@ -30,38 +30,28 @@ from torch.nn import functional as F
 TASKS = ("copy", "repeat_copy", "associative_recall", "priority_sort")
 
 NUM_BITS = 8
-FIRST, SECOND = NUM_BITS, NUM_BITS + 1
-"""Channels of an input beside the bits."""
-
+FIRST, SECOND = NUM_BITS, NUM_BITS + 1  # channels of an input beside the bits
 NUM_INPUTS = NUM_BITS + 2
-END = NUM_BITS
-"""Channel of an output that marks the end of an answer."""
-
+END = NUM_BITS  # channel of an output that marks the end of an answer
 MOST_VECTORS = 3
 MOST_REPEATS = 2
-ITEMS = (2, 3)
-"""Items of an associative recall."""
+ITEMS = (2, 3)  # items of an associative recall
 ITEM_LENGTH = 2
-SORTED, KEPT = 3, 2
-"""Vectors of a priority sort, and how many of them are asked for."""
-
+SORTED, KEPT = 3, 2  # vectors of a priority sort, and how many of them are asked for
+# Most vectors of a question, those of an associative recall.
 QUESTION = 1 + ITEMS[1] * (1 + ITEM_LENGTH) + 1 + ITEM_LENGTH
-"""Most vectors of a question, those of an associative recall."""
+# Most vectors of an answer, those of a repeat copy and its end.
 ANSWER = MOST_VECTORS * MOST_REPEATS + 1
-"""Most vectors of an answer, those of a repeat copy and its end."""
 
 
 class Algorithms(NamedTuple):
     """N sequences of T timesteps. Time comes first, as in `Ntm`."""
 
-    inputs: Tensor
-    """[T, N, 10]."""
-    targets: Tensor
-    """[T, N, num_outputs], 0 or 1; 0 where nothing is asked for."""
+    inputs: Tensor  # [T, N, 10]
+    targets: Tensor  # [T, N, num_outputs], 0 or 1; 0 where nothing is asked for
+    # Of the answer at every timestep, an index into `TASKS`: [T, N]; -1 where there is none.
     task: Tensor
-    """Of the answer at every timestep, an index into `TASKS`: [T, N]; -1 where there is none."""
-    is_end: Tensor
-    """Whether this is the end of an answer, [T, N]."""
+    is_end: Tensor  # whether this is the end of an answer, [T, N]
 
 
 class _Part(NamedTuple):

@@ -26,27 +26,18 @@ from ncrl.tasks.recipes import Recipe, build_network
 from ncrl.tasks.results import Result, by_name, results_table
 
 CONFIG = "algorithms.yaml"
-VARIANTS = ("linear", "hypernet", "film", "nsm", "base")
-"""What the paper compares."""
-
+VARIANTS = ("linear", "hypernet", "film", "nsm", "base")  # what the paper compares
 TRAINED_TASKS = 4
-TESTED_TASKS = (4, 8)
-"""n, how many algorithms are asked for in a sequence."""
-
+TESTED_TASKS = (4, 8)  # n, how many algorithms are asked for in a sequence
 TEST_SEQUENCES = 256
 EVALUATE_EVERY = 100
-REPORT_SEQUENCES = 8
-"""Test sequences on which the layers are described."""
-
-GUESSING = 50.0
-"""Per cent of the bits that are wrong by chance."""
-
+REPORT_SEQUENCES = 8  # test sequences on which the layers are described
+GUESSING = 50.0  # per cent of the bits that are wrong by chance
+# As the paper writes them.
 LAYER_NAMES: Mapping[str, str] = {
     **{"linear": "plain", "neurocoder": "Neurocoder", "hypernet": "HyperNet"},
     **{"film": "FiLM", "moe": "MoE", "nsm": "NSM"},
 }
-"""As the paper writes them."""
-
 PAPER = "lowest error at n=4 and alone in generalising to n=8 (Fig. 6, no number printed)"
 
 

@@ -19,12 +19,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-CHUNK = 512
-"""Samples that are differentiated together, where memory allows."""
-
+CHUNK = 512  # samples that are differentiated together, where memory allows
+# In the gradients that are built for a chunk: a gibibyte in single precision.
 MOST_NUMBERS = 1 << 28
-"""In the gradients that are built for a chunk: a gibibyte in single precision."""
-
 MATMULS = (torch.matmul, Tensor.matmul)
 
 Parameters = dict[str, Tensor]
@@ -33,16 +30,11 @@ SampleLoss = Callable[[Callable[..., Tensor], Tensor], Tensor]
 """Called with the model and inputs [B, ...]; returns the sum of the samples' losses, each of which
 follows from its own sample alone."""
 
-Leaf = tuple[str, int]
-"""Name of a parameter, and which of the pieces that the model splits it into."""
-
+Leaf = tuple[str, int]  # Name of a parameter, and which of the pieces that the model splits it into
 Split = tuple[Any, int]  # sizes and dimension
 
-Pair = tuple[Tensor, Tensor]
-"""The sum of a tensor over samples, and that of its elementwise square."""
-
-ELSE = -1
-"""In place of a product's number: another use."""
+Pair = tuple[Tensor, Tensor]  # the sum of a tensor over samples, and that of its elementwise square
+ELSE = -1  # in place of a product's number: another use
 
 
 class Sums(NamedTuple):

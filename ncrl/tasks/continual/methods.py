@@ -17,8 +17,7 @@ from ncrl.settings import suggest
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
 
-DAMPING = 0.1
-"""Keeps the importance of weights that hardly move finite in synaptic intelligence."""
+DAMPING = 0.1  # keeps the importance of weights that hardly move finite in synaptic intelligence
 
 
 class Method:
@@ -222,6 +221,7 @@ class Ewc(OnlineEwc):
             self.anchor[name] = torch.lerp(anchor, now, share)
 
 
+# By the names of Hsu et al.; the first two differ in the optimiser, which is the caller's.
 METHODS: Mapping[str, type[Method]] = {
     "adam": Method,
     "adagrad": Method,
@@ -230,7 +230,6 @@ METHODS: Mapping[str, type[Method]] = {
     "ewc": Ewc,
     "online-ewc": OnlineEwc,
 }
-"""By the names of Hsu et al.; the first two differ in the optimiser, which is the caller's."""
 
 
 def make_method(name: str, model: nn.Module, coef: float) -> Method:

@@ -16,9 +16,7 @@ from ncrl.diagnostics import participation_ratio, spread
 from ncrl.neurocoder import NeurocoderLinear
 from ncrl.tasks.experiment import layer_inputs
 
-RANK_SAMPLES = 8
-"""Inputs whose weights are composed in full, from everywhere in the batch."""
-
+RANK_SAMPLES = 8  # inputs whose weights are composed in full, from everywhere in the batch
 LAYERS = (nn.Linear, LowRankLinear, NSMLinear, NeurocoderLinear)
 
 
@@ -54,10 +52,8 @@ def backward_transfer(accuracy: Tensor) -> float:
 class Weights(NamedTuple):
     """The weight matrices that one layer applies to inputs."""
 
-    rank: float
-    """Participation ratio of their singular values: 1 for rank 1, at most min(in, out)."""
-    attention: float | None
-    """Largest attention weight; None for layers that do not attend."""
+    rank: float  # participation ratio of their singular values: 1 for rank 1, at most min(in, out)
+    attention: float | None  # largest attention weight; None for layers that do not attend
 
 
 @torch.no_grad()

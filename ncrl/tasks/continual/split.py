@@ -32,19 +32,13 @@ COEFS: Mapping[str, Mapping[str, float]] = {
 """Weights of the penalties, tuned by Hsu et al. for each scenario; a method that is not here has
 none."""
 
-ADAGRAD = {"optimizer": "adagrad", "learning_rate": 1e-2}
-"""What the method of this name changes."""
-
+ADAGRAD = {"optimizer": "adagrad", "learning_rate": 1e-2}  # what the method of this name changes
 CLASSES_PER_TASK = 2
 PADDED_SIDE = 32
-MEAN, STD = 0.1000, 0.2752
-"""Hsu et al.'s normalisation, of pixels from 0 to 1 and the padding, too."""
-
-EVALUATION_BATCH = 1000
-"""Images that are classified at a time."""
-
+MEAN, STD = 0.1000, 0.2752  # Hsu et al.'s normalisation, of pixels from 0 to 1 and the padding, too
+EVALUATION_BATCH = 1000  # images that are classified at a time
+# Test images of each task on which weights and attention are measured at the end.
 DESCRIBED_IMAGES = 50
-"""Test images of each task on which weights and attention are measured at the end."""
 
 
 def method_changes(
@@ -151,11 +145,11 @@ class SplitLearning(Experiment):
             )
         self.epochs = recipe.epochs
         self.batches = [Batches(t[:2], recipe.batch_size, seed, keep_last=True) for t in tasks]
+        # Updates after which the tasks end.
         self.ends = list(accumulate(self.epochs * own.per_epoch for own in self.batches))
-        """Updates after which the tasks end."""
         self.num_updates = self.evaluate_every = self.ends[-1]
+        # Per cent, [T trained, T tested].
         self.accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
-        """Per cent, [T trained, T tested]."""
         self.method = make_method(recipe.method or "adam", model, recipe.penalty_coef or 0.0)
         if recipe.fisher_orthogonality and isinstance(self.method, OnlineEwc):
             self.method.extra_loss = self.orthogonality

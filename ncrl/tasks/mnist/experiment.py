@@ -25,14 +25,10 @@ from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import results_table
 
 CONFIG = "mnist.yaml"
-HELD_OUT_EVERY = 6
-"""With --validate, one of so many training images is measured on."""
-
-STEPS = (1, 2, 3, 4, 5)
-"""J of Fig. 2a."""
-
+HELD_OUT_EVERY = 6  # with --validate, one of so many training images is measured on
+STEPS = (1, 2, 3, 4, 5)  # J of Fig. 2a
+# Variants whose attention is drawn (Fig. 2b); that of the last one makes the tree (Fig. 2c).
 MAPS = ("maps_j1", "maps_j5")
-"""Variants whose attention is drawn (Fig. 2b); that of the last one makes the tree (Fig. 2c)."""
 
 
 class DigitClassifier(Classification):

@@ -10,6 +10,7 @@ from ncrl.tasks.models.mlp import Mlp, ProjectedLinear, SplitMlp
 from ncrl.tasks.models.recurrent import GruRegressor, Ntm
 from ncrl.tasks.models.resnet import FrozenResNetMlp, ResNet18
 
+# Constructors; beside options of its own each takes `coded`, the kind of its coded layers.
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "projected_linear": ProjectedLinear,
     "mlp": Mlp,
@@ -22,4 +23,3 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "resnet_mlp": FrozenResNetMlp,
     "atari": atari_policy,
 }
-"""Constructors; beside options of its own each takes `coded`, the kind of its coded layers."""

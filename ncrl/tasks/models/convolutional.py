@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from ncrl.tasks.models.mlp import PLAIN, Coded, Mlp
 
-DEEPEST = 1000
-"""Layers of a `DenseNet`."""
+DEEPEST = 1000  # layers of a `DenseNet`
 
 
 class LeNet(nn.Module):

@@ -15,14 +15,11 @@ from torch.nn import functional as F
 
 from ncrl.tasks.models.mlp import PLAIN, Coded
 
-NORM_FLOOR = 1e-6
-"""Smallest norm that a key or a memory row is divided by."""
-
+NORM_FLOOR = 1e-6  # smallest norm that a key or a memory row is divided by
+# Added to the sum of sharpened weights, so that weights which are all zero stay zero.
 WEIGHT_FLOOR = 1e-16
-"""Added to the sum of sharpened weights, so that weights which are all zero stay zero."""
-
+# Widths of what addresses the memory besides the key: strength, gate, shift, sharpening.
 ADDRESS_SIZES = (1, 1, 3, 1)
-"""Widths of what addresses the memory besides the key: strength, gate, shift, sharpening."""
 
 
 class GruRegressor(nn.Module):

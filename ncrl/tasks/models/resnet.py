@@ -44,8 +44,7 @@ class ResNet18(nn.Module):
 
     IMAGENET_CLASSES = 1000
 
-    STAGE_WIDTHS = 15
-    """Channels of all four stages together, in widths: 1 + 2 + 4 + 8."""
+    STAGE_WIDTHS = 15  # channels of all four stages together, in widths: 1 + 2 + 4 + 8
 
     def __init__(
         self, num_outputs: int = IMAGENET_CLASSES, *, width: int = 64, coded: Coded = PLAIN

@@ -27,17 +27,12 @@ from ncrl.tasks.recipes import Recipe, build_network
 from ncrl.tasks.results import Result, results_table
 
 CONFIG = "polynomial.yaml"
-VARIANTS = ("linear", "hypernet", "film", "j1", "base", "no_usage")
-"""What the paper compares."""
-
+VARIANTS = ("linear", "hypernet", "film", "j1", "base", "no_usage")  # what the paper compares
 TEST_SEQUENCES = 512
 EVALUATE_EVERY = 100
-REPORT_SEQUENCES = 8
-"""Test sequences on which the layers are described."""
-
-SOLVED = 0.1
-"""Share of the error of predicting zero below which a chunk counts as predicted."""
-
+REPORT_SEQUENCES = 8  # test sequences on which the layers are described
+SOLVED = 0.1  # share of the error of predicting zero below which a chunk counts as predicted
+# What it says of Fig. 5, which has no numbers, by the variant.
 PAPER = {
     "base": "converges at about 2,000 updates",
     "linear": "has not converged by 10,000 updates",
@@ -45,7 +40,6 @@ PAPER = {
     "film": "slower than Neurocoder",
     "no_usage": "worse than with usage attention",
 }
-"""What it says of Fig. 5, which has no numbers, by the variant."""
 
 
 class Polynomials(Experiment):

@@ -16,8 +16,7 @@ from torch import Tensor
 from ncrl.tasks.figures import draw_curves, save_figure
 from ncrl.tasks.results import Result
 
-LARGEST_STEP = 0.02
-"""The top of the scale of attention is rounded up to a multiple of this."""
+LARGEST_STEP = 0.02  # the top of the scale of attention is rounded up to a multiple of this
 
 
 class Example(NamedTuple):

@@ -26,36 +26,26 @@ from ncrl.tasks.experiment import Experiment, evaluating, random_stream
 from ncrl.tasks.models.resnet import ResNet18
 from ncrl.tasks.recipes import Recipe, build_network
 
+# Of pixels from 0 to 1, with which torchvision's weights were trained.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of pixels from 0 to 1, with which torchvision's weights were trained."""
-
 IMAGENET_SIDE = 224
 
-TURNS = 4
-"""Quarters of a turn that a rotated image may have made."""
-
-MEASURED = 500
-"""Test images, in every rotation, on which a backbone is measured."""
-
+TURNS = 4  # quarters of a turn that a rotated image may have made
+MEASURED = 500  # test images, in every rotation, on which a backbone is measured
 FEATURE_BATCH = 250
 
-LEAST_STD = 1e-6
-"""Features that vary less are left at their scale."""
+LEAST_STD = 1e-6  # features that vary less are left at their scale
 
 
 class Backbone(NamedTuple):
     """A frozen network and how images are prepared for it."""
 
     network: ResNet18
-    title: str
-    """For outputs and result rows: above all, whether it has seen ImageNet."""
-    side: int
-    """Images are enlarged to side x side."""
-    mean: Tensor
-    """Of pixels from 0 to 1, by channel: [3]."""
+    title: str  # for outputs and result rows: above all, whether it has seen ImageNet
+    side: int  # images are enlarged to side x side
+    mean: Tensor  # of pixels from 0 to 1, by channel: [3]
     std: Tensor
-    pooled: bool
-    """Whether its features are the stages' means, [B, 15 w], in place of its outputs."""
+    pooled: bool  # whether its features are the stages' means, [B, 15 w], in place of its outputs
 
     @property
     def num_features(self) -> int:
@@ -109,11 +99,9 @@ def as_bytes(tensor: Tensor) -> Any:
 
 # ImageNet's weights
 
-LARGEST_WEIGHTS = 1 << 30
-"""Bytes of a file of weights; torchvision's has a twentieth."""
-
+LARGEST_WEIGHTS = 1 << 30  # bytes of a file of weights; torchvision's has a twentieth
+# End of the names of counters that are not used here, and missing in torchvision's first files.
 UNUSED = "num_batches_tracked"
-"""End of the names of counters that are not used here, and missing in torchvision's first files."""
 
 
 def load_backbone(path: Path, side: int, device: torch.device) -> Backbone:

@@ -46,27 +46,17 @@ from ncrl.tasks.split_cifar.figure import draw_accuracy, draw_slots, slots_figur
 
 CONFIG = "split_cifar.yaml"
 
-CLASSES_PER_TASK = {10: 2, 100: 5}
-"""By number of classes."""
-
+CLASSES_PER_TASK = {10: 2, 100: 5}  # by number of classes
 DEFAULT_VARIANTS = ["linear", "tuned_residual"]
 DEFAULT_METHODS = ["adam", "si"]
 
-BACKBONE = "backbone"
-"""Variant that is trained where there are no weights to load."""
-
-BACKBONE_SEED = 0
-"""One backbone serves all seeds, as ImageNet's would."""
-
+BACKBONE = "backbone"  # variant that is trained where there are no weights to load
+BACKBONE_SEED = 0  # one backbone serves all seeds, as ImageNet's would
+# Images are enlarged to this for a backbone of our own: of 32x32, one pixel is left.
 TRAINED_SIDE = 64
-"""Images are enlarged to this for a backbone of our own: of 32x32, one pixel is left."""
-
+# On the embedded digits, where an epoch of a task has 3 updates.
 DIGITS_EPOCHS, DIGITS_BACKBONE_EPOCHS = 10, 5
-"""On the embedded digits, where an epoch of a task has 3 updates."""
-
-HELD_OUT_EVERY = 5
-"""With --validate, one of so many training images is measured on."""
-
+HELD_OUT_EVERY = 5  # with --validate, one of so many training images is measured on
 METRICS = (
     *("accuracy", "learn", "failed_tasks", "forgetting", "transfer"),
     *("rank", "attention", "slot_information"),
@@ -142,8 +132,7 @@ class BackboneSource(NamedTuple):
     """Where the frozen network comes from: a file with ImageNet's weights, or training by a recipe,
     with `epochs` in place of the recipe's."""
 
-    side: int
-    """Images are enlarged to this."""
+    side: int  # images are enlarged to this
     file: Path | None = None
     recipe: Recipe | None = None
     epochs: int | None = None

@@ -17,11 +17,8 @@ from ncrl.tasks.continual.split import SplitLearning
 from ncrl.tasks.experiment import describe_layers, evaluating, layer_inputs, mutual_information
 from ncrl.tasks.models.mlp import SplitMlp
 
-SLOT_STEPS = 100
-"""Training steps of each task at which attention is looked at (Fig. 8)."""
-
-SLOT_IMAGES = 32
-"""Images of the batch that are looked at."""
+SLOT_STEPS = 100  # Training steps of each task at which attention is looked at (Fig. 8)
+SLOT_IMAGES = 32  # images of the batch that are looked at
 
 
 class SplitFeatures(SplitLearning):

@@ -41,6 +41,7 @@ from ncrl.tasks.training import identity
 
 CONFIG = "split_mnist.yaml"
 
+# Variant of the recipe for every layer, ranks apart.
 RECIPES = {
     Column("linear"): "linear_400",
     Column("lowrank"): "linear_400",
@@ -50,8 +51,6 @@ RECIPES = {
     Column("neurocoder", "official"): "official_logs",
     Column("neurocoder", "official", residual=True): "official_logs_residual",
 }
-"""Variant of the recipe for every layer, ranks apart."""
-
 LAYERS = ("linear", "lowrank", "nsm", "neurocoder")
 VARIANTS = ("paper", "official")
 
@@ -61,12 +60,9 @@ ONLY |= {"rank": "lowrank"}
 
 QUIRKS = ("fisher_orthogonality", "double_orth_coef")
 
+# On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task.
 DIGITS_EPOCHS = 40
-"""On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task."""
-
-MOST_COUNTED = 1000
-"""Processes, or seeds."""
-
+MOST_COUNTED = 1000  # processes, or seeds
 METRICS = ("accuracy", "learn", "failed_tasks", "forgetting", "transfer", "rank", "attention")
 
 

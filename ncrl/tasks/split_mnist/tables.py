@@ -12,14 +12,9 @@ from matplotlib.figure import Figure
 from ncrl.tasks.figures import save_figure
 from ncrl.tasks.results import Result, Summary, markdown, summarise
 
-Groups = defaultdict[tuple[str, ...], list[Result]]
-"""Rows by scenario, method and layer."""
-
-SCENARIO = {1: "domain", 6: "task", 7: "domain"}
-"""By number of the table."""
-
-REPEATS = {"domain": 5, "task": 3}
-"""Of every cell; the paper has 10."""
+Groups = defaultdict[tuple[str, ...], list[Result]]  # rows by scenario, method and layer
+SCENARIO = {1: "domain", 6: "task", 7: "domain"}  # by number of the table
+REPEATS = {"domain": 5, "task": 3}  # of every cell; the paper has 10
 
 
 class Column(NamedTuple):
@@ -107,15 +102,13 @@ PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
 """The paper's Tables 6 and 7, 10 runs: Hsu et al.'s MLP, its MLP, NSM, Neurocoder with and without
 residual."""
 
-METHODS = tuple(PRINTED["domain"])
-"""The paper's; there may be others."""
-
+METHODS = tuple(PRINTED["domain"])  # the paper's; there may be others
+# Position in `PRINTED` by column; what the paper calls Neurocoder stands beside both variants.
 PRINTED_AS = {
     **{"hsu": 0, "mlp": 1, "nsm": 2, "paper residual": 3, "paper": 4},
     **{"official residual": 3, "official": 4},
 }
-"""Position in `PRINTED` by column; what the paper calls Neurocoder stands beside both variants."""
-
+# The authors' own logs of the domain scenario, 10 runs, by column and method.
 LOGGED: Mapping[str, Mapping[str, str]] = {
     "mlp": {
         "adam": "53.38±1.39",
@@ -132,7 +125,6 @@ LOGGED: Mapping[str, Mapping[str, str]] = {
         "online-ewc": "71.79±2.04",
     },
 }
-"""The authors' own logs of the domain scenario, 10 runs, by column and method."""
 
 
 def printed(scenario: str, method: str, column: str) -> str | None:
@@ -184,8 +176,7 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
     return f"{title}\n\n{markdown(header, lines)}"
 
 
-MISSING = "-"
-"""In place of the accuracy with a seed that has not been run, or diverged."""
+MISSING = "-"  # in place of the accuracy with a seed that has not been run, or diverged
 
 
 def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:

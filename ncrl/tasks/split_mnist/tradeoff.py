@@ -19,8 +19,8 @@ from ncrl.tasks.figures import save_figure
 from ncrl.tasks.results import Result
 from ncrl.tasks.split_mnist.tables import by_cell
 
+# Per cent: ends of the axis of errors, which is logarithmic because most networks learn well.
 LEAST_ERROR, MOST_ERROR = 0.2, 60.0
-"""Per cent: ends of the axis of errors, which is logarithmic because most networks learn well."""
 
 
 class Point(NamedTuple):
