@@ -163,30 +163,38 @@ class Session:
                 else:
                     found[index, seed] = result
             pending, patience = elsewhere, True
-        order = ((index, seed) for index in range(len(wanted)) for seed in seeds)
-        return [found[which] for which in order if which in found]
+        return [found[which] for which in sorted(found, key=lambda w: (w[0], seeds.index(w[1])))]
 
     def _run_one(self, plan: Plan, seed: int, make: Make, *, wait: bool) -> Result | None:
         """The row of one run; None if another process is at it."""
         run, experiment = self.made(plan, seed, make)
+        diverged = run.folder / DIVERGED_FILE
         with locked(run.folder, wait=wait) as is_ours:
             if not is_ours:
                 return None
             remove_unfinished(run.folder)
             result = run.result
-            if result is None:
-                result = _train(run, experiment)
-                say(result.line())
-            else:
-                result = dataclasses.replace(result, labels=dict(plan.labels))
+            if result is not None:
                 say(f"{result.line()} (finished before, {run.folder})")
+                return dataclasses.replace(result, labels=dict(plan.labels))
+            if os.path.lexists(diverged):
+                said = read_bytes(diverged).decode(errors="replace")
+                raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
+            what = json.dumps(identity(plan.recipe, experiment), indent=1)
+            write_atomically(run.folder / RECIPE_FILE, what.encode())
+            try:
+                result = train(run, experiment)
+            except NonFiniteError as error:
+                write_atomically(diverged, str(error).encode())
+                raise
+            say(result.line())
             return result
 
     def made(self, plan: Plan, seed: int, make: Make) -> tuple[Run, Experiment]:
         """A run with what it trains; it is kept where all that matters for its numbers says."""
         torch.manual_seed(seed)
         experiment = make(plan.recipe, seed, self.device)
-        mark = fingerprint(identity(plan.recipe, experiment.data, experiment.readings))
+        mark = fingerprint(identity(plan.recipe, experiment))
         label = re.sub(r"[^a-z0-9.=]+", "-", plan.name.lower()).strip("-")
         folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
         run = Run(self.task, plan.name, plan.recipe, seed, self.device, folder, plan.labels)
@@ -198,21 +206,6 @@ class Session:
         load_weights(run, experiment.model)
         experiment.model.eval()
         return experiment
-
-
-def _train(run: Run, experiment: Experiment) -> Result:
-    """`train`, unless the run diverged before; if it does now, that is remembered."""
-    diverged = run.folder / DIVERGED_FILE
-    if os.path.lexists(diverged):
-        said = read_bytes(diverged).decode(errors="replace")
-        raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
-    what = identity(run.recipe, experiment.data, experiment.readings)
-    write_atomically(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
-    try:
-        return train(run, experiment)
-    except NonFiniteError as error:
-        write_atomically(diverged, str(error).encode())
-        raise
 
 
 def task_parser(task: str, description: str | None, validate: str = "") -> argparse.ArgumentParser:
@@ -342,7 +335,16 @@ def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
         if length in changes and other not in changes:
             changes[other] = None
     for field in ("layer_options", "network_options"):
-        given = read_options(flags.get(field, []), f"--{field.replace('_', '-')}")
+        given = {}
+        for word in flags.get(field, []):
+            flag = f"--{field.replace('_', '-')}"
+            name, equals, text = word.partition("=")
+            if not (name and equals):
+                raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
+            try:
+                given[name] = parse_yaml(text)
+            except ValueError as error:
+                raise ValueError(f"{flag} {word!r}: {error}") from error
         if given:
             said |= given
             changes[field] = {**getattr(plan.recipe, field), **given}
@@ -351,20 +353,6 @@ def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
     recipe = make_recipe({**vars(plan.recipe), **changes}, "the flags")
     words = " ".join(f"{k}={v}" for k, v in said.items())
     return Plan(f"{plan.name} {words}", recipe, {**plan.labels, "changes": words})
-
-
-def read_options(words: Sequence[str], flag: str) -> dict[str, Any]:
-    """Options from words of the form NAME=VALUE, whose values are read as YAML."""
-    options = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not (name and equals):
-            raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
-        try:
-            options[name] = parse_yaml(text)
-        except ValueError as error:
-            raise ValueError(f"{flag} {word!r}: {error}") from error
-    return options
 
 
 def chosen(

@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,9 +71,8 @@ class Images(NamedTuple):
 
     def to(self, device: torch.device | str) -> Images:
         """The same data set on a device."""
-        return Images(
-            *(part.to(device) if isinstance(part, Tensor) else part for part in self)  # type: ignore[arg-type]
-        )
+        parts: Any = (part.to(device) if isinstance(part, Tensor) else part for part in self)
+        return Images(*parts)
 
     def held_out(self, every: int) -> Images:
         """One of `every` training images in place of the test images, which are not used: what
@@ -233,22 +232,14 @@ def _images(name: str, place: object, train: Labelled, test: Labelled, num_class
     )
 
 
-# Decoded archives are kept: decoding takes 10 seconds, reading the arrays a tenth of one.
-
-
 def cache_folder() -> Path:
     """Where decoded data sets are kept: `ncrl` in XDG_CACHE_HOME, which is ~/.cache by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncrl"
 
 
 def cached(path: Path, check: Callable[[Arrays], None], make: Callable[[], Arrays]) -> Arrays:
-    """Arrays from a file of the cache, or made and kept there.
-
-    Args:
-        path: below `cache_folder()`.
-        check: raises for arrays that cannot be used, which are then made again.
-        make: what takes long.
-    """
+    """Arrays from a file below `cache_folder()`, or made and kept there; `check` raises for arrays
+    that cannot be used, which are then made again."""
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
         found = dict(file)
         check(found)
@@ -266,21 +257,25 @@ def cached(path: Path, check: Callable[[Arrays], None], make: Callable[[], Array
 
 
 def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
+    """Decoded archives are kept: decoding takes half a minute, reading the arrays a second."""
     key = hashlib.sha256(read_bytes(path)).hexdigest()
-
-    def parts(arrays: Arrays) -> Iterator[Labelled]:
-        return (Labelled(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in PARTS)
+    names = [(f"{part}_images", f"{part}_labels") for part in PARTS]
 
     def check(arrays: Arrays) -> None:
-        for part in parts(arrays):
-            check_labelled(part, path, num_classes)
+        for images, labels in names:
+            check_labelled(Labelled(arrays[images], arrays[labels]), path, num_classes)
 
     def decode() -> Arrays:
-        pairs = zip(PARTS, read_image_archive(path, num_classes), strict=True)
-        return {f"{part}_{n}": array for part, pair in pairs for n, array in pair._asdict().items()}
+        parts = read_image_archive(path, num_classes)
+        return {
+            n: a
+            for pair, part in zip(names, parts, strict=True)
+            for n, a in zip(pair, part, strict=True)
+        }
 
     file = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
-    train, test = parts(cached(file, check, decode))
+    arrays = cached(file, check, decode)
+    train, test = (Labelled(arrays[images], arrays[labels]) for images, labels in names)
     return _images(name + JPEG, path, train, test, num_classes)
 
 

@@ -36,8 +36,6 @@ from ncrl.tasks.results import (
     Result,
     command_line,
     fingerprint,
-    is_curve,
-    is_number,
     read_result,
     write_result,
 )
@@ -85,13 +83,15 @@ class Run(NamedTuple):
         return f"{self.name}, seed {self.seed}"
 
 
-def identity(
-    recipe: Recipe, data: str, readings: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What makes two runs the same but for the seed, as plain values. What the paper prints does
-    not change what is trained."""
-    values = {k: v for k, v in asdict(recipe).items() if k not in ("paper_parameters", "note")}
-    return {"recipe": values, "data": data, "readings": dict(readings or {})}
+def what_is_trained(recipe: Recipe) -> dict[str, Any]:
+    """The settings but for what the paper prints, as plain values."""
+    return {k: v for k, v in asdict(recipe).items() if k not in ("paper_parameters", "note")}
+
+
+def identity(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
+    """What makes two runs the same but for the seed, as plain values."""
+    readings = dict(experiment.readings)
+    return {"recipe": what_is_trained(recipe), "data": experiment.data, "readings": readings}
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -233,20 +233,20 @@ class Training:
     def finish(self) -> Result:
         """Write weights and row, and clear the checkpoint away."""
         experiment, run = self.experiment, self.run
-        last = {k: v for k, v in self.curve[-1].items() if k not in ("update", "loss")}
-        for name, which in experiment.best.items():
-            choose = {"max": max, "min": min}[which]
-            last[f"best_{name}"] = choose(row[name] for row in self.curve)
+        metrics = {k: v for k, v in self.curve[-1].items() if k != "update"}
+        for name, choose in experiment.best.items():
+            values = [row[name] for row in self.curve]
+            metrics[f"best_{name}"] = max(values) if choose == "max" else min(values)
         with evaluating(self.model):
             details = experiment.report()
-        what = self._identity()
+        what = identity(run.recipe, experiment)
         result = Result(
             task=run.task,
             name=run.name,
             seed=run.seed,
             layer=run.recipe.layer,
             parameters=count_parameters(self.model),
-            metrics={"loss": self.curve[-1]["loss"], **last},
+            metrics=metrics,
             data=experiment.data,
             updates=self.update,
             seconds=round(self._elapsed(), 2),
@@ -277,7 +277,6 @@ class Training:
         self._check_losses()
         begin = time.monotonic()
         state = {
-            "seed": self.run.seed,
             "identity": self._mark(),
             "update": self.update,
             "seconds": self._elapsed(),
@@ -310,30 +309,20 @@ class Training:
             raise ValueError(f"{path} cannot be used: {reason}; delete it to start anew") from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        update, seconds, curve = state["update"], state["seconds"], state["curve"]
-        loss_sum, loss_count = state["loss"]
-        for name, count, most in (
-            ("update", update, self.experiment.num_updates),
-            ("its number of losses", loss_count, update),
-        ):
-            if type(count) is not int or not 0 <= count <= most:
-                raise ValueError(f"{name} must lie in 0 .. {most}, got {count}")
-        if not (is_number(seconds) and seconds >= 0 and is_number(loss_sum) and is_curve(curve)):
-            raise ValueError("its seconds, losses or curve are no numbers")
+        update = state["update"]
+        if type(update) is not int or not 0 <= update <= self.experiment.num_updates:
+            raise ValueError(f"update must lie in 0 .. {self.experiment.num_updates}, got {update}")
         check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.experiment.restore(state["experiment"])
-        self.update, self.seconds, self.curve = update, seconds, curve
-        self._loss_sum, self._loss_count = loss_sum, loss_count
+        self.update, self.seconds, self.curve = update, state["seconds"], state["curve"]
+        self._loss_sum, self._loss_count = state["loss"]
         set_random_state(state["random"])
 
-    def _identity(self) -> dict[str, Any]:
-        return identity(self.recipe, self.experiment.data, self.experiment.readings)
-
     def _mark(self) -> str:
-        updates = self.experiment.num_updates
-        return f"{fingerprint(self._identity())} {updates} seed {self.run.seed}"
+        mark = fingerprint(identity(self.recipe, self.experiment))
+        return f"{mark} {self.experiment.num_updates} seed {self.run.seed}"
 
 
 def load_weights(run: Run, model: nn.Module) -> None:

@@ -115,23 +115,17 @@ def load_backbone(path: Path, side: int, device: torch.device) -> Backbone:
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise ValueError(f"--backbone: {path} must hold a state_dict, tensors by name alone")
     found = {str(n): t for n, t in weights.items() if not str(n).endswith(UNUSED)}
-    expected = {n: t for n, t in network.state_dict().items() if not n.endswith(UNUSED)}
-    is_none = f"{path} is no ResNet-18 of torchvision:"
-    for name, tensor in expected.items():
-        if name not in found:
-            hint = f"nearest: {nearest(name, found)}" if found else "it is empty"
-            raise ValueError(f"{is_none} no {name!r} in it; {hint}")
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"{is_none} expected {name} of shape {list(tensor.shape)}, "
-                f"got {list(found[name].shape)}"
-            )
-        if not found[name].is_floating_point() or not found[name].isfinite().all():
+    try:
+        missing, unknown = network.load_state_dict(found, strict=False)
+    except RuntimeError as error:  # another shape
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    for name in (n for n in (*missing, *unknown) if not n.endswith(UNUSED)):
+        hint = f"nearest: {nearest(name, found if name in missing else network.state_dict())}"
+        said = f"{name!r} is {'missing' if name in missing else 'not known'}; {hint}"
+        raise ValueError(f"{path} is no ResNet-18 of torchvision: {said}")
+    for name, tensor in found.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
-    for name in found.keys() - expected.keys():
-        hint = f"nearest: {nearest(name, expected)}"
-        raise ValueError(f"{is_none} {name!r} in it is not known; {hint}")
-    network.load_state_dict(found, strict=False)
     mean, std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
     title = f"frozen ResNet-18 with the weights of {path.name}"
     return Backbone(frozen(network, device), title, side, mean, std, pooled=False)

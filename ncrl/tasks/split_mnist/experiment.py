@@ -37,7 +37,7 @@ from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results, results_table
 from ncrl.tasks.split_mnist import tables, tradeoff
 from ncrl.tasks.split_mnist.tables import Cell, Column
-from ncrl.tasks.training import identity
+from ncrl.tasks.training import what_is_trained
 
 CONFIG = "split_mnist.yaml"
 
@@ -160,13 +160,13 @@ def finished(
 ) -> list[Result]:
     """Rows of those plans and seeds that are there already."""
     named = {plan.name: plan for plan in wanted}
-    rows = [row for row in read_results(session.logdir, "split_mnist") if row.name in named]
     found = []
-    for row in rows:
-        plan = named[row.name]
-        what = json.loads(json.dumps(identity(plan.recipe, data.name, data.readings)))
-        is_same = what == {"recipe": row.recipe, "data": row.data, "readings": row.readings}
-        if row.seed in seeds and is_same:
+    for row in read_results(session.logdir, "split_mnist"):
+        plan = named.get(row.name)
+        if plan is None or row.seed not in seeds:
+            continue
+        same = json.loads(json.dumps(what_is_trained(plan.recipe)))
+        if (row.recipe, row.data, row.readings) == (same, data.name, data.readings):
             found.append(dataclasses.replace(row, labels=dict(plan.labels)))
     return found
 
