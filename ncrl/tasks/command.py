@@ -112,10 +112,8 @@ class Session:
     ) -> list[Plan]:
         """The recipes that --config, --variant, --layer and the overrides name.
 
-        Args:
-            default_config: name of a file in configs/.
-            default_variants: those of it that are meant where none of these flags is given.
-            instead: values of flags in place of those given; None for a flag not given.
+        Without these flags it is some variants of a file in configs/. `instead` has values of flags
+        in place of those given; None for a flag not given.
         """
         default = {} if self.names_recipes else {"variant": list(default_variants)}
         flags = {**default, **self.flags, **instead}
@@ -135,10 +133,8 @@ class Session:
 
         Runs that another process is at are left to it, and waited for at the end: the same command
         started twice shares the work. A run whose loss is not finite any more is said, counted in
-        `num_diverged`, and has no row; the command's exit code will tell.
-
-        Returns:
-            The rows, recipe by recipe.
+        `num_diverged`, and has no row; the command's exit code will tell. The rows come recipe by
+        recipe.
         """
         for plan in wanted:  # before hours go into the first of them
             try:
@@ -209,13 +205,8 @@ class Session:
 
 
 def task_parser(task: str, description: str | None, validate: str = "") -> argparse.ArgumentParser:
-    """A parser with the flags that all task commands have.
-
-    Args:
-        task: name of the command.
-        description: whose first line is shown.
-        validate: which training images --validate holds out; empty where there is no such flag.
-    """
+    """A parser with the flags that all task commands have, the first line of a description, and
+    --validate, if it is said which training images that holds out."""
     parser = make_parser((description or "").splitlines()[0])
     parser.prog = f"python -m ncrl.tasks.{task}"
     add = parser.add_argument

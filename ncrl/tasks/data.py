@@ -104,15 +104,10 @@ class Images(NamedTuple):
 def load_mnist(data_dir: str | Path | None = None, *, download: bool = False) -> Images:
     """MNIST, or what else comes in its four idx files (also .gz); the digits if no folder is named.
 
-    Files in the folder come before what could be fetched.
-
     Args:
-        data_dir: folder that holds the files, or holds them in `mnist/` or `MNIST/raw/`; NCRL_DATA
-            if None.
-        download: get it from OpenML through scikit-learn, which caches it in `data_dir`.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it, or where it was looked for.
+        data_dir: holds the files, or holds them in `mnist/` or `MNIST/raw/`; NCRL_DATA if None.
+        download: where there are none, get it from OpenML through scikit-learn, which caches it in
+            `data_dir`.
     """
     folder = data_folder(data_dir)
     if folder is None and not download:
@@ -157,17 +152,12 @@ def load_cifar(
 ) -> Images:
     """CIFAR-10 or CIFAR-100; the embedded digits, as colour images, if no folder is named.
 
-    Files in the folder come before what could be fetched.
-
     Args:
-        data_dir: folder that holds one of these, or NCRL_DATA if None: the unpacked python version
+        data_dir: holds one of these, NCRL_DATA if None: the unpacked python version
             (`cifar-10-batches-py`, `cifar-100-python`), or `cifar10_jpeg.tar.xz`, a tar file of
             images `train/<class>/*.jpg` and `test/<class>/*.jpg`.
         num_classes: 10 or 100.
-        download: get it from OpenML through scikit-learn, which caches it in `data_dir`.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it, or where it was looked for.
+        download: see `load_mnist`.
     """
     folder = data_folder(data_dir)
     if folder is None and not download:
@@ -281,13 +271,14 @@ def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
 
 def data_folder(data_dir: str | Path | None = None) -> Path | None:
     """The folder that was named, or NCRL_DATA; None if there is neither."""
-    named, origin = (data_dir, "--data-dir") if data_dir else (os.environ.get("NCRL_DATA"), "")
+    named = data_dir or os.environ.get("NCRL_DATA")
     if not named:
         return None
     folder = Path(named)
     if not folder.is_dir():
+        origin = "--data-dir" if data_dir else "NCRL_DATA"
         reason = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"{origin or 'NCRL_DATA'} must be a folder: {folder} {reason}")
+        raise ValueError(f"{origin} must be a folder: {folder} {reason}")
     return folder
 
 
@@ -338,7 +329,7 @@ def _fetch(
     pair = Labelled(images, labels.astype(np.int64).astype(np.uint8))
     check_labelled(pair, f"OpenML's {name}", 10)
     train, test = (
-        Labelled(pair.images[part].copy(), pair.labels[part].copy())
+        Labelled(*(array[part].copy() for array in pair))
         for part in (slice(num_train), slice(num_train, None))
     )
     return _images(title, "from OpenML", train, test, 10)

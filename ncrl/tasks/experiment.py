@@ -71,14 +71,8 @@ def random_stream(seed: int, stream: str, index: int) -> torch.Generator:
 
 
 class Batches:
-    """The batches of epochs that each go through all samples in a new random order.
-
-    Args:
-        samples: tensors of the same length N.
-        size: of a batch, B.
-        seed: of the orders.
-        keep_last: whether an epoch ends with a batch that is not full, or leaves its samples out.
-    """
+    """The batches of epochs that each go through samples, tensors of the same length, in a new
+    random order. An epoch ends with a batch that is not full, or leaves its samples out."""
 
     def __init__(
         self, samples: Sequence[Tensor], size: int, seed: int, *, keep_last: bool = False
@@ -155,12 +149,8 @@ def describe_layers(
 
     See `ncrl.diagnostics.LayerReport`; beside the largest attention weight stands the largest one
     that the layer's sharpness allows, and beside the layer's parameters those of `nn.Linear`.
-
-    Args:
-        model: called once.
-        inputs: that it is called with.
-        counted: which of a layer's inputs count, in the order in which they come, [T * B] bool for
-            a model that calls its layers T times on B inputs; all if None.
+    `counted` says which of a layer's inputs count, in the order in which they come, [T * B] bool
+    for a model that calls its layers T times on B inputs.
     """
     reports = {}
     for name, (layer, x) in layer_inputs(model, NeurocoderLinear, *inputs).items():

@@ -51,3 +51,9 @@ def draw_band(
     (line,) = axes.plot(x, mean, label=label, linewidth=1.3, **style)
     if len(values) > 1:
         axes.fill_between(x, mean - std, mean + std, alpha=0.2, color=line.get_color())
+
+
+def draw_attention(axes: Axes, weights: Any, largest: float, **options: Any) -> Any:
+    """Attention weights [slots, components or timesteps] as an image with slots upwards."""
+    options = {"aspect": "auto", "interpolation": "nearest", "origin": "lower", **options}
+    return axes.imshow(np.asarray(weights), vmin=0, vmax=largest, cmap="viridis", **options)

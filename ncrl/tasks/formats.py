@@ -56,12 +56,8 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_idx(path: Path, dimensions: int) -> Bytes:
-    """An array of bytes in the idx format of http://yann.lecun.com/exdb/mnist, also gzipped.
-
-    Args:
-        path: the file.
-        dimensions: that it must have: 1 for labels, 3 for images.
-    """
+    """An array of bytes in the idx format of http://yann.lecun.com/exdb/mnist, also gzipped, which
+    must have 1 dimension, of labels, or 3, of images."""
     data = read_bytes(path)
     if len(data) < 4 or data[:2] != b"\0\0":
         raise ValueError(f"{path} is no idx file: its {len(data)} bytes begin with {data[:4]!r}")

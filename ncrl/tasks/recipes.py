@@ -215,11 +215,7 @@ def make_recipe(values: Options, source: str) -> Recipe:
 
 
 def build_network(recipe: Recipe) -> nn.Module:
-    """The network of a recipe, freshly initialised.
-
-    Raises:
-        ValueError: for sizes that the network or the layer refuses.
-    """
+    """The network of a recipe, freshly initialised; ValueError for sizes that it refuses."""
     coded = Coded(recipe.layer, recipe.layer_options)
     try:
         return NETWORKS[recipe.network](**recipe.network_options, coded=coded)

@@ -71,11 +71,7 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def read_result(path: Path) -> Result:
-    """The row in a file.
-
-    Raises:
-        ValueError: naming the file, if it holds none.
-    """
+    """The row in a file; ValueError naming the file, if it holds none."""
     data = read_bytes(path, LARGEST_ROW)
     try:
         return _row(json.loads(data))
@@ -167,13 +163,8 @@ def results_table(
     metrics: Sequence[str],
     columns: Mapping[str, Callable[[list[Result]], object]] = MappingProxyType({}),
 ) -> str:
-    """A Markdown table: a line for each recipe, with mean and spread of metrics over its seeds.
-
-    Args:
-        rows: of any number of recipes.
-        metrics: columns.
-        columns: more of them, by title: what stands there for a recipe's rows.
-    """
+    """A Markdown table: a line for each recipe, with mean and spread of metrics over its seeds, and
+    `columns` by title: what stands there for a recipe's rows."""
     lines = []
     for name, group in by_name(rows).items():
         cells = [name, f"{group[0].parameters:,}", " ".join(str(row.seed) for row in group)]

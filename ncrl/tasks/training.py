@@ -126,10 +126,8 @@ def learning_rate(recipe: Recipe, update: int, num_updates: int) -> float:
 def train(run: Run, experiment: Experiment) -> Result:
     """Train to the end, from the last checkpoint if there is one, and write the row.
 
-    Raises:
-        NonFiniteError: if the loss is.
-        Stopped: at SIGINT or SIGTERM, with a checkpoint written.
-        ValueError: for a checkpoint that cannot be used.
+    Raises `NonFiniteError`; `Stopped` at SIGINT or SIGTERM, with a checkpoint written; ValueError
+    for a checkpoint that cannot be used.
     """
     training = Training(run, experiment)
     training.resume()
@@ -225,10 +223,9 @@ class Training:
         self._check_losses()
         with evaluating(self.model):
             metrics = self.experiment.evaluate()
-        row = {"update": self.update, "loss": self._mean_loss(), **metrics}
+        self.curve.append({"update": self.update, "loss": self._mean_loss(), **metrics})
         self._loss_sum, self._loss_count = 0.0, 0
-        self.curve.append(row)
-        return row
+        return self.curve[-1]
 
     def finish(self) -> Result:
         """Write weights and row, and clear the checkpoint away."""

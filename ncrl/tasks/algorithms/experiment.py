@@ -113,11 +113,7 @@ class MultiAlgorithm(Experiment):
 
 def bit_errors(logits: Tensor, test: Algorithms) -> dict[str, float]:
     """Wrong bits in per cent of the bits of the answers, ends not counted: of `all` and by task.
-
-    Args:
-        logits: [T, N, 8 or 9]; above 0 means 1.
-        test: what was asked for.
-    """
+    Logits [T, N, 8 or 9] above 0 mean 1."""
     counted = (test.task >= 0) & ~test.is_end
     said, true = (tensor[..., :NUM_BITS] > 0 for tensor in (logits, test.targets))
     wrong = (said != true).float().mean(2)  # [T, N]

@@ -48,12 +48,8 @@ class SampleGradients:
     """The gradients of a loss by every sample, to be summed.
 
     Between calls the values of parameters and buffers may change, but nothing else about the model:
-    neither its mode, training or evaluation, nor what requires a gradient.
-
-    Args:
-        model: not changed.
-        loss: has to call the model that it is given.
-        sample: inputs of one sample, without batch dimension; their shape and type count.
+    neither its mode, training or evaluation, nor what requires a gradient. The loss has to call the
+    model that it is given; of `sample`, the inputs of one, shape and type count.
     """
 
     def __init__(self, model: nn.Module, loss: SampleLoss, sample: Tensor) -> None:
@@ -63,9 +59,8 @@ class SampleGradients:
         self._splits: dict[str, Split] = {}
         self._splits = self._watch(two).splits
         whole = self._watch(two)
-        self._splits = {
-            n: split for n, split in self._splits.items() if not whole.reaches(self._parameters[n])
-        }
+        cut = {name for name in self._splits if not whole.reaches(self._parameters[name])}
+        self._splits = {name: self._splits[name] for name in self._splits if name in cut}
         watch = self._watch(two)
         uses = _uses(watch, self._watch(three))
         self._product_of = {leaf: u[0] for leaf, u in uses.items() if len(u) == 1 and u[0] != ELSE}

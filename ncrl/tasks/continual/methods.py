@@ -23,9 +23,8 @@ DAMPING = 0.1  # keeps the importance of weights that hardly move finite in syna
 class Method:
     """Plain training, which does nothing about forgetting; base of the others.
 
-    Args:
-        model: whose trained parameters are looked after; it is neither kept in step nor changed.
-        coef: weight of the penalty.
+    A new method is a subclass and a line of `METHODS`; its penalty's usual weight, if it has one,
+    stands in `ncrl.tasks.continual.split.COEFS`. `model` is neither kept in step nor changed.
     """
 
     def __init__(self, model: nn.Module, coef: float = 0.0) -> None:
@@ -41,12 +40,8 @@ class Method:
         """Called after every step of the optimiser, while its gradients are still there."""
 
     def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
-        """Called when a task has been learnt.
-
-        Args:
-            inputs: all training inputs of the task, [N, ...].
-            sample_loss: its loss, summed over samples; see `own_label_loss`.
-        """
+        """Called when a task has been learnt, with all its training inputs [N, ...] and its loss,
+        summed over samples; see `own_label_loss`."""
 
     def state(self) -> dict[str, Any]:
         """All that is remembered, in tensors, to go on from."""
@@ -67,12 +62,9 @@ class Method:
 
 class Quadratic(Method):
     """A penalty that holds every weight to an anchor, with a strength of its own; before the first
-    task's end there is none.
+    task's end there is none."""
 
-    Attributes:
-        KEPT: names of its dictionaries of tensors by parameter, which are its state.
-    """
-
+    # Names of its dictionaries of tensors by parameter, which are its state.
     KEPT: tuple[str, ...] = ("importance", "anchor")
 
     def __init__(self, model: nn.Module, coef: float) -> None:
@@ -81,16 +73,13 @@ class Quadratic(Method):
         self.anchor: Parameters = {}
 
     def loss(self, task_loss: Tensor) -> Tensor:
-        if not self.anchor:
-            return task_loss
-        return task_loss + self.penalty()
+        return task_loss + self.penalty() if self.anchor else task_loss
 
     def penalty(self) -> Tensor:
         """coef * sum Omega (theta - theta*)^2, a scalar."""
-        values, anchor = list(self.parameters.values()), list(self.anchor.values())
-        importance = list(self.importance.values())
+        kept = (list(getattr(self, name).values()) for name in ("importance", "anchor"))
         apply: Any = _QuadraticPenalty.apply
-        penalty: Tensor = apply(self.coef, importance, anchor, *values)
+        penalty: Tensor = apply(self.coef, *kept, *self.parameters.values())
         return penalty
 
     def move_anchor(self) -> None:
@@ -162,10 +151,9 @@ class SynapticIntelligence(Quadratic):
 class OnlineEwc(Quadratic):
     """Elastic weight consolidation with one anchor: Fisher information summed over tasks.
 
-    Attributes:
-        extra_loss: without samples, such as an orthogonality loss; its gradient is then added to
-            that of every sample before it is squared, as in the Neurocoder authors' code. Only that
-            of their runs: the information of a loss that knows no data says nothing about a task.
+    `extra_loss` is one without samples, such as an orthogonality loss; its gradient is then added
+    to that of every sample before it is squared, as in the Neurocoder authors' code. Only that of
+    their runs: the information of a loss that knows no data says nothing about a task.
     """
 
     def __init__(self, model: nn.Module, coef: float) -> None:

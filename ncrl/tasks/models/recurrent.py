@@ -70,10 +70,9 @@ class Ntm(nn.Module):
         controller_size: h.
         num_rows: N.
         row_size: M.
-        tanh: whether keys and what is added to the memory go through a tanh. The paper says so, the
-            authors' code has none.
-        official_count: hold the two group norms, 2 * (26 + 66) parameters, that the authors' heads
-            create and never use.
+        tanh: put keys and what is added to the memory through a tanh, as the paper says, and the
+            authors' code does not.
+        official_count: hold the two group norms that the authors' heads create and never use.
         coded: kind of the interface layers.
     """
 

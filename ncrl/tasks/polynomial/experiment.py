@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,15 +23,16 @@ from ncrl import NeurocoderLinear
 from ncrl.shell.screen import say
 from ncrl.tasks.command import Session, run_command, task_parser
 from ncrl.tasks.experiment import Experiment, describe_layers, mutual_information, random_stream
+from ncrl.tasks.figures import draw_attention, draw_curves, save_figure
 from ncrl.tasks.models.recurrent import GruRegressor
 from ncrl.tasks.polynomial import data
 from ncrl.tasks.polynomial.data import NUM_CHUNKS, NUM_POINTS, Sequences
-from ncrl.tasks.polynomial.figure import Example, draw_figure
 from ncrl.tasks.recipes import Recipe, build_network
 from ncrl.tasks.results import Result, results_table
 
 CONFIG = "polynomial.yaml"
 VARIANTS = ("linear", "hypernet", "film", "j1", "base", "no_usage")  # what the paper compares
+LARGEST_STEP = 0.02  # the top of the scale of attention is rounded up to a multiple of this
 TEST_SEQUENCES = 512
 EVALUATE_EVERY = 100
 REPORT_SEQUENCES = 8  # test sequences on which the layers are described
@@ -134,14 +139,25 @@ class Polynomials(Experiment):
         return weights
 
     @torch.no_grad()
-    def example(self) -> Example:
-        """The test sequence to draw, with attention of the first component."""
+    def draw_example(self, map_axes: Axes, y_axes: Axes) -> None:
+        """One test sequence: attention of the first component, slots by time, over prediction and
+        truth, with the borders of the chunks."""
         chosen = flattest_highest(self.test.clean[..., 0], self.chunk)
         inputs = self.test.inputs[:, chosen : chosen + 1]
-        predictions, _ = self.model(inputs)
-        targets = self.test.targets[:, chosen, 0]
-        shown = self.attention(inputs)[:, 0, 0].T
-        return Example(shown, targets, predictions[:, 0, 0], self.chunk)
+        weights = self.attention(inputs)[:, 0, 0].T.cpu().numpy()  # [P, T]
+        top = math.ceil(float(weights.max()) / LARGEST_STEP) * LARGEST_STEP
+        image = draw_attention(map_axes, weights, top, origin="upper")
+        map_axes.figure.colorbar(image, ax=[map_axes, y_axes], pad=0.01)
+        map_axes.set_ylabel("slot")
+        map_axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        predictions = self.model(inputs)[0][:, 0, 0].cpu()
+        y_axes.plot(self.test.targets[:, chosen, 0].cpu(), color="tab:blue", label="y")
+        y_axes.plot(predictions, color="tab:orange", label="prediction", linewidth=1)
+        y_axes.set(xlabel="timestep", ylabel="y")
+        y_axes.legend(fontsize=7, loc="upper right")
+        for begin in (self.chunk.diff().nonzero()[:, 0] + 1).tolist():
+            for axes in (map_axes, y_axes):
+                axes.axvline(begin - 0.5, color="tab:green", linestyle="--", linewidth=1)
 
 
 def flattest_highest(y: Tensor, chunk: Tensor) -> int:
@@ -152,16 +168,11 @@ def flattest_highest(y: Tensor, chunk: Tensor) -> int:
 
 
 def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
-    """What the most attended slot says about the chunk: in bits, the mean over sequences.
+    """What the most attended slot of w^u [T, N, R, P] says about the chunk [T] of every timestep:
+    in bits, the mean over sequences.
 
-    Args:
-        attention: w^u, [T, N, R, P].
-        chunk: of every timestep, [T].
-
-    Returns:
-        By component, `bits` beside the bits that the same slots give in a random order, which is
-        what chance gives in so short a sequence; `bits` of the first component, which figures show;
-        and those of its best component.
+    `bits` of the first component, which figures show, stand beside the bits that the same slots
+    give in a random order, which is what chance gives in so short a sequence; then the best one's.
     """
     slots = attention.argmax(3).permute(2, 1, 0)  # [R, N, T]
     order = torch.randperm(len(chunk), generator=random_stream(0, "order", 0)).to(chunk.device)
@@ -231,21 +242,34 @@ def work(session: Session) -> None:
     if session.figure is not None and rows:
         ended = {row.name for row in rows if row.seed == session.seeds[0]}
         examples = {
-            plan.name: session.experiment(plan, session.seeds[0], make).example()
+            plan.name: session.experiment(plan, session.seeds[0], make)
             for plan in wanted
             if plan.recipe.layer == "neurocoder" and plan.name in ended
         }
-        draw_figure(session.figure, rows, examples, chunk_error(noise))
+        draw(session.figure, rows, examples, chunk_error(noise))
     say(table(rows, chunk_error(noise)))
 
 
-def table(rows: Sequence[Result], error: str) -> str:
-    """Errors, updates until chunks are predicted, and what the attention says of the chunk.
+def draw(
+    path: Path, rows: Sequence[Result], examples: Mapping[str, Polynomials], error: str
+) -> None:
+    """Curves of all rows, and for every trained Neurocoder, by its recipe's name, what it makes of
+    one sequence (paper, Figs. 2d-e and 5)."""
+    heights = [2.8, *([2.3] * len(examples))]
+    figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    curves = parts[0].subplots()
+    draw_curves(curves, rows, error)
+    curves.set(yscale="log", ylabel="squared error inside chunks")
+    curves.legend(fontsize=7)
+    for part, (name, example) in zip(parts[1:], examples.items(), strict=True):
+        part.suptitle(name, fontsize=9)
+        example.draw_example(*part.subplots(2, 1, sharex=True, height_ratios=[1.4, 1]))
+    save_figure(figure, path)
 
-    Args:
-        rows: of all runs.
-        error: `chunk_error` of their data.
-    """
+
+def table(rows: Sequence[Result], error: str) -> str:
+    """Errors, updates until chunks are predicted, and what the attention says of the chunk."""
 
     def solved(group: list[Result]) -> str:
         reached = [updates_until(row) for row in group]

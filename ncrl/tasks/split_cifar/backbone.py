@@ -146,11 +146,7 @@ class Rotations(Experiment):
     Every epoch shows each training image once, in a random rotation and mirrored at random; the
     last batch, if not full, is left out.
 
-    Args:
-        recipe: network `resnet18` with 4 outputs.
-        images: pixels as bytes, on the device.
-        side: see `Backbone`.
-        seed: of order, rotations and mirroring.
+    `images` are bytes, on the device; the recipe's network is `resnet18` with 4 outputs.
     """
 
     def __init__(self, recipe: Recipe, images: Images, side: int, seed: int) -> None:
@@ -232,10 +228,7 @@ def features_of(backbone: Backbone, data: Images, folder: Path | None = None) ->
     """The data set with standardised features [N, num_features] in place of pixels as bytes, of
     mean 0 and standard deviation 1 over the training images: from the cache, or computed.
 
-    Args:
-        backbone: on the device.
-        data: on the device.
-        folder: cache, `cache_folder()` if None.
+    Both are on the device; the cache's folder is `cache_folder()` if None.
     """
     folder = cache_folder() if folder is None else folder
     content = hashlib.sha256(backbone.mark.encode())

@@ -35,7 +35,7 @@ from ncrl.tasks.continual.split import COEFS, SplitLearning, method_changes, spl
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results, results_table
-from ncrl.tasks.split_mnist import tables, tradeoff
+from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.tables import Cell, Column
 from ncrl.tasks.training import what_is_trained
 
@@ -143,7 +143,8 @@ def work(session: Session, words: Sequence[str]) -> None:
     else:
         say(f"\n{results_table(rows, METRICS)}")
     if session.figure is not None and rows:
-        (tables if len(coefs) < 2 else tradeoff).draw(rows, session.figure)
+        draw = tables.draw if len(coefs) < 2 else tables.draw_tradeoff
+        draw(rows, session.figure)
 
 
 def seeds(session: Session, repeats: int | None) -> list[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -77,8 +79,7 @@ def columns(number: int) -> Sequence[Column]:
 
 def cells(number: int) -> list[Cell]:
     """All cells of a table, those that say most first."""
-    scenario = SCENARIO[number]
-    return [Cell(scenario, method, column) for column in columns(number) for method in METHODS]
+    return [Cell(SCENARIO[number], m, column) for column in columns(number) for m in METHODS]
 
 
 PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -139,9 +140,8 @@ def by_cell(rows: Iterable[Result], *, changes: bool = False) -> Groups:
     groups: Groups = defaultdict(list)
     for row in rows:
         labels = row.labels
-        said = labels.get("changes") if changes else None
-        layer = " ".join(filter(None, (labels["layer"], said)))
-        groups[labels["scenario"], labels["method"], layer].append(row)
+        said = [labels["layer"], labels.get("changes") if changes else None]
+        groups[labels["scenario"], labels["method"], " ".join(filter(None, said))].append(row)
     return groups
 
 
@@ -180,19 +180,21 @@ MISSING = "-"  # in place of the accuracy with a seed that has not been run, or 
 
 
 def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
-    accuracy = summarise(group, "accuracy")
-    assert accuracy is not None
     by_seed = {row.seed: f"{row.metrics['accuracy']:.1f}" for row in group}
     seeds = range(max(repeats, max(by_seed) + 1))
-    values = " ".join(by_seed.get(seed, MISSING) for seed in seeds)
     failed = sum(row.metrics["failed_tasks"] > 0 for row in group)
-    cells: list[str | None] = [f"{group[0].parameters:,}", short(accuracy), values]
-    cells += [short(summarise(group, "learn")), f"{failed} of {len(group)}"]
-    cells += [short(summarise(group, name)) for name in ("forgetting", "transfer")]
-    for name, digits in (("rank", 1), ("attention", 3)):
-        summary = summarise(group, name)
-        cells.append(None if summary is None else f"{summary.mean:.{digits}f}")
-    return cells
+    return [
+        f"{group[0].parameters:,}",
+        short(summarise(group, "accuracy")),
+        " ".join(by_seed.get(seed, MISSING) for seed in seeds),
+        short(summarise(group, "learn")),
+        f"{failed} of {len(group)}",
+        *(short(summarise(group, name)) for name in ("forgetting", "transfer")),
+        *(
+            f"{summary.mean:.{digits}f}" if (summary := summarise(group, name)) else None
+            for name, digits in (("rank", 1), ("attention", 3))
+        ),
+    ]
 
 
 def short(summary: Summary | None) -> str | None:
@@ -238,10 +240,70 @@ def draw(rows: Sequence[Result], path: Path) -> None:
                 if (text := printed(scenario, method, layer)) is not None:
                     value = float(text.partition("±")[0])
                     axes.plot(x + shift, value, "k_", markersize=6, zorder=3)
-        axes.set_ylim(max(0, min(50, low) - 2), 100)
+        axes.set(ylim=(max(0, min(50, low) - 2), 100), ylabel="accuracy after 5 tasks, %")
         axes.set_xticks(range(len(methods)), methods)
-        axes.set_ylabel("accuracy after 5 tasks, %")
         axes.set_title(f"incremental {scenario}; black marks: the paper's", fontsize=9)
         below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07)}
         axes.legend(fontsize=7, ncols=len(layers), frameon=False, **below)
+    save_figure(figure, path)
+
+
+# Per cent: ends of the axis of errors, which is logarithmic because most networks learn well.
+LEAST_ERROR, MOST_ERROR = 0.2, 60.0
+
+
+class Point(NamedTuple):
+    """Means over seeds, per cent, under one coefficient."""
+
+    coef: float
+    learn: float
+    accuracy: float
+
+
+def curves(rows: Sequence[Result]) -> Mapping[str, Mapping[str, list[Point]]]:
+    """By scenario and method, then by layer: points in the order of the coefficient."""
+    found: dict[str, dict[str, list[Point]]] = defaultdict(dict)
+    for (scenario, method, layer), group in by_cell(rows, changes=True).items():
+        points = []
+        for coef in sorted({row.recipe["penalty_coef"] for row in group}):
+            metrics = [row.metrics for row in group if row.recipe["penalty_coef"] == coef]
+            means = (fmean(own[name] for own in metrics) for name in ("learn", "accuracy"))
+            points.append(Point(coef, *means))
+        found[f"{scenario} {method}"][layer] = points
+    return found
+
+
+def draw_tradeoff(rows: Sequence[Result], path: Path) -> None:
+    """What the weight of a penalty trades, for each scenario and method: accuracy after all tasks
+    over the error on each right after training on it, with the coefficients beside the points.
+
+    A network that learns nothing forgets nothing, so that methods and layers compare only where
+    they have learnt equally well.
+    """
+    found = curves(rows)
+    columns = min(3, len(found))
+    lines = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(4.2 * columns, 4 * lines), layout="constrained")
+    layers = list(dict.fromkeys(layer for by_layer in found.values() for layer in by_layer))
+    lowest = min(row.metrics["accuracy"] for row in rows)
+    errors = [LEAST_ERROR * (MOST_ERROR / LEAST_ERROR) ** (i / 50) for i in range(51)]
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(found) :]:
+        axes.remove()
+    for axes, (where, by_layer) in zip(grid, found.items(), strict=False):
+        for layer, points in by_layer.items():
+            style: Any = {"color": f"C{layers.index(layer)}"}
+            x = [max(100 - point.learn, LEAST_ERROR) for point in points]
+            y = [point.accuracy for point in points]
+            axes.plot(x, y, "o-", markersize=4, linewidth=1, label=layer, **style)
+            style |= {"fontsize": 6, "xytext": (3, 3), "textcoords": "offset points"}
+            for point, error in zip(points, x, strict=True):
+                axes.annotate(f"{point.coef:g}", (error, point.accuracy), **style)
+        axes.plot(errors, [100 - error for error in errors], color="0.8", linewidth=0.8, zorder=0)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlim=(LEAST_ERROR, MOST_ERROR), ylim=(lowest - 3, 101))
+        axes.set(xlabel="error on a task right after training, %", ylabel="accuracy at the end, %")
+        axes.set_title(f"{where}; grey: nothing forgotten", fontsize=9)
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
     save_figure(figure, path)

@@ -13,7 +13,7 @@ from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import COEFS
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
-from ncrl.tasks.split_mnist import tables, tradeoff
+from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, plan
 from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import count_parameters
@@ -302,7 +302,7 @@ def test_points_are_means_over_seeds_in_the_order_of_the_coefficient() -> None:
 
     rows = [row(100.0, 0, 80.0, 70.0, "epochs=2"), row(1e-6, 0, 99.0, 50.0, "epochs=2")]
     rows += [row(1e-6, 1, 97.0, 54.0, "epochs=2"), row(7.0, 0, 90.0, 60.0)]
-    found = tradeoff.curves(rows)
+    found = tables.curves(rows)
     assert found == {
         "domain ewc": {
             "rank 1 epochs=2": [(1e-6, 98.0, 52.0), (100.0, 80.0, 70.0)],
