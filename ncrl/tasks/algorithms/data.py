@@ -21,7 +21,7 @@ Shapes: N sequences, n questions each, T timesteps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,25 +120,30 @@ def _bits(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(2, (*shape, NUM_BITS), generator=generator).float()
 
 
-def _question(count: int, task: str) -> _Part:
-    """One that only says its task."""
-    vectors = torch.zeros(count, QUESTION, NUM_INPUTS)
-    present = torch.zeros(count, QUESTION, dtype=torch.bool)
-    vectors[:, 0, [TASKS.index(task), FIRST, SECOND]] = 1
-    present[:, 0] = True
-    return _Part(vectors, present)
+def _vectors(bits: Tensor, first: Any = 0.0, second: Any = 0.0) -> Tensor:
+    """Bits [m, l, 8] with both channels beside them, [m, l, 10]."""
+    channels = torch.zeros(*bits.shape[:2], 2)
+    channels[..., 0], channels[..., 1] = first, second
+    return torch.cat([bits, channels], dim=2)
 
 
-def _answer(vectors: Tensor, present: Tensor | None = None) -> _Part:
-    """An answer [m, l, 8] in the places of the longest."""
-    count, length, _ = vectors.shape
+def _question(task: str, *parts: tuple[Tensor, Tensor | None]) -> _Part:
+    """A task's name and then vectors [m, l, 10], with which are present, [m, l], all if None."""
+    count = len(parts[0][0])
+    name = torch.zeros(count, 1, NUM_INPUTS)
+    name[:, 0, [TASKS.index(task), FIRST, SECOND]] = 1
+    made = [_padded(v, present, v.shape[1]) for v, present in [(name, None), *parts]]
+    vectors, present = (torch.cat(tensors, dim=1) for tensors in zip(*made, strict=True))
+    return _padded(vectors, present, QUESTION)
+
+
+def _padded(vectors: Tensor, present: Tensor | None, length: int) -> _Part:
+    """In so many places; where no vector is present there are zeros."""
     if present is None:
-        present = torch.ones(count, length, dtype=torch.bool)
-    missing = ANSWER - length
-    # Where no vector is, the mark of the end will stand alone.
-    return _Part(
-        F.pad(vectors * present[..., None], [0, 0, 0, missing]), F.pad(present, [0, missing])
-    )
+        present = torch.ones(vectors.shape[:2], dtype=torch.bool)
+    missing = length - vectors.shape[1]
+    vectors = F.pad(vectors * present[..., None], [0, 0, 0, missing])
+    return _Part(vectors, F.pad(present, [0, missing]))
 
 
 def _lengths(count: int, generator: torch.Generator) -> Tensor:
@@ -148,26 +153,20 @@ def _lengths(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _copy(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
-    vectors, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
-    question = _question(count, "copy")
-    question.vectors[:, 1 : 1 + MOST_VECTORS, :NUM_BITS] = vectors
-    question.present[:, 1 : 1 + MOST_VECTORS] = present
-    return question, _answer(vectors, present)
+    bits, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
+    return _question("copy", (_vectors(bits), present)), _padded(bits, present, ANSWER)
 
 
 def _repeat_copy(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
-    vectors, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
+    bits, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
     repeats = torch.randint(1, MOST_REPEATS + 1, (count, 1), generator=generator)
-    question = _question(count, "repeat_copy")
-    question.vectors[:, 1, SECOND] = repeats[:, 0].float()
-    question.present[:, 1] = True
-    question.vectors[:, 2 : 2 + MOST_VECTORS, :NUM_BITS] = vectors
-    question.present[:, 2 : 2 + MOST_VECTORS] = present
+    how_often = _vectors(torch.zeros(count, 1, NUM_BITS), second=repeats.float())
+    question = _question("repeat_copy", (how_often, None), (_vectors(bits), present))
     # Place p of the answer holds vector p mod length, for the first length * repeats places.
     place = torch.arange(MOST_VECTORS * MOST_REPEATS).expand(count, -1)
     length = present.sum(1, keepdim=True)
-    repeated = vectors.gather(1, (place % length)[..., None].expand(-1, -1, NUM_BITS))
-    return question, _answer(repeated, place < length * repeats)
+    repeated = bits.gather(1, (place % length)[..., None].expand(-1, -1, NUM_BITS))
+    return question, _padded(repeated, place < length * repeats, ANSWER)
 
 
 def _recall(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
@@ -176,29 +175,20 @@ def _recall(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
     number = torch.randint(ITEMS[0], most + 1, (count,), generator=generator)
     # Of the items but the last, each as likely as the others.
     chosen = (torch.rand(count, generator=generator) * (number - 1)).long()
-    question = _question(count, "associative_recall")
-    length = 1 + ITEM_LENGTH
+    row, none = torch.arange(count), torch.zeros(count, 1, NUM_BITS)
+    parts: list[tuple[Tensor, Tensor | None]] = []
     for i in range(most):
-        begin = 1 + i * length
-        question.vectors[:, begin, FIRST] = 1
-        question.vectors[:, begin + 1 : begin + length, :NUM_BITS] = items[:, i]
-        question.present[:, begin : begin + length] = (i < number)[:, None]
-    row = torch.arange(count)
-    question.vectors[:, -length, SECOND] = 1
-    question.vectors[:, 1 - length :, :NUM_BITS] = items[row, chosen]
-    question.present[:, -length:] = True
-    answer = items[row, chosen + 1]
-    return question, _answer(answer)
+        shown = (i < number)[:, None]
+        parts += [(_vectors(none, first=1), shown), (_vectors(items[:, i]), shown.expand(-1, 2))]
+    parts += [(_vectors(none, second=1), None), (_vectors(items[row, chosen]), None)]
+    answer = _padded(items[row, chosen + 1], None, ANSWER)
+    return _question("associative_recall", *parts), answer
 
 
 def _sort(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
-    vectors = _bits(generator, count, SORTED)
+    bits = _bits(generator, count, SORTED)
     priority = 2 * torch.rand(count, SORTED, generator=generator) - 1
-    question = _question(count, "priority_sort")
-    question.vectors[:, 1 : 1 + SORTED, :NUM_BITS] = vectors
-    question.vectors[:, 1 : 1 + SORTED, SECOND] = priority
-    question.present[:, 1 : 1 + SORTED] = True
     # Whole vectors change places, never single columns.
     best = priority.argsort(1, descending=True)[:, :KEPT, None].expand(-1, -1, NUM_BITS)
-    answer = vectors.gather(1, best)
-    return question, _answer(answer)
+    question = _question("priority_sort", (_vectors(bits, second=priority), None))
+    return question, _padded(bits.gather(1, best), None, ANSWER)
