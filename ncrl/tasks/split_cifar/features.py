@@ -6,45 +6,38 @@ T tasks, P slots.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncrl import NeurocoderLinear
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.split import SplitLearning
-from ncrl.tasks.experiment import describe_layers, evaluating, mutual_information
-from ncrl.tasks.models import SplitMlp
+from ncrl.tasks.experiment import describe_layers, evaluating, layer_inputs, mutual_information
+from ncrl.tasks.figures import draw_band, save_figure
+from ncrl.tasks.models.mlp import SplitMlp
+from ncrl.tasks.results import Result, by_name
 
-SLOT_STEPS = 100
-"""Training steps of each task at which attention is looked at (Fig. 8)."""
-
-SLOT_IMAGES = 32
-"""Images of the batch that are looked at."""
+SLOT_STEPS = 100  # Training steps of each task at which attention is looked at (Fig. 8)
+SLOT_IMAGES = 32  # images of the batch that are looked at
 
 
 class SplitFeatures(SplitLearning):
-    """A classifier of features that learns one task after the other, and what it attends to.
-
-    Args: those of `SplitLearning`; `recipe` is of the task scenario, with network `split_mlp`, and
-    `readings` say how features came about.
-
-    Raises:
-        ValueError: if the recipe does not fit the tasks.
-    """
-
-    model: SplitMlp
+    """`SplitLearning` of features in the task scenario, and what the coded hidden layers attend to;
+    `readings` say how features came about."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
-        self.watched = watched_updates(self.ends) if self.coded else {}
-        self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(self.coded)), -1)
+        coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
+        self.watched = watched_updates(self.ends) if coded else {}
+        self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(coded)), -1)
         """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
         steps."""
-        self._counts: Tensor | None = None  # of the trained network; see `_slot_counts`
 
     def after_update(self, update: int) -> None:
         super().after_update(update)
@@ -60,12 +53,8 @@ class SplitFeatures(SplitLearning):
         """Beside what `SplitLearning` measures: `slot_information`, in bits how much the top slot
         of an image tells about its task, mean over hidden layers; 0 if all tasks use the same."""
         found = super().evaluate()
-        chance = 100 / int(self.recipe.network_options["num_outputs"])
-        half_way = (100 + chance) / 2
-        found["failed_tasks"] = float((self.accuracy.diagonal() < half_way).sum())
-        if self.coded:
-            self._counts = self._slot_counts()
-            found["slot_information"] = float(mutual_information(self._counts).mean())
+        if self.watched:
+            found["slot_information"] = float(mutual_information(self._slot_counts()).mean())
         return found
 
     def _slot_counts(self) -> Tensor:
@@ -81,13 +70,13 @@ class SplitFeatures(SplitLearning):
 
     def report(self) -> dict[str, Any]:
         details = super().report()
-        details["seen"] = seen_accuracy(self.accuracy)
-        if self.coded:
+        # Mean over the tasks learnt so far, after each (Fig. 7).
+        means = (row[: task + 1].mean() for task, row in enumerate(self.accuracy))
+        details["seen"] = [float(mean) for mean in means]
+        if self.watched:
             details["top_slots"] = self.top_slots.tolist()
             details["watched"] = sorted(self.watched)
-            # A run stopped after its last update has been measured by the process before.
-            counts = self._slot_counts() if self._counts is None else self._counts
-            details["slot_counts"] = counts.tolist()
+            details["slot_counts"] = self._slot_counts().tolist()
             images = torch.cat([task.test_images[:50] for task in self.tasks])
             details["attention"] = describe_layers(self.model, images)
         return details
@@ -102,11 +91,7 @@ class SplitFeatures(SplitLearning):
 
 def watched_updates(ends: Sequence[int]) -> dict[int, tuple[int, int]]:
     """Task and number of the look, by update: SLOT_STEPS evenly spread over each task, or every
-    update of a task that has fewer.
-
-    Args:
-        ends: updates after which tasks end.
-    """
+    update of a task that has fewer, for the updates after which tasks end."""
     watched = {}
     for task, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         steps = min(SLOT_STEPS, end - begin)
@@ -118,14 +103,63 @@ def watched_updates(ends: Sequence[int]) -> dict[int, tuple[int, int]]:
 def hidden_attention(model: SplitMlp, x: Tensor) -> list[Tensor]:
     """Attention to the left vectors, M_U, of the coded hidden layers, mean over components:
     [B, P] each, for features [B, F]."""
-    found = []
-    for layer in model.hidden:
-        if isinstance(layer, NeurocoderLinear):
-            found.append(layer.attend(x).u.mean(1))
-        x = F.relu(layer(x))
-    return found
+    inputs = layer_inputs(model, NeurocoderLinear, x)
+    layers = (read for name, read in inputs.items() if name.startswith("hidden"))
+    return [layer.attend(given).u.mean(1) for layer, given in layers]
 
 
-def seen_accuracy(accuracy: Tensor) -> list[float]:
-    """Mean over the tasks learnt so far, after each (Fig. 7), for a matrix [trained, tested]."""
-    return [float(row[: task + 1].mean()) for task, row in enumerate(accuracy)]
+# Figures
+
+
+def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
+    """Mean accuracy on the tasks seen so far over their number (Fig. 7)."""
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for name, group in by_name(rows).items():
+        values = [row.details["seen"] for row in group]  # [seeds, T]
+        numbers = range(1, len(values[0]) + 1)
+        draw_band(axes, numbers, values, f"{name} ({len(group)})", marker="o", markersize=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("accuracy on them, %")
+    axes.set_title(f"{rows[0].data}; {title_of(rows[0])}", fontsize=7, wrap=True)
+    beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # where it hides no curve
+    axes.legend(fontsize=7, title="recipe (seeds)", title_fontsize=7, frameon=False, **beside)
+    save_figure(figure, path)
+
+
+def slots_figure(path: Path) -> Path:
+    """File of Fig. 8 beside that of Fig. 7: `figure.png` gives `figure_slots.png`."""
+    return path.with_name(f"{path.stem}_slots{path.suffix}")
+
+
+def draw_slots(path: Path, rows: Sequence[Result]) -> None:
+    """The slot of M_U that most attention goes to, over training, with lines between the tasks
+    (Fig. 8): a column for each recipe with coded layers, of its first seed; a row for each layer.
+    """
+    drawn = [g[0] for g in by_name(rows).values() if "top_slots" in g[0].details]
+    layers = max(len(row.details["top_slots"][0][0]) for row in drawn)
+    figure = Figure(figsize=(3.2 * len(drawn) + 1, 1.5 * layers + 1), layout="constrained")
+    grid = figure.subplots(layers, len(drawn), squeeze=False, sharex="col")
+    for column, row in enumerate(drawn):
+        slots = np.array(row.details["top_slots"])  # [T, SLOT_STEPS, layers]
+        seen = slots[:, :, 0] >= 0
+        borders = np.cumsum(seen.sum(1))
+        for layer in range(slots.shape[2]):
+            axes = grid[layer][column]
+            axes.plot(slots[:, :, layer][seen], "k.", markersize=1.5)
+            for border in borders[:-1]:
+                axes.axvline(border - 0.5, color="red", linewidth=0.8)
+            axes.set_ylim(-2, row.recipe["layer_options"].get("num_slots", 100) + 1)
+            axes.set_ylabel(f"layer {layer + 1}: top slot", fontsize=7)
+            axes.tick_params(labelsize=6)
+        grid[0][column].set_title(f"{row.name}, seed {row.seed}", fontsize=7)
+        grid[-1][column].set_xlabel("look during training", fontsize=7)
+    figure.suptitle(f"{rows[0].data}; {title_of(rows[0])}", fontsize=7)
+    save_figure(figure, path)
+
+
+def title_of(row: Result) -> str:
+    """What features a row is about, in short."""
+    title: str = row.readings["backbone"]
+    return title.partition(",")[0].partition("; ")[0]
