@@ -20,12 +20,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from torch import nn
 
 from ncrl.agents.playing.buffers import RolloutShape, packed, unpacked
@@ -33,15 +34,7 @@ from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.pool import POLL_SECONDS, Delivery, Failures, Limits, WorkerError
 from ncrl.agents.playing.weights import fill, flatten
-from ncrl.agents.playing.worker import (
-    EnvFailed,
-    Failed,
-    Games,
-    Info,
-    Played,
-    PolicySpec,
-    tail_of_traceback,
-)
+from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played, PolicySpec, tail_of_traceback
 from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
 from ncrl.shell.hardware import keep_freed_memory
 
@@ -54,8 +47,8 @@ PATIENCE = 60.0
 """Seconds after which a worker without a place in the cluster is worth a warning: a process alone
 takes 10 to start on a busy machine."""
 
-Call = Literal["sign", "start", "play"]
-"""The methods of `Actor`."""
+PlayedBlock = tuple[Played, list[Info], np.ndarray]
+"""A rollout on its way, as `buffers.packed` lays it out, and what was told of it."""
 
 
 @contextlib.contextmanager
@@ -71,16 +64,22 @@ def joined(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with _own_signals():
-        try:
-            _knock(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise ValueError(
-                f"cannot join the Ray cluster {address!r} ({_sentence(error)}); start one with "
-                "`ray start --head`, and this machine with `ray start --address=HOST:PORT` "
-                "(docs/cluster.md)"
-            ) from error
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        head = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+        host, _, port = head.rpartition(":")
+        if port.isdigit():  # where nobody listens, Ray would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ValueError(
+            f"cannot join the Ray cluster {address!r} ({_sentence(error)}); start one with "
+            "`ray start --head`, and this machine with `ray start --address=HOST:PORT` "
+            "(docs/cluster.md)"
+        ) from error
+    finally:  # Ray makes SIGTERM end the process at once
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -88,43 +87,17 @@ def joined(address: str) -> Iterator[None]:
 
 
 def cluster_cores(address: str) -> int:
-    """Cores that a cluster offers to workers.
-
-    Raises:
-        ValueError: as `joined`.
-    """
+    """Cores that a cluster offers to workers; ValueError as of `joined`."""
     with joined(address):
         return int(ray.cluster_resources().get("CPU", 0))
-
-
-def _knock(address: str) -> None:
-    """Raise OSError where nobody listens: Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """`ray.init` makes SIGTERM end the process at once; whoever handled it goes on doing so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class ObjectWeights:
     """Weights as one object per version in the object store, which every node fetches once."""
 
-    def __init__(self) -> None:
-        self.version = -1
-        self.reference: Any = None
-        """Of the newest version. Older ones live as long as a worker is to read them."""
+    version = -1
+    reference: Any = None
+    """Of the newest version. Older ones live as long as a worker is to read them."""
 
     def publish(self, module: nn.Module, version: int) -> None:
         """Make the module's present weights version `version`."""
@@ -132,78 +105,42 @@ class ObjectWeights:
         self.version = version
 
 
-class ActorSpec(NamedTuple):
-    """Everything an actor is given at its start."""
-
-    factory: EnvFactory
-    policy: PolicySpec
-    shape: RolloutShape
-    seed: int
-    """Of this incarnation."""
-    profile: bool
-    info_keywords: Sequence[str]
-
-
-class Sign(NamedTuple):
-    """An actor's sign of life."""
-
-    steps: int
-    """Timesteps that it has played."""
-    pid: int
-    host: str
-
-
-class PlayedBlock(NamedTuple):
-    """A rollout on its way."""
-
-    played: Played
-    infos: list[Info]
-    block: np.ndarray
-    """The rollout, as `buffers.packed` lays it out."""
-
-
 class Actor:
-    """One incarnation of a worker, in a process of the cluster."""
+    """One incarnation of a worker, in a process of the cluster. `make_games` is `Games`, but for
+    the seed and what only this process has."""
 
-    def __init__(self, spec: ActorSpec) -> None:
+    def __init__(
+        self, make_games: Callable[..., Games], shape: RolloutShape, seed: int, profile: bool
+    ) -> None:
         keep_freed_memory()
-        self._spec = spec
+        self._stopwatch = Stopwatch() if profile else OFF
+        self._make_games = partial(
+            make_games, seed=seed, stopwatch=self._stopwatch, beat=self._beat
+        )
+        self._like = shape.allocate()
         self._steps = 0
         self._version = -1
-        self._games: Games | None = None
-        self._broken = False
-        self._stopwatch = Stopwatch() if spec.profile else OFF
+        self._is_broken = False
 
-    def sign(self) -> Sign:
-        """Answered in a thread of its own, also while a rollout is played."""
-        return Sign(self._steps, os.getpid(), ray.util.get_node_ip_address())
+    def sign(self) -> tuple[int, str]:
+        """Timesteps played until now, and where. Answered in a thread of its own at any time."""
+        return self._steps, f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
 
     def start(self) -> None:
         """Build environments and policy."""
-        spec = self._spec
-        self._like = spec.shape.allocate()
-        self._games = Games(
-            spec.factory,
-            spec.policy,
-            spec.shape.n_envs,
-            spec.seed,
-            info_keywords=spec.info_keywords,
-            stopwatch=self._stopwatch,
-            beat=self._beat,
-        )
+        self._games = self._make_games()
 
     def _beat(self) -> None:
         self._steps += 1
 
-    def play(self, version: int, flat: np.ndarray) -> PlayedBlock | EnvFailed | Failed:
+    def play(self, version: int, flat: np.ndarray) -> PlayedBlock | EnvFailed:
         """Play a rollout under these weights. Environments that raise are built anew by the next
-        call."""
+        call; NonFiniteError is raised."""
         games, stopwatch = self._games, self._stopwatch
-        assert games is not None
         with stopwatch.phase("other"):
-            if self._broken:
+            if self._is_broken:
                 games.start()
-                self._broken = False
+                self._is_broken = False
             with stopwatch.phase("copy"):
                 if version != self._version:
                     fill(games.policy, torch.tensor(flat))
@@ -211,42 +148,42 @@ class Actor:
                 block, rollout = packed(self._like, torch.device("cpu"))
             try:
                 played, infos = games.play(rollout, -1, version)
-            except NonFiniteError as error:
-                return Failed(tail_of_traceback(), str(error))
+            except NonFiniteError:
+                raise
             except Exception:
-                self._broken = True
+                self._is_broken = True
                 return EnvFailed(tail_of_traceback())
-        return PlayedBlock(played._replace(phases=stopwatch.take()), infos, block.numpy())
+        return played._replace(phases=stopwatch.take()), infos, block.numpy()
 
 
 @dataclass
 class _Worker:
-    """The learner's view of one worker."""
+    """One incarnation of a worker, as the learner sees it."""
 
     index: int
-    actor: Any = None
-    """Handle of its present incarnation."""
     incarnation: int = 0
-    calls: dict[Any, Call] = field(default_factory=dict)
-    """What the actor has been asked for, by the reference of the answer."""
+    failures: Failures = field(default_factory=Failures)
+    """Of all incarnations."""
+    starts_at: float = 0.0
+    """Monotonic time."""
+    actor: Any = None
+    """Its handle, once it is started."""
+    calls: dict[Any, str] = field(default_factory=dict)
+    """The methods that were called, by the reference of the answer that is still to come."""
     place: str = ""
     """Where it runs; empty until it runs."""
-    ready: bool = False
-    """It has built its environments."""
     building: bool = True
-    """It is building them now, for the first time or again."""
-    failures: Failures = field(default_factory=Failures)
-    restart_at: float | None = None
-    last_sign: float = 0.0
+    """It is building its environments, for the first time or again."""
+    last_sign: float = field(default_factory=time.monotonic)
     """Monotonic time of the latest answer that told of progress."""
     steps: int = 0
     """In its latest sign of life."""
-    is_patient: bool = True
-    """Nothing has been said yet about this incarnation having no place."""
+    is_missed: bool = False
+    """It has been said that it has no place."""
 
-    def asked(self, call: Call) -> int:
-        """Answers of a kind that are still to come."""
-        return sum(kind == call for kind in self.calls.values())
+    def asked(self, call: str) -> int:
+        """Answers of a method that are still to come."""
+        return list(self.calls.values()).count(call)
 
     def __str__(self) -> str:
         return f"worker {self.index} ({self.place or 'without a place'})"
@@ -277,21 +214,25 @@ class ActorPool:
         self.limits = limits
         self.worker_restarts = 0
         self.env_restarts = 0
-        self._spec = ActorSpec(factory, policy, shape, seed, profile is not None, info_keywords)
+        self.starting = True
+        """No rollout has been taken yet; the workers are building their environments."""
+        self._seed = seed
         self._like = shape.allocate()
         self._weights = weights
         self._profile = profile
         self._played: deque[Delivery] = deque()
         self._workers = [_Worker(index) for index in range(n_workers)]
-        self._kind = ray.remote(
+        remote = ray.remote(
             num_cpus=1,
             max_restarts=0,
-            max_task_retries=0,
             scheduling_strategy="SPREAD",
             concurrency_groups={"signs": 1},
-        )(Actor)
+        )
+        games = partial(Games, factory, policy, shape.n_envs, info_keywords=info_keywords)
+        self._actor = partial(
+            remote(Actor).remote, make_games=games, shape=shape, profile=profile is not None
+        )
         self._last_look = time.monotonic()
-        self._starting = True
 
     def __enter__(self) -> ActorPool:
         for worker in self._workers:
@@ -299,79 +240,54 @@ class ActorPool:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-    @property
-    def starting(self) -> bool:
-        """No rollout has been taken yet; the workers are building their environments."""
-        return self._starting
-
-    @property
-    def places(self) -> list[str]:
-        """Of the workers that run: `pid 4711 on 10.0.0.2`."""
-        return [worker.place for worker in self._workers if worker.place]
+        for worker in self._workers:
+            self._bury(worker)
 
     def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
-        """Wait for `count` played rollouts, the oldest first.
-
-        Returns:
-            None if `give_up()` became true meanwhile.
-        """
+        """Wait for `count` rollouts, the oldest first; None if `give_up()` became true."""
         # Now, not when the rollouts before arrived: the weights are those after the update.
-        self._ask(IN_FLIGHT)
-        while len(self._played) < count or (self._starting and not self._all_ready()):
+        self._ask(self._workers, IN_FLIGHT)
+        while len(self._played) < count or (self.starting and not self._all_ready()):
             if give_up():
                 return None
             self._look(POLL_SECONDS)
             if len(self._played) < count:  # others may be gone: whoever is idle plays for them
-                self._ask(1)
-        self._starting = False
+                self._ask(self._workers, 1)
+        self.starting = False
         return [self._played.popleft() for _ in range(count)]
 
     def release(self, deliveries: list[Delivery]) -> None:
-        """Nothing: the memory of a rollout from elsewhere is its own."""
-
-    def close(self) -> None:
-        """End every actor. Never raises."""
-        for worker in self._workers:
-            self._bury(worker)
+        """Nothing: a rollout from elsewhere has memory of its own."""
 
     def _all_ready(self) -> bool:
         """Whether everybody is ready who has, or may soon have, a place in the cluster."""
-        patience_ends = time.monotonic() - self.limits.startup_timeout
-        return all(w.ready or (not w.place and w.last_sign < patience_ends) for w in self._workers)
+        late = time.monotonic() - self.limits.startup_timeout
+        return all(not w.building or (not w.place and w.last_sign < late) for w in self._workers)
 
-    # Calls and answers.
+    def _ask(self, workers: list[_Worker], most: int) -> None:
+        """Ask those that are ready for rollouts, up to `most` at a time."""
+        for worker in workers:
+            for _ in range(worker.asked("play"), 0 if worker.building else most):
+                answer = worker.actor.play.remote(self._weights.version, self._weights.reference)
+                worker.calls[answer] = "play"
 
-    def _ask(self, most: int) -> None:
-        """Ask every worker that is ready for rollouts, up to `most` at a time."""
-        for worker in self._workers:
-            for _ in range(worker.asked("play"), most if worker.ready else 0):
-                self._call(worker, "play", self._weights.version, self._weights.reference)
-
-    def _call(self, worker: _Worker, call: Call, *arguments: Any) -> None:
-        method = getattr(worker.actor, call)
-        if call == "sign":
-            method = method.options(concurrency_group="signs")
-        worker.calls[method.remote(*arguments)] = call
+    def _ask_for_sign(self, worker: _Worker) -> None:
+        worker.calls[worker.actor.sign.options(concurrency_group="signs").remote()] = "sign"
 
     def _look(self, timeout: float) -> None:
         """Handle all answers that have arrived, then deaths, silence and replacements."""
         owners = {answer: worker for worker in self._workers for answer in worker.calls}
-        if owners:
-            arrived, _ = ray.wait(list(owners), num_returns=1, timeout=timeout)
-            if arrived:
-                arrived, _ = ray.wait(list(owners), num_returns=len(owners), timeout=0)
-            for answer in arrived:
+        if not owners:
+            time.sleep(timeout)
+        elif ray.wait(list(owners), num_returns=1, timeout=timeout)[0]:
+            for answer in ray.wait(list(owners), num_returns=len(owners), timeout=0)[0]:
                 if answer in owners[answer].calls:  # else it is from an actor buried just now
                     self._receive(owners[answer], answer)
-        else:
-            time.sleep(timeout)
         now = time.monotonic()
         if now - self._last_look >= POLL_SECONDS:
             self._check_silence(now)
         for worker in self._workers:
-            if worker.restart_at is not None and now >= worker.restart_at:
+            if worker.actor is None and now >= worker.starts_at:
                 self._start(worker)
 
     def _receive(self, worker: _Worker, answer: Any) -> None:
@@ -379,124 +295,97 @@ class ActorPool:
         try:
             result = ray.get(answer, timeout=self.limits.heartbeat_timeout)
         except RayTaskError as error:  # of our code, or of the environments while they were built
-            self._replace(worker, "failed", str(error).strip(), hopeless=not worker.ready)
+            if isinstance(error.cause, NonFiniteError):
+                raise error.cause from None
+            self._replace(worker, "failed", str(error).strip(), hopeless=self.starting)
             return
         except RayError as error:
-            never_began = isinstance(error, RayActorError) and error.actor_init_failed
+            never_began = getattr(error, "actor_init_failed", False)
             self._replace(worker, "died", _sentence(error), hopeless=never_began)
             return
         now = time.monotonic()
-        if isinstance(result, Sign):
-            if not worker.place or result.steps != worker.steps:
+        if call == "sign":
+            if result != (worker.steps, worker.place):
                 worker.last_sign = now
-            worker.place = f"pid {result.pid} on {result.host}"
-            worker.steps = result.steps
+            worker.steps, worker.place = result
             return
         worker.last_sign, worker.building = now, False
-        if call == "start":
-            worker.ready = True
-        elif isinstance(result, EnvFailed):
+        if isinstance(result, EnvFailed):
             self._note_broken_envs(worker, result.reason)
-        elif isinstance(result, Failed):
-            raise NonFiniteError(result.not_finite)
-        else:
-            self._deliver(worker, result)
-
-    def _deliver(self, worker: _Worker, result: PlayedBlock) -> None:
-        worker.failures.in_a_row = 0
-        # A copy: what lies in the object store is read-only, and fills it.
-        rollout = unpacked(torch.tensor(result.block), self._like)
-        self._played.append(Delivery(rollout, result.played, result.infos, worker.index))
-        if self._profile is not None:
-            self._profile.add_worker(worker.index, result.played.phases)
+        elif call == "play":
+            played, infos, block = result
+            worker.failures.in_a_row = 0
+            # A copy: what lies in the object store is read-only, and fills it.
+            rollout = unpacked(torch.tensor(block), self._like)
+            self._played.append(Delivery(rollout, played, infos, worker.index))
+            if self._profile is not None:
+                self._profile.add_worker(worker.index, played.phases)
 
     def _note_broken_envs(self, worker: _Worker, reason: str) -> None:
         self.env_restarts += 1
-        worker.building = True
         if too_often := worker.failures.count(self.limits):
-            raise WorkerError(
-                f"the environments of {worker} fail again and again, {too_often}:\n{reason}"
-            )
-        logger.warning(
-            "%s: its environments failed and are built anew: %s", str(worker), _last_line(reason)
-        )
-
-    # Deaths, silence, replacements.
+            what = f"the environments of {worker} fail again and again, {too_often}"
+            raise WorkerError(f"{what}:\n{reason}")
+        last = reason.strip().splitlines()[-1]
+        logger.warning("%s: its environments failed and are built anew: %s", str(worker), last)
+        self._ask([worker], 1)
+        worker.building = True
 
     def _check_silence(self, now: float) -> None:
-        grace = now - self._last_look
-        self._last_look = now
-        limits = self.limits
-        for worker in self._workers:
-            if worker.actor is None:
-                continue
-            if worker.ready and not worker.asked("play"):
+        grace, self._last_look = now - self._last_look, now
+        startup = self.limits.startup_timeout
+        for worker in [w for w in self._workers if w.actor is not None]:
+            if not worker.building and not worker.asked("play"):
                 worker.last_sign = now
             elif grace > 5 * POLL_SECONDS:  # this process was busy, and could hear nobody
                 worker.last_sign += grace
             silence = now - worker.last_sign
-            limit = limits.startup_timeout if worker.building else limits.heartbeat_timeout
+            limit = startup if worker.building else self.limits.heartbeat_timeout
             if not worker.place:
-                self._note_waiting(worker, silence)
+                if silence > PATIENCE and not worker.is_missed:
+                    worker.is_missed = True
+                    what = "waits for a free CPU of the cluster; the others play on"
+                    logger.warning("worker %d %s", worker.index, what)
             elif silence > limit:
                 self._replace(worker, f"gave no sign of life for {limit:g} s", "no answer")
             elif silence > limit / 4 and not worker.building and not worker.asked("sign"):
-                self._call(worker, "sign")
-        if all(
-            not worker.place and now - worker.last_sign > limits.startup_timeout
-            for worker in self._workers
-        ):
+                self._ask_for_sign(worker)
+        if all(not w.place and now - w.last_sign > startup for w in self._workers):
             raise WorkerError(
-                f"no worker has had a place in the cluster for {limits.startup_timeout:g} s: it "
-                "has no free CPU, or does not get its processes started; see `ray status`"
-            )
-
-    def _note_waiting(self, worker: _Worker, seconds: float) -> None:
-        if worker.is_patient and seconds > PATIENCE:
-            worker.is_patient = False
-            logger.warning(
-                "worker %d waits for a free CPU of the cluster; the others play on", worker.index
+                f"no worker has had a place in the cluster for {startup:g} s: it has no free CPU, "
+                "or does not get its processes started; see `ray status`"
             )
 
     def _replace(self, worker: _Worker, what: str, reason: str, *, hopeless: bool = False) -> None:
         """Bury an actor and set the time at which the next incarnation starts."""
-        # What fails at the first start fails at every other one.
-        hopeless = hopeless and worker.incarnation == 1
-        who, has_run = str(worker), bool(worker.place)
         self._bury(worker)
-        too_often = "at its start" if hopeless else worker.failures.count(self.limits)
-        if too_often:
-            raise WorkerError(f"{who} {what} {too_often}:\n{reason}")
-        last = _last_line(reason)
+        # What fails at the first start fails at every other one.
+        at_start = "at its start" if hopeless and worker.incarnation == 0 else ""
+        if too_often := at_start or worker.failures.count(self.limits):
+            raise WorkerError(f"{worker} {what} {too_often}:\n{reason}")
         pause = worker.failures.pause(self.limits)
-        # One that was sent to a node that was about to be found dead is none that was lost.
-        level = logging.WARNING if has_run else logging.INFO
-        logger.log(level, "%s %s (%s); a new one starts in %.1f s", *(who, what, last), pause)
-        self.worker_restarts += has_run
-        worker.restart_at = time.monotonic() + pause
+        if worker.place:  # else it was sent to a node that was about to be found dead
+            self.worker_restarts += 1
+            what = f"{what} ({reason.splitlines()[-1].strip()})"
+            logger.warning("%s %s; a new one starts in %.1f s", str(worker), what, pause)
+        self._workers[worker.index] = _Worker(
+            worker.index, worker.incarnation + 1, worker.failures, time.monotonic() + pause
+        )
 
     def _bury(self, worker: _Worker) -> None:
         """End the actor, if it still runs; nothing that it answers from now on counts."""
         if worker.actor is not None:
             with contextlib.suppress(Exception):
                 ray.kill(worker.actor)
-        worker.actor, worker.calls = None, {}
-        worker.place, worker.ready = "", False
+        worker.calls = {}
 
     def _start(self, worker: _Worker) -> None:
         # A prime stride keeps the seeds of workers and of their successors apart.
         stride = 1_000_003 * (worker.index + len(self._workers) * worker.incarnation)
-        worker.actor = self._kind.remote(self._spec._replace(seed=self._spec.seed + stride))
-        worker.building, worker.restart_at = True, None
-        worker.steps, worker.is_patient = 0, True
-        worker.incarnation += 1
+        worker.actor = self._actor(seed=self._seed + stride)
         worker.last_sign = time.monotonic()
-        self._call(worker, "sign")
-        self._call(worker, "start")
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1].strip()
+        self._ask_for_sign(worker)
+        worker.calls[worker.actor.start.remote()] = "start"
 
 
 def _sentence(error: Exception) -> str:

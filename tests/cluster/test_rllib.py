@@ -100,7 +100,9 @@ def test_what_rllib_cannot_play_is_refused() -> None:
         observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
         action_space = gym.spaces.MultiDiscrete([2, 3])
 
-    with pytest.raises(ValueError, match="Discrete, or a Box without use_sde"):
+    with pytest.raises(
+        ValueError, match=r"MultiDiscrete\(\[2 3\]\) .*Discrete, or a Box without use_sde"
+    ):
         module_of("MlpPolicy", Many())
     with pytest.raises(ValueError, match="Box without use_sde"):
         module_of("MlpPolicy", "Pendulum-v1", policy_kwargs={"use_sde": True})
@@ -255,7 +257,8 @@ def watch_together(rank: int, folder: str) -> None:
 
 def test_the_mean_image_of_two_learners_is_that_of_all_images(tmp_path: Path) -> None:
     """Padding is not in it; and one learner alone agrees with `EnginePolicy.watch`."""
-    multiprocessing.spawn(watch_together, args=(str(tmp_path),), nprocs=2)
+    # Not by spawn, which would import RLlib twice more.
+    multiprocessing.start_processes(watch_together, (str(tmp_path),), 2, start_method="fork")
     (one, count), (two, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(one, two) and int(count) == 2 * (8 + 12 - 2 * 2)
     kept = [batch[Columns.OBS][batch[Columns.LOSS_MASK]] for batch in map(images_of, range(2))]
@@ -267,17 +270,20 @@ def test_the_mean_image_of_two_learners_is_that_of_all_images(tmp_path: Path) ->
     torch.testing.assert_close(mean_of(alone).mean, mean_of(engine).mean)
 
 
-def test_a_learner_that_stands_still_is_noticed() -> None:
+def test_a_learner_that_stands_still_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = rllib.LearnerGuard()
     learning = {"learners": {"__all_modules__": {"num_module_steps_trained_lifetime": 100.0}}}
-    guard.look({}, 0.0)
-    guard.look({}, 299.0)
-    guard.look(learning, 301.0)
-    guard.look({}, 600.0)  # results between updates lack the learner
+
+    def look(result: dict[str, Any], now: float) -> None:
+        monkeypatch.setattr(rllib.time, "monotonic", lambda: now)
+        guard.on_train_result(result=result, algorithm=None, metrics_logger=None)
+
+    look({}, 0.0)
+    look({}, 299.0)
+    look(learning, 301.0)
+    look({}, 600.0)  # results between updates lack the learner
     with pytest.raises(rllib.LearnerStoppedError, match="for 301 s, since 100 timesteps"):
-        guard.look(learning, 602.0)
-    with pytest.raises(rllib.LearnerStoppedError):
-        guard.on_train_result(result=learning, algorithm=None, metrics_logger=None)
+        look(learning, 602.0)
 
 
 def test_atari_in_batches() -> None:

@@ -32,7 +32,7 @@ class Tell(Episodes):
 
     def _on_step(self):
         going_on = super()._on_step()
-        places = self.model._pool.places
+        places = [w.place for w in self.model._pool._workers if w.place]
         hosts = sorted(place.split()[-1] for place in places)
         if hosts != self.hosts and self.n_calls % 5 == 0:
             self.hosts = hosts
