@@ -24,6 +24,7 @@ def neurocoder(
     config: NeurocoderConfig | None = None,
     *,
     bias: bool = True,
+    context_features: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
@@ -31,7 +32,15 @@ def neurocoder(
     """`NeurocoderLinear`, or `OfficialNeurocoderLinear` where the preset says so."""
     config = replace(config or NeurocoderConfig(), **options)
     layer = OfficialNeurocoderLinear if config.preset == "official" else NeurocoderLinear
-    return layer(in_features, out_features, config, bias=bias, device=device, dtype=dtype)
+    return layer(
+        in_features,
+        out_features,
+        config,
+        bias=bias,
+        context_features=context_features,
+        device=device,
+        dtype=dtype,
+    )
 
 
 LAYERS: Mapping[str, LayerFactory] = {
