@@ -37,6 +37,9 @@ class Experiment(ABC):
     readings: Mapping[str, Any] = {}
     """Decisions where the paper is silent, beyond those in the recipe; part of the identity."""
 
+    optimizer: torch.optim.Optimizer | None = None
+    """Of the model; `train` sets it, for experiments that replace parameters."""
+
     best: Mapping[str, str] = {}
     """Metrics whose best value over all evaluations is reported too: `max` or `min`."""
 

@@ -130,6 +130,9 @@ class Recipe:
 METHODS = ("adam", "adagrad", "l2", "si", "ewc", "online-ewc")
 """Against forgetting; see `ncrl.tasks.continual.methods`."""
 
+GROW = "grow"
+"""The method that adds slots for each task; no row of the paper's tables."""
+
 SCENARIOS = ("domain", "task")
 """Whether all tasks share one output layer (incremental domain), or each has its own, and the task
 of an image is known (incremental task)."""
@@ -141,10 +144,10 @@ class ContinualRecipe(Recipe):
 
     scenario: str = setting("domain", "shared or separate output layers", choices=SCENARIOS)
     method: str | None = setting(
-        None, "against forgetting; null: what the command does by itself", choices=METHODS
+        None, "against forgetting; null: what the command does by itself", choices=(*METHODS, GROW)
     )
     penalty_coef: float | None = setting(
-        None, "weight of the method's penalty; null: Hsu et al.'s", low=0
+        None, "weight of the method's penalty (grow: pull); null: Hsu et al.'s (1)", low=0
     )
     fisher_orthogonality: bool = setting(
         False, "ewc: square the gradient of the orthogonality loss into the Fisher information"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ncrl.files import read_bytes, write_atomically
+from ncrl.neurocoder.memory import SlotMemory
 
 RESULT_FILE = "result.json"
 
@@ -242,8 +243,10 @@ def results_table(
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Frozen ones included, buffers not."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Frozen ones and frozen slots included, other buffers not."""
+    memories = [module for module in model.modules() if isinstance(module, SlotMemory)]
+    frozen = sum(buffer.numel() for memory in memories for buffer in memory.buffers())
+    return frozen + sum(parameter.numel() for parameter in model.parameters())
 
 
 def command_line() -> str:

@@ -165,7 +165,7 @@ class _Training:
     def __init__(self, run: Run, experiment: Experiment) -> None:
         self.run, self.experiment, self.recipe = run, experiment, run.recipe
         self.model = experiment.model
-        self.optimizer = make_optimizer(run.recipe, self.model)
+        self.optimizer = experiment.optimizer = make_optimizer(run.recipe, self.model)
         self.has_gates = any(isinstance(layer, MoELinear) for layer in self.model.modules())
         self.update = 0  # updates done
         self.seconds = 0.0  # spent before `_began`
@@ -355,10 +355,10 @@ class _Training:
             raise ValueError(f"its seconds or loss are no numbers: {seconds!r}, {loss_sum!r}")
         if not is_curve(curve):
             raise ValueError("its curve does not hold numbers by name")
+        self.experiment.restore(state["experiment"])  # first: it may give parameters their sizes
         check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.experiment.restore(state["experiment"])
         self.update, self.seconds, self.curve = update, seconds, curve
         self._loss_sum, self._loss_count = loss_sum, loss_count
         set_random_state(state["random"])

@@ -110,8 +110,9 @@ def test_a_projection_layer_equals_a_literal_reading() -> None:
         described = network.projection @ (x[b] - network.center)
         sigma, u, v = [], [], []
         for h in range(2):
-            query = described[3 * h : 3 * h + 3]
-            weights = torch.stack([5.0 * cosine(query, keys[h, p]) for p in range(6)]).softmax(0)
+            weights = torch.stack([5.0 * cosine(described, keys[h, p]) for p in range(6)]).softmax(
+                0
+            )
             u.append(sum(weights[p] * slots[0][p] for p in range(6)))
             v.append(sum(weights[p] * slots[1][p] for p in range(6)))
             sigma.append(softplus(sum(weights[p] * slots[2][p, 0] for p in range(6))))
@@ -236,7 +237,7 @@ def test_programs_for_one_input_from_another() -> None:
     sizes = Sizes(4, 3, 2, 2, 1, 1.0, "slot-head", False)
     expected = attention_reference(parameters_of(layer), sizes, context[0, 0])
     for part, literal in zip(layer.attend(context), expected, strict=True):
-        assert relative_error(part[0, 0], torch.stack([torch.stack(w) for w in literal])) < 1e-9
+        assert relative_error(part[0, 0], torch.stack(literal)) < 1e-9
 
 
 def test_refusals() -> None:

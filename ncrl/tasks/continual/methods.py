@@ -1,8 +1,8 @@
 """Methods against forgetting, for any model: what they add to the loss, what a task's end changes.
 
-All are as Hsu et al. use them ("Re-evaluating Continual Learning Scenarios", 2018): quadratic
-penalties coef * sum Omega (theta - theta*)^2, without 1/2, on the weights of the tasks before. They
-differ in what a weight's importance Omega is, and in what theta* it is held to.
+All but `Grow` are as Hsu et al. use them ("Re-evaluating Continual Learning Scenarios", 2018):
+quadratic penalties coef * sum Omega (theta - theta*)^2, without 1/2, on the weights of the tasks
+before. They differ in what a weight's importance Omega is, and in what theta* it is held to.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
 
+from ncrl.neurocoder import NeurocoderLinear
+from ncrl.neurocoder.composition import ProjectionNetwork
 from ncrl.settings import suggest
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
@@ -34,8 +38,16 @@ class Method:
         self.coef = coef
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    def loss(self, task_loss: Tensor) -> Tensor:
-        """What is minimised, from the loss of the task at hand."""
+    def begin_task(self, inputs: Tensor, optimizer: Optimizer | None) -> None:
+        """Called before a task is learnt, the first one too.
+
+        Args:
+            inputs: all training inputs of the task, [N, ...].
+            optimizer: of the model; None before there is one.
+        """
+
+    def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """What is minimised, from the loss of the task at hand on a batch of inputs."""
         return task_loss
 
     def after_update(self) -> None:
@@ -53,7 +65,7 @@ class Method:
         """All that is remembered, in tensors, to go on from."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
         """Take over what `state` returned, wherever its tensors are."""
 
     def placed(self, tensors: Mapping[str, Tensor]) -> Parameters:
@@ -81,7 +93,7 @@ class Quadratic(Method):
         self.importance = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         self.anchor: Parameters = {}
 
-    def loss(self, task_loss: Tensor) -> Tensor:
+    def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
         if not self.anchor:
             return task_loss
         return task_loss + self.penalty()
@@ -102,7 +114,7 @@ class Quadratic(Method):
     def state(self) -> dict[str, Any]:
         return {"importance": self.importance, "anchor": self.anchor}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
         self.importance, self.anchor = (self.placed(state[n]) for n in ("importance", "anchor"))
 
 
@@ -160,7 +172,7 @@ class SynapticIntelligence(Quadratic):
     def state(self) -> dict[str, Any]:
         return {**super().state(), "path": self.path, "start": self.start, "last": self.last}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
         super().restore(state)
         self.path, self.start, self.last = (
             self.placed(state[n]) for n in ("path", "start", "last")
@@ -233,6 +245,78 @@ class Ewc(OnlineEwc):
             self.anchor[name] = torch.lerp(anchor, now, share)
 
 
+class Grow(Method):
+    """New slots for every task; old ones are frozen, and found by keys among their task's inputs.
+
+    Keys start at queries of inputs of the task and are pulled towards those of every batch, as in
+    L2P (Wang et al. 2022); old keys and values stay, as in CODA-Prompt (Smith et al. 2023); new
+    directions start orthogonal to old ones, and the orthogonality loss keeps them so, as in O-LoRA
+    (Wang et al. 2023). Queries are of the model's input, through a projection that is never trained
+    and from which the mean of the first task's inputs is subtracted. No input is kept.
+
+    Args:
+        model: whose trained parameters are all slots of Neurocoder layers with
+            `controller="projection"`, which read the model's input as it is or as their context.
+        coef: weight of the pull, summed over layers.
+    """
+
+    def __init__(self, model: nn.Module, coef: float) -> None:
+        super().__init__(model, coef)
+        self.layers = [m for m in model.modules() if isinstance(m, NeurocoderLinear)]
+        for name in self.parameters:
+            if name.rpartition("memory.")[2] not in ("u", "v", "s", "key"):
+                raise ValueError(
+                    f"method grow needs slots in place of {name}: Neurocoder layers alone, "
+                    "controller='projection', without residual and bias"
+                )
+        self.num_slots = [layer.config.num_slots for layer in self.layers]
+        self.num_tasks = 0
+
+    @torch.no_grad()
+    def begin_task(self, inputs: Tensor, optimizer: Optimizer | None) -> None:
+        if self.num_tasks:
+            self._grow(optimizer)
+        self.num_tasks += 1
+        for layer in self.layers:
+            network = layer.composition
+            assert isinstance(network, ProjectionNetwork)
+            if self.num_tasks == 1:
+                network.center.copy_(inputs.mean(0))
+            key = layer.memory.get_parameter("key")  # [slots, H * K]
+            some = torch.randint(len(inputs), (len(key) * layer.config.num_heads,))
+            key.copy_(network.queries(inputs[some.to(inputs.device)]).view_as(key))
+
+    def _grow(self, optimizer: Optimizer | None) -> None:
+        for layer, num_slots in zip(self.layers, self.num_slots, strict=True):
+            layer.freeze_slots(optimizer)
+            layer.grow(num_slots, optimizer)
+
+    def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
+        assert inputs is not None
+        for layer, num_slots in zip(self.layers, self.num_slots, strict=True):
+            assert isinstance(layer.composition, ProjectionNetwork)
+            queries = F.normalize(layer.composition.queries(inputs), dim=1)  # [B, K]
+            keys = F.normalize(layer.memory.keys()[:, -num_slots:], dim=2)  # [H, slots, K]
+            nearest = (queries @ keys.transpose(1, 2)).amax(dim=2)  # [H, B]
+            task_loss = task_loss + self.coef * (1 - nearest.mean())
+        return task_loss
+
+    def shares(self, inputs: Tensor) -> list[list[float]]:
+        """For each layer, the shares of the attention by inputs that the tasks' slots get."""
+        return [
+            layer.attend(inputs).u.mean((0, 1)).view(-1, num_slots).sum(1).tolist()
+            for layer, num_slots in zip(self.layers, self.num_slots, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return {"num_tasks": self.num_tasks}
+
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
+        while self.num_tasks < state["num_tasks"]:
+            self._grow(optimizer)
+            self.num_tasks += 1
+
+
 METHODS: Mapping[str, type[Method]] = {
     "adam": Method,
     "adagrad": Method,
@@ -250,17 +334,18 @@ def make_method(name: str, model: nn.Module, coef: float) -> Method:
     Raises:
         ValueError: for an unknown name (the nearest one is offered) or a negative coefficient.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; {suggest(name, METHODS)}")
+    known: dict[str, type[Method]] = {**METHODS, "grow": Grow}
+    if name not in known:
+        raise ValueError(f"unknown method {name!r}; {suggest(name, known)}")
     if not coef >= 0:
         raise ValueError(f"coef must be at least 0, got {coef}")
-    return METHODS[name](model, coef)
+    return known[name](model, coef)
 
 
 def own_label_loss(call: Callable[..., Tensor], samples: Tensor, **options: Any) -> Tensor:
     """Cross-entropies at the labels that the model itself finds likeliest, summed over inputs."""
     logits = call(samples, **options)
-    return torch.nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
+    return F.cross_entropy(logits, logits.argmax(1), reduction="sum")
 
 
 class _QuadraticPenalty(torch.autograd.Function):

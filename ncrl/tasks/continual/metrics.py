@@ -91,7 +91,7 @@ def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 def _describer(name: str, report: dict[str, Weights]) -> Any:
     def hook(layer: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
-        report[name] = _describe(layer, given[0])
+        report[name] = _describe(layer, given[-1])  # the context, where there is one
 
     return hook
 

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from ncrl import orthogonal_loss
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual import metrics
-from ncrl.tasks.continual.methods import OnlineEwc, Quadratic, make_method, own_label_loss
+from ncrl.tasks.continual.methods import Grow, OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment, evaluating, random_stream, try_network
 from ncrl.tasks.models.mlp import SplitMlp
-from ncrl.tasks.recipes import ContinualRecipe, build_network
+from ncrl.tasks.recipes import GROW, ContinualRecipe, build_network
 
 COEFS: Mapping[str, Mapping[str, float]] = {
     "domain": {"l2": 0.5, "si": 3000, "ewc": 100, "online-ewc": 700},
@@ -158,7 +158,11 @@ class SplitLearning(Experiment):
         self.num_updates = self.evaluate_every = self.ends[-1]
         self.accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
         """Per cent, [T trained, T tested]."""
-        self.method = make_method(recipe.method or "adam", self.model, recipe.penalty_coef or 0.0)
+        coef = recipe.penalty_coef
+        if coef is None:
+            coef = 1.0 if recipe.method == GROW else 0.0
+        self.method = make_method(recipe.method or "adam", self.model, coef)
+        self.method.begin_task(tasks[0].images, None)
         if recipe.fisher_orthogonality and isinstance(self.method, OnlineEwc):
             self.method.extra_loss = self.orthogonality
         self.doubles = recipe.double_orth_coef and isinstance(self.method, Quadratic)
@@ -204,7 +208,7 @@ class SplitLearning(Experiment):
         loss = F.cross_entropy(self.model(images, self._head(task)), labels)
         if self.doubles and task:
             loss = loss + self.orthogonality()  # the training loop adds it once more
-        return self.method.loss(loss)
+        return self.method.loss(loss, images)
 
     def _keep_heads_moving(self, task: int) -> None:
         """Zero gradients for the heads of earlier tasks.
@@ -227,6 +231,8 @@ class SplitLearning(Experiment):
         with evaluating(self.model):
             for tested in range(len(self.tasks)):
                 self.accuracy[task, tested] = self._accuracy_on(tested)
+        if task + 1 < len(self.tasks):
+            self.method.begin_task(self.tasks[task + 1].images, self.optimizer)
 
     def _accuracy_on(self, task: int) -> float:
         """Per cent of the test images, through the task's own head."""
@@ -261,11 +267,16 @@ class SplitLearning(Experiment):
 
     def report(self) -> dict[str, Any]:
         layers = {name: weights._asdict() for name, weights in self._describe().items()}
-        return {"accuracy": self.accuracy.tolist(), "layers": layers}
+        details = {"accuracy": self.accuracy.tolist(), "layers": layers}
+        if isinstance(self.method, Grow):  # [T tested, layers, T whose slots]
+            details["slots"] = [
+                self.method.shares(task.test_images[:EVALUATION_BATCH]) for task in self.tasks
+            ]
+        return details
 
     def state(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy, "method": self.method.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.accuracy = check_like(state["accuracy"], self.accuracy, "accuracy")
-        self.method.restore(state["method"])
+        self.method.restore(state["method"], self.optimizer)

@@ -118,6 +118,8 @@ class SplitMlp(nn.Module):
         num_tasks: heads; 1 if all tasks share one.
         hidden_rank: rank of the hidden layers' weights, which are then two factors and not coded,
             the control of the tables; None for layers of full rank.
+        context: whether all layers, which are Neurocoder layers then, compose their programs from
+            the network's input.
         layer: name in `ncrl.layers.LAYERS`, of all layers.
         layer_options: its options.
 
@@ -135,6 +137,7 @@ class SplitMlp(nn.Module):
         *,
         num_tasks: int = 1,
         hidden_rank: int | None = None,
+        context: bool = False,
         layer: str = "linear",
         layer_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -143,6 +146,9 @@ class SplitMlp(nn.Module):
         if num_tasks > MOST_TASKS:
             raise ValueError(f"num_tasks must be at most {MOST_TASKS}, got {num_tasks}")
         widths = [in_features, *hidden]
+        self.context = context
+        if context:
+            layer_options = {**(layer_options or {}), "context_features": in_features}
         if hidden_rank is None:
             self.hidden = dense_layers(widths, bias=False, layer=layer, layer_options=layer_options)
         else:
@@ -157,9 +163,10 @@ class SplitMlp(nn.Module):
     def forward(self, x: Tensor, task: int = 0) -> Tensor:
         """[B, ...] -> logits [B, num_outputs] of the head of one task."""
         x = x.flatten(1)
+        context = [x] if self.context else []
         for dense in self.hidden:
-            x = F.relu(dense(x))
-        logits: Tensor = self.heads[task](x)
+            x = F.relu(dense(x, *context))
+        logits: Tensor = self.heads[task](x, *context)
         return logits
 
 

@@ -31,7 +31,7 @@ from ncrl.tasks.command import (
 )
 from ncrl.tasks.continual.split import COEFS, SplitLearning, Task, split_tasks
 from ncrl.tasks.data import Images, load_mnist
-from ncrl.tasks.recipes import METHODS, SCENARIOS, ContinualRecipe, Recipe, read_recipes
+from ncrl.tasks.recipes import GROW, METHODS, SCENARIOS, ContinualRecipe, Recipe, read_recipes
 from ncrl.tasks.results import Result, read_results, results_table
 from ncrl.tasks.split_mnist import tables, tradeoff
 from ncrl.tasks.split_mnist.tables import Cell, Column
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = own.add_argument
     own.conflict_handler = "resolve"
     add("--scenario", nargs="+", metavar="NAME", help=f"{' or '.join(SCENARIOS)} (default: domain)")
-    add("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)} (default: adam)")
+    add("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)} (default: adam), {GROW}")
     add("--layer", nargs="+", metavar="NAME", help=f"{', '.join(LAYERS)} (default: neurocoder)")
     add("--variant", nargs="+", metavar="NAME", help="neurocoder: paper (default) or official")
     both = argparse.BooleanOptionalAction
@@ -237,7 +237,7 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
     if not isinstance(top, ContinualRecipe):
         raise ValueError(f"{path} is for network {top.network}, expected split_mlp")
     scenarios = chosen(flags, "scenario", SCENARIOS, [top.scenario])
-    methods = chosen(flags, "method", METHODS, [top.method or "adam"])
+    methods = chosen(flags, "method", (*METHODS, GROW), [top.method or "adam"])
     layers = chosen(flags, "layer", LAYERS, ["neurocoder"])
     variants = chosen(flags, "variant", VARIANTS, ["paper"])
     only = {
@@ -257,6 +257,8 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
             f"got {', '.join(methods)}"
         )
     columns = columns_of(flags, layers, variants)
+    if GROW in methods and columns != [Column("neurocoder")]:
+        raise ValueError(f"--method {GROW} needs --layer neurocoder --variant paper --no-residual")
     return [
         Cell(scenario, method, column)
         for scenario in scenarios
@@ -337,7 +339,8 @@ def plan(
     Raises:
         ValueError: for changes that make no sense.
     """
-    variant = RECIPES[cell.column._replace(rank=None)]
+    grows = cell.method == GROW
+    variant = GROW if grows else RECIPES[cell.column._replace(rank=None)]
     shared = {key: value for key, value in flags.items() if key != "layer"}
     (base,) = plans({**shared, "variant": [variant]}, CONFIG)
     said = base.labels["changes"]

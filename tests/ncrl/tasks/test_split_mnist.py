@@ -280,12 +280,15 @@ def test_the_benchmark_measures_what_is_chosen() -> None:
     assert done.stdout.count("| rank 1 |") == 3  # its step, its Fisher information, its run
 
 
-def test_the_example_of_the_documentation_runs() -> None:
+def test_the_examples_of_the_documentation_run() -> None:
     page = ROOT / "docs" / "continual.md"
-    (example,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
-    names: dict[str, Any] = {}
-    exec(compile(example, str(page), "exec"), names)
-    method = names["method"]
+    examples = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    penalty: dict[str, Any] = {}
+    grow: dict[str, Any] = {}
+    for example, names in zip(examples, (penalty, grow), strict=True):
+        exec(compile(example, str(page), "exec"), names)
+    assert grow["model"].config.num_slots == 60
+    method = penalty["method"]
     # The last task's end is the anchor: the first step away from it would cost something.
     assert method.penalty() == 0
     assert all(bool((fisher > 0).any()) for fisher in method.importance.values())
