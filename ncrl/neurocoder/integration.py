@@ -150,20 +150,13 @@ def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
     return s @ torch.ones(s.shape[1], s.shape[1], dtype=s.dtype, device=s.device).tril()
 
 
-def mix_slots(composed: Composed, projection: Tensor) -> Tensor:
-    """Weight of every stored v in the output: c of y = c M_V (Eqs. 1 and 3, folded).
-
-    Args:
-        composed: B programs.
-        projection: M_U x of the N inputs that each program gets, [B, P, N].
-
-    Returns:
-        [B, N, P].
-    """
+def mix_slots(composed: Composed) -> Tensor:
+    """Weight of every stored v in the output: c of y = c M_V, [B, P] (Eqs. 1 and 3, folded)."""
     weight_u, weight_v, _ = composed.attention
-    read = torch.bmm(weight_u, projection)  # x u_n^T, [B, R, N]
+    assert composed.projection is not None
+    read = torch.bmm(weight_u, composed.projection.unsqueeze(2))  # x u_n^T, [B, R, 1]
     strength = composed.sigma.unsqueeze(2) * read
-    return torch.bmm(strength.transpose(1, 2), weight_v)
+    return torch.bmm(strength.transpose(1, 2), weight_v).squeeze(1)
 
 
 def active_program(composed: Composed, u: Tensor, v: Tensor) -> Tensor:

@@ -136,8 +136,6 @@ class NeurocoderLinear(LinearSeat):
             ValueError: for `keep_weight` without a residual program, and as the constructor does.
         """
         config = replace(config or NeurocoderConfig(preset=cls.PRESET), **options)
-        if keep_weight and not config.residual:
-            raise ValueError("keep_weight=True needs a residual program, got residual=False")
         layer = cls(
             int(linear.in_features),
             int(linear.out_features),
@@ -146,12 +144,18 @@ class NeurocoderLinear(LinearSeat):
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
-        with torch.no_grad():
-            if layer.bias is not None and linear.bias is not None:
-                layer.bias.copy_(linear.bias)
-            if keep_weight and layer.integration is not None:
-                layer.integration.start_from(linear.weight.T)
+        layer._take_over(linear, keep_weight)
         return layer
+
+    @torch.no_grad()
+    def _take_over(self, plain: nn.Linear | nn.Conv2d, keep_weight: bool) -> None:
+        """Start from the bias, and if wanted from the weight, of a layer of the same sizes."""
+        if keep_weight and self.integration is None:
+            raise ValueError("keep_weight=True needs a residual program, got residual=False")
+        if self.bias is not None and plain.bias is not None:
+            self.bias.copy_(plain.bias)
+        if keep_weight and self.integration is not None:
+            self.integration.start_from(plain.weight.flatten(1).T)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter afresh from torch's global random stream."""
@@ -239,10 +243,8 @@ class NeurocoderLinear(LinearSeat):
             )
         flat = self._flatten(x)
         composed = self._compose(flat) if context is None else self._compose(context, flat)
-        assert composed.projection is not None
         # Only these products, which are as wide as those of nn.Linear, are subject to autocast.
-        mixed = mix_slots(composed, composed.projection.unsqueeze(2)).squeeze(1)
-        y = mixed @ self.memory.stored("v")
+        y = mix_slots(composed) @ self.memory.stored("v")
         if self.integration is not None and composed.residual_scale is not None:
             y = y + (composed.residual_scale * self.integration(flat)).to(y.dtype)
         if self.bias is not None and self.adds_bias:

@@ -23,6 +23,7 @@ from tests.reference import (
     cosine,
     neurocoder_reference,
     orthogonal_norm_reference,
+    program_reference,
     softplus,
 )
 
@@ -235,9 +236,13 @@ def test_programs_for_one_input_from_another() -> None:
     applied = torch.einsum("...i,...io->...o", x, layer.program(context)) + layer.bias
     assert relative_error(layer(x, context), applied) < 1e-9
     sizes = Sizes(4, 3, 2, 2, 1, 1.0, "slot-head", False)
-    expected = attention_reference(parameters_of(layer), sizes, context[0, 0])
+    state = parameters_of(layer)
+    expected = attention_reference(state, sizes, context[0, 0])
     for part, literal in zip(layer.attend(context), expected, strict=True):
         assert relative_error(part[0, 0], torch.stack(literal)) < 1e-9
+    sigma, program = program_reference(state, sizes, context[0, 0], expected)
+    assert relative_error(layer.singular_values(context)[0, 0], sigma) < 1e-9
+    assert relative_error(layer.program(context)[0, 0], program) < 1e-9
 
 
 def test_refusals() -> None:

@@ -182,8 +182,8 @@ def test_any_matrix_can_be_stored_exactly(in_features: int, out_features: int) -
     one_hot = torch.eye(rank, dtype=torch.float64).expand(3, -1, -1)  # [B, R, P]
     stored = singular_values(one_hot, memory_s)  # [B, R]
     torch.testing.assert_close(stored, sigma.expand(3, -1), rtol=1e-10, atol=1e-10)
-    composed = Composed(Attention(one_hot, one_hot, one_hot), stored, None, None)
-    y = mix_slots(composed, (x @ left).unsqueeze(2)).squeeze(1) @ right
+    composed = Composed(Attention(one_hot, one_hot, one_hot), stored, None, x @ left)
+    y = mix_slots(composed) @ right
     torch.testing.assert_close(y, x @ matrix, rtol=1e-10, atol=1e-10)
     program = active_program(composed, left.T, right)
     torch.testing.assert_close(program, matrix.expand(3, -1, -1), rtol=1e-10, atol=1e-10)
