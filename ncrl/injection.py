@@ -8,9 +8,9 @@ none with hooks (weight norm and pruning work by hooks).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -75,22 +75,26 @@ def inject(
             "the model is itself a linear layer, which cannot be replaced in place: use "
             "NeurocoderLinear.from_linear(model, config), or wrap the model in nn.Sequential"
         )
-    seats = list(_seats(model))
+    seats = _seats(model)
     chosen: set[nn.Module] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         chosen.update(_select(target, seats))
     if not chosen:
         raise ValueError(f"no targets given; candidates: {_listed(_candidates(seats))}")
     _check_encoders(model, chosen)
-    replaced = [seat for seat in seats if seat.module in chosen]
+    is_official = config is not None and config.preset == "official"
+    kind = InjectedOfficialNeurocoder if is_official else InjectedNeurocoder
     layers: dict[nn.Module, InjectedNeurocoder] = {}
-    for _, _, _, linear in replaced:  # in this order, whatever that of the targets
-        if linear not in layers:
+    for linear in seats.values():  # in this order, whatever that of the targets
+        if linear in chosen and linear not in layers:
             assert isinstance(linear, nn.Linear)
-            layers[linear] = _replacement(linear, config, keep_weight)
-    for _, parent, attribute, linear in replaced:
-        setattr(parent, attribute, layers[linear])
-    return [seat.name for seat in replaced]
+            layer = kind.from_linear(linear, config, keep_weight=keep_weight)
+            layer.original = (linear,)
+            layers[linear] = layer.train(linear.training)
+    replaced = [name for name, module in seats.items() if module in chosen]
+    for name in replaced:
+        model.set_submodule(name, layers[seats[name]])
+    return replaced
 
 
 def eject(model: nn.Module) -> list[str]:
@@ -113,12 +117,11 @@ def eject(model: nn.Module) -> list[str]:
     if isinstance(model, InjectedNeurocoder):
         raise ValueError("an injected layer cannot eject itself: pass the model that contains it")
     names = []
-    for seat in list(_seats(model)):
-        if isinstance(seat.module, InjectedNeurocoder):
-            (original,) = seat.module.original
-            original.train(seat.module.training)
-            setattr(seat.parent, seat.attribute, original)
-            names.append(seat.name)
+    for name, layer in _seats(model).items():
+        if isinstance(layer, InjectedNeurocoder):
+            (original,) = layer.original
+            model.set_submodule(name, original.train(layer.training))
+            names.append(name)
     return names
 
 
@@ -140,59 +143,37 @@ class InjectedOfficialNeurocoder(InjectedNeurocoder, OfficialNeurocoderLinear):
     """The authors' layer likewise."""
 
 
-def _replacement(
-    linear: nn.Linear, config: NeurocoderConfig | None, keep_weight: bool
-) -> InjectedNeurocoder:
-    """A layer for the place of `linear`, in the same mode."""
-    is_official = config is not None and config.preset == "official"
-    kind = InjectedOfficialNeurocoder if is_official else InjectedNeurocoder
-    layer = kind.from_linear(linear, config, keep_weight=keep_weight)
-    layer.original = (linear,)
-    return layer.train(linear.training)
+def _seats(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and Neurocoder layers below `model` by all their names, but nothing inside these."""
+    seats: dict[str, nn.Module] = {}
+    insides: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, NeurocoderLinear)) and not name.startswith(insides):
+            insides += (f"{name}." if name else "",)
+            if name:
+                seats[name] = module
+    return seats
 
 
-class _Seat(NamedTuple):
-    """A place where a linear or Neurocoder layer is held."""
-
-    name: str
-    parent: nn.Module
-    attribute: str
-    module: nn.Module
-
-
-def _seats(module: nn.Module, prefix: str = "") -> Iterator[_Seat]:
-    """All seats below `module`, under all names, but nothing inside Neurocoder layers."""
-    if isinstance(module, NeurocoderLinear):
-        return
-    for attribute, child in module._modules.items():
-        name = prefix + attribute
-        if isinstance(child, (nn.Linear, NeurocoderLinear)):
-            yield _Seat(name, module, attribute, child)
-        elif child is not None:
-            yield from _seats(child, f"{name}.")
-
-
-def _select(target: str, seats: Sequence[_Seat]) -> list[nn.Module]:
+def _select(target: str, seats: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The linear layers that `target` means; raises ValueError unless all can be replaced."""
-    linears = [seat for seat in _matching(target, seats) if isinstance(seat.module, nn.Linear)]
+    names = _matching(target, seats)
+    linears = [name for name in names if isinstance(seats[name], nn.Linear)]
     if not linears:
-        raise ValueError(_no_match(target, seats))
-    for seat in linears:
-        if reason := _obstacle(seat.module):
-            raise ValueError(
-                f"{target!r} matches {seat.name!r}, which cannot be replaced: {reason}"
-            )
-    return [seat.module for seat in linears]
+        raise ValueError(_no_match(target, names, _candidates(seats)))
+    for name in linears:
+        if reason := _obstacle(seats[name]):
+            raise ValueError(f"{target!r} matches {name!r}, which cannot be replaced: {reason}")
+    return [seats[name] for name in linears]
 
 
-def _matching(target: str, seats: Sequence[_Seat]) -> list[_Seat]:
+def _matching(target: str, names: Iterable[str]) -> list[str]:
     rules: tuple[Callable[[str], bool], ...] = (
         lambda name: name == target,
         lambda name: name.endswith(f".{target}"),
         lambda name: fnmatchcase(name, target),
     )
-    found = ([seat for seat in seats if rule(seat.name)] for rule in rules)
-    return next(filter(None, found), [])
+    return next(filter(None, (list(filter(rule, names)) for rule in rules)), [])
 
 
 def _obstacle(module: nn.Module) -> str | None:
@@ -211,14 +192,13 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _candidates(seats: Sequence[_Seat]) -> list[str]:
-    return [seat.name for seat in seats if _obstacle(seat.module) is None]
+def _candidates(seats: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name, module in seats.items() if _obstacle(module) is None]
 
 
-def _no_match(target: str, seats: Sequence[_Seat]) -> str:
-    """What to say where no linear layer matches."""
-    candidates = _candidates(seats)
-    if present := [seat.name for seat in _matching(target, seats)]:
+def _no_match(target: str, present: list[str], candidates: list[str]) -> str:
+    """What to say where no linear layer matches, but perhaps Neurocoder layers do."""
+    if present:
         fault = f"{target!r} matches only Neurocoder layers in place already ({_listed(present)})"
     else:
         fault = f"no nn.Linear matches {target!r}"
@@ -227,15 +207,16 @@ def _no_match(target: str, seats: Sequence[_Seat]) -> str:
     # A target may be meant for the end of a name, so every end of one is compared.
     ends: dict[str, str] = {}
     for name in candidates:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            ends.setdefault(".".join(parts[start:]).lower(), name)
+        end = name.lower()
+        while end:
+            ends.setdefault(end, name)
+            end = end.partition(".")[2]
     hint = ends[nearest(target.lower(), ends)]
     return f"{fault}; nearest: {hint!r}; candidates: {_listed(candidates)}"
 
 
-def _listed(names: Collection[str]) -> str:
-    listed = ", ".join(list(names)[:MAX_LISTED])
+def _listed(names: list[str]) -> str:
+    listed = ", ".join(names[:MAX_LISTED])
     return listed if len(names) <= MAX_LISTED else f"{listed}, ... ({len(names)} in all)"
 
 
@@ -245,17 +226,16 @@ def _check_encoders(model: nn.Module, chosen: Collection[nn.Module]) -> None:
     `nn.TransformerEncoder` then looks at its first layer alone to decide whether all layers are fed
     nested tensors, which none but fast paths can read.
     """
+
+    def is_slow(layer: Any) -> bool:
+        parts = layer.linear1, layer.linear2
+        return any(part in chosen or isinstance(part, InjectedNeurocoder) for part in parts)
+
     for name, encoder in model.named_modules():
         if not isinstance(encoder, nn.TransformerEncoder) or not encoder.use_nested_tensor:
             continue
-        slow = [
-            any(
-                part in chosen or isinstance(part, InjectedNeurocoder)
-                for part in (layer.linear1, layer.linear2)
-            )
-            for layer in encoder.layers
-        ]
-        if any(slow) and not slow[0]:
+        first, *others = map(is_slow, encoder.layers)
+        if any(others) and not first:
             raise ValueError(
                 f"the nn.TransformerEncoder {name!r} feeds nested tensors to all its layers if the "
                 "first one has a fast path, which linear1 and linear2 give it: make one of these "

@@ -5,9 +5,10 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width. Rollouts are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,32 +25,15 @@ LstmState = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each [L, B, h]."""
 
 
-def a3c_encoder(channels: int, features: int = 256) -> list[nn.Module]:
-    """The trunk of A3C (Mnih et al. 2016): 16@8x8/4, 32@4x4/2, 256 units."""
-    return [
-        nn.Conv2d(channels, 16, 8, stride=4),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 4, stride=2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.LazyLinear(features),
-        nn.ReLU(),
-    ]
-
-
-def nature_encoder(channels: int, features: int = 512) -> list[nn.Module]:
-    """The trunk of DQN (Mnih et al. 2015): 32@8x8/4, 64@4x4/2, 64@3x3/1, 512 units."""
-    return [
-        nn.Conv2d(channels, 32, 8, stride=4),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 4, stride=2),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.LazyLinear(features),
-        nn.ReLU(),
-    ]
+def strided_encoder(
+    sizes: Sequence[tuple[int, int, int]], width: int, channels: int, features: int | None = None
+) -> list[nn.Module]:
+    """Convolutions (maps, kernel, stride) with ReLU, and a linear layer of `features` (`width`)."""
+    layers: list[nn.Module] = []
+    for maps, kernel, stride in sizes:
+        layers += [nn.Conv2d(channels, maps, kernel, stride=stride), nn.ReLU()]
+        channels = maps
+    return [*layers, nn.Flatten(), nn.LazyLinear(features or width), nn.ReLU()]
 
 
 def paper_encoder(channels: int) -> list[nn.Module]:
@@ -64,24 +48,22 @@ def paper_encoder(channels: int) -> list[nn.Module]:
     return [*layers, nn.Flatten()]
 
 
-CONTRAST_FLOOR = 1e-4
-"""Added to the variance of an image or of its features, so that empty ones stay empty."""
-
-ENCODERS = {"a3c": a3c_encoder, "nature": nature_encoder, "paper": paper_encoder}
+ENCODERS: dict[str, Callable[..., list[nn.Module]]] = {
+    "a3c": partial(strided_encoder, [(16, 8, 4), (32, 4, 2)], 256),  # Mnih et al. 2016
+    "nature": partial(strided_encoder, [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512),  # 2015, DQN
+    "paper": paper_encoder,
+}
 """Convolutional trunks by name; each takes the number of input channels, and those that end in a
 linear layer its width."""
 
+CONTRAST_FLOOR = 1e-4
+"""Added to the variance of an image or of its features, so that empty ones stay empty."""
+
 
 class MeanImage(nn.Module):
-    """Subtracts the mean of all images that it has been shown, pixel by pixel.
-
-    Args:
-        shape: of an image, (channels, height, width).
-    """
+    """Subtracts the mean of all images [channels, height, width] shown so far, pixel by pixel."""
 
     mean: Tensor
-    """[channels, height, width], zero before the first image."""
-
     num_images: Tensor
     """Images behind the mean, a scalar."""
 
@@ -90,7 +72,6 @@ class MeanImage(nn.Module):
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("num_images", torch.zeros((), dtype=torch.int64))
 
-    @torch.no_grad()
     def watch(self, images: Tensor) -> None:
         """Take images [B, channels, height, width] into the mean."""
         self.add(images.mean(0), len(images))
@@ -102,7 +83,6 @@ class MeanImage(nn.Module):
         self.mean.lerp_(mean, count / self.num_images.to(self.mean.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, channels, height, width] -> the same shape."""
         return images - self.mean
 
 
@@ -135,27 +115,24 @@ class AtariEncoder(BaseFeaturesExtractor):
     ) -> None:
         if encoder not in ENCODERS:
             raise ValueError(f"unknown encoder {encoder!r}; {suggest(encoder, ENCODERS)}")
-        if not (isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 3):
-            raise ValueError(
-                f"a Cnn policy needs images (channels, height, width), got {observation_space}; "
-                f"use {_policy_for(observation_space)}"
-            )
+        shape = observation_space.shape or ()
+        if len(shape) != 3:
+            raise ValueError(f"expected images (channels, height, width), got {observation_space}")
         options = {} if features_dim is None else {"features": features_dim}
         if options and encoder == "paper":
             raise ValueError(f"the encoder 'paper' has no layer for features_dim={features_dim}")
-        network = nn.Sequential(*ENCODERS[encoder](observation_space.shape[0], **options))
-        image = torch.zeros(1, *observation_space.shape)
+        network = nn.Sequential(*ENCODERS[encoder](shape[0], **options))
         try:
             with torch.no_grad():
-                features = int(network(image).shape[1])
+                features = int(network(torch.zeros(1, *shape)).shape[1])
         except RuntimeError as error:
             raise ValueError(
-                f"images of shape {observation_space.shape} (channels, height, width) are too "
-                f"small for the encoder {encoder!r}, which is made for 84x84"
+                f"images of shape {shape} (channels, height, width) are too small for the encoder "
+                f"{encoder!r}, which is made for 84x84"
             ) from error
         super().__init__(observation_space, features)
         self.network = network
-        self.background = MeanImage(observation_space.shape) if standardize else None
+        self.background = MeanImage(shape) if standardize else None
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] of numbers in [0, 1] -> [B, features]."""
@@ -170,30 +147,16 @@ class AtariEncoder(BaseFeaturesExtractor):
     def watch(self, images: Tensor) -> None:
         """Take images as `forward` gets them into the mean of all, where it is subtracted.
 
-        Whoever trains calls this with what it has trained on: `EnginePolicy.watch`. Acting never
-        does.
+        Whoever trains calls this (`EnginePolicy.watch`) with what it has trained on.
         """
         if self.background is not None:
             self.background.watch(images)
 
 
 class VectorEncoder(BaseFeaturesExtractor):
-    """One tanh layer over vector observations, so that the LSTM reads features of its own size.
-
-    Args:
-        observation_space: any that SB3 can flatten, but no Dict.
-        features_dim: width of the layer.
-
-    Raises:
-        ValueError: for Dict observations.
-    """
+    """One tanh layer of `features_dim` over vector observations, for an LSTM to read."""
 
     def __init__(self, observation_space: spaces.Space[Any], features_dim: int = 64) -> None:
-        if isinstance(observation_space, spaces.Dict):
-            raise ValueError(
-                f"an Mlp policy needs vectors, got {observation_space}; "
-                f"use {_policy_for(observation_space)}"
-            )
         super().__init__(observation_space, features_dim)
         inputs = get_flattened_obs_dim(observation_space)
         self.network = nn.Sequential(nn.Flatten(), nn.Linear(inputs, features_dim), nn.Tanh())
@@ -202,13 +165,6 @@ class VectorEncoder(BaseFeaturesExtractor):
         """[B, ...] -> [B, features_dim]."""
         features: Tensor = self.network(obs)
         return features
-
-
-def _policy_for(observation_space: spaces.Space[Any]) -> str:
-    """The kind of policy for observations that are no images."""
-    if isinstance(observation_space, spaces.Dict):
-        return "a MultiInput policy, such as MultiInputLstmPolicy"
-    return "an Mlp policy, such as MlpLstmPolicy"
 
 
 _is_static: ContextVar[bool] = ContextVar("_is_static", default=False)
@@ -247,60 +203,39 @@ def unroll_lstm(
     Returns:
         Outputs [T, B, h] and the state after row T - 1.
     """
-    if _is_static.get():
-        return _unroll_steps(lstm, inputs, state, episode_start)
-    starts = episode_start.any(dim=1).nonzero().flatten().tolist()  # rows with a start
-    bounds = sorted({0, *starts, inputs.shape[0]})
+    is_static = _is_static.get()
+    # A stack of cells with nothing between or behind them.
+    is_plain = not (lstm.bidirectional or lstm.proj_size or (lstm.dropout and lstm.training))
+    if is_static and is_plain:
+        return _unroll_cells(lstm, inputs, state, episode_start)
+    steps = len(inputs)
+    starts = range(steps) if is_static else episode_start.any(dim=1).nonzero().flatten().tolist()
     outputs = []
-    for first, last in pairwise(bounds):
-        keep = (~episode_start[first]).unsqueeze(1).to(inputs.device, non_blocking=True)  # [B, 1]
-        state = (state[0] * keep, state[1] * keep)
+    for first, last in pairwise(sorted({0, *starts, steps})):
+        stretch, start = inputs[first:last], episode_start[first:last]
         # On the CPU `nn.LSTM` rearranges its weights at every call, which for one timestep takes
         # several times as long as the step itself.
-        if last - first == 1 and inputs.device.type == "cpu" and _has_plain_cells(lstm):
-            output, state = run_one_step(lstm, inputs[first:last], state)
+        if last - first == 1 and inputs.device.type == "cpu" and is_plain:
+            output, state = _unroll_cells(lstm, stretch, state, start)
         else:
-            output, state = lstm(inputs[first:last], state)
+            keep = (~start[0]).unsqueeze(1).to(inputs.device, non_blocking=True)  # [B, 1]
+            output, state = lstm(stretch, (state[0] * keep, state[1] * keep))
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), state
 
 
-def _unroll_steps(
+def _unroll_cells(
     lstm: nn.LSTM, inputs: Tensor, state: LstmState, episode_start: Tensor
 ) -> tuple[Tensor, LstmState]:
-    """`unroll_lstm`, one step at a time."""
-    keep = (~episode_start).unsqueeze(2).to(inputs.device)  # [T, B, 1]
-    outputs = []
-    if not _has_plain_cells(lstm):
-        for row, kept in zip(inputs.unbind(), keep.unbind(), strict=True):
-            output, state = lstm(row[None], (state[0] * kept, state[1] * kept))
-            outputs.append(output)
-        return torch.cat(outputs), state
+    """`unroll_lstm` of a stack of plain cells, one step at a time."""
+    keep = (~episode_start).unsqueeze(2).to(inputs.device, non_blocking=True)  # [T, B, 1]
     hidden, cells = state[0].unbind(), state[1].unbind()
+    outputs = []
     for row, kept in zip(inputs.unbind(), keep.unbind(), strict=True):
-        hidden, cells = _step(lstm, row, [h * kept for h in hidden], [c * kept for c in cells])
-        outputs.append(hidden[-1])
+        states = []
+        for h, c, weights in zip(hidden, cells, lstm.all_weights, strict=True):
+            states.append(torch.lstm_cell(row, (h * kept, c * kept), *weights))
+            row = states[-1][0]
+        hidden, cells = zip(*states, strict=True)
+        outputs.append(row)
     return torch.stack(outputs), (torch.stack(hidden), torch.stack(cells))
-
-
-def run_one_step(lstm: nn.LSTM, inputs: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
-    """What `lstm`, a stack of plain cells, answers to one timestep, [1, B, features]."""
-    hidden, cells = _step(lstm, inputs[0], state[0].unbind(), state[1].unbind())
-    return hidden[-1].unsqueeze(0), (torch.stack(hidden), torch.stack(cells))
-
-
-def _step(
-    lstm: nn.LSTM, inputs: Tensor, hidden: Sequence[Tensor], cells: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """One timestep [B, features] through all layers; the states are one tensor for each."""
-    states = []
-    for h, c, weights in zip(hidden, cells, lstm.all_weights, strict=True):
-        states.append(torch.lstm_cell(inputs, (h, c), *weights))
-        inputs = states[-1][0]
-    hidden, cells = zip(*states, strict=True)
-    return hidden, cells
-
-
-def _has_plain_cells(lstm: nn.LSTM) -> bool:
-    """Whether `lstm` is a stack of cells with nothing between or behind them."""
-    return not (lstm.bidirectional or lstm.proj_size or (lstm.dropout and lstm.training))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncrl.shell.tensors import check_like
+
 STEP = "step"
 """Counts the updates of a parameter, in the state of torch's optimisers."""
 
@@ -41,104 +43,74 @@ def check_optimizer_state(
         and isinstance(state.get("param_groups"), list)
     ):
         raise ValueError("the optimiser's state must hold 'state' and 'param_groups'")
-    _check_groups(optimizer, state["param_groups"])
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    _check_groups(state["param_groups"], optimizer.state_dict()["param_groups"])
     expected = _expected_state(optimizer)
     for index, entry in state["state"].items():
         if type(index) is not int or not 0 <= index < len(expected):
             raise ValueError(f"the optimiser has a state for {index!r}, which is no parameter")
         if not isinstance(entry, Mapping):
             raise ValueError(f"the optimiser's state of parameter {index} is no dict")
-        if not entry:
-            continue
-        if expected[index] is None:
-            _check_broadcast(entry, parameters[index], index)
-            continue
-        if set(entry) != set(expected[index]):
+        parameter, wanted = expected[index]
+        if wanted is not None and entry and set(entry) != set(wanted):
             raise ValueError(
                 f"the optimiser's state of parameter {index} must hold "
-                f"{', '.join(sorted(expected[index]))}, got {', '.join(sorted(map(str, entry)))}"
+                f"{', '.join(sorted(wanted))}, got {', '.join(sorted(map(str, entry)))}"
             )
         for name, value in entry.items():
             where = f"the optimiser's {name!r} of parameter {index}"
-            if name == STEP:
+            if wanted is None:
+                _check_broadcast(value, parameter, where)
+            elif name == STEP:
                 _check_step(value, most_steps, where)
             else:
-                _check_value(value, expected[index][name], where)
+                check_like(value, wanted[name], where)
 
 
-def _check_groups(optimizer: torch.optim.Optimizer, groups: list[Any]) -> None:
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"the optimiser must have {len(optimizer.param_groups)} groups, got {len(groups)}"
-        )
-    first = 0
-    for group, ours in zip(groups, optimizer.param_groups, strict=True):
-        last = first + len(ours["params"])
-        if not isinstance(group, Mapping) or group.get("params") != list(range(first, last)):
-            raise ValueError(f"the optimiser's groups must hold parameters {first} to {last - 1}")
-        for name, value in ours.items():
-            if name != "params" and name in group and not _is_like(group[name], value):
-                raise ValueError(
-                    f"the optimiser's {name!r} must be like {value!r}, got "
-                    f"{str(group[name])[:80]!r}"
-                )
-        first = last
+def _check_groups(groups: list[Any], ours: list[dict[str, Any]]) -> None:
+    if len(groups) != len(ours):
+        raise ValueError(f"the optimiser must have {len(ours)} groups, got {len(groups)}")
+    for group, own in zip(groups, ours, strict=True):
+        indices = own.pop("params")
+        if not isinstance(group, Mapping) or group.get("params") != indices:
+            raise ValueError(
+                f"the optimiser's groups must hold parameters {indices[0]} to {indices[-1]}"
+            )
+        for name in own.keys() & group.keys():
+            check_like(group[name], own[name], f"the optimiser's {name!r}")
 
 
-def _is_like(value: Any, ours: Any) -> bool:
-    """Whether an option can stand for another: a finite number for a number, and so on."""
-    if isinstance(ours, (tuple, list)):
-        return (
-            isinstance(value, (tuple, list))
-            and len(value) == len(ours)
-            and all(map(_is_like, value, ours))
-        )
-    if isinstance(ours, bool) or ours is None:  # switches: on, off, or as torch decides
-        return value is None or isinstance(value, bool)
-    if isinstance(ours, (int, float)):
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is type(ours)
-
-
-def _expected_state(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """The state of every parameter after an update, on the meta device, where tensors have sizes
-    but no numbers. None for each if the optimiser has to read numbers, as Adafactor does."""
+def _expected_state(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Any]]:
+    """Every parameter on the meta device, where tensors have sizes but no numbers, and its state
+    after an update: None if the optimiser has to read numbers, as Adafactor does."""
     known = inspect.signature(type(optimizer)).parameters
     plain = dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), False)
-    groups = []
+
+    def options(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: plain.get(n, v) for n, v in given.items() if n in known and n != "params"}
+
+    groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        options = {n: v for n, v in group.items() if n in known and n != "params"}
-        options |= {n: v for n, v in plain.items() if n in options}
-        params = []
-        for parameter in group["params"]:
-            one = torch.empty_like(parameter, device="meta", requires_grad=True)
-            one.grad = torch.empty_like(one)
-            params.append(one)
-        groups.append({**options, "params": params})
-    defaults = {n: v for n, v in optimizer.defaults.items() if n in known}
-    probe = type(optimizer)(groups, **{**defaults, **{n: False for n in plain if n in defaults}})
+        params = [torch.empty_like(p, device="meta", requires_grad=True) for p in group["params"]]
+        for parameter in params:
+            parameter.grad = torch.empty_like(parameter)
+        groups.append({**options(group), "params": params})
+    probe = type(optimizer)(groups, **options(optimizer.defaults))
     try:
         probe.step()
     except (RuntimeError, NotImplementedError):
         probe.state = defaultdict(lambda: None)
-    return [probe.state[one] for group in groups for one in group["params"]]
+    return [(one, probe.state[one]) for group in groups for one in group["params"]]
 
 
-def _check_broadcast(entry: Mapping[str, Any], parameter: Tensor, index: int) -> None:
-    """Every tensor has to broadcast to its parameter: some optimisers keep rows and columns."""
-    for name, value in entry.items():
-        if not isinstance(value, Tensor):
-            continue
+def _check_broadcast(value: Any, parameter: Tensor, where: str) -> None:
+    """A tensor has to broadcast to its parameter: some optimisers keep rows and columns."""
+    if isinstance(value, Tensor):
         try:
-            fits = torch.broadcast_shapes(value.shape, parameter.shape) == parameter.shape  # type: ignore[no-untyped-call]
-        except RuntimeError:
-            fits = False
-        if not fits:
+            value.to("meta").expand_as(parameter)
+        except RuntimeError as error:
             raise ValueError(
-                f"the optimiser's {name!r} of parameter {index} has shape {list(value.shape)}, "
-                f"expected {list(parameter.shape)}"
-            )
+                f"{where} has shape {list(value.shape)}, expected {list(parameter.shape)}"
+            ) from error
 
 
 def _check_step(value: Any, most: int | None, where: str) -> None:
@@ -151,16 +123,3 @@ def _check_step(value: Any, most: int | None, where: str) -> None:
     if value != int(value) or value < 0 or (most is not None and value > most):
         limit = "" if most is None else f" .. {most}"
         raise ValueError(f"{where} must be a whole number of at least 0{limit}, got {value:g}")
-
-
-def _check_value(value: Any, expected: Any, where: str) -> None:
-    if isinstance(expected, Tensor):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{where} must be a tensor, got {type(value).__name__}")
-        if (value.shape, value.dtype) != (expected.shape, expected.dtype):
-            raise ValueError(
-                f"{where} must be {expected.dtype} of shape {list(expected.shape)}, got "
-                f"{value.dtype} of shape {list(value.shape)}"
-            )
-    elif not _is_like(value, expected):
-        raise ValueError(f"{where} must be like {expected!r}, got {str(value)[:80]!r}")

@@ -1,4 +1,4 @@
-"""What all layers share: the seat of a linear layer, checks of sizes, a small network.
+"""What all layers share: the seat of a linear layer, and checks of sizes.
 
 `...` stands for any leading dimensions, B for their product.
 """
@@ -6,22 +6,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from numbers import Integral
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 
 class NoWeight:
-    """What stands where `nn.Linear` has its weight.
+    """What stands where `nn.Linear` has its weight: using it raises.
 
-    Using it raises, instead of computing something else than the layer does. The fast paths of
-    `nn.TransformerEncoder` and its layers, which would read the weights of their linear layers in
-    eval mode, ask first whether any of them has `__torch_function__`, and then call the layers.
+    The fast paths of `nn.TransformerEncoder`, which would read the weights of linear layers in eval
+    mode, ask first whether any of them has `__torch_function__`, and then call the layers.
     """
 
     @classmethod
@@ -50,22 +48,34 @@ class LinearSeat(nn.Module):
     Args:
         in_features: width of the input.
         out_features: width of the output.
+        options: the layer's own, kept as attributes: sizes, and choices among `CHOICES`.
+
+    Raises:
+        ValueError: for an impossible size or choice, naming it.
     """
+
+    CHOICES: ClassVar[Mapping[str, Collection[str]]] = {}
+
+    in_features: int
+    out_features: int
+    bias: Any
+    """Parameter or None, as in `nn.Linear`, which hosts may ask for."""
+
+    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__()
+        self._options = tuple(options)
+        options = {"in_features": in_features, "out_features": out_features, **options}
+        for name, value in options.items():
+            if name in self.CHOICES:
+                require_choice(name, value, self.CHOICES[name])
+            else:
+                require_positive(name, value)
+            setattr(self, name, value)
 
     @property
     def weight(self) -> NoWeight:
         """No matrix, also where the state_dict has one of this name: see `_stored_weight`."""
         return NO_WEIGHT
-
-    bias: Any
-    """Parameter or None, as in `nn.Linear`, which hosts may ask for."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        require_positive("in_features", in_features)
-        require_positive("out_features", out_features)
-        self.in_features = in_features
-        self.out_features = out_features
 
     def _store_weight(self, weight: Tensor) -> None:
         """Add a parameter that is called `weight` in the state_dict, but not as an attribute."""
@@ -79,11 +89,7 @@ class LinearSeat(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out].
-
-        Raises:
-            ValueError: if the last dimension of x is not `in_features`.
-        """
+        """[..., in] -> [..., out]; ValueError if the last dimension is not `in_features`."""
         return self._transform(self._flatten(x)).reshape(*x.shape[:-1], self.out_features)
 
     def _transform(self, x: Tensor) -> Tensor:
@@ -104,6 +110,11 @@ def flatten(x: Tensor, **width: int) -> Tensor:
         )
     return x.reshape(-1, expected)
 
+    def extra_repr(self) -> str:
+        options = [f"{name}={getattr(self, name)!r}" for name in self._options]
+        bias = self.bias is not None and self.bias is not False
+        return ", ".join([f"{self.in_features}, {self.out_features}", *options, f"bias={bias}"])
+
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Switches autocast off for the device of x, where it is on."""
@@ -113,16 +124,22 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def require_positive(name: str, value: int) -> None:
+def require_positive(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def require_switch(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def reset_linear(weight: Tensor, bias: Tensor | None) -> None:
@@ -131,41 +148,3 @@ def reset_linear(weight: Tensor, bias: Tensor | None) -> None:
     for tensor in (weight, bias):
         if tensor is not None:
             nn.init.uniform_(tensor, -bound, bound)
-
-
-def modulation_net(
-    in_features: int,
-    out_features: int,
-    *,
-    num_layers: int,
-    hidden: int,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Sequential:
-    """`num_layers` Linear layers with ReLU between them, `hidden` wide inside.
-
-    Raises:
-        ValueError: if `num_layers` or `hidden` is not a positive integer.
-    """
-    require_positive("num_layers", num_layers)
-    require_positive("hidden", hidden)
-    widths = [in_features, *[hidden] * (num_layers - 1), out_features]
-    layers: list[nn.Module] = []
-    for width, next_width in pairwise(widths):
-        layers += [nn.Linear(width, next_width, device=device, dtype=dtype), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def reset_modulation_net(net: nn.Sequential, start: float) -> None:
-    """Initialise afresh, with a last layer that gives `start` whatever the input."""
-    linears = [layer for layer in net if isinstance(layer, nn.Linear)]
-    for layer in linears:
-        layer.reset_parameters()
-    nn.init.zeros_(linears[-1].weight)
-    nn.init.constant_(linears[-1].bias, start)
-
-
-def require_switch(name: str, value: bool) -> None:
-    """Raise ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")

@@ -19,11 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 EXIT_USAGE = 2
 
-LONGEST_VALUE = 80
-"""Characters of a value that a message shows."""
-
-LONGEST_MESSAGE = 600
-"""Characters of a message."""
+LONGEST_VALUE, LONGEST_MESSAGE = 80, 600
+"""Characters of a value that a message shows, and of a message."""
 
 Config = TypeVar("Config")
 
@@ -71,15 +68,10 @@ def check(config: Any) -> None:
 
 
 def configure(values: dict[str, Any], base: Config, source: str) -> Config:
-    """`base` with the settings of a YAML file or of flags put in place.
-
-    Args:
-        values: settings by name.
-        base: an instance of the dataclass.
-        source: where the values come from, for messages.
+    """`base`, a dataclass, with the settings of a YAML file or of flags put in place.
 
     Raises:
-        ValueError: for a name that is no setting, or a value that is impossible.
+        ValueError: for a name that is no setting, or an impossible value; it names the `source`.
     """
     config = replace(base, **typed_values(values, type(base), source))  # type: ignore[type-var]
     check(config)
@@ -87,7 +79,7 @@ def configure(values: dict[str, Any], base: Config, source: str) -> Config:
 
 
 def typed_values(values: Mapping[str, Any], config_class: Any, source: str) -> dict[str, Any]:
-    """The settings of a YAML file or of flags in the types of the dataclass; see `configure`."""
+    """The settings in the types of the dataclass; see `configure`."""
     types = {entry.name: str(entry.type) for entry in fields(config_class)}
     for name in values:
         if name not in types:
@@ -103,8 +95,7 @@ def add_flags(
     only: Collection[str] | None = None,
     show_defaults: bool = True,
 ) -> None:
-    """One flag per field, or per field in `only`; flags that are not given stay absent from the
-    namespace of `make_parser`'s parser."""
+    """One flag per field, or per field in `only`."""
     for entry in fields(config_class):
         if only is not None and entry.name not in only:
             continue
@@ -165,7 +156,6 @@ def shown(value: Any) -> str:
 
 
 def _shortened(text: str, longest: int) -> str:
-    """Text with its middle left out where it is longer than `longest`."""
     if len(text) <= longest:
         return text
     kept = (longest - 5) // 2
@@ -184,9 +174,8 @@ def suggest(name: str, choices: Collection[str]) -> str:
 
 
 def _as_type(name: str, value: Any, expected: str, source: str) -> Any:
-    """The value of a setting, whose type annotation is `expected`."""
-    optional, kind = "None" in expected, expected.split(" ")[0]
-    if value is None and optional:
+    kind = expected.split(" ")[0]
+    if value is None and "None" in expected:
         return None
     if kind == "float" and isinstance(value, str):  # YAML reads 7e-4, without a point, as text
         with contextlib.suppress(ValueError):

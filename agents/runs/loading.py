@@ -85,12 +85,6 @@ MAX_ROLLOUT_BYTES = 16 << 30
 CLASSES = (SharedRMSProp, Limits)
 """Classes of ours that a model refers to, besides those of `ncrl.sb3.plain`."""
 
-FORMER_NAMES = {
-    "ncrl.agents.optim.SharedRMSProp": SharedRMSProp,
-    "ncrl.agents.supervision.Limits": Limits,
-}
-"""What files of earlier releases call them."""
-
 
 # Saving.
 
@@ -342,7 +336,7 @@ def _objects(
             objects[name] = None
         elif name in described:
             try:
-                objects[name] = from_plain(described[name], repr(name), classes, FORMER_NAMES)
+                objects[name] = from_plain(described[name], repr(name), classes)
             except UnknownClassError as error:
                 raise ValueError(f"{error}; give it, known=[...]; or {_way_out(name)}") from error
             except ValueError as error:

@@ -1,7 +1,6 @@
 """The paper's baselines, each in the seat of a linear layer (Le & Venkatesh 2022, section 3)."""
 
-from ncrl.baselines.film import FiLMLinear
-from ncrl.baselines.hypernet import HyperNetLinear
+from ncrl.baselines.modulated import FiLMLinear, HyperNetLinear
 from ncrl.baselines.moe import MoELinear, balance_loss, record_gates
 from ncrl.baselines.nsm import NSMLinear
 

@@ -1,9 +1,8 @@
 """`LowRankLinear`: a linear layer of limited rank, the control for layers that compose weights.
 
 Weights composed by nearly uniform attention hardly depend on the input and have nearly rank 1. What
-such a layer does better or worse than a plain one may then be due to the rank alone; this is that
-rank without composition. It is a control of the continual-learning tables and no choice of policies
-or recipes, so it is not in `ncrl.layers.LAYERS`.
+such a layer does better or worse than a plain one may then be due to the rank alone. It is a
+control of the continual-learning tables only, so it is not in `ncrl.layers.LAYERS`.
 """
 
 from __future__ import annotations
@@ -11,50 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ncrl.seat import LinearSeat, require_positive, reset_linear
+from ncrl.seat import LinearSeat, reset_linear
 
 
 class LowRankLinear(LinearSeat):
     """y = (x A) B + bias with A [in, r] and B [r, out], the same for all inputs.
 
-    Both factors start as torch would initialise a stack of two linear layers.
-
-    Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        rank: r; may exceed the widths, to no avail.
-        bias: whether a bias is added.
-        device: where the parameters are created.
-        dtype: type of the parameters.
-
-    Shapes: [..., in] -> [..., out], any leading dimensions.
-
-    Raises:
-        ValueError: for an impossible size, naming it.
-
-    Example:
-        >>> LowRankLinear(1024, 400, rank=1, bias=False)(torch.zeros(20, 1024)).shape
-        torch.Size([20, 400])
+    `rank` is r; it may exceed the widths, to no avail.
     """
 
+    rank: int
+
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int = 1,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, *, rank: int = 1, bias: bool = True
     ) -> None:
-        super().__init__(in_features, out_features)
-        require_positive("rank", rank)
-        self.rank = rank
-        self.left = nn.Parameter(torch.empty(in_features, rank, device=device, dtype=dtype))
-        self.right = nn.Parameter(torch.empty(rank, out_features, device=device, dtype=dtype))
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        super().__init__(in_features, out_features, rank=rank)
+        self.left = nn.Parameter(torch.empty(in_features, rank))
+        self.right = nn.Parameter(torch.empty(rank, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -69,9 +42,3 @@ class LowRankLinear(LinearSeat):
     def _transform(self, x: Tensor) -> Tensor:
         y = x @ self.left @ self.right
         return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.seat import LinearSeat, require_positive, reset_linear, without_autocast
+from ncrl.seat import LinearSeat, reset_linear, without_autocast
 
 NOISE_FLOOR = 1e-2
 """Least standard deviation of the gate's noise: without it the noise could be learned away."""
@@ -29,19 +29,14 @@ class Gating(NamedTuple):
 
     weights: Tensor
     """Weights of the experts, [B, E], each row summing to 1; 0 but for k of them."""
-
     chosen: Tensor
     """Whether an expert is one of the k, [B, E] bool."""
-
     top_k: int
     """k."""
-
     logits: Tensor
     """x W_g, [B, E]."""
-
     noisy_logits: Tensor
     """What the experts were chosen by, [B, E]; equal to `logits` without noise."""
-
     noise_scale: Tensor | None
     """Standard deviation of the noise, [B, E]; None without noise."""
 
@@ -68,34 +63,18 @@ class NoisyTopKGate(nn.Module):
     """Softmax over the k largest of x W_g, with learned noise in training (Eqs. 3 to 5).
 
     Both matrices are zero at the start, where all experts are equally likely.
-
-    Args:
-        in_features: width of the input.
-        num_experts: E.
-        top_k: k.
-        device: where the parameters are created.
-        dtype: type of the parameters.
     """
 
     records: tuple[list[Gating], ...] = ()
     """Where decisions are written while `record_gates` runs. An attribute, since compiled code
     looks at attributes, and not at hooks."""
 
-    def __init__(
-        self,
-        in_features: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, num_experts: int, top_k: int, **place: Any) -> None:
         super().__init__()
         self.top_k = top_k
         shape = num_experts, in_features
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # W_g^T
-        self.noise_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # W_n^T
-        self.reset_parameters()
+        self.weight = nn.Parameter(torch.zeros(shape, **place))  # W_g^T
+        self.noise_weight = nn.Parameter(torch.zeros(shape, **place))  # W_n^T
 
     def reset_parameters(self) -> None:
         """Zero."""
@@ -147,16 +126,12 @@ class MoELinear(LinearSeat):
         loss = task_loss(y) + 0.01 * balance_loss(gates)
 
     In training mode the gate is noisy, so that two forward passes differ; in eval mode it is not.
+    Further arguments are those of `nn.Linear`.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
         num_experts: E; each has as many parameters as the linear layer that is replaced.
         top_k: k, experts that each input is given to. With 1 the weight is always 1, and the gate
             learns from the balance loss alone.
-        bias: whether experts have a bias.
-        device: where the parameters are created.
-        dtype: type of the parameters.
 
     Shapes: [..., in] -> [..., out], any leading dimensions.
 
@@ -164,10 +139,11 @@ class MoELinear(LinearSeat):
         ValueError: for an impossible size, naming it; k can be at most E.
 
     Example:
-        >>> layer = MoELinear(512, 18, num_experts=10, top_k=2)
-        >>> layer(torch.zeros(20, 16, 512)).shape
+        >>> MoELinear(512, 18, num_experts=10, top_k=2)(torch.zeros(20, 16, 512)).shape
         torch.Size([20, 16, 18])
     """
+
+    num_experts: int
 
     def __init__(
         self,
@@ -180,25 +156,15 @@ class MoELinear(LinearSeat):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features)
-        require_positive("num_experts", num_experts)
-        require_positive("top_k", top_k)
+        super().__init__(in_features, out_features, num_experts=num_experts, top_k=top_k)
         if top_k > num_experts:
             raise ValueError(
-                f"top_k must lie in 1 .. num_experts, got top_k={top_k} with "
-                f"num_experts={num_experts}"
+                f"top_k must lie in 1 .. num_experts, got {top_k=} with {num_experts=}"
             )
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.gate = NoisyTopKGate(in_features, num_experts, top_k, device=device, dtype=dtype)
-        self._store_weight(
-            torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
-        )
-        self.bias = (
-            nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
-            if bias
-            else None
-        )
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gate = NoisyTopKGate(in_features, num_experts, top_k, **place)
+        self._store_weight(torch.empty(num_experts, out_features, in_features, **place))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, **place)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -214,12 +180,6 @@ class MoELinear(LinearSeat):
         outputs = outputs.view(x.shape[0], self.num_experts, self.out_features)
         return torch.bmm(gating.weights.to(outputs.dtype).unsqueeze(1), outputs).squeeze(1)
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, num_experts={self.num_experts}, "
-            f"top_k={self.top_k}, bias={self.bias is not None}"
-        )
-
 
 @contextmanager
 def record_gates(model: nn.Module) -> Iterator[dict[str, list[Gating]]]:
@@ -229,24 +189,23 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, list[Gating]]]:
         By name of each `MoELinear` in `model`, its decisions, one per forward pass. The record
         belongs to the caller; nothing is kept in the model.
     """
-    layers = {name: part for name, part in model.named_modules() if isinstance(part, MoELinear)}
-    record: dict[str, list[Gating]] = {name: [] for name in layers}
-    before = {name: layer.gate.records for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.gate.records = (*before[name], record[name])
+    gates = {name: part.gate for name, part in model.named_modules() if isinstance(part, MoELinear)}
+    record: dict[str, list[Gating]] = {name: [] for name in gates}
+    before = {name: gate.records for name, gate in gates.items()}
+    for name, gate in gates.items():
+        gate.records = (*before[name], record[name])
     try:
         yield record
     finally:
-        for name, layer in layers.items():
-            layer.gate.records = before[name]
+        for name, gate in gates.items():
+            gate.records = before[name]
 
 
 def balance_loss(gates: Mapping[str, list[Gating]]) -> Tensor:
     """CV^2(importance) + CV^2(load), summed over the layers of a `record_gates`, a scalar.
 
     Zero where every expert is equally used. Several forward passes of a layer count as one batch.
-    The caller adds it: `loss = task_loss + 0.01 * balance_loss(gates)`, with the coefficient that
-    the Neurocoder paper's baselines have for both terms (Eqs. 7 and 11).
+    The Neurocoder paper's baselines weigh both terms (Eqs. 7 and 11) with 0.01.
 
     Raises:
         ValueError: if there are layers, but none was called while they were recorded.

@@ -6,14 +6,13 @@ inputs.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.seat import LinearSeat, require_choice, require_positive, without_autocast
-
-VARIANTS = ("lean", "official_count")
-COSINES = ("true", "official")
+from ncrl.seat import LinearSeat, without_autocast
 
 GAIN = 1.4
 """Gain of the Xavier initialisation; the authors'."""
@@ -33,11 +32,10 @@ class NSMLinear(LinearSeat):
 
     A slot holds a key, a whole weight matrix and its bias. The input makes a query and a strength
     beta: W = sum_i softmax_i(beta cos(query, key_i)) W_i. W itself is never built: each input is
-    multiplied with all p matrices, in one batched product, and the results are mixed.
+    multiplied with all p matrices, in one batched product, and the results are mixed. Further
+    arguments are those of `nn.Linear`.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
         num_slots: p; each has as many parameters as the linear layer that is replaced.
         key_dim: K.
         variant: `lean`, or `official_count`: with the networks that the authors' layer holds but
@@ -46,9 +44,6 @@ class NSMLinear(LinearSeat):
             400 3,833,984. The heads of their memory network (NTM) hold no such networks.
         cosine: `true`, or `official`: divided by K, as the authors' code does, which flattens the
             attention.
-        bias: whether slots hold a bias.
-        device: where the parameters are created.
-        dtype: type of the parameters.
 
     Shapes: [..., in] -> [..., out], any leading dimensions.
 
@@ -56,10 +51,14 @@ class NSMLinear(LinearSeat):
         ValueError: for an impossible size or choice, naming it.
 
     Example:
-        >>> layer = NSMLinear(512, 18, num_slots=5, key_dim=5)
-        >>> layer(torch.zeros(20, 16, 512)).shape
+        >>> NSMLinear(512, 18, num_slots=5, key_dim=5)(torch.zeros(20, 16, 512)).shape
         torch.Size([20, 16, 18])
     """
+
+    CHOICES: ClassVar = {"variant": ("lean", "official_count"), "cosine": ("true", "official")}
+    num_slots: int
+    key_dim: int
+    cosine: str
 
     def __init__(
         self,
@@ -74,27 +73,19 @@ class NSMLinear(LinearSeat):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features)
-        require_positive("num_slots", num_slots)
-        require_positive("key_dim", key_dim)
-        require_choice("variant", variant, VARIANTS)
-        require_choice("cosine", cosine, COSINES)
-        self.num_slots = num_slots
-        self.key_dim = key_dim
-        self.variant = variant
-        self.cosine = cosine
+        options = {"num_slots": num_slots, "key_dim": key_dim, "variant": variant, "cosine": cosine}
+        super().__init__(in_features, out_features, **options)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.bias = bool(bias)
         width = key_dim + (in_features + self.bias) * out_features
         # A row holds a key [K], a weight matrix [in, out] and a bias [out].
-        self.memory = nn.Parameter(torch.empty(num_slots, width, device=device, dtype=dtype))
-        self.query = nn.Linear(in_features, key_dim, device=device, dtype=dtype)
-        self.strength = nn.Linear(in_features, 1, device=device, dtype=dtype)
+        self.memory = nn.Parameter(torch.empty(num_slots, width, **place))
+        self.query = nn.Linear(in_features, key_dim, **place)
+        self.strength = nn.Linear(in_features, 1, **place)
         if variant == "official_count":
+            sizes = self._unused_sizes()
             self.unused = nn.ModuleDict(
-                {
-                    name: nn.Linear(*sizes, device=device, dtype=dtype)
-                    for name, sizes in self._unused_sizes().items()
-                }
+                {name: nn.Linear(*size, **place) for name, size in sizes.items()}
             )
         self.reset_parameters()
 
@@ -146,11 +137,8 @@ class NSMLinear(LinearSeat):
         return keys, programs.view(shape), biases
 
     def _unused_sizes(self) -> dict[str, tuple[int, int]]:
-        """Input and output widths of the Linear layers that only `official_count` has.
-
-        They belong to other ways of addressing the memory, by slot or by singular vectors, which
-        the authors' layer can be switched to.
-        """
+        """Widths of the Linear layers that only `official_count` has: they belong to other ways of
+        addressing the memory, which the authors' layer can be switched to."""
         features = OFFICIAL_FEATURES
         rank = min(self.in_features + self.bias, self.out_features)
         return {
@@ -162,10 +150,3 @@ class NSMLinear(LinearSeat):
             "singular_keys": (rank * features // 2 * 3, self.key_dim),
             "vector_keys": (2 * self.out_features + 1, self.key_dim),
         }
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, num_slots={self.num_slots}, "
-            f"key_dim={self.key_dim}, variant={self.variant!r}, cosine={self.cosine!r}, "
-            f"bias={self.bias}"
-        )

@@ -1,8 +1,7 @@
 """The authors' published layer, in all that differs from the paper (`preset="official"`).
 
 It computes what `cl/models/nsa.py` of github.com/thaihungle/Neurocoder (commit fc8e0f0) computes,
-oddities included, in folded form; `load_authors_state_dict` takes weights over from there. Where it
-leaves the paper is said at each class and function.
+oddities included, in folded form. Where it leaves the paper is said at each class and function.
 
 Shapes: B inputs, P slots, H heads, J steps, R = J * H components, K key width, n = 3HK + 1. The
 leading 3 stands for the memories u, v, s. Slots come last.
@@ -33,11 +32,8 @@ EPSILON = 1e-6
 RECURRENT_SHARPNESS = 10.0
 """Temperature of the authors' LSTM form; their single step has none."""
 
-BIAS_STD = 0.01
-"""Standard deviation that several biases start with."""
-
-INITIAL_STATE_STD = 0.05
-"""Standard deviation that the learned initial state of the LSTM starts with."""
+BIAS_STD, INITIAL_STATE_STD = 0.01, 0.05
+"""Standard deviations that biases, and the learned initial state of the LSTM, start with."""
 
 AUTHORS_NAMES = {
     "memory.key_net_u": "p2ku",
@@ -47,10 +43,10 @@ AUTHORS_NAMES = {
     "composition.query.s": "program_key_s",
     "composition.gate": "read_mode",
     "composition.unused": "component_map",
-    "composition.lstm.weight_ih": "rnn_program_controller.lstm.weight_ih_l0",
-    "composition.lstm.weight_hh": "rnn_program_controller.lstm.weight_hh_l0",
-    "composition.lstm.bias_ih": "rnn_program_controller.lstm.bias_ih_l0",
-    "composition.lstm.bias_hh": "rnn_program_controller.lstm.bias_hh_l0",
+    **{
+        f"composition.lstm.{name}": f"rnn_program_controller.lstm.{name}_l0"
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    },
     "composition.lstm.h0": "rnn_program_controller.lstm_h_bias",
     "composition.lstm.c0": "rnn_program_controller.lstm_c_bias",
     "integration.residual": "res_weight",
@@ -63,8 +59,7 @@ AUTHORS_NAMES = {
 class OfficialNeurocoderLinear(NeurocoderLinear):
     """The authors' layer in the seat of `nn.Linear`; arguments are those of `NeurocoderLinear`.
 
-    `config.key_mode` chooses where keys come from. Switches of the paper's equations that this
-    layer has not got are refused.
+    Switches of the paper's equations that this layer has not got are refused.
     """
 
     PRESET = "official"
@@ -161,14 +156,15 @@ class OfficialMemory(SlotMemory):
             bound = math.sqrt(6 / (content.shape[0] + content.shape[1] + columns.shape[1]))
             nn.init.uniform_(content, -bound, bound)
             nn.init.uniform_(columns, -bound, bound)
-        for network in (self.key_net_u, self.key_net_v):
-            if network is not None:
-                network.reset_parameters()
+        for network in self._networks():
+            network.reset_parameters()
 
     def controller_parameters(self) -> Iterator[nn.Parameter]:
-        for network in (self.key_net_u, self.key_net_v):
-            if network is not None:
-                yield from network.parameters()
+        for network in self._networks():
+            yield from network.parameters()
+
+    def _networks(self) -> list[nn.Linear]:
+        return [net for net in (self.key_net_u, self.key_net_v) if net is not None]
 
     def keys(self) -> Tensor:
         u, v, s = (self.key_columns[name] for name in MEMORIES)
@@ -183,11 +179,8 @@ class OfficialMemory(SlotMemory):
 
 
 class OfficialIntegration(Integration):
-    """The residual program Rho, and in single-step form its gate.
-
-    Without Rho the gate is dead: it gets no gradient, but counts as a parameter. The LSTM form has
-    none, because there the controller's state is the gate.
-    """
+    """The residual program Rho, and in single-step form its gate, which without Rho is dead, but
+    counts as a parameter. In the LSTM form the controller's state is the gate."""
 
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
@@ -198,7 +191,6 @@ class OfficialIntegration(Integration):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weights; the gate's bias near zero."""
         if self.config.residual:
             nn.init.xavier_uniform_(self.residual)
         if self.gate is not None:
@@ -226,7 +218,6 @@ class OfficialSingleStep(Composition):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weights, biases near zero."""
         for linear in self.query.values():
             _reset_linear(linear)
 
@@ -256,7 +247,6 @@ class OfficialLSTM(LstmWeights):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Wide uniform weights, no biases, and an initial state near zero."""
         out_features, in_features = self.weight_ih.shape
         bound = 5 / math.sqrt(in_features + out_features // 4)
         for weight in (self.weight_ih, self.weight_hh):
@@ -289,7 +279,6 @@ class OfficialRecurrent(Composition):
         self.unused = LinearWeights(width, in_features)
 
     def reset_parameters(self) -> None:
-        """The LSTM as it does itself, the rest as torch initialises a Linear."""
         self.lstm.reset_parameters()
         self.unused.reset_parameters()
         if self.gate is not None:
@@ -325,15 +314,8 @@ def is_single_step(config: NeurocoderConfig) -> bool:
 def scaled_cosine(queries: Tensor, keys: Tensor, sharpness: float) -> Tensor:
     """Sharpened cosine, a K-th of the true one, with an epsilon in three places.
 
-    sharpness <q, k> / (K (|q| + eps) (|k| + eps) + eps)
-
-    Args:
-        queries: [3, N, K].
-        keys: [3, P, K].
-        sharpness: temperature.
-
-    Returns:
-        [3, N, P].
+    sharpness <q, k> / (K (|q| + eps) (|k| + eps) + eps) of queries [3, N, K] and keys [3, P, K]:
+    [3, N, P].
     """
     product = torch.bmm(queries, (sharpness * keys).transpose(1, 2))
     query_norm = torch.linalg.vector_norm(queries, dim=2, keepdim=True) + EPSILON  # [3, N, 1]
@@ -345,15 +327,12 @@ def scaled_cosine(queries: Tensor, keys: Tensor, sharpness: float) -> Tensor:
 
 
 def gated_attention(logits: Tensor, gates: Tensor, num_least_used: int) -> Tensor:
-    """Content and usage attention mixed.
+    """Content and usage attention mixed, [3, B, J, H, P].
 
     Args:
         logits: [3, B, J, H, P].
         gates: of the usage, [3, B, 1, P].
         num_least_used: l_I.
-
-    Returns:
-        [3, B, J, H, P].
     """
     # Softmax divided by its largest entry, which is 1 then.
     content = (logits - logits.amax(dim=-1, keepdim=True)).exp()
@@ -370,12 +349,7 @@ def gated_attention(logits: Tensor, gates: Tensor, num_least_used: int) -> Tenso
 
 
 def least_used_attention(usage: Tensor, num_least_used: int) -> Tensor:
-    """1 - usage on the l_I least used slots, 0 elsewhere; fewer slots where the next one ties.
-
-    Args:
-        usage: [..., P], the largest weight of each slot so far, over heads and steps.
-        num_least_used: l_I.
-    """
+    """1 - usage [..., P] on the l_I least used slots, 0 elsewhere; fewer where the next ties."""
     unused = 1 - usage
     # The selection is a constant to the gradient; the weights themselves are not.
     threshold = 1 - kth_smallest(usage.detach(), num_least_used + 1)

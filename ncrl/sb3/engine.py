@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
-from ncrl.networks import AtariEncoder, LstmState
+from ncrl.networks import AtariEncoder, LstmState, VectorEncoder
 from ncrl.settings import suggest
 
 SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -35,6 +35,15 @@ SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBina
 
 SMALLEST_IMAGE = 36
 """Height and width below which nothing is left of an image behind NatureCNN's convolutions."""
+
+READS: dict[type[BaseFeaturesExtractor], str] = {
+    NatureCNN: "images (uint8, 0 to 255, three axes)",
+    AtariEncoder: "images (channels, height, width)",
+    CombinedExtractor: "Dict observations",
+    FlattenExtractor: "vectors",
+    VectorEncoder: "vectors",
+}
+"""What features extractors can read."""
 
 
 class Latent(NamedTuple):
@@ -54,13 +63,10 @@ class Step(NamedTuple):
 
     actions: Tensor
     """[B, ...] in the shape of the action space."""
-
     log_prob: Tensor
     """Log-probability of each action, [B]."""
-
     lstm_state: LstmState
     """State after the step."""
-
     latent: Latent
     """What actor and critic read, [B, ...]."""
 
@@ -70,16 +76,12 @@ class RolloutEvaluation(NamedTuple):
 
     values: Tensor
     """V(x_t), [T + 1, B]; the last row is the bootstrap value."""
-
     int_values: Tensor | None
     """The same of the intrinsic reward, if the policy has a head for it."""
-
     log_prob: Tensor
     """Log-probability of the actions taken, [T, B]."""
-
     entropy: Tensor
     """Entropy of the policy, [T, B]."""
-
     latent: Latent
     """What actor and critic read, [T + 1, B, ...]."""
 
@@ -100,9 +102,8 @@ class EnginePolicy(ActorCriticPolicy):
     """An SB3 policy that A3C can play and train: to be named before the policy it is mixed into.
 
     As it stands it has no memory. A policy with memory says what its state looks like in
-    `state_shape`, and carries it in `unroll`.
-
-    Dict observations are dicts of tensors of the shapes that are given for `obs`.
+    `state_shape`, and carries it in `unroll`. Dict observations are dicts of tensors of the shapes
+    that are given for `obs`.
     """
 
     value_net_int: nn.Module
@@ -138,16 +139,13 @@ class EnginePolicy(ActorCriticPolicy):
     def features(self, obs: PyTorchObs, leading: torch.Size) -> Latent:
         """What the features extractors make of observations [*leading, ...]."""
         features = self.extract_features(map_obs(lambda x: x.flatten(0, len(leading) - 1), obs))
-        if isinstance(features, tuple):
-            actor, critic = features
-        else:
-            actor = critic = features
+        actor, critic = features if isinstance(features, tuple) else (features, features)
         return Latent(actor, critic).map(lambda x: x.view(*leading, -1))
 
     def watch(self, obs: PyTorchObs) -> None:
         """Show observations [B, ...] that were trained on to the encoders that keep a mean of them.
 
-        A3C calls this once for every batch of rollouts.
+        A3C calls this once for every batch of rollouts; see also `ncrl.sb3.regularise`.
         """
         encoders = [part for part in self.modules() if isinstance(part, AtariEncoder)]
         if encoders:
@@ -155,15 +153,6 @@ class EnginePolicy(ActorCriticPolicy):
             assert isinstance(images, Tensor)  # an AtariEncoder reads no dicts
             for encoder in encoders:
                 encoder.watch(images)
-
-    def watch_in_training(self, obs: PyTorchObs) -> None:
-        """`watch`, if a gradient is wanted in training mode.
-
-        A2C, PPO and RecurrentPPO do not know `watch`, but what they train on goes through
-        `evaluate_actions`, which calls this when it has done its work.
-        """
-        if self.training and torch.is_grad_enabled():
-            self.watch(obs)
 
     def encode(
         self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor
@@ -183,18 +172,13 @@ class EnginePolicy(ActorCriticPolicy):
         return values
 
     def act(self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor) -> Step:
-        """Sample one action per environment.
-
-        Args:
-            obs: [B, ...].
-            lstm_state: before the step, [L, B, h] twice.
-            episode_start: [B] bool.
-        """
+        """Sample one action per environment: obs [B, ...], the state before, starts [B] bool."""
         latent, lstm_state = self.encode(obs, lstm_state, episode_start)
         distribution = self.distribution(latent)
         actions = distribution.get_actions()
         log_prob = distribution.log_prob(actions)
-        return Step(actions.reshape(-1, *self._action_shape), log_prob, lstm_state, latent)
+        actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+        return Step(actions, log_prob, lstm_state, latent)
 
     def evaluate_rollout(
         self, obs: PyTorchObs, actions: Tensor, lstm_state: LstmState, episode_start: Tensor
@@ -208,7 +192,7 @@ class EnginePolicy(ActorCriticPolicy):
             episode_start: [T + 1, B] bool.
         """
         latent, _ = self.unroll(obs, lstm_state, episode_start)
-        num_steps, num_envs = actions.shape[:2]
+        leading = actions.shape[:2]
         distribution = self.distribution(latent.map(lambda x: x[:-1].flatten(0, 1)))
         actions = actions.flatten(0, 1)  # [T * B, ...]
         if isinstance(self.action_space, (spaces.Box, spaces.MultiBinary)):
@@ -218,30 +202,19 @@ class EnginePolicy(ActorCriticPolicy):
         if entropy is None:  # squashed Gaussians have none; SB3 estimates it like this
             entropy = -log_prob
         critic = self.mlp_extractor.forward_critic(latent.critic)
+        has_int = hasattr(self, "value_net_int")
         return RolloutEvaluation(
             values=self.value_net(critic).squeeze(-1),
-            int_values=self.value_net_int(critic).squeeze(-1)
-            if hasattr(self, "value_net_int")
-            else None,
-            log_prob=log_prob.view(num_steps, num_envs),
-            entropy=entropy.view(num_steps, num_envs),
+            int_values=self.value_net_int(critic).squeeze(-1) if has_int else None,
+            log_prob=log_prob.view(leading),
+            entropy=entropy.view(leading),
             latent=latent,
         )
-
-    @property
-    def _action_shape(self) -> tuple[int, ...]:
-        shape = self.action_space.shape
-        assert shape is not None  # SB3 supports no other action spaces
-        return shape
 
     def obs_to_tensor(
         self, observation: np.ndarray | dict[str, np.ndarray]
     ) -> tuple[PyTorchObs, bool]:
-        """As in SB3.
-
-        Raises:
-            ValueError: for an observation that is not what the observation space says.
-        """
+        """As in SB3; ValueError for an observation that is not what the observation space says."""
         check_observation(observation, self.observation_space)
         if isinstance(observation, dict):
             observation = {name: np.asarray(entry) for name, entry in observation.items()}
@@ -256,13 +229,12 @@ class EnginePolicy(ActorCriticPolicy):
         return obs, is_batch
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
-        """As in SB3.
-
-        Raises:
-            ValueError: for observations that SB3's extractor of this kind of policy cannot read.
-        """
+        """As in SB3; ValueError for observations that the extractor cannot read."""
         check_extractor(self)
-        return super().make_features_extractor()
+        extractor = super().make_features_extractor()
+        # SB3 counts the features of MultiDiscrete with numpy's integers, which nn.LSTM refuses.
+        extractor._features_dim = int(extractor.features_dim)
+        return extractor
 
 
 def map_obs(function: Callable[[Tensor], Tensor], obs: PyTorchObs) -> PyTorchObs:
@@ -273,7 +245,7 @@ def map_obs(function: Callable[[Tensor], Tensor], obs: PyTorchObs) -> PyTorchObs
 
 
 def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
-    """What SB3 does not say about a wrong observation, or says in other words than the user's.
+    """Say in the user's words what is wrong with an observation, or with a batch of them.
 
     Raises:
         ValueError: for what `env.reset()` of Gymnasium returns, for an array in place of a dict or
@@ -285,41 +257,32 @@ def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
             "the observation is a tuple: Gymnasium's env.reset() returns (observation, info), and "
             "only the first of them is for predict()"
         )
+    if isinstance(observation, dict) != isinstance(space, spaces.Dict):
+        kind = type(observation).__name__
+        raise ValueError(
+            f"the observation is a {kind}, but this policy was made for {_line(space)}"
+        )
     if not isinstance(space, spaces.Dict):
-        if isinstance(observation, dict):
-            raise ValueError(
-                f"the observation is a dict with {_names(observation)}, but this policy was made "
-                f"for {_line(space)}"
-            )
         _check_values("the observation", observation, space)
         return
-    if not isinstance(observation, dict):
-        raise ValueError(
-            f"the observation is a {type(observation).__name__}, but this policy was made for "
-            f"dicts with {_names(space.spaces)}"
-        )
     for name in observation:
         if name not in space.spaces:
             hint = suggest(str(name), space)
             raise ValueError(f"unknown entry {name!r} of the observation; {hint}")
-    if missing := [name for name in space.spaces if name not in observation]:
-        raise ValueError(f"the observation lacks {_names(missing)}")
     for name, part in space.spaces.items():
+        if name not in observation:
+            raise ValueError(f"the observation lacks {name!r}")
         _check_values(f"the entry {name!r} of the observation", observation[name], part)
 
 
 def _check_values(what: str, value: Any, space: spaces.Space[Any]) -> None:
-    array = _as_numbers(what, value)
+    array, line = as_numbers(what, value), _line(space)
     if array.dtype.kind == "f" and isinstance(space, spaces.Box) and space.dtype.kind in "iu":
-        raise ValueError(
-            f"{what} has dtype {array.dtype}, expected {space.dtype} of {_line(space)}"
-        )
+        raise ValueError(f"{what} has dtype {array.dtype}, expected {space.dtype} of {line}")
     if isinstance(space, spaces.Box) and array.ndim - len(space.shape) not in (0, 1):
         raise ValueError(f"{what} has shape {array.shape}, expected {space.shape} or a batch of it")
     if array.size == 0:
-        raise ValueError(
-            f"{what} is empty, with shape {array.shape}; expected one of {_line(space)}"
-        )
+        raise ValueError(f"{what} is empty, with shape {array.shape}; expected one of {line}")
     if isinstance(space, spaces.Discrete):
         is_inside = (array >= 0) & (array < space.n)
     elif isinstance(space, spaces.MultiDiscrete) and array.shape[-1:] == space.nvec.shape:
@@ -328,41 +291,11 @@ def _check_values(what: str, value: Any, space: spaces.Space[Any]) -> None:
         is_inside = np.isfinite(array)
     if not is_inside.all():
         index = tuple(np.argwhere(~is_inside)[0].tolist())
-        raise ValueError(
-            f"{what} is {array[index]} at index {index}, expected one of {_line(space)}"
-        )
+        raise ValueError(f"{what} is {array[index]} at index {index}, expected one of {line}")
 
 
-def check_state(state: Any) -> None:
-    """What can be said of an LSTM's state before the number of observations is known.
-
-    Raises:
-        ValueError: unless it is a pair of arrays of finite numbers.
-    """
-    if not (isinstance(state, (tuple, list)) and len(state) == 2):
-        got = f"{len(state)} parts" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise ValueError(
-            f"the state must be a pair (h, c) as the call of predict() before returned it, or "
-            f"None, got {got}"
-        )
-    for part in state:
-        if not np.isfinite(_as_numbers("the state", part)).all():
-            raise ValueError("the state must be finite, got NaN or infinity in it")
-
-
-def check_starts(episode_start: Any) -> np.ndarray:
-    """Episode starts [B], given as anything that numpy makes B truth values of.
-
-    Raises:
-        ValueError: for other values than true and false, 1 and 0.
-    """
-    starts = _as_numbers("episode_start", episode_start).reshape(-1)
-    if not np.isin(starts, (0, 1)).all():
-        raise ValueError(f"episode_start must be truth values, got {episode_start!r}")
-    return starts
-
-
-def _as_numbers(what: str, value: Any) -> np.ndarray:
+def as_numbers(what: str, value: Any) -> np.ndarray:
+    """The value as an array; ValueError unless numpy makes one of numbers of it."""
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -372,97 +305,73 @@ def _as_numbers(what: str, value: Any) -> np.ndarray:
     return array
 
 
-# Spaces.
-
-
 def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
     """Refuse the spaces that SB3 fails at, or plays wrongly.
 
     Raises:
         ValueError: in one line that names the space and says what to make of it.
     """
-    if isinstance(observation_space, spaces.Dict):
-        parts = list(observation_space.spaces.values())
-        if not parts:
-            _refuse(observation_space, "observations", "a Dict needs at least one entry")
+    found = [("actions", action_space)]
+    if isinstance(observation_space, spaces.Dict) and len(observation_space):
+        found += [("observations", part) for part in observation_space.values()]
     else:
-        parts = [observation_space]
-    for part in parts:
-        if not isinstance(part, SUPPORTED):
-            _refuse(
-                part,
-                "observations",
-                "use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them",
-            )
-        _check_layout(part, "observations")
-    if not isinstance(action_space, SUPPORTED):
-        _refuse(action_space, "actions", "use Box, Discrete, MultiDiscrete or MultiBinary")
-    _check_layout(action_space, "actions")
-    if isinstance(action_space, spaces.Box):
-        if action_space.dtype.kind != "f":
-            _refuse(action_space, "actions", "a Box of integers is a MultiDiscrete")
-        if not action_space.is_bounded():
-            _refuse(action_space, "actions", "the bounds must be finite, such as -1 and 1")
-    elif isinstance(action_space, spaces.MultiBinary) and len(action_space.shape) != 1:
-        _refuse(action_space, "actions", "flatten it to one dimension")
+        found.append(("observations", observation_space))
+    for role, space in found:
+        for is_wrong, advice in _space_rules(space, role == "actions"):
+            if is_wrong:
+                raise ValueError(
+                    f"spaces such as {_line(space)} are not supported as {role}: {advice}"
+                )
 
 
-def _check_layout(space: spaces.Space[Any], role: str) -> None:
-    if isinstance(space, spaces.Box) and (not space.shape or 0 in space.shape):
-        _refuse(space, role, "a Box needs at least one number, in shape (1,)")
-    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
-        _refuse(space, role, "flatten it to one dimension")
-    if np.any(getattr(space, "start", 0)):
-        _refuse(space, role, "count from 0 and add the start in a wrapper, such as TransformAction")
-
-
-def _refuse(space: spaces.Space[Any], role: str, advice: str) -> NoReturn:
-    raise ValueError(f"spaces such as {_line(space)} are not supported as {role}: {advice}")
+def _space_rules(space: Any, is_action: bool) -> list[tuple[Any, str]]:
+    if not isinstance(space, SUPPORTED):
+        more = "" if is_action else ", or a Dict of at least one of them"
+        return [(True, f"use Box, Discrete, MultiDiscrete or MultiBinary{more}")]
+    start = "count from 0 and add the start in a wrapper, such as TransformAction"
+    rules: list[tuple[Any, str]] = [(np.any(getattr(space, "start", 0)), start)]
+    if isinstance(space, spaces.Box):
+        rules.append((0 in (space.shape or (0,)), "a Box needs at least one number, in shape (1,)"))
+        if is_action:
+            rules.append((space.dtype.kind != "f", "a Box of integers is a MultiDiscrete"))
+            rules.append((not space.is_bounded(), "the bounds must be finite, such as -1 and 1"))
+    elif isinstance(space, spaces.MultiDiscrete) or is_action:
+        rules.append((len(space.shape or ()) > 1, "flatten it to one dimension"))
+    return rules
 
 
 def check_extractor(policy: ActorCriticPolicy) -> None:
-    """Refuse observations that SB3's own features extractors cannot read.
+    """Refuse observations that the features extractors of SB3 and ncrl cannot read.
 
     Raises:
         ValueError: in one line that names the policy to use.
     """
     kind, space = policy.features_extractor_class, policy.observation_space
-    options = policy.features_extractor_kwargs
-    is_dict = isinstance(space, spaces.Dict)
-    is_image = is_image_space(
-        space, check_channels=False, normalized_image=options.get("normalized_image", False)
-    )
-    if kind is NatureCNN and not is_image:
-        needs = "images (uint8, 0 to 255, three axes)"
-    elif kind is CombinedExtractor and not is_dict:
-        needs = "Dict observations"
-    elif kind is FlattenExtractor and is_dict:
-        needs = "arrays"
+    needed = READS.get(kind)
+    if needed is None:
+        return
+    if kind is AtariEncoder:
+        is_image = isinstance(space, spaces.Box) and len(space.shape) == 3
     else:
-        _check_image_sizes(kind, space)
-        return
-    name = type(policy).__name__
-    fitting = "MultiInput" if is_dict else "Cnn" if is_image else "Mlp"
-    other = re.sub("MultiInput|Cnn|Mlp", fitting, name)
-    raise ValueError(f"{name} needs {needs}, got {_line(space)}; use {other}")
-
-
-def _check_image_sizes(kind: type[BaseFeaturesExtractor], space: spaces.Space[Any]) -> None:
-    if kind not in (NatureCNN, CombinedExtractor):
-        return
-    for part in getattr(space, "spaces", {"": space}).values():
-        if is_image_space(part) and min(part.shape[-2:]) < SMALLEST_IMAGE:
-            raise ValueError(
-                f"images of shape {part.shape} (channels, height, width) are too small for "
-                f"NatureCNN, which needs {SMALLEST_IMAGE}x{SMALLEST_IMAGE}; give another "
-                "features_extractor_class"
-            )
+        normalized = policy.features_extractor_kwargs.get("normalized_image", False)
+        is_image = is_image_space(space, check_channels=False, normalized_image=normalized)
+    is_dict = isinstance(space, spaces.Dict)
+    fits = {"images": is_image, "Dict": is_dict, "vectors": not is_dict}
+    if not fits[needed.split()[0]]:
+        name = type(policy).__name__
+        other = "MultiInput" if is_dict else "Cnn" if is_image else "Mlp"
+        other = re.sub("MultiInput|Cnn|Mlp", other, name)
+        raise ValueError(f"{name} needs {needed}, got {_line(space)}; use {other}")
+    if kind in (NatureCNN, CombinedExtractor):
+        for part in getattr(space, "spaces", {"": space}).values():
+            if is_image_space(part) and min(part.shape[-2:]) < SMALLEST_IMAGE:
+                raise ValueError(
+                    f"images of shape {part.shape} (channels, height, width) are too small for "
+                    f"NatureCNN, which needs {SMALLEST_IMAGE}x{SMALLEST_IMAGE}; give another "
+                    "features_extractor_class"
+                )
 
 
 def _line(space: spaces.Space[Any]) -> str:
     """A space in one line: numpy breaks arrays."""
     return " ".join(str(space).split())
-
-
-def _names(names: Any) -> str:
-    return ", ".join(map(repr, names))

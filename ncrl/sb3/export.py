@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
+from ncrl.sb3.recurrent import lstm_arguments
 from ncrl.settings import nearest
+from ncrl.shell.tensors import check_like
 
 logger = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
 
 DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
-FORMAT = "ncrl policy"
-VERSION = 1
+FORMAT, VERSION = "ncrl policy", 2
 
 NOT_EXPORTED = (
     *("observation_space", "action_space"),  # which have their own places
@@ -61,16 +62,15 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
             "the policy reads normalised observations, and the statistics of VecNormalize are not "
             "exported: save them with model.get_vec_normalize_env().save(...)"
         )
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in unique_tensors(policy).items()
-    }
-    weights = save(tensors)
+    tensors = unique_tensors(policy)
+    weights = save({name: part.detach().cpu().contiguous() for name, part in tensors.items()})
+    is_algorithm = isinstance(model, BaseAlgorithm)
     description = {
         "format": FORMAT,
         "version": VERSION,
         "policy_class": to_plain(type(policy), "the policy"),
-        "algorithm": type(model).__name__ if isinstance(model, BaseAlgorithm) else None,
-        "timesteps": model.num_timesteps if isinstance(model, BaseAlgorithm) else None,
+        "algorithm": type(model).__name__ if is_algorithm else None,
+        "timesteps": model.num_timesteps if is_algorithm else None,
         "observation_space": to_plain(policy.observation_space, "the observation space"),
         "action_space": to_plain(policy.action_space, "the action space"),
         "arguments": {
@@ -113,7 +113,7 @@ def load_policy(
         if not classes:
             compare_tensors(unique_tensors(without_memory(build)), tensors)
         with torch.random.fork_rng(devices=[]):
-            policy = build()
+            policy: ActorCriticPolicy = build()
         load_tensors(policy, tensors)
     except ValueError as error:
         raise ValueError(f"cannot load {folder / DESCRIPTION}: {error}") from error
@@ -125,10 +125,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The content of `policy.json`; ValueError unless it is one of ours."""
     path = folder / DESCRIPTION
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+        description = json.loads(_content(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no JSON ({error})") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe a policy that ncrl has exported")
@@ -146,10 +144,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """The content of `policy.safetensors`; ValueError unless it is what the description is of."""
     path = folder / WEIGHTS  # whatever the description calls it: it cannot lead elsewhere
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    data = _content(path)
     if hashlib.sha256(data).hexdigest() != description["weights"].get("sha256"):
         raise ValueError(f"{path} is damaged, or of another policy (its checksum differs)")
     try:
@@ -158,26 +153,28 @@ def read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tens
         raise ValueError(f"{path} is no safetensors file ({error})") from error
 
 
-def _builder(
-    description: Mapping[str, Any], classes: tuple[type, ...]
-) -> Callable[[], ActorCriticPolicy]:
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _builder(description: Mapping[str, Any], classes: tuple[type, ...]) -> Callable[[], Any]:
     """What makes the policy with fresh weights."""
-
-    def read(name: str) -> Any:
-        try:
-            return from_plain(description.get(name), f"its {name}", classes)
-        except UnknownClassError as error:
-            raise ValueError(f"{error}; give classes of your own: classes=[...]") from error
-
-    kind = read("policy_class")
+    names = ("policy_class", "observation_space", "action_space", "arguments")
+    try:
+        kind, observation_space, action_space, arguments = (
+            from_plain(description.get(name), f"its {name}", classes) for name in names
+        )
+    except UnknownClassError as error:
+        raise ValueError(f"{error}; give classes of your own: classes=[...]") from error
     if not (isinstance(kind, type) and issubclass(kind, ActorCriticPolicy)):
         raise ValueError("its policy_class is none of an actor-critic policy")
-    spaces = {name: read(name) for name in ("observation_space", "action_space")}
-    arguments = read("arguments")
 
     def build() -> ActorCriticPolicy:
         try:
-            return kind(**spaces, lr_schedule=ConstantSchedule(0.0), **arguments)
+            return kind(observation_space, action_space, ConstantSchedule(0.0), **arguments)
         except ValueError:
             raise
         except Exception as error:  # of arguments that do not belong to this policy
@@ -192,25 +189,14 @@ def _builder(
 def _arguments(policy: ActorCriticPolicy) -> dict[str, Any]:
     """What the policy's constructor was given, as far as it is not the default None."""
     arguments = policy._get_constructor_parameters()
-    # What SB3 and sb3-contrib leave out.
-    arguments["share_features_extractor"] = policy.share_features_extractor
+    arguments["share_features_extractor"] = policy.share_features_extractor  # which SB3 leaves out
     if isinstance(policy, RecurrentActorCriticPolicy):
-        layers, _, width = policy.lstm_hidden_state_shape
-        arguments |= {
-            "lstm_hidden_size": width,
-            "n_lstm_layers": layers,
-            "shared_lstm": policy.shared_lstm,
-            "enable_critic_lstm": policy.enable_critic_lstm,
-            "lstm_kwargs": policy.lstm_kwargs,
-        }
+        arguments |= lstm_arguments(policy)
     return {
         name: value
         for name, value in arguments.items()
         if name not in NOT_EXPORTED and value is not None
     }
-
-
-# Weights.
 
 
 def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -263,12 +249,4 @@ def compare_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     for name, tensor in expected.items():
         if name not in tensors:
             raise ValueError(f"the tensor {name!r} is missing")
-        if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
-            got, wanted = (
-                f"{list(t.shape)} of {t.dtype}".replace("torch.", "")
-                for t in (tensors[name], tensor)
-            )
-            raise ValueError(f"the tensor {name!r} has shape {got}, expected {wanted}")
-
-
-__all__ = ["export_policy", "load_policy"]
+        check_like(tensors[name], tensor, f"the tensor {name!r}")

@@ -18,37 +18,24 @@ from ncrl.sb3.regularise import Evaluation, regularised
 class FeedForwardPolicy(EnginePolicy, ChosenHeads):
     """What the policies of this module have in common; any of SB3's actor-critics may follow."""
 
+    head = "linear"
+
     @regularised
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
-        """Values [B, 1], log-probabilities [B] and entropy [B], as in SB3.
-
-        A gradient through the log-probabilities brings along that of the heads' own losses.
-        """
-        evaluation = super().evaluate_actions(obs, actions)
-        self.watch_in_training(obs)
-        return evaluation
+        """Values [B, 1], log-probabilities [B] and entropy [B], as in SB3."""
+        return super().evaluate_actions(obs, actions)
 
 
 class MlpPolicy(FeedForwardPolicy, ActorCriticPolicy):
-    """SB3's `MlpPolicy`, whose heads are its own unless `head` says otherwise.
-
-    Args: those of SB3's policy, and `head`, `head_kwargs`, `orth_coef`, `balance_coef` of
-    `ncrl.sb3.heads.ChosenHeads`.
-    """
-
-    head = "linear"
+    """SB3's `MlpPolicy`, with further arguments: those of `ncrl.sb3.heads.ChosenHeads`."""
 
 
 class CnnPolicy(FeedForwardPolicy, ActorCriticCnnPolicy):
-    """SB3's `CnnPolicy`; arguments as for `MlpPolicy`."""
-
-    head = "linear"
+    """SB3's `CnnPolicy`, likewise."""
 
 
 class MultiInputPolicy(FeedForwardPolicy, MultiInputActorCriticPolicy):
-    """SB3's `MultiInputPolicy`, for Dict observations; arguments as for `MlpPolicy`."""
-
-    head = "linear"
+    """SB3's `MultiInputPolicy`, for Dict observations, likewise."""
 
 
 class NeurocoderMlpPolicy(MlpPolicy):

@@ -21,9 +21,9 @@ class ChosenHeads(ActorCriticPolicy):
         head: name of the output layers; the class attribute `head` if None.
         head_kwargs: options of the output layers, such as `num_slots`.
         orth_coef: weight of the orthogonality loss of Neurocoder heads (paper: a) in what A2C, PPO
-            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. 0 leaves it out. These minimise
-            means and clip the gradient at 0.5, so that 0.1 slows A2C down. `ncrl.agents.A3C`, which
-            minimises sums, has an argument of that name instead, and refuses this one.
+            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. These minimise means and clip the
+            gradient at 0.5, so that 0.1 slows A2C down. `ncrl.agents.A3C`, which minimises sums,
+            has an argument of that name instead, and refuses this one.
         balance_coef: likewise, weight of the balance loss of mixtures of experts.
         int_value: add a head for the value of an intrinsic reward, as `ncrl.agents.A3C` does where
             it has one. Everything else starts from the same numbers with it and without.
@@ -34,9 +34,6 @@ class ChosenHeads(ActorCriticPolicy):
     """
 
     head = "neurocoder"
-    head_kwargs: dict[str, Any]
-    orth_coef: float
-    balance_coef: float
 
     def __init__(
         self,
@@ -49,8 +46,7 @@ class ChosenHeads(ActorCriticPolicy):
         **kwargs: Any,
     ) -> None:
         # Before the base class, which builds the network.
-        if head is not None:
-            self.head = head
+        self.head = self.head if head is None else head
         if self.head not in LAYERS:
             raise ValueError(f"unknown head {self.head!r}; {suggest(self.head, LAYERS)}")
         self.head_kwargs = head_kwargs or {}
@@ -83,11 +79,6 @@ class ChosenHeads(ActorCriticPolicy):
         return make_layer(self.head, *sizes, **self.head_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return super()._get_constructor_parameters() | {
-            "share_features_extractor": self.share_features_extractor,  # which SB3 leaves out
-            "head": self.head,
-            "head_kwargs": self.head_kwargs,
-            "orth_coef": self.orth_coef,
-            "balance_coef": self.balance_coef,
-            "int_value": self.int_value,
-        }
+        names = ("head", "head_kwargs", "orth_coef", "balance_coef", "int_value")
+        ours = {name: getattr(self, name) for name in (*names, "share_features_extractor")}
+        return super()._get_constructor_parameters() | ours

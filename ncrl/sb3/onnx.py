@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
 from ncrl.networks import static_unroll
@@ -72,9 +71,9 @@ class _Step(nn.Module):
         super().__init__()
         self.policy = policy
         space = policy.observation_space
-        self.entries = list(space.spaces) if isinstance(space, spaces.Dict) else ["obs"]
+        self.parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
         self.is_recurrent = policy.state_shape[0] > 0
-        self.inputs = self.entries + list(STATE) * self.is_recurrent
+        self.inputs = [*self.parts, *list(STATE) * self.is_recurrent]
         is_box = isinstance(policy.action_space, spaces.Box)
         self.outputs = ["mean", "log_std", "values"] if is_box else ["logits", "values"]
         self.outputs += ["next_h", "next_c"] * self.is_recurrent
@@ -82,36 +81,31 @@ class _Step(nn.Module):
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
         policy = self.policy
         tensors = dict(zip(self.inputs, inputs, strict=True))
-        obs: PyTorchObs = {name: tensors[name] for name in self.entries}
+        obs: Any = {name: tensors[name] for name in self.parts}
         if not isinstance(policy.observation_space, spaces.Dict):
             obs = tensors["obs"]
         if self.is_recurrent:
             state, start = (tensors["h"], tensors["c"]), tensors["episode_start"]
         else:
-            first = inputs[0]
-            state = policy.initial_state(first.shape[0])
-            start = torch.zeros(first.shape[0], dtype=torch.bool, device=first.device)
-        latent, (h, c) = policy.encode(obs, state, start)
-        action = policy.action_net(policy.mlp_extractor.forward_actor(latent.actor))
-        outputs = [action]
+            batch, device = inputs[0].shape[0], inputs[0].device
+            state = policy.initial_state(batch)
+            start = torch.zeros(batch, dtype=torch.bool, device=device)
+        latent, next_state = policy.encode(obs, state, start)
+        outputs = [policy.action_net(policy.mlp_extractor.forward_actor(latent.actor))]
         if "log_std" in self.outputs:
-            outputs.append(policy.log_std.expand_as(action))
+            outputs.append(policy.log_std.expand_as(outputs[0]))
         outputs.append(policy.values(latent).squeeze(-1))
-        return [*outputs, h, c] if self.is_recurrent else outputs
+        return [*outputs, *next_state] if self.is_recurrent else outputs
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
         """Inputs for `batch` environments."""
-        policy = self.policy
-        space: Any = policy.observation_space
-        parts: list[spaces.Space[Any]] = (
-            list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
-        )
         found = [
-            torch.as_tensor(part.sample()).expand(batch, *(part.shape or ())) for part in parts
+            torch.as_tensor(part.sample()).expand(batch, *(part.shape or ()))
+            for part in self.parts.values()
         ]
         if self.is_recurrent:
-            found += [*policy.initial_state(batch), torch.zeros(batch, dtype=torch.bool)]
-        return tuple(tensor.to(policy.device).contiguous() for tensor in found)
+            found += [*self.policy.initial_state(batch), torch.zeros(batch, dtype=torch.bool)]
+        return tuple(tensor.to(self.policy.device).contiguous() for tensor in found)
 
     def free_axes(self) -> tuple[dict[int, Any], ...]:
         """Which axis of each input is that of the environments."""

@@ -18,7 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
-from ncrl.sb3.engine import EnginePolicy, Latent, check_starts, check_state
+from ncrl.sb3.engine import EnginePolicy, Latent, as_numbers
 from ncrl.sb3.heads import ChosenHeads
 from ncrl.sb3.regularise import Evaluation, regularised
 
@@ -32,9 +32,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
     directly on it unless `net_arch` puts layers between.
 
     Args:
-        observation_space: what SB3 supports.
-        action_space: Discrete, MultiDiscrete, MultiBinary or Box.
-        lr_schedule: learning rate by remaining progress.
+        observation_space, action_space, lr_schedule: as in SB3.
         net_arch: layers between LSTM and heads, as in SB3; none by default.
         lstm_hidden_size: h.
         n_lstm_layers: L.
@@ -92,12 +90,6 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
             **kwargs,
         )
 
-    def make_features_extractor(self) -> BaseFeaturesExtractor:
-        extractor = super().make_features_extractor()
-        # SB3 counts the features of MultiDiscrete with numpy's integers, which nn.LSTM refuses.
-        extractor._features_dim = int(extractor.features_dim)
-        return extractor
-
     # The engine's interface: time-major, one network pass for actor and critic.
 
     @property
@@ -111,33 +103,28 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
     ) -> tuple[Latent, LstmState]:
         """Encoder and LSTM: obs [T, B, ...] -> latents [T, B, h], next state."""
 
-        def run(
-            lstm: nn.LSTM, features: Tensor, state: tuple[Tensor, ...]
-        ) -> tuple[Tensor, LstmState]:
-            return unroll_lstm(lstm, features, _pair(state), episode_start)
+        def run(lstm: nn.LSTM, features: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
+            return unroll_lstm(lstm, features, state, episode_start)
 
-        features = self.features(obs, episode_start.shape)
+        states = RNNStates(lstm_state, lstm_state)
+        if self.lstm_critic is not None:
+            halves = [part.chunk(2) for part in lstm_state]  # ([L, B, h], [L, B, h]) twice
+            states = RNNStates(*zip(*halves, strict=True))
+        latent, (pi, vf) = self._remember(self.features(obs, episode_start.shape), states, run)
         if self.lstm_critic is None:
-            latent, states = self._remember(features, RNNStates(lstm_state, lstm_state), run)
-            return latent, _pair(states.pi)
-        halves = [part.chunk(2) for part in lstm_state]  # ([L, B, h], [L, B, h]) twice
-        states = RNNStates(*zip(*halves, strict=True))
-        latent, states = self._remember(features, states, run)
-        return latent, _pair(tuple(map(torch.cat, zip(*states, strict=True))))
+            return latent, pi
+        return latent, (torch.cat([pi[0], vf[0]]), torch.cat([pi[1], vf[1]]))
 
     def _remember(
-        self,
-        features: Latent,
-        states: RNNStates,
-        run: Callable[[nn.LSTM, Tensor, tuple[Tensor, ...]], tuple[Tensor, LstmState]],
-    ) -> tuple[Latent, RNNStates]:
+        self, features: Latent, states: RNNStates, run: Callable[..., tuple[Tensor, LstmState]]
+    ) -> tuple[Latent, tuple[LstmState, LstmState]]:
         """What the LSTMs make of features; `run` is one of them over one or more timesteps."""
         actor, pi = run(self.lstm_actor, features.actor, states.pi)
         if self.lstm_critic is not None:
             critic, vf = run(self.lstm_critic, features.critic, states.vf)
-            return Latent(actor, critic), RNNStates(pi, vf)
+            return Latent(actor, critic), (pi, vf)
         critic = actor if self.critic is None else self.critic(features.critic)
-        return Latent(actor, critic), RNNStates(pi, pi)
+        return Latent(actor, critic), (pi, pi)
 
     # sb3-contrib's interface, batch-major, with the critic's gradient kept.
 
@@ -159,24 +146,20 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
                 "cannot train it; use sb3_contrib.RecurrentPPO or ncrl.agents.A3C, or a policy "
                 "without Lstm in its name"
             )
-        latent, lstm_states = self._latent(obs, lstm_states, episode_starts)
+        latent, states = self._latent(obs, lstm_states, episode_starts)
         distribution = self.distribution(latent)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         actions = actions.reshape((-1, *self.action_space.shape))  # type: ignore[misc]
-        return actions, self.values(latent), log_prob, lstm_states
+        return actions, self.values(latent), log_prob, RNNStates(*states)
 
     @regularised
     def evaluate_actions(  # type: ignore[override]
         self, obs: Tensor, actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
     ) -> Evaluation:
-        """Values, log-probabilities and entropy, as in sb3-contrib.
-
-        A gradient through the log-probabilities brings along that of the heads' own losses.
-        """
+        """Values, log-probabilities and entropy, as in sb3-contrib."""
         latent, _ = self._latent(obs, lstm_states, episode_starts)
         distribution = self.distribution(latent)
-        self.watch_in_training(obs)
         return self.values(latent), distribution.log_prob(actions), distribution.entropy()
 
     def predict_values(  # type: ignore[override]
@@ -187,14 +170,12 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         return self.values(self._latent(obs, states, episode_starts)[0])
 
     def _latent(
-        self, obs: PyTorchObs, lstm_states: RNNStates, episode_starts: Tensor
-    ) -> tuple[Latent, RNNStates]:
-        def run(
-            lstm: nn.LSTM, features: Tensor, state: tuple[Tensor, ...]
-        ) -> tuple[Tensor, LstmState]:
-            return self._process_sequence(features, _pair(state), episode_starts, lstm)
+        self, obs: PyTorchObs, states: RNNStates, episode_starts: Tensor
+    ) -> tuple[Latent, tuple[LstmState, LstmState]]:
+        def run(lstm: nn.LSTM, features: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
+            return self._process_sequence(features, state, episode_starts, lstm)
 
-        return self._remember(self.features(obs, episode_starts.shape), lstm_states, run)
+        return self._remember(self.features(obs, episode_starts.shape), states, run)
 
     @staticmethod
     def _process_sequence(  # type: ignore[override]
@@ -220,9 +201,20 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
             ValueError: for an observation, a state or episode starts that do not fit.
         """
         if state is not None:
-            check_state(state)
+            if not (isinstance(state, (tuple, list)) and len(state) == 2):
+                is_list = isinstance(state, (tuple, list))
+                got = f"{len(state)} parts" if is_list else type(state).__name__
+                raise ValueError(
+                    "the state must be a pair (h, c) as the call of predict() before returned it, "
+                    f"or None, got {got}"
+                )
+            if not all(np.isfinite(as_numbers("the state", part)).all() for part in state):
+                raise ValueError("the state must be finite, got NaN or infinity in it")
         if episode_start is not None:
-            episode_start = check_starts(episode_start)
+            starts = as_numbers("episode_start", episode_start).reshape(-1)
+            if not np.isin(starts, (0, 1)).all():
+                raise ValueError(f"episode_start must be truth values, got {episode_start!r}")
+            episode_start = starts
         return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(  # type: ignore[override]
@@ -254,88 +246,64 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         return super()._predict(observation, lstm_states, episode_starts, deterministic)  # type: ignore[arg-type]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        layers, _, width = self.lstm_hidden_state_shape
-        return super()._get_constructor_parameters() | {
-            "lstm_hidden_size": width,
-            "n_lstm_layers": layers,
-            "shared_lstm": self.shared_lstm,
-            "enable_critic_lstm": self.enable_critic_lstm,
-            "lstm_kwargs": self.lstm_kwargs,
-        }
+        return super()._get_constructor_parameters() | lstm_arguments(self)
 
 
-def _pair(state: tuple[Tensor, ...]) -> LstmState:
-    h, c = state
-    return h, c
+def lstm_arguments(policy: RecurrentActorCriticPolicy) -> dict[str, Any]:
+    """What the constructor was given beside SB3's arguments, which sb3-contrib forgets to save."""
+    return {
+        "lstm_hidden_size": policy.lstm_output_dim,
+        "n_lstm_layers": policy.lstm_actor.num_layers,
+        "shared_lstm": policy.shared_lstm,
+        "enable_critic_lstm": policy.enable_critic_lstm,
+        "lstm_kwargs": policy.lstm_kwargs,
+    }
 
 
 class MlpLstmPolicy(LstmPolicy):
-    """Vector observations -> tanh layer -> LSTM -> linear heads.
-
-    Args:
-        kwargs: arguments of `LstmPolicy`.
-    """
+    """Vector observations -> tanh layer -> LSTM -> linear heads; arguments of `LstmPolicy`."""
 
     extractor = VectorEncoder
 
 
 class CnnLstmPolicy(LstmPolicy):
-    """Images -> one of `ncrl.networks.ENCODERS` -> LSTM -> linear heads.
+    """Images -> encoder -> LSTM -> linear heads.
 
     Args:
-        encoder: `a3c`, `nature` or `paper`.
-        kwargs: further arguments of `LstmPolicy`.
+        args, kwargs: arguments of `LstmPolicy`.
+        encoder: one of `ncrl.networks.ENCODERS`: `a3c`, `nature` or `paper`.
     """
 
     extractor = AtariEncoder
 
     def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        *,
-        encoder: str | None = None,
-        lstm_hidden_size: int = 512,
-        **kwargs: Any,
+        self, *args: Any, encoder: str | None = None, lstm_hidden_size: int = 512, **kwargs: Any
     ) -> None:
         if encoder is not None:
             options = kwargs.get("features_extractor_kwargs") or {}
             kwargs["features_extractor_kwargs"] = options | {"encoder": encoder}
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            net_arch,
-            lstm_hidden_size=lstm_hidden_size,
-            **kwargs,
-        )
+        super().__init__(*args, lstm_hidden_size=lstm_hidden_size, **kwargs)
 
 
 class MultiInputLstmPolicy(LstmPolicy):
-    """Dict observations -> SB3's `CombinedExtractor` -> LSTM -> linear heads.
-
-    Args:
-        kwargs: arguments of `LstmPolicy`.
-    """
+    """Dict observations -> SB3's `CombinedExtractor` -> LSTM -> linear heads, likewise."""
 
     extractor = CombinedExtractor
 
 
 class NeurocoderMlpLstmPolicy(MlpLstmPolicy):
-    """Vector observations -> tanh layer -> LSTM -> Neurocoder heads."""
+    """`MlpLstmPolicy` with Neurocoder heads."""
 
     head = "neurocoder"
 
 
 class NeurocoderCnnLstmPolicy(CnnLstmPolicy):
-    """Images -> encoder -> LSTM -> Neurocoder heads."""
+    """`CnnLstmPolicy` with Neurocoder heads."""
 
     head = "neurocoder"
 
 
 class NeurocoderMultiInputLstmPolicy(MultiInputLstmPolicy):
-    """Dict observations -> SB3's `CombinedExtractor` -> LSTM -> Neurocoder heads."""
+    """`MultiInputLstmPolicy` with Neurocoder heads."""
 
     head = "neurocoder"

@@ -8,36 +8,18 @@ from typing import Any, NoReturn
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 
-from ncrl.sb3.feedforward import (
-    NeurocoderCnnPolicy,
-    NeurocoderMlpPolicy,
-    NeurocoderMultiInputPolicy,
-)
-from ncrl.sb3.recurrent import (
-    NeurocoderCnnLstmPolicy,
-    NeurocoderMlpLstmPolicy,
-    NeurocoderMultiInputLstmPolicy,
-)
+from ncrl.sb3 import feedforward, recurrent
 
-FEED_FORWARD: tuple[type[BasePolicy], ...] = (
-    NeurocoderMlpPolicy,
-    NeurocoderCnnPolicy,
-    NeurocoderMultiInputPolicy,
-)
-RECURRENT: tuple[type[BasePolicy], ...] = (
-    NeurocoderMlpLstmPolicy,
-    NeurocoderCnnLstmPolicy,
-    NeurocoderMultiInputLstmPolicy,
-)
+POLICIES: dict[str, Any] = {
+    name: kind
+    for module in (feedforward, recurrent)
+    for name, kind in vars(module).items()
+    if name.startswith("Neurocoder")
+}
 
 # Not TRPO: its natural gradient leaves no place for the heads' own losses.
-POLICIES: dict[type[BaseAlgorithm], tuple[type[BasePolicy], ...]] = {
-    A2C: FEED_FORWARD,
-    PPO: FEED_FORWARD,
-    RecurrentPPO: RECURRENT,
-}
+ALGORITHMS: tuple[type[BaseAlgorithm], ...] = (A2C, PPO, RecurrentPPO)
 
 
 def register() -> dict[str, list[str]]:
@@ -50,16 +32,16 @@ def register() -> dict[str, list[str]]:
     Returns:
         By name of the algorithm, the names of the policies that it knows now.
     """
-    for algorithm, policies in POLICIES.items():
-        wrong = FEED_FORWARD if policies is RECURRENT else RECURRENT
-        algorithm.policy_aliases.update({policy.__name__: policy for policy in policies})
-        algorithm.policy_aliases.update(
-            {policy.__name__: refusal(policy.__name__, algorithm.__name__) for policy in wrong}
-        )
-    return {
-        algorithm.__name__: [policy.__name__ for policy in policies]
-        for algorithm, policies in POLICIES.items()
-    }
+    known: dict[str, list[str]] = {}
+    for algorithm in ALGORITHMS:
+        known[algorithm.__name__] = names = []
+        for name, kind in POLICIES.items():
+            if ("Lstm" in name) == (algorithm is RecurrentPPO):
+                algorithm.policy_aliases[name] = kind
+                names.append(name)
+            else:
+                algorithm.policy_aliases[name] = refusal(name, algorithm.__name__)
+    return known
 
 
 @cache

@@ -4,10 +4,8 @@ Neurocoder layers have an orthogonality loss (paper, section 2.3), mixtures of e
 loss. A2C, PPO and RecurrentPPO build their objective inside `train()`, where a policy cannot add a
 term, but all of them differentiate the log-probabilities that `evaluate_actions` returns. So the
 losses ride on these: their values stay what they are, and when a gradient flows back through them,
-the losses' own gradient is added to that of the parameters, once and unscaled. It is therefore
-clipped and accumulated like the rest, and neither copies of a policy, nor pickles, nor another
-optimiser lose it. (A hook on the optimiser would act behind the clipping, and hooks on parameters
-would act in every `backward()`, also in that of an algorithm that adds the terms itself.)
+the losses' own gradient is added to that of the parameters, once and unscaled, to be clipped and
+accumulated like the rest. Copies, pickles and other optimisers keep it, which hooks would not.
 
 What SB3 logs as `train/loss` does not contain them. `ncrl.agents.A3C` adds the terms in its own
 loss; it calls `evaluate_rollout`, on which nothing rides.
@@ -18,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,29 +25,23 @@ from ncrl.baselines import balance_loss, record_gates
 from ncrl.baselines.moe import Gating
 from ncrl.neurocoder import NeurocoderLinear, orthogonal_loss
 
-Params = ParamSpec("Params")
 Evaluation = tuple[Tensor, Tensor, "Tensor | None"]
 """What `evaluate_actions` returns: values, log-probabilities, entropy."""
 
 
-class _Regularised(Protocol):
-    orth_coef: float
-    balance_coef: float
+def regularised(evaluate_actions: Callable[..., Evaluation]) -> Callable[..., Evaluation]:
+    """Decorator of the `evaluate_actions` of an `EnginePolicy` with `ChosenHeads`.
 
-
-Policy = TypeVar("Policy", bound=_Regularised)
-
-
-def regularised(
-    evaluate_actions: Callable[Concatenate[Policy, Params], Evaluation],
-) -> Callable[Concatenate[Policy, Params], Evaluation]:
-    """Decorator of `evaluate_actions`: see the top of the module."""
+    What SB3's algorithms train on goes through there. So this adds the gradient of the losses, and
+    shows the observations to the encoders (`EnginePolicy.watch`).
+    """
 
     @wraps(evaluate_actions)
-    def evaluate(policy: Policy, /, *args: Params.args, **kwargs: Params.kwargs) -> Evaluation:
-        assert isinstance(policy, nn.Module)
+    def evaluate(policy: Any, obs: Any, *args: Any, **kwargs: Any) -> Evaluation:
         with record_gates(policy) as gates:
-            values, log_prob, entropy = evaluate_actions(policy, *args, **kwargs)
+            values, log_prob, entropy = evaluate_actions(policy, obs, *args, **kwargs)
+        if policy.training and torch.is_grad_enabled():
+            policy.watch(obs)
         loss = regularisation_loss(policy, gates, policy.orth_coef, policy.balance_coef)
         return values, with_gradient_of(loss, log_prob), entropy
 
@@ -57,10 +49,7 @@ def regularised(
 
 
 def regularisation_loss(
-    model: nn.Module,
-    gates: Mapping[str, list[Gating]],
-    orth_coef: float,
-    balance_coef: float,
+    model: nn.Module, gates: Mapping[str, list[Gating]], orth_coef: float, balance_coef: float
 ) -> Tensor | None:
     """orth_coef * L_o + balance_coef * (balance loss of the recorded gates), a scalar.
 
@@ -87,13 +76,12 @@ class _WithGradientOf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss = loss.dtype, loss.device
+        ctx.one = torch.ones_like(loss)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, device = ctx.loss
-        return grad_x, torch.ones((), dtype=dtype, device=device)
+        return grad_x, ctx.one
 
 
 def check_coefficient(name: str, value: float) -> float:

@@ -20,12 +20,8 @@ _numbers = itertools.count()
 class CurveWriter:
     """An event file of numbers over steps.
 
-    Args:
-        folder: of the file.
-        first_step: what earlier files of the folder hold from this step on is withdrawn.
-
-    Raises:
-        OSError: here and in all methods, if the disk refuses.
+    What earlier files of the folder hold from `first_step` on is withdrawn. All methods raise
+    OSError if the disk refuses.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -33,13 +29,12 @@ class CurveWriter:
         self._file = (folder / name).open("wb", buffering=0)
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
-        start = SessionLog(status=SessionLog.START)
-        self._write(Event(step=first_step, session_log=start))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, name: str, value: float, step: int) -> None:
         """A point of a curve."""
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
-        self._write(Event(step=step, summary=summary))
+        point = Summary.Value(tag=name, simple_value=value)
+        self._write(Event(step=step, summary=Summary(value=[point])))
 
     def close(self) -> None:
         """Nothing more comes."""

@@ -13,12 +13,7 @@ from pathlib import Path
 def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Make a run's folder and hold its lock; yields False if another process has it.
 
-    Args:
-        folder: made if need be.
-        wait: until the lock is free.
-
-    Raises:
-        ValueError: if the folder cannot be written.
+    `wait` is until the lock is free. Raises ValueError if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -78,15 +78,12 @@ def say(text: str, stream: IO[str] | None = None) -> None:
 class Progress:
     """A bar on a terminal, else a line every ten seconds; on standard error.
 
-    Args:
-        title: of the run.
-        total: updates of the whole run.
-        begin: updates done before.
+    `total` counts the updates of the whole run, `begin` those that were done before.
     """
 
     def __init__(self, title: str, total: int, begin: int) -> None:
-        self.title, self.total = title, total
-        self.begin, self.metrics = begin, ""
+        self.title, self.total, self.begin = title, total, begin
+        self.metrics = ""
         self.bar = (
             tqdm(total=self.total, initial=begin, desc=title, dynamic_ncols=True, leave=False)
             if Screen(sys.stderr).is_terminal

@@ -20,8 +20,7 @@ class Stopped(RuntimeError):
 class StopSignals:
     """`exit_code` is other than 0 once a signal has come; a second one ends the run at once.
 
-    Args:
-        on_stop: called in the handler of the first signal.
+    `on_stop` is called in the handler of the first signal.
     """
 
     def __init__(self, on_stop: Callable[[], None] | None = None) -> None:

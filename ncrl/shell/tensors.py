@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ncrl.files import read_bytes, write_atomically
+
+Like = TypeVar("Like")
 
 SMALL_BYTES = 64 << 20
 """What names, curves and random states may take beside the weights."""
@@ -30,19 +33,14 @@ def size_of(module: torch.nn.Module) -> int:
 def write_tensors(path: Path, state: Any) -> None:
     """Write tensors and plain values, whole or not at all, so that `torch.load` reads them.
 
-    Raises:
-        OSError: if the disk refuses.
+    The zip that torch makes gets its own sha256 as its comment. Raises OSError if the disk refuses.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, with_checksum(buffer.getvalue()))
-
-
-def with_checksum(content: bytes) -> bytes:
-    """A zip without comment, with its own sha256 as the comment."""
+    content = buffer.getvalue()
     comment = MARK + hashlib.sha256(content).hexdigest().encode()
     # The last two bytes of a zip say how long its comment is.
-    return content[:-2] + len(comment).to_bytes(2, "little") + comment
+    write_atomically(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
 
 
 def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
@@ -57,14 +55,14 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
     Raises:
         ValueError: naming the file, if it is damaged, too large, or holds anything else.
     """
-    content = read_bytes(path, limit + SMALL_BYTES)
+    limit += SMALL_BYTES
+    content = read_bytes(path, limit)
     try:
-        _check_sums(content, limit + SMALL_BYTES, foreign=foreign)
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        # Views of one number can have any shape, and take memory when they are copied.
-        total = sum(tensor.nbytes for tensor in tensors_in(loaded))
-        if total > limit + SMALL_BYTES:
-            raise ValueError(f"its tensors would take {total:,} bytes, expected at most {limit:,}")
+        _check_unpacked_size(content, "it", limit)
+        # What is no zip: the format before torch 1.6, in which torchvision published weights.
+        if not foreign or content.startswith(b"PK"):
+            _check_sums(content, foreign)
+        return load_tensors(content, "it", limit)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"cannot read {path}: it holds more than tensors and plain values"
@@ -72,18 +70,36 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
     except Exception as error:  # a broken zip or pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot read {path}: {reason}") from error
+
+
+def load_tensors(content: bytes, name: str, limit: int) -> Any:
+    """Tensors and plain values of what torch has saved, on the CPU.
+
+    Raises:
+        ValueError: if they would take more than `limit` bytes.
+        Exception: as torch raises it, if it holds more than tensors and plain values.
+    """
+    _check_unpacked_size(content, name, limit)
+    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    # Views of one number can have any shape, and take memory when they are copied.
+    if (total := sum(tensor.nbytes for tensor in tensors_in(loaded))) > limit:
+        raise ValueError(f"{name} would take {total:,} bytes, expected at most {limit:,}")
     return loaded
 
 
-def _check_sums(content: bytes, limit: int, *, foreign: bool) -> None:
-    """Raise ValueError for a zip that is damaged, or unpacks to more than `limit` bytes."""
-    if foreign and not content.startswith(b"PK"):
-        return  # the format before torch 1.6, in which torchvision published weights
+def _check_unpacked_size(content: bytes, name: str, limit: int) -> None:
+    file = io.BytesIO(content)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:  # whose members may be compressed
+            total = sum(member.file_size for member in archive.infolist())
+        if total > limit:
+            raise ValueError(f"{name} unpacks to {total:,} bytes, expected at most {limit:,}")
+
+
+def _check_sums(content: bytes, foreign: bool) -> None:
+    """Raise ValueError for a zip that is damaged."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            total = sum(member.file_size for member in archive.infolist())
-            if total > limit:
-                raise ValueError(f"it unpacks to {total:,} bytes, expected at most {limit:,}")
             comment = archive.comment
             whole = foreign and not comment and archive.testzip() is None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeError, OSError) as error:
@@ -111,17 +127,36 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
             yield from tensors_in(part, seen)
 
 
-def check_like(found: Any, expected: Tensor, name: str) -> Tensor:
-    """A tensor that was read, if it has the shape and type of the one that it replaces.
+def check_like(found: Any, expected: Like, name: str) -> Like:
+    """A value that was read, if it can stand for the one that it replaces.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: unless it is a tensor of the same shape and type, a finite number in the place
+            of a number, True, False or None for a switch, and so on.
     """
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
-    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-        raise ValueError(
-            f"{name} must be {expected.dtype} of shape {list(expected.shape)}, "
-            f"got {found.dtype} of shape {list(found.shape)}"
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"{name} must be {expected.dtype} of shape {list(expected.shape)}, "
+                f"got {found.dtype} of shape {list(found.shape)}"
+            )
+    elif not _is_like(found, expected):
+        raise ValueError(f"{name} must be like {expected!r}, got {str(found)[:80]!r}")
+    result: Like = found
+    return result
+
+
+def _is_like(found: Any, expected: Any) -> bool:
+    if isinstance(expected, (tuple, list)):
+        return (
+            isinstance(found, (tuple, list))
+            and len(found) == len(expected)
+            and all(map(_is_like, found, expected))
         )
-    return found
+    if isinstance(expected, bool) or expected is None:  # on, off, or as torch decides
+        return found is None or isinstance(found, bool)
+    if isinstance(expected, (int, float)):
+        return type(found) in (int, float) and math.isfinite(found)
+    return type(found) is type(expected)

@@ -6,15 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncrl.agents import A3C, Limits
+from ncrl.agents import A3C
 from ncrl.agents.atari.config import RunConfig, canonical, with_bonus, with_sizes
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.defaults import FEW, IMAGES, MANY, defaults_for
-from ncrl.agents.learning.optim import SharedRMSProp
-from ncrl.agents.runs.loading import FORMER_NAMES
 from ncrl.envs import atari
 from ncrl.neurocoder import NeurocoderLinear
-from ncrl.sb3.plain import from_plain
 
 
 def test_the_readmes_agent_is_the_commands() -> None:
@@ -59,18 +56,3 @@ def test_a_sharpness_that_is_given_is_taken_and_one_that_is_not_is_saved(
     for one in (model, A3C.load(tmp_path / "model", device="cpu")):
         head = one.policy.action_net
         assert isinstance(head, NeurocoderLinear) and head.config.sharpness == expected
-
-
-def test_files_of_earlier_releases_name_classes_where_they_were() -> None:
-    for package in ("agents", "ncrl.agents"):  # the second since the packages have moved
-        kind = {"$": "class", "name": f"{package}.optim.SharedRMSProp"}
-        assert from_plain(kind, "it", (), FORMER_NAMES) is SharedRMSProp
-        limits = {
-            "$": "object",
-            "class": f"{package}.supervision.Limits",
-            "arguments": {
-                "heartbeat_timeout": 7.0, "startup_timeout": 8.0, "max_restarts": 2,
-                "first_pause": 0.1,
-            },
-        }  # fmt: skip
-        assert from_plain(limits, "it", (), FORMER_NAMES) == Limits(7.0, 8.0, 2, 0.1)

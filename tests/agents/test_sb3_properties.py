@@ -629,9 +629,9 @@ def test_another_policy_object_is_the_one_that_plays() -> None:
     ("policy", "space", "message"),
     [
         ("MlpPolicy", PLAIN_DICT, "must use `MultiInputPolicy`"),
-        ("MlpLstmPolicy", PLAIN_DICT, "needs vectors.*use a MultiInput policy"),
-        ("CnnLstmPolicy", PLAIN_DICT, "needs images.*use a MultiInput policy"),
-        ("CnnLstmPolicy", VECTORS, r"needs images \(channels.*use an Mlp policy"),
+        ("MlpLstmPolicy", PLAIN_DICT, "needs vectors.*use MultiInputLstmPolicy"),
+        ("CnnLstmPolicy", PLAIN_DICT, "needs images.*use MultiInputLstmPolicy"),
+        ("CnnLstmPolicy", VECTORS, r"needs images \(channels.*use MlpLstmPolicy"),
     ],
 )
 def test_a_policy_for_other_observations_is_refused(

@@ -250,7 +250,7 @@ def test_foreign_descriptions(folder: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 2, "reads version 1"),
+        (["version"], 1, "reads version 2"),
         (["weights"], None, "no weights"),
         (["policy_class"], {"$": "class", "name": "os.system"}, "'os.system', which is not known"),
         (["policy_class"], {"$": "class", "name": "torch.nn.Linear"}, "none of an actor-critic"),
@@ -258,18 +258,20 @@ def test_foreign_descriptions(folder: Path, text: str) -> None:
         (["arguments", "head"], "neurocode", "did you mean 'neurocoder'"),
         (["arguments", "colour"], 3, "cannot be built from its arguments .*colour"),
         (["arguments", "net_arch"], ["__import__('os')"], "cannot be built"),
-        (["arguments", "lstm_hidden_size"], 7, r"shape \[4, 6\] .* expected \[4, 7\]"),
+        (["arguments", "lstm_hidden_size"], 7, r"of shape \[4, 7\], got .* \[4, 6\]"),
         # 40 terabytes: refused before a byte of them is asked for.
-        (["arguments", "lstm_hidden_size"], 10**6, "has shape"),
-        (["arguments", "head_kwargs"], {"num_slots": 10**12}, "has shape"),
+        (["arguments", "lstm_hidden_size"], 10**6, "must be .* of shape"),
+        (["arguments", "head_kwargs"], {"num_slots": 10**12}, "must be .* of shape"),
         (["arguments", "n_lstm_layers"], 2, "'lstm_actor.weight_ih_l1' is missing"),
-        (["action_space", "n"], 10**9, "has shape"),
-        (["action_space", "n"], -1, "have to be positive"),
+        (["action_space", "arguments", "n"], 10**9, "must be .* of shape"),
+        (["action_space", "arguments", "n"], -1, "have to be positive"),
         (["action_space"], {"$": "object", "class": "torch.nn.ELU", "arguments": {}}, "impossible"),
-        (["observation_space", "shape"], [10**6, 10**6], "more than"),
-        (["observation_space", "low"], [1, 2], "other bounds"),
-        (["observation_space", "dtype"], "O", "the type object"),
-        (["observation_space", "kind"], "Graph", "kind 'Graph'"),
+        (["observation_space", "arguments", "low", "shape"], [10**6, 10**6], "more than"),
+        (["observation_space", "arguments", "low", "shape"], [1, 2], "impossible object"),
+        (["observation_space", "arguments", "low", "shape"], [-1], "impossible array"),
+        (["observation_space", "arguments", "dtype", "dtype"], "O", "the type object"),
+        (["observation_space", "class"], "gymnasium.spaces.Graph", "impossible Graph"),
+        (["observation_space"], {"$": "space", "kind": "Box"}, "holds .* 'space', which"),
     ],
 )  # fmt: skip
 def test_descriptions_that_do_not_fit(
