@@ -137,11 +137,11 @@ class CompositionNetwork(Composition):
 class ProjectionNetwork(Composition):
     """A random projection of the input that stays as it is, for memories that grow.
 
-    It is the query of all heads, which find their slots by keys of their own.
+    Every head has its own, and finds its slots by keys of its own.
     """
 
     projection: Tensor
-    """[K, in], normal with variance 1 / in."""
+    """[H * K, in], normal with variance 1 / in."""
 
     center: Tensor
     """What is subtracted from inputs first, [in]; zeros, until set to the mean of some inputs."""
@@ -149,7 +149,8 @@ class ProjectionNetwork(Composition):
     def __init__(self, in_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("projection", torch.empty(config.key_dim, in_features))
+        width = config.num_heads * config.key_dim
+        self.register_buffer("projection", torch.empty(width, in_features))
         self.register_buffer("center", torch.empty(in_features))
         self.reset_parameters()
 
@@ -158,13 +159,14 @@ class ProjectionNetwork(Composition):
         nn.init.zeros_(self.center)
 
     def queries(self, x: Tensor) -> Tensor:
-        """Of inputs [B, in]: [B, K]."""
-        return F.linear(x - self.center, self.projection)
+        """Of inputs [B, in]: [B, H, K]."""
+        queries = F.linear(x - self.center, self.projection)
+        return queries.view(len(x), self.config.num_heads, self.config.key_dim)
 
     def forward(
         self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
-        queries = self.queries(x).expand(self.config.num_heads, -1, -1)
+        queries = self.queries(x).transpose(0, 1)
         weights = content_attention(queries, memory.keys(), self.config.sharpness)
         weights = weights.transpose(0, 1)  # [B, H, P]
         sigma = singular_values(weights, memory.stored("s"))

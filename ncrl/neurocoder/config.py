@@ -75,9 +75,9 @@ class NeurocoderConfig:
     controller: str = "auto"
     """What turns the input into attention: `lstm` reads it J times with memory of the steps before;
     `linear` (one step only) is a linear bottleneck of the same width, the ablation of the LSTM.
-    `projection` is for memories that grow: the query is a random projection of the input that is
-    never trained, and slots store their keys, one for each head, the same for u, v and s: by what
-    old slots are found cannot drift. It needs `num_least_used=0`.
+    `projection` is for memories that grow: a head's query is a random projection of the input that
+    is never trained, and slots store a key for each head, the same for u, v and s: by what old
+    slots are found cannot drift. It needs `num_least_used=0`.
     `auto` is the preset's own: `lstm`, but `linear` for the single step of `official`."""
 
     gate: str = "slot-head"

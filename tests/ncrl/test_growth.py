@@ -111,9 +111,8 @@ def test_a_projection_layer_equals_a_literal_reading() -> None:
         described = network.projection @ (x[b] - network.center)
         sigma, u, v = [], [], []
         for h in range(2):
-            weights = torch.stack([5.0 * cosine(described, keys[h, p]) for p in range(6)]).softmax(
-                0
-            )
+            query = described[3 * h : 3 * h + 3]
+            weights = torch.stack([5.0 * cosine(query, keys[h, p]) for p in range(6)]).softmax(0)
             u.append(sum(weights[p] * slots[0][p] for p in range(6)))
             v.append(sum(weights[p] * slots[1][p] for p in range(6)))
             sigma.append(softplus(sum(weights[p] * slots[2][p, 0] for p in range(6))))

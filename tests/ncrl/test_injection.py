@@ -583,8 +583,7 @@ def test_no_match_lists_candidates_and_the_nearest(target: str, hint: str) -> No
     with pytest.raises(ValueError, match="candidates") as error:
         inject(Names("fc", "net.fc", "blocks.0.attn.out"), CONFIG, target)
     assert str(error.value) == (
-        f"no layer matches {target!r}; nearest: {hint!r}; "
-        "candidates: fc, net.fc, blocks.0.attn.out"
+        f"no layer matches {target!r}; nearest: {hint!r}; candidates: fc, net.fc, blocks.0.attn.out"
     )
 
 

@@ -283,8 +283,9 @@ class Grow(Method):
             if self.num_tasks == 1:
                 network.center.copy_(inputs.mean(0))
             key = layer.memory.get_parameter("key")  # [slots, H * K]
-            some = torch.randint(len(inputs), (len(key) * layer.config.num_heads,))
-            key.copy_(network.queries(inputs[some.to(inputs.device)]).view_as(key))
+            for head, keys in enumerate(key.view(len(key), layer.config.num_heads, -1).unbind(1)):
+                some = torch.randint(len(inputs), (len(key),)).to(inputs.device)
+                keys.copy_(network.queries(inputs[some])[:, head])
 
     def _grow(self, optimizer: Optimizer | None) -> None:
         for layer, num_slots in zip(self.layers, self.num_slots, strict=True):
@@ -295,9 +296,9 @@ class Grow(Method):
         assert inputs is not None
         for layer, num_slots in zip(self.layers, self.num_slots, strict=True):
             assert isinstance(layer.composition, ProjectionNetwork)
-            queries = F.normalize(layer.composition.queries(inputs), dim=1)  # [B, K]
+            queries = F.normalize(layer.composition.queries(inputs), dim=2).transpose(0, 1)
             keys = F.normalize(layer.memory.keys()[:, -num_slots:], dim=2)  # [H, slots, K]
-            nearest = (queries @ keys.transpose(1, 2)).amax(dim=2)  # [H, B]
+            nearest = torch.bmm(queries, keys.transpose(1, 2)).amax(dim=2)  # [H, B]
             task_loss = task_loss + self.coef * (1 - nearest.mean())
         return task_loss
 
