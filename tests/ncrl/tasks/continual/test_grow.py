@@ -34,10 +34,10 @@ def growing(**changes: Any) -> Any:
 
 
 def literal_query(layer: NeurocoderLinear, x: Tensor) -> Tensor:
-    """[K] for one input."""
+    """[H, K] for one input."""
     network = layer.composition
     assert isinstance(network, ProjectionNetwork)
-    return network.projection @ (x - network.center)
+    return (network.projection @ (x - network.center)).view(layer.config.num_heads, -1)
 
 
 def test_keys_start_at_queries_of_the_task_and_the_rest_stays_bit_for_bit() -> None:
@@ -55,10 +55,10 @@ def test_keys_start_at_queries_of_the_task_and_the_rest_stays_bit_for_bit() -> N
     after = layer.memory.keys()
     assert torch.equal(after[:, :4], keys) and after.shape == (2, 8, 3)
     for inputs, slots in ((first, range(4)), (second, range(4, 8))):
-        possible = torch.stack([literal_query(layer, x) for x in inputs])  # [N, K]
+        possible = torch.stack([literal_query(layer, x) for x in inputs])  # [N, H, K]
         for head in range(2):
             for slot in slots:
-                gaps = (possible - after[head, slot]).abs().amax(1)
+                gaps = (possible[:, head] - after[head, slot]).abs().amax(1)
                 assert gaps.min() < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_the_pull_is_read_literally() -> None:
         nearest = []
         for head in range(2):
             for b in range(3):
-                query = literal_query(layer, x[b])
+                query = literal_query(layer, x[b])[head]
                 new = layer.memory.keys()[head, 4:]  # old keys pull nothing
                 nearest.append(max(cosine(query, key).item() for key in new))
         expected = expected + 0.7 * (1 - sum(nearest) / len(nearest))
