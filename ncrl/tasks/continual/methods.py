@@ -248,11 +248,11 @@ class Ewc(OnlineEwc):
 class Grow(Method):
     """New slots for every task; old ones are frozen, and found by keys among their task's inputs.
 
-    Keys start at queries of inputs of the task and are pulled towards those of every batch, as in
-    L2P (Wang et al. 2022); old keys and values stay, as in CODA-Prompt (Smith et al. 2023); new
-    directions start orthogonal to old ones, and the orthogonality loss keeps them so, as in O-LoRA
-    (Wang et al. 2023). Queries are of the model's input, through a projection that is never trained
-    and from which the mean of the first task's inputs is subtracted. No input is kept.
+    Keys start at directions of queries of the task's inputs and are pulled towards those of every
+    batch, as in L2P (Wang et al. 2022); old keys and values stay, as in CODA-Prompt (Smith et al.
+    2023); new directions start orthogonal to old ones, and an orthogonality loss can keep them so,
+    as in O-LoRA (Wang et al. 2023). Queries are projections of the model's input less the mean of
+    the first task's inputs, and never trained. No input is kept.
 
     Args:
         model: whose trained parameters are all slots of Neurocoder layers with
@@ -285,7 +285,7 @@ class Grow(Method):
             key = layer.memory.get_parameter("key")  # [slots, H * K]
             for head, keys in enumerate(key.view(len(key), layer.config.num_heads, -1).unbind(1)):
                 some = torch.randint(len(inputs), (len(key),)).to(inputs.device)
-                keys.copy_(network.queries(inputs[some])[:, head])
+                keys.copy_(F.normalize(network.queries(inputs[some])[:, head], dim=1))
 
     def _grow(self, optimizer: Optimizer | None) -> None:
         for layer, num_slots in zip(self.layers, self.num_slots, strict=True):

@@ -56,6 +56,7 @@ def test_keys_start_at_queries_of_the_task_and_the_rest_stays_bit_for_bit() -> N
     assert torch.equal(after[:, :4], keys) and after.shape == (2, 8, 3)
     for inputs, slots in ((first, range(4)), (second, range(4, 8))):
         possible = torch.stack([literal_query(layer, x) for x in inputs])  # [N, H, K]
+        possible = possible / possible.square().sum(2, keepdim=True).sqrt()
         for head in range(2):
             for slot in slots:
                 gaps = (possible[:, head] - after[head, slot]).abs().amax(1)
