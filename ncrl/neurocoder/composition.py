@@ -94,18 +94,16 @@ class CompositionNetwork(Composition):
         self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
         # All that meets x is one product, and so is its gradient.
-        readers = [self._input_weight()]
-        if gate is not None:
-            readers.append(gate.weight)
-        if rows is not None:
-            readers.append(rows)
+        weights = [rows, self._input_weight(), None if gate is None else gate.weight]
+        readers = [weight for weight in weights if weight is not None]
         read = torch.split(F.linear(x, torch.cat(readers)), [len(part) for part in readers], dim=1)
-        attention = self._attend(self._control(read[0]), memory.keys())
+        from_input = read[0 if rows is None else 1]
+        attention = self._attend(self._control(from_input), memory.keys())
         sigma = singular_values(attention.s, memory.stored("s"))
         scale = None
         if gate is not None:
-            scale = (read[1] + gate.bias).sigmoid() * sigma[:, -1:]  # Eq. 7
-        return Composed(attention, sigma, scale, None if rows is None else read[-1])
+            scale = (read[-1] + gate.bias).sigmoid() * sigma[:, -1:]  # Eq. 7
+        return Composed(attention, sigma, scale, None if rows is None else read[0])
 
     def _input_weight(self) -> Tensor:
         """What x is multiplied with, [4h or h, in]: the LSTM reads the same x at every step."""
