@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ncrl.neurocoder.attention import compose_attention, content_attention
+from ncrl.neurocoder.attention import (
+    compose_attention,
+    content_attention,
+    content_logits,
+    two_level_attention,
+)
 from ncrl.neurocoder.config import NeurocoderConfig
 from ncrl.neurocoder.growth import replace_parameter
 from ncrl.neurocoder.integration import Attention, Composed, singular_values
@@ -135,7 +140,8 @@ class CompositionNetwork(Composition):
 class ProjectionNetwork(Composition):
     """A random projection of the input that stays as it is, for memories that grow.
 
-    Every head has its own, and finds its slots by keys of its own.
+    Every head has its own, and finds its slots by keys of its own; all heads together decide how
+    much goes to the slots that were frozen at a time, and to those that are trained.
     """
 
     projection: Tensor
@@ -165,8 +171,8 @@ class ProjectionNetwork(Composition):
         self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
         queries = self.queries(x).transpose(0, 1)
-        weights = content_attention(queries, memory.keys(), self.config.sharpness)
-        weights = weights.transpose(0, 1)  # [B, H, P]
+        logits = content_logits(queries, memory.keys(), self.config.sharpness)
+        weights = two_level_attention(logits, memory.groups()).transpose(0, 1)  # [B, H, P]
         sigma = singular_values(weights, memory.stored("s"))
         scale = None
         if gate is not None:

@@ -304,9 +304,10 @@ def _hold_as_stored(
     layer: NeurocoderLinear, state: Mapping[str, Tensor], prefix: str, *_: object
 ) -> None:
     """Freeze as many slots as a state_dict that is to be loaded has frozen."""
-    held = state.get(f"{prefix}memory.frozen_s")
-    if held is not None:
-        layer._growing_memory().hold(len(held))
+    groups = state.get(f"{prefix}memory.frozen_groups")
+    if groups is not None:
+        for count in groups.cumsum(0).tolist():
+            layer._growing_memory().hold(count)
 
 
 def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:

@@ -28,20 +28,28 @@ class SlotMemory(nn.Module):
     frozen_keys: Tensor | None
     """[3 or H, F, K], of the F frozen slots; None without any, as `frozen_u`, ... are then."""
 
+    frozen_groups: Tensor | None
+    """How many slots were frozen each time, in order."""
+
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
         self.config = config
         self.u = nn.Parameter(torch.empty(config.num_slots, in_features))  # [P, in]
         self.v = nn.Parameter(torch.empty(config.num_slots, out_features))  # [P, out]
         self.s = nn.Parameter(torch.empty(config.num_slots, 1))  # [P, 1]
-        for name in ("u", "v", "s", "keys"):
+        for name in ("u", "v", "s", "keys", "groups"):
             self.register_buffer(f"frozen_{name}", None)
+        self._groups: list[int] = []  # `frozen_groups`, without a look at the device
 
     def stored(self, name: str) -> Tensor:
         """All rows of M_U (`u`), M_V (`v`) or M_S (`s`), [P, ...]; frozen slots come first."""
         trained: Tensor = getattr(self, name)
         frozen: Tensor | None = getattr(self, f"frozen_{name}")
         return trained if frozen is None else torch.cat([frozen, trained])
+
+    def groups(self) -> list[int]:
+        """How many slots were frozen each time, and are trained."""
+        return [count for count in (*self._groups, len(self.s)) if count]
 
     def reset_parameters(self) -> None:
         raise NotImplementedError
@@ -123,7 +131,7 @@ class ProgramMemory(SlotMemory):
     @torch.no_grad()
     def hold(self, count: int, optimizer: Optimizer | None = None) -> None:
         """Freeze the first `count` slots, if they are not."""
-        fresh = count - (0 if self.frozen_keys is None else self.frozen_keys.shape[1])
+        fresh = count - sum(self._groups)
         if fresh <= 0:
             return
         keys = self.keys()[:, :count]
@@ -132,6 +140,8 @@ class ProgramMemory(SlotMemory):
                 setattr(self, f"frozen_{name}", self.stored(name)[:count].clone())
             replace_parameter(self, name, lambda rows: rows[fresh:], optimizer)
         self.frozen_keys = keys.clone()
+        self._groups.append(fresh)
+        self.frozen_groups = torch.tensor(self._groups, device=keys.device)
 
     @torch.no_grad()
     def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:

@@ -245,7 +245,8 @@ def results_table(
 def count_parameters(model: torch.nn.Module) -> int:
     """Frozen ones and frozen slots included, other buffers not."""
     memories = [module for module in model.modules() if isinstance(module, SlotMemory)]
-    frozen = sum(buffer.numel() for memory in memories for buffer in memory.buffers())
+    buffers = [buffer for memory in memories for buffer in memory.buffers()]
+    frozen = sum(buffer.numel() for buffer in buffers if buffer.is_floating_point())
     return frozen + sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -31,7 +31,13 @@ OPTIONS: dict[str, Any] = dict(
     num_slots=4, key_dim=3, num_heads=2, num_steps=2, num_least_used=1, controller_size=5
 )
 PROJECTION: dict[str, Any] = dict(
-    num_slots=4, key_dim=3, num_heads=2, num_least_used=0, controller="projection", sharpness=5.0
+    controller="projection",
+    num_slots=4,
+    key_dim=3,
+    num_heads=2,
+    num_steps=1,
+    num_least_used=0,
+    sharpness=5.0,
 )
 GATES = ("slot-head", "slot", "head")
 
@@ -98,7 +104,7 @@ def test_gates_of_old_slots_stay_and_new_ones_are_half_open(gate: str) -> None:
 
 
 def test_a_projection_layer_equals_a_literal_reading() -> None:
-    layer = make(**PROJECTION | dict(num_steps=1), residual=True)
+    layer = make(**PROJECTION, residual=True)
     assert isinstance(layer.composition.center, Tensor)
     layer.composition.center.normal_()
     layer.freeze_slots()
@@ -109,10 +115,19 @@ def test_a_projection_layer_equals_a_literal_reading() -> None:
     keys = memory.keys()  # [H, P, K]
     for b in range(3):
         described = network.projection @ (x[b] - network.center)
+        evidence = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
+        for h in range(2):
+            query = described[3 * h : 3 * h + 3]
+            for group, slots_of in enumerate((range(4), range(4, 6))):
+                best = max(5.0 * cosine(query, keys[h, p]) for p in slots_of)
+                evidence[group] = evidence[group] + best
+        shares = torch.stack(evidence).softmax(0)
         sigma, u, v = [], [], []
         for h in range(2):
             query = described[3 * h : 3 * h + 3]
-            weights = torch.stack([5.0 * cosine(query, keys[h, p]) for p in range(6)]).softmax(0)
+            own = [5.0 * cosine(query, keys[h, p]) for p in range(6)]
+            inside = [torch.stack(own[:4]).softmax(0), torch.stack(own[4:]).softmax(0)]
+            weights = torch.cat([part * share for part, share in zip(inside, shares, strict=True)])
             u.append(sum(weights[p] * slots[0][p] for p in range(6)))
             v.append(sum(weights[p] * slots[1][p] for p in range(6)))
             sigma.append(softplus(sum(weights[p] * slots[2][p, 0] for p in range(6))))
@@ -124,9 +139,7 @@ def test_a_projection_layer_equals_a_literal_reading() -> None:
         assert relative_error(layer(x)[b], x[b] @ program + layer.bias) < 1e-9
 
 
-@pytest.mark.parametrize(
-    "options", [OPTIONS, PROJECTION | dict(num_steps=1)], ids=["lstm", "projection"]
-)
+@pytest.mark.parametrize("options", [OPTIONS, PROJECTION], ids=["lstm", "projection"])
 def test_frozen_slots_stay_bit_for_bit_whatever_is_trained(options: dict[str, Any]) -> None:
     layer = make(**options)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
@@ -223,6 +236,18 @@ def test_a_checkpoint_of_a_grown_layer_goes_on_exactly() -> None:
         copied.load_state_dict(layer.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch"):
         fresh(6)[0].load_state_dict(layer.state_dict())
+
+
+def test_groups_of_slots_are_loaded() -> None:
+    layer = make(**PROJECTION)
+    for count in (2, 1):
+        layer.freeze_slots()
+        layer.grow(count)
+    other = make(seed=1, **PROJECTION | dict(num_slots=7))
+    other.load_state_dict(layer.state_dict())
+    assert other.memory.groups() == layer.memory.groups() == [4, 2, 1]
+    x = random_input(3, 7)
+    assert torch.equal(other(x), layer(x))
 
 
 def test_names_in_the_state_dict_of_a_layer_that_never_froze() -> None:
