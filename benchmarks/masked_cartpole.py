@@ -10,6 +10,7 @@ import argparse
 import time
 
 import numpy as np
+from common import print_header, print_row
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
@@ -18,8 +19,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from ncrl.agents import A3C
 from ncrl.envs import masked_cartpole
 
-SOLVED = 475.0
-"""Mean return of 100 games at which CartPole-v1 counts as solved; 500 is the most."""
+SOLVED = 475.0  # mean return of 100 games at which CartPole-v1 counts as solved; 500 is the most
 
 
 class UntilSolved(BaseCallback):
@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--logdir", help="folder of TensorBoard curves")
     arguments = parser.parse_args()
-    print("| policy | seed | timesteps | training games (100) | 100 new games | seconds |")
-    print("|---|---|---|---|---|---|")
+    columns = "policy", "seed", "timesteps", "training games (100)", "100 new games", "seconds"
+    print_header(*columns)
     for seed in arguments.seeds:
         model = A3C(
             arguments.policy,
@@ -69,11 +69,9 @@ def main() -> None:
         scores, _ = evaluate_policy(
             model, env, n_eval_episodes=100, deterministic=True, return_episode_rewards=True
         )
-        print(
-            f"| {arguments.policy} | {seed} | {model.num_timesteps:,} | {trained:.1f} | "
-            f"{np.mean(scores):.1f} ± {np.std(scores):.1f} | {seconds:.0f} |",
-            flush=True,
-        )
+        new = f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
+        cells = f"{model.num_timesteps:,}", f"{trained:.1f}", new, f"{seconds:.0f}"
+        print_row(arguments.policy, seed, *cells)
 
 
 if __name__ == "__main__":

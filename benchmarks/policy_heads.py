@@ -49,11 +49,6 @@ class Rewards(BaseCallback):
         self.means.append(float(self.locals["rewards"].mean()))
         return True
 
-    def by_part(self) -> list[float]:
-        """Means over equal parts of the training."""
-        size = len(self.means) // PARTS
-        return [statistics.fmean(self.means[i * size : (i + 1) * size]) for i in range(PARTS)]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -61,8 +56,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--timesteps", type=int, default=64_000)
     arguments = parser.parse_args()
-    if arguments.timesteps < PARTS * NUM_ENVS:
-        parser.error(f"--timesteps must be at least {PARTS * NUM_ENVS}, got {arguments.timesteps}")
     torch.set_num_threads(1)
     columns = [f"{i + 1}/{PARTS}" for i in range(PARTS)]
     print_header("head", "seed", *columns)
@@ -92,7 +85,8 @@ def train(head: str, options: dict[str, Any], seed: int, timesteps: int) -> list
     )
     rewards = Rewards()
     model.learn(timesteps, callback=rewards)
-    return rewards.by_part()
+    size = len(rewards.means) // PARTS
+    return [statistics.fmean(rewards.means[i * size : (i + 1) * size]) for i in range(PARTS)]
 
 
 if __name__ == "__main__":

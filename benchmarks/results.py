@@ -24,16 +24,17 @@ from typing import Any
 
 import yaml
 
+from ncrl.tasks.results import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 RUN_FILE = "result.json"
-LONG = ("curve", "details")
-"""Fields of a row that are kept beside the CSV."""
+LONG = ("curve", "details")  # fields of a row that are kept beside the CSV
+MARKS = {"holds": "✔", "in part": "◐", "not found": "✘", "open": "open"}
+BLOCK = re.compile(r"(<!-- table\n(.*?)-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 Row = dict[str, Any]
 """A run as its `result.json` has it, and under `folder` the one that it stood in."""
-
-MARKS = {"holds": "✔", "in part": "◐", "not found": "✘", "open": "open"}
 
 
 # Rows <-> files
@@ -61,10 +62,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as `outer.inner`; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 
 
@@ -100,17 +99,16 @@ def order(row: Row) -> tuple[str, int, str]:
     return row["name"], row["seed"], row["folder"]
 
 
-def group_of_column(column: str) -> int:
-    """Where a column stands: the row's own fields, what was measured, everything else, settings."""
-    outer, dot, _ = column.partition(".")
-    return {"metrics": 1, "recipe": 3}.get(outer, 2 if dot else 0)
-
-
 def write_csv(task: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
     """A task's rows as `<task>.csv` and `<task>.details.jsonl`."""
     rows = sorted(rows, key=order)
     flat = [flatten({k: v for k, v in row.items() if k not in LONG}) for row in rows]
-    columns = sorted({key: None for line in flat for key in line}, key=group_of_column)
+    # The row's own fields, what was measured, everything else, settings.
+    places = {"metrics": 1, "recipe": 3}
+    columns = sorted(
+        {key: None for line in flat for key in line},
+        key=lambda column: places.get(column.split(".")[0], 2 if "." in column else 0),
+    )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -149,12 +147,6 @@ def pack(logdir: Path, folder: Path = RESULTS) -> None:
 # Tables of rows
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first line is the header."""
-    rule = ["---"] * len(lines[0])
-    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
-
-
 def mean_and_std(values: Sequence[float], form: str) -> str:
     """With the standard deviation of the population; of one value, the value."""
     if len(values) == 1:
@@ -178,12 +170,12 @@ def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
         for update in updates
     ]
     titles = [title for title, *_ in [*metrics.values(), *by_seed.values()]]
-    titles += [f"{update:,}" for *_, update in points]
-    lines = [["", "parameters", *titles, *["paper"][:with_paper]]]
+    header = ["", "parameters", *titles, *(f"{update:,}" for *_, update in points)]
+    lines = []
     for name, label in spec["runs"].items():
-        label, *paper = label if isinstance(label, list) else [label]
+        label, *paper = label if isinstance(label, list) else [label, ""]
         group = chosen(rows, name, spec)
-        cells = []
+        cells = [label, f"{group[0]['parameters']:,}"]
         for metric, (_, form, *factor) in metrics.items():
             cells.append(mean_and_std(values_of(group, metric, *factor), form))
         for metric, (_, form, *factor) in by_seed.items():
@@ -191,17 +183,12 @@ def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
         for metric, form, factor, update in points:
             values = [p[metric] for row in group for p in row["curve"] if p["update"] == update]
             cells.append(", ".join(f"{value * factor:{form}}" for value in values))
-        line = [label, f"{group[0]['parameters']:,}", *cells]
-        lines.append([*line, *(str(value) for value in (paper or [""])[:with_paper])])
-    return markdown(lines)
+        lines.append([*cells, *map(str, paper)] if with_paper else cells)
+    return markdown([*header, "paper"] if with_paper else header, lines)
 
 
 def chosen(rows: Sequence[Row], name: str, spec: Mapping[str, Any]) -> list[Row]:
-    """The rows of a recipe with the seeds that a table wants.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The rows of a recipe, at least one, with the seeds that a table wants."""
     group = [r for r in rows if r["name"] == name and r["seed"] in spec.get("seeds", [r["seed"]])]
     if not group:
         raise ValueError(f"no row of {spec['task']} is called {name!r}")
@@ -218,17 +205,16 @@ def grid_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
 
     Where the metric `spec["mark"]` is above zero for a seed, the cell has a dagger.
     """
-    lines = [["", *map(str, spec["columns"])]]
-    for name in spec["rows"]:
+    lines = []
+    for name, printed in spec["rows"].items():
         line = [name]
-        for column, paper in zip(spec["columns"], spec["rows"][name], strict=True):
-            wanted = spec["grid"].format(name, column)
-            group = chosen(rows, wanted, spec)
+        for column, paper in zip(spec["columns"], printed, strict=True):
+            group = chosen(rows, spec["grid"].format(name, column), spec)
             text = mean_and_std(values_of(group, spec["metric"]), ".1f")
             text += " †" * any(value > 0 for value in values_of(group, spec["mark"]))
             line.append(text + f" ({paper})" * (paper is not None))
         lines.append(line)
-    return markdown(lines)
+    return markdown(["", *map(str, spec["columns"])], lines)
 
 
 def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
@@ -239,28 +225,25 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
         for verdict, count in zip(MARKS, counts, strict=True)
     )
     head = ["", "claim", "paper", "ours", "seeds", "command", "page"]
-    lines = [head] + [
+    lines = [
         [
             MARKS[claim["verdict"]],
             f"{claim['claim']} ({claim['where']})",
             claim["paper"],
             claim["ours"],
-            str(claim["seeds"]),
+            claim["seeds"],
             f"`{claim['command']}`" if claim["command"] else "",
             f"[{claim['page']}]({claim['page']}.md)",
         ]
         for claim in claims
     ]
-    return f"{len(claims)} claims: {legend}.\n\n{markdown(lines)}"
+    return f"{len(claims)} claims: {legend}.\n\n{markdown(head, lines)}"
 
 
 def table_specs(page: Path) -> list[dict[str, Any]]:
     """The descriptions of a page's tables."""
     text = page.read_text(encoding="utf-8")
     return [yaml.safe_load(match[2]) for match in BLOCK.finditer(text)]
-
-
-BLOCK = re.compile(r"(<!-- table\n(.*?)-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
@@ -274,7 +257,7 @@ def filled(text: str) -> str:
         else:
             rows = read_csv(spec["task"])
             made = (grid_table if "grid" in spec else runs_table)(rows, spec)
-        return f"{match[1]}\n{made}\n{match[4]}"
+        return f"{match[1]}\n{made}\n\n{match[4]}"
 
     return BLOCK.sub(table, text)
 
@@ -283,8 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("pack", help="finished runs into CSVs").add_argument("logdir", type=Path)
-    commands.add_parser("unpack", help="CSVs into runs").add_argument("logdir", type=Path)
+    for name, said in (("pack", "finished runs into CSVs"), ("unpack", "CSVs into runs")):
+        commands.add_parser(name, help=said).add_argument("logdir", type=Path)
     tables = commands.add_parser("tables", help="write the tables of the pages anew")
     tables.add_argument("--check", action="store_true", help="write nothing; 1 if one differs")
     flags = parser.parse_args(arguments)

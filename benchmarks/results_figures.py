@@ -6,7 +6,6 @@ python benchmarks/results_figures.py    # writes docs/figures/{cifar,polynomial,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,26 +15,15 @@ from matplotlib.figure import Figure
 from results import RESULTS, ROOT, Row, chosen, read_csv, table_specs, values_of
 
 FIGURES = ROOT / "docs" / "figures"
-
-Points = tuple[Sequence[float], Sequence[float]]
-"""x and y of one run."""
+Points = tuple[Sequence[float], Sequence[float]]  # x and y of one run
 
 
 def draw_runs(
     axes: Axes, task: str, points: Callable[[Row], Points], only: str = "", marker: str = ""
 ) -> dict[str, Any]:
-    """A line for each recipe of the first table of a task's page: its mean, between its seeds.
-
-    Args:
-        axes: to draw on.
-        task: also the name of the page.
-        points: of a row.
-        only: draws the recipes alone whose label starts with this, which is then left out.
-        marker: of each point.
-
-    Returns:
-        The colour of each recipe, by its label.
-    """
+    """A line for each recipe of the first table of a task's page, of the same name: its mean,
+    between its seeds. `only` draws the recipes alone whose label starts with it, and leaves it out.
+    Returns the colour of each recipe, by its label."""
     rows, spec = read_csv(task), table_specs(RESULTS / f"{task}.md")[0]
     colours: dict[str, Any] = {}
     for name, label in spec["runs"].items():
@@ -62,7 +50,12 @@ def curve(metric: str, factor: float = 1) -> Callable[[Row], Points]:
     return points
 
 
-def draw_cifar(path: Path) -> None:
+def save(figure: Figure, name: str) -> None:
+    """Into docs/figures/."""
+    figure.savefig(FIGURES / f"{name}.png", dpi=100)
+
+
+def draw_cifar() -> None:
     """Accuracy over epochs; hollow points are what the paper prints."""
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
@@ -77,10 +70,10 @@ def draw_cifar(path: Path) -> None:
     axes.set_title("CIFAR-10 (JPEG copies), MLP, 20 epochs", fontsize=10)
     axes.set(xlabel="updates", ylabel="test accuracy, %", ylim=(32, 57))
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=100)
+    save(figure, "cifar")
 
 
-def draw_polynomial(path: Path) -> None:
+def draw_polynomial() -> None:
     """Error over updates."""
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
@@ -88,10 +81,10 @@ def draw_polynomial(path: Path) -> None:
     axes.set_title("4 polynomials in a sequence, seeds 0 and 1", fontsize=10)
     axes.set(xlabel="updates", ylabel="squared error inside chunks, 1e-3", yscale="log")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    save(figure, "polynomial")
 
 
-def draw_algorithms(path: Path) -> None:
+def draw_algorithms() -> None:
     """Wrong bits over updates, at the length of training and at twice that."""
     figure = Figure((9, 3.6), layout="constrained")
     for axes, n in zip(figure.subplots(1, 2, sharey=True), (4, 8), strict=True):
@@ -102,10 +95,10 @@ def draw_algorithms(path: Path) -> None:
         axes.set(xlabel="updates", ylim=(0, 55))
     figure.axes[0].set_ylabel("wrong bits, %")
     figure.axes[0].legend(fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=100)
+    save(figure, "algorithms")
 
 
-def draw_split_cifar(path: Path) -> None:
+def draw_split_cifar() -> None:
     """Mean accuracy on the tasks seen so far over their number (Fig. 7)."""
 
     def seen(row: Row) -> Points:
@@ -118,7 +111,7 @@ def draw_split_cifar(path: Path) -> None:
     axes.set_title("split CIFAR-10 (JPEG copies, no ImageNet weights), three seeds", fontsize=10)
     axes.set(xlabel="tasks learnt", ylabel="accuracy on them, %", xticks=range(1, 6))
     figure.legend(fontsize=8, loc="outside right center")
-    figure.savefig(path, dpi=100)
+    save(figure, "split_cifar")
 
 
 PANELS = {
@@ -130,7 +123,7 @@ PANELS = {
 """What split MNIST's figure compares with the MLP: columns of the tables, and their names."""
 
 
-def draw_split_mnist(path: Path) -> None:
+def draw_split_mnist() -> None:
     """Split MNIST's tables as points, the MLP as a band and the paper's values as hollow points."""
     rows = read_csv("split_mnist")
     grids = [spec for spec in table_specs(RESULTS / "split_mnist.md") if "grid" in spec]
@@ -166,10 +159,10 @@ def draw_split_mnist(path: Path) -> None:
         ax.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
         ax.legend(fontsize=8, loc="upper left")
         ax.set_ylim(top=100)
-    figure.savefig(path, dpi=100)
+    save(figure, "split_mnist")
 
 
-def draw_growing_memory(path: Path) -> None:
+def draw_growing_memory() -> None:
     """Whose slots the images of each task attend to, layer by layer, and accuracy over slots."""
     rows, (spec, *_) = read_csv("growing_memory"), table_specs(RESULTS / "growing_memory.md")
     figure = Figure((11, 3), layout="constrained")
@@ -197,13 +190,16 @@ def draw_growing_memory(path: Path) -> None:
     sizes.axhline(routed, color="0.4", linestyle=":", label="routed, accuracy")
     sizes.set(xlabel="slots for each task", ylabel="%", ylim=(80, 100))
     sizes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    save(figure, "growing_memory")
 
 
 if __name__ == "__main__":
-    draw_cifar(FIGURES / "cifar.png")
-    draw_polynomial(FIGURES / "polynomial.png")
-    draw_algorithms(FIGURES / "algorithms.png")
-    draw_split_cifar(FIGURES / "split_cifar.png")
-    draw_split_mnist(FIGURES / "split_mnist.png")
-    draw_growing_memory(FIGURES / "growing_memory.png")
+    for draw in (
+        draw_cifar,
+        draw_polynomial,
+        draw_algorithms,
+        draw_split_cifar,
+        draw_split_mnist,
+        draw_growing_memory,
+    ):
+        draw()

@@ -1,140 +1,204 @@
 """What a training step with Neurocoder costs beside the plain network's, for the paper's tasks.
 
-python benchmarks/tasks.py                     # every row, one thread, 10 seconds each
-python benchmarks/tasks.py --only mlp lenet    # rows whose name contains one of these
-python benchmarks/tasks.py --all               # the other layers as well
-python benchmarks/tasks.py --check             # exit status 1 if a target is missed
+python benchmarks/tasks.py                            # every row, one thread, 10 seconds each
+python benchmarks/tasks.py --only mlp lenet           # rows whose name contains one of these
+python benchmarks/tasks.py --all                      # the other layers as well
+python benchmarks/tasks.py --only split --fisher --runs ewc   # and continual learning: many minutes
+python benchmarks/tasks.py --check                    # exit status 1 if a target is missed
 
 A step is what `ncrl.tasks` does between two evaluations: batch, forward, all losses, backward,
-optimiser. Plain and coded steps are taken in turn, so that a busy machine meets both alike. What
-the data shows does not change the time, so images are random.
+optimiser. All layers' steps are taken in turn, so that a busy machine meets them alike. What the
+data shows does not change the time, so images are random.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from common import Target, machine, medians, print_header, print_row, print_targets
 
 from ncrl.layers import LAYERS
+from ncrl.shell.hardware import keep_freed_memory
 from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import keep_freed_memory, plans
+from ncrl.tasks.command import plans
+from ncrl.tasks.continual.methods import METHODS, OnlineEwc
+from ncrl.tasks.continual.split import SplitLearning, Task
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment
 from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
-from ncrl.tasks.training import make_step
+from ncrl.tasks.split_mnist.experiment import plan
+from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
+from ncrl.tasks.training import Run, Training, train
+
+CPU = torch.device("cpu")
+SPLIT_MNIST = "split MNIST"
+TASK_SIZES = (12665, 12089, 11263, 12183, 11800)  # training images of the five tasks of MNIST
+FISHER_IMAGES = 2048
+MOST_SECONDS = 60.0  # for a whole run of any method
+PLAIN, CODED = ("linear", "mlp"), ("neurocoder", "paper", "official")  # layers that are compared
 
 
 class Row(NamedTuple):
-    """A task's coded network beside its plain one."""
+    """A task's coded networks beside its plain one."""
 
     name: str
-    config: str
-    """File in configs/tasks/; the plain network is its variant `linear`."""
-    make: Callable[[Recipe], Experiment]
-    most: float
-    """Largest ratio of the steps' times that is good enough."""
-    variant: str = "base"
-    """Of the coded network."""
+    config: str  # file in configs/tasks/; the plain network is its variant `linear`
+    make: Callable[[Recipe, int, torch.device], Experiment]
+    most: float  # largest ratio of the steps' times that is good enough
+    variant: str = "base"  # of the coded network
+
+    def experiments(self, everything: bool) -> Mapping[str, tuple[Recipe, Experiment]]:
+        """By the layer's name."""
+        recipes: dict[str, Recipe] = {}
+        if self.name == SPLIT_MNIST:
+            for column in COLUMNS:
+                recipes[column.name] = plan(Cell("domain", "adam", column), {}).recipe
+        else:
+            for layer in LAYERS:
+                variant = self.variant if layer == "neurocoder" else "base"
+                flags = {"layer": [layer], "variant": [variant]}
+                recipes[layer] = plans(flags, self.config)[0].recipe
+        found = {}
+        for layer, recipe in recipes.items():
+            if everything or layer in (*PLAIN, *CODED):
+                torch.manual_seed(0)
+                found[layer] = recipe, self.make(recipe, 0, CPU)
+        return found
 
 
-def cifar(recipe: Recipe) -> Experiment:
+def cifar(recipe: Recipe, seed: int, _device: torch.device) -> Experiment:
     """Ten batches of random images in the size of CIFAR's."""
     count = 10 * recipe.batch_size
-    images = torch.randn(count, 3, 32, 32)
-    labels = torch.randint(10, (count,))
+    images, labels = torch.randn(count, 3, 32, 32), torch.randint(10, (count,))
     data = Images("random", "random", images, labels, images[:1], labels[:1], 10)
-    return Classification(recipe, data, 0)
+    return Classification(recipe, data, seed)
 
 
-def polynomial(recipe: Recipe) -> Experiment:
-    """As the command trains it: batches are drawn anew for every step."""
-    return Polynomials(recipe, 0, torch.device("cpu"))
-
-
-def algorithms(recipe: Recipe) -> Experiment:
-    """Likewise."""
-    return MultiAlgorithm(recipe, 0, torch.device("cpu"))
+def split_mnist(recipe: Any, seed: int, _device: torch.device, scale: float = 1.0) -> SplitLearning:
+    """As many random images as MNIST's tasks have, or a share, and a sixth for testing."""
+    tasks = []
+    for size in (max(2, int(scale * whole)) for whole in TASK_SIZES):
+        counts = size, max(1, size // 6)
+        (x, y), test = ((torch.randn(n, 1024), torch.randint(2, (n,))) for n in counts)
+        tasks.append(Task(x, y, *test))
+    return SplitLearning(recipe, tasks, "random", seed)
 
 
 ROWS = [
     Row("CIFAR MLP", "cifar_mlp", cifar, 1.15),
     Row("CIFAR LeNet", "cifar_lenet", cifar, 1.15),
-    Row("NTM", "algorithms", algorithms, 1.5),
-    Row("polynomial GRU, J = 1", "polynomial", polynomial, 2.0, variant="j1"),
-    Row("polynomial GRU, J = 5", "polynomial", polynomial, 4.0),
+    Row("NTM", "algorithms", MultiAlgorithm, 1.5),
+    Row("polynomial GRU, J = 1", "polynomial", Polynomials, 2.0, variant="j1"),
+    Row("polynomial GRU, J = 5", "polynomial", Polynomials, 4.0),
+    Row(SPLIT_MNIST, "split_mnist", partial(split_mnist, scale=0.1), 2.0),
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="per row")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="seconds of this process's CPUs, for a machine that others use as well",
-    )
-    parser.add_argument("--only", nargs="+", default=[], help="parts of names of rows")
-    parser.add_argument("--all", action="store_true", help="the other layers as well")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    add = parser.add_argument
+    add("--seconds", type=float, default=10.0, help="per row")
+    add("--threads", type=int, default=1)
+    add("--cpu-time", action="store_true", help="of this process, where others are at work as well")
+    add("--only", nargs="+", default=[""], help="parts of names of rows")
+    add("--all", action="store_true", help="the other layers as well")
+    add("--check", action="store_true", help="exit with 1 if a target is missed")
+    add("--fisher", action="store_true", help="the Fisher information of split MNIST as well")
+    add("--runs", nargs="*", choices=METHODS, help="whole runs of split MNIST, of all methods")
+    columns = [column.name for column in COLUMNS]
+    add("--columns", nargs="+", choices=columns, default=columns, help="of both")
+    add("--epochs", type=int, help="of the runs, in place of the recipe's 4")
+    add("--scale", type=float, default=1.0, help="share of the images, for both")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as the commands do
-    chosen = [row for row in ROWS if wanted(row.name, arguments.only)]
+    parts = [part.lower() for part in arguments.only]
+    chosen = [row for row in ROWS if any(part in row.name.lower() for part in parts)]
     if not chosen:
         names = ", ".join(row.name for row in ROWS)
         parser.error(f"no row's name contains {' or '.join(arguments.only)}: {names}")
     clock = "CPU time" if arguments.cpu_time else "wall clock"
-    print(
-        f"{machine()}, {arguments.threads} thread(s), {clock}, median of "
-        f"{arguments.seconds:g} s a row\n"
-    )
+    said = f"{arguments.threads} thread(s), {clock}, median of {arguments.seconds:g} s a row"
+    print(f"{machine()}, {said}\n")
     print_header("training step", "batch", "layer", "ms", "beside plain")
     targets = [target for row in chosen for target in measure(row, arguments)]
+    if arguments.fisher:
+        measure_fisher(arguments)
+    if arguments.runs is not None:
+        targets += measure_runs(arguments)
     print()
     print_targets(targets)
     if arguments.check and any(target.failed for target in targets):
         sys.exit(1)
 
 
-def wanted(name: str, parts: Sequence[str]) -> bool:
-    """Whether the name contains one of the parts, or there are none."""
-    return not parts or any(part.lower() in name.lower() for part in parts)
-
-
 def measure(row: Row, arguments: argparse.Namespace) -> list[Target]:
     """Print the time of every layer's step."""
-    layers = ["linear", "neurocoder"]
-    if arguments.all:
-        layers += [name for name in ("hypernet", "film", "moe", "nsm") if name in LAYERS]
-    recipes = {layer: recipe_of(row, layer) for layer in layers}
-    steps = []
-    for recipe in recipes.values():
-        torch.manual_seed(0)
-        steps.append(make_step(recipe, row.make(recipe)))
+    steps, batches = {}, {}
+    for layer, (recipe, experiment) in row.experiments(arguments.all).items():
+        experiment.model.train()
+        steps[layer] = Training(Run("", "", recipe, 0, CPU, Path()), experiment).step
+        batches[layer] = recipe.batch_size
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    times = dict(zip(layers, medians(arguments.seconds, *steps, clock=clock), strict=True))
-    for layer, milliseconds in times.items():
-        ratio = milliseconds / times["linear"]
-        batch = recipes[layer].batch_size
-        print_row(row.name, batch, layer, f"{milliseconds:.3g}", f"{ratio:.2f}")
-    ratio = times["neurocoder"] / times["linear"]
-    return [Target(f"step of {row.name}, Neurocoder", ratio, row.most, at_least=False)]
+    times = dict(zip(steps, medians(arguments.seconds, *steps.values(), clock=clock), strict=True))
+    plain = next(times[layer] for layer in PLAIN if layer in times)
+    for layer, ms in times.items():
+        print_row(row.name, batches[layer], layer, f"{ms:.3g}", f"{ms / plain:.2f}")
+    return [
+        Target(f"step of {row.name}, {layer}", times[layer] / plain, row.most, at_least=False)
+        for layer in CODED
+        if layer in times
+    ]
 
 
-def recipe_of(row: Row, layer: str) -> Recipe:
-    """The recipe of a row's task with another layer."""
-    variant = row.variant if layer == "neurocoder" else "base"
-    (plan,) = plans({"layer": [layer], "variant": [variant]}, row.config)
-    return plan.recipe
+def chosen_columns(arguments: argparse.Namespace) -> list[Column]:
+    """Those of split MNIST's tables to measure."""
+    return [column for column in COLUMNS if column.name in arguments.columns]
+
+
+def measure_fisher(arguments: argparse.Namespace) -> None:
+    """Print the seconds that the Fisher information of some images takes."""
+    print()
+    print_header(f"Fisher information of {FISHER_IMAGES:,} images", "s")
+    for column in chosen_columns(arguments):
+        recipe = plan(Cell("domain", "online-ewc", column), {}).recipe
+        experiment = split_mnist(recipe, 0, CPU, arguments.scale)
+        assert isinstance(experiment.method, OnlineEwc)
+        images, loss = torch.randn(FISHER_IMAGES, 1024), experiment.sample_losses[0]
+        (ms,) = medians(0, partial(experiment.method.fisher, images, loss))
+        print_row(column.name, f"{ms / 1000:.2f}")
+
+
+def measure_runs(arguments: argparse.Namespace) -> list[Target]:
+    """Print the seconds of whole runs, with their evaluations and Fisher information."""
+    methods = arguments.runs or list(METHODS)
+    flags = {} if arguments.epochs is None else {"epochs": arguments.epochs}
+    print()
+    print_header("whole run, s", *methods)
+    targets = []
+    for column in chosen_columns(arguments):
+        seconds = []
+        for method in methods:
+            recipe = plan(Cell("domain", method, column), flags).recipe
+            torch.manual_seed(0)
+            experiment = split_mnist(recipe, 0, CPU, arguments.scale)
+            with tempfile.TemporaryDirectory() as folder:
+                run = Run("split_mnist", column.name, recipe, 0, CPU, Path(folder))
+                seconds.append(train(run, experiment).seconds)
+        print_row(column.name, *(f"{s:.1f}" for s in seconds))
+        name = f"run of {column.name}, slowest method ({methods[seconds.index(max(seconds))]})"
+        targets.append(Target(name, max(seconds), MOST_SECONDS, at_least=False, unit="s"))
+    return targets
 
 
 if __name__ == "__main__":

@@ -26,65 +26,46 @@ from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_mem
 from ncrl.shell.lock import locked
 from ncrl.shell.screen import say
 from ncrl.shell.signals import Stopped
+from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment
-from ncrl.tasks.recipes import (
-    CONFIGS,
-    Recipe,
-    make_recipe,
-    outline_network,
-    read_recipes,
-)
+from ncrl.tasks.recipes import CONFIGS, Recipe, make_recipe, outline_network, read_recipes
 from ncrl.tasks.results import Result, fingerprint
-from ncrl.tasks.training import (
-    RECIPE_FILE,
-    NonFiniteError,
-    Run,
-    identity,
-    load_weights,
-    train,
-)
+from ncrl.tasks.training import RECIPE_FILE, NonFiniteError, Run, identity, load_weights, train
 from ncrl.yaml_files import parse_yaml
 
 EXIT_FAILED, EXIT_SIGINT = 1, 130
 
+# In the folder of a run whose loss was not finite: the same run would end there again.
 DIVERGED_FILE = "diverged.txt"
-"""In the folder of a run whose loss was not finite: the same run would end there again."""
-
-LARGEST_NOTE = 10_000
-"""Bytes of `DIVERGED_FILE`."""
-
 LARGEST_SEED = 2**31 - 1
 MOST_THREADS = 1024
 
+# Fields of a recipe that are flags, too.
 OVERRIDES = (
     *("optimizer", "learning_rate", "schedule", "momentum", "rmsprop_alpha", "weight_decay"),
     *("max_grad_norm", "batch_size", "epochs", "iterations", "orth_coef", "balance_coef"),
 )
-"""Fields of a recipe that are flags, too."""
+BASE = "base"  # name on the command line of the recipe at the top of a file
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
-BASE = "base"
-"""Name on the command line of the recipe at the top of a file."""
-
-Make = Callable[[Recipe, int, torch.device], Experiment]
+Make = Callable[[Any, int, torch.device], Experiment]
 """From a recipe, a seed and a device to what is trained. It is called right after torch's random
 stream was seeded with the seed."""
 
 
 class Plan(NamedTuple):
-    """A recipe to train, under the name that tables give it."""
+    """A recipe to train, under the name that tables give it.
+
+    See `Result.labels`: at least `variant`, which is empty for the recipe at the top of a file, and
+    `changes`, what the flags changed.
+    """
 
     name: str
     recipe: Recipe
     labels: Mapping[str, str] = MappingProxyType({"variant": "", "changes": ""})
-    """See `Result.labels`: at least `variant`, which is empty for the recipe at the top of a file,
-    and `changes`, what the flags changed."""
 
     def changed(self, **layer_options: Any) -> Plan:
-        """The same recipe with other options of its layer, which its name says.
-
-        Raises:
-            ValueError: for an option that the layer has not got.
-        """
+        """The same recipe with other options of its layer, which its name says."""
         said = " ".join(f"{key}={value}" for key, value in layer_options.items())
         options = {**self.recipe.layer_options, **layer_options}
         recipe = dataclasses.replace(self.recipe, layer_options=options)
@@ -131,14 +112,19 @@ class Session:
     ) -> list[Plan]:
         """The recipes that --config, --variant, --layer and the overrides name.
 
-        Args:
-            default_config: name of a file in configs/.
-            default_variants: those of it that are meant where none of these flags is given.
-            instead: values of flags in place of those given; None for a flag not given.
+        Without these flags it is some variants of a file in configs/. `instead` has values of flags
+        in place of those given; None for a flag not given.
         """
         default = {} if self.names_recipes else {"variant": list(default_variants)}
         flags = {**default, **self.flags, **instead}
         return plans({k: v for k, v in flags.items() if v is not None}, default_config)
+
+    def validated(self, data: Images, held_out_every: int) -> Images:
+        """The data set, or with --validate a part of its training images to measure on."""
+        if self.flags.get("validate"):
+            data = data.held_out(held_out_every)
+        say(data.source)
+        return data
 
     def run(
         self, wanted: Sequence[Plan], make: Make, *, seeds: Sequence[int] | None = None
@@ -147,15 +133,8 @@ class Session:
 
         Runs that another process is at are left to it, and waited for at the end: the same command
         started twice shares the work. A run whose loss is not finite any more is said, counted in
-        `num_diverged`, and has no row; the command's exit code will tell.
-
-        Returns:
-            The rows, recipe by recipe.
-
-        Raises:
-            ValueError: for a recipe that makes no sense with this task, and for files that cannot
-                be written or used.
-            Stopped: see `train`.
+        `num_diverged`, and has no row; the command's exit code will tell. The rows come recipe by
+        recipe.
         """
         for plan in wanted:  # before hours go into the first of them
             try:
@@ -180,69 +159,54 @@ class Session:
                 else:
                     found[index, seed] = result
             pending, patience = elsewhere, True
-        order = ((index, seed) for index in range(len(wanted)) for seed in seeds)
-        return [found[which] for which in order if which in found]
+        return [found[which] for which in sorted(found, key=lambda w: (w[0], seeds.index(w[1])))]
 
     def _run_one(self, plan: Plan, seed: int, make: Make, *, wait: bool) -> Result | None:
         """The row of one run; None if another process is at it."""
-        torch.manual_seed(seed)
-        experiment = make(plan.recipe, seed, self.device)
-        run = self.at(plan, seed, experiment)
+        run, experiment = self.made(plan, seed, make)
+        diverged = run.folder / DIVERGED_FILE
         with locked(run.folder, wait=wait) as is_ours:
             if not is_ours:
                 return None
             remove_unfinished(run.folder)
             result = run.result
-            if result is None:
-                result = _train(run, experiment)
-                say(result.line())
-            else:
-                result = dataclasses.replace(result, labels=dict(plan.labels))
+            if result is not None:
                 say(f"{result.line()} (finished before, {run.folder})")
+                return dataclasses.replace(result, labels=dict(plan.labels))
+            if os.path.lexists(diverged):
+                said = read_bytes(diverged).decode(errors="replace")
+                raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
+            what = json.dumps(identity(plan.recipe, experiment), indent=1)
+            write_atomically(run.folder / RECIPE_FILE, what.encode())
+            try:
+                result = train(run, experiment)
+            except NonFiniteError as error:
+                write_atomically(diverged, str(error).encode())
+                raise
+            say(result.line())
             return result
 
-    def at(self, plan: Plan, seed: int, experiment: Experiment) -> Run:
-        """The run of a recipe with a seed: where it is kept follows from everything that matters
-        for its numbers."""
-        mark = fingerprint(identity(plan.recipe, experiment.data, experiment.readings))
-        label = re.sub(r"[^a-z0-9.=]+", "-", plan.name.lower()).strip("-")
-        folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
-        return Run(self.task, plan.name, plan.recipe, seed, self.device, folder, plan.labels)
-
-    def experiment(self, plan: Plan, seed: int, make: Make) -> Experiment:
-        """A finished run's experiment, with its trained network in eval mode.
-
-        Raises:
-            ValueError: if its weights are missing.
-        """
+    def made(self, plan: Plan, seed: int, make: Make) -> tuple[Run, Experiment]:
+        """A run with what it trains; it is kept where all that matters for its numbers says."""
         torch.manual_seed(seed)
         experiment = make(plan.recipe, seed, self.device)
-        load_weights(self.at(plan, seed, experiment), experiment.model)
+        mark = fingerprint(identity(plan.recipe, experiment))
+        label = re.sub(r"[^a-z0-9.=]+", "-", plan.name.lower()).strip("-")
+        folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
+        run = Run(self.task, plan.name, plan.recipe, seed, self.device, folder, plan.labels)
+        return run, experiment
+
+    def experiment(self, plan: Plan, seed: int, make: Make) -> Any:
+        """A finished run's experiment, with its trained network in eval mode."""
+        run, experiment = self.made(plan, seed, make)
+        load_weights(run, experiment.model)
         experiment.model.eval()
         return experiment
 
 
-def _train(run: Run, experiment: Experiment) -> Result:
-    """`train`, unless the run diverged before; if it does now, that is remembered.
-
-    Raises:
-        NonFiniteError, Stopped, ValueError: see `train`.
-    """
-    diverged = run.folder / DIVERGED_FILE
-    if os.path.lexists(diverged):
-        said = read_bytes(diverged, LARGEST_NOTE).decode(errors="replace")
-        raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
-    what = identity(run.recipe, experiment.data, experiment.readings)
-    write_atomically(run.folder / RECIPE_FILE, json.dumps(what, indent=1).encode())
-    try:
-        return train(run, experiment)
-    except NonFiniteError as error:
-        write_atomically(diverged, str(error).encode())
-        raise
-
-
-def task_parser(task: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flags that all task commands have."""
+def task_parser(task: str, description: str | None, validate: str = "") -> argparse.ArgumentParser:
+    """A parser with the flags that all task commands have, the first line of a description, and
+    --validate, if it is said which training images that holds out."""
     parser = make_parser((description or "").splitlines()[0])
     parser.prog = f"python -m ncrl.tasks.{task}"
     add = parser.add_argument
@@ -256,27 +220,19 @@ def task_parser(task: str, description: str | None) -> argparse.ArgumentParser:
     add("--download", action="store_true", help="fetch the data set from OpenML if need be")
     add("--logdir", metavar="DIR", help="runs are kept, resumed and found here (default: runs)")
     add("--figure", metavar="FILE", help="draw the paper's figure to a .png, .svg or .pdf")
+    if validate:
+        said = f"hold {validate} out and measure on them: for the choice of settings"
+        add("--validate", action="store_true", help=said)
     changes = parser.add_argument_group("settings in place of the recipe's")
     add_flags(changes, Recipe, only=OVERRIDES, show_defaults=False)
-    for name in ("layer", "network"):
+    for name, example in (("layer", "sharpness=5"), ("network", "num_outputs=100")):
         changes.add_argument(
-            f"--{name}-options",
-            f"--{name}_options",
+            *(f"--{name}-options", f"--{name}_options"),
             nargs="+",
             metavar="NAME=VALUE",
-            help=f"options of the {name}, such as "
-            + ("sharpness=5" if name == "layer" else "num_outputs=100"),
+            help=f"options of the {name}, such as {example}",
         )
     return parser
-
-
-def add_validate(parser: argparse.ArgumentParser, every: str) -> None:
-    """The flag --validate; `every` says which training images are held out."""
-    parser.add_argument(
-        "--validate",
-        action="store_true",
-        help=f"hold {every} out and measure on them: for the choice of settings",
-    )
 
 
 def run_command(
@@ -318,44 +274,48 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must lie in {low:g} .. {high:g}, got {value}")
 
 
+def check_figure(path: Path) -> None:
+    """Raise ValueError, before anything is trained, unless a figure can be written there."""
+    if path.suffix not in FIGURE_SUFFIXES:
+        raise ValueError(f"--figure must end in one of {', '.join(FIGURE_SUFFIXES)}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"--figure {path} is a folder")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"--figure {path}: its folder does not exist")
+
+
 def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
     """The recipes that the shared flags name.
 
     Several variants and layers make all combinations. A layer is the variant of that name where
     the file has one; else the recipe's own layer is replaced by one with default options.
-
-    Raises:
-        ValueError: for names that do not exist and values that make no sense.
     """
     path = find_config(flags.get("config", default_config))
     recipes = read_recipes(path)
-    wanted = []
+    wanted: dict[str, Plan] = {}
     for variant in flags.get("variant", [BASE]):
-        name = "" if variant == BASE else variant
-        if name not in recipes:
+        if variant != BASE and variant not in recipes:
             known = [BASE, *filter(None, recipes)]
             raise ValueError(f"unknown variant {variant!r} of {path}; {_hint(variant, known)}")
         for layer in flags.get("layer", [None]):
-            wanted.append(_with_layer(path, recipes, name, layer))
-    different = {plan.name: plan for plan in wanted}
-    return [_override(plan, flags) for plan in different.values()]
+            plan = _with_layer(path, recipes, "" if variant == BASE else variant, layer)
+            wanted[plan.name] = plan
+    return [_override(plan, flags) for plan in wanted.values()]
 
 
 def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: str | None) -> Plan:
-    recipe, name = recipes[variant], f"{path.stem} {variant}".rstrip()
-    if layer is None or layer == recipe.layer:
-        return Plan(name, recipe, {"variant": variant, "changes": ""})
-    if layer not in LAYERS:
-        raise ValueError(f"unknown layer {layer!r}; {_hint(layer, list(LAYERS))}")
-    named = "_".join(filter(None, [layer, variant]))  # linear, linear_cifar100
-    if named in recipes and recipes[named].layer == layer:
-        labels = {"variant": named, "changes": ""}
-        return Plan(f"{path.stem} {named}", recipes[named], labels)
-    changed = dataclasses.replace(
-        recipe, layer=layer, layer_options={}, paper_parameters=None, note=""
-    )
-    labels = {"variant": f"{variant} {layer}".lstrip(), "changes": ""}
-    return Plan(f"{name} {layer}", changed, labels)
+    recipe, label = recipes[variant], variant
+    if layer is not None and layer != recipe.layer:
+        if layer not in LAYERS:
+            raise ValueError(f"unknown layer {layer!r}; {_hint(layer, list(LAYERS))}")
+        named = "_".join(filter(None, [layer, variant]))  # linear, linear_cifar100
+        if named in recipes and recipes[named].layer == layer:
+            recipe, label = recipes[named], named
+        else:
+            what: dict[str, Any] = {"paper_parameters": None, "note": ""}
+            recipe = dataclasses.replace(recipe, layer=layer, layer_options={}, **what)
+            label = f"{variant} {layer}".lstrip()
+    return Plan(f"{path.stem} {label}".rstrip(), recipe, {"variant": label, "changes": ""})
 
 
 def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
@@ -366,7 +326,16 @@ def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
         if length in changes and other not in changes:
             changes[other] = None
     for field in ("layer_options", "network_options"):
-        given = read_options(flags.get(field, []), f"--{field.replace('_', '-')}")
+        given = {}
+        for word in flags.get(field, []):
+            flag = f"--{field.replace('_', '-')}"
+            name, equals, text = word.partition("=")
+            if not (name and equals):
+                raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
+            try:
+                given[name] = parse_yaml(text)
+            except ValueError as error:
+                raise ValueError(f"{flag} {word!r}: {error}") from error
         if given:
             said |= given
             changes[field] = {**getattr(plan.recipe, field), **given}
@@ -377,32 +346,10 @@ def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
     return Plan(f"{plan.name} {words}", recipe, {**plan.labels, "changes": words})
 
 
-def read_options(words: Sequence[str], flag: str) -> dict[str, Any]:
-    """Options from words of the form NAME=VALUE, whose values are read as YAML.
-
-    Raises:
-        ValueError: for a word of another form.
-    """
-    options = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not (name and equals):
-            raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
-        try:
-            options[name] = parse_yaml(text)
-        except ValueError as error:
-            raise ValueError(f"{flag} {word!r}: {error}") from error
-    return options
-
-
 def chosen(
     flags: Mapping[str, Any], flag: str, choices: Sequence[str], default: Sequence[str]
 ) -> list[str]:
-    """The names that a flag holds, without repetition.
-
-    Raises:
-        ValueError: for one that is not among `choices`.
-    """
+    """The names that a flag holds, without repetition, all among `choices`."""
     names = flags.get(flag, default)
     for name in names:
         if name not in choices:
@@ -414,11 +361,7 @@ def chosen(
 
 
 def find_config(name: str) -> Path:
-    """A file of recipes, by its path or by its name in `CONFIGS`.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """A file of recipes, by its path or by its name in `CONFIGS`."""
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
@@ -429,16 +372,3 @@ def find_config(name: str) -> Path:
 
 def _hint(name: str, choices: Sequence[str]) -> str:
     return f"nearest: {nearest(name, choices)}"
-
-
-FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def check_figure(path: Path) -> None:
-    """Raise ValueError, before anything is trained, unless a figure can be written there."""
-    if path.suffix not in FIGURE_SUFFIXES:
-        raise ValueError(f"--figure must end in one of {', '.join(FIGURE_SUFFIXES)}, got {path}")
-    if path.is_dir():
-        raise ValueError(f"--figure {path} is a folder")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"--figure {path}: its folder does not exist")

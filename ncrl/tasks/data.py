@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,59 +39,44 @@ MNIST_SIDE = 28
 
 Arrays = Mapping[str, NDArray[Any]]
 
-DIGITS_TEST_EVERY = 5
-"""Of the embedded digits every fifth is kept for testing."""
-
+DIGITS_TEST_EVERY = 5  # of the embedded digits every fifth is kept for testing
+DIGITS = "digits of scikit-learn"  # the name of the embedded data set
+# What the name of a data set says whose test images are not used.
 HELD_OUT = "held out and measured on"
-"""What the name of a data set says whose test images are not used."""
-
 FETCH_HINT = "--download fetches it from OpenML"
 
 
 class Images(NamedTuple):
     """A data set of images, on the CPU; `to` moves it."""
 
-    name: str
-    """What it is, for result rows; runs on data of another name or `mark` are other runs."""
-
-    source: str
-    """The same with where it comes from, for outputs."""
-
-    train_images: Tensor
-    """[N, channels, height, width], uint8."""
-
-    train_labels: Tensor
-    """[N], int64."""
-
+    name: str  # what it is, for result rows; runs on data of another name or `mark` are other runs
+    source: str  # the same with where it comes from, for outputs
+    train_images: Tensor  # [N, channels, height, width], uint8
+    train_labels: Tensor  # [N], int64
     test_images: Tensor
-    """[M, channels, height, width], uint8."""
-
     test_labels: Tensor
-    """[M], int64."""
-
     num_classes: int
-
+    # A hash of all images and labels; empty for the embedded digits, which are always the same.
     mark: str = ""
-    """A hash of all images and labels; empty for the embedded digits, which are always the same."""
 
     @property
     def readings(self) -> dict[str, str]:
         """What tells this data set from another of the same name, for `Experiment.readings`."""
         return {"images": self.mark} if self.mark else {}
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is the digits that scikit-learn ships."""
+        return self.name.startswith(DIGITS)
+
     def to(self, device: torch.device | str) -> Images:
         """The same data set on a device."""
-        return Images(
-            *(part.to(device) if isinstance(part, Tensor) else part for part in self)  # type: ignore[arg-type]
-        )
+        parts: Any = (part.to(device) if isinstance(part, Tensor) else part for part in self)
+        return Images(*parts)
 
     def held_out(self, every: int) -> Images:
         """One of `every` training images in place of the test images, which are not used: what
-        settings are chosen on. Not the last ones, as files may be in order of classes.
-
-        Raises:
-            ValueError: if that leaves no image on either side.
-        """
+        settings are chosen on. Not the last ones, as files may be in order of classes."""
         total = len(self.train_labels)
         if not 1 < every <= total:
             raise ValueError(f"cannot hold one of {every} out of {total:,} training images")
@@ -106,49 +91,37 @@ class Images(NamedTuple):
             test_labels=self.train_labels[held],
         )
 
-    def standardised(self, dtype: torch.dtype = torch.float32) -> Images:
+    def standardised(self) -> Images:
         """Pixels as numbers of mean 0 and standard deviation 1 in every channel of the training
         images; the test images are treated with the same constants."""
-        pixels = self.train_images.to(dtype) / 255
+        pixels = self.train_images.float() / 255
         mean = pixels.mean(dim=(0, 2, 3), keepdim=True)  # [1, channels, 1, 1]
         std = pixels.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)
-        test = (self.test_images.to(dtype) / 255 - mean) / std
+        test = (self.test_images.float() / 255 - mean) / std
         return self._replace(train_images=(pixels - mean) / std, test_images=test)
-
-    def scaled(self, dtype: torch.dtype = torch.float32) -> Images:
-        """Pixels as numbers from 0 to 1."""
-        return self._replace(
-            train_images=self.train_images.to(dtype) / 255,
-            test_images=self.test_images.to(dtype) / 255,
-        )
 
 
 def load_mnist(data_dir: str | Path | None = None, *, download: bool = False) -> Images:
     """MNIST, or what else comes in its four idx files (also .gz); the digits if no folder is named.
 
-    Files in the folder come before what could be fetched.
-
     Args:
-        data_dir: folder that holds the files, or holds them in `mnist/` or `MNIST/raw/`; NCRL_DATA
-            if None.
-        download: get it from OpenML through scikit-learn, which caches it in `data_dir`.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it, or where it was looked for.
+        data_dir: holds the files, or holds them in `mnist/` or `MNIST/raw/`; NCRL_DATA if None.
+        download: where there are none, get it from OpenML through scikit-learn, which caches it in
+            `data_dir`.
     """
     folder = data_folder(data_dir)
     if folder is None and not download:
         return load_digits(MNIST_SIDE)
     places = [] if folder is None else [folder, folder / "mnist", folder / "MNIST" / "raw"]
     for place in places:
-        paths = [_idx_path(place, name) for name in IDX_FILES]
-        found = [path for path in paths if path is not None]
-        if not found:
+        found = [_idx_path(place, name) for name in IDX_FILES]
+        paths = [path for path in found if path is not None]
+        if not paths:
             continue
-        if len(found) < len(IDX_FILES):
-            missing = next(name for name, path in zip(IDX_FILES, paths, strict=True) if not path)
-            raise ValueError(f"{place} holds {found[0].name} but no {missing} or {missing}.gz")
-        train, test = (read_idx_pair(*pair) for pair in (found[:2], found[2:]))
+        if None in found:
+            missing = IDX_FILES[found.index(None)]
+            raise ValueError(f"{place} holds {paths[0].name} but no {missing} or {missing}.gz")
+        train, test = read_idx_pair(*paths[:2]), read_idx_pair(*paths[2:])
         if train.images.shape[1:] != test.images.shape[1:]:
             raise ValueError(f"{place}: training and test images differ in size")
         return _images("MNIST", place, train, test, 10)
@@ -167,10 +140,8 @@ IDX_FILES = (
 
 
 def _idx_path(folder: Path, name: str) -> Path | None:
-    # Some copies have a point before idx.
-    for candidate in (name, name.replace("-idx", ".idx")):
-        for suffix in ("", ".gz"):
-            path = folder / (candidate + suffix)
+    for candidate in (name, name.replace("-idx", ".idx")):  # as some copies have it
+        for path in (folder / candidate, folder / f"{candidate}.gz"):
             if path.is_file():
                 return path
     return None
@@ -181,39 +152,32 @@ def load_cifar(
 ) -> Images:
     """CIFAR-10 or CIFAR-100; the embedded digits, as colour images, if no folder is named.
 
-    Files in the folder come before what could be fetched.
-
     Args:
-        data_dir: folder that holds one of these, or NCRL_DATA if None: the unpacked python version
+        data_dir: holds one of these, NCRL_DATA if None: the unpacked python version
             (`cifar-10-batches-py`, `cifar-100-python`), or `cifar10_jpeg.tar.xz`, a tar file of
             images `train/<class>/*.jpg` and `test/<class>/*.jpg`.
         num_classes: 10 or 100.
-        download: get it from OpenML through scikit-learn, which caches it in `data_dir`.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it, or where it was looked for.
+        download: see `load_mnist`.
     """
-    if num_classes not in (10, 100):
-        raise ValueError(f"CIFAR has 10 or 100 classes, got {num_classes}")
     folder = data_folder(data_dir)
     if folder is None and not download:
         if num_classes == 100:
             raise ValueError("there are 10 embedded digits; CIFAR-100 needs --data-dir")
         return load_digits(CIFAR_SIDE, channels=3)
     data = None if folder is None else _find_cifar(folder, num_classes)
-    if data is None and download:
-        if num_classes == 100:
-            raise ValueError(
-                "OpenML's CIFAR-100 has no split into training and test images; give --data-dir "
-                "with cifar-100-python"
-            )
-        return _fetch("CIFAR_10", "CIFAR-10", folder, 50_000, (3, CIFAR_SIDE, CIFAR_SIDE))
-    if data is None:
+    if data is not None:
+        return data
+    if not download:
         raise ValueError(
             f"no CIFAR-{num_classes} in {folder}: expected {BATCHES[num_classes][0]}/ or "
             f"cifar{num_classes}_jpeg.tar.xz; {FETCH_HINT}"
         )
-    return data
+    if num_classes == 100:
+        raise ValueError(
+            "OpenML's CIFAR-100 has no split into training and test images; give --data-dir "
+            "with cifar-100-python"
+        )
+    return _fetch("CIFAR_10", "CIFAR-10", folder, 50_000, (3, CIFAR_SIDE, CIFAR_SIDE))
 
 
 def _find_cifar(folder: Path, num_classes: int) -> Images | None:
@@ -233,15 +197,13 @@ def _find_cifar(folder: Path, num_classes: int) -> Images | None:
     return None
 
 
+# Folder and files of the python version, by number of classes; the last one is for testing.
 BATCHES: Mapping[int, tuple[str, Sequence[str]]] = {
     10: ("cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]),
     100: ("cifar-100-python", ["train", "test"]),
 }
-"""Folder and files of the python version, by number of classes; the last one is for testing."""
-
-
+# What the name of a data set from image files says: compression costs a little accuracy.
 JPEG = ", JPEG-compressed copies"
-"""What the name of a data set from image files says: compression costs a little accuracy."""
 
 
 def _images(name: str, place: object, train: Labelled, test: Labelled, num_classes: int) -> Images:
@@ -260,22 +222,14 @@ def _images(name: str, place: object, train: Labelled, test: Labelled, num_class
     )
 
 
-# Decoded archives are kept: decoding takes 10 seconds, reading the arrays a tenth of one.
-
-
 def cache_folder() -> Path:
     """Where decoded data sets are kept: `ncrl` in XDG_CACHE_HOME, which is ~/.cache by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncrl"
 
 
 def cached(path: Path, check: Callable[[Arrays], None], make: Callable[[], Arrays]) -> Arrays:
-    """Arrays from a file of the cache, or made and kept there.
-
-    Args:
-        path: below `cache_folder()`.
-        check: raises for arrays that cannot be used, which are then made again.
-        make: what takes long.
-    """
+    """Arrays from a file below `cache_folder()`, or made and kept there; `check` raises for arrays
+    that cannot be used, which are then made again."""
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
         found = dict(file)
         check(found)
@@ -293,40 +247,38 @@ def cached(path: Path, check: Callable[[Arrays], None], make: Callable[[], Array
 
 
 def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
+    """Decoded archives are kept: decoding takes half a minute, reading the arrays a second."""
     key = hashlib.sha256(read_bytes(path)).hexdigest()
-
-    def parts(arrays: Arrays) -> Iterator[Labelled]:
-        return (Labelled(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in PARTS)
+    names = [(f"{part}_images", f"{part}_labels") for part in PARTS]
 
     def check(arrays: Arrays) -> None:
-        for part in parts(arrays):
-            check_labelled(part, path, num_classes)
+        for images, labels in names:
+            check_labelled(Labelled(arrays[images], arrays[labels]), path, num_classes)
 
     def decode() -> Arrays:
-        train, test, classes = read_image_archive(path)
-        if len(classes) != num_classes:
-            raise ValueError(f"{path}: expected {num_classes} classes, got {len(classes)}")
-        pairs = zip(PARTS, (train, test), strict=True)
-        return {f"{part}_{n}": array for part, pair in pairs for n, array in pair._asdict().items()}
+        parts = read_image_archive(path, num_classes)
+        return {
+            n: a
+            for pair, part in zip(names, parts, strict=True)
+            for n, a in zip(pair, part, strict=True)
+        }
 
     file = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
-    train, test = parts(cached(file, check, decode))
+    arrays = cached(file, check, decode)
+    train, test = (Labelled(arrays[images], arrays[labels]) for images, labels in names)
     return _images(name + JPEG, path, train, test, num_classes)
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path | None:
-    """The folder that was named, or NCRL_DATA; None if there is neither.
-
-    Raises:
-        ValueError: if it is no folder.
-    """
-    named, origin = (data_dir, "--data-dir") if data_dir else (os.environ.get("NCRL_DATA"), "")
+    """The folder that was named, or NCRL_DATA; None if there is neither."""
+    named = data_dir or os.environ.get("NCRL_DATA")
     if not named:
         return None
     folder = Path(named)
     if not folder.is_dir():
+        origin = "--data-dir" if data_dir else "NCRL_DATA"
         reason = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"{origin or 'NCRL_DATA'} must be a folder: {folder} {reason}")
+        raise ValueError(f"{origin} must be a folder: {folder} {reason}")
     return folder
 
 
@@ -344,7 +296,7 @@ def load_digits(side: int, *, channels: int = 1) -> Images:
     labels = torch.from_numpy(bunch.target).long()
     is_test = torch.arange(len(labels)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
     return Images(
-        "digits of scikit-learn",
+        DIGITS,
         f"the {len(labels):,} digits of 8x8 pixels that scikit-learn ships, enlarged to "
         f"{side}x{side}: not the paper's data (--data-dir or NCRL_DATA names a folder with that)",
         images[~is_test],
@@ -377,7 +329,7 @@ def _fetch(
     pair = Labelled(images, labels.astype(np.int64).astype(np.uint8))
     check_labelled(pair, f"OpenML's {name}", 10)
     train, test = (
-        Labelled(pair.images[part].copy(), pair.labels[part].copy())
+        Labelled(*(array[part].copy() for array in pair))
         for part in (slice(num_train), slice(num_train, None))
     )
     return _images(title, "from OpenML", train, test, 10)

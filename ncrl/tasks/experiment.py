@@ -1,4 +1,4 @@
-"""What a task trains and measures, and what tasks need for it: random streams, reports."""
+"""What a task trains and measures, and what tasks need for it: random streams, looks at layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
-from ncrl.tasks.results import count_parameters
+from ncrl.tasks.recipes import count_parameters
 
 
 class Experiment(ABC):
@@ -25,23 +25,16 @@ class Experiment(ABC):
     """
 
     model: nn.Module
-    num_updates: int
-    """Updates of the whole run."""
 
-    evaluate_every: int
-    """Updates between evaluations; there is one at the end in any case."""
-
-    data: str
-    """Name of the data set; part of what makes a run another one."""
-
+    num_updates: int  # updates of the whole run
+    evaluate_every: int  # updates between evaluations; there is one at the end in any case
+    data: str  # Name of the data set; part of what makes a run another one
+    # Decisions where the paper is silent, beyond those in the recipe; part of the identity.
     readings: Mapping[str, Any] = {}
-    """Decisions where the paper is silent, beyond those in the recipe; part of the identity."""
-
+    # Of the model; `train` sets it, for experiments that replace parameters.
     optimizer: torch.optim.Optimizer | None = None
-    """Of the model; `train` sets it, for experiments that replace parameters."""
-
+    # Metrics whose best value over all evaluations is reported too: `max` or `min`.
     best: Mapping[str, str] = {}
-    """Metrics whose best value over all evaluations is reported too: `max` or `min`."""
 
     @abstractmethod
     def loss(self, update: int) -> Tensor:
@@ -58,8 +51,7 @@ class Experiment(ABC):
         """Called after the optimiser's step, with gradients still there."""
 
     def report(self) -> dict[str, Any]:
-        """Details for the result row; called once, after training, in eval mode without gradient.
-        Plain values only."""
+        """Details for the result row, plain values; called once, after training, as `evaluate`."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -80,18 +72,39 @@ def random_stream(seed: int, stream: str, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(number))
 
 
-def try_network(model: nn.Module, x: Tensor, said: str) -> Tensor:
-    """What the model answers to inputs before it is trained, in eval mode without gradient.
+class Batches:
+    """The batches of epochs that each go through samples, tensors of the same length, in a new
+    random order. An epoch ends with a batch that is not full, or leaves its samples out."""
 
-    Raises:
-        ValueError: if it does not take them; `said` is what they are.
-    """
+    def __init__(
+        self, samples: Sequence[Tensor], size: int, seed: int, *, keep_last: bool = False
+    ) -> None:
+        self.samples, self.size, self.seed = samples, size, seed
+        total = len(samples[0])
+        self.per_epoch = math.ceil(total / size) if keep_last else total // size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def batch(self, index: int, epoch: int) -> list[Tensor]:
+        """Part `index` of an epoch: [B, ...] of every tensor."""
+        first = self.samples[0]
+        if epoch != self._epoch:
+            stream = random_stream(self.seed, "order", epoch)
+            order = torch.randperm(len(first), generator=stream)
+            self._epoch, self._order = epoch, order.to(first.device)
+        chosen = self._order[index * self.size : (index + 1) * self.size]
+        # Whole rows at a time, where indexing copies number by number.
+        return [tensor.index_select(0, chosen) for tensor in self.samples]
+
+
+def try_network(model: nn.Module, x: Tensor, said: str, num_classes: int) -> None:
+    """Raise ValueError unless a network takes inputs, which are `said`, and tells classes apart."""
     with evaluating(model):
         try:
-            answer: Tensor = model(x)
+            size = model(x).shape[1]
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"the network does not take {said}: {error}") from error
-    return answer
+    if size < num_classes:
+        raise ValueError(f"num_outputs must be at least {num_classes}, got {size}")
 
 
 @contextlib.contextmanager
@@ -106,26 +119,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def describe_layers(
-    model: nn.Module, *inputs: Tensor, counted: Tensor | None = None
-) -> dict[str, dict[str, Any]]:
-    """What the Neurocoder layers of a model do with a batch, by the layer's name.
-
-    See `ncrl.diagnostics.LayerReport`; beside the largest attention weight stands the largest one
-    that the layer's sharpness allows, and beside the layer's parameters those of `nn.Linear`.
-
-    Args:
-        model: called once.
-        inputs: that it is called with.
-        counted: which of a layer's inputs count, in the order in which they come, [T * B] bool for
-            a model that calls its layers T times on B inputs; all if None.
-    """
+def layer_inputs(model: nn.Module, kinds: Any, *inputs: Any) -> dict[str, tuple[Any, Tensor]]:
+    """The outermost layers of some kinds that a model calls, by name, each with what it reads in
+    all its calls, [N, in_features]; in eval mode without gradient."""
     seen: dict[str, list[Tensor]] = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, NeurocoderLinear)}
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and not any(name.startswith(f"{n}.") for n in layers):
+            layers[name] = module
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, []).append(given[0].reshape(-1, given[0].shape[-1]))
+            read = given[-1]  # the context, where there is one
+            seen.setdefault(name, []).append(read.reshape(-1, read.shape[-1]))
 
         return hook
 
@@ -136,13 +142,22 @@ def describe_layers(
     finally:
         for handle in handles:
             handle.remove()
+    return {name: (layers[name], torch.cat(calls)) for name, calls in seen.items()}
+
+
+def describe_layers(
+    model: nn.Module, *inputs: Tensor, counted: Tensor | None = None
+) -> dict[str, dict[str, Any]]:
+    """What the Neurocoder layers of a model do with a batch, by the layer's name.
+
+    See `ncrl.diagnostics.LayerReport`; beside the largest attention weight stands the largest one
+    that the layer's sharpness allows, and beside the layer's parameters those of `nn.Linear`.
+    `counted` says which of a layer's inputs count, in the order in which they come, [T * B] bool
+    for a model that calls its layers T times on B inputs.
+    """
     reports = {}
-    for name, calls in seen.items():
-        x = torch.cat(calls)
-        if counted is not None:
-            x = x[counted]
-        layer = layers[name]
-        report = describe(layer, x)._asdict()
+    for name, (layer, x) in layer_inputs(model, NeurocoderLinear, *inputs).items():
+        report = describe(layer, x if counted is None else x[counted])._asdict()
         for values in ("slot_usage", "singular_values"):
             report[values] = [round(value, 4) for value in report[values].tolist()]
         report["parameters"] = count_parameters(layer)
@@ -167,9 +182,3 @@ def mutual_information(counts: Tensor) -> Tensor:
     apart = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
     bits = torch.where(joint > 0, joint * torch.log2(joint / apart), 0.0).sum((-1, -2))
     return bits.clamp_min(0)
-
-
-def count_pairs(first: Tensor, second: Tensor) -> Tensor:
-    """How often labels meet: integers from 0 on, [..., N] each, give counts [..., A, B]."""
-    one, two = (torch.nn.functional.one_hot(labels).double() for labels in (first, second))
-    return one.transpose(-1, -2) @ two

@@ -10,54 +10,36 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ncrl.shell.screen import say
 from ncrl.tasks.results import Result, by_name
 
 DPI = 100
 
-LAYER_NAMES: Mapping[str, str] = {
-    "linear": "plain",
-    "neurocoder": "Neurocoder",
-    "hypernet": "HyperNet",
-    "film": "FiLM",
-    "moe": "MoE",
-    "nsm": "NSM",
-}
-"""As the paper writes them."""
-
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the file's name ends in.
-
-    Raises:
-        ValueError: if it cannot be written.
-    """
+    """Write a figure in the format that the file's name ends in, and say so."""
     try:
         figure.savefig(path, dpi=DPI)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    say(f"drawn: {path}")
 
 
 def draw_curves(
     axes: Axes, rows: Iterable[Result], metric: str, labels: Mapping[str, str] | None = None
 ) -> None:
-    """A metric over updates: for each recipe its mean over seeds, between the standard deviations.
-
-    Args:
-        axes: to draw on.
-        rows: of any number of recipes; updates that not all seeds of a recipe have are left out.
-        metric: a metric of `Result.curve`.
-        labels: of recipes, in place of their names.
-    """
+    """A metric of `Result.curve` over updates: for each recipe its mean over seeds, between the
+    standard deviations. Updates that not all seeds of a recipe have are left out; `labels` may
+    hold others than the recipes' names."""
     for name, group in by_name(rows).items():
         curves = [
             {point["update"]: point[metric] for point in row.curve if metric in point}
             for row in group
         ]
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-        if not shared:
-            continue
-        values = [[curve[update] for update in shared] for curve in curves]
-        draw_band(axes, shared, values, (labels or {}).get(name, name))
+        if shared:
+            values = [[curve[update] for update in shared] for curve in curves]
+            draw_band(axes, shared, values, (labels or {}).get(name, name))
     axes.set_xlabel("updates")
 
 
@@ -71,16 +53,7 @@ def draw_band(
         axes.fill_between(x, mean - std, mean + std, alpha=0.2, color=line.get_color())
 
 
-def draw_map(axes: Axes, weights: Sequence[Sequence[float]], largest: float) -> None:
-    """Attention weights [R, P] as an image with slots downwards and components to the right."""
-    axes.imshow(
-        np.asarray(weights).T,
-        aspect="auto",
-        interpolation="nearest",
-        cmap="viridis",
-        vmin=0,
-        vmax=largest,
-        origin="lower",
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])
+def draw_attention(axes: Axes, weights: Any, largest: float, **options: Any) -> Any:
+    """Attention weights [slots, components or timesteps] as an image with slots upwards."""
+    options = {"aspect": "auto", "interpolation": "nearest", "origin": "lower", **options}
+    return axes.imshow(np.asarray(weights), vmin=0, vmax=largest, cmap="viridis", **options)

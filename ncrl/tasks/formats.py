@@ -14,51 +14,34 @@ import pickle
 import pickletools
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ncrl import files
 
 Bytes = NDArray[np.uint8]
 
-IDX_UINT8 = 0x08
-IDX_KINDS = {1: "labels", 3: "images"}
-"""By the number of dimensions, of the files that MNIST consists of."""
-
-LARGEST_FILE = 1 << 30
-"""Bytes; six times the largest file of these data sets, unpacked."""
-
+LARGEST_FILE = 1 << 30  # bytes; six times the largest file of these data sets, unpacked
 CIFAR_SIDE = 32
 CIFAR_PIXELS = 3 * CIFAR_SIDE * CIFAR_SIDE
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-PNG_BEGIN, JPEG_BEGIN, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
-JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the JPEG segments that hold the size of the image."""
+PARTS = ("train", "test")  # folders of an archive of images
 
 
 class Labelled(NamedTuple):
-    """Images and what they show."""
+    """Images [N, channels, height, width] of 0 to 255, and the classes [N] that they show."""
 
     images: Bytes
-    """[N, channels, height, width], 0 to 255."""
-
     labels: Bytes
-    """[N], classes from 0."""
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file, unpacked if its name ends in .gz.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read.
-    """
+    """A file, unpacked if its name ends in .gz."""
     packed = files.read_bytes(path, LARGEST_FILE)
     if path.suffix != ".gz":
         return packed
@@ -66,62 +49,34 @@ def read_bytes(path: Path) -> bytes:
         with gzip.open(io.BytesIO(packed)) as file:
             data = file.read(LARGEST_FILE + 1)
     except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"cannot read {path}: {reason}") from error
+        raise ValueError(f"cannot read {path}: {error}") from error
     if len(data) > LARGEST_FILE:
         raise ValueError(f"{path} unpacks to more than {LARGEST_FILE:,} bytes")
     return data
 
 
-# The idx format of MNIST: http://yann.lecun.com/exdb/mnist
-
-
 def read_idx(path: Path, dimensions: int) -> Bytes:
-    """An array of bytes in the idx format, also gzipped.
-
-    Args:
-        path: the file.
-        dimensions: that it must have: 1 for labels, 3 for images.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+    """An array of bytes in the idx format of http://yann.lecun.com/exdb/mnist, also gzipped, which
+    must have 1 dimension, of labels, or 3, of images."""
     data = read_bytes(path)
-    if len(data) < 4:
-        raise ValueError(f"{path} is no idx file: it has only {len(data)} bytes")
-    if data[:2] != b"\0\0":
-        raise ValueError(f"{path} is no idx file: it begins with {data[:4]!r}")
-    kind, count = data[2], data[3]
-    if kind != IDX_UINT8:
-        raise ValueError(
-            f"{path} must hold unsigned bytes (type 0x{IDX_UINT8:02x}), got type 0x{kind:02x}"
-        )
-    if count != dimensions:
-        raise ValueError(
-            f"{path} should hold {IDX_KINDS.get(dimensions)} ({dimensions} dimensions), but has "
-            f"{count}, as {IDX_KINDS.get(count, 'no file of MNIST')} would"
-        )
-    header = 4 + 4 * count
-    if len(data) < header:
-        raise ValueError(f"{path} is truncated: it ends inside its header")
-    sizes = [int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4)]
-    _check_size(path, len(data), header + math.prod(sizes))
-    return np.frombuffer(data, np.uint8, offset=header).reshape(sizes).copy()
-
-
-def _check_size(path: Path | str, size: int, expected: int) -> None:
-    if size < expected:
-        raise ValueError(f"{path} is truncated: {size:,} bytes where {expected:,} are expected")
-    if size > expected:
-        raise ValueError(f"{path} is too long: {size:,} bytes where {expected:,} are expected")
+    if len(data) < 4 or data[:2] != b"\0\0":
+        raise ValueError(f"{path} is no idx file: its {len(data)} bytes begin with {data[:4]!r}")
+    if data[2] != 0x08:
+        raise ValueError(f"{path} must hold unsigned bytes (type 0x08), got type 0x{data[2]:02x}")
+    if data[3] != dimensions:
+        kind = {1: "labels", 3: "images"}[dimensions]
+        raise ValueError(f"{path} should hold {kind}: {dimensions} dimensions, got {data[3]}")
+    begin = 4 + 4 * dimensions
+    sizes = [int.from_bytes(data[i : i + 4], "big") for i in range(4, begin, 4)]
+    expected = begin + math.prod(sizes)
+    if len(data) != expected:
+        fault = "truncated" if len(data) < expected else "too long"
+        raise ValueError(f"{path} is {fault}: {len(data):,} bytes where {expected:,} are expected")
+    return np.frombuffer(data, np.uint8, offset=begin).reshape(sizes).copy()
 
 
 def read_idx_pair(images: Path, labels: Path) -> Labelled:
-    """Images [N, 1, height, width] and labels from two idx files.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+    """Images [N, 1, height, width] and labels from two idx files."""
     pair = Labelled(read_idx(images, 3)[:, None], read_idx(labels, 1))
     check_labelled(pair, f"{images} with {labels}", 10)
     return pair
@@ -129,12 +84,10 @@ def read_idx_pair(images: Path, labels: Path) -> Labelled:
 
 def check_labelled(pair: Labelled, source: object, num_classes: int) -> None:
     """Raise ValueError unless there is a label for each image, and a class for each label."""
-    if len(pair.images) != len(pair.labels):
+    if len(pair.images) != len(pair.labels) or not len(pair.images):
         raise ValueError(
             f"{source}: {len(pair.images):,} images do not match {len(pair.labels):,} labels"
         )
-    if not len(pair.images):
-        raise ValueError(f"{source}: there are no images")
     wrong = np.flatnonzero(pair.labels >= num_classes)
     if len(wrong):
         raise ValueError(
@@ -143,15 +96,8 @@ def check_labelled(pair: Labelled, source: object, num_classes: int) -> None:
         )
 
 
-# The python version of CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html
-
-
 def read_cifar_python(path: Path, num_classes: int) -> Labelled:
-    """One pickled batch of the python version; nothing in the pickle is executed.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+    """One pickled batch of https://www.cs.toronto.edu/~kriz/cifar.html, the python version."""
     content = read_bytes(path)
     try:
         for operation, index, _ in pickletools.genops(content):
@@ -198,105 +144,52 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-# Images in folders named after their classes, in a tar file.
-
-PARTS = ("train", "test")
-
-
-def read_image_archive(archive: Path) -> tuple[Labelled, Labelled, list[str]]:
+def read_image_archive(archive: Path, num_classes: int) -> tuple[Labelled, Labelled]:
     """Training and test images, `train/<class>/<image>` and `test/<class>/<image>`, of a tar file,
-    however it is compressed; nothing is unpacked to disk.
-
-    Returns:
-        Both parts, and the classes in alphabetical order.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
-    return _image_tree(archive, _members(archive))
-
-
-def _members(archive: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    however it is compressed; nothing is unpacked to disk. Classes count in alphabetical order."""
+    found: dict[str, list[tuple[str, Bytes]]] = {part: [] for part in PARTS}
     total = 0
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                if not member.isfile():
+                place = PurePosixPath(member.name).parts[-3:-1]
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is None or len(place) < 2 or place[0] not in PARTS:
                     continue
                 total += member.size
                 if total > LARGEST_FILE:
-                    raise ValueError(f"{archive} unpacks to more than {LARGEST_FILE:,} bytes")
-                file = tar.extractfile(member)
-                assert file is not None
-                data = file.read()
-                _check_size(f"{archive}: {member.name}", len(data), member.size)
-                yield PurePosixPath(member.name), data
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+                    raise ValueError(f"it unpacks to more than {LARGEST_FILE:,} bytes")
+                found[place[0]].append((place[1], _decode(member.name, file.read())))
+    except Exception as error:  # of tarfile and whatever unpacks it; not every Python has lzma
         raise ValueError(f"cannot read {archive}: {error}") from error
-    except Exception as error:
-        if isinstance(error, ValueError):
-            raise
-        # lzma has an exception of its own, and not every Python has lzma
-        raise ValueError(f"cannot read {archive}: {error}") from error
-
-
-def _image_tree(
-    source: Path, files: Iterable[tuple[PurePosixPath, bytes]]
-) -> tuple[Labelled, Labelled, list[str]]:
-    found: dict[str, list[tuple[str, Bytes]]] = {part: [] for part in PARTS}
-    for path, data in files:
-        if path.suffix.lower() not in IMAGE_SUFFIXES or len(path.parts) < 3:
-            continue
-        part, name = path.parts[-3:-1]
-        if part in found:
-            found[part].append((name, _decode(f"{source}: {path}", data)))
     for part, images in found.items():
         if not images:
-            raise ValueError(f"{source} holds no images of the form {part}/CLASS/NAME.jpg")
+            raise ValueError(f"{archive} holds no images of the form {part}/CLASS/NAME.jpg")
     classes = sorted({name for name, _ in found["train"]})
     for name, _ in found["test"]:
         if name not in classes:
-            raise ValueError(f"{source}: class {name!r} of test is not among those of train")
-    if len(classes) > 256:
-        raise ValueError(f"{source} has {len(classes)} classes; at most 256 can be read")
-    train, test = (_stack(found[part], classes) for part in PARTS)
-    return train, test, classes
+            raise ValueError(f"{archive}: class {name!r} of test is not among those of train")
+    if len(classes) != num_classes:
+        raise ValueError(f"{archive}: expected {num_classes} classes, got {len(classes)}")
+    train, test = (
+        Labelled(
+            np.stack([image for _, image in found[part]]),
+            np.array([classes.index(name) for name, _ in found[part]], np.uint8),
+        )
+        for part in PARTS
+    )
+    return train, test
 
 
 def _decode(name: str, data: bytes) -> Bytes:
     """A colour image, [3, 32, 32] in RGB."""
-    size = image_size(data)
-    if size is None:
-        raise ValueError(f"{name} is no whole JPEG or PNG image")
-    if size != (CIFAR_SIDE, CIFAR_SIDE):
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            if image.size != (CIFAR_SIDE, CIFAR_SIDE):  # before anything is decoded
+                raise ValueError(f"it has {image.size[0]}x{image.size[1]}")
+            pixels = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises anything, too
         raise ValueError(
-            f"{name}: images must be {CIFAR_SIDE}x{CIFAR_SIDE}, got {size[0]}x{size[1]}"
-        )
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if image is None or image.shape != (CIFAR_SIDE, CIFAR_SIDE, 3):
-        raise ValueError(f"{name} is no image that can be decoded")
-    rgb: Bytes = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1), np.uint8)
-    return rgb
-
-
-def image_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height that the header of a JPEG or PNG image says; None for any other content, and
-    for one that lacks its end."""
-    if data.startswith(PNG_BEGIN):
-        if data[12:16] != b"IHDR" or b"IEND" not in data[-16:]:
-            return None
-        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    at = len(JPEG_BEGIN) if data.startswith(JPEG_BEGIN) else len(data)
-    while data[at : at + 1] == b"\xff" and at + 9 <= len(data):
-        if data[at + 1] in JPEG_FRAMES:
-            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
-            return (width, height) if JPEG_END in data[at:] else None
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        at += 1 if data[at + 1] == 0xFF else 2 + length  # bytes may stand between segments
-    return None
-
-
-def _stack(found: Sequence[tuple[str, Bytes]], classes: Sequence[str]) -> Labelled:
-    number = {name: index for index, name in enumerate(classes)}
-    labels = np.array([number[name] for name, _ in found], np.uint8)
-    return Labelled(np.stack([image for _, image in found]), labels)
+            f"{name} is no whole JPEG or PNG image of {CIFAR_SIDE}x{CIFAR_SIDE} pixels: {error}"
+        ) from error
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

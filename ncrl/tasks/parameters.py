@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ncrl.settings import make_parser, parse, usage_error
-from ncrl.tasks.recipes import CONFIGS, Recipe, outline_network, read_recipes
+from ncrl.tasks.recipes import CONFIGS, Recipe, count_parameters, outline_network, read_recipes
+from ncrl.tasks.results import markdown
 
+# Relative difference up to which a count of Table 9, printed with two digits, is reproduced.
 TOLERANCE = 0.05
-"""Relative difference up to which a count of Table 9, printed with two digits, is reproduced."""
 
 
 class Row(NamedTuple):
     """One recipe beside what the paper prints for it."""
 
-    name: str
-    """File, and after a colon the variant."""
+    name: str  # file, and after a colon the variant
     recipe: Recipe
     parameters: int
 
@@ -37,26 +37,13 @@ class Row(NamedTuple):
         return self.difference is None or abs(self.difference) <= TOLERANCE
 
 
-def count_parameters(recipe: Recipe) -> int:
-    """Parameters of a recipe's network, frozen ones included, buffers not.
-
-    Raises:
-        ValueError: for sizes that the network or the layer refuses.
-    """
-    return sum(parameter.numel() for parameter in outline_network(recipe).parameters())
-
-
 def count_file(path: Path) -> list[Row]:
-    """A row for every recipe in a file.
-
-    Raises:
-        ValueError: for a file that does not hold valid recipes.
-    """
+    """A row for every recipe in a file."""
     rows = []
     for variant, recipe in read_recipes(path).items():
         name = f"{path.name}: {variant}" if variant else path.name
         try:
-            rows.append(Row(name, recipe, count_parameters(recipe)))
+            rows.append(Row(name, recipe, count_parameters(outline_network(recipe))))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return rows
@@ -65,39 +52,24 @@ def count_file(path: Path) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table."""
     lines = [
-        "| recipe | network | layer | parameters | paper | difference | remark |",
-        "|---|---|---|---:|---:|---:|---|",
-    ]
-    for row in rows:
-        paper, difference = row.recipe.paper_parameters, row.difference
-        cells = [
+        [
             row.name,
             row.recipe.network,
             row.recipe.layer,
             f"{row.parameters:,}",
-            "" if paper is None else short(paper),
-            "" if difference is None else f"{difference:+.1%}",
+            None if row.recipe.paper_parameters is None else short(row.recipe.paper_parameters),
+            None if row.difference is None else f"{row.difference:+.1%}",
             ": ".join(filter(None, ["" if row.reached else "not reached", row.recipe.note])),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    header = ["recipe", "network", "layer", "parameters", "paper", "difference", "remark"]
+    return markdown(header, lines)
 
 
 def short(count: float) -> str:
     """A count as the paper prints it: 7.3K, 255K, 12.6M."""
     return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.4g}K"
-
-
-def default_configs() -> list[Path]:
-    """The recipes in `CONFIGS`.
-
-    Raises:
-        ValueError: where ncrl is installed without `configs/tasks/`.
-    """
-    paths = sorted(CONFIGS.glob("*.yaml"))
-    if not paths:
-        raise ValueError(f"there are no recipes in {CONFIGS}; name YAML files")
-    return paths
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,16 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("configs", nargs="*", help="recipes (default: all of configs/tasks/)")
     options = parse(parser, sys.argv[1:] if arguments is None else arguments)
     try:
-        paths = [Path(name) for name in options.get("configs", [])] or default_configs()
+        paths = [Path(name) for name in options.get("configs", [])] or sorted(
+            CONFIGS.glob("*.yaml")
+        )
+        if not paths:
+            raise ValueError(f"there are no recipes in {CONFIGS}; name YAML files")
         rows = [row for path in paths for row in count_file(path)]
     except ValueError as error:
         usage_error(parser.prog, str(error))
     print(table(rows))
     missed = sum(not row.reached for row in rows)
     printed = sum(row.difference is not None for row in rows)
-    print(
-        f"\n{printed - missed} of {printed} recipes reach the paper's count within {TOLERANCE:.0%}."
-    )
+    said = f"recipes reach the paper's count within {TOLERANCE:.0%}."
+    print(f"\n{printed - missed} of {printed} {said}")
     return 0
 
 

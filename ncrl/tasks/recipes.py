@@ -11,7 +11,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import sysconfig
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,34 +21,31 @@ from torch import nn
 
 from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
+from ncrl.neurocoder.memory import SlotMemory
+from ncrl.seat import require_positive, require_switch
 from ncrl.settings import check, nearest, setting, typed_values
+from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.models import NETWORKS
+from ncrl.tasks.models.mlp import Coded
 from ncrl.yaml_files import read_yaml
 
 TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "atari")
 OPTIMIZERS = ("sgd", "adam", "adagrad", "rmsprop")
 SCHEDULES = ("constant", "steps")
-REQUIRED = ("task", "network")
+# Fields that hold options, and the field that says whose.
 OPTIONS_OF = {"network_options": "network", "layer_options": "layer"}
-"""Fields that hold options, and the field that says whose."""
-
 LARGEST_BATCH_SIZE = 1 << 16
 MOST_EPOCHS = 100_000
 MOST_ITERATIONS = 10**9
-
-LARGEST_OPTION = 100_000
-"""Of a network or layer: widths, counts and so on, far beyond the largest of any recipe."""
-
-MOST_LAYERS = 100
-"""Widths in a list of options."""
-
-MOST_PARAMETERS = 1 << 30
-"""Of a network: 4 GiB, of which training takes several."""
-
+# Of widths, counts and so on, and of widths in a list: far beyond those of any recipe.
+LARGEST_OPTION, MOST_LAYERS = 100_000, 100
+MOST_PARAMETERS = 1 << 30  # of a network: 4 GiB, of which training takes several
 Options = Mapping[str, Any]
 
+OWN_OPTIONS: Options = setting(None, "options of its own, see docs/layers.md").metadata
+
+# Where `pip install` puts configs/tasks/, below the prefix (see pyproject.toml).
 INSTALLED_CONFIGS = "share/ncrl/configs/tasks"
-"""Where `pip install` puts configs/tasks/, below the prefix (see pyproject.toml)."""
 
 
 def configs_folder() -> Path:
@@ -66,30 +63,15 @@ def configs_folder() -> Path:
 CONFIGS = configs_folder()
 
 
-def described(text: str) -> Mapping[str, Any]:
-    """The metadata of a `setting` whose default cannot be a plain value."""
-    metadata: Mapping[str, Any] = setting(None, text).metadata
-    return metadata
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: network, layer and training.
-
-    Raises:
-        ValueError: at construction, for an impossible value or an option that the network or the
-            layer has not got.
-    """
+    """One experiment: network, layer and training; refuses impossible values and options."""
 
     task: str = setting("mnist", "experiment, a module of ncrl.tasks", choices=TASKS)
     network: str = setting("projected_linear", "main network", choices=tuple(NETWORKS))
-    network_options: Options = field(
-        default_factory=dict, metadata=described("the network's own options, such as num_coded")
-    )
+    network_options: Options = field(default_factory=dict, metadata=OWN_OPTIONS)
     layer: str = setting("linear", "kind of the coded layers", choices=tuple(LAYERS))
-    layer_options: Options = field(
-        default_factory=dict, metadata=described("the layer's own options, such as num_slots")
-    )
+    layer_options: Options = field(default_factory=dict, metadata=OWN_OPTIONS)
 
     optimizer: str = setting("adam", "optimiser", choices=OPTIMIZERS)
     learning_rate: float = setting(1e-3, "learning rate at the start", low=0)
@@ -119,19 +101,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
-        check_names("network_options", self.network_options, network_option_names(self.network))
-        check_names("layer_options", self.layer_options, layer_option_names(self.layer))
+        network, layer = network_option_types(self.network), layer_option_types(self.layer)
+        check_options("network_options", self.network_options, network)
+        check_options("layer_options", self.layer_options, layer)
         if self.epochs is not None and self.iterations is not None:
             raise ValueError(
                 f"epochs={self.epochs} and iterations={self.iterations} exclude each other"
             )
 
-
-METHODS = ("adam", "adagrad", "l2", "si", "ewc", "online-ewc")
-"""Against forgetting; see `ncrl.tasks.continual.methods`."""
-
-GROW = "grow"
-"""The method that adds slots for each task; no row of the paper's tables."""
 
 SCENARIOS = ("domain", "task")
 """Whether all tasks share one output layer (incremental domain), or each has its own, and the task
@@ -144,10 +121,10 @@ class ContinualRecipe(Recipe):
 
     scenario: str = setting("domain", "shared or separate output layers", choices=SCENARIOS)
     method: str | None = setting(
-        None, "against forgetting; null: what the command does by itself", choices=(*METHODS, GROW)
+        None, "against forgetting; null: what the command does by itself", choices=tuple(METHODS)
     )
     penalty_coef: float | None = setting(
-        None, "weight of the method's penalty (grow: pull); null: Hsu et al.'s (1)", low=0
+        None, "weight of the method's penalty; null: Hsu et al.'s", low=0
     )
     fisher_orthogonality: bool = setting(
         False, "ewc: square the gradient of the orthogonality loss into the Fisher information"
@@ -155,56 +132,55 @@ class ContinualRecipe(Recipe):
     double_orth_coef: bool = setting(False, "with a penalty, double orth_coef after the first task")
 
 
+# Those that learn task after task, so that their recipes say more.
 CONTINUAL_NETWORKS = ("split_mlp", "resnet_mlp")
 
 
-def recipe_class(values: Options) -> type[Recipe]:
-    """The recipes that settings make: those of networks that learn task after task say more."""
-    return ContinualRecipe if values.get("network") in CONTINUAL_NETWORKS else Recipe
+def network_option_types(network: str) -> dict[str, str]:
+    """What `network_options` may hold for a network of `NETWORKS`, with annotations."""
+    parameters = inspect.signature(NETWORKS[network]).parameters
+    return {name: str(p.annotation) for name, p in parameters.items() if name != "coded"}
 
 
-def network_option_names(network: str) -> list[str]:
-    """What `network_options` may hold for a network of `NETWORKS`."""
-    names = inspect.signature(NETWORKS[network]).parameters
-    return [name for name in names if name not in ("layer", "layer_options")]
-
-
-def layer_option_names(layer: str) -> list[str]:
-    """What `layer_options` may hold for a layer of `ncrl.layers.LAYERS`."""
+def layer_option_types(layer: str) -> dict[str, str]:
+    """What `layer_options` may hold for a layer of `LAYERS`, which looks at the values itself."""
+    names = list(inspect.signature(LAYERS[layer]).parameters)
     if layer == "neurocoder":
-        return [*(entry.name for entry in fields(NeurocoderConfig)), "bias"]
+        names = [*(entry.name for entry in fields(NeurocoderConfig)), "bias"]
     elsewhere = ("in_features", "out_features", "device", "dtype")
-    return [name for name in inspect.signature(LAYERS[layer]).parameters if name not in elsewhere]
+    return {name: "" for name in names if name not in elsewhere}
 
 
-def check_names(field_name: str, options: Any, allowed: Collection[str]) -> None:
-    """Raise ValueError unless `options` is a mapping whose keys are all `allowed`, with no number
-    beyond `LARGEST_OPTION`."""
+def check_options(field_name: str, options: Any, types: Mapping[str, str]) -> None:
+    """Raise ValueError unless `options` is a mapping with names, types and sizes that make sense;
+    an annotation of int means a size, of at least 1."""
     if not isinstance(options, Mapping):
         raise ValueError(f"{field_name} must be a mapping of options, got {options!r}")
-    for name in options:
-        if name not in allowed:
-            hint = nearest(str(name), allowed)
+    for name, option in options.items():
+        if name not in types:
+            hint = nearest(str(name), types)
             raise ValueError(f"unknown option {name!r} in {field_name}; nearest: {hint}")
-        values = options[name] if isinstance(options[name], (list, tuple)) else [options[name]]
+        values = option if isinstance(option, (list, tuple)) else [option]
         if len(values) > MOST_LAYERS:
             raise ValueError(f"{name} must have at most {MOST_LAYERS} parts, got {len(values)}")
         for value in values:
             if isinstance(value, (int, float)) and not abs(value) <= LARGEST_OPTION:
                 raise ValueError(f"{name} must be at most {LARGEST_OPTION:,}, got {value}")
+            if types[name] == "Sequence[int]":
+                require_positive(f"{name}: width", value)
+        if types[name] == "int":
+            require_positive(name, option)
+        if types[name] == "bool":
+            require_switch(name, option)
 
 
 def read_recipes(path: Path) -> dict[str, Recipe]:
-    """All recipes of a file: the one at its top under the name "", then its variants.
-
-    Raises:
-        ValueError: for a file that cannot be read or does not hold recipes.
-    """
+    """All recipes of a file: the one at its top under the name "", then its variants."""
     values = read_yaml(path)
     variants = values.pop("variants", None) or {}
     if not isinstance(variants, dict):
         raise ValueError(f"variants in {path} must be a mapping of names to changes")
-    for name in REQUIRED:
+    for name in ("task", "network"):
         if name not in values:
             raise ValueError(f"{path} is no recipe: it does not say {name!r}")
     recipes = {"": make_recipe(values, str(path))}
@@ -212,37 +188,24 @@ def read_recipes(path: Path) -> dict[str, Recipe]:
         source = f"variant {name!r} of {path}"
         if not isinstance(changes, dict):
             raise ValueError(f"{source} must be a mapping of settings, got {changes!r}")
-        recipes[str(name)] = make_recipe(with_changes(values, changes, source), source)
+        recipes[str(name)] = make_recipe(_variant(values, changes, source), source)
     return recipes
 
 
-def with_changes(values: Options, changes: Options, source: str) -> dict[str, Any]:
-    """The settings of a variant.
-
-    Raises:
-        ValueError: for options that are no mapping.
-    """
-    merged = {**values, **changes}
+def _variant(values: Options, changes: Options, source: str) -> dict[str, Any]:
+    # What Table 9 prints for one recipe says nothing of another.
+    merged = {**values, "paper_parameters": None, "note": "", **changes}
     for name, owner in OPTIONS_OF.items():
         own = changes.get(name, {})
-        inherited = {} if owner in changes else values.get(name, {})
         if not isinstance(own, Mapping):
             raise ValueError(f"{name} in {source} must be a mapping of options, got {own!r}")
-        merged[name] = {**inherited, **own}
-    # What Table 9 prints for one recipe says nothing of another.
-    for name in ("paper_parameters", "note"):
-        if name not in changes:
-            merged.pop(name, None)
+        merged[name] = own if owner in changes else {**values.get(name, {}), **own}
     return merged
 
 
 def make_recipe(values: Options, source: str) -> Recipe:
-    """A recipe from settings by name; `source` says in messages where they come from.
-
-    Raises:
-        ValueError: for an unknown setting or an impossible value.
-    """
-    kind = recipe_class(values)
+    """A recipe from settings by name; `source` says in messages where they come from."""
+    kind = ContinualRecipe if values.get("network") in CONTINUAL_NETWORKS else Recipe
     plain = {name: value for name, value in values.items() if name not in OPTIONS_OF}
     options = {name: values[name] for name in OPTIONS_OF if name in values}
     typed = typed_values(plain, kind, source)
@@ -253,27 +216,26 @@ def make_recipe(values: Options, source: str) -> Recipe:
 
 
 def build_network(recipe: Recipe) -> nn.Module:
-    """The network of a recipe, freshly initialised.
-
-    Raises:
-        ValueError: for sizes that the network or the layer refuses.
-    """
+    """The network of a recipe, freshly initialised; ValueError for sizes that it refuses."""
+    coded = Coded(recipe.layer, recipe.layer_options)
     try:
-        return NETWORKS[recipe.network](
-            **recipe.network_options, layer=recipe.layer, layer_options=recipe.layer_options
-        )
+        return NETWORKS[recipe.network](**recipe.network_options, coded=coded)
     except TypeError as error:
         raise ValueError(f"network {recipe.network!r}: {error}") from error
 
 
 def outline_network(recipe: Recipe) -> nn.Module:
-    """The network of a recipe on torch's meta device, where parameters have sizes but no numbers.
-
-    Raises:
-        ValueError: as `build_network`.
-    """
+    """`build_network` on torch's meta device, where parameters have sizes but no numbers."""
     with torch.device("meta"):
         network = build_network(recipe)
-    if (total := sum(parameter.numel() for parameter in network.parameters())) > MOST_PARAMETERS:
+    if (total := count_parameters(network)) > MOST_PARAMETERS:
         raise ValueError(f"a network may have {MOST_PARAMETERS:,} parameters, this has {total:,}")
     return network
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Frozen ones and frozen slots included, other buffers not."""
+    memories = [module for module in model.modules() if isinstance(module, SlotMemory)]
+    buffers = [buffer for memory in memories for buffer in memory.buffers()]
+    frozen = sum(buffer.numel() for buffer in buffers if buffer.is_floating_point())
+    return frozen + sum(parameter.numel() for parameter in model.parameters())

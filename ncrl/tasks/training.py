@@ -6,6 +6,7 @@ that nothing about the data has to be stored: `random_stream` makes random strea
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -29,15 +30,12 @@ from ncrl.shell.screen import Progress
 from ncrl.shell.signals import Stopped, StopSignals, stop_signals
 from ncrl.shell.tensors import read_tensors, size_of, write_tensors
 from ncrl.tasks.experiment import Experiment, evaluating
-from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.recipes import Recipe, count_parameters
 from ncrl.tasks.results import (
     RESULT_FILE,
     Result,
     command_line,
-    count_parameters,
     fingerprint,
-    is_curve,
-    is_number,
     read_result,
     write_result,
 )
@@ -48,14 +46,9 @@ CHECKPOINT_SIZE = 12
 """Times the size of the model that a checkpoint may take: the optimiser keeps up to two numbers for
 each weight, a method against forgetting up to five."""
 
-CHECKPOINT_SECONDS = 60.0
-"""Least time between checkpoints; large ones are written more rarely."""
-
-CHECKPOINT_SHARE = 0.05
-"""Of the time, at most, goes into writing checkpoints."""
-
-CHECK_EVERY = 20
-"""Updates between looks at the loss: each look waits for the device."""
+CHECKPOINT_SECONDS = 60.0  # least time between checkpoints; large ones are written more rarely
+CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
+CHECK_EVERY = 20  # updates between looks at the loss: each look waits for the device
 
 
 class NonFiniteError(RuntimeError):
@@ -90,15 +83,15 @@ class Run(NamedTuple):
         return f"{self.name}, seed {self.seed}"
 
 
-def identity(
-    recipe: Recipe, data: str, readings: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def what_is_trained(recipe: Recipe) -> dict[str, Any]:
+    """The settings but for what the paper prints, as plain values."""
+    return {k: v for k, v in asdict(recipe).items() if k not in ("paper_parameters", "note")}
+
+
+def identity(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
     """What makes two runs the same but for the seed, as plain values."""
-    values: dict[str, Any] = asdict(recipe)
-    # What the paper prints does not change what is trained.
-    for name in ("paper_parameters", "note"):
-        values.pop(name)
-    return {"recipe": values, "data": data, "readings": dict(readings or {})}
+    readings = dict(experiment.readings)
+    return {"recipe": what_is_trained(recipe), "data": experiment.data, "readings": readings}
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -133,12 +126,10 @@ def learning_rate(recipe: Recipe, update: int, num_updates: int) -> float:
 def train(run: Run, experiment: Experiment) -> Result:
     """Train to the end, from the last checkpoint if there is one, and write the row.
 
-    Raises:
-        NonFiniteError: if the loss is.
-        Stopped: at SIGINT or SIGTERM, with a checkpoint written.
-        ValueError: for a checkpoint that cannot be used.
+    Raises `NonFiniteError`; `Stopped` at SIGINT or SIGTERM, with a checkpoint written; ValueError
+    for a checkpoint that cannot be used.
     """
-    training = _Training(run, experiment)
+    training = Training(run, experiment)
     training.resume()
     total = experiment.num_updates
     with stop_signals() as stop, Progress(run.title, total, training.update) as progress:
@@ -146,20 +137,7 @@ def train(run: Run, experiment: Experiment) -> Result:
     return training.finish()
 
 
-def make_step(recipe: Recipe, experiment: Experiment) -> Callable[[], None]:
-    """One update as `train` makes it, again and again; for timing."""
-    device = next(experiment.model.parameters()).device
-    training = _Training(Run("", "", recipe, 0, device, Path()), experiment)
-    experiment.model.train()
-
-    def step() -> None:
-        training.step()
-        training.losses.clear()
-
-    return step
-
-
-class _Training:
+class Training:
     """State of a run between updates."""
 
     def __init__(self, run: Run, experiment: Experiment) -> None:
@@ -176,21 +154,22 @@ class _Training:
         self._save_seconds = 0.0
 
     def loop(self, stop: StopSignals, progress: Progress) -> None:
-        experiment = self.experiment
-        writer = None
-        try:
+        """Update until the end or a signal; evaluate and save in between."""
+        with contextlib.ExitStack() as files:
+            writer: CurveWriter | None = None
             self.model.train()
-            while self.update < experiment.num_updates:
+            while self.update < self.experiment.num_updates:
                 self.step()
-                at_end = self.update == experiment.num_updates
+                at_end = self.update == self.experiment.num_updates
                 if self.update % CHECK_EVERY == 0:
                     self._check_losses()
                     progress.show(self.update, self._mean_loss())
-                if self.update % experiment.evaluate_every == 0 or at_end:
+                if self.update % self.experiment.evaluate_every == 0 or at_end:
                     row = self._evaluate()
                     if writer is None:
                         # Points after the last checkpoint of a killed run are written again.
                         writer = CurveWriter(self.run.folder, self.update)
+                        files.callback(writer.close)
                     for name, value in row.items():
                         if name != "update":
                             writer.add(f"{self.run.task}/{name}", value, self.update)
@@ -200,9 +179,6 @@ class _Training:
                     raise Stopped(stop.exit_code)
                 if not at_end and self._checkpoint_is_due():
                     self.save()
-        finally:
-            if writer is not None:
-                writer.close()
 
     def step(self) -> None:
         """One update."""
@@ -210,7 +186,12 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss, total = self._losses_of(self.update)
+        with record_gates(self.model) if self.has_gates else contextlib.nullcontext() as gates:
+            total = loss = self.experiment.loss(self.update)
+        if gates is not None:
+            total = total + self.recipe.balance_coef * balance_loss(gates)
+        if self.recipe.orth_coef:
+            total = total + self.recipe.orth_coef * orthogonal_loss(self.model)
         total.backward()  # type: ignore[no-untyped-call]
         if self.recipe.max_grad_norm is not None:
             clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
@@ -218,18 +199,6 @@ class _Training:
         self.losses.append(loss.detach())
         self.experiment.after_update(self.update)
         self.update += 1
-
-    def _losses_of(self, update: int) -> tuple[Tensor, Tensor]:
-        """The task's loss, and what is minimised."""
-        if self.has_gates:
-            with record_gates(self.model) as gates:
-                loss = self.experiment.loss(update)
-            total = loss + self.recipe.balance_coef * balance_loss(gates)
-        else:
-            total = loss = self.experiment.loss(update)
-        if self.recipe.orth_coef:
-            total = total + self.recipe.orth_coef * orthogonal_loss(self.model)
-        return loss, total
 
     def _check_losses(self) -> None:
         if not self.losses:
@@ -254,28 +223,27 @@ class _Training:
         self._check_losses()
         with evaluating(self.model):
             metrics = self.experiment.evaluate()
-        row = {"update": self.update, "loss": self._mean_loss(), **metrics}
+        self.curve.append({"update": self.update, "loss": self._mean_loss(), **metrics})
         self._loss_sum, self._loss_count = 0.0, 0
-        self.curve.append(row)
-        return row
+        return self.curve[-1]
 
     def finish(self) -> Result:
         """Write weights and row, and clear the checkpoint away."""
         experiment, run = self.experiment, self.run
-        last = {k: v for k, v in self.curve[-1].items() if k not in ("update", "loss")}
-        for name, which in experiment.best.items():
-            choose = {"max": max, "min": min}[which]
-            last[f"best_{name}"] = choose(row[name] for row in self.curve)
+        metrics = {k: v for k, v in self.curve[-1].items() if k != "update"}
+        for name, choose in experiment.best.items():
+            values = [row[name] for row in self.curve]
+            metrics[f"best_{name}"] = max(values) if choose == "max" else min(values)
         with evaluating(self.model):
             details = experiment.report()
-        what = identity(run.recipe, experiment.data, experiment.readings)
+        what = identity(run.recipe, experiment)
         result = Result(
             task=run.task,
             name=run.name,
             seed=run.seed,
             layer=run.recipe.layer,
             parameters=count_parameters(self.model),
-            metrics={"loss": self.curve[-1]["loss"], **last},
+            metrics=metrics,
             data=experiment.data,
             updates=self.update,
             seconds=round(self._elapsed(), 2),
@@ -294,8 +262,6 @@ class _Training:
         (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
 
-    # Checkpoints.
-
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._began
 
@@ -308,8 +274,7 @@ class _Training:
         self._check_losses()
         begin = time.monotonic()
         state = {
-            "seed": self.run.seed,
-            "identity": self._identity(),
+            "identity": self._mark(),
             "update": self.update,
             "seconds": self._elapsed(),
             "curve": self.curve,
@@ -324,11 +289,7 @@ class _Training:
         self._save_seconds = self._saved - begin
 
     def resume(self) -> None:
-        """Go on from the checkpoint in the run's folder, if there is one.
-
-        Raises:
-            ValueError: if it cannot be read, or is of another run.
-        """
+        """Go on from the checkpoint in the run's folder, if there is one."""
         path = self.run.folder / CHECKPOINT_FILE
         if not os.path.lexists(path):
             return
@@ -336,7 +297,7 @@ class _Training:
             state = read_tensors(path, CHECKPOINT_SIZE * size_of(self.model))
         except ValueError as error:
             raise ValueError(f"{error}; delete it to start anew") from error
-        if not isinstance(state, dict) or state.get("identity") != self._identity():
+        if not isinstance(state, dict) or state.get("identity") != self._mark():
             raise ValueError(f"{path} is no checkpoint of this run; delete it to start anew")
         try:
             self._restore(state)
@@ -345,36 +306,24 @@ class _Training:
             raise ValueError(f"{path} cannot be used: {reason}; delete it to start anew") from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        update, seconds, curve = state["update"], state["seconds"], state["curve"]
-        loss_sum, loss_count = state["loss"]
+        update = state["update"]
         if type(update) is not int or not 0 <= update <= self.experiment.num_updates:
             raise ValueError(f"update must lie in 0 .. {self.experiment.num_updates}, got {update}")
-        if type(loss_count) is not int or not 0 <= loss_count <= update:
-            raise ValueError(f"losses must be 0 .. {update}, got {loss_count}")
-        if not (is_number(seconds) and seconds >= 0 and is_number(loss_sum)):
-            raise ValueError(f"its seconds or loss are no numbers: {seconds!r}, {loss_sum!r}")
-        if not is_curve(curve):
-            raise ValueError("its curve does not hold numbers by name")
         self.experiment.restore(state["experiment"])  # first: it may give parameters their sizes
         check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.update, self.seconds, self.curve = update, seconds, curve
-        self._loss_sum, self._loss_count = loss_sum, loss_count
+        self.update, self.seconds, self.curve = update, state["seconds"], state["curve"]
+        self._loss_sum, self._loss_count = state["loss"]
         set_random_state(state["random"])
 
-    def _identity(self) -> str:
-        experiment = self.experiment
-        what = identity(self.recipe, experiment.data, experiment.readings)
-        return f"{fingerprint(what)} {experiment.num_updates} seed {self.run.seed}"
+    def _mark(self) -> str:
+        mark = fingerprint(identity(self.recipe, self.experiment))
+        return f"{mark} {self.experiment.num_updates} seed {self.run.seed}"
 
 
 def load_weights(run: Run, model: nn.Module) -> None:
-    """Put the weights of a finished run into a model.
-
-    Raises:
-        ValueError: naming the file, if they are missing or do not fit.
-    """
+    """Put the weights of a finished run into a model; names the file if they do not fit."""
     path = run.folder / WEIGHTS_FILE
     weights = read_tensors(path, size_of(model), foreign=True)
     try:

@@ -21,92 +21,67 @@ Shapes: N sequences, n questions each, T timesteps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 TASKS = ("copy", "repeat_copy", "associative_recall", "priority_sort")
 
 NUM_BITS = 8
-FIRST, SECOND = NUM_BITS, NUM_BITS + 1
-"""Channels of an input beside the bits."""
-
+FIRST, SECOND = NUM_BITS, NUM_BITS + 1  # channels of an input beside the bits
 NUM_INPUTS = NUM_BITS + 2
-END = NUM_BITS
-"""Channel of an output that marks the end of an answer."""
-
+END = NUM_BITS  # channel of an output that marks the end of an answer
 MOST_VECTORS = 3
 MOST_REPEATS = 2
-ITEMS = (2, 3)
-"""Items of an associative recall."""
+ITEMS = (2, 3)  # items of an associative recall
 ITEM_LENGTH = 2
-SORTED, KEPT = 3, 2
-"""Vectors of a priority sort, and how many of them are asked for."""
-
+SORTED, KEPT = 3, 2  # vectors of a priority sort, and how many of them are asked for
+# Most vectors of a question, those of an associative recall.
 QUESTION = 1 + ITEMS[1] * (1 + ITEM_LENGTH) + 1 + ITEM_LENGTH
-"""Most vectors of a question, those of an associative recall."""
+# Most vectors of an answer, those of a repeat copy and its end.
 ANSWER = MOST_VECTORS * MOST_REPEATS + 1
-"""Most vectors of an answer, those of a repeat copy and its end."""
 
 
 class Algorithms(NamedTuple):
     """N sequences of T timesteps. Time comes first, as in `Ntm`."""
 
-    inputs: Tensor
-    """[T, N, 10]."""
-
-    targets: Tensor
-    """[T, N, num_outputs], 0 or 1; 0 where nothing is asked for."""
-
+    inputs: Tensor  # [T, N, 10]
+    targets: Tensor  # [T, N, num_outputs], 0 or 1; 0 where nothing is asked for
+    # Of the answer at every timestep, an index into `TASKS`: [T, N]; -1 where there is none.
     task: Tensor
-    """Of the answer at every timestep, an index into `TASKS`: [T, N]; -1 where there is none."""
-
-    is_end: Tensor
-    """Whether this is the end of an answer, [T, N]."""
+    is_end: Tensor  # whether this is the end of an answer, [T, N]
 
 
 class _Part(NamedTuple):
     """Questions or answers of m draws, each with a place for every vector it could have."""
 
-    vectors: Tensor
-    """[m, L, width]."""
-    present: Tensor
-    """Which places are taken, [m, L]."""
+    vectors: Tensor  # [m, L, width]
+    present: Tensor  # which places are taken, [m, L]
 
 
 def algorithms(
     num_sequences: int, num_tasks: int, generator: torch.Generator, *, num_outputs: int = 9
 ) -> Algorithms:
-    """Random sequences; T is that of the longest.
+    """N random sequences of n questions; T is that of the longest.
 
-    Args:
-        num_sequences: N.
-        num_tasks: n.
-        generator: of the random numbers.
-        num_outputs: 9, or 8 for answers whose end is not marked.
-
-    Raises:
-        ValueError: for another number of outputs, or sizes below 1.
+    Answers have 9 outputs, or 8 if their ends are not marked.
     """
     if num_outputs not in (NUM_BITS, NUM_BITS + 1):
         raise ValueError(f"num_outputs must be {NUM_BITS} or {NUM_BITS + 1}, got {num_outputs}")
-    if num_sequences < 1 or num_tasks < 1:
-        raise ValueError(
-            f"sequences and tasks must be at least 1, got {num_sequences}, {num_tasks}"
-        )
     count = num_sequences * num_tasks
     drawn = torch.randint(len(TASKS), (count,), generator=generator)
     # Every task for every place, of which one is taken: they are small.
     made = [make(count, generator) for make in (_copy, _repeat_copy, _recall, _sort)]
+    rows = torch.arange(count)
     questions, answers = (
-        _Part(*(_choose(field, drawn) for field in zip(*parts, strict=True)))
+        _Part(*(torch.stack(field)[drawn, rows] for field in zip(*parts, strict=True)))
         for parts in zip(*made, strict=True)
     )
     ends = torch.zeros(count, ANSWER, 1)
     if num_outputs > NUM_BITS:
         length = answers.present.sum(1)
-        rows = torch.arange(count)
         ends[rows, length] = 1
         answers.present[rows, length] = True
     answers = _Part(torch.cat([answers.vectors, ends], dim=2), answers.present)
@@ -128,11 +103,6 @@ def algorithms(
     return Algorithms(padded, targets[..., :num_outputs], task, targets[..., END] > 0)
 
 
-def _choose(parts: tuple[Tensor, ...], drawn: Tensor) -> Tensor:
-    """Row m of the part that was drawn for m."""
-    return torch.stack(parts)[drawn, torch.arange(len(drawn))]
-
-
 def _in_a_row(part: _Part, num_sequences: int) -> tuple[Tensor, Tensor]:
     """The vectors that are present, sequence by sequence without gaps: [N, most, width], and how
     many there are, [N]."""
@@ -150,25 +120,30 @@ def _bits(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(2, (*shape, NUM_BITS), generator=generator).float()
 
 
-def _empty(count: int, task: str) -> _Part:
-    """A question that only says its task."""
-    vectors = torch.zeros(count, QUESTION, NUM_INPUTS)
-    present = torch.zeros(count, QUESTION, dtype=torch.bool)
-    vectors[:, 0, [TASKS.index(task), FIRST, SECOND]] = 1
-    present[:, 0] = True
-    return _Part(vectors, present)
+def _vectors(bits: Tensor, first: Any = 0.0, second: Any = 0.0) -> Tensor:
+    """Bits [m, l, 8] with both channels beside them, [m, l, 10]."""
+    channels = torch.zeros(*bits.shape[:2], 2)
+    channels[..., 0], channels[..., 1] = first, second
+    return torch.cat([bits, channels], dim=2)
 
 
-def _answer(vectors: Tensor, present: Tensor) -> _Part:
-    """An answer [m, l, 8] in the places of the longest."""
-    count, length, _ = vectors.shape
-    whole = _Part(
-        torch.zeros(count, ANSWER, NUM_BITS), torch.zeros(count, ANSWER, dtype=torch.bool)
-    )
-    # Where no vector is, the mark of the end will stand alone.
-    whole.vectors[:, :length] = vectors * present[..., None]
-    whole.present[:, :length] = present
-    return whole
+def _question(task: str, *parts: tuple[Tensor, Tensor | None]) -> _Part:
+    """A task's name and then vectors [m, l, 10], with which are present, [m, l], all if None."""
+    count = len(parts[0][0])
+    name = torch.zeros(count, 1, NUM_INPUTS)
+    name[:, 0, [TASKS.index(task), FIRST, SECOND]] = 1
+    made = [_padded(v, present, v.shape[1]) for v, present in [(name, None), *parts]]
+    vectors, present = (torch.cat(tensors, dim=1) for tensors in zip(*made, strict=True))
+    return _padded(vectors, present, QUESTION)
+
+
+def _padded(vectors: Tensor, present: Tensor | None, length: int) -> _Part:
+    """In so many places; where no vector is present there are zeros."""
+    if present is None:
+        present = torch.ones(vectors.shape[:2], dtype=torch.bool)
+    missing = length - vectors.shape[1]
+    vectors = F.pad(vectors * present[..., None], [0, 0, 0, missing])
+    return _Part(vectors, F.pad(present, [0, missing]))
 
 
 def _lengths(count: int, generator: torch.Generator) -> Tensor:
@@ -178,26 +153,20 @@ def _lengths(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _copy(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
-    vectors, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
-    question = _empty(count, "copy")
-    question.vectors[:, 1 : 1 + MOST_VECTORS, :NUM_BITS] = vectors
-    question.present[:, 1 : 1 + MOST_VECTORS] = present
-    return question, _answer(vectors, present)
+    bits, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
+    return _question("copy", (_vectors(bits), present)), _padded(bits, present, ANSWER)
 
 
 def _repeat_copy(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
-    vectors, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
+    bits, present = _bits(generator, count, MOST_VECTORS), _lengths(count, generator)
     repeats = torch.randint(1, MOST_REPEATS + 1, (count, 1), generator=generator)
-    question = _empty(count, "repeat_copy")
-    question.vectors[:, 1, SECOND] = repeats[:, 0].float()
-    question.present[:, 1] = True
-    question.vectors[:, 2 : 2 + MOST_VECTORS, :NUM_BITS] = vectors
-    question.present[:, 2 : 2 + MOST_VECTORS] = present
+    how_often = _vectors(torch.zeros(count, 1, NUM_BITS), second=repeats.float())
+    question = _question("repeat_copy", (how_often, None), (_vectors(bits), present))
     # Place p of the answer holds vector p mod length, for the first length * repeats places.
     place = torch.arange(MOST_VECTORS * MOST_REPEATS).expand(count, -1)
     length = present.sum(1, keepdim=True)
-    repeated = vectors.gather(1, (place % length)[..., None].expand(-1, -1, NUM_BITS))
-    return question, _answer(repeated, place < length * repeats)
+    repeated = bits.gather(1, (place % length)[..., None].expand(-1, -1, NUM_BITS))
+    return question, _padded(repeated, place < length * repeats, ANSWER)
 
 
 def _recall(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
@@ -206,29 +175,20 @@ def _recall(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
     number = torch.randint(ITEMS[0], most + 1, (count,), generator=generator)
     # Of the items but the last, each as likely as the others.
     chosen = (torch.rand(count, generator=generator) * (number - 1)).long()
-    question = _empty(count, "associative_recall")
-    length = 1 + ITEM_LENGTH
+    row, none = torch.arange(count), torch.zeros(count, 1, NUM_BITS)
+    parts: list[tuple[Tensor, Tensor | None]] = []
     for i in range(most):
-        begin = 1 + i * length
-        question.vectors[:, begin, FIRST] = 1
-        question.vectors[:, begin + 1 : begin + length, :NUM_BITS] = items[:, i]
-        question.present[:, begin : begin + length] = (i < number)[:, None]
-    row = torch.arange(count)
-    question.vectors[:, -length, SECOND] = 1
-    question.vectors[:, 1 - length :, :NUM_BITS] = items[row, chosen]
-    question.present[:, -length:] = True
-    answer = items[row, chosen + 1]
-    return question, _answer(answer, torch.ones(answer.shape[:2], dtype=torch.bool))
+        shown = (i < number)[:, None]
+        parts += [(_vectors(none, first=1), shown), (_vectors(items[:, i]), shown.expand(-1, 2))]
+    parts += [(_vectors(none, second=1), None), (_vectors(items[row, chosen]), None)]
+    answer = _padded(items[row, chosen + 1], None, ANSWER)
+    return _question("associative_recall", *parts), answer
 
 
 def _sort(count: int, generator: torch.Generator) -> tuple[_Part, _Part]:
-    vectors = _bits(generator, count, SORTED)
+    bits = _bits(generator, count, SORTED)
     priority = 2 * torch.rand(count, SORTED, generator=generator) - 1
-    question = _empty(count, "priority_sort")
-    question.vectors[:, 1 : 1 + SORTED, :NUM_BITS] = vectors
-    question.vectors[:, 1 : 1 + SORTED, SECOND] = priority
-    question.present[:, 1 : 1 + SORTED] = True
     # Whole vectors change places, never single columns.
     best = priority.argsort(1, descending=True)[:, :KEPT, None].expand(-1, -1, NUM_BITS)
-    answer = vectors.gather(1, best)
-    return question, _answer(answer, torch.ones(answer.shape[:2], dtype=torch.bool))
+    question = _question("priority_sort", (_vectors(bits, second=priority), None))
+    return question, _padded(bits.gather(1, best), None, ANSWER)

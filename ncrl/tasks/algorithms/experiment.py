@@ -6,35 +6,38 @@ python -m ncrl.tasks.algorithms --variant linear base --iterations 5000 --figure
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from ncrl.shell.screen import say
 from ncrl.tasks.algorithms.data import NUM_BITS, NUM_INPUTS, TASKS, Algorithms, algorithms
-from ncrl.tasks.algorithms.figure import draw_figure
 from ncrl.tasks.command import Session, run_command, task_parser
 from ncrl.tasks.experiment import Experiment, describe_layers, random_stream
-from ncrl.tasks.models import Ntm
+from ncrl.tasks.figures import draw_curves, save_figure
+from ncrl.tasks.models.recurrent import Ntm
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.results import Result, results_table
+from ncrl.tasks.results import Result, by_name, results_table
 
 CONFIG = "algorithms.yaml"
-VARIANTS = ("linear", "hypernet", "film", "nsm", "base")
-"""What the paper compares."""
-
+VARIANTS = ("linear", "hypernet", "film", "nsm", "base")  # what the paper compares
 TRAINED_TASKS = 4
-TESTED_TASKS = (4, 8)
-"""n, how many algorithms are asked for in a sequence."""
-
+TESTED_TASKS = (4, 8)  # n, how many algorithms are asked for in a sequence
 TEST_SEQUENCES = 256
 EVALUATE_EVERY = 100
-REPORT_SEQUENCES = 8
-"""Test sequences on which the layers are described."""
-
+REPORT_SEQUENCES = 8  # test sequences on which the layers are described
+GUESSING = 50.0  # per cent of the bits that are wrong by chance
+# As the paper writes them.
+LAYER_NAMES: Mapping[str, str] = {
+    **{"linear": "plain", "neurocoder": "Neurocoder", "hypernet": "HyperNet"},
+    **{"film": "FiLM", "moe": "MoE", "nsm": "NSM"},
+}
 PAPER = "lowest error at n=4 and alone in generalising to n=8 (Fig. 6, no number printed)"
 
 
@@ -110,11 +113,7 @@ class MultiAlgorithm(Experiment):
 
 def bit_errors(logits: Tensor, test: Algorithms) -> dict[str, float]:
     """Wrong bits in per cent of the bits of the answers, ends not counted: of `all` and by task.
-
-    Args:
-        logits: [T, N, 8 or 9]; above 0 means 1.
-        test: what was asked for.
-    """
+    Logits [T, N, 8 or 9] above 0 mean 1."""
     counted = (test.task >= 0) & ~test.is_end
     said, true = (tensor[..., :NUM_BITS] > 0 for tensor in (logits, test.targets))
     wrong = (said != true).float().mean(2)  # [T, N]
@@ -134,13 +133,35 @@ def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figure."""
     rows = session.run(session.plans(CONFIG, default_variants=VARIANTS), MultiAlgorithm)
     if session.figure is not None and rows:
-        draw_figure(session.figure, rows, TRAINED_TASKS, TESTED_TASKS)
-        say(f"drawn: {session.figure}")
+        draw(session.figure, rows)
     say(table(rows))
 
 
 def table(rows: Sequence[Result]) -> str:
     """Bit errors at the end."""
     metrics = [f"error_n{n}" for n in TESTED_TASKS] + [f"error_{task}" for task in TASKS]
-    coded = {row.name for row in rows if row.layer == "neurocoder"}
-    return results_table(rows, metrics, lambda name: PAPER if name in coded else None)
+    paper = {"neurocoder": PAPER}
+    return results_table(rows, metrics, {"paper": lambda group: paper.get(group[0].layer)})
+
+
+def draw(path: Path, rows: Sequence[Result]) -> None:
+    """The paper's Fig. 6: bit error over updates at the n trained on, bars at the end at each n."""
+    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    groups = by_name(rows)
+    labels = {name: LAYER_NAMES[group[0].layer] for name, group in groups.items()}
+    if len(set(labels.values())) < len(labels):  # recipes of the same layer
+        labels = {name: name for name in groups}
+    draw_curves(curves, rows, f"error_n{TRAINED_TASKS}", labels)
+    curves.set_ylabel(f"wrong bits at n = {TRAINED_TASKS} (%)")
+    curves.legend(fontsize=7)
+    width = 0.8 / len(groups)
+    for index, (name, group) in enumerate(groups.items()):
+        values = np.array([[row.metrics[f"error_n{n}"] for n in TESTED_TASKS] for row in group])
+        places = np.arange(len(TESTED_TASKS)) + (index - (len(groups) - 1) / 2) * width
+        bars.bar(places, values.mean(0), width, yerr=values.std(0), capsize=2, label=labels[name])
+    for axes in (curves, bars):
+        axes.axhline(GUESSING, color="grey", linestyle=":", linewidth=1)
+    bars.set_xticks(range(len(TESTED_TASKS)), [f"n = {n}" for n in TESTED_TASKS])
+    bars.set_ylabel("wrong bits at the end (%)")
+    save_figure(figure, path)

@@ -8,7 +8,7 @@ python -m ncrl.tasks.cifar --data-dir DIR --config cifar_densenet --variant base
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,17 @@ from matplotlib.figure import Figure
 
 from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import Plan, Session, add_validate, run_command, task_parser
-from ncrl.tasks.data import HELD_OUT, Images, load_cifar
+from ncrl.tasks.command import Plan, Session, run_command, task_parser
+from ncrl.tasks.data import HELD_OUT, load_cifar
 from ncrl.tasks.figures import draw_curves, save_figure
 from ncrl.tasks.recipes import CONFIGS, Recipe, read_recipes
-from ncrl.tasks.results import Result, by_name, markdown, summarise
+from ncrl.tasks.results import Result, by_name, results_table
 
 CONFIG = "cifar_mlp.yaml"
-HELD_OUT_EVERY = 5
-"""With --validate, one of so many training images is measured on."""
-
+HELD_OUT_EVERY = 5  # with --validate, one of so many training images is measured on
 READINGS = {"pixels": "standardised by channel", "augmentation": "none"}
 
+# Best test accuracy over 5 runs, by network and classes, then layer.
 TABLE_4: Mapping[tuple[str, int], Mapping[str, float]] = {
     ("mlp", 10): {"linear": 52.06, "moe": 50.76, "nsm": 52.76, "neurocoder": 54.86},
     ("mlp", 100): {"linear": 23.31, "moe": 22.79, "nsm": 25.65, "neurocoder": 26.24},
@@ -37,8 +36,7 @@ TABLE_4: Mapping[tuple[str, int], Mapping[str, float]] = {
     ("densenet", 10): {"linear": 93.61, "moe": 80.61, "nsm": 94.24, "neurocoder": 95.61},
     ("densenet", 100): {"linear": 78.11, "moe": 69.48, "nsm": 71.76, "neurocoder": 79.34},
 }
-"""Best test accuracy over 5 runs, by network and classes, then layer."""
-
+# DenseNet with Neurocoder, by classes, heads H and residual; H = 3 with residual is in Table 4.
 TABLE_2: Mapping[tuple[int, int, bool], float] = {
     (10, 1, False): 77.4,
     (10, 3, False): 80.8,
@@ -47,7 +45,6 @@ TABLE_2: Mapping[tuple[int, int, bool], float] = {
     (100, 3, False): 75.0,
     (100, 1, True): 75.1,
 }
-"""DenseNet with Neurocoder, by classes, heads H and residual; H = 3 with residual is in Table 4."""
 
 
 def paper_accuracy(row: Result) -> float | None:
@@ -69,54 +66,42 @@ def is_shipped(row: Result) -> bool:
     path = CONFIGS / f"cifar_{row.recipe['network']}.yaml"
     if not path.is_file() or row.recipe["layer_options"].get("preset") == "official":
         return False
-    return any(
-        (recipe.layer, dict(recipe.layer_options), body(recipe.network_options))
-        == (row.layer, row.recipe["layer_options"], body(row.recipe["network_options"]))
-        for recipe in read_recipes(path).values()
-    )
 
+    def body(layer: str, layer_options: Any, network_options: Any) -> tuple[Any, ...]:
+        return layer, dict(layer_options), {**network_options, "num_outputs": None}
 
-def body(network_options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a network but for its number of classes."""
-    return {name: value for name, value in network_options.items() if name != "num_outputs"}
+    own = body(row.layer, row.recipe["layer_options"], row.recipe["network_options"])
+    recipes = read_recipes(path).values()
+    return any(own == body(r.layer, r.layer_options, r.network_options) for r in recipes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = task_parser("cifar", __doc__)
-    parser.add_argument(
-        "--classes",
-        type=int,
-        metavar="INT",
-        help="10 or 100 (default: those of the recipe)",
-    )
-    add_validate(parser, "one of five training images")
+    parser = task_parser("cifar", __doc__, validate="one of five training images")
+    said = "10 or 100 (default: those of the recipe)"
+    parser.add_argument("--classes", type=int, metavar="INT", help=said)
     return run_command("cifar", parser, arguments, work)
 
 
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the curves."""
     wanted = plans(session)
-    sizes = {num_outputs(plan.recipe) for plan in wanted}
-    views = {size: view(session, size) for size in sorted(sizes)}
+    views = {}
+    for size in sorted({num_outputs(plan.recipe) for plan in wanted}):
+        data = load_cifar(session.data_dir, size, download=session.download)
+        views[size] = session.validated(data, HELD_OUT_EVERY).standardised().to(session.device)
 
     def make(recipe: Recipe, seed: int, _device: torch.device) -> Classification:
-        images = views[num_outputs(recipe)]
-        return Classification(recipe, images, seed, readings=READINGS)
+        return Classification(recipe, views[num_outputs(recipe)], seed, readings=READINGS)
 
     rows = session.run(wanted, make)
     if session.figure is not None and rows:
         draw(session.figure, rows)
-        say(f"drawn: {session.figure}")
     say(table(rows))
 
 
 def plans(session: Session) -> list[Plan]:
-    """The recipes that the flags name; the plain MLP and Neurocoder's without any.
-
-    Raises:
-        ValueError: for recipes of other tasks, and a number of classes that is not clear.
-    """
+    """The recipes that the flags name; the plain MLP and Neurocoder's without any."""
     flags = session.flags
     wanted = session.plans(CONFIG)
     if not session.names_recipes:  # to the plain network options of coded layers mean nothing
@@ -141,11 +126,7 @@ def num_outputs(recipe: Recipe) -> int:
 
 
 def with_outputs(plan: Plan, size: int) -> Plan:
-    """The same recipe for 10 or 100 classes.
-
-    Raises:
-        ValueError: for another number.
-    """
+    """The same recipe for 10 or 100 classes."""
     if size not in (10, 100):
         raise ValueError(f"CIFAR has 10 or 100 classes, got {size}")
     if num_outputs(plan.recipe) == size:
@@ -155,43 +136,24 @@ def with_outputs(plan: Plan, size: int) -> Plan:
     return Plan(f"{plan.name} {size} classes", recipe, plan.labels)
 
 
-def view(session: Session, num_classes: int) -> Images:
-    """The data set of so many classes, standardised and on the device."""
-    data = load_cifar(session.data_dir, num_classes, download=session.download)
-    if session.flags.get("validate"):
-        data = data.held_out(HELD_OUT_EVERY)
-    say(data.source)
-    return data.standardised().to(session.device)
-
-
 def table(rows: Sequence[Result]) -> str:
     """Accuracy in the last and the best epoch, over seeds, beside what the paper prints."""
-    lines = []
-    for name, group in by_name(rows).items():
-        row, paper = group[0], paper_accuracy(group[0])
-        lines.append(
-            [
-                name,
-                row.layer,
-                f"{row.parameters:,}",
-                " ".join(str(each.seed) for each in group),
-                row.updates,
-                summarise(group, "accuracy"),
-                summarise(group, "best_accuracy"),
-                None if paper is None else f"{paper:.2f}",
-                f"{sum(each.seconds for each in group) / len(group):.0f} s",
-            ]
-        )
-    header = ["recipe", "layer", "parameters", "seeds", "updates", "last", "best", "paper (best)"]
-    return markdown([*header, "time"], lines)
+
+    def paper(group: list[Result]) -> str | None:
+        accuracy = paper_accuracy(group[0])
+        return None if accuracy is None else f"{accuracy:.2f}"
+
+    columns: Mapping[str, Callable[[list[Result]], object]] = {
+        "paper (best)": paper,
+        "layer": lambda group: group[0].layer,
+        "updates": lambda group: group[0].updates,
+        "time": lambda group: f"{sum(row.seconds for row in group) / len(group):.0f} s",
+    }
+    return results_table(rows, ["accuracy", "best_accuracy"], columns)
 
 
 def draw(path: Path, rows: Sequence[Result]) -> None:
-    """Test accuracy over updates, and what the paper prints as a mark at the right.
-
-    Raises:
-        ValueError: if the file cannot be written.
-    """
+    """Test accuracy over updates, and what the paper prints as a mark at the right."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     draw_curves(axes, rows, "accuracy")

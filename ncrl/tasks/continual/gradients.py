@@ -19,12 +19,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-CHUNK = 512
-"""Samples that are differentiated together, where memory allows."""
-
+CHUNK = 512  # samples that are differentiated together, where memory allows
+# In the gradients that are built for a chunk: a gibibyte in single precision.
 MOST_NUMBERS = 1 << 28
-"""In the gradients that are built for a chunk: a gibibyte in single precision."""
-
 MATMULS = (torch.matmul, Tensor.matmul)
 
 Parameters = dict[str, Tensor]
@@ -33,17 +30,11 @@ SampleLoss = Callable[[Callable[..., Tensor], Tensor], Tensor]
 """Called with the model and inputs [B, ...]; returns the sum of the samples' losses, each of which
 follows from its own sample alone."""
 
-Leaf = tuple[str, int]
-"""Name of a parameter, and which of the pieces that the model splits it into."""
+Leaf = tuple[str, int]  # Name of a parameter, and which of the pieces that the model splits it into
+Split = tuple[Any, int]  # sizes and dimension
 
-Split = tuple[Any, int]
-"""Sizes and dimension."""
-
-Pair = tuple[Tensor, Tensor]
-"""The sum of a tensor over samples, and that of its elementwise square."""
-
-ELSE = -1
-"""In place of a product's number: another use."""
+Pair = tuple[Tensor, Tensor]  # the sum of a tensor over samples, and that of its elementwise square
+ELSE = -1  # in place of a product's number: another use
 
 
 class Sums(NamedTuple):
@@ -57,12 +48,8 @@ class SampleGradients:
     """The gradients of a loss by every sample, to be summed.
 
     Between calls the values of parameters and buffers may change, but nothing else about the model:
-    neither its mode, training or evaluation, nor what requires a gradient.
-
-    Args:
-        model: not changed.
-        loss: has to call the model that it is given.
-        sample: inputs of one sample, without batch dimension; their shape and type count.
+    neither its mode, training or evaluation, nor what requires a gradient. The loss has to call the
+    model that it is given; of `sample`, the inputs of one, shape and type count.
     """
 
     def __init__(self, model: nn.Module, loss: SampleLoss, sample: Tensor) -> None:
@@ -71,9 +58,9 @@ class SampleGradients:
         two, three = (sample.expand(size, *sample.shape) for size in (2, 3))
         self._splits: dict[str, Split] = {}
         self._splits = self._watch(two).splits
-        watch = self._watch(two)
-        also_whole = {name for name, whole in self._parameters.items() if watch.reaches(whole)}
-        self._splits = {n: split for n, split in self._splits.items() if n not in also_whole}
+        whole = self._watch(two)
+        cut = {name for name in self._splits if not whole.reaches(self._parameters[name])}
+        self._splits = {name: self._splits[name] for name in self._splits if name in cut}
         watch = self._watch(two)
         uses = _uses(watch, self._watch(three))
         self._product_of = {leaf: u[0] for leaf, u in uses.items() if len(u) == 1 and u[0] != ELSE}
@@ -82,19 +69,8 @@ class SampleGradients:
         self._chunk = min(CHUNK, max(1, MOST_NUMBERS // max(1, numbers)))
 
     def sums(self, inputs: Tensor, *, chunk: int | None = None) -> Sums:
-        """Sum gradients and their elementwise squares.
-
-        Args:
-            inputs: [N, ...].
-            chunk: samples that are differentiated together; None for `CHUNK`, or as many as keep
-                within `MOST_NUMBERS`.
-
-        Returns:
-            Sums for every parameter that requires a gradient.
-
-        Raises:
-            ValueError: if there are no samples.
-        """
+        """Sums for every parameter that requires a gradient, over inputs [N, ...], of which `chunk`
+        are differentiated together; None for `CHUNK`, or as many as keep within `MOST_NUMBERS`."""
         if len(inputs) == 0:
             raise ValueError("gradients of no samples: inputs must hold at least one")
         totals = {
@@ -152,9 +128,8 @@ class SampleGradients:
             g = g.flatten(0, -2) if product.weight.ndim == 2 else g
             of_weight = x @ g, x.square() @ g.square()
             for leaf in (leaf for leaf, own in self._product_of.items() if own == index):
-                total, squares = (
-                    _pull_back(product.weight, watch.leaves[leaf], part) for part in of_weight
-                )
+                own = watch.leaves[leaf]
+                total, squares = (_pull_back(product.weight, own, part) for part in of_weight)
                 assert total is not None and squares is not None
                 found[leaf] = total, squares
         return found
@@ -247,12 +222,7 @@ def _pull_back(output: Tensor, tensor: Tensor, gradient: Tensor) -> Tensor | Non
 
 def _uses(two: _Watch, three: _Watch) -> dict[Leaf, list[int]]:
     """By leaf, the numbers of the products of samples whose weights it is rearranged into; `ELSE`
-    for every other use.
-
-    Args:
-        two: of two samples.
-        three: of three, by which the axis of samples is told from others.
-    """
+    for every other use. The axis of samples is told from others by batches of two and three."""
     uses: dict[Leaf, list[int]] = {leaf: [] for leaf in two.leaves}
     for index, (one, other) in enumerate(zip(two.products, three.products, strict=True)):
         rows = one.x.shape[:-1].numel(), other.x.shape[:-1].numel()

@@ -21,16 +21,14 @@ from ncrl.settings import suggest
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
 
-DAMPING = 0.1
-"""Keeps the importance of weights that hardly move finite in synaptic intelligence."""
+DAMPING = 0.1  # keeps the importance of weights that hardly move finite in synaptic intelligence
 
 
 class Method:
     """Plain training, which does nothing about forgetting; base of the others.
 
-    Args:
-        model: whose trained parameters are looked after; it is neither kept in step nor changed.
-        coef: weight of the penalty.
+    A new method is a subclass and a line of `METHODS`; its penalty's usual weight, if it has one,
+    stands in `ncrl.tasks.continual.split.COEFS`. `model` is neither kept in step nor changed.
     """
 
     def __init__(self, model: nn.Module, coef: float = 0.0) -> None:
@@ -39,12 +37,8 @@ class Method:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def begin_task(self, inputs: Tensor, optimizer: Optimizer | None) -> None:
-        """Called before a task is learnt, the first one too.
-
-        Args:
-            inputs: all training inputs of the task, [N, ...].
-            optimizer: of the model; None before there is one.
-        """
+        """Called before a task is learnt, the first one too, with all its training inputs [N, ...]
+        and the model's optimiser, None before there is one."""
 
     def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
         """What is minimised, from the loss of the task at hand on a batch of inputs."""
@@ -54,12 +48,8 @@ class Method:
         """Called after every step of the optimiser, while its gradients are still there."""
 
     def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
-        """Called when a task has been learnt.
-
-        Args:
-            inputs: all training inputs of the task, [N, ...].
-            sample_loss: its loss, summed over samples; see `own_label_loss`.
-        """
+        """Called when a task has been learnt, with all its training inputs [N, ...] and its loss,
+        summed over samples; see `own_label_loss`."""
 
     def state(self) -> dict[str, Any]:
         """All that is remembered, in tensors, to go on from."""
@@ -69,11 +59,7 @@ class Method:
         """Take over what `state` returned, wherever its tensors are."""
 
     def placed(self, tensors: Mapping[str, Tensor]) -> Parameters:
-        """Tensors by the names of all parameters, or none, each where its parameter is.
-
-        Raises:
-            ValueError: for other names or shapes.
-        """
+        """Tensors by the names of all parameters, or none, each where its parameter is."""
         if tensors and set(tensors) != set(self.parameters):
             raise ValueError("the method's state is of other parameters")
         return {
@@ -83,10 +69,11 @@ class Method:
 
 
 class Quadratic(Method):
-    """A penalty that holds every weight to an anchor, with a strength of its own.
+    """A penalty that holds every weight to an anchor, with a strength of its own; before the first
+    task's end there is none."""
 
-    Before the first task's end there is none.
-    """
+    # Names of its dictionaries of tensors by parameter, which are its state.
+    KEPT: tuple[str, ...] = ("importance", "anchor")
 
     def __init__(self, model: nn.Module, coef: float) -> None:
         super().__init__(model, coef)
@@ -94,17 +81,13 @@ class Quadratic(Method):
         self.anchor: Parameters = {}
 
     def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
-        if not self.anchor:
-            return task_loss
-        return task_loss + self.penalty()
+        return task_loss + self.penalty() if self.anchor else task_loss
 
     def penalty(self) -> Tensor:
         """coef * sum Omega (theta - theta*)^2, a scalar."""
-        values, anchor = list(self.parameters.values()), list(self.anchor.values())
-        importance = list(self.importance.values())
-        penalty: Tensor = _QuadraticPenalty.apply(  # type: ignore[no-untyped-call]
-            self.coef, importance, anchor, *values
-        )
+        kept = (list(getattr(self, name).values()) for name in ("importance", "anchor"))
+        apply: Any = _QuadraticPenalty.apply
+        penalty: Tensor = apply(self.coef, *kept, *self.parameters.values())
         return penalty
 
     def move_anchor(self) -> None:
@@ -112,10 +95,11 @@ class Quadratic(Method):
         self.anchor = {n: p.detach().clone() for n, p in self.parameters.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"importance": self.importance, "anchor": self.anchor}
+        return {name: getattr(self, name) for name in self.KEPT}
 
     def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
-        self.importance, self.anchor = (self.placed(state[n]) for n in ("importance", "anchor"))
+        for name in self.KEPT:
+            setattr(self, name, self.placed(state[name]))
 
 
 class L2(Quadratic):
@@ -136,6 +120,8 @@ class SynapticIntelligence(Quadratic):
     negative Omega would make the penalty unbounded below. Gradients must not be clipped: what the
     penalty added to them is taken out again.
     """
+
+    KEPT = (*Quadratic.KEPT, "path", "start", "last")
 
     def __init__(self, model: nn.Module, coef: float) -> None:
         super().__init__(model, coef)
@@ -169,23 +155,13 @@ class SynapticIntelligence(Quadratic):
         self.move_anchor()
         self.start = {n: p.clone() for n, p in self.anchor.items()}
 
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "path": self.path, "start": self.start, "last": self.last}
-
-    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
-        super().restore(state)
-        self.path, self.start, self.last = (
-            self.placed(state[n]) for n in ("path", "start", "last")
-        )
-
 
 class OnlineEwc(Quadratic):
     """Elastic weight consolidation with one anchor: Fisher information summed over tasks.
 
-    Attributes:
-        extra_loss: without samples, such as an orthogonality loss; its gradient is then added to
-            that of every sample before it is squared, as in the Neurocoder authors' code. Only that
-            of their runs: the information of a loss that knows no data says nothing about a task.
+    `extra_loss` is one without samples, such as an orthogonality loss; its gradient is then added
+    to that of every sample before it is squared, as in the Neurocoder authors' code. Only that of
+    their runs: the information of a loss that knows no data says nothing about a task.
     """
 
     def __init__(self, model: nn.Module, coef: float) -> None:
@@ -213,19 +189,15 @@ class OnlineEwc(Quadratic):
         if self.extra_loss is None:
             return {name: squares / count for name, squares in sums.squares.items()}
         # mean (g + e)^2 = mean g^2 + 2 e mean g + e^2
+        with torch.enable_grad():
+            extras = torch.autograd.grad(
+                self.extra_loss(), list(self.parameters.values()), materialize_grads=True
+            )
         fisher: Parameters = {}
-        for name, extra in self._extra_gradient().items():
+        for name, extra in zip(self.parameters, extras, strict=True):
             cross = sums.gradients[name].mul_(2 / count).add_(extra).mul_(extra)
             fisher[name] = cross.add_(sums.squares[name], alpha=1 / count).clamp_min_(0)
         return fisher
-
-    def _extra_gradient(self) -> Parameters:
-        assert self.extra_loss is not None
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                self.extra_loss(), list(self.parameters.values()), materialize_grads=True
-            )
-        return dict(zip(self.parameters, gradients, strict=True))
 
 
 class Ewc(OnlineEwc):
@@ -318,6 +290,7 @@ class Grow(Method):
             self.num_tasks += 1
 
 
+# But for `grow` by the names of Hsu et al.; the first two differ in the caller's optimiser alone.
 METHODS: Mapping[str, type[Method]] = {
     "adam": Method,
     "adagrad": Method,
@@ -325,28 +298,23 @@ METHODS: Mapping[str, type[Method]] = {
     "si": SynapticIntelligence,
     "ewc": Ewc,
     "online-ewc": OnlineEwc,
+    "grow": Grow,
 }
-"""By the names of Hsu et al.; the first two differ in the optimiser, which is the caller's."""
 
 
 def make_method(name: str, model: nn.Module, coef: float) -> Method:
-    """The method called `name`.
-
-    Raises:
-        ValueError: for an unknown name (the nearest one is offered) or a negative coefficient.
-    """
-    known: dict[str, type[Method]] = {**METHODS, "grow": Grow}
-    if name not in known:
-        raise ValueError(f"unknown method {name!r}; {suggest(name, known)}")
+    """The method called `name`, with a weight of its penalty of at least 0."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {suggest(name, METHODS)}")
     if not coef >= 0:
         raise ValueError(f"coef must be at least 0, got {coef}")
-    return known[name](model, coef)
+    return METHODS[name](model, coef)
 
 
 def own_label_loss(call: Callable[..., Tensor], samples: Tensor, **options: Any) -> Tensor:
     """Cross-entropies at the labels that the model itself finds likeliest, summed over inputs."""
     logits = call(samples, **options)
-    return F.cross_entropy(logits, logits.argmax(1), reduction="sum")
+    return torch.nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
 
 
 class _QuadraticPenalty(torch.autograd.Function):

@@ -5,7 +5,6 @@ A[i, j] is the test accuracy on task j after training on tasks 0 to i; T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,10 @@ from ncrl.baselines import NSMLinear
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.diagnostics import participation_ratio, spread
 from ncrl.neurocoder import NeurocoderLinear
+from ncrl.tasks.experiment import layer_inputs
 
-RANK_SAMPLES = 8
-"""Inputs whose weights are composed in full, from everywhere in the batch."""
+RANK_SAMPLES = 8  # inputs whose weights are composed in full, from everywhere in the batch
+LAYERS = (nn.Linear, LowRankLinear, NSMLinear, NeurocoderLinear)
 
 
 def final_accuracy(accuracy: Tensor) -> float:
@@ -52,11 +52,8 @@ def backward_transfer(accuracy: Tensor) -> float:
 class Weights(NamedTuple):
     """The weight matrices that one layer applies to inputs."""
 
-    rank: float
-    """Participation ratio of their singular values: 1 for rank 1, at most min(in, out)."""
-
-    attention: float | None
-    """Largest attention weight; None for layers that do not attend."""
+    rank: float  # participation ratio of their singular values: 1 for rank 1, at most min(in, out)
+    attention: float | None  # largest attention weight; None for layers that do not attend
 
 
 @torch.no_grad()
@@ -65,48 +62,16 @@ def describe_weights(model: nn.Module, *inputs: Tensor | int) -> dict[str, Weigh
 
     Composed weights are measured on a few inputs, attention on all.
     """
-    report: dict[str, Weights] = {}
-    handles = [
-        layer.register_forward_hook(_describer(name, report)) for name, layer in _layers(model)
-    ]
-    try:
-        model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return report
+    found = layer_inputs(model, LAYERS, *inputs)
+    return {name: _describe(layer, x) for name, (layer, x) in found.items()}
 
 
-LAYERS = (nn.Linear, LowRankLinear, NSMLinear, NeurocoderLinear)
-
-
-def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost layers: not the networks inside of them."""
-    for name, module in model.named_children():
-        if isinstance(module, LAYERS):
-            yield prefix + name, module
-        else:
-            yield from _layers(module, f"{prefix}{name}.")
-
-
-def _describer(name: str, report: dict[str, Weights]) -> Any:
-    def hook(layer: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
-        report[name] = _describe(layer, given[-1])  # the context, where there is one
-
-    return hook
-
-
-def _describe(layer: nn.Module, x: Tensor) -> Weights:
-    attention = None
-    if isinstance(layer, NeurocoderLinear):
-        matrices = layer.program(spread(x, RANK_SAMPLES))
-        attention = max(float(weights.max()) for weights in layer.attend(x))
-    elif isinstance(layer, NSMLinear):
-        matrices = layer.program(spread(x, RANK_SAMPLES))
-        attention = float(layer.attend(x).max())
-    elif isinstance(layer, LowRankLinear):
-        matrices = layer.matrix()
-    else:
-        assert isinstance(layer, nn.Linear)
-        matrices = layer.weight
-    return Weights(float(participation_ratio(matrices).mean()), attention)
+def _describe(layer: Any, x: Tensor) -> Weights:
+    if isinstance(layer, nn.Linear):
+        return Weights(float(participation_ratio(layer.weight).mean()), None)
+    if isinstance(layer, LowRankLinear):
+        return Weights(float(participation_ratio(layer.matrix()).mean()), None)
+    rank = float(participation_ratio(layer.program(spread(x, RANK_SAMPLES))).mean())
+    attention = layer.attend(x)
+    parts = [attention] if isinstance(layer, NSMLinear) else attention
+    return Weights(rank, max(float(weights.max()) for weights in parts))

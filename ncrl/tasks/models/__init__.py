@@ -1,18 +1,43 @@
-"""Networks of the paper's experiments, by name; each takes `layer` and `layer_options`."""
+"""Networks of the paper's experiments, by the name that recipes use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+from gymnasium import spaces
 from torch import nn
 
-from ncrl.tasks.models.atari import atari_policy
 from ncrl.tasks.models.convolutional import DenseNet, LeNet
-from ncrl.tasks.models.mlp import Mlp, ProjectedLinear, SplitMlp
-from ncrl.tasks.models.ntm import Ntm
-from ncrl.tasks.models.recurrent import GruRegressor
+from ncrl.tasks.models.mlp import PLAIN, Coded, Mlp, ProjectedLinear, SplitMlp
+from ncrl.tasks.models.recurrent import GruRegressor, Ntm
 from ncrl.tasks.models.resnet import FrozenResNetMlp, ResNet18
 
+
+def atari_policy(
+    num_actions: int = 18,
+    *,
+    encoder: str = "paper",
+    lstm_hidden_size: int = 512,
+    image_size: int = 80,
+    coded: Coded = PLAIN,
+) -> nn.Module:
+    """Encoder, LSTM, and one coded output layer each for policy and value (paper, section 4.2)."""
+    # Importing Stable-Baselines3 takes seconds that the other networks need not pay.
+    from ncrl.sb3 import CnnLstmPolicy
+
+    return CnnLstmPolicy(
+        spaces.Box(0, 255, (1, image_size, image_size), np.uint8),
+        spaces.Discrete(num_actions),
+        lambda _: 0.0,
+        encoder=encoder,
+        lstm_hidden_size=lstm_hidden_size,
+        head=coded.layer,
+        head_kwargs=dict(coded.options),
+    )
+
+
+# Constructors; beside options of its own each takes `coded`, the kind of its coded layers.
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "projected_linear": ProjectedLinear,
     "mlp": Mlp,
@@ -25,18 +50,3 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "resnet_mlp": FrozenResNetMlp,
     "atari": atari_policy,
 }
-"""Constructors by the name that recipes use."""
-
-__all__ = [
-    "NETWORKS",
-    "DenseNet",
-    "FrozenResNetMlp",
-    "GruRegressor",
-    "LeNet",
-    "Mlp",
-    "Ntm",
-    "ProjectedLinear",
-    "ResNet18",
-    "SplitMlp",
-    "atari_policy",
-]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.layers import make_layer
-from ncrl.seat import require_positive
-from ncrl.tasks.models.mlp import Mlp
+from ncrl.tasks.models.mlp import PLAIN, Coded, Mlp
 
-DEEPEST = 1000
-"""Layers of a `DenseNet`."""
+DEEPEST = 1000  # layers of a `DenseNet`
 
 
 class LeNet(nn.Module):
@@ -23,38 +18,16 @@ class LeNet(nn.Module):
 
     20 and 50 maps of 5x5 with padding 2, each followed by ReLU and 2x2 max-pooling, then
     3200-500-500-500-classes: the form whose parameter count is the one in the paper's Table 9.
-
-    Args:
-        num_outputs: classes.
-        num_coded: coded dense layers, counted from the output; None for all.
-        layer: name in `ncrl.layers.LAYERS`.
-        layer_options: its options.
-
-    Shapes: [B, 3, 32, 32] -> [B, num_outputs].
-
-    Raises:
-        ValueError: for an impossible size or an unknown layer.
     """
 
     def __init__(
-        self,
-        num_outputs: int = 10,
-        *,
-        num_coded: int | None = 1,
-        layer: str = "linear",
-        layer_options: Mapping[str, Any] | None = None,
+        self, num_outputs: int = 10, *, num_coded: int | None = 1, coded: Coded = PLAIN
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 20, 5, padding=2)
         self.conv2 = nn.Conv2d(20, 50, 5, padding=2)
-        self.classifier = Mlp(
-            50 * 8 * 8,
-            [500, 500, 500],
-            num_outputs,
-            num_coded=num_coded,
-            layer=layer,
-            layer_options=layer_options,
-        )
+        hidden = [500, 500, 500]
+        self.classifier = Mlp(50 * 8 * 8, hidden, num_outputs, num_coded=num_coded, coded=coded)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, 32, 32] -> logits [B, num_outputs]."""
@@ -93,20 +66,8 @@ class Transition(nn.Module):
 class DenseNet(nn.Module):
     """DenseNet without bottlenecks or compression (Huang et al., CVPR 2017; paper, section 4.2).
 
-    Three blocks of (depth - 4) / 3 layers between an initial convolution to 16 maps and the output
-    layer: with depth 100 and growth 12 that layer reads 1168 features.
-
-    Args:
-        num_outputs: classes.
-        depth: L, 4 more than a multiple of 3.
-        growth: k, maps that every layer adds.
-        layer: name in `ncrl.layers.LAYERS`, of the output layer.
-        layer_options: its options.
-
-    Shapes: [B, 3, 32, 32] -> [B, num_outputs].
-
-    Raises:
-        ValueError: for an impossible size or an unknown layer.
+    Three blocks of (depth - 4) / 3 layers, each of which adds `growth` maps, between an initial
+    convolution to 16 maps and the coded output layer, which reads 1168 features as in the paper.
     """
 
     def __init__(
@@ -115,12 +76,9 @@ class DenseNet(nn.Module):
         *,
         depth: int = 100,
         growth: int = 12,
-        layer: str = "linear",
-        layer_options: Mapping[str, Any] | None = None,
+        coded: Coded = PLAIN,
     ) -> None:
         super().__init__()
-        require_positive("num_outputs", num_outputs)
-        require_positive("growth", growth)
         if not 7 <= depth <= DEEPEST or (depth - 4) % 3:
             raise ValueError(f"depth must be 7, 10, 13, ... up to {DEEPEST}, got {depth}")
         channels = 16
@@ -137,7 +95,7 @@ class DenseNet(nn.Module):
             if isinstance(module, nn.Conv2d):  # as in the authors' Torch code
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        self.output = make_layer(layer, channels, num_outputs, **dict(layer_options or {}))
+        self.output = coded(channels, num_outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, 32, 32] -> logits [B, num_outputs]."""

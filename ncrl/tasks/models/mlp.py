@@ -1,14 +1,15 @@
-"""Multilayer perceptrons, and the linear classifier behind a fixed random projection.
+"""Coded layers, multilayer perceptrons, and the classifier behind a fixed random projection.
 
 B stands for inputs. Which layers are coded is counted from the output: `num_coded=2` means the
-last two, None all.
+last two, None all. Sizes are checked where recipes are read, not here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,45 +17,38 @@ from torch.nn import functional as F
 
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.layers import make_layer
-from ncrl.seat import require_positive
 
-MOST_TASKS = 1000
-"""Output layers of a `SplitMlp`."""
+
+class Coded(NamedTuple):
+    """A kind of layer: its name in `ncrl.layers.LAYERS`, and its options."""
+
+    layer: str = "linear"
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def __call__(self, in_features: int, out_features: int, *, bias: bool = True) -> Any:
+        """A layer that is called like `nn.Linear`; its options may decide otherwise on the bias.
+
+        Raises:
+            ValueError: for an unknown layer or option, or an impossible size.
+        """
+        return make_layer(self.layer, in_features, out_features, **{"bias": bias, **self.options})
+
+
+PLAIN = Coded()
 
 
 def dense_layers(
-    widths: Sequence[int],
-    *,
-    num_coded: int | None = None,
-    bias: bool = True,
-    layer: str = "linear",
-    layer_options: Mapping[str, Any] | None = None,
+    widths: Sequence[int], coded: Coded, *, num_coded: int | None = None, bias: bool = True
 ) -> nn.ModuleList:
-    """Layers between consecutive widths, the last `num_coded` of them from the registry.
-
-    Args:
-        widths: of the input and of every layer's output.
-        num_coded: layers that are coded, counted from the last; None for all. The others are
-            `nn.Linear`.
-        bias: whether layers have a bias; `layer_options` may decide otherwise for coded ones.
-        layer: name in `ncrl.layers.LAYERS`.
-        layer_options: its options.
-
-    Raises:
-        ValueError: for an impossible width or number of coded layers, or an unknown layer.
-    """
-    for width in widths:
-        require_positive("a layer's width", width)
+    """Layers between consecutive widths, the last `num_coded` of them coded."""
     total = len(widths) - 1
     if num_coded is None:
         num_coded = total
     if not 0 <= num_coded <= total:
         raise ValueError(f"num_coded must lie in 0 .. {total}, the number of layers: {num_coded}")
-    options = {"bias": bias} | dict(layer_options or {})
-    plain = total - num_coded
+    kinds = [PLAIN] * (total - num_coded) + [coded] * num_coded
     return nn.ModuleList(
-        make_layer(layer, *sizes, **options) if index >= plain else nn.Linear(*sizes, bias=bias)
-        for index, sizes in enumerate(pairwise(widths))
+        kind(*sizes, bias=bias) for kind, sizes in zip(kinds, pairwise(widths), strict=True)
     )
 
 
@@ -63,19 +57,6 @@ class Mlp(nn.Module):
 
     The paper prints the size of its CIFAR network but not its widths, which its parameter count
     gives (Table 9). With no hidden layer this is the linear classifier of section 4.1.
-
-    Args:
-        in_features: numbers per input.
-        hidden: widths of the hidden layers.
-        num_outputs: logits.
-        num_coded: coded layers, counted from the output; None for all.
-        layer: name in `ncrl.layers.LAYERS`.
-        layer_options: its options.
-
-    Shapes: [B, ...] with `in_features` numbers each -> [B, num_outputs].
-
-    Raises:
-        ValueError: for an impossible size or an unknown layer.
     """
 
     def __init__(
@@ -85,19 +66,13 @@ class Mlp(nn.Module):
         num_outputs: int,
         *,
         num_coded: int | None = None,
-        layer: str = "linear",
-        layer_options: Mapping[str, Any] | None = None,
+        coded: Coded = PLAIN,
     ) -> None:
         super().__init__()
-        self.layers = dense_layers(
-            [in_features, *hidden, num_outputs],
-            num_coded=num_coded,
-            layer=layer,
-            layer_options=layer_options,
-        )
+        self.layers = dense_layers([in_features, *hidden, num_outputs], coded, num_coded=num_coded)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> logits [B, num_outputs]."""
+        """[B, ...] with `in_features` numbers each -> logits [B, num_outputs]."""
         x = x.flatten(1)
         for dense in self.layers[:-1]:
             x = F.relu(dense(x))
@@ -120,13 +95,7 @@ class SplitMlp(nn.Module):
             the control of the tables; None for layers of full rank.
         context: whether all layers, which are Neurocoder layers then, compose their programs from
             the network's input.
-        layer: name in `ncrl.layers.LAYERS`, of all layers.
-        layer_options: its options.
-
-    Shapes: [B, ...] with `in_features` numbers each -> [B, num_outputs].
-
-    Raises:
-        ValueError: for an impossible size or an unknown layer.
+        coded: kind of all layers.
     """
 
     def __init__(
@@ -138,30 +107,23 @@ class SplitMlp(nn.Module):
         num_tasks: int = 1,
         hidden_rank: int | None = None,
         context: bool = False,
-        layer: str = "linear",
-        layer_options: Mapping[str, Any] | None = None,
+        coded: Coded = PLAIN,
     ) -> None:
         super().__init__()
-        require_positive("num_tasks", num_tasks)
-        if num_tasks > MOST_TASKS:
-            raise ValueError(f"num_tasks must be at most {MOST_TASKS}, got {num_tasks}")
         widths = [in_features, *hidden]
         self.context = context
         if context:
-            layer_options = {**(layer_options or {}), "context_features": in_features}
+            coded = coded._replace(options={**coded.options, "context_features": in_features})
         if hidden_rank is None:
-            self.hidden = dense_layers(widths, bias=False, layer=layer, layer_options=layer_options)
+            self.hidden = dense_layers(widths, coded, bias=False)
         else:
             self.hidden = nn.ModuleList(
                 LowRankLinear(*sizes, rank=hidden_rank, bias=False) for sizes in pairwise(widths)
             )
-        self.heads = nn.ModuleList(
-            dense_layers([widths[-1], num_outputs], layer=layer, layer_options=layer_options)[0]
-            for _ in range(num_tasks)
-        )
+        self.heads = nn.ModuleList(coded(widths[-1], num_outputs) for _ in range(num_tasks))
 
     def forward(self, x: Tensor, task: int = 0) -> Tensor:
-        """[B, ...] -> logits [B, num_outputs] of the head of one task."""
+        """[B, ...] with `in_features` numbers each -> logits [B, num_outputs] of a task's head."""
         x = x.flatten(1)
         context = [x] if self.context else []
         for dense in self.hidden:
@@ -175,18 +137,6 @@ class ProjectedLinear(nn.Module):
 
     The projection is N(0, 1 / in_features), drawn at construction: a buffer, saved with the model
     but not trained and not counted.
-
-    Args:
-        in_features: pixels.
-        num_features: width of the projection.
-        num_outputs: logits.
-        layer: name in `ncrl.layers.LAYERS`.
-        layer_options: its options.
-
-    Shapes: [B, ...] with `in_features` numbers each -> [B, num_outputs].
-
-    Raises:
-        ValueError: for an impossible size or an unknown layer.
     """
 
     projection: Tensor
@@ -197,18 +147,14 @@ class ProjectedLinear(nn.Module):
         num_features: int = 200,
         num_outputs: int = 10,
         *,
-        layer: str = "linear",
-        layer_options: Mapping[str, Any] | None = None,
+        coded: Coded = PLAIN,
     ) -> None:
         super().__init__()
-        require_positive("in_features", in_features)
-        require_positive("num_features", num_features)
-        require_positive("num_outputs", num_outputs)
         projection = torch.randn(in_features, num_features) * in_features**-0.5
         self.register_buffer("projection", projection)  # [in, features]
-        self.output = make_layer(layer, num_features, num_outputs, **dict(layer_options or {}))
+        self.output = coded(num_features, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> logits [B, num_outputs]."""
+        """[B, ...] with `in_features` numbers each -> logits [B, num_outputs]."""
         logits: Tensor = self.output(x.flatten(1) @ self.projection)
         return logits

@@ -11,27 +11,18 @@ NUM_POINTS = 100
 NUM_CHUNKS = 4
 LARGEST_X = 5.0
 
-DEGREES = (2, 10)
-"""Least and greatest degree of a polynomial, both included."""
-
+DEGREES = (2, 10)  # least and greatest degree of a polynomial, both included
+# Points at the beginning of a chunk that nothing announces, left out of `chunk_mse`.
 UNPREDICTABLE = 2
-"""Points at the beginning of a chunk that nothing announces, left out of `chunk_mse`."""
 
 
 class Sequences(NamedTuple):
     """N sequences of T points. Time comes first, as in `GruRegressor`."""
 
-    inputs: Tensor
-    """x_t / 5 and y_{t-1}, [T, N, 2]."""
-
-    targets: Tensor
-    """y_t as observed, divided by the largest |y| of the sequence: [T, N, 1]."""
-
-    clean: Tensor
-    """The same without noise, [T, N, 1]."""
-
-    scale: Tensor
-    """The largest |y| of each sequence, [N]."""
+    inputs: Tensor  # x_t / 5 and y_{t-1}, [T, N, 2]
+    targets: Tensor  # y_t as observed, divided by the largest |y| of the sequence: [T, N, 1]
+    clean: Tensor  # the same without noise, [T, N, 1]
+    scale: Tensor  # the largest |y| of each sequence, [N]
 
 
 def polynomials(
@@ -53,9 +44,6 @@ def polynomials(
         num_points: T.
         num_chunks: polynomials in a sequence.
         noise: standard deviation, as a share of the sequence's largest |y|.
-
-    Raises:
-        ValueError: if chunks would have fewer than three points.
     """
     chunk, place, length = layout(num_points, num_chunks)
     highest = DEGREES[1]
@@ -86,9 +74,6 @@ def layout(num_points: int, num_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Of every point, [T] each: its chunk, its place in that, and how many points that has.
-
-    Raises:
-        ValueError: if chunks would have fewer than three points.
     """
     most = num_points // (UNPREDICTABLE + 1)
     if not 1 <= num_chunks <= most:

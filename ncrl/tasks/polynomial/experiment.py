@@ -7,51 +7,37 @@ python -m ncrl.tasks.polynomial --variant j1 base --seeds 0 1 --noise 0.3 --figu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn import functional as F
 
 from ncrl import NeurocoderLinear
 from ncrl.shell.screen import say
-from ncrl.tasks.command import Plan, Session, run_command, task_parser
-from ncrl.tasks.experiment import (
-    Experiment,
-    count_pairs,
-    describe_layers,
-    mutual_information,
-    random_stream,
-)
-from ncrl.tasks.models import GruRegressor
-from ncrl.tasks.polynomial.data import (
-    DEGREES,
-    NUM_CHUNKS,
-    NUM_POINTS,
-    UNPREDICTABLE,
-    Sequences,
-    layout,
-    polynomials,
-)
-from ncrl.tasks.polynomial.figure import Example, draw_figure
+from ncrl.tasks.command import Session, run_command, task_parser
+from ncrl.tasks.experiment import Experiment, describe_layers, mutual_information, random_stream
+from ncrl.tasks.figures import draw_attention, draw_curves, save_figure
+from ncrl.tasks.models.recurrent import GruRegressor
+from ncrl.tasks.polynomial import data
+from ncrl.tasks.polynomial.data import NUM_CHUNKS, NUM_POINTS, Sequences
 from ncrl.tasks.recipes import Recipe, build_network
-from ncrl.tasks.results import Result, by_name, markdown, summarise
+from ncrl.tasks.results import Result, results_table
 
 CONFIG = "polynomial.yaml"
-VARIANTS = ("linear", "hypernet", "film", "j1", "base", "no_usage")
-"""What the paper compares."""
-
-
+VARIANTS = ("linear", "hypernet", "film", "j1", "base", "no_usage")  # what the paper compares
+LARGEST_STEP = 0.02  # the top of the scale of attention is rounded up to a multiple of this
 TEST_SEQUENCES = 512
 EVALUATE_EVERY = 100
-REPORT_SEQUENCES = 8
-"""Test sequences on which the layers are described."""
-
-
-SOLVED = 0.1
-"""Share of the error of predicting zero below which a chunk counts as predicted."""
-
+REPORT_SEQUENCES = 8  # test sequences on which the layers are described
+SOLVED = 0.1  # share of the error of predicting zero below which a chunk counts as predicted
+# What it says of Fig. 5, which has no numbers, by the variant.
 PAPER = {
     "base": "converges at about 2,000 updates",
     "linear": "has not converged by 10,000 updates",
@@ -59,11 +45,12 @@ PAPER = {
     "film": "slower than Neurocoder",
     "no_usage": "worse than with usage attention",
 }
-"""What it says of Fig. 5, which has no numbers, by the variant."""
 
 
 class Polynomials(Experiment):
     """A network that predicts y_t from x_t and the true y_{t-1}, on new sequences every time."""
+
+    model: GruRegressor
 
     def __init__(
         self,
@@ -76,12 +63,13 @@ class Polynomials(Experiment):
     ) -> None:
         if recipe.iterations is None:
             raise ValueError("the recipe does not say iterations; sequences know no epochs")
-        self.model = build_network(recipe).to(device)
-        if not isinstance(self.model, GruRegressor):
+        model = build_network(recipe).to(device)
+        if not isinstance(model, GruRegressor):
             raise ValueError(f"the network must be 'gru', got {recipe.network!r}")
+        self.model, self.layer = model, model.output
         for name, size, expected in (
-            ("in_features", self.model.gru.input_size, 2),  # x_t and y_{t-1}
-            ("num_outputs", self.model.output.out_features, 1),
+            ("in_features", model.gru.input_size, 2),  # x_t and y_{t-1}
+            ("num_outputs", self.layer.out_features, 1),
         ):
             if size != expected:
                 raise ValueError(f"{name} must be {expected}, got {size}")
@@ -90,19 +78,19 @@ class Polynomials(Experiment):
             "points": NUM_POINTS,
             "x": "-5 to 5 in every chunk, fed divided by 5",
             "y": "divided by the largest of its sequence",
-            "degrees": list(DEGREES),
+            "degrees": list(data.DEGREES),
             "coefficients": "U(-1, 1)",
             "noise": "standard deviation, part of inputs and targets",
         }
         self.best = {chunk_error(noise): "min"}
         self.num_updates, self.evaluate_every = recipe.iterations, EVALUATE_EVERY
         self.seed, self.device, self.batch_size = seed, device, recipe.batch_size
-        self.generate = partial(polynomials, num_chunks=num_chunks, noise=noise)
+        self.generate = partial(data.polynomials, num_chunks=num_chunks, noise=noise)
         self.num_chunks, self.noise = num_chunks, noise
         self.test = self._on_device(self.generate(TEST_SEQUENCES, random_stream(0, "test", 0)))
-        chunk, place, _ = layout(NUM_POINTS, num_chunks)
+        chunk, place, _ = data.layout(NUM_POINTS, num_chunks)
         self.chunk = chunk.to(device)  # [T]
-        self.inside = (place >= UNPREDICTABLE).to(device)  # [T]
+        self.inside = (place >= data.UNPREDICTABLE).to(device)  # [T]
 
     def _on_device(self, sequences: Sequences) -> Sequences:
         return Sequences(*(tensor.to(self.device) for tensor in sequences))
@@ -139,56 +127,52 @@ class Polynomials(Experiment):
         if self.noise:
             clean = self.test.clean.square()[self.inside]
             details["zero_clean_chunk_mse"] = float(clean.mean())
-        attention = self.attention(self.test.inputs)
-        if attention is not None:
-            details["information"] = information(attention, self.chunk)
+        if isinstance(self.layer, NeurocoderLinear):
+            details["information"] = information(self.attention(self.test.inputs), self.chunk)
             few = self.test.inputs[:, :REPORT_SEQUENCES]
             details["layers"] = describe_layers(self.model, few)
         return details
 
-    def attention(self, inputs: Tensor) -> Tensor | None:
-        """w^u for inputs [T, N, 2]: [T, N, R, P]; None if the output layer is no Neurocoder."""
-        assert isinstance(self.model, GruRegressor)
-        layer = self.model.output
-        if not isinstance(layer, NeurocoderLinear):
-            return None
-        weights: Tensor = layer.attend(self.model.gru(inputs)[0]).u
+    def attention(self, inputs: Tensor) -> Tensor:
+        """w^u of a Neurocoder output layer for inputs [T, N, 2]: [T, N, R, P]."""
+        weights: Tensor = self.layer.attend(self.model.gru(inputs)[0]).u
         return weights
 
     @torch.no_grad()
-    def example(self) -> Example:
-        """The test sequence to draw, with attention of the first component."""
+    def draw_example(self, map_axes: Axes, y_axes: Axes) -> None:
+        """One test sequence: attention of the first component, slots by time, over prediction and
+        truth, with the borders of the chunks."""
         chosen = flattest_highest(self.test.clean[..., 0], self.chunk)
         inputs = self.test.inputs[:, chosen : chosen + 1]
-        attention = self.attention(inputs)
-        assert attention is not None
-        predictions, _ = self.model(inputs)
-        targets = self.test.targets[:, chosen, 0]
-        return Example(attention[:, 0, 0].T, targets, predictions[:, 0, 0], self.chunk)
+        weights = self.attention(inputs)[:, 0, 0].T.cpu().numpy()  # [P, T]
+        top = math.ceil(float(weights.max()) / LARGEST_STEP) * LARGEST_STEP
+        image = draw_attention(map_axes, weights, top, origin="upper")
+        map_axes.figure.colorbar(image, ax=[map_axes, y_axes], pad=0.01)
+        map_axes.set_ylabel("slot")
+        map_axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        predictions = self.model(inputs)[0][:, 0, 0].cpu()
+        y_axes.plot(self.test.targets[:, chosen, 0].cpu(), color="tab:blue", label="y")
+        y_axes.plot(predictions, color="tab:orange", label="prediction", linewidth=1)
+        y_axes.set(xlabel="timestep", ylabel="y")
+        y_axes.legend(fontsize=7, loc="upper right")
+        for begin in (self.chunk.diff().nonzero()[:, 0] + 1).tolist():
+            for axes in (map_axes, y_axes):
+                axes.axvline(begin - 0.5, color="tab:green", linestyle="--", linewidth=1)
 
 
 def flattest_highest(y: Tensor, chunk: Tensor) -> int:
-    """The sequence whose flattest chunk is highest; in most, all chunks but one look empty.
-
-    Args:
-        y: [T, N].
-        chunk: of every timestep, [T].
-    """
+    """Of sequences y [T, N] with the chunk of every timestep [T], the one whose flattest chunk is
+    highest; in most, all chunks but one look empty."""
     highest = [y[chunk == c].abs().amax(0) for c in range(int(chunk.max()) + 1)]
     return int(torch.stack(highest).amin(0).argmax())
 
 
 def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
-    """What the most attended slot says about the chunk: in bits, the mean over sequences.
+    """What the most attended slot of w^u [T, N, R, P] says about the chunk [T] of every timestep:
+    in bits, the mean over sequences.
 
-    Args:
-        attention: w^u, [T, N, R, P].
-        chunk: of every timestep, [T].
-
-    Returns:
-        By component, `bits` beside the bits that the same slots give in a random order, which is
-        what chance gives in so short a sequence; `bits` of the first component, which figures show;
-        and those of its best component.
+    `bits` of the first component, which figures show, stand beside the bits that the same slots
+    give in a random order, which is what chance gives in so short a sequence; then the best one's.
     """
     slots = attention.argmax(3).permute(2, 1, 0)  # [R, N, T]
     order = torch.randperm(len(chunk), generator=random_stream(0, "order", 0)).to(chunk.device)
@@ -197,14 +181,21 @@ def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
         for labels in (chunk, chunk[order])
     )
     best = int((true - chance).argmax())
-    return {
-        "bits": round(float(true[0]), 4),
-        "chance": round(float(chance[0]), 4),
+    found = {
+        "bits": float(true[0]),
+        "chance": float(chance[0]),
         "best_component": best + 1,
-        "best_bits": round(float(true[best]), 4),
-        "best_chance": round(float(chance[best]), 4),
-        "most": round(math.log2(int(chunk.max()) + 1), 4),
+        "best_bits": float(true[best]),
+        "best_chance": float(chance[best]),
+        "most": math.log2(int(chunk.max()) + 1),
     }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def count_pairs(first: Tensor, second: Tensor) -> Tensor:
+    """How often labels meet: integers from 0 on, [..., N] each, give counts [..., A, B]."""
+    one, two = (F.one_hot(labels).double() for labels in (first, second))
+    return one.transpose(-1, -2) @ two
 
 
 def chunk_error(noise: float) -> str:
@@ -213,42 +204,36 @@ def chunk_error(noise: float) -> str:
     return "clean_chunk_mse" if noise else "chunk_mse"
 
 
-def measured(row: Result) -> str:
-    """`chunk_error` of a row."""
-    return next(name for name in ("clean_chunk_mse", "chunk_mse") if name in row.curve[0])
-
-
 def updates_until(row: Result, share: float = SOLVED) -> float | None:
     """Updates at the first evaluation whose `chunk_error` is at most this share of that of
     predicting zero; None if there is none."""
-    error = measured(row)
+    error = next(name for name in ("clean_chunk_mse", "chunk_mse") if name in row.curve[0])
     limit = share * row.details[f"zero_{error}"]
-    reached = [point["update"] for point in row.curve if point[error] <= limit]
-    return reached[0] if reached else None
+    return next((point["update"] for point in row.curve if point[error] <= limit), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = task_parser("polynomial", __doc__)
-    parser.add_argument(
-        "--chunks", type=int, help=f"polynomials in a sequence (default: {NUM_CHUNKS}; paper: 8)"
-    )
-    parser.add_argument(
-        "--noise",
-        type=float,
-        help="standard deviation of noise, as a share of the largest |y| (default: 0; paper: 0.3)",
-    )
+    said = f"polynomials in a sequence (default: {NUM_CHUNKS}; paper: 8)"
+    parser.add_argument("--chunks", type=int, help=said)
+    said = "standard deviation of noise, as a share of the largest |y| (default: 0; paper: 0.3)"
+    parser.add_argument("--noise", type=float, help=said)
     return run_command("polynomial", parser, arguments, work)
 
 
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figure."""
     chunks, noise = session.flags.get("chunks", NUM_CHUNKS), session.flags.get("noise", 0.0)
-    layout(NUM_POINTS, chunks)
+    data.layout(NUM_POINTS, chunks)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a number of at least 0, got {noise}")
-    data = {"chunks": chunks, "noise": noise}
-    wanted = [named(plan, data) for plan in session.plans(CONFIG, default_variants=VARIANTS)]
+    usual = {"chunks": (chunks, NUM_CHUNKS), "noise": (noise, 0.0)}
+    said = [f"{key}={own:g}" for key, (own, default) in usual.items() if own != default]
+    wanted = [
+        plan._replace(name=" ".join([plan.name, *said]))
+        for plan in session.plans(CONFIG, default_variants=VARIANTS)
+    ]
 
     def make(recipe: Recipe, seed: int, device: torch.device) -> Polynomials:
         return Polynomials(recipe, seed, device, num_chunks=chunks, noise=noise)
@@ -256,45 +241,47 @@ def work(session: Session) -> None:
     rows = session.run(wanted, make)
     if session.figure is not None and rows:
         ended = {row.name for row in rows if row.seed == session.seeds[0]}
-        coded = [plan for plan in wanted if plan.recipe.layer == "neurocoder"]
-        examples = {}
-        for plan in (plan for plan in coded if plan.name in ended):
-            experiment = session.experiment(plan, session.seeds[0], make)
-            assert isinstance(experiment, Polynomials)
-            examples[plan.name] = experiment.example()
-        draw_figure(session.figure, rows, examples, chunk_error(noise))
-        say(f"drawn: {session.figure}")
+        examples = {
+            plan.name: session.experiment(plan, session.seeds[0], make)
+            for plan in wanted
+            if plan.recipe.layer == "neurocoder" and plan.name in ended
+        }
+        draw(session.figure, rows, examples, chunk_error(noise))
     say(table(rows, chunk_error(noise)))
 
 
-def named(plan: Plan, data: Mapping[str, float]) -> Plan:
-    """The plan with a name that says how its sequences differ from the usual."""
-    usual = {"chunks": NUM_CHUNKS, "noise": 0.0}
-    said = [f"{key}={value:g}" for key, value in data.items() if value != usual[key]]
-    return plan._replace(name=" ".join([plan.name, *said]))
+def draw(
+    path: Path, rows: Sequence[Result], examples: Mapping[str, Polynomials], error: str
+) -> None:
+    """Curves of all rows, and for every trained Neurocoder, by its recipe's name, what it makes of
+    one sequence (paper, Figs. 2d-e and 5)."""
+    heights = [2.8, *([2.3] * len(examples))]
+    figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    curves = parts[0].subplots()
+    draw_curves(curves, rows, error)
+    curves.set(yscale="log", ylabel="squared error inside chunks")
+    curves.legend(fontsize=7)
+    for part, (name, example) in zip(parts[1:], examples.items(), strict=True):
+        part.suptitle(name, fontsize=9)
+        example.draw_example(*part.subplots(2, 1, sharex=True, height_ratios=[1.4, 1]))
+    save_figure(figure, path)
 
 
 def table(rows: Sequence[Result], error: str) -> str:
-    """Errors, updates until chunks are predicted, and what the attention says of the chunk.
+    """Errors, updates until chunks are predicted, and what the attention says of the chunk."""
 
-    Args:
-        rows: of all runs.
-        error: `chunk_error` of their data.
-    """
-    lines = []
-    for name, group in by_name(rows).items():
+    def solved(group: list[Result]) -> str:
         reached = [updates_until(row) for row in group]
-        bits = [row.details["information"] for row in group if "information" in row.details]
-        lines.append(
-            [
-                name,
-                f"{group[0].parameters:,}",
-                " ".join(str(row.seed) for row in group),
-                *(summarise(group, metric) for metric in ("mse", error)),
-                " ".join("never" if value is None else f"{value:g}" for value in reached),
-                " ".join(f"{value['bits']:.2f} ({value['chance']:.2f})" for value in bits),
-                PAPER.get(group[0].labels.get("variant") or "base"),
-            ]
-        )
-    header = ["recipe", "parameters", "seeds", "mse", error, f"updates to {SOLVED:.0%}"]
-    return markdown([*header, "bits of chunk (chance)", "paper"], lines)
+        return " ".join("never" if value is None else f"{value:g}" for value in reached)
+
+    def bits(group: list[Result]) -> str:
+        found = [row.details["information"] for row in group if "information" in row.details]
+        return " ".join(f"{value['bits']:.2f} ({value['chance']:.2f})" for value in found)
+
+    columns: Mapping[str, Callable[[list[Result]], object]] = {
+        f"updates to {SOLVED:.0%}": solved,
+        "bits of chunk (chance)": bits,
+        "paper": lambda group: PAPER.get(group[0].labels.get("variant") or "base"),
+    }
+    return results_table(rows, ["mse", error], columns)

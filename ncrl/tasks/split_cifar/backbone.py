@@ -23,44 +23,29 @@ from ncrl.shell.screen import LINE_SECONDS, say
 from ncrl.shell.tensors import read_tensors
 from ncrl.tasks.data import Arrays, Images, cache_folder, cached
 from ncrl.tasks.experiment import Experiment, evaluating, random_stream
-from ncrl.tasks.models import ResNet18
+from ncrl.tasks.models.resnet import ResNet18
 from ncrl.tasks.recipes import Recipe, build_network
 
+# Of pixels from 0 to 1, with which torchvision's weights were trained.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of pixels from 0 to 1, with which torchvision's weights were trained."""
-
 IMAGENET_SIDE = 224
 
-TURNS = 4
-"""Quarters of a turn that a rotated image may have made."""
-
-MEASURED = 500
-"""Test images, in every rotation, on which a backbone is measured."""
-
+TURNS = 4  # quarters of a turn that a rotated image may have made
+MEASURED = 500  # test images, in every rotation, on which a backbone is measured
 FEATURE_BATCH = 250
 
-LEAST_STD = 1e-6
-"""Features that vary less are left at their scale."""
+LEAST_STD = 1e-6  # features that vary less are left at their scale
 
 
 class Backbone(NamedTuple):
     """A frozen network and how images are prepared for it."""
 
     network: ResNet18
-
-    title: str
-    """For outputs and result rows: above all, whether it has seen ImageNet."""
-
-    side: int
-    """Images are enlarged to side x side."""
-
-    mean: Tensor
-    """Of pixels from 0 to 1, by channel: [3]."""
-
+    title: str  # for outputs and result rows: above all, whether it has seen ImageNet
+    side: int  # images are enlarged to side x side
+    mean: Tensor  # of pixels from 0 to 1, by channel: [3]
     std: Tensor
-
-    pooled: bool
-    """Whether its features are the stages' means, [B, 15 w], in place of its outputs."""
+    pooled: bool  # whether its features are the stages' means, [B, 15 w], in place of its outputs
 
     @property
     def num_features(self) -> int:
@@ -68,13 +53,9 @@ class Backbone(NamedTuple):
         network = self.network
         return network.STAGE_WIDTHS * network.width if self.pooled else network.num_outputs
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Bytes [B, 3, height, width] as the network wants them: [B, 3, side, side]."""
-        return prepare(images, self.side, self.mean, self.std)
-
     def features(self, images: Tensor) -> Tensor:
         """Bytes [B, 3, height, width] -> [B, num_features]."""
-        prepared = self.prepare(images)
+        prepared = prepare(images, self.side, self.mean, self.std)
         features: Tensor = self.network.pooled(prepared) if self.pooled else self.network(prepared)
         return features
 
@@ -93,7 +74,8 @@ class Backbone(NamedTuple):
 
 
 def prepare(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels as numbers, normalised by channel, and images enlarged."""
+    """Bytes [B, 3, height, width] as numbers, normalised by channel, and enlarged to side x side:
+    [B, 3, side, side]."""
     pixels = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
     if side != images.shape[-1]:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False)
@@ -117,64 +99,36 @@ def as_bytes(tensor: Tensor) -> Any:
 
 # ImageNet's weights
 
-LARGEST_WEIGHTS = 1 << 30
-"""Bytes of a file of weights; torchvision's has a twentieth."""
-
+LARGEST_WEIGHTS = 1 << 30  # bytes of a file of weights; torchvision's has a twentieth
+# End of the names of counters that are not used here, and missing in torchvision's first files.
 UNUSED = "num_batches_tracked"
-"""End of the names of counters that are not used here, and missing in torchvision's first files."""
 
 
 def load_backbone(path: Path, side: int, device: torch.device) -> Backbone:
-    """A ResNet-18 with weights from a file as torchvision publishes them.
-
-    Args:
-        path: a state_dict that torch saved, with torchvision's names.
-        side: see `Backbone`.
-        device: where it is put.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+    """A ResNet-18 on a device, with weights from a file as torchvision publishes them: a state_dict
+    that torch saved, with torchvision's names. Nothing in it is executed."""
     network = ResNet18()
-    weights = read_weights(path)
-    expected = {n: t for n, t in network.state_dict().items() if not n.endswith(UNUSED)}
-    for name, tensor in expected.items():
-        if name not in weights:
-            hint = f"nearest: {nearest(name, list(weights))}" if weights else "it is empty"
-            raise ValueError(f"{path} is no ResNet-18 of torchvision: no {name!r} in it; {hint}")
-        found = weights[name]
-        if found.shape != tensor.shape:
-            raise ValueError(
-                f"{path} is no ResNet-18 of torchvision: expected {name} of shape "
-                f"{list(tensor.shape)}, got {list(found.shape)}"
-            )
-        if not found.is_floating_point() or not found.isfinite().all():
+    try:
+        weights = read_tensors(path, LARGEST_WEIGHTS, foreign=True)
+    except ValueError as error:
+        raise ValueError(f"--backbone: {error}") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise ValueError(f"--backbone: {path} must hold a state_dict, tensors by name alone")
+    found = {str(n): t for n, t in weights.items() if not str(n).endswith(UNUSED)}
+    try:
+        missing, unknown = network.load_state_dict(found, strict=False)
+    except RuntimeError as error:  # another shape
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    for name in (n for n in (*missing, *unknown) if not n.endswith(UNUSED)):
+        hint = f"nearest: {nearest(name, found if name in missing else network.state_dict())}"
+        said = f"{name!r} is {'missing' if name in missing else 'not known'}; {hint}"
+        raise ValueError(f"{path} is no ResNet-18 of torchvision: {said}")
+    for name, tensor in found.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
-    for name in weights:
-        if name not in expected and not name.endswith(UNUSED):
-            raise ValueError(
-                f"{path} is no ResNet-18 of torchvision: {name!r} in it is not known; "
-                f"nearest: {nearest(name, list(expected))}"
-            )
-    network.load_state_dict({n: weights[n] for n in expected}, strict=False)
     mean, std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
     title = f"frozen ResNet-18 with the weights of {path.name}"
     return Backbone(frozen(network, device), title, side, mean, std, pooled=False)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a file that torch saved; nothing in it is executed.
-
-    Raises:
-        ValueError: naming the file, if it does not hold such.
-    """
-    try:
-        values = read_tensors(path, LARGEST_WEIGHTS, foreign=True)
-    except ValueError as error:
-        raise ValueError(f"--backbone: {error}") from error
-    if not isinstance(values, Mapping) or not all(isinstance(t, Tensor) for t in values.values()):
-        raise ValueError(f"--backbone: {path} must hold a state_dict, tensors by name alone")
-    return {str(name): tensor for name, tensor in values.items()}
 
 
 def frozen(network: ResNet18, device: torch.device) -> ResNet18:
@@ -192,18 +146,10 @@ class Rotations(Experiment):
     Every epoch shows each training image once, in a random rotation and mirrored at random; the
     last batch, if not full, is left out.
 
-    Args:
-        recipe: network `resnet18` with 4 outputs.
-        images: pixels as bytes, on the device.
-        side: see `Backbone`.
-        seed: of order, rotations and mirroring.
-
-    Raises:
-        ValueError: for another network, sizes that do not fit, or too few images.
+    `images` are bytes, on the device; the recipe's network is `resnet18` with 4 outputs.
     """
 
     def __init__(self, recipe: Recipe, images: Images, side: int, seed: int) -> None:
-        check_backbone_recipe(recipe)
         self.images, self.side, self.seed = images, side, seed
         self.data = images.name
         self.readings = {
@@ -214,19 +160,17 @@ class Rotations(Experiment):
             **images.readings,
         }
         self.batch_size = recipe.batch_size
-        self.per_epoch = len(images.train_images) // recipe.batch_size
+        self.per_epoch = self.evaluate_every = len(images.train_images) // recipe.batch_size
         if not self.per_epoch:
             raise ValueError(
                 f"batch_size={recipe.batch_size} of the backbone is more than the "
                 f"{len(images.train_images):,} training images of {images.name}"
             )
-        assert recipe.epochs is not None
-        self.num_updates = self.per_epoch * recipe.epochs
-        self.evaluate_every = self.per_epoch
+        self.num_updates = self.per_epoch * (recipe.epochs or 0)
         device = images.train_images.device
         self.model = build_network(recipe).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.mean, self.std = pixel_statistics(images.train_images)
-        self._epoch = -1
+        self._epoch = -1  # that these are of
         self._order = self._turns = self._mirrored = torch.empty(0)
 
     def batch(self, update: int) -> tuple[Tensor, Tensor]:
@@ -268,18 +212,6 @@ class Rotations(Experiment):
         return {"rotation_accuracy": 100 * correct / (TURNS * len(images))}
 
 
-def check_backbone_recipe(recipe: Recipe) -> None:
-    """Raise ValueError unless a recipe makes a network that can learn rotations."""
-    outputs = recipe.network_options.get("num_outputs")
-    if recipe.network != "resnet18" or outputs != TURNS:
-        raise ValueError(
-            f"the backbone needs network resnet18 with num_outputs={TURNS}, "
-            f"got {recipe.network} with {outputs}"
-        )
-    if recipe.epochs is None:
-        raise ValueError("the recipe of the backbone has to say how many epochs it takes")
-
-
 def rotated(images: Tensor, turns: Tensor) -> Tensor:
     """Square images [B, 3, s, s], each rotated by its own number of quarter turns [B]."""
     result = images.clone()
@@ -293,15 +225,10 @@ def rotated(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def features_of(backbone: Backbone, data: Images, folder: Path | None = None) -> Images:
-    """The data set with standardised features in place of pixels, from the cache or computed.
+    """The data set with standardised features [N, num_features] in place of pixels as bytes, of
+    mean 0 and standard deviation 1 over the training images: from the cache, or computed.
 
-    Args:
-        backbone: on the device.
-        data: pixels as bytes, on the device.
-        folder: cache, `cache_folder()` if None.
-
-    Returns:
-        Images whose `train_images` are [N, num_features], of mean 0 and standard deviation 1.
+    Both are on the device; the cache's folder is `cache_folder()` if None.
     """
     folder = cache_folder() if folder is None else folder
     content = hashlib.sha256(backbone.mark.encode())
@@ -332,11 +259,7 @@ def features_of(backbone: Backbone, data: Images, folder: Path | None = None) ->
 
 
 def _compute(backbone: Backbone, images: Tensor) -> Tensor:
-    """[N, num_features] on the CPU.
-
-    Raises:
-        ValueError: if some are not finite.
-    """
+    """[N, num_features] on the CPU."""
     parts, done, spoken = [], 0, time.monotonic()
     with evaluating(backbone.network):
         for batch in torch.split(images, FEATURE_BATCH):

@@ -18,31 +18,24 @@ from ncrl.shell.screen import say
 from ncrl.tasks.command import (
     Plan,
     Session,
-    add_validate,
     check_range,
     chosen,
     find_config,
     run_command,
     task_parser,
 )
-from ncrl.tasks.continual.split import COEFS, class_tasks
+from ncrl.tasks.continual.methods import METHODS
+from ncrl.tasks.continual.split import class_tasks, method_changes
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.formats import CIFAR_SIDE
-from ncrl.tasks.models import ResNet18
-from ncrl.tasks.recipes import (
-    METHODS,
-    MOST_EPOCHS,
-    ContinualRecipe,
-    Recipe,
-    build_network,
-    read_recipes,
-)
+from ncrl.tasks.models.resnet import ResNet18
+from ncrl.tasks.recipes import MOST_EPOCHS, ContinualRecipe, Recipe, outline_network, read_recipes
 from ncrl.tasks.results import results_table
 from ncrl.tasks.split_cifar.backbone import (
     IMAGENET_SIDE,
+    TURNS,
     Backbone,
     Rotations,
-    check_backbone_recipe,
     features_of,
     frozen,
     load_backbone,
@@ -53,31 +46,17 @@ from ncrl.tasks.split_cifar.figure import draw_accuracy, draw_slots, slots_figur
 
 CONFIG = "split_cifar.yaml"
 
-CLASSES_PER_TASK = {10: 2, 100: 5}
-"""By number of classes."""
-
+CLASSES_PER_TASK = {10: 2, 100: 5}  # by number of classes
 DEFAULT_VARIANTS = ["linear", "tuned_residual"]
 DEFAULT_METHODS = ["adam", "si"]
 
-PENALTY_COEFS: Mapping[str, float] = COEFS["task"]
-"""Weights of the penalties, where --penalty-coef says nothing."""
-
-BACKBONE = "backbone"
-"""Variant that is trained where there are no weights to load."""
-
-BACKBONE_SEED = 0
-"""One backbone serves all seeds, as ImageNet's would."""
-
+BACKBONE = "backbone"  # variant that is trained where there are no weights to load
+BACKBONE_SEED = 0  # one backbone serves all seeds, as ImageNet's would
+# Images are enlarged to this for a backbone of our own: of 32x32, one pixel is left.
 TRAINED_SIDE = 64
-"""Images are enlarged to this for a backbone of our own: of 32x32, one pixel is left."""
-
-DIGITS = "digits"
+# On the embedded digits, where an epoch of a task has 3 updates.
 DIGITS_EPOCHS, DIGITS_BACKBONE_EPOCHS = 10, 5
-"""On the embedded digits, where an epoch of a task has 3 updates."""
-
-HELD_OUT_EVERY = 5
-"""With --validate, one of so many training images is measured on."""
-
+HELD_OUT_EVERY = 5  # with --validate, one of so many training images is measured on
 METRICS = (
     *("accuracy", "learn", "failed_tasks", "forgetting", "transfer"),
     *("rank", "attention", "slot_information"),
@@ -86,9 +65,8 @@ METRICS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = task_parser("split_cifar", __doc__)
-    own = parser.add_argument_group("split CIFAR")
-    add = own.add_argument
+    parser = task_parser("split_cifar", __doc__, validate="every fifth training image")
+    add = parser.add_argument_group("split CIFAR").add_argument
     add("--classes", type=int, metavar="INT", help="10: 5 tasks of 2 (default); 100: 20 of 5")
     add("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)} (default: adam si)")
     add("--penalty-coef", type=float, metavar="FLOAT", help="in place of the methods' own")
@@ -98,20 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="torchvision's ResNet-18 weights for ImageNet, a state_dict; without it a narrow "
         "ResNet-18 is trained first, to tell rotations of the training images apart",
     )
-    add(
-        "--backbone-epochs",
-        type=int,
-        metavar="INT",
-        help="of a backbone that is trained here; 0: random weights (default: the recipe's)",
-    )
-    add(
-        "--image-side",
-        type=int,
-        metavar="INT",
-        help=f"images are enlarged to this for the backbone (default: {IMAGENET_SIDE} with "
-        f"--backbone, else {TRAINED_SIDE})",
-    )
-    add_validate(parser, "every fifth training image")
+    said = "of a backbone that is trained here; 0: random weights (default: the recipe's)"
+    add("--backbone-epochs", type=int, metavar="INT", help=said)
+    said = f"{IMAGENET_SIDE} with --backbone, else {TRAINED_SIDE}"
+    said = f"images are enlarged to this for the backbone (default: {said})"
+    add("--image-side", type=int, metavar="INT", help=said)
     return run_command("split_cifar", parser, arguments, work)
 
 
@@ -119,27 +88,24 @@ def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figures."""
     flags = session.flags
     source = backbone_source(flags)
-    bases = base_plans(session)
+    bases = session.plans(CONFIG, default_variants=DEFAULT_VARIANTS)
+    pairs = [(base, method) for base in bases for method in methods_of(base, flags)]
     num_classes = flags.get("classes", 10)
     if num_classes not in CLASSES_PER_TASK:
         raise ValueError(f"--classes takes 10 or 100, got {num_classes}")
     data = load_cifar(session.data_dir, num_classes, download=session.download)
-    is_digits = data.name.startswith(DIGITS)
-    plans = [
-        plan(base, method, flags, num_classes, source.num_features, is_digits)
-        for base in bases
-        for method in methods_of(base.recipe, flags)
-    ]
+    epochs = DIGITS_EPOCHS if data.is_embedded and "epochs" not in flags else None
+    plans = [plan(*pair, flags, num_classes, source.num_features, epochs) for pair in pairs]
     say(f"data: {data.source}")
     data = data.to(session.device)
-    backbone = make_backbone(session, source, data, is_digits)
+    backbone = make_backbone(session, source, data)
     say(f"backbone: {backbone.title}")
     features = features_of(backbone, data)
     if flags.get("validate"):
         features = features.held_out(HELD_OUT_EVERY)
         say(f"measured on: {features.name}")
-    if is_digits and "epochs" not in flags:
-        say(f"{DIGITS_EPOCHS} epochs for each task: the recipe's are for CIFAR's size")
+    if epochs is not None:
+        say(f"{epochs} epochs for each task: the recipe's are for CIFAR's size")
     tasks = class_tasks(features, CLASSES_PER_TASK[num_classes])
     readings = {
         "backbone": f"{backbone.title}; {backbone.mark}",
@@ -148,18 +114,14 @@ def work(session: Session) -> None:
         **data.readings,
     }
 
-    def make(recipe: Recipe, seed: int, _device: torch.device) -> SplitFeatures:
-        assert isinstance(recipe, ContinualRecipe)
+    def make(recipe: ContinualRecipe, seed: int, _device: torch.device) -> SplitFeatures:
         return SplitFeatures(recipe, tasks, features.name, seed, readings)
 
     rows = session.run(plans, make)
     if session.figure is not None and rows:
         draw_accuracy(session.figure, rows)
-        say(f"drawn: {session.figure}")
         if any("top_slots" in row.details for row in rows):
-            path = slots_figure(session.figure)
-            draw_slots(path, rows)
-            say(f"drawn: {path}")
+            draw_slots(slots_figure(session.figure), rows)
     say(f"\n{results_table(rows, METRICS)}\n\nbackbone: {backbone.title}; data: {features.name}")
 
 
@@ -167,19 +129,13 @@ def work(session: Session) -> None:
 
 
 class BackboneSource(NamedTuple):
-    """Where the frozen network comes from."""
+    """Where the frozen network comes from: a file with ImageNet's weights, or training by a recipe,
+    with `epochs` in place of the recipe's."""
 
-    file: Path | None
-    """With ImageNet's weights; None for one that is trained here."""
-
-    recipe: Recipe | None
-    """Of one that is trained here."""
-
-    epochs: int | None
-    """In place of the recipe's."""
-
-    side: int
-    """Images are enlarged to this."""
+    side: int  # images are enlarged to this
+    file: Path | None = None
+    recipe: Recipe | None = None
+    epochs: int | None = None
 
     @property
     def num_features(self) -> int:
@@ -190,15 +146,9 @@ class BackboneSource(NamedTuple):
 
 
 def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
-    """What the flags say about the backbone.
-
-    Raises:
-        ValueError: for a file that is not there, flags that do not go together, and a file of
-            recipes without one for the backbone.
-    """
+    """What the flags say about the backbone."""
     side = flags.get("image_side", IMAGENET_SIDE if "backbone" in flags else TRAINED_SIDE)
-    if not CIFAR_SIDE <= side <= IMAGENET_SIDE:
-        raise ValueError(f"--image-side must lie in {CIFAR_SIDE} .. {IMAGENET_SIDE}, got {side}")
+    check_range("--image-side", side, CIFAR_SIDE, IMAGENET_SIDE)
     epochs = flags.get("backbone_epochs")
     if "backbone" in flags:
         if epochs is not None:
@@ -207,42 +157,29 @@ def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
         if not path.is_file():
             reason = "is a folder" if path.is_dir() else "does not exist"
             raise ValueError(f"--backbone must be a file of weights: {path} {reason}")
-        return BackboneSource(path, None, None, side)
+        return BackboneSource(side, path)
     if epochs is not None:
         check_range("--backbone-epochs", epochs, 0, MOST_EPOCHS)
     config = find_config(flags.get("config", CONFIG))
-    recipes = read_recipes(config)
-    if BACKBONE not in recipes:
+    recipe = read_recipes(config).get(BACKBONE)
+    if recipe is None:
         raise ValueError(f"{config} has no variant {BACKBONE!r}; give --backbone FILE")
-    check_backbone_recipe(recipes[BACKBONE])
-    return BackboneSource(None, recipes[BACKBONE], epochs, side)
+    outputs = recipe.network_options.get("num_outputs")
+    if recipe.network != "resnet18" or outputs != TURNS or recipe.epochs is None:
+        raise ValueError(
+            f"the backbone needs epochs and network resnet18 with num_outputs={TURNS}, "
+            f"got {recipe.network} with {outputs}"
+        )
+    return BackboneSource(side, None, recipe, epochs)
 
 
-def base_plans(session: Session) -> list[Plan]:
-    """The recipes that the flags name, methods apart; the MLP and Neurocoder without any.
-
-    Raises:
-        ValueError: for recipes of other networks.
-    """
-    plans = session.plans(CONFIG, default_variants=DEFAULT_VARIANTS)
-    for base in plans:
-        if base.recipe.network != "resnet_mlp":
-            raise ValueError(
-                f"{base.name!r} has network {base.recipe.network}, expected resnet_mlp"
-            )
-        methods_of(base.recipe, session.flags)
-    return plans
-
-
-def methods_of(recipe: Recipe, flags: Mapping[str, Any]) -> list[str]:
-    """The methods that a flag names, without repetition; else the recipe's, else both of Fig. 7.
-
-    Raises:
-        ValueError: for an unknown one.
-    """
-    assert isinstance(recipe, ContinualRecipe)
+def methods_of(base: Plan, flags: Mapping[str, Any]) -> list[str]:
+    """The methods that a flag names, without repetition; else the recipe's, else both of Fig. 7."""
+    recipe = base.recipe
+    if not isinstance(recipe, ContinualRecipe) or recipe.network != "resnet_mlp":
+        raise ValueError(f"{base.name!r} has network {recipe.network}, expected resnet_mlp")
     default = [recipe.method] if recipe.method else DEFAULT_METHODS
-    return chosen(flags, "method", METHODS, default)
+    return chosen(flags, "method", list(METHODS), default)
 
 
 def plan(
@@ -251,14 +188,13 @@ def plan(
     flags: Mapping[str, Any],
     num_classes: int,
     num_features: int,
-    is_digits: bool = False,
+    epochs: int | None = None,
 ) -> Plan:
-    """The recipe of the classifier behind a backbone, with a method.
-
-    Raises:
-        ValueError: for settings that make no sense.
-    """
-    assert isinstance(base.recipe, ContinualRecipe)
+    """The recipe of the classifier behind a backbone, with a method."""
+    coef = flags.get("penalty_coef")
+    changes, coef_said = method_changes(base.recipe, "task", method, flags, coef)
+    if epochs is not None:
+        changes["epochs"] = epochs
     per_task = CLASSES_PER_TASK[num_classes]
     options = {
         "hidden": (500, 500, 500),
@@ -267,63 +203,48 @@ def plan(
         "num_outputs": per_task,
         "num_tasks": num_classes // per_task,
     }
-    changes: dict[str, Any] = {"network": "split_mlp", "network_options": options}
-    if method == "adagrad" and "optimizer" not in flags:
-        changes["optimizer"] = "adagrad"
-        if "learning_rate" not in flags:
-            changes["learning_rate"] = 1e-2
-    if is_digits and "epochs" not in flags:
-        changes["epochs"] = DIGITS_EPOCHS
     words = " ".join(filter(None, (base.labels["variant"], base.labels["changes"]))) or "printed"
-    name = f"{num_classes // per_task}x{per_task} {method} {words}"
-    coef = flags.get("penalty_coef", base.recipe.penalty_coef)
-    if coef is None:
-        coef = PENALTY_COEFS.get(method, 0.0)
-    else:
-        name += f" penalty_coef={coef:g}"
-    changes |= {"scenario": "task", "method": method, "penalty_coef": coef}
-    recipe = dataclasses.replace(base.recipe, **changes)
+    name = f"{num_classes // per_task}x{per_task} {method} {words} {coef_said}".rstrip()
+    recipe = dataclasses.replace(
+        base.recipe, network="split_mlp", network_options=options, **changes
+    )
     if recipe.epochs is None:
         raise ValueError(f"{base.name}: the recipe has to say how many epochs each task takes")
-    with torch.device("meta"):
-        build_network(recipe)  # what does not fit is said before hours of features
+    outline_network(recipe)  # what does not fit is said before hours of features
     return Plan(name, recipe, base.labels)
 
 
-# Backbone and tasks
+# The backbone
 
 
-def make_backbone(
-    session: Session, source: BackboneSource, data: Images, is_digits: bool
-) -> Backbone:
+def make_backbone(session: Session, source: BackboneSource, data: Images) -> Backbone:
     """The frozen network: loaded, or trained to the end if it is not yet."""
     if source.file is not None:
         return load_backbone(source.file, source.side, session.device)
     recipe, epochs = source.recipe, source.epochs
     assert recipe is not None
-    if epochs is None and is_digits:
+    if epochs is None and data.is_embedded:
         epochs = DIGITS_BACKBONE_EPOCHS
-    mean, std = pixel_statistics(data.train_images)
-    kind = f"no ImageNet weights: frozen ResNet-18 of width {recipe.network_options['width']}"
-    if epochs == 0:
-        torch.manual_seed(BACKBONE_SEED)
-        network = build_network(recipe)
-        assert isinstance(network, ResNet18)
-        title = f"{kind} with random weights"
-        return Backbone(frozen(network, session.device), title, source.side, mean, std, pooled=True)
-    if epochs is not None:
+    if epochs:
         recipe = dataclasses.replace(recipe, epochs=epochs, iterations=None)
     wanted = Plan(f"{BACKBONE} {recipe.epochs} epochs", recipe)
 
     def make(recipe: Recipe, seed: int, _device: torch.device) -> Rotations:
         return Rotations(recipe, data, source.side, seed)
 
-    (row,) = session.run([wanted], make, seeds=[BACKBONE_SEED])
-    network = session.experiment(wanted, BACKBONE_SEED, make).model
+    title = f"no ImageNet weights: frozen ResNet-18 of width {recipe.network_options['width']}"
+    if epochs == 0:
+        torch.manual_seed(BACKBONE_SEED)
+        network = make(recipe, BACKBONE_SEED, session.device).model
+        title += " with random weights"
+    else:
+        (row,) = session.run([wanted], make, seeds=[BACKBONE_SEED])
+        network = session.experiment(wanted, BACKBONE_SEED, make).model
+        title += (
+            f", trained here for {recipe.epochs} epochs to tell rotations of the training images "
+            f"apart, without labels (test accuracy {row.metrics['rotation_accuracy']:.1f} %, "
+            "chance 25 %)"
+        )
     assert isinstance(network, ResNet18)
-    title = (
-        f"{kind}, trained here for {recipe.epochs} epochs to tell rotations of the training images "
-        f"apart, without labels (test accuracy {row.metrics['rotation_accuracy']:.1f} %, chance "
-        "25 %)"
-    )
+    mean, std = pixel_statistics(data.train_images)
     return Backbone(frozen(network, session.device), title, source.side, mean, std, pooled=True)

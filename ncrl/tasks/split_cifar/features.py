@@ -10,41 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncrl import NeurocoderLinear
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.split import SplitLearning
-from ncrl.tasks.experiment import describe_layers, evaluating, mutual_information
-from ncrl.tasks.models import SplitMlp
+from ncrl.tasks.experiment import describe_layers, evaluating, layer_inputs, mutual_information
+from ncrl.tasks.models.mlp import SplitMlp
 
-SLOT_STEPS = 100
-"""Training steps of each task at which attention is looked at (Fig. 8)."""
-
-SLOT_IMAGES = 32
-"""Images of the batch that are looked at."""
+SLOT_STEPS = 100  # Training steps of each task at which attention is looked at (Fig. 8)
+SLOT_IMAGES = 32  # images of the batch that are looked at
 
 
 class SplitFeatures(SplitLearning):
-    """A classifier of features that learns one task after the other, and what it attends to.
-
-    Args: those of `SplitLearning`; `recipe` is of the task scenario, with network `split_mlp`, and
-    `readings` say how features came about.
-
-    Raises:
-        ValueError: if the recipe does not fit the tasks.
-    """
-
-    model: SplitMlp
+    """`SplitLearning` of features in the task scenario, and what the coded hidden layers attend to;
+    `readings` say how features came about."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
-        self.watched = watched_updates(self.ends) if self.coded else {}
-        self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(self.coded)), -1)
+        coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
+        self.watched = watched_updates(self.ends) if coded else {}
+        self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(coded)), -1)
         """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
         steps."""
-        self._counts: Tensor | None = None  # of the trained network; see `_slot_counts`
 
     def after_update(self, update: int) -> None:
         super().after_update(update)
@@ -60,12 +47,8 @@ class SplitFeatures(SplitLearning):
         """Beside what `SplitLearning` measures: `slot_information`, in bits how much the top slot
         of an image tells about its task, mean over hidden layers; 0 if all tasks use the same."""
         found = super().evaluate()
-        chance = 100 / int(self.recipe.network_options["num_outputs"])
-        half_way = (100 + chance) / 2
-        found["failed_tasks"] = float((self.accuracy.diagonal() < half_way).sum())
-        if self.coded:
-            self._counts = self._slot_counts()
-            found["slot_information"] = float(mutual_information(self._counts).mean())
+        if self.watched:
+            found["slot_information"] = float(mutual_information(self._slot_counts()).mean())
         return found
 
     def _slot_counts(self) -> Tensor:
@@ -81,13 +64,13 @@ class SplitFeatures(SplitLearning):
 
     def report(self) -> dict[str, Any]:
         details = super().report()
-        details["seen"] = seen_accuracy(self.accuracy)
-        if self.coded:
+        # Mean over the tasks learnt so far, after each (Fig. 7).
+        means = (row[: task + 1].mean() for task, row in enumerate(self.accuracy))
+        details["seen"] = [float(mean) for mean in means]
+        if self.watched:
             details["top_slots"] = self.top_slots.tolist()
             details["watched"] = sorted(self.watched)
-            # A run stopped after its last update has been measured by the process before.
-            counts = self._slot_counts() if self._counts is None else self._counts
-            details["slot_counts"] = counts.tolist()
+            details["slot_counts"] = self._slot_counts().tolist()
             images = torch.cat([task.test_images[:50] for task in self.tasks])
             details["attention"] = describe_layers(self.model, images)
         return details
@@ -102,11 +85,7 @@ class SplitFeatures(SplitLearning):
 
 def watched_updates(ends: Sequence[int]) -> dict[int, tuple[int, int]]:
     """Task and number of the look, by update: SLOT_STEPS evenly spread over each task, or every
-    update of a task that has fewer.
-
-    Args:
-        ends: updates after which tasks end.
-    """
+    update of a task that has fewer, for the updates after which tasks end."""
     watched = {}
     for task, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         steps = min(SLOT_STEPS, end - begin)
@@ -118,14 +97,6 @@ def watched_updates(ends: Sequence[int]) -> dict[int, tuple[int, int]]:
 def hidden_attention(model: SplitMlp, x: Tensor) -> list[Tensor]:
     """Attention to the left vectors, M_U, of the coded hidden layers, mean over components:
     [B, P] each, for features [B, F]."""
-    found = []
-    for layer in model.hidden:
-        if isinstance(layer, NeurocoderLinear):
-            found.append(layer.attend(x).u.mean(1))
-        x = F.relu(layer(x))
-    return found
-
-
-def seen_accuracy(accuracy: Tensor) -> list[float]:
-    """Mean over the tasks learnt so far, after each (Fig. 7), for a matrix [trained, tested]."""
-    return [float(row[: task + 1].mean()) for task, row in enumerate(accuracy)]
+    inputs = layer_inputs(model, NeurocoderLinear, x)
+    layers = (read for name, read in inputs.items() if name.startswith("hidden"))
+    return [layer.attend(given).u.mean(1) for layer, given in layers]

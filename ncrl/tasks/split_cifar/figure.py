@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,11 +15,7 @@ from ncrl.tasks.results import Result, by_name
 
 
 def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
-    """Mean accuracy on the tasks seen so far over their number (Fig. 7).
-
-    Raises:
-        ValueError: if the file cannot be written.
-    """
+    """Mean accuracy on the tasks seen so far over their number (Fig. 7)."""
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, group in by_name(rows).items():
@@ -29,14 +26,8 @@ def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("accuracy on them, %")
     axes.set_title(f"{rows[0].data}; {title_of(rows[0])}", fontsize=7, wrap=True)
-    axes.legend(
-        fontsize=7,
-        title="recipe (seeds)",
-        title_fontsize=7,
-        frameon=False,
-        loc="center left",  # beside the axes, where it hides no curve
-        bbox_to_anchor=(1, 0.5),
-    )
+    beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # where it hides no curve
+    axes.legend(fontsize=7, title="recipe (seeds)", title_fontsize=7, frameon=False, **beside)
     save_figure(figure, path)
 
 
@@ -48,9 +39,6 @@ def slots_figure(path: Path) -> Path:
 def draw_slots(path: Path, rows: Sequence[Result]) -> None:
     """The slot of M_U that most attention goes to, over training, with lines between the tasks
     (Fig. 8): a column for each recipe with coded layers, of its first seed; a row for each layer.
-
-    Raises:
-        ValueError: if the file cannot be written.
     """
     drawn = [g[0] for g in by_name(rows).values() if "top_slots" in g[0].details]
     layers = max(len(row.details["top_slots"][0][0]) for row in drawn)

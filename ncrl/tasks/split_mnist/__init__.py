@@ -1,12 +1,1 @@
-"""Split MNIST: five tasks of two digits, one after the other."""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from ncrl.tasks.start import run
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the experiment from the command line; returns the exit code."""
-    return run(__name__, arguments)
+"""Split MNIST: five tasks of two digits, learnt one after the other."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,16 +30,18 @@ from ncrl.tasks.command import (
     run_command,
     task_parser,
 )
-from ncrl.tasks.continual.split import COEFS, SplitLearning, Task, split_tasks
+from ncrl.tasks.continual.methods import METHODS
+from ncrl.tasks.continual.split import COEFS, SplitLearning, method_changes, split_tasks
 from ncrl.tasks.data import Images, load_mnist
-from ncrl.tasks.recipes import GROW, METHODS, SCENARIOS, ContinualRecipe, Recipe, read_recipes
+from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results, results_table
-from ncrl.tasks.split_mnist import tables, tradeoff
+from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.tables import Cell, Column
-from ncrl.tasks.training import identity
+from ncrl.tasks.training import what_is_trained
 
 CONFIG = "split_mnist.yaml"
 
+# Variant of the recipe for every layer, ranks apart.
 RECIPES = {
     Column("linear"): "linear_400",
     Column("lowrank"): "linear_400",
@@ -48,20 +51,18 @@ RECIPES = {
     Column("neurocoder", "official"): "official_logs",
     Column("neurocoder", "official", residual=True): "official_logs_residual",
 }
-"""Variant of the recipe for every layer, ranks apart."""
-
 LAYERS = ("linear", "lowrank", "nsm", "neurocoder")
 VARIANTS = ("paper", "official")
 
-ADAGRAD = {"optimizer": "adagrad", "learning_rate": 1e-2}
+ONLY = {"variant": "neurocoder", "residual": "neurocoder", "sharpness": "neurocoder"}
+ONLY |= {"rank": "lowrank"}
+"""The layer that a flag is for."""
 
-DIGITS = "digits"
+QUIRKS = ("fisher_orthogonality", "double_orth_coef")
+
+# On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task.
 DIGITS_EPOCHS = 40
-"""On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task."""
-
-MOST_COUNTED = 1000
-"""Processes, or seeds."""
-
+MOST_COUNTED = 1000  # processes, or seeds
 METRICS = ("accuracy", "learn", "failed_tasks", "forgetting", "transfer", "rank", "attention")
 
 
@@ -74,44 +75,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The flags that all task commands have, and those of this one."""
     parser = task_parser("split_mnist", __doc__)
-    parser.conflict_handler = "resolve"  # variant and layer mean something else here
     own = parser.add_argument_group("split MNIST")
-    add = own.add_argument
-    own.conflict_handler = "resolve"
-    add("--scenario", nargs="+", metavar="NAME", help=f"{' or '.join(SCENARIOS)} (default: domain)")
-    add("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)} (default: adam), {GROW}")
-    add("--layer", nargs="+", metavar="NAME", help=f"{', '.join(LAYERS)} (default: neurocoder)")
-    add("--variant", nargs="+", metavar="NAME", help="neurocoder: paper (default) or official")
-    both = argparse.BooleanOptionalAction
+    # Variant and layer mean something else here.
+    parser.conflict_handler = own.conflict_handler = "resolve"
+    add, both = own.add_argument, argparse.BooleanOptionalAction
+
+    def several(flag: str, text: str, kind: type = str, nargs: str = "+") -> None:
+        metavar = "NAME" if kind is str else kind.__name__.upper()
+        add(flag, nargs=nargs, type=kind, metavar=metavar, help=text)
+
+    several("--scenario", f"{' or '.join(SCENARIOS)} (default: domain)")
+    several("--method", f"{', '.join(METHODS)} (default: adam)")
+    several("--layer", f"{', '.join(LAYERS)} (default: neurocoder)")
+    several("--variant", "neurocoder: paper (default) or official")
     add("--residual", action=both, help="neurocoder: with the residual program (default: without)")
     add("--sharpness", type=float, metavar="FLOAT", help="neurocoder: in place of the recipe's")
-    add("--rank", nargs="+", type=int, metavar="INT", help="lowrank: of hidden layers (default: 1)")
-    add(
-        "--penalty-coef",
-        nargs="+",
-        type=float,
-        metavar="FLOAT",
-        help="in place of Hsu et al.'s; with several, --figure draws what they trade",
-    )
-    add(
-        "--fisher-orthogonality",
-        action=both,
-        help="official: orthogonality gradients in the Fisher information (default: with)",
-    )
-    add(
-        "--double-orth-coef",
-        action=both,
-        help="official: twice the orth_coef from task 2 on, under a penalty (default: with)",
-    )
+    several("--rank", "lowrank: of hidden layers (default: 1)", int)
+    said = "in place of Hsu et al.'s; with several, --figure draws what they trade"
+    several("--penalty-coef", said, float)
+    said = "official: orthogonality gradients in the Fisher information (default: with)"
+    add("--fisher-orthogonality", action=both, help=said)
+    said = "official: twice the orth_coef from task 2 on, under a penalty (default: with)"
+    add("--double-orth-coef", action=both, help=said)
     add("--repeats", type=int, metavar="INT", help="seeds 0 to INT - 1, in place of --seeds")
-    add(
-        "--tables",
-        nargs="*",
-        type=int,
-        metavar="INT",
-        help="fill Tables 1, 6 and 7, or some of them: every method, layer and control, "
-        f"{tables.REPEATS['domain']} repeats (domain) or {tables.REPEATS['task']} (task)",
-    )
+    said = "fill Tables 1, 6 and 7, or some of them: every method, layer and control"
+    repeats = f"{tables.REPEATS['domain']} repeats (domain) or {tables.REPEATS['task']} (task)"
+    several("--tables", f"{said}, {repeats}", int, "*")
     add("--finished", action="store_true", help="train nothing, show the runs that are finished")
     add("--jobs", type=int, metavar="INT", help="processes that share the runs (default: 1)")
     return parser
@@ -126,13 +115,12 @@ def work(session: Session, words: Sequence[str]) -> None:
     groups = table_cells(flags) if "tables" in flags else [(cells(flags), None)]
     coefs: list[float] = list(dict.fromkeys(flags.get("penalty_coef", [])))
     data = load_mnist(session.data_dir, download=session.download)
-    is_digits = data.name.startswith(DIGITS)
     wanted = [
-        ([one for cell in group for one in sweep(cell, flags, coefs, is_digits)], repeats)
+        ([one for cell in group for one in sweep(cell, flags, coefs, data.is_embedded)], repeats)
         for group, repeats in groups
     ]
     say(f"data: {data.source}")
-    if is_digits and "epochs" not in flags:
+    if data.is_embedded and "epochs" not in flags:
         say(f"{DIGITS_EPOCHS} epochs for each task: the protocol's 4 are for MNIST's size")
     rows: list[Result] = []
     if "finished" in flags:
@@ -140,9 +128,13 @@ def work(session: Session, words: Sequence[str]) -> None:
             rows += finished(session, group, data, seeds(session, repeats))
     else:
         tasks = split_tasks(data.to(session.device))
+
+        def make(recipe: ContinualRecipe, seed: int, _device: torch.device) -> SplitLearning:
+            return SplitLearning(recipe, tasks, data.name, seed, data.readings)
+
         with helpers(words, jobs - 1):
             for group, repeats in wanted:
-                rows += run_all(session, group, tasks, data, seeds(session, repeats))
+                rows += session.run(group, make, seeds=seeds(session, repeats))
     if "tables" in flags:
         all_plans = [plan for group, _ in wanted for plan in group]
         changed = sorted({changes_of(plan.labels) for plan in all_plans} - {""})
@@ -151,7 +143,8 @@ def work(session: Session, words: Sequence[str]) -> None:
     else:
         say(f"\n{results_table(rows, METRICS)}")
     if session.figure is not None and rows:
-        (tables if len(coefs) < 2 else tradeoff).draw(rows, session.figure)
+        draw = tables.draw if len(coefs) < 2 else tables.draw_tradeoff
+        draw(rows, session.figure)
 
 
 def seeds(session: Session, repeats: int | None) -> list[int]:
@@ -163,32 +156,20 @@ def seeds(session: Session, repeats: int | None) -> list[int]:
     return session.seeds if "seeds" in session.flags or repeats is None else list(range(repeats))
 
 
-def run_all(
-    session: Session, wanted: Sequence[Plan], tasks: list[Task], data: Images, seeds: Sequence[int]
-) -> list[Result]:
-    """Rows of all plans and seeds that did not diverge."""
-
-    def make(recipe: Recipe, seed: int, _device: torch.device) -> SplitLearning:
-        assert isinstance(recipe, ContinualRecipe)
-        return SplitLearning(recipe, tasks, data.name, seed, data.readings)
-
-    return session.run(wanted, make, seeds=seeds)
-
-
 def finished(
     session: Session, wanted: Sequence[Plan], data: Images, seeds: Sequence[int]
 ) -> list[Result]:
     """Rows of those plans and seeds that are there already."""
-    recipes = {plan.name: identity(plan.recipe, data.name) for plan in wanted}
-    same = {name: json.loads(json.dumps(what["recipe"])) for name, what in recipes.items()}
-    labels = {plan.name: dict(plan.labels) for plan in wanted}
-    return [
-        dataclasses.replace(row, labels=labels[row.name])
-        for row in read_results(session.logdir, "split_mnist")
-        if row.seed in seeds
-        and (row.data, row.readings) == (data.name, data.readings)
-        and row.recipe == same.get(row.name)
-    ]
+    named = {plan.name: plan for plan in wanted}
+    found = []
+    for row in read_results(session.logdir, "split_mnist"):
+        plan = named.get(row.name)
+        if plan is None or row.seed not in seeds:
+            continue
+        same = json.loads(json.dumps(what_is_trained(plan.recipe)))
+        if (row.recipe, row.data, row.readings) == (same, data.name, data.readings):
+            found.append(dataclasses.replace(row, labels=dict(plan.labels)))
+    return found
 
 
 @contextmanager
@@ -213,11 +194,7 @@ def helpers(words: Sequence[str], count: int) -> Iterator[None]:
 
 
 def at_least_one(flags: Mapping[str, Any], name: str) -> int:
-    """The value of a flag that counts something; 1 if it is not given.
-
-    Raises:
-        ValueError: if it is less than 1, or more than anybody wants.
-    """
+    """The value of a flag that counts something; 1 if it is not given."""
     value: int = flags.get(name, 1)
     check_range(f"--{name}", value, 1, MOST_COUNTED)
     return value
@@ -227,28 +204,19 @@ def at_least_one(flags: Mapping[str, Any], name: str) -> int:
 
 
 def cells(flags: Mapping[str, Any]) -> list[Cell]:
-    """All combinations that the flags name.
-
-    Raises:
-        ValueError: for unknown names, and flags that do not go together.
-    """
+    """All combinations that the flags name."""
     path = find_config(flags.get("config", CONFIG))
     top = read_recipes(path)[""]
     if not isinstance(top, ContinualRecipe):
         raise ValueError(f"{path} is for network {top.network}, expected split_mlp")
     scenarios = chosen(flags, "scenario", SCENARIOS, [top.scenario])
-    methods = chosen(flags, "method", (*METHODS, GROW), [top.method or "adam"])
+    methods = chosen(flags, "method", list(METHODS), [top.method or "adam"])
     layers = chosen(flags, "layer", LAYERS, ["neurocoder"])
     variants = chosen(flags, "variant", VARIANTS, ["paper"])
-    only = {
-        "neurocoder": ("variant", "residual", "sharpness"),
-        "lowrank": ("rank",),
-    }
-    for layer, names in only.items():
-        for name in names:
-            if name in flags and layer not in layers:
-                raise ValueError(f"--{name} needs --layer {layer}, got {', '.join(layers)}")
-    for name in ("fisher_orthogonality", "double_orth_coef"):
+    for name, layer in ONLY.items():
+        if name in flags and layer not in layers:
+            raise ValueError(f"--{name} needs --layer {layer}, got {', '.join(layers)}")
+    for name in QUIRKS:
         if name in flags and ("official" not in variants or "neurocoder" not in layers):
             raise ValueError(f"--{name.replace('_', '-')} needs --variant official")
     if "penalty_coef" in flags and not any(method in COEFS["domain"] for method in methods):
@@ -256,57 +224,34 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
             f"--penalty-coef needs a method out of {', '.join(COEFS['domain'])}, "
             f"got {', '.join(methods)}"
         )
-    columns = columns_of(flags, layers, variants)
-    if GROW in methods and columns != [Column("neurocoder")]:
-        raise ValueError(f"--method {GROW} needs --layer neurocoder --variant paper --no-residual")
-    return [
-        Cell(scenario, method, column)
-        for scenario in scenarios
-        for method in methods
-        for column in columns
-    ]
-
-
-def columns_of(
-    flags: Mapping[str, Any], layers: Sequence[str], variants: Sequence[str]
-) -> list[Column]:
-    """A column for every layer, Neurocoder's variants and the ranks of `lowrank` apart."""
-    columns: list[Column] = []
-    for layer in layers:
-        if layer == "neurocoder":
-            residual = flags.get("residual", False)
-            columns += [Column(layer, variant, residual=residual) for variant in variants]
-        elif layer == "lowrank":
-            columns += [Column(layer, rank=rank) for rank in dict.fromkeys(flags.get("rank", [1]))]
-        else:
-            columns.append(Column(layer))
-    return columns
+    columns = {layer: [Column(layer)] for layer in layers}
+    if "neurocoder" in columns:
+        residual = flags.get("residual", False)
+        columns["neurocoder"] = [Column("neurocoder", v, residual=residual) for v in variants]
+    if "lowrank" in columns:
+        ranks = dict.fromkeys(flags.get("rank", [1]))
+        columns["lowrank"] = [Column("lowrank", rank=rank) for rank in ranks]
+    every = [column for group in columns.values() for column in group]
+    if "grow" in methods and every != [Column("neurocoder")]:
+        raise ValueError("--method grow needs --layer neurocoder --variant paper --no-residual")
+    return [Cell(*which) for which in product(scenarios, methods, every)]
 
 
 def table_cells(flags: Mapping[str, Any]) -> list[tuple[list[Cell], int | None]]:
-    """The cells of the tables, by scenario, with their repeats.
-
-    Raises:
-        ValueError: for flags that choose cells in another way.
-    """
-    for name in ("scenario", "method", "layer", "variant", "residual", "sharpness", "rank"):
+    """The cells of the tables, by scenario, with their repeats."""
+    for name in ("scenario", "method", "layer", *ONLY):
         if name in flags:
             raise ValueError(f"--{name} and --tables exclude each other: tables have every cell")
     if len(flags.get("penalty_coef", [])) > 1:
         raise ValueError("--tables takes one --penalty-coef: a cell has place for one")
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[str, dict[Cell, None]] = {}
     for number in chosen_tables(flags):
-        wanted = groups.setdefault(tables.SCENARIO[number], [])
-        wanted += [cell for cell in tables.cells(number) if cell not in wanted]
-    return [(group, tables.REPEATS[scenario]) for scenario, group in groups.items()]
+        groups.setdefault(tables.SCENARIO[number], {}).update(dict.fromkeys(tables.cells(number)))
+    return [(list(group), tables.REPEATS[scenario]) for scenario, group in groups.items()]
 
 
 def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
-    """Numbers of the tables to fill.
-
-    Raises:
-        ValueError: for others than 1, 6 and 7.
-    """
+    """Numbers of the tables to fill."""
     numbers = flags["tables"] or list(tables.SCENARIO)
     for number in numbers:
         if number not in tables.SCENARIO:
@@ -316,66 +261,42 @@ def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
 
 def sweep(
     cell: Cell, flags: Mapping[str, Any], coefs: Sequence[float], is_digits: bool
-) -> Iterator[Plan]:
+) -> list[Plan]:
     """The recipes of a cell, one for each coefficient where its method has a penalty."""
     if not coefs or cell.method not in COEFS[cell.scenario]:
-        yield plan(cell, flags, is_digits)
-    else:
-        for coef in coefs:
-            yield plan(cell, flags, is_digits, coef)
+        return [plan(cell, flags, is_digits)]
+    return [plan(cell, flags, is_digits, coef) for coef in coefs]
 
 
 def plan(
     cell: Cell, flags: Mapping[str, Any], is_digits: bool = False, coef: float | None = None
 ) -> Plan:
-    """The recipe of a cell, with what the flags change, and a name that says so.
-
-    Args:
-        cell: of a table.
-        flags: those that were given.
-        is_digits: whether the data are the embedded digits.
-        coef: weight of the penalty, in place of Hsu et al.'s.
-
-    Raises:
-        ValueError: for changes that make no sense.
-    """
-    grows = cell.method == GROW
-    variant = GROW if grows else RECIPES[cell.column._replace(rank=None)]
+    """The recipe of a cell of a table, with what the flags change, and a name that says so; `coef`
+    is the weight of the penalty, in place of Hsu et al.'s."""
+    column = cell.column
+    variant = "grow" if cell.method == "grow" else RECIPES[column._replace(rank=None)]
     shared = {key: value for key, value in flags.items() if key != "layer"}
     (base,) = plans({**shared, "variant": [variant]}, CONFIG)
-    said = base.labels["changes"]
-    recipe = base.recipe
-    assert isinstance(recipe, ContinualRecipe)
-    changes: dict[str, Any] = {}
-    if cell.method == "adagrad":
-        changes |= {name: value for name, value in ADAGRAD.items() if name not in flags}
+    said, recipe = base.labels["changes"], base.recipe
+    changes, coef_said = method_changes(recipe, cell.scenario, cell.method, flags, coef)
     if is_digits and "epochs" not in flags:
         changes["epochs"] = DIGITS_EPOCHS
     network_options = dict(recipe.network_options)
     if cell.scenario == "task":
-        network_options["num_tasks"] = network_options.get("num_tasks", 5)
-    if cell.column.rank is not None:
-        network_options["hidden_rank"] = cell.column.rank
-    changes["network_options"] = network_options
-    is_neurocoder = cell.column.layer == "neurocoder"
-    if is_neurocoder and "sharpness" in flags:
+        network_options.setdefault("num_tasks", 5)
+    if column.rank is not None:
+        network_options["hidden_rank"] = column.rank
+    if column.layer == "neurocoder" and "sharpness" in flags:
         changes["layer_options"] = {**recipe.layer_options, "sharpness": flags["sharpness"]}
         said += f" sharpness={flags['sharpness']:g}"
-    usual = COEFS[cell.scenario].get(cell.method, 0.0)
-    if coef is None:
-        coef = recipe.penalty_coef if cell.method in COEFS[cell.scenario] else 0.0
-    if coef is None:
-        coef = usual
-    changes |= {"scenario": cell.scenario, "method": cell.method, "penalty_coef": coef}
-    for name in ("fisher_orthogonality", "double_orth_coef"):
-        is_official = is_neurocoder and cell.column.variant == "official"
-        changes[name] = is_official and flags.get(name, True)
-        if is_official and not changes[name]:
+    for name in QUIRKS:
+        changes[name] = column.is_official and flags.get(name, True)
+        if column.is_official and not changes[name]:
             said += f" {name}=False"
-    labels = {**cell.labels, "changes": said.strip()}
-    labels["coef"] = "" if coef == usual else f"penalty_coef={coef:g}"
+    labels = {**cell.labels, "changes": said.strip(), "coef": coef_said}
     name = " ".join(filter(None, (cell.name, changes_of(labels))))
-    return Plan(name, dataclasses.replace(recipe, **changes), labels)
+    recipe = dataclasses.replace(recipe, network_options=network_options, **changes)
+    return Plan(name, recipe, labels)
 
 
 def changes_of(labels: Mapping[str, str]) -> str:

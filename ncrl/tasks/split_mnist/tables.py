@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
 
 from ncrl.tasks.figures import save_figure
-from ncrl.tasks.recipes import METHODS
 from ncrl.tasks.results import Result, Summary, markdown, summarise
 
-Groups = defaultdict[tuple[str, ...], list[Result]]
-"""Rows by scenario, method and layer."""
-
-SCENARIO = {1: "domain", 6: "task", 7: "domain"}
-"""By number of the table."""
-
-REPEATS = {"domain": 5, "task": 3}
-"""Of every cell; the paper has 10."""
+Groups = defaultdict[tuple[str, ...], list[Result]]  # rows by scenario, method and layer
+SCENARIO = {1: "domain", 6: "task", 7: "domain"}  # by number of the table
+REPEATS = {"domain": 5, "task": 3}  # of every cell; the paper has 10
 
 
 class Column(NamedTuple):
@@ -35,6 +33,11 @@ class Column(NamedTuple):
         if self.layer == "neurocoder":
             return f"{self.variant}{' residual' if self.residual else ''}"
         return {"linear": "mlp", "nsm": "nsm"}.get(self.layer, f"rank {self.rank}")
+
+    @property
+    def is_official(self) -> bool:
+        """Whether it is the authors' layer."""
+        return self.variant == "official"
 
 
 class Cell(NamedTuple):
@@ -66,22 +69,17 @@ COLUMNS = (
     Column("nsm"),
 )
 """The paper's, and the static controls: networks of the same shape, whose hidden layers have low
-rank whatever the input."""
-
-
-MAIN_COLUMNS = COLUMNS[:5]
-"""Those of Table 1: without residual, and what explains them."""
+rank whatever the input. Table 1 has the first five: without residual, and what explains them."""
 
 
 def columns(number: int) -> Sequence[Column]:
     """Those of a table."""
-    return MAIN_COLUMNS if number == 1 else COLUMNS
+    return COLUMNS[:5] if number == 1 else COLUMNS
 
 
 def cells(number: int) -> list[Cell]:
     """All cells of a table, those that say most first."""
-    scenario = SCENARIO[number]
-    return [Cell(scenario, method, column) for column in columns(number) for method in METHODS]
+    return [Cell(SCENARIO[number], m, column) for column in columns(number) for m in METHODS]
 
 
 PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -105,12 +103,13 @@ PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
 """The paper's Tables 6 and 7, 10 runs: Hsu et al.'s MLP, its MLP, NSM, Neurocoder with and without
 residual."""
 
+METHODS = tuple(PRINTED["domain"])  # the paper's; there may be others
+# Position in `PRINTED` by column; what the paper calls Neurocoder stands beside both variants.
 PRINTED_AS = {
     **{"hsu": 0, "mlp": 1, "nsm": 2, "paper residual": 3, "paper": 4},
     **{"official residual": 3, "official": 4},
 }
-"""Position in `PRINTED` by column; what the paper calls Neurocoder stands beside both variants."""
-
+# The authors' own logs of the domain scenario, 10 runs, by column and method.
 LOGGED: Mapping[str, Mapping[str, str]] = {
     "mlp": {
         "adam": "53.38±1.39",
@@ -127,18 +126,13 @@ LOGGED: Mapping[str, Mapping[str, str]] = {
         "online-ewc": "71.79±2.04",
     },
 }
-"""The authors' own logs of the domain scenario, 10 runs, by column and method."""
 
 
 def printed(scenario: str, method: str, column: str) -> str | None:
     """What the paper prints in a cell."""
     place = PRINTED_AS.get(column)
-    return None if place is None else PRINTED[scenario][method][place]
-
-
-def logged(scenario: str, method: str, column: str) -> str | None:
-    """What the authors' logs hold for a cell."""
-    return LOGGED.get(column, {}).get(method) if scenario == "domain" else None
+    values = PRINTED[scenario].get(method)
+    return None if place is None or values is None else values[place]
 
 
 def by_cell(rows: Iterable[Result], *, changes: bool = False) -> Groups:
@@ -146,20 +140,14 @@ def by_cell(rows: Iterable[Result], *, changes: bool = False) -> Groups:
     groups: Groups = defaultdict(list)
     for row in rows:
         labels = row.labels
-        said = labels.get("changes") if changes else None
-        layer = " ".join(filter(None, (labels["layer"], said)))
-        groups[labels["scenario"], labels["method"], layer].append(row)
+        said = [labels["layer"], labels.get("changes") if changes else None]
+        groups[labels["scenario"], labels["method"], " ".join(filter(None, said))].append(row)
     return groups
 
 
 def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
-    """One of the paper's tables as Markdown, a line for every cell, with its heading.
-
-    Args:
-        number: 1, 6 or 7.
-        rows: of any scenarios, methods and layers, which their labels say.
-        changed: what is not as in the tables' recipes, for the heading.
-    """
+    """The paper's Table 1, 6 or 7 as Markdown, a line for every cell, with its heading, which says
+    what is not as in the tables' recipes; rows may be of any scenarios, methods and layers."""
     scenario = SCENARIO[number]
     repeats = REPEATS[scenario]
     found = by_cell(rows)
@@ -177,9 +165,9 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
             name = column.name
             group = found[scenario, method, name]
             ours = _measured(group, repeats) if group else [None] * 9
-            beside = printed(scenario, method, name), logged(scenario, method, name)
+            log = LOGGED.get(name, {}).get(method) if scenario == "domain" else None
             hsu = printed(scenario, method, "hsu") if name == "mlp" else None
-            lines.append([method, name, *ours, *beside, hsu])
+            lines.append([method, name, *ours, printed(scenario, method, name), log, hsu])
     header = (
         *("method", "layer", "parameters", "accuracy", "seeds 0, 1, ...", "learn", "failed"),
         *("forgetting", "transfer", "rank", "attention", "paper", "authors' log", "Hsu"),
@@ -188,24 +176,25 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
     return f"{title}\n\n{markdown(header, lines)}"
 
 
-MISSING = "-"
-"""In place of the accuracy with a seed that has not been run, or diverged."""
+MISSING = "-"  # in place of the accuracy with a seed that has not been run, or diverged
 
 
 def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
-    accuracy = summarise(group, "accuracy")
-    assert accuracy is not None
     by_seed = {row.seed: f"{row.metrics['accuracy']:.1f}" for row in group}
     seeds = range(max(repeats, max(by_seed) + 1))
-    values = " ".join(by_seed.get(seed, MISSING) for seed in seeds)
     failed = sum(row.metrics["failed_tasks"] > 0 for row in group)
-    cells: list[str | None] = [f"{group[0].parameters:,}", short(accuracy), values]
-    cells += [short(summarise(group, "learn")), f"{failed} of {len(group)}"]
-    cells += [short(summarise(group, name)) for name in ("forgetting", "transfer")]
-    for name, digits in (("rank", 1), ("attention", 3)):
-        summary = summarise(group, name)
-        cells.append(None if summary is None else f"{summary.mean:.{digits}f}")
-    return cells
+    return [
+        f"{group[0].parameters:,}",
+        short(summarise(group, "accuracy")),
+        " ".join(by_seed.get(seed, MISSING) for seed in seeds),
+        short(summarise(group, "learn")),
+        f"{failed} of {len(group)}",
+        *(short(summarise(group, name)) for name in ("forgetting", "transfer")),
+        *(
+            f"{summary.mean:.{digits}f}" if (summary := summarise(group, name)) else None
+            for name, digits in (("rank", 1), ("attention", 3))
+        ),
+    ]
 
 
 def short(summary: Summary | None) -> str | None:
@@ -221,55 +210,100 @@ def draw(rows: Sequence[Result], path: Path) -> None:
 
     What the flags of the command have changed stands in columns of its own.
     """
-    from matplotlib.figure import Figure
-
     found = by_cell(rows, changes=True)
     scenarios = [s for s in REPEATS if any(scenario == s for scenario, _, _ in found)]
+    methods = list(dict.fromkeys([*METHODS, *(method for _, method, _ in found)]))
     figure = Figure(figsize=(9, 3.2 * len(scenarios)), layout="constrained")
-    for index, scenario in enumerate(scenarios):
-        axes = figure.add_subplot(len(scenarios), 1, index + 1)
-        columns = _columns(found, scenario)
-        width = 0.85 / max(1, len(columns))
-        for place, column in enumerate(columns):
-            shift = (place - (len(columns) - 1) / 2) * width
-            label = True
-            for x, method in enumerate(METHODS):
-                printed_value = printed(scenario, method, column)
-                if printed_value is not None:
-                    value = float(printed_value.partition("±")[0])
+    grid = figure.subplots(len(scenarios), squeeze=False)[:, 0]
+    low = min(row.metrics["accuracy"] for row in rows)
+    for axes, scenario in zip(grid, scenarios, strict=True):
+        present = dict.fromkeys(layer for where, _, layer in found if where == scenario)
+        known = [column.name for column in COLUMNS if column.name in present]
+        layers = list(dict.fromkeys([*known, *present]))
+        width = 0.85 / len(layers)
+        for place, layer in enumerate(layers):
+            shift = (place - (len(layers) - 1) / 2) * width
+            summaries = {
+                x: summary
+                for x, method in enumerate(methods)
+                if (summary := summarise(found.get((scenario, method, layer), []), "accuracy"))
+            }
+            axes.bar(
+                [x + shift for x in summaries],
+                [summary.mean for summary in summaries.values()],
+                width,
+                yerr=[summary.std for summary in summaries.values()],
+                label=layer,
+                error_kw={"elinewidth": 0.8},
+            )
+            for x, method in enumerate(methods):
+                if (text := printed(scenario, method, layer)) is not None:
+                    value = float(text.partition("±")[0])
                     axes.plot(x + shift, value, "k_", markersize=6, zorder=3)
-                group = found[scenario, method, column]
-                if not group:
-                    continue
-                summary = summarise(group, "accuracy")
-                assert summary is not None
-                axes.bar(
-                    x + shift,
-                    summary.mean,
-                    width,
-                    yerr=summary.std,
-                    color=f"C{place}",
-                    label=column if label else None,
-                    error_kw={"elinewidth": 0.8},
-                )
-                label = False
-        low = min(row.metrics["accuracy"] for row in rows)
-        axes.set_ylim(max(0, min(50, low) - 2), 100)
-        axes.set_xticks(range(len(METHODS)), list(METHODS))
-        axes.set_ylabel("accuracy after 5 tasks, %")
+        axes.set(ylim=(max(0, min(50, low) - 2), 100), ylabel="accuracy after 5 tasks, %")
+        axes.set_xticks(range(len(methods)), methods)
         axes.set_title(f"incremental {scenario}; black marks: the paper's", fontsize=9)
-        axes.legend(
-            fontsize=7,
-            ncols=max(1, len(columns)),
-            frameon=False,
-            loc="upper center",  # below the axis
-            bbox_to_anchor=(0.5, -0.07),
-        )
+        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07)}
+        axes.legend(fontsize=7, ncols=len(layers), frameon=False, **below)
     save_figure(figure, path)
 
 
-def _columns(found: Groups, scenario: str) -> list[str]:
-    """Names of the columns that have rows: the tables' first, then others."""
-    present = [layer for (where, _, layer), rows in found.items() if where == scenario and rows]
-    known = [column.name for column in COLUMNS if column.name in present]
-    return [*known, *dict.fromkeys(name for name in present if name not in known)]
+# Per cent: ends of the axis of errors, which is logarithmic because most networks learn well.
+LEAST_ERROR, MOST_ERROR = 0.2, 60.0
+
+
+class Point(NamedTuple):
+    """Means over seeds, per cent, under one coefficient."""
+
+    coef: float
+    learn: float
+    accuracy: float
+
+
+def curves(rows: Sequence[Result]) -> Mapping[str, Mapping[str, list[Point]]]:
+    """By scenario and method, then by layer: points in the order of the coefficient."""
+    found: dict[str, dict[str, list[Point]]] = defaultdict(dict)
+    for (scenario, method, layer), group in by_cell(rows, changes=True).items():
+        points = []
+        for coef in sorted({row.recipe["penalty_coef"] for row in group}):
+            metrics = [row.metrics for row in group if row.recipe["penalty_coef"] == coef]
+            means = (fmean(own[name] for own in metrics) for name in ("learn", "accuracy"))
+            points.append(Point(coef, *means))
+        found[f"{scenario} {method}"][layer] = points
+    return found
+
+
+def draw_tradeoff(rows: Sequence[Result], path: Path) -> None:
+    """What the weight of a penalty trades, for each scenario and method: accuracy after all tasks
+    over the error on each right after training on it, with the coefficients beside the points.
+
+    A network that learns nothing forgets nothing, so that methods and layers compare only where
+    they have learnt equally well.
+    """
+    found = curves(rows)
+    columns = min(3, len(found))
+    lines = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(4.2 * columns, 4 * lines), layout="constrained")
+    layers = list(dict.fromkeys(layer for by_layer in found.values() for layer in by_layer))
+    lowest = min(row.metrics["accuracy"] for row in rows)
+    errors = [LEAST_ERROR * (MOST_ERROR / LEAST_ERROR) ** (i / 50) for i in range(51)]
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(found) :]:
+        axes.remove()
+    for axes, (where, by_layer) in zip(grid, found.items(), strict=False):
+        for layer, points in by_layer.items():
+            style: Any = {"color": f"C{layers.index(layer)}"}
+            x = [max(100 - point.learn, LEAST_ERROR) for point in points]
+            y = [point.accuracy for point in points]
+            axes.plot(x, y, "o-", markersize=4, linewidth=1, label=layer, **style)
+            style |= {"fontsize": 6, "xytext": (3, 3), "textcoords": "offset points"}
+            for point, error in zip(points, x, strict=True):
+                axes.annotate(f"{point.coef:g}", (error, point.accuracy), **style)
+        axes.plot(errors, [100 - error for error in errors], color="0.8", linewidth=0.8, zorder=0)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlim=(LEAST_ERROR, MOST_ERROR), ylim=(lowest - 3, 101))
+        axes.set(xlabel="error on a task right after training, %", ylabel="accuracy at the end, %")
+        axes.set_title(f"{where}; grey: nothing forgotten", fontsize=9)
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
+    save_figure(figure, path)

@@ -154,10 +154,7 @@ def test_sequences_follow_from_the_generator_and_differ() -> None:
     assert one.inputs.shape != other.inputs.shape or not torch.equal(one.inputs, other.inputs)
 
 
-@pytest.mark.parametrize(("sizes", "said"), [((0, 1), "0, 1"), ((3, 0), "3, 0")])
-def test_impossible_sizes_are_refused(sizes: tuple[int, int], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        generated(*sizes)
+def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="num_outputs must be 8 or 9, got 7"):
         generated(2, 1, num_outputs=7)
 

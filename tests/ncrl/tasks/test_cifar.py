@@ -42,7 +42,10 @@ def test_all_four_layers_learn_and_are_drawn(
     for row in rows:
         assert row.curve[-1]["loss"] < 0.95 * row.curve[0]["loss"]
         assert row.metrics["best_accuracy"] == max(point["accuracy"] for point in row.curve)
-        assert f"| {row.name} | {row.layer} | {row.parameters:,} | 0 | 33 |" in output
+        assert (
+            f"| {row.name} | {row.parameters:,} | 0 |" in output
+            and f"| {row.layer} | 33 |" in output
+        )
     coded = next(row for row in rows if row.layer == "neurocoder")
     assert list(coded.details["layers"]) == ["layers.1", "layers.2"]
     assert figure.stat().st_size > 10_000
@@ -174,7 +177,7 @@ def small_images() -> Images:
     digits = load_digits(28)
     return digits._replace(
         train_images=digits.train_images[:70], train_labels=digits.train_labels[:70]
-    ).scaled()
+    ).standardised()
 
 
 def test_an_epoch_takes_every_image_once_in_an_order_of_its_own() -> None:
@@ -186,7 +189,7 @@ def test_an_epoch_takes_every_image_once_in_an_order_of_its_own() -> None:
     )
     images = small_images()
     experiment = Classification(recipe, images, 5)
-    assert (experiment.per_epoch, experiment.num_updates) == (4, 12)
+    assert (experiment.batches.per_epoch, experiment.num_updates) == (4, 12)
     flat = images.train_images.flatten(1)
     orders = []
     for epoch in range(3):

@@ -257,19 +257,18 @@ def test_lack_of_memory_on_the_cpu_says_what_to_lower(capsys: pytest.CaptureFixt
 
 def test_a_run_that_somebody_else_is_at_is_waited_for_last(tmp_path: Path) -> None:
     work = session(tmp_path, "--seeds", "0", "1")
-    experiment = Constant(TOY.recipe, 0, torch.device("cpu"))
     order = []
 
     def make(recipe: Recipe, seed: int, device: torch.device) -> Experiment:
         order.append(seed)
         if len(order) == 3:  # seed 0 was passed over, seed 1 is done
-            assert work.at(TOY, 1, experiment).result is not None
+            assert work.made(TOY, 1, Constant)[0].result is not None
             elsewhere.close()
         return Constant(recipe, seed, device)
 
     # A lock belongs to an open file, so this process can stand for another one.
     with contextlib.ExitStack() as elsewhere:
-        assert elsewhere.enter_context(locked(work.at(TOY, 0, experiment).folder))
+        assert elsewhere.enter_context(locked(work.made(TOY, 0, Constant)[0].folder))
         rows = work.run([TOY], make)
     assert order == [0, 1, 0] and [row.seed for row in rows] == [0, 1]
 

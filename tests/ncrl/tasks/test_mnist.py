@@ -13,12 +13,10 @@ import torch
 
 from ncrl.tasks.mnist.experiment import (
     attention_patterns,
-    attention_to_u,
     decision_tree,
     main,
     maps_by_class,
 )
-from ncrl.tasks.models import Mlp, ProjectedLinear
 from ncrl.tasks.results import read_results
 from tests.ncrl.tasks import files
 from tests.ncrl.tasks.refusals import assert_refused
@@ -86,26 +84,12 @@ def test_settings_can_be_chosen_on_held_out_training_images(
 
 def test_attention_maps_are_means_and_first_examples() -> None:
     torch.manual_seed(0)
-    options = {"num_slots": 6, "num_heads": 2, "num_steps": 2, "num_least_used": 1}
-    model = ProjectedLinear(12, 7, 3, layer="neurocoder", layer_options=options)
-    images, labels = torch.rand(9, 1, 3, 4), torch.tensor([2, 0, 1, 1, 0, 2, 2, 0, 0])
-    with torch.no_grad():
-        attention = attention_to_u(model, images)
-        assert attention is not None and attention.shape == (9, 4, 6)
-        for image, found in zip(images, attention, strict=True):
-            features = image.reshape(1, 12) @ model.projection
-            assert torch.allclose(model.output.attend(features).u[0], found, atol=1e-6)
-        means, examples = maps_by_class(attention, labels)
+    attention, labels = torch.rand(9, 4, 6), torch.tensor([2, 0, 1, 1, 0, 2, 2, 0, 0])
+    means, examples = maps_by_class(attention, labels)
     for digit in range(3):
         own = [attention[i] for i in range(9) if labels[i] == digit]
         assert torch.allclose(means[digit], sum(own) / len(own), atol=1e-6)
         assert torch.equal(examples[digit], own[0])
-
-
-def test_networks_without_a_coded_layer_have_no_maps() -> None:
-    assert attention_to_u(Mlp(4, [], 2), torch.zeros(1, 1, 2, 2)) is None
-    plain = ProjectedLinear(4, 3, 2, layer="linear")
-    assert attention_to_u(plain, torch.zeros(1, 1, 2, 2)) is None
 
 
 def test_patterns_are_two_clusters_of_columns() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from ncrl.tasks.models import Ntm
-from ncrl.tasks.models.ntm import content_weights, sharpened, shifted, write
+from ncrl.tasks.models.recurrent import content_weights, sharpened, shifted, write
+from ncrl.tasks.recipes import Recipe
 from tests.reference import cosine, dot, lstm_cell, sigmoid, softplus
 
 N, M, H = 5, 3, 4  # rows, row size, controller size
@@ -169,4 +170,4 @@ def test_the_authors_unused_norms_are_counted_and_nothing_else() -> None:
 @pytest.mark.parametrize("name", ["tanh", "official_count"])
 def test_switches_are_on_or_off(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be True or False, got 7"):
-        Ntm(2, 3, H, **{name: 7})
+        Recipe(network="ntm", network_options={name: 7})

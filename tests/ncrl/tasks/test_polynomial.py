@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncrl.tasks.experiment import count_pairs, mutual_information
+from ncrl.tasks.experiment import mutual_information
 from ncrl.tasks.polynomial import experiment as polynomial
 from ncrl.tasks.polynomial.data import layout, polynomials
-from ncrl.tasks.polynomial.experiment import information, updates_until
+from ncrl.tasks.polynomial.experiment import count_pairs, information, updates_until
 from ncrl.tasks.recipes import CONFIGS
 from ncrl.tasks.results import Result, read_results
 from tests.ncrl.tasks.files import read_recipe

@@ -8,8 +8,7 @@ import pytest
 import torch
 import yaml
 
-from ncrl.tasks.parameters import CONFIGS, default_configs
-from ncrl.tasks.recipes import Recipe, build_network, read_recipes
+from ncrl.tasks.recipes import CONFIGS, Recipe, build_network, read_recipes
 from tests.ncrl.tasks.files import read_recipe
 
 # The paper's Table 8: P J H K l_I a Rho, optimiser, batch.
@@ -57,7 +56,7 @@ def test_configs_hold_table_8(key: tuple[str, str], values: tuple[Any, ...]) -> 
 
 
 def test_every_config_says_which_command_reads_it() -> None:
-    for path in default_configs():
+    for path in sorted(CONFIGS.glob("*.yaml")):
         task = read_recipe(path).task
         assert path.stem.startswith(task)
         command = "parameters" if task == "atari" else task
@@ -158,7 +157,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("variant", ["", "linear", "official"])
-@pytest.mark.parametrize("path", default_configs(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_networks_of_the_recipes_compute(path: Path, variant: str) -> None:
     """At their real sizes: finite outputs and gradients, one row of outputs per input."""
     torch.manual_seed(0)

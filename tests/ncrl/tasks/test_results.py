@@ -105,7 +105,9 @@ def test_mean_and_spread_are_those_of_the_population() -> None:
 def test_tables_are_markdown() -> None:
     assert markdown(["a", "b"], [[1, None]]) == "| a | b |\n| --- | --- |\n| 1 |  |"
     rows = [row("x", 1, error=2.0), row("y", 0, error=8.0), row("x", 4, error=4.0)]
-    lines = results_table(rows, ["error"], {"x": "3.3"}.get).splitlines()
+    lines = results_table(
+        rows, ["error"], {"paper": lambda group: {"x": "3.3"}.get(group[0].name)}
+    ).splitlines()
     assert lines[0] == "| recipe | parameters | seeds | error | paper |"
     assert lines[2:] == [
         "| x | 1,234 | 1 4 | 3 +- 1 (2) | 3.3 |",

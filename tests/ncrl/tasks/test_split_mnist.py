@@ -13,7 +13,7 @@ from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import COEFS
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
-from ncrl.tasks.split_mnist import tables, tradeoff
+from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, plan
 from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import count_parameters
@@ -250,34 +250,22 @@ def test_processes_share_the_runs(tmp_path: Path) -> None:
     assert all(row.name in done.stdout for row in rows)
 
 
-def test_the_benchmark_prints_steps_and_targets() -> None:
-    words = ("--seconds", "0.01", "--scale", "0.02")
-    done = subprocess.run(
-        [sys.executable, "benchmarks/split_mnist.py", *words],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    for column in COLUMNS:
-        assert f"| {column.name} |" in done.stdout
-    assert done.stdout.count("| step of ") == 2
-
-
 def test_the_benchmark_measures_what_is_chosen() -> None:
-    words = ("--seconds", "0.01", "--scale", "0.02", "--fisher", "--runs", "ewc", "--epochs", "1")
+    words = ("--seconds", "0.01", "--only", "split", "--fisher", "--runs", "ewc", "--epochs", "1")
     done = subprocess.run(
-        [sys.executable, "benchmarks/split_mnist.py", *words, "--only", "rank 1"],
+        [sys.executable, "benchmarks/tasks.py", *words, "--scale", "0.02", "--columns", "rank 1"],
         capture_output=True,
         text=True,
         timeout=1200,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    assert "| Fisher information of 253 images | s |" in done.stdout
+    for layer in ("mlp", "paper", "official"):
+        assert f"| split MNIST | 128 | {layer} |" in done.stdout
+    assert done.stdout.count("| step of split MNIST") == 2
+    assert "| Fisher information of 2,048 images | s |" in done.stdout
     assert "| whole run, s | ewc |" in done.stdout
-    assert done.stdout.count("| rank 1 |") == 3  # its step, its Fisher information, its run
+    assert done.stdout.count("| rank 1 |") == 2  # its Fisher information, its run
 
 
 def test_the_examples_of_the_documentation_run() -> None:
@@ -317,7 +305,7 @@ def test_points_are_means_over_seeds_in_the_order_of_the_coefficient() -> None:
 
     rows = [row(100.0, 0, 80.0, 70.0, "epochs=2"), row(1e-6, 0, 99.0, 50.0, "epochs=2")]
     rows += [row(1e-6, 1, 97.0, 54.0, "epochs=2"), row(7.0, 0, 90.0, 60.0)]
-    found = tradeoff.curves(rows)
+    found = tables.curves(rows)
     assert found == {
         "domain ewc": {
             "rank 1 epochs=2": [(1e-6, 98.0, 52.0), (100.0, 80.0, 70.0)],

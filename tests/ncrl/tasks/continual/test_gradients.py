@@ -13,7 +13,7 @@ from ncrl.neurocoder import NeurocoderLinear
 from ncrl.tasks.continual import gradients as gradients_module
 from ncrl.tasks.continual.gradients import CHUNK, SampleGradients, SampleLoss, Sums
 from ncrl.tasks.continual.methods import own_label_loss
-from ncrl.tasks.models.mlp import SplitMlp
+from ncrl.tasks.models.mlp import Coded, SplitMlp
 
 IN, OUT = 6, 5
 
@@ -87,7 +87,7 @@ NEUROCODER = {"num_slots": 7, "num_heads": 2, "key_dim": 3, "controller_size": 4
 
 
 def split(layer: str, **options: object) -> SplitMlp:
-    return SplitMlp(IN, [9, 8], OUT, layer=layer, layer_options=options)
+    return SplitMlp(IN, [9, 8], OUT, coded=Coded(layer, options))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from ncrl import NeurocoderLinear
 from ncrl.neurocoder.composition import ProjectionNetwork
 from ncrl.tasks.continual.methods import Grow, make_method
-from ncrl.tasks.models.mlp import SplitMlp
-from ncrl.tasks.results import count_parameters
+from ncrl.tasks.models.mlp import Coded, SplitMlp
+from ncrl.tasks.recipes import count_parameters
 from tests.ncrl.tasks.continual.test_split import make, recipe, run, stop_after
 from tests.reference import cosine
 
@@ -23,7 +23,7 @@ LAYER: dict[str, Any] = dict(
 
 def network(**changes: Any) -> SplitMlp:
     torch.manual_seed(0)
-    return SplitMlp(6, [5], 2, context=True, layer="neurocoder", layer_options=LAYER | changes)
+    return SplitMlp(6, [5], 2, context=True, coded=Coded("neurocoder", LAYER | changes))
 
 
 def growing(**changes: Any) -> Any:

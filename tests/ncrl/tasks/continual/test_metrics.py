@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ncrl.tasks.continual import metrics
-from ncrl.tasks.models.mlp import SplitMlp
+from ncrl.tasks.models.mlp import Coded, SplitMlp
 from tests.ncrl.tasks.continual.test_gradients import NEUROCODER
 
 A = torch.tensor([[90.0, 40.0, 50.0], [95.0, 80.0, 45.0], [60.0, 85.0, 70.0]])
@@ -40,7 +40,7 @@ def test_weights_of_low_rank_are_seen_as_such() -> None:
 def test_composed_weights_are_those_that_are_applied(layer: str) -> None:
     torch.manual_seed(0)
     options = NEUROCODER if layer == "neurocoder" else {"num_slots": 3, "bias": False}
-    model = SplitMlp(6, [5], 2, num_tasks=2, layer=layer, layer_options=options)
+    model = SplitMlp(6, [5], 2, num_tasks=2, coded=Coded(layer, options))
     x = torch.randn(4, 6)
     found = metrics.describe_weights(model, x, 1)
     assert list(found) == ["hidden.0", "heads.1"]

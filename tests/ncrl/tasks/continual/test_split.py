@@ -233,18 +233,18 @@ def stop_after(experiment: SplitLearning, update: int) -> None:
     import ncrl.tasks.training as training
 
     loss = experiment.loss
-    is_due = training._Training._checkpoint_is_due
+    is_due = training.Training._checkpoint_is_due
 
     def due(self: Any) -> bool:
         return self.experiment is experiment and self.update == update
 
     def killed(number: int) -> Tensor:
         if number == update + 2:
-            training._Training._checkpoint_is_due = is_due  # type: ignore[method-assign]
+            training.Training._checkpoint_is_due = is_due  # type: ignore[method-assign]
             raise KeyboardInterrupt
         return loss(number)
 
-    training._Training._checkpoint_is_due = due  # type: ignore[method-assign]
+    training.Training._checkpoint_is_due = due  # type: ignore[method-assign]
     experiment.loss = killed  # type: ignore[method-assign]
 
 
