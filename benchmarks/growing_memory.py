@@ -151,7 +151,7 @@ RUNS: dict[str, tuple[ContinualRecipe, Transform]] = {
     "grow": (grow(), list),
     **{f"grow, {size} slots": (grow(size), list) for size in SIZES},
     "grow, no pull": (grow(penalty_coef=0.0), list),
-    "one memory": (grow(500), list),
+    "one memory, 100 slots": (grow(100), list),
     "routed": (plain(note="rank 10 for each task, 100 keys"), list),
     "mlp, replay": (plain(note=f"replay of {REPLAYED}"), with_replay),
     "mlp, all at once": (plain(note="one task"), at_once),

@@ -51,7 +51,7 @@ def test_an_image_gets_the_network_of_its_task() -> None:
 
 
 def test_one_memory_does_not_grow() -> None:
-    experiment = study.make("one memory", study.grow(20), tasks(), 0)
+    experiment = study.make("one memory, 100 slots", study.grow(20), tasks(), 0)
     before = [p.clone() for p in experiment.model.parameters()]
     experiment.method.begin_task(tasks()[1].images, None)
     after = list(experiment.model.parameters())
