@@ -14,25 +14,14 @@ RANK_SAMPLES = 16
 
 
 class LayerReport(NamedTuple):
-    """See the paper's section 2 for the quantities; P slots."""
+    """See the paper's section 2 for the quantities; P slots, R components."""
 
-    attention_entropy: float
-    """Mean entropy of a component's attention over slots, in units of log P: 1 is uniform."""
-
-    max_attention: float
-    """Largest attention weight of any input, component and memory."""
-
-    effective_rank: float
-    """Mean participation ratio (sum s^2)^2 / sum s^4 of the active programs' singular values s."""
-
-    orthogonality: float
-    """Orthogonality loss above the least value that the memories' shapes allow."""
-
-    slot_usage: Tensor
-    """Mean share of the attention that each slot receives, [P]."""
-
-    singular_values: Tensor
-    """Mean sigma_n of the active programs, [R]."""
+    attention_entropy: float  # mean entropy over slots, in units of log P: 1 is uniform
+    max_attention: float  # largest attention weight of any input, component and memory
+    effective_rank: float  # mean `participation_ratio` of the active programs
+    orthogonality: float  # the loss above the least value that the memories' shapes allow
+    slot_usage: Tensor  # mean share of the attention that each slot receives, [P]
+    singular_values: Tensor  # mean sigma_n of the active programs, [R]
 
 
 @torch.no_grad()
@@ -68,6 +57,5 @@ def participation_ratio(matrices: Tensor) -> Tensor:
 
 
 def spread(x: Tensor, count: int) -> Tensor:
-    """At most `count` of inputs x [B, ...], from everywhere: those that follow each other may be
-    alike."""
+    """At most `count` of inputs x [B, ...], from everywhere: neighbours may be alike."""
     return x[torch.linspace(0, len(x) - 1, min(len(x), count)).long()]

@@ -8,8 +8,7 @@ import re
 import tempfile
 from pathlib import Path
 
-SMALL_FILE = 1 << 20
-"""Bytes of a file that people write, or that describes others."""
+SMALL_FILE = 1 << 20  # bytes: what people write, or what describes other files
 
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 """Names that `write_atomically` gives to files until they are whole."""
@@ -18,8 +17,7 @@ UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that, whatever happens, it is there whole or as it was before.
 
-    Raises:
-        OSError: if the disk refuses; nothing is left behind then.
+    If the disk refuses, OSError is raised and nothing is left behind.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -51,11 +49,8 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int = SMALL_FILE) -> bytes:
-    """The content of a regular file of at most `limit` bytes; pipes and devices are never opened.
-
-    Raises:
-        ValueError: naming the file and the reason.
-    """
+    """The content of a regular file of at most `limit` bytes, or ValueError, naming the file and
+    the reason; pipes and devices are never opened."""
     try:
         if not path.is_file():
             reason = "it is no regular file" if os.path.lexists(path) else "it does not exist"

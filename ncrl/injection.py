@@ -1,18 +1,15 @@
-"""Neurocoder layers in the place of linear layers, convolutions and the projections of attention of
-any torch model, and back again.
+"""Neurocoder layers in the place of layers of any torch model, and back again.
 
 A layer can be replaced if whoever calls it sees nothing but its output. So only plain `nn.Linear`
-and `nn.Conv2d` modules are: not subclasses (lazy and parametrized layers are), and none with hooks
-(weight norm and pruning work by hooks). `nn.MultiheadAttention` never calls its projections: it is
-opened first (see `ncrl.open_attention`).
+and `nn.Conv2d` modules are: not subclasses, and none with hooks (weight norm and pruning work by
+hooks). `nn.MultiheadAttention` never calls its projections: it is opened first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch import nn
 
@@ -22,11 +19,8 @@ from ncrl.neurocoder import (
     NeurocoderLinear,
     OfficialNeurocoderLinear,
 )
-from ncrl.open_attention import OpenAttention, Replacement
+from ncrl.open_attention import ORIGINAL, OpenAttention
 from ncrl.settings import nearest
-
-Opened = Mapping[nn.Module, OpenAttention]
-"""Attention of a host, and what would stand in its place."""
 
 MAX_LISTED = 30
 """Candidates that an error message lists; a transformer can have hundreds."""
@@ -42,9 +36,7 @@ def inject(
     """Replace layers of `model` by Neurocoder layers, in place: `nn.Linear`, `nn.Conv2d`, and the
     `q_proj`, `k_proj`, `v_proj` and `out_proj` of `nn.MultiheadAttention`.
 
-    This changes the outputs of the model: a new layer starts from scratch but for its bias. Even
-    with `keep_weight` the gate and the smallest singular value scale the weight kept, and the
-    active program is added to it.
+    This changes the outputs of the model: a new layer starts from scratch but for its bias.
 
     New layers have the sizes, bias, device, type and training mode of those they replace, and are
     trainable even where the host is frozen. Nothing else in the model changes. An optimiser built
@@ -89,7 +81,7 @@ def inject(
             "from_linear of NeurocoderLinear or from_conv2d of NeurocoderConv2d, or wrap the model "
             "in nn.Sequential"
         )
-    opened: Opened = {
+    opened: dict[nn.Module, OpenAttention] = {
         module: OpenAttention(module) for module in model.modules() if _can_open(module)
     }
     seats = _seats(model, opened)
@@ -98,15 +90,15 @@ def inject(
         chosen.update(_select(target, seats))
     if not chosen:
         raise ValueError(f"no targets given; candidates: {_listed(_candidates(seats))}")
-    opened = {host: one for host, one in opened.items() if chosen.intersection(one.children())}
-    _check_encoders(model, chosen.union(opened))
-    layers: dict[nn.Module, InjectedNeurocoder] = {}
+    layers: dict[nn.Module, NeurocoderLinear] = {}
     for plain in seats.values():  # in this order, whatever that of the targets
         if plain in chosen and plain not in layers:
-            layers[plain] = _replacement(plain, config, keep_weight)
+            layer = _coded(plain, config, keep_weight)
+            vars(layer)[ORIGINAL] = plain
+            layers[plain] = layer.train(plain.training)
     replaced = [name for name, module in seats.items() if module in chosen]
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in opened:
+        if module in opened and chosen.intersection(opened[module].children()):
             model.set_submodule(name, opened[module])
     for name in replaced:
         model.set_submodule(name, layers[seats[name]])
@@ -119,10 +111,9 @@ def eject(model: nn.Module) -> list[str]:
     What the new layers have learned is dropped. If the rest of the model is as it was, so are its
     outputs and its state_dict, bit for bit. An optimiser has to be built anew, as after `inject`.
 
-    Until then each new layer keeps its original, hidden from `parameters()` and `state_dict()`: no
-    optimiser moves it, no checkpoint holds it. It goes where the layer goes: to another device or
-    type, and into a deepcopy or pickle of the model, as a copy that is tied to what the original
-    was tied to.
+    Until then each new layer keeps its original, hidden from `parameters()` and `state_dict()`, but
+    not from copies and pickles of the model. It comes back to where the layer is, in device and
+    type.
 
     Returns:
         Names of the layers put back, in the order of `model.named_modules()`; [] if there are none.
@@ -130,12 +121,12 @@ def eject(model: nn.Module) -> list[str]:
     Raises:
         ValueError: if `model` is itself an injected layer.
     """
-    if isinstance(model, InjectedNeurocoder):
+    if ORIGINAL in vars(model):
         raise ValueError("an injected layer cannot eject itself: pass the model that contains it")
     names = []
     for name, layer in _seats(model).items():
-        if isinstance(layer, InjectedNeurocoder):
-            (original,) = layer.original
+        if isinstance(layer, NeurocoderLinear) and ORIGINAL in vars(layer):
+            original = vars(layer)[ORIGINAL].to(layer.memory.u)
             model.set_submodule(name, original.train(layer.training))
             names.append(name)
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -144,31 +135,14 @@ def eject(model: nn.Module) -> list[str]:
     return names
 
 
-class InjectedNeurocoder(Replacement, NeurocoderLinear):
-    """A Neurocoder layer that can be ejected. Made by `inject`."""
-
-
-class InjectedOfficialNeurocoder(InjectedNeurocoder, OfficialNeurocoderLinear):
-    """The authors' layer likewise."""
-
-
-class InjectedConv2d(InjectedNeurocoder, NeurocoderConv2d):
-    """A convolution likewise."""
-
-
-def _replacement(
-    plain: nn.Module, config: NeurocoderConfig | None, keep_weight: bool
-) -> InjectedNeurocoder:
-    layer: InjectedNeurocoder
+def _coded(plain: nn.Module, config: NeurocoderConfig | None, keep: bool) -> NeurocoderLinear:
+    """A new layer in the sizes of a plain one."""
     if isinstance(plain, nn.Conv2d):
-        layer = InjectedConv2d.from_conv2d(plain, config, keep_weight=keep_weight)
-    else:
-        assert isinstance(plain, nn.Linear)
-        is_official = config is not None and config.preset == "official"
-        kind = InjectedOfficialNeurocoder if is_official else InjectedNeurocoder
-        layer = kind.from_linear(plain, config, keep_weight=keep_weight)
-    layer.original = (plain,)
-    return layer.train(plain.training)
+        return NeurocoderConv2d.from_conv2d(plain, config, keep_weight=keep)
+    assert isinstance(plain, nn.Linear)
+    is_official = config is not None and config.preset == "official"
+    kind = OfficialNeurocoderLinear if is_official else NeurocoderLinear
+    return kind.from_linear(plain, config, keep_weight=keep)
 
 
 def _can_open(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
@@ -181,7 +155,9 @@ def _can_open(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     )
 
 
-def _seats(model: nn.Module, opened: Opened = MappingProxyType({})) -> dict[str, nn.Module]:
+def _seats(
+    model: nn.Module, opened: Mapping[nn.Module, OpenAttention] | None = None
+) -> dict[str, nn.Module]:
     """Layers below `model` that are or could be Neurocoder layers, by all their names, but nothing
     inside these; of attention, the projections that it would have if it were opened."""
     seats: dict[str, nn.Module] = {}
@@ -189,13 +165,12 @@ def _seats(model: nn.Module, opened: Opened = MappingProxyType({})) -> dict[str,
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(insides):
             continue
-        if module in opened:
+        if opened and module in opened:
             seats |= {f"{name}.{part}": one for part, one in opened[module].named_children()}
-        elif isinstance(module, (nn.Linear, nn.Conv2d, NeurocoderLinear)):
-            if name:
-                seats[name] = module
-        else:
+        elif not isinstance(module, (nn.Linear, nn.Conv2d, NeurocoderLinear)):
             continue
+        elif name:
+            seats[name] = module
         insides += (f"{name}." if name else "",)
     return seats
 
@@ -267,27 +242,3 @@ def _no_match(target: str, present: list[str], candidates: list[str]) -> str:
 def _listed(names: list[str]) -> str:
     listed = ", ".join(names[:MAX_LISTED])
     return listed if len(names) <= MAX_LISTED else f"{listed}, ... ({len(names)} in all)"
-
-
-def _check_encoders(model: nn.Module, chosen: Collection[nn.Module]) -> None:
-    """Refuse what would fail only later: in eval mode, with a padding mask.
-
-    `nn.TransformerEncoder` then looks at its first layer alone to decide whether all layers are fed
-    nested tensors, which none but fast paths can read.
-    """
-
-    def is_slow(layer: Any) -> bool:
-        parts = layer.linear1, layer.linear2, layer.self_attn
-        return any(part in chosen or isinstance(part, Replacement) for part in parts)
-
-    for name, encoder in model.named_modules():
-        if not isinstance(encoder, nn.TransformerEncoder) or not encoder.use_nested_tensor:
-            continue
-        first, *others = map(is_slow, encoder.layers)
-        if any(others) and not first:
-            raise ValueError(
-                f"the nn.TransformerEncoder {name!r} feeds nested tensors to all its layers if the "
-                "first one has a fast path, which linear1, linear2 and self_attn give it: make one "
-                "of these a target in layer 0 as well, or set use_nested_tensor of the encoder to "
-                "False"
-            )

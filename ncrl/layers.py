@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ncrl.baselines import FiLMLinear, HyperNetLinear, MoELinear, NSMLinear
@@ -19,28 +17,12 @@ LayerFactory = Callable[..., nn.Module]
 
 
 def neurocoder(
-    in_features: int,
-    out_features: int,
-    config: NeurocoderConfig | None = None,
-    *,
-    bias: bool = True,
-    context_features: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **options: Any,
+    in_features: int, out_features: int, config: NeurocoderConfig | None = None, **options: Any
 ) -> NeurocoderLinear:
     """`NeurocoderLinear`, or `OfficialNeurocoderLinear` where the preset says so."""
-    config = replace(config or NeurocoderConfig(), **options)
-    layer = OfficialNeurocoderLinear if config.preset == "official" else NeurocoderLinear
-    return layer(
-        in_features,
-        out_features,
-        config,
-        bias=bias,
-        context_features=context_features,
-        device=device,
-        dtype=dtype,
-    )
+    preset = options.get("preset", "paper" if config is None else config.preset)
+    kind = OfficialNeurocoderLinear if preset == "official" else NeurocoderLinear
+    return kind(in_features, out_features, config, **options)
 
 
 LAYERS: Mapping[str, LayerFactory] = {
@@ -55,11 +37,7 @@ LAYERS: Mapping[str, LayerFactory] = {
 
 
 def make_layer(name: str, in_features: int, out_features: int, **options: Any) -> nn.Module:
-    """Build the layer called `name`.
-
-    Raises:
-        ValueError: for an unknown name (the nearest one is offered) or an option it has not got.
-    """
+    """Build the layer called `name`; ValueError for unknown names and options."""
     if name not in LAYERS:
         raise ValueError(f"unknown layer {name!r}; {suggest(name, LAYERS)}")
     require_switch("bias", options.get("bias", True))

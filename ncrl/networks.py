@@ -25,33 +25,28 @@ LstmState = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each [L, B, h]."""
 
 
-def strided_encoder(
-    sizes: Sequence[tuple[int, int, int]], width: int, channels: int, features: int | None = None
+def convolutions(
+    sizes: Sequence[Sequence[Any]], width: int, channels: int, features: int | None = None
 ) -> list[nn.Module]:
-    """Convolutions (maps, kernel, stride) with ReLU, and a linear layer of `features` (`width`)."""
-    layers: list[nn.Module] = []
-    for maps, kernel, stride in sizes:
-        layers += [nn.Conv2d(channels, maps, kernel, stride=stride), nn.ReLU()]
-        channels = maps
-    return [*layers, nn.Flatten(), nn.LazyLinear(features or width), nn.ReLU()]
+    """Convolutions (maps, kernel, stride) with ReLU, then a linear layer of `features`, or `width`.
 
-
-def paper_encoder(channels: int) -> list[nn.Module]:
-    """The trunk whose parameter count is the Neurocoder paper's (Table 9): 1024 features.
-
-    80x80 and 84x84 frames both end in 64 maps of 4x4.
+    Where `width` is 0 there is no linear layer, and sizes are (maps, kernel, stride, padding) of
+    convolutions with max-pooling.
     """
     layers: list[nn.Module] = []
-    for width, kernel, padding in ((32, 5, 2), (32, 5, 1), (64, 4, 1), (64, 3, 1)):
-        layers += [nn.Conv2d(channels, width, kernel, padding=padding), nn.MaxPool2d(2), nn.ReLU()]
-        channels = width
-    return [*layers, nn.Flatten()]
+    for maps, *size in sizes:
+        layers += [nn.Conv2d(channels, maps, *size), *[nn.MaxPool2d(2)] * (not width), nn.ReLU()]
+        channels = maps
+    layers.append(nn.Flatten())
+    return [*layers, nn.LazyLinear(features or width), nn.ReLU()] if width else layers
 
 
 ENCODERS: dict[str, Callable[..., list[nn.Module]]] = {
-    "a3c": partial(strided_encoder, [(16, 8, 4), (32, 4, 2)], 256),  # Mnih et al. 2016
-    "nature": partial(strided_encoder, [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512),  # 2015, DQN
-    "paper": paper_encoder,
+    # A3C (Mnih et al. 2016), DQN (Mnih et al. 2015)
+    "a3c": partial(convolutions, [(16, 8, 4), (32, 4, 2)], 256),
+    "nature": partial(convolutions, [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512),
+    # Has the parameter count of the Neurocoder paper (Table 9): 64 maps of 4x4 from 80x80 or 84x84.
+    "paper": partial(convolutions, [(32, 5, 1, 2), (32, 5, 1, 1), (64, 4, 1, 1), (64, 3, 1, 1)], 0),
 }
 """Convolutional trunks by name; each takes the number of input channels, and those that end in a
 linear layer its width."""
@@ -93,12 +88,10 @@ class AtariEncoder(BaseFeaturesExtractor):
         observation_space: images, channel first.
         encoder: `a3c`, `nature` or `paper`.
         standardize: subtract the mean of all images so far (`watch`), then divide what is left of
-            each image by its standard deviation, and do the same to its features; no gradient
-            learns any of this. Most of a frame never changes, and would make up nearly all of every
-            feature: on Breakout, where the ball is two pixels, features then vary by 1 % of their
-            size from frame to frame and the critic learns nothing in a million frames. Features
-            that are left as they are grow within thousands of updates until they saturate the LSTM
-            for good.
+            each image by its standard deviation, and do the same to its features. Most of a frame
+            never changes: on Breakout, where the ball is two pixels, raw features vary by 1 % of
+            their size and the critic learns nothing in a million frames. They also grow until they
+            saturate the LSTM for good.
         features_dim: width of the last layer of `a3c` (256) or `nature` (512).
 
     Raises:
@@ -144,14 +137,6 @@ class AtariEncoder(BaseFeaturesExtractor):
         features = self.network(moving)
         return F.layer_norm(features, features.shape[1:], eps=CONTRAST_FLOOR)
 
-    def watch(self, images: Tensor) -> None:
-        """Take images as `forward` gets them into the mean of all, where it is subtracted.
-
-        Whoever trains calls this (`EnginePolicy.watch`) with what it has trained on.
-        """
-        if self.background is not None:
-            self.background.watch(images)
-
 
 class VectorEncoder(BaseFeaturesExtractor):
     """One tanh layer of `features_dim` over vector observations, for an LSTM to read."""
@@ -189,16 +174,14 @@ def unroll_lstm(
 ) -> tuple[Tensor, LstmState]:
     """Run an LSTM over time, from a zero state wherever an episode starts.
 
-    One call per stretch between rows in which some episode starts; one per timestep inside
-    `static_unroll`.
+    One call per stretch between rows in which some episode starts.
 
     Args:
         lstm: time-major.
         inputs: [T, B, features].
         state: before row 0.
         episode_start: [T, B] bool; row t is the first observation of an episode. Best on the host,
-            which has to know the rows before it can go on; the inputs may be elsewhere. Inside
-            `static_unroll`, best where the inputs are.
+            which has to know the rows; inside `static_unroll`, best where the inputs are.
 
     Returns:
         Outputs [T, B, h] and the state after row T - 1.

@@ -6,8 +6,6 @@ Shapes: B sequences, L queries, S keys and values, H heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +14,11 @@ from torch.nn.utils import skip_init
 
 from ncrl.seat import NO_WEIGHT
 
-Self = TypeVar("Self", bound="Replacement")
+ORIGINAL = "original"
+"""Attribute of what stands in a module's place that holds it, hidden from torch."""
 
 
-class Replacement(nn.Module):
-    """What stands in the place of a module and keeps it, hidden, to be put back."""
-
-    original: tuple[nn.Module, ...] = ()
-    """The module replaced. In a tuple, where torch does not take it for a part of this one."""
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to()`, `.half()`, `.share_memory()` and the like all end here.
-        for module in self.original:
-            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-
-class OpenAttention(Replacement):
+class OpenAttention(nn.Module):
     """Called as the `nn.MultiheadAttention` that it is made from, to the same result.
 
     `q_proj`, `k_proj`, `v_proj` and `out_proj` are linear layers with copies of its weights.
@@ -50,7 +35,7 @@ class OpenAttention(Replacement):
 
     def __init__(self, host: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.original = (host,)
+        vars(self)[ORIGINAL] = host
         self.embed_dim, self.num_heads = host.embed_dim, host.num_heads
         self.batch_first, self.dropout = host.batch_first, host.dropout
         for name, (weight, bias) in parts_of(host).items():
@@ -67,15 +52,14 @@ class OpenAttention(Replacement):
         self.train(host.training)
 
     def close(self) -> nn.Module:
-        """The original, with what the linear layers have learned."""
+        """The original where this is, with what the linear layers have learned."""
+        host: nn.Module = vars(self)[ORIGINAL].to(self.out_proj.weight)
         self._exchange(to_host=True)
-        return self.original[0].train(self.training)
+        return host.train(self.training)
 
     @torch.no_grad()
     def _exchange(self, to_host: bool) -> None:
-        (host,) = self.original
-        assert isinstance(host, nn.MultiheadAttention)
-        for name, theirs in parts_of(host).items():
+        for name, theirs in parts_of(vars(self)[ORIGINAL]).items():
             linear = self.get_submodule(name)
             for ours, other in zip((linear.weight, linear.bias), theirs, strict=True):
                 if isinstance(ours, Tensor) and other is not None:

@@ -41,12 +41,8 @@ def same_as(config_class: Any, name: str) -> Any:
 
 
 def check(config: Any) -> None:
-    """Look at the `setting`s of a dataclass.
-
-    Raises:
-        ValueError: for the first that has an impossible value.
-        TypeError: for the first that must be a number and is none.
-    """
+    """Raise ValueError for a `setting` of a dataclass that has an impossible value, TypeError for
+    one that must be a number and is none."""
     for entry in fields(config):
         value, rules = getattr(config, entry.name), entry.metadata
         if value is None and "None" in str(entry.type):
@@ -70,8 +66,7 @@ def check(config: Any) -> None:
 def configure(values: dict[str, Any], base: Config, source: str) -> Config:
     """`base`, a dataclass, with the settings of a YAML file or of flags put in place.
 
-    Raises:
-        ValueError: for a name that is no setting, or an impossible value; it names the `source`.
+    Raises ValueError, which names the `source`, for unknown settings and impossible values.
     """
     config = replace(base, **typed_values(values, type(base), source))  # type: ignore[type-var]
     check(config)

@@ -20,27 +20,21 @@ from ncrl.seat import LinearSeat, reset_linear
 class HyperNetLinear(LinearSeat):
     """Drop-in for `nn.Linear`: y = (s(x) * x) W + bias, with s from a small ReLU network.
 
-    The paper's printed sizes hint at how it was used. A GRU of 28 with this layer behind it has
-    3,529 parameters if s is one Linear layer (28 -> 28). Its Atari network, printed as 3.6 million,
-    has 3.65 if one network 512-256-1024 scales both heads; separate networks, one in each layer,
-    reach 3.65 with `hidden=192`.
+    The paper's printed sizes hint at how it was used: one Linear layer (28 -> 28) behind a GRU of
+    28, 3,529 parameters; for Atari, 3.6 million, about `hidden=192` in each of two layers.
 
     Further arguments are those of `nn.Linear`.
 
     Args:
         num_layers: Linear layers of the network behind s, with ReLU between them.
         hidden: width between those layers; without effect if `num_layers` is 1.
-        scale: what a scale belongs to: `input`, a row of W [in, out]; `output`, a column, which
-            takes fewer parameters where the output is narrow, y = s(x) * (x W) + bias.
+        scale: what a scale belongs to: `input`, a row of W [in, out]; `output`, a column:
+            y = s(x) * (x W) + bias.
 
     Shapes: [..., in] -> [..., out], any leading dimensions.
 
     Raises:
         ValueError: for an impossible size or choice, naming it.
-
-    Example:
-        >>> HyperNetLinear(512, 18, hidden=256)(torch.zeros(20, 16, 512)).shape
-        torch.Size([20, 16, 18])
     """
 
     CHOICES: ClassVar = {"scale": ("input", "output")}
@@ -85,8 +79,7 @@ class FiLMLinear(LinearSeat):
     """Drop-in for `nn.Linear`: y = (1 + gamma(x)) * (x W + bias) + beta(x).
 
     gamma and beta, one of each per output, come from one small ReLU network. The paper's printed
-    size tells how it was used: a GRU of 32 with this layer behind it has 3,555 parameters if they
-    are one Linear layer (32 -> 2).
+    size tells that it was one Linear layer (32 -> 2) behind a GRU of 32: 3,555 parameters.
 
     Further arguments are those of `nn.Linear`.
 
@@ -98,10 +91,6 @@ class FiLMLinear(LinearSeat):
 
     Raises:
         ValueError: for an impossible size, naming it.
-
-    Example:
-        >>> FiLMLinear(512, 18, hidden=64)(torch.zeros(20, 16, 512)).shape
-        torch.Size([20, 16, 18])
     """
 
     def __init__(

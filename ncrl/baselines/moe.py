@@ -27,18 +27,12 @@ MEAN_FLOOR = 1e-10
 class Gating(NamedTuple):
     """Which experts B inputs are given to, and what `balance_loss` needs to know about it."""
 
-    weights: Tensor
-    """Weights of the experts, [B, E], each row summing to 1; 0 but for k of them."""
-    chosen: Tensor
-    """Whether an expert is one of the k, [B, E] bool."""
+    weights: Tensor  # of the experts, [B, E], each row summing to 1; 0 but for k of them
+    chosen: Tensor  # whether an expert is one of the k, [B, E] bool
     top_k: int
-    """k."""
-    logits: Tensor
-    """x W_g, [B, E]."""
-    noisy_logits: Tensor
-    """What the experts were chosen by, [B, E]; equal to `logits` without noise."""
-    noise_scale: Tensor | None
-    """Standard deviation of the noise, [B, E]; None without noise."""
+    logits: Tensor  # x W_g, [B, E]
+    noisy_logits: Tensor  # what the experts were chosen by, [B, E]
+    noise_scale: Tensor | None  # standard deviation of the noise, [B, E]; None without noise
 
     def importance(self) -> Tensor:
         """Sum of each expert's weights over the inputs, [E] (Eq. 6)."""
@@ -137,10 +131,6 @@ class MoELinear(LinearSeat):
 
     Raises:
         ValueError: for an impossible size, naming it; k can be at most E.
-
-    Example:
-        >>> MoELinear(512, 18, num_experts=10, top_k=2)(torch.zeros(20, 16, 512)).shape
-        torch.Size([20, 16, 18])
     """
 
     num_experts: int
@@ -185,9 +175,7 @@ class MoELinear(LinearSeat):
 def record_gates(model: nn.Module) -> Iterator[dict[str, list[Gating]]]:
     """Keep what the gates in `model` decide inside the `with` block, noise and gradients included.
 
-    Yields:
-        By name of each `MoELinear` in `model`, its decisions, one per forward pass. The record
-        belongs to the caller; nothing is kept in the model.
+    Yields, by name of each `MoELinear` in `model`, its decisions, one per forward pass.
     """
     gates = {name: part.gate for name, part in model.named_modules() if isinstance(part, MoELinear)}
     record: dict[str, list[Gating]] = {name: [] for name in gates}
@@ -215,18 +203,12 @@ def balance_loss(gates: Mapping[str, list[Gating]]) -> Tensor:
             f"no forward pass was recorded of {', '.join(map(repr, gates))}; call the model inside "
             "`with record_gates(model) as gates:`"
         )
-    losses = [
-        cv_squared(sum_of([g.importance() for g in layer]))
-        + cv_squared(sum_of([g.load() for g in layer]))
-        for layer in gates.values()
-        if layer
-    ]
-    return sum_of(losses) if losses else torch.zeros(())
-
-
-def sum_of(tensors: list[Tensor]) -> Tensor:
-    """Sum of tensors of one shape."""
-    return torch.stack(tensors).sum(0)
+    losses = []
+    for layer in filter(None, gates.values()):
+        importance = torch.stack([gating.importance() for gating in layer]).sum(0)
+        load = torch.stack([gating.load() for gating in layer]).sum(0)
+        losses.append(cv_squared(importance) + cv_squared(load))
+    return torch.stack(losses).sum(0) if losses else torch.zeros(())
 
 
 def cv_squared(amounts: Tensor) -> Tensor:

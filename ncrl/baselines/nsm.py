@@ -14,11 +14,8 @@ from torch.nn import functional as F
 
 from ncrl.seat import LinearSeat, without_autocast
 
-GAIN = 1.4
-"""Gain of the Xavier initialisation; the authors'."""
-
-BIAS_STD = 0.01
-"""Standard deviation of the query and strength biases at the start; the authors'."""
+GAIN, BIAS_STD = 1.4, 0.01
+"""Of the Xavier initialisation, and of the query and strength biases at the start; the authors'."""
 
 NORM_FLOOR = 1e-6
 """Smallest norm a key or query is divided by."""
@@ -39,20 +36,14 @@ class NSMLinear(LinearSeat):
         num_slots: p; each has as many parameters as the linear layer that is replaced.
         key_dim: K.
         variant: `lean`, or `official_count`: with the networks that the authors' layer holds but
-            never uses in this form, which only matter for comparing sizes. Their split MNIST
-            network (1024-256-256-2, no biases) then has 2,295,920 parameters, with hidden width
-            400 3,833,984. The heads of their memory network (NTM) hold no such networks.
-        cosine: `true`, or `official`: divided by K, as the authors' code does, which flattens the
-            attention.
+            never uses in this form, for comparing sizes. Their split MNIST network (1024-256-256-2,
+            no biases) then has 2,295,920 parameters.
+        cosine: `true`, or `official`: divided by K, as the authors' code does.
 
     Shapes: [..., in] -> [..., out], any leading dimensions.
 
     Raises:
         ValueError: for an impossible size or choice, naming it.
-
-    Example:
-        >>> NSMLinear(512, 18, num_slots=5, key_dim=5)(torch.zeros(20, 16, 512)).shape
-        torch.Size([20, 16, 18])
     """
 
     CHOICES: ClassVar = {"variant": ("lean", "official_count"), "cosine": ("true", "official")}

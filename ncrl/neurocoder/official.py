@@ -95,8 +95,7 @@ class OfficialNeurocoderLinear(NeurocoderLinear):
         """Copy a state_dict of the authors' layer into this one, which keeps its device and type.
 
         Raises:
-            ValueError: if any entry is missing, unexpected or of another shape; nothing has been
-                changed then.
+            ValueError: if any entry is missing, unexpected or of another shape, before any change.
         """
         expected = self._correspondence()
         faults = [f"missing {name}" for name in expected if name not in state]
@@ -184,14 +183,13 @@ class OfficialIntegration(Integration):
 
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
-        self.config = config
         if config.residual:
             self.residual = nn.Parameter(torch.empty(in_features, out_features))
         self.gate = LinearWeights(in_features, 1) if is_single_step(config) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.config.residual:
+        if hasattr(self, "residual"):
             nn.init.xavier_uniform_(self.residual)
         if self.gate is not None:
             _reset_linear(self.gate)
@@ -265,8 +263,8 @@ class OfficialRecurrent(Composition):
 
     The state's parts are the queries of u, v and s, each [H, K], and last the residual gate. Where
     the paper gates content, this gates usage: one gate per slot and memory, computed from x and
-    shared by heads and steps. Usage is pooled over heads. Singular values are summed before their
-    order is flipped, so that sigma_n contains the increments of components 1 to R + 1 - n.
+    shared by heads and steps; usage is pooled over heads. Singular values are summed before their
+    order is flipped: sigma_n contains the increments of components 1 to R + 1 - n.
     """
 
     def __init__(self, in_features: int, config: NeurocoderConfig) -> None:
@@ -312,11 +310,8 @@ def is_single_step(config: NeurocoderConfig) -> bool:
 
 
 def scaled_cosine(queries: Tensor, keys: Tensor, sharpness: float) -> Tensor:
-    """Sharpened cosine, a K-th of the true one, with an epsilon in three places.
-
-    sharpness <q, k> / (K (|q| + eps) (|k| + eps) + eps) of queries [3, N, K] and keys [3, P, K]:
-    [3, N, P].
-    """
+    """sharpness <q, k> / (K (|q| + eps) (|k| + eps) + eps), a K-th of the cosine, of queries
+    [3, N, K] and keys [3, P, K]: [3, N, P]."""
     product = torch.bmm(queries, (sharpness * keys).transpose(1, 2))
     query_norm = torch.linalg.vector_norm(queries, dim=2, keepdim=True) + EPSILON  # [3, N, 1]
     key_norm = torch.linalg.vector_norm(keys, dim=2).unsqueeze(1) + EPSILON  # [3, 1, P]
@@ -327,13 +322,8 @@ def scaled_cosine(queries: Tensor, keys: Tensor, sharpness: float) -> Tensor:
 
 
 def gated_attention(logits: Tensor, gates: Tensor, num_least_used: int) -> Tensor:
-    """Content and usage attention mixed, [3, B, J, H, P].
-
-    Args:
-        logits: [3, B, J, H, P].
-        gates: of the usage, [3, B, 1, P].
-        num_least_used: l_I.
-    """
+    """Content attention of logits [3, B, J, H, P] and usage attention, mixed by the gates of the
+    usage [3, B, 1, P]: [3, B, J, H, P]."""
     # Softmax divided by its largest entry, which is 1 then.
     content = (logits - logits.amax(dim=-1, keepdim=True)).exp()
     # Before anything has been used, the first slots stand for the least used.

@@ -2,23 +2,21 @@
 
 from ncrl.sb3.engine import EnginePolicy, Latent, RolloutEvaluation, Step
 from ncrl.sb3.export import export_policy, load_policy
-from ncrl.sb3.feedforward import (
-    CnnPolicy,
-    MlpPolicy,
-    MultiInputPolicy,
-    NeurocoderCnnPolicy,
-    NeurocoderMlpPolicy,
-    NeurocoderMultiInputPolicy,
-)
 from ncrl.sb3.onnx import export_onnx
-from ncrl.sb3.recurrent import (
+from ncrl.sb3.policies import (
     CnnLstmPolicy,
+    CnnPolicy,
     LstmPolicy,
     MlpLstmPolicy,
+    MlpPolicy,
     MultiInputLstmPolicy,
+    MultiInputPolicy,
     NeurocoderCnnLstmPolicy,
+    NeurocoderCnnPolicy,
     NeurocoderMlpLstmPolicy,
+    NeurocoderMlpPolicy,
     NeurocoderMultiInputLstmPolicy,
+    NeurocoderMultiInputPolicy,
 )
 from ncrl.sb3.registry import register
 

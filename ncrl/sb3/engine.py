@@ -27,7 +27,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
-from ncrl.networks import AtariEncoder, LstmState, VectorEncoder
+from ncrl.networks import AtariEncoder, LstmState, MeanImage, VectorEncoder
 from ncrl.settings import suggest
 
 SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -61,54 +61,41 @@ class Latent(NamedTuple):
 class Step(NamedTuple):
     """One decision for each of B environments."""
 
-    actions: Tensor
-    """[B, ...] in the shape of the action space."""
-    log_prob: Tensor
-    """Log-probability of each action, [B]."""
-    lstm_state: LstmState
-    """State after the step."""
-    latent: Latent
-    """What actor and critic read, [B, ...]."""
+    actions: Tensor  # [B, ...] in the shape of the action space
+    log_prob: Tensor  # of each action, [B]
+    lstm_state: LstmState  # after the step
+    latent: Latent  # [B, ...]
 
 
 class RolloutEvaluation(NamedTuple):
     """What the current weights say about a rollout of T actions and T + 1 observations."""
 
-    values: Tensor
-    """V(x_t), [T + 1, B]; the last row is the bootstrap value."""
-    int_values: Tensor | None
-    """The same of the intrinsic reward, if the policy has a head for it."""
-    log_prob: Tensor
-    """Log-probability of the actions taken, [T, B]."""
-    entropy: Tensor
-    """Entropy of the policy, [T, B]."""
-    latent: Latent
-    """What actor and critic read, [T + 1, B, ...]."""
+    values: Tensor  # V(x_t), [T + 1, B]; the last row is the bootstrap value
+    int_values: Tensor | None  # of the intrinsic reward, if the policy has a head for it
+    log_prob: Tensor  # of the actions taken, [T, B]
+    entropy: Tensor  # of the policy, [T, B]
+    latent: Latent  # [T + 1, B, ...]
 
     def narrow(self, first: int, length: int) -> RolloutEvaluation:
         """That of some of the environments."""
 
-        def part(x: Tensor) -> Tensor:
-            return x.narrow(1, first, length)
+        def part(x: Any) -> Any:
+            return x.map(part) if isinstance(x, Latent) else x if x is None else x[:, first:last]
 
-        int_values = None if self.int_values is None else part(self.int_values)
-        return RolloutEvaluation(
-            *(part(self.values), int_values, part(self.log_prob), part(self.entropy)),
-            self.latent.map(part),
-        )
+        last = first + length
+        return RolloutEvaluation(*map(part, self))
 
 
 class EnginePolicy(ActorCriticPolicy):
     """An SB3 policy that A3C can play and train: to be named before the policy it is mixed into.
 
     As it stands it has no memory. A policy with memory says what its state looks like in
-    `state_shape`, and carries it in `unroll`. Dict observations are dicts of tensors of the shapes
-    that are given for `obs`.
+    `state_shape`, and carries it in `unroll`. States are pairs of [L, B, h]; Dict observations are
+    dicts of tensors of the shapes that are given for `obs`.
     """
 
     value_net_int: nn.Module
-    """Head for the value of the intrinsic reward, where there is one. It serves the learner alone:
-    workers have none."""
+    """Head for the value of the intrinsic reward, where there is one; workers have none."""
 
     @property
     def state_shape(self) -> tuple[int, int]:
@@ -116,7 +103,7 @@ class EnginePolicy(ActorCriticPolicy):
         return 0, 0
 
     def initial_state(self, num_envs: int) -> LstmState:
-        """Zero state for `num_envs` environments, [L, B, h] twice."""
+        """Zero state for `num_envs` environments."""
         layers, width = self.state_shape
         zeros = torch.zeros(layers, num_envs, width, device=self.device)
         return zeros, zeros.clone()
@@ -126,13 +113,8 @@ class EnginePolicy(ActorCriticPolicy):
     ) -> tuple[Latent, LstmState]:
         """Everything below the heads and `net_arch`, over time.
 
-        Args:
-            obs: [T, B, ...].
-            lstm_state: before row 0, [L, B, h] twice.
-            episode_start: [T, B] bool.
-
-        Returns:
-            Latents [T, B, ...] and the state after row T - 1.
+        From obs [T, B, ...], the state before row 0 and episode_start [T, B] bool to latents
+        [T, B, ...] and the state after row T - 1.
         """
         return self.features(obs, episode_start.shape), lstm_state
 
@@ -147,12 +129,12 @@ class EnginePolicy(ActorCriticPolicy):
 
         A3C calls this once for every batch of rollouts; see also `ncrl.sb3.regularise`.
         """
-        encoders = [part for part in self.modules() if isinstance(part, AtariEncoder)]
-        if encoders:
+        means = [part for part in self.modules() if isinstance(part, MeanImage)]
+        if means:
             images = preprocess_obs(obs, self.observation_space, self.normalize_images)
             assert isinstance(images, Tensor)  # an AtariEncoder reads no dicts
-            for encoder in encoders:
-                encoder.watch(images)
+            for mean in means:
+                mean.watch(images)
 
     def encode(
         self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor
@@ -183,14 +165,8 @@ class EnginePolicy(ActorCriticPolicy):
     def evaluate_rollout(
         self, obs: PyTorchObs, actions: Tensor, lstm_state: LstmState, episode_start: Tensor
     ) -> RolloutEvaluation:
-        """Evaluate T actions under the current weights.
-
-        Args:
-            obs: [T + 1, B, ...].
-            actions: [T, B, ...].
-            lstm_state: before row 0, [L, B, h] twice.
-            episode_start: [T + 1, B] bool.
-        """
+        """Evaluate actions [T, B, ...] under the current weights: obs [T + 1, B, ...], the state
+        before row 0, episode_start [T + 1, B] bool."""
         latent, _ = self.unroll(obs, lstm_state, episode_start)
         leading = actions.shape[:2]
         distribution = self.distribution(latent.map(lambda x: x[:-1].flatten(0, 1)))
@@ -245,13 +221,7 @@ def map_obs(function: Callable[[Tensor], Tensor], obs: PyTorchObs) -> PyTorchObs
 
 
 def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
-    """Say in the user's words what is wrong with an observation, or with a batch of them.
-
-    Raises:
-        ValueError: for what `env.reset()` of Gymnasium returns, for an array in place of a dict or
-            the other way round, for dicts with other names than the space has, and for values that
-            are no numbers, not finite, or none of the space's.
-    """
+    """Raise ValueError, in the user's words, unless it is an observation or a batch of them."""
     if isinstance(observation, tuple):
         raise ValueError(
             "the observation is a tuple: Gymnasium's env.reset() returns (observation, info), and "
@@ -295,7 +265,7 @@ def _check_values(what: str, value: Any, space: spaces.Space[Any]) -> None:
 
 
 def as_numbers(what: str, value: Any) -> np.ndarray:
-    """The value as an array; ValueError unless numpy makes one of numbers of it."""
+    """The value as an array of numbers, or ValueError."""
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -306,11 +276,7 @@ def as_numbers(what: str, value: Any) -> np.ndarray:
 
 
 def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    """Refuse the spaces that SB3 fails at, or plays wrongly.
-
-    Raises:
-        ValueError: in one line that names the space and says what to make of it.
-    """
+    """Raise ValueError, saying what to do, for the spaces that SB3 fails at, or plays wrongly."""
     found = [("actions", action_space)]
     if isinstance(observation_space, spaces.Dict) and len(observation_space):
         found += [("observations", part) for part in observation_space.values()]
@@ -341,11 +307,7 @@ def _space_rules(space: Any, is_action: bool) -> list[tuple[Any, str]]:
 
 
 def check_extractor(policy: ActorCriticPolicy) -> None:
-    """Refuse observations that the features extractors of SB3 and ncrl cannot read.
-
-    Raises:
-        ValueError: in one line that names the policy to use.
-    """
+    """Raise ValueError, naming the policy to use, for what its extractor cannot read."""
     kind, space = policy.features_extractor_class, policy.observation_space
     needed = READS.get(kind)
     if needed is None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
-from ncrl.sb3.recurrent import lstm_arguments
+from ncrl.sb3.policies import lstm_arguments
 from ncrl.settings import nearest
 from ncrl.shell.tensors import check_like
 
@@ -42,16 +42,11 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
     """Write a policy, without its optimiser, for `load_policy`.
 
     Args:
-        model: an actor-critic policy of SB3, sb3-contrib or ncrl, or the algorithm that has it
-            (A2C, PPO, RecurrentPPO, A3C).
-        folder: made if need be; a policy that is there already is replaced.
-
-    Returns:
-        The folder.
+        model: an actor-critic policy of SB3, sb3-contrib or ncrl, or the algorithm that has it.
+        folder: made if need be; a policy that is there already is replaced. It is returned.
 
     Raises:
         ValueError: for other policies, and for arguments that no file can describe.
-        OSError: if it cannot be written.
     """
     policy: Any = model.policy if isinstance(model, BaseAlgorithm) else model
     policy = getattr(policy, "_orig_mod", policy)  # of a compiled one
@@ -89,10 +84,7 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
 
 
 def load_policy(
-    folder: str | Path,
-    device: torch.device | str = "auto",
-    *,
-    classes: Iterable[type] = (),
+    folder: str | Path, device: torch.device | str = "auto", *, classes: Iterable[type] = ()
 ) -> ActorCriticPolicy:
     """The policy that `export_policy` wrote, ready to `predict`; runs no code of the files.
 
@@ -201,13 +193,10 @@ def _arguments(policy: ActorCriticPolicy) -> dict[str, Any]:
 
 def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The state of a module, each tensor once: SB3's policies hold their extractor three times."""
-    seen: set[int] = set()
-    unique = {}
+    unique: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            unique[name] = tensor
-    return unique
+        unique.setdefault(id(tensor), (name, tensor))
+    return dict(unique.values())
 
 
 def without_memory(build: Callable[[], Module]) -> Module:
@@ -231,17 +220,13 @@ class _StayWithoutMemory(TorchFunctionMode):
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `unique_tensors` gave into a module of the same shape.
-
-    Raises:
-        ValueError: naming the first tensor that does not fit.
-    """
+    """Put what `unique_tensors` gave into a module, or raise ValueError as `compare_tensors`."""
     compare_tensors(unique_tensors(module), tensors)
     module.load_state_dict(tensors, strict=False)
 
 
 def compare_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the first difference in names, shapes and types, if there is one."""
+    """Raise ValueError, naming the first difference in names, shapes and types."""
     for name in tensors:
         if name not in expected:
             hint = f"; nearest: {nearest(name, expected)!r}" if expected else ""

@@ -21,12 +21,10 @@ class ChosenHeads(ActorCriticPolicy):
         head: name of the output layers; the class attribute `head` if None.
         head_kwargs: options of the output layers, such as `num_slots`.
         orth_coef: weight of the orthogonality loss of Neurocoder heads (paper: a) in what A2C, PPO
-            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. These minimise means and clip the
-            gradient at 0.5, so that 0.1 slows A2C down. `ncrl.agents.A3C`, which minimises sums,
-            has an argument of that name instead, and refuses this one.
+            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. They clip the gradient at 0.5, so
+            that 0.1 slows A2C down. `ncrl.agents.A3C` has an argument of that name instead.
         balance_coef: likewise, weight of the balance loss of mixtures of experts.
-        int_value: add a head for the value of an intrinsic reward, as `ncrl.agents.A3C` does where
-            it has one. Everything else starts from the same numbers with it and without.
+        int_value: add a head for the value of an intrinsic reward, as `ncrl.agents.A3C` does.
         args, kwargs: arguments of the policy that this is mixed into.
 
     Raises:

@@ -28,7 +28,7 @@ from torch import nn
 
 from ncrl.networks import AtariEncoder, VectorEncoder
 from ncrl.neurocoder import NeurocoderConfig
-from ncrl.sb3 import feedforward, recurrent
+from ncrl.sb3 import policies
 
 TAG = "$"
 """The entry that says what a dict stands for."""
@@ -42,7 +42,7 @@ NUMBERS = "biuf"
 CLASSES: tuple[type, ...] = (
     *(
         entry
-        for module in (feedforward, recurrent, sb3_policies, contrib_policies)
+        for module in (policies, sb3_policies, contrib_policies)
         for entry in vars(module).values()
         if isinstance(entry, type) and issubclass(entry, BaseModel)
     ),
@@ -80,8 +80,7 @@ class UnknownClassError(PlainError):
 def to_plain(value: Any, where: str) -> Any:
     """`value` as what `json.dumps` takes; `where` is what it is, for messages.
 
-    Raises:
-        ValueError: if it holds something that has no description, such as a function.
+    Raises ValueError if it holds something that has no description, such as a function.
     """
     kind = type(value)
     if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
@@ -121,15 +120,10 @@ def _container(value: Any, where: str) -> Any:
 
 
 def from_plain(plain: Any, where: str, classes: Iterable[type] = ()) -> Any:
-    """What `to_plain` was given.
+    """What `to_plain` was given, from what `json.loads` returns.
 
-    Args:
-        plain: as `json.loads` returns it.
-        where: what it is, for messages.
-        classes: that may be used besides `CLASSES` and those of `FAMILIES`.
-
-    Raises:
-        ValueError: for a class that is not known, and for what `to_plain` never makes.
+    Raises ValueError for what `to_plain` never makes, and for classes that are neither known
+    (`CLASSES`, `FAMILIES`) nor among `classes`.
     """
     known = {name_of(kind): kind for kind in (*CLASSES, *_of_rl_zoo3(), *classes)}
     try:

@@ -17,11 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a flag names; auto is CUDA where there is one.
-
-    Raises:
-        ValueError: if it does not exist here.
-    """
+    """The device that a flag names, or ValueError; auto is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     match = re.fullmatch(r"cpu|cuda(:(\d+))?", name)
@@ -73,8 +69,7 @@ def keep_freed_memory() -> None:
     """Have the C library hold on to freed memory for what is allocated next.
 
     It would give large blocks back to the kernel, which hands out new ones page by page: a sixth of
-    a training step of NSM, which makes and frees megabytes in each. glibc only; elsewhere nothing
-    happens.
+    a training step of NSM. glibc only; elsewhere nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
         mallopt = ctypes.CDLL(None).mallopt

@@ -49,8 +49,7 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
     Args:
         path: of the file.
         limit: bytes that its tensors may take.
-        foreign: whether `torch.save` alone may have written it. Such a file carries no sum of its
-            own, and only the short sums of its parts are compared.
+        foreign: whether `torch.save` alone may have written it, without a sum of the whole.
 
     Raises:
         ValueError: naming the file, if it is damaged, too large, or holds anything else.
@@ -75,9 +74,8 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
 def load_tensors(content: bytes, name: str, limit: int) -> Any:
     """Tensors and plain values of what torch has saved, on the CPU.
 
-    Raises:
-        ValueError: if they would take more than `limit` bytes.
-        Exception: as torch raises it, if it holds more than tensors and plain values.
+    Raises ValueError if they would take more than `limit` bytes, and what torch raises if it holds
+    anything else.
     """
     _check_unpacked_size(content, name, limit)
     loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -114,11 +112,8 @@ def _check_sums(content: bytes, foreign: bool) -> None:
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors inside of dicts, lists and tuples.
-
-    Each container is looked into once: few bytes can name one list many times.
-    """
-    seen = set() if seen is None else seen
+    """All tensors inside of dicts, lists and tuples."""
+    seen = set() if seen is None else seen  # as few bytes can name one list many times
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
@@ -128,12 +123,8 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def check_like(found: Any, expected: Like, name: str) -> Like:
-    """A value that was read, if it can stand for the one that it replaces.
-
-    Raises:
-        ValueError: unless it is a tensor of the same shape and type, a finite number in the place
-            of a number, True, False or None for a switch, and so on.
-    """
+    """A value that was read, if it can stand for the one that it replaces: a tensor of the same
+    shape and type, a finite number for a number, and so on. Raises ValueError otherwise."""
     if isinstance(expected, Tensor):
         if not isinstance(found, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")

@@ -15,55 +15,12 @@ from ncrl.neurocoder.attention import (
 )
 from tests.ncrl.layers import random_input
 
-SLOTS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 30, 33, 80]
 
-
-def ranks(num_slots: int) -> list[int]:
-    """k = 1, 2, the middle ones, P - 1 and P; all of them where there are few slots."""
-    if num_slots <= 9:
-        return list(range(1, num_slots + 1))
-    return sorted({1, 2, 3, 5, num_slots // 2, num_slots - 1, num_slots})
-
-
-def values_of(kind: str, num_slots: int) -> Tensor:
-    """[3, B, H, P] of a kind that a selection could get wrong."""
-    values = random_input(3, 3, 2, num_slots, seed=num_slots)
-    if kind == "ties":
-        return (2 * values).round()
-    if kind == "all-equal":
-        return torch.full_like(values, 0.25)
-    if kind == "infinities":
-        values[values > 0.8] = math.inf
-        values[values < -0.8] = -math.inf
-    if kind == "increasing":
-        return values.sort(-1).values
-    if kind == "decreasing":
-        return values.sort(-1, descending=True).values
-    return values
-
-
-@pytest.mark.parametrize("num_slots", SLOTS)
-@pytest.mark.parametrize(
-    "kind", ["random", "ties", "all-equal", "infinities", "increasing", "decreasing"]
-)
-def test_kth_smallest_is_the_kth_after_sorting(kind: str, num_slots: int) -> None:
-    values = values_of(kind, num_slots)
-    ordered = values.sort(dim=-1).values
-    for k in ranks(num_slots):
-        assert torch.equal(kth_smallest(values, k), ordered[..., k - 1 : k]), k
-
-
-@pytest.mark.parametrize("shape", [(3, 0, 2, 7), (3, 1, 1, 7), (1, 2, 3, 5), (4,)])
-def test_kth_smallest_of_other_shapes(shape: tuple[int, ...]) -> None:
-    values = random_input(*shape)
-    assert torch.equal(kth_smallest(values, 3), values.sort().values[..., 2:3])
-
-
-def test_kth_smallest_leaves_its_input_alone() -> None:
-    values = random_input(3, 2, 3, 9)
-    before = values.clone()
-    kth_smallest(values, 4)
-    assert torch.equal(values, before)
+def test_kth_smallest_is_the_kth_after_sorting() -> None:
+    values = (2 * random_input(3, 3, 2, 17)).round()  # with ties
+    values[0, 0, 0, :4] = torch.tensor([math.inf, -math.inf, math.inf, -math.inf])
+    for k in (1, 2, 9, 16, 17):
+        assert torch.equal(kth_smallest(values, k), values.sort().values[..., k - 1 : k]), k
 
 
 LENGTHS = [1e3, 1.0, 1e-3, 2e-6, 5e-7, 1e-9, 0.0]

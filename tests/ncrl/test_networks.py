@@ -224,25 +224,6 @@ def test_an_unknown_encoder_offers_the_nearest_name() -> None:
         AtariEncoder(images(4, 84, 84), "zzz")
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("bias", [True, False])
-def test_one_step_is_what_the_lstm_answers(layers: int, bias: bool) -> None:
-    lstm = nn.LSTM(5, 4, num_layers=layers, bias=bias, dtype=torch.float64)
-    inputs = torch.randn(1, 3, 5, dtype=torch.float64, requires_grad=True)
-    state = tuple(torch.randn(layers, 3, 4, dtype=torch.float64) for _ in range(2))
-    found = unroll_lstm(lstm, inputs, state, torch.zeros(1, 3, dtype=torch.bool))
-    expected = lstm(inputs, state)
-    for mine, theirs in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    sources = [inputs, *lstm.parameters()]
-    for mine, theirs in zip(
-        torch.autograd.grad(found[0].square().sum(), sources),
-        torch.autograd.grad(expected[0].square().sum(), sources),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-
-
 def test_dropout_between_layers_is_not_left_out() -> None:
     """Where the LSTM is more than a stack of cells, it computes single timesteps itself."""
     torch.manual_seed(0)
@@ -298,8 +279,8 @@ def test_what_never_changes_in_a_picture_does_not_reach_the_features(encoder_nam
     other = copy.deepcopy(encoder)
     frames = 0.5 * torch.rand(6, 1, 84, 84)
     scenery = 0.5 * torch.rand(1, 84, 84)
-    encoder.watch(frames)
-    other.watch(frames + scenery)
+    encoder.background.watch(frames)
+    other.background.watch(frames + scenery)
     with torch.no_grad():
         features, with_scenery = encoder(frames), other(frames + scenery)
     torch.testing.assert_close(with_scenery, features, rtol=0, atol=1e-3)
@@ -315,7 +296,7 @@ def test_a_dot_before_bright_bricks_is_seen() -> None:
         frame[0, row, column] = 0.4
     with torch.no_grad():
         assert variation(encoder.network(frames)) < 0.05  # the test would show it otherwise
-        encoder.watch(frames)
+        encoder.background.watch(frames)
         assert variation(encoder(frames)) > 0.3
 
 
@@ -327,5 +308,5 @@ def variation(features: Tensor) -> float:
 def test_encoders_leave_images_and_features_alone_on_request() -> None:
     encoder = AtariEncoder(images(1, 84, 84), standardize=False)
     frames = torch.rand(3, 1, 84, 84)
-    encoder.watch(frames)
+    assert encoder.background is None
     assert torch.equal(encoder(frames), encoder.network(frames))

@@ -4,10 +4,8 @@ Shape letters: B batch, P slots, K key, H heads, J steps, R = J*H components.
 """
 
 import copy
-import io
 import json
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,17 +136,6 @@ def test_everything_equals_the_reference(case: Case) -> None:
         assert relative_error(layer(x), expected["output"]) < 1e-10
 
 
-@all_cases
-def test_fresh_layer_equals_the_reference(case: Case) -> None:
-    """At its own initialisation, which `make_layer` overwrites."""
-    torch.manual_seed(3)
-    layer = empty_layer(case)
-    x = random_input(2, case.in_features)
-    with torch.no_grad():
-        expected = official_reference(parameters_of(layer), case.sizes, x)["output"]
-    assert relative_error(layer(x), expected) < 1e-10
-
-
 GRADIENT_CASES = [name for name in CASES if not name.startswith("one-key")]
 
 
@@ -195,47 +182,6 @@ def test_outputs_and_gradients_are_those_of_the_authors(name: str) -> None:
     gradient = torch.tensor(table["input_gradient"], dtype=torch.float64)
     assert relative_error(x.grad, gradient) < 1e-10
     assert orthogonal_loss(layer).item() == pytest.approx(table["orthogonality"], rel=1e-10)
-
-
-@pytest.mark.parametrize("leading", [(), (1,), (3, 2), (0,), (3, 0)])
-@pytest.mark.parametrize("name", ["single", "five-steps"])
-def test_leading_dimensions_are_free(name: str, leading: tuple[int, ...]) -> None:
-    case = CASES[name]
-    layer = make_layer(case)
-    x = random_input(*leading, case.in_features)
-    rows = x.reshape(-1, case.in_features)
-    attention = layer.attend(x)
-    components = case.num_steps * case.num_heads
-    assert layer(x).shape == (*leading, case.out_features)
-    assert attention.s.shape == (*leading, components, case.num_slots)
-    assert layer.singular_values(x).shape == (*leading, components)
-    pairs = [
-        (layer(x), layer(rows)),
-        (attention.s, layer.attend(rows).s),
-        (layer.singular_values(x), layer.singular_values(rows)),
-    ]
-    for actual, flat in pairs:
-        torch.testing.assert_close(actual.reshape(flat.shape), flat, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["single", "five-steps", "lstm-without-usage"])
-def test_backward_of_an_empty_batch(name: str) -> None:
-    case = CASES[name]
-    layer = make_layer(case)
-    layer(torch.zeros(0, case.in_features, dtype=torch.float64)).sum().backward()
-    for parameter_name, parameter in layer.named_parameters():
-        assert not touched(parameter), parameter_name
-
-
-@pytest.mark.parametrize("name", ["single", "five-steps"])
-def test_samples_do_not_see_each_other(name: str) -> None:
-    case = CASES[name]
-    layer = make_layer(case)
-    x = random_input(4, case.in_features)
-    others = random_input(4, case.in_features, seed=9)
-    others[2] = x[2]
-    torch.testing.assert_close(layer(x)[2], layer(others)[2], rtol=1e-12, atol=1e-13)
-    assert not torch.allclose(layer(x)[1], layer(others)[1])
 
 
 # What differs from the paper, by hand
@@ -579,14 +525,6 @@ def test_every_parameter_has_a_name_of_the_authors(case: Case) -> None:
         assert torch.equal(value, copied), name
 
 
-def test_loading_keeps_the_type_of_the_layer() -> None:
-    layer = empty_layer(CASES["five-steps"], torch.float32)
-    state = make_layer(CASES["five-steps"]).authors_state_dict()
-    layer.load_authors_state_dict(state)
-    assert {p.dtype for p in layer.parameters()} == {torch.float32}
-    assert torch.equal(layer.memory.s, state["PM_S"][:, 3:].float())
-
-
 def drop(state: dict[str, Tensor]) -> None:
     del state["PM_U"]
 
@@ -649,71 +587,6 @@ def test_each_preset_has_its_class() -> None:
     assert OfficialNeurocoderLinear(4, 3).config.preset == "official"
 
 
-# State and precision
-
-
-def by_state_dict(layer: OfficialNeurocoderLinear) -> OfficialNeurocoderLinear:
-    fresh = OfficialNeurocoderLinear(layer.in_features, layer.out_features, layer.config)
-    fresh = fresh.double()
-    fresh.load_state_dict(layer.state_dict())
-    return fresh
-
-
-def by_file(layer: OfficialNeurocoderLinear) -> OfficialNeurocoderLinear:
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
-    assert isinstance(loaded, OfficialNeurocoderLinear)
-    return loaded
-
-
-COPIES: dict[str, Callable[[OfficialNeurocoderLinear], OfficialNeurocoderLinear]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
-    "file": by_file,
-    "state_dict": by_state_dict,
-}
-
-
-@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES.keys())
-@pytest.mark.parametrize("name", ["single", "five-steps"])
-def test_copies_give_bit_equal_outputs(
-    name: str, make_copy: Callable[[OfficialNeurocoderLinear], OfficialNeurocoderLinear]
-) -> None:
-    layer = make_layer(CASES[name])
-    x = random_input(3, 4)
-    layer(x)
-    copied = make_copy(layer)
-    assert torch.equal(copied(x), layer(x))
-    before = layer(x)
-    with torch.no_grad():
-        copied.memory.u.add_(1.0)
-    assert torch.equal(layer(x), before)
-    assert not torch.equal(copied(x), before)
-
-
-@all_cases
-def test_float32_is_close_to_float64(case: Case) -> None:
-    layer = make_layer(case)
-    x = random_input(3, case.in_features)
-    expected = layer(x)
-    assert relative_error(layer.float()(x.float()).double(), expected) < 2e-4
-
-
-@pytest.mark.parametrize("name", ["single", "five-steps"])
-def test_autocast_leaves_attention_in_float32(name: str) -> None:
-    layer = make_layer(CASES[name]).float()
-    x = random_input(5, 4).float()
-    expected, sigma = layer.attend(x), layer.singular_values(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        attention, y = layer.attend(x), layer(x)
-        assert torch.equal(layer.singular_values(x), sigma)
-    assert torch.equal(attention.u, expected.u)
-    assert torch.equal(attention.s, expected.s)
-    assert relative_error(y.float(), layer(x)) < 0.1
-
-
 # Start
 
 
@@ -771,13 +644,6 @@ def test_initial_values(num_steps: int, residual: bool, reset: bool) -> None:
         assert_normal(value["bias"], 0.01)
     else:
         assert not value["bias"].any()
-
-
-def test_config_carries_over() -> None:
-    config = NeurocoderConfig(num_slots=6, preset="official", key_mode="lk")
-    layer = OfficialNeurocoderLinear(4, 3, config)
-    assert layer.config == config
-    assert dict(layer.named_parameters())["memory.key_columns.u"].shape == (6, 3)
 
 
 def test_in_place_of_a_linear_layer() -> None:

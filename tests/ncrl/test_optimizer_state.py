@@ -46,10 +46,10 @@ def test_what_the_optimiser_wrote_is_accepted(kind: str) -> None:
     assert fresh.state_dict()["state"].keys() == before["state"].keys()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS.keys() - {"adafactor"})
 def test_the_state_of_other_shapes_is_refused(kind: str) -> None:
     state = trained(kind, width=5).state_dict()
-    with pytest.raises(ValueError, match=r"parameter \d (must be|has)"):
+    with pytest.raises(ValueError, match=r"parameter \d must be"):
         check_optimizer_state(trained(kind), state)
 
 

@@ -173,28 +173,6 @@ def test_gates_start_half_open(gate: str) -> None:
         close(weights.sum(-1), torch.full_like(weights.sum(-1), 0.5), 1e-6)
 
 
-@pytest.mark.parametrize("gate", ["slot", "head"])
-def test_shared_gates_are_equal_gates(gate: str) -> None:
-    """A layer of shared gates is the layer of separate gates that happen to agree."""
-    shared = SMALL._replace(gate=gate)
-    layer, free = make_layer(shared), empty_layer(shared._replace(gate="slot-head"))
-    P, K, H = shared.num_slots, shared.key_dim, shared.num_heads
-    state = dict(layer.state_dict())
-    for name in ("composition.head.weight", "composition.head.bias"):
-        rows = state[name].unflatten(0, (3, -1))
-        if gate == "slot":
-            queries = rows[:, : H * K].unflatten(1, (H, K))
-            gates = rows[:, None, H * K :].expand(-1, H, *[-1] * (rows.dim() - 1))
-        else:
-            by_head = rows.unflatten(1, (H, K + 1))
-            queries = by_head[:, :, :K]
-            gates = by_head[:, :, K:].expand(-1, -1, P, *rows.shape[2:])
-        state[name] = torch.cat([queries, gates], dim=2).flatten(0, 2)
-    free.load_state_dict(state)
-    x = random_input(3, shared.in_features)
-    close(layer(x), free(x), 1e-12)
-
-
 # detach_usage
 
 
@@ -209,15 +187,6 @@ def test_detached_usage_changes_the_gradient_alone() -> None:
     for name in ("x", "composition.head.weight", "memory.key_net.weight"):
         assert float((slopes[name] - others[name]).abs().max()) > 1e-3 * slopes[name].abs().max()
     close(slopes["bias"], others["bias"], 1e-12)
-
-
-@pytest.mark.parametrize(("steps", "least"), [(1, 2), (3, 0)])
-def test_without_usage_there_is_nothing_to_detach(steps: int, least: int) -> None:
-    case = SMALL._replace(num_steps=steps, num_least_used=least)
-    x = random_input(3, case.in_features)
-    slopes = gradients(make_layer(case), x)
-    for name, other in gradients(make_layer(case._replace(detach_usage=True)), x).items():
-        assert torch.equal(slopes[name], other), name
 
 
 # frozen_controller
@@ -360,45 +329,6 @@ def test_learned_sharpness_starts_at_the_given_one(steps: int, sharpness: float)
     )
     x = random_input(3, fixed.in_features)
     close(learning(x), twin(x), 1e-12)
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_gradient_of_the_sharpness_by_finite_differences(steps: int) -> None:
-    """Between layers of fixed temperature: no code of the learned one is asked."""
-    case = SMALL._replace(num_steps=steps)
-    layer = make_layer(case._replace(learned_sharpness=True))
-    x = random_input(3, case.in_features)
-    target = random_input(3, case.out_features, seed=5)
-    state = {k: v for k, v in layer.state_dict().items() if not k.endswith("log_sharpness")}
-    start, step = layer.composition.log_sharpness.item(), 1e-5
-
-    def value(log_sharpness: float) -> float:
-        twin = empty_layer(case._replace(sharpness=math.exp(log_sharpness)))
-        twin.load_state_dict(state)
-        return twin(x).mul(target).sum().item()
-
-    expected = (value(start + step) - value(start - step)) / (2 * step)
-    actual = gradients(layer, x)["composition.log_sharpness"]
-    assert actual.shape == ()
-    assert actual.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-
-
-def test_sharpness_is_learned() -> None:
-    """Attention of a layer with only its temperature free approaches that of a sharper one."""
-    case = SMALL._replace(num_least_used=0, sharpness=5.0)
-    goal = make_layer(case)
-    layer = empty_layer(case._replace(sharpness=1.0, learned_sharpness=True))
-    layer.load_state_dict(goal.state_dict(), strict=False)
-    beta = layer.composition.log_sharpness
-    optimiser = torch.optim.Adam([beta], lr=0.1)
-    x = random_input(16, case.in_features)
-    with torch.no_grad():
-        target = goal(x)
-    for _ in range(60):
-        optimiser.zero_grad()
-        (layer(x) - target).square().mean().backward()
-        optimiser.step()
-    assert beta.exp().item() == pytest.approx(5.0, rel=0.1)
 
 
 # What is refused

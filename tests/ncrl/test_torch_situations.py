@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.autograd.functional import jacobian
+from torch.func import functional_call, grad, jacfwd, jacrev, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from ncrl.layers import make_layer
 from ncrl.seat import LinearSeat
@@ -19,6 +21,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {},
     "neurocoder": {"num_slots": 6, "num_heads": 2},
     "neurocoder-steps": {"num_slots": 6, "num_heads": 2, "num_steps": 2},
+    "neurocoder-linear": {
+        **{"num_slots": 6, "num_heads": 2, "controller": "linear", "gate": "head"},
+        "learned_sharpness": True,
+    },
+    "neurocoder-detached": {
+        **{"num_slots": 6, "num_heads": 2, "num_steps": 2, "gate": "slot"},
+        **{"detach_usage": True, "residual_rank": 2},
+    },
     "neurocoder-official": {"num_slots": 6, "num_heads": 2, "num_steps": 2, "preset": "official"},
     "hypernet": {"hidden": 5},
     "film": {"hidden": 5},
@@ -108,6 +118,17 @@ def test_per_sample_gradients_and_ensembles(name: str) -> None:
     base = copy.deepcopy(members[0]).to("meta")
     together = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(stacked, buffers)
     torch.testing.assert_close(together[2], members[2](x))
+
+
+@every_layer
+def test_jacobians_and_checkpoints(name: str) -> None:
+    """By forward and by backward mode, and by one backward pass for each output."""
+    layer, x = make(name), inputs(4).requires_grad_()
+    rows = [torch.autograd.grad(output, x, retain_graph=True)[0] for output in layer(x)]
+    for found in (jacrev(layer)(x), jacfwd(layer)(x), jacobian(layer, x, vectorize=True)):
+        torch.testing.assert_close(found, torch.stack(rows), rtol=1e-4, atol=1e-5)
+    kept = checkpoint(layer, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(kept[0], x)[0], rows[0])
 
 
 @every_layer

@@ -170,21 +170,6 @@ def test_load_is_the_frequency_with_which_experts_are_chosen() -> None:
     assert (estimate - counts).abs().max() < 5 * (0.25 / draws) ** 0.5
 
 
-def test_load_conditional_on_the_others_noise() -> None:
-    """The same by drawing only one expert's noise again, which is what is estimated."""
-    layer, draws = make(4, 2, seed=3).train(), 20_000
-    x = random_input(1, 5)
-    torch.manual_seed(1)
-    decision = layer.gate(x)
-    for expert in range(4):
-        noisy = decision.noisy_logits.repeat(draws, 1)
-        noisy[:, expert] = decision.logits[0, expert] + decision.noise_scale[
-            0, expert
-        ] * torch.randn(draws, dtype=torch.float64)
-        frequency = (noisy.topk(2, dim=1).indices == expert).any(1).double().mean()
-        assert decision.load()[expert].item() == pytest.approx(frequency.item(), abs=0.02)
-
-
 # The loss of a model
 
 
@@ -221,20 +206,6 @@ def test_gates_are_recorded_at_any_depth_and_only_inside(model: Deep) -> None:
     with pytest.raises(RuntimeError, match="stop"), record_gates(model):
         raise RuntimeError("stop")
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_the_recorded_noise_is_that_of_the_output(model: Deep) -> None:
-    layer, x = model.head, random_input(7, 6)
-    with record_gates(model) as gates:
-        y = layer(x)
-    (decision,) = gates["head"]
-    matrices = dict(layer.named_parameters())["weight"]
-    for row, output, weights in zip(x, y, decision.weights, strict=True):
-        mixed = sum(
-            w * (matrix @ row + bias)
-            for w, matrix, bias in zip(weights, matrices, layer.bias, strict=True)
-        )
-        torch.testing.assert_close(output, mixed)
 
 
 def test_several_forward_passes_count_as_one_batch() -> None:

@@ -51,18 +51,6 @@ def test_value_and_gradients_equal_the_literal_reading(case: Case) -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@all_cases
-def test_gradcheck(case: Case) -> None:
-    layer = make_layer(case)
-    names = list(used(layer))
-
-    def output(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
-
-    x = random_input(2, case.sizes[0]).requires_grad_()
-    assert torch.autograd.gradcheck(output, (x, *used(layer).values()))
-
-
 # The seat of nn.Linear
 
 
@@ -217,33 +205,8 @@ def test_forward_keeps_nothing(case: Case) -> None:
     assert all(torch.equal(p, after[name]) for name, p in parameters.items())
 
 
-@all_cases
-def test_autocast_gives_what_a_linear_layer_gives(case: Case) -> None:
-    layer = make_layer(case).float()
-    x = random_input(6, case.sizes[0]).float()
-    exact = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-        assert y.dtype == nn.Linear(*case.sizes)(x).dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in used_in_eval(layer))
-    torch.testing.assert_close(
-        y.float(), exact, rtol=0.1, atol=0.1 * float(exact.detach().abs().max())
-    )
-
-
 def used_in_eval(layer: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in used(layer).items() if name != "gate.noise_weight"]
-
-
-@all_cases
-def test_compile(case: Case) -> None:
-    layer = make_layer(case)
-    compiled = torch.compile(layer, backend="eager")
-    x = random_input(3, case.sizes[0])
-    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-14)
-    compiled(x).sum().backward()
-    assert all(p.grad is not None for p in used_in_eval(layer))
 
 
 @pytest.mark.parametrize("name", ["hypernet", "hypernet-per-output", "film", "moe", "nsm"])

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -24,25 +23,12 @@ from ncrl.sb3 import (
     export_policy,
     load_policy,
 )
+from tests.ncrl.sb3.environments import Still
 
 SMALL = {"head_kwargs": {"num_slots": 6, "num_heads": 2}}
 VECTORS = spaces.Box(-1, 1, (3,), np.float32)
 IMAGES = spaces.Box(0, 255, (1, 84, 84), np.uint8)
 DICTS = spaces.Dict({"seen": VECTORS, "image": spaces.Box(0, 255, (36, 36, 1), np.uint8)})
-
-
-class Still(gym.Env):
-    """Observations drawn from its space; nothing matters."""
-
-    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-        self.observation_space, self.action_space = observation_space, action_space
-
-    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> Any:
-        return self.observation_space.sample(), 1.0, False, False, {}
 
 
 class Shifting(BaseFeaturesExtractor):

@@ -5,7 +5,6 @@ P1 to P8 are the kinds of wrong inputs that `predict` has to name.
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -14,26 +13,12 @@ from stable_baselines3.common.utils import ConstantSchedule
 
 from ncrl.agents import A3C
 from ncrl.sb3 import MlpPolicy, MultiInputPolicy, NeurocoderCnnPolicy, NeurocoderMlpPolicy
+from tests.ncrl.sb3.environments import Still
 
 VECTOR = spaces.Box(-1, 1, (3,))
 IMAGE = spaces.Box(0, 255, (84, 84, 1), np.uint8)
 DICT = spaces.Dict(a=VECTOR, b=spaces.Discrete(2))
 TWO = spaces.Discrete(2)
-
-
-class Still(gym.Env):
-    """Shows samples of its space, and says nothing about actions."""
-
-    def __init__(self, observation_space: Any, action_space: Any = TWO) -> None:
-        self.observation_space, self.action_space = observation_space, action_space
-
-    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> Any:
-        assert self.action_space.contains(action)
-        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 def model_for(space: Any, policy: str, **options: Any) -> A3C:

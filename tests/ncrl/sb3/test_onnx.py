@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import onnxruntime
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 
 from ncrl.agents import A3C
 from ncrl.sb3 import export_onnx
+from tests.ncrl.sb3.environments import Still
 
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
 PAIR = spaces.Dict(a=VECTOR, b=spaces.Discrete(4))
@@ -25,17 +25,6 @@ CASES: dict[str, tuple[str, spaces.Space[Any], spaces.Space[Any], dict[str, Any]
     "images": ("NeurocoderCnnLstmPolicy", IMAGE, spaces.Discrete(6), {}),
     "moe": ("MlpLstmPolicy", VECTOR, spaces.Discrete(3), {"head": "moe"}),
 }
-
-
-class Still(gym.Env[Any, Any]):
-    def __init__(self, observation: spaces.Space[Any], action: spaces.Space[Any]) -> None:
-        self.observation_space, self.action_space = observation, action
-
-    def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,5 @@
-"""Policies with an LSTM, for `ncrl.agents.A3C` and for sb3-contrib's RecurrentPPO.
+"""SB3 policies with heads of choice: without memory for A2C and PPO, with an LSTM for sb3-contrib's
+RecurrentPPO; `ncrl.agents.A3C` takes all of them.
 
 Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 """
@@ -6,21 +7,67 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
 from ncrl.networks import AtariEncoder, LstmState, VectorEncoder, unroll_lstm
 from ncrl.sb3.engine import EnginePolicy, Latent, as_numbers
 from ncrl.sb3.heads import ChosenHeads
 from ncrl.sb3.regularise import Evaluation, regularised
+
+
+class FeedForwardPolicy(EnginePolicy, ChosenHeads):
+    """What the policies without memory have in common; one of SB3's has to follow."""
+
+    head = "linear"
+
+    @regularised
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> Evaluation:
+        """Values [B, 1], log-probabilities [B] and entropy [B], as in SB3."""
+        return super().evaluate_actions(obs, actions)
+
+
+class MlpPolicy(FeedForwardPolicy, ActorCriticPolicy):
+    """SB3's `MlpPolicy`, with further arguments: those of `ncrl.sb3.heads.ChosenHeads`."""
+
+
+class CnnPolicy(FeedForwardPolicy, ActorCriticCnnPolicy):
+    """SB3's `CnnPolicy`, likewise."""
+
+
+class MultiInputPolicy(FeedForwardPolicy, MultiInputActorCriticPolicy):
+    """SB3's `MultiInputPolicy`, for Dict observations, likewise."""
+
+
+class NeurocoderMlpPolicy(MlpPolicy):
+    """`MlpPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+class NeurocoderCnnPolicy(CnnPolicy):
+    """`CnnPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"
+
+
+class NeurocoderMultiInputPolicy(MultiInputPolicy):
+    """`MultiInputPolicy` with Neurocoder heads."""
+
+    head = "neurocoder"
 
 
 class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
@@ -32,19 +79,10 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
     directly on it unless `net_arch` puts layers between.
 
     Args:
-        observation_space, action_space, lr_schedule: as in SB3.
-        net_arch: layers between LSTM and heads, as in SB3; none by default.
-        lstm_hidden_size: h.
-        n_lstm_layers: L.
+        args, kwargs: those of `ncrl.sb3.heads.ChosenHeads` and `RecurrentActorCriticPolicy`.
         shared_lstm: one LSTM for actor and critic. The default, unless `enable_critic_lstm` is
             given or `share_features_extractor` is False.
-        enable_critic_lstm: another LSTM for the critic. Neither of the two: the critic has no
-            memory.
-        kwargs: `head`, `head_kwargs`, `orth_coef`, `balance_coef` of `ncrl.sb3.heads.ChosenHeads`,
-            and further arguments of `RecurrentActorCriticPolicy`.
-
-    Raises:
-        ValueError: for an unknown head or option, or for LSTMs that are shared and are not.
+        enable_critic_lstm: another LSTM for the critic. With neither it has no memory.
     """
 
     head = "linear"
@@ -53,13 +91,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
 
     def __init__(
         self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        *,
-        lstm_hidden_size: int = 256,
-        n_lstm_layers: int = 1,
+        *args: Any,
         shared_lstm: bool | None = None,
         enable_critic_lstm: bool | None = None,
         share_features_extractor: bool = True,
@@ -72,18 +104,14 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         if shared_lstm and (enable_critic_lstm or not share_features_extractor):
             raise ValueError(
                 "shared_lstm=True needs enable_critic_lstm=False and share_features_extractor=True,"
-                f" got enable_critic_lstm={enable_critic_lstm} and "
-                f"share_features_extractor={share_features_extractor}"
+                f" got {enable_critic_lstm=} and {share_features_extractor=}"
             )
         if self.extractor is not None:
             kwargs.setdefault("features_extractor_class", self.extractor)
+        if len(args) < 4 and kwargs.get("net_arch") is None:
+            kwargs["net_arch"] = []
         super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            [] if net_arch is None else net_arch,
-            lstm_hidden_size=lstm_hidden_size,
-            n_lstm_layers=n_lstm_layers,
+            *args,
             shared_lstm=shared_lstm,
             enable_critic_lstm=enable_critic_lstm,
             share_features_extractor=share_features_extractor,
@@ -102,10 +130,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor
     ) -> tuple[Latent, LstmState]:
         """Encoder and LSTM: obs [T, B, ...] -> latents [T, B, h], next state."""
-
-        def run(lstm: nn.LSTM, features: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
-            return unroll_lstm(lstm, features, state, episode_start)
-
+        run = partial(unroll_lstm, episode_start=episode_start)
         states = RNNStates(lstm_state, lstm_state)
         if self.lstm_critic is not None:
             halves = [part.chunk(2) for part in lstm_state]  # ([L, B, h], [L, B, h]) twice
@@ -137,8 +162,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
     ) -> tuple[Tensor, Tensor, Tensor, RNNStates]:
         """Actions, values, log-probabilities and next states, as in sb3-contrib.
 
-        Raises:
-            TypeError: without states or starts, as PPO and A2C call it.
+        Raises TypeError without states or starts, as PPO and A2C call it.
         """
         if lstm_states is None or episode_starts is None:
             raise TypeError(
@@ -195,11 +219,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """As in sb3-contrib.
-
-        Raises:
-            ValueError: for an observation, a state or episode starts that do not fit.
-        """
+        """As in sb3-contrib; ValueError for what does not fit."""
         if state is not None:
             if not (isinstance(state, (tuple, list)) and len(state) == 2):
                 is_list = isinstance(state, (tuple, list))
@@ -224,11 +244,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         episode_starts: Tensor,
         deterministic: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What `predict` calls, with a state that belongs to the observations.
-
-        Raises:
-            ValueError: for a state or episode starts of another number of observations.
-        """
+        """What `predict` calls; ValueError for memory of another number of observations."""
         rows = next(iter(observation.values())) if isinstance(observation, dict) else observation
         layers, _, width = self.lstm_hidden_state_shape
         expected = (layers, len(rows), width)
