@@ -162,6 +162,44 @@ def draw_split_mnist() -> None:
     save(figure, "split_mnist")
 
 
+def draw_growing_memory() -> None:
+    """Whose slots the images of each task attend to, layer by layer, and accuracy over slots."""
+    rows, (spec, *_) = read_csv("growing_memory"), table_specs(RESULTS / "growing_memory.md")
+    figure = Figure((11, 3), layout="constrained")
+    *maps, sizes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.3))
+    shares = np.mean([row["details"]["slots"] for row in chosen(rows, "grow", spec)], axis=0)
+    tasks = range(shares.shape[0])
+    for layer, axes in enumerate(maps):
+        axes.imshow(shares[:, layer], vmin=0, vmax=1, cmap="Blues")
+        for shown, whose in np.ndindex(shares[:, layer].shape):
+            share = shares[shown, layer, whose]
+            colour = "white" if share > 0.5 else "0.3"
+            axes.text(whose, shown, f"{share:.2f}", ha="center", va="center", c=colour, fontsize=7)
+        digits = [f"{2 * task}, {2 * task + 1}" for task in tasks]
+        axes.set_xticks(tasks, digits, fontsize=8)
+        axes.set_yticks(tasks, digits, fontsize=8)
+        axes.set_title(f"attention of layer {layer + 1}", fontsize=10)
+        axes.set_xlabel("slots of the task")
+    maps[0].set_ylabel("images of the task")
+    names = {"grow": 100} | {n: int(n.split()[1]) for n in spec["runs"] if n.startswith("grow, ")}
+    names = {name: size for name, size in sorted(names.items(), key=lambda pair: pair[1])}
+    for metric in ("learn", "accuracy"):
+        mean = [np.mean(values_of(chosen(rows, name, spec), metric)) for name in names]
+        sizes.plot(list(names.values()), mean, "o-", label=f"grow, {metric}")
+    routed = np.mean(values_of(chosen(rows, "routed", spec), "accuracy"))
+    sizes.axhline(routed, color="0.4", linestyle=":", label="routed, accuracy")
+    sizes.set(xlabel="slots for each task", ylabel="%", ylim=(80, 100))
+    sizes.legend(fontsize=8)
+    save(figure, "growing_memory")
+
+
 if __name__ == "__main__":
-    for draw in (draw_cifar, draw_polynomial, draw_algorithms, draw_split_cifar, draw_split_mnist):
+    for draw in (
+        draw_cifar,
+        draw_polynomial,
+        draw_algorithms,
+        draw_split_cifar,
+        draw_split_mnist,
+        draw_growing_memory,
+    ):
         draw()

@@ -4,6 +4,7 @@ from ncrl.injection import eject, inject
 from ncrl.neurocoder import (
     Attention,
     NeurocoderConfig,
+    NeurocoderConv2d,
     NeurocoderLinear,
     orthogonal_loss,
 )
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Attention",
     "NeurocoderConfig",
+    "NeurocoderConv2d",
     "NeurocoderLinear",
     "eject",
     "inject",

@@ -1,22 +1,26 @@
-"""Neurocoder layers in the place of the linear layers of any torch model, and back again.
+"""Neurocoder layers in the place of layers of any torch model, and back again.
 
-A linear layer can be replaced if whoever calls it sees nothing but its output. So only plain
-`nn.Linear` modules are: not subclasses (`nn.MultiheadAttention` computes with the weight of one and
-never calls it), and none with hooks (weight norm and pruning work by hooks).
+A layer can be replaced if whoever calls it sees nothing but its output. So only plain `nn.Linear`
+and `nn.Conv2d` modules are: not subclasses, and none with hooks (weight norm and pruning work by
+hooks). `nn.MultiheadAttention` never calls its projections: it is opened first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 from torch import nn
 
-from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear, OfficialNeurocoderLinear
+from ncrl.neurocoder import (
+    NeurocoderConfig,
+    NeurocoderConv2d,
+    NeurocoderLinear,
+    OfficialNeurocoderLinear,
+)
+from ncrl.open_attention import ORIGINAL, OpenAttention
 from ncrl.settings import nearest
-
-ORIGINAL = "original"
-"""Attribute of a new layer that holds the old one, where torch does not take it for a part."""
 
 MAX_LISTED = 30
 """Candidates that an error message lists; a transformer can have hundreds."""
@@ -29,18 +33,22 @@ def inject(
     *,
     keep_weight: bool = False,
 ) -> list[str]:
-    """Replace linear layers of `model` by Neurocoder layers, in place.
+    """Replace layers of `model` by Neurocoder layers, in place: `nn.Linear`, `nn.Conv2d`, and the
+    `q_proj`, `k_proj`, `v_proj` and `out_proj` of `nn.MultiheadAttention`.
 
     This changes the outputs of the model: a new layer starts from scratch but for its bias.
 
-    New layers have the widths, bias, device, type and training mode of those they replace, and are
+    New layers have the sizes, bias, device, type and training mode of those they replace, and are
     trainable even where the host is frozen. Nothing else in the model changes. An optimiser built
     before knows only the old parameters: build it anew.
+
+    Attention of which projections are replaced becomes a module that calls all four; those that are
+    not replaced are `nn.Linear` there.
 
     A target is one of three things, tried in this order:
 
     1. the full name of a layer ("net.fc"): that layer alone, so that names returned can be given;
-    2. the last parts of names ("fc", "attn.out"): every layer whose name ends with them;
+    2. the last parts of names ("fc", "self_attn.q_proj"): every layer whose name ends with them;
     3. a shell pattern for full names ("blocks.*.mlp.*", "layer[12].fc"; `*` spans dots as well).
 
     A layer with several names is replaced once, under all of them. A new layer shares no parameter
@@ -67,27 +75,31 @@ def inject(
         >>> eject(model)
         ['2']
     """
-    if isinstance(model, nn.Linear):
+    if isinstance(model, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
         raise ValueError(
-            "the model is itself a linear layer, which cannot be replaced in place: use "
-            "NeurocoderLinear.from_linear(model, config), or wrap the model in nn.Sequential"
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "
+            "from_linear of NeurocoderLinear or from_conv2d of NeurocoderConv2d, or wrap the model "
+            "in nn.Sequential"
         )
-    seats = _seats(model)
+    opened: dict[nn.Module, OpenAttention] = {
+        module: OpenAttention(module) for module in model.modules() if _can_open(module)
+    }
+    seats = _seats(model, opened)
     chosen: set[nn.Module] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         chosen.update(_select(target, seats))
     if not chosen:
         raise ValueError(f"no targets given; candidates: {_listed(_candidates(seats))}")
-    is_official = config is not None and config.preset == "official"
-    kind = OfficialNeurocoderLinear if is_official else NeurocoderLinear
     layers: dict[nn.Module, NeurocoderLinear] = {}
-    for linear in seats.values():  # in this order, whatever that of the targets
-        if linear in chosen and linear not in layers:
-            assert isinstance(linear, nn.Linear)
-            layer = kind.from_linear(linear, config, keep_weight=keep_weight)
-            vars(layer)[ORIGINAL] = linear
-            layers[linear] = layer.train(linear.training)
+    for plain in seats.values():  # in this order, whatever that of the targets
+        if plain in chosen and plain not in layers:
+            layer = _coded(plain, config, keep_weight)
+            vars(layer)[ORIGINAL] = plain
+            layers[plain] = layer.train(plain.training)
     replaced = [name for name, module in seats.items() if module in chosen]
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in opened and chosen.intersection(opened[module].children()):
+            model.set_submodule(name, opened[module])
     for name in replaced:
         model.set_submodule(name, layers[seats[name]])
     return replaced
@@ -117,31 +129,62 @@ def eject(model: nn.Module) -> list[str]:
             original = vars(layer)[ORIGINAL].to(layer.memory.u)
             model.set_submodule(name, original.train(layer.training))
             names.append(name)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, OpenAttention):
+            model.set_submodule(name, module.close())
     return names
 
 
-def _seats(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear and Neurocoder layers below `model` by all their names, but nothing inside these."""
+def _coded(plain: nn.Module, config: NeurocoderConfig | None, keep: bool) -> NeurocoderLinear:
+    """A new layer in the sizes of a plain one."""
+    if isinstance(plain, nn.Conv2d):
+        return NeurocoderConv2d.from_conv2d(plain, config, keep_weight=keep)
+    assert isinstance(plain, nn.Linear)
+    is_official = config is not None and config.preset == "official"
+    kind = OfficialNeurocoderLinear if is_official else NeurocoderLinear
+    return kind.from_linear(plain, config, keep_weight=keep)
+
+
+def _can_open(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    return (
+        type(module) is nn.MultiheadAttention
+        and type(module.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and not (_meddled(module) or _meddled(module.out_proj))
+    )
+
+
+def _seats(
+    model: nn.Module, opened: Mapping[nn.Module, OpenAttention] | None = None
+) -> dict[str, nn.Module]:
+    """Layers below `model` that are or could be Neurocoder layers, by all their names, but nothing
+    inside these; of attention, the projections that it would have if it were opened."""
     seats: dict[str, nn.Module] = {}
     insides: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, NeurocoderLinear)) and not name.startswith(insides):
-            insides += (f"{name}." if name else "",)
-            if name:
-                seats[name] = module
+        if name.startswith(insides):
+            continue
+        if opened and module in opened:
+            seats |= {f"{name}.{part}": one for part, one in opened[module].named_children()}
+        elif not isinstance(module, (nn.Linear, nn.Conv2d, NeurocoderLinear)):
+            continue
+        elif name:
+            seats[name] = module
+        insides += (f"{name}." if name else "",)
     return seats
 
 
 def _select(target: str, seats: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The linear layers that `target` means; raises ValueError unless all can be replaced."""
+    """The layers that `target` means; raises ValueError unless all can be replaced."""
     names = _matching(target, seats)
-    linears = [name for name in names if isinstance(seats[name], nn.Linear)]
-    if not linears:
+    plain = [name for name in names if not isinstance(seats[name], NeurocoderLinear)]
+    if not plain:
         raise ValueError(_no_match(target, names, _candidates(seats)))
-    for name in linears:
+    for name in plain:
         if reason := _obstacle(seats[name]):
             raise ValueError(f"{target!r} matches {name!r}, which cannot be replaced: {reason}")
-    return [seats[name] for name in linears]
+    return [seats[name] for name in plain]
 
 
 def _matching(target: str, names: Iterable[str]) -> list[str]:
@@ -155,13 +198,17 @@ def _matching(target: str, names: Iterable[str]) -> list[str]:
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why this layer cannot be replaced, if so."""
-    if not isinstance(module, nn.Linear):
+    if isinstance(module, NeurocoderLinear):
         return "it is a Neurocoder layer already"
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, nn.Conv2d):
         return (
-            f"it is a {type(module).__name__}, not a plain nn.Linear, and its owner may use its "
-            "weight without calling it"
+            f"it is a {type(module).__name__}, not a plain nn.Linear or nn.Conv2d, and its owner "
+            "may use its weight without calling it"
         )
+    return _meddled(module)
+
+
+def _meddled(module: nn.Module) -> str | None:
     if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
         return "it has hooks (weight norm, pruning), which would be lost"
     if "forward" in vars(module):
@@ -174,11 +221,11 @@ def _candidates(seats: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _no_match(target: str, present: list[str], candidates: list[str]) -> str:
-    """What to say where no linear layer matches, but perhaps Neurocoder layers do."""
+    """What to say where no plain layer matches, but perhaps Neurocoder layers do."""
     if present:
         fault = f"{target!r} matches only Neurocoder layers in place already ({_listed(present)})"
     else:
-        fault = f"no nn.Linear matches {target!r}"
+        fault = f"no layer matches {target!r}"
     if not candidates:
         return f"{fault}; the model has none that can be replaced"
     # A target may be meant for the end of a name, so every end of one is compared.

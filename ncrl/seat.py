@@ -97,12 +97,18 @@ class LinearSeat(nn.Module):
         raise NotImplementedError
 
     def _flatten(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"expected an input whose last dimension is in_features={self.in_features}, "
-                f"got shape {list(x.shape)}"
-            )
-        return x.reshape(-1, self.in_features)
+        return flatten(x, in_features=self.in_features)
+
+
+def flatten(x: Tensor, **width: int) -> Tensor:
+    """[..., width] -> [B, width]; raises ValueError, which names the width, for another one."""
+    ((name, expected),) = width.items()
+    if x.dim() == 0 or x.shape[-1] != expected:
+        raise ValueError(
+            f"expected an input whose last dimension is {name}={expected}, "
+            f"got shape {list(x.shape)}"
+        )
+    return x.reshape(-1, expected)
 
     def extra_repr(self) -> str:
         options = [f"{name}={getattr(self, name)!r}" for name in self._options]

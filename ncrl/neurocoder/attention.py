@@ -6,6 +6,8 @@ and s, which every operation treats together. Slots come last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +17,12 @@ NORM_FLOOR = 1e-6
 
 
 def content_attention(queries: Tensor, keys: Tensor, sharpness: float | Tensor) -> Tensor:
-    """Softmax over slots of the sharpened cosine between query and key (Eq. 5).
+    """Softmax of `content_logits` over slots (Eq. 5): sums to 1 over P."""
+    return content_logits(queries, keys, sharpness).softmax(dim=2)
+
+
+def content_logits(queries: Tensor, keys: Tensor, sharpness: float | Tensor) -> Tensor:
+    """Sharpened cosine between query and key.
 
     Args:
         queries: [3, N, K], of any length.
@@ -23,12 +30,31 @@ def content_attention(queries: Tensor, keys: Tensor, sharpness: float | Tensor) 
         sharpness: beta.
 
     Returns:
-        [3, N, P], summing to 1 over P.
+        [3, N, P].
     """
     # Both are brought to unit length in one go, which costs as much as either alone.
     directions = F.normalize(torch.cat([queries, keys], dim=1), dim=2, eps=NORM_FLOOR)
     query, key = torch.split(directions, [queries.shape[1], keys.shape[1]], dim=1)
-    return torch.bmm(query, (sharpness * key).transpose(1, 2)).softmax(dim=2)
+    return torch.bmm(query, (sharpness * key).transpose(1, 2))
+
+
+def two_level_attention(logits: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Softmax within groups of slots, times a softmax over groups that all heads decide together.
+
+    What speaks for a group is its largest logit, summed over heads.
+
+    Args:
+        logits: [H, B, P].
+        sizes: of the groups; none is empty.
+
+    Returns:
+        [H, B, P], summing to 1 over P. With one group it is the softmax.
+    """
+    groups = torch.split(logits, list(sizes), dim=2)
+    evidence = torch.stack([group.amax(2).sum(0) for group in groups])  # [groups, B]
+    shares = evidence.softmax(dim=0).unsqueeze(2)
+    parts = [group.softmax(dim=2) * share for group, share in zip(groups, shares, strict=True)]
+    return torch.cat(parts, dim=2)
 
 
 def usage_attention(usage: Tensor, num_least_used: int) -> Tensor:

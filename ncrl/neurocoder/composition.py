@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
-from ncrl.neurocoder.attention import compose_attention, content_attention
+from ncrl.neurocoder.attention import (
+    compose_attention,
+    content_attention,
+    content_logits,
+    two_level_attention,
+)
 from ncrl.neurocoder.config import NeurocoderConfig
+from ncrl.neurocoder.growth import replace_parameter
 from ncrl.neurocoder.integration import Attention, Composed, singular_values
 from ncrl.neurocoder.memory import SlotMemory
 from ncrl.neurocoder.weights import LinearWeights, LstmWeights
@@ -22,6 +31,8 @@ from ncrl.neurocoder.weights import LinearWeights, LstmWeights
 class Composition(nn.Module):
     """From inputs to their programs: what the paper's and the authors' layer each do their way."""
 
+    config: NeurocoderConfig
+
     def reset_parameters(self) -> None:
         raise NotImplementedError
 
@@ -29,13 +40,19 @@ class Composition(nn.Module):
         """What `frozen_controller` freezes: everything."""
         return self.parameters()
 
-    def forward(self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None) -> Composed:
+    def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:
+        """Make room for more slots; `config` still has the old number."""
+
+    def forward(
+        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+    ) -> Composed:
         """Compose a program for each input.
 
         Args:
-            x: [B, in].
+            x: what the programs are composed from, [B, in].
             memory: where programs are stored.
             gate: of the residual program, if it is linear in the input.
+            rows: M_U, to be multiplied with x as well; None if the program is for another input.
         """
         raise NotImplementedError
 
@@ -55,7 +72,7 @@ class CompositionNetwork(Composition):
         else:
             self.lstm = LstmWeights(in_features, width)
             self.lstm.reset_parameters()
-        self.head = nn.Linear(width, 3 * (config.num_heads * config.key_dim + self._num_gates()))
+        self.head = nn.Linear(width, head_size(config))
         self.log_sharpness = nn.Parameter(torch.empty(())) if config.learned_sharpness else None
         self.reset_parameters()
 
@@ -70,19 +87,28 @@ class CompositionNetwork(Composition):
             if self.log_sharpness is not None:
                 self.log_sharpness.fill_(math.log(self.config.sharpness))
 
-    def forward(self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None) -> Composed:
+    def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:
+        """Gates of new slots start half open, as all gates did."""
+        config = replace(self.config, num_slots=self.config.num_slots + num_slots)
+        for name in ("weight", "bias"):
+            change = partial(widen_head, old=self.config, new=config)
+            replace_parameter(self.head, name, change, optimizer)
+        self.head.out_features = len(self.head.bias)
+
+    def forward(
+        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+    ) -> Composed:
         # All that meets x is one product, and so is its gradient.
-        rows = [memory.u, self._input_weight()]
-        if gate is not None:
-            rows.append(gate.weight)
-        read = F.linear(x, torch.cat(rows))
-        projection, from_input, *residual = torch.split(read, [len(part) for part in rows], dim=1)
+        weights = [rows, self._input_weight(), None if gate is None else gate.weight]
+        readers = [weight for weight in weights if weight is not None]
+        read = torch.split(F.linear(x, torch.cat(readers)), [len(part) for part in readers], dim=1)
+        from_input = read[0 if rows is None else 1]
         attention = self._attend(self._control(from_input), memory.keys())
-        sigma = singular_values(attention.s, memory.s)
+        sigma = singular_values(attention.s, memory.stored("s"))
         scale = None
         if gate is not None:
-            scale = (residual[0] + gate.bias).sigmoid() * sigma[:, -1:]  # Eq. 7
-        return Composed(attention, sigma, scale, projection)
+            scale = (read[-1] + gate.bias).sigmoid() * sigma[:, -1:]  # Eq. 7
+        return Composed(attention, sigma, scale, None if rows is None else read[0])
 
     def _input_weight(self) -> Tensor:
         """What x is multiplied with, [4h or h, in]: the LSTM reads the same x at every step."""
@@ -110,13 +136,56 @@ class CompositionNetwork(Composition):
     def _sharpness(self) -> float | Tensor:
         return self.config.sharpness if self.log_sharpness is None else self.log_sharpness.exp()
 
-    def _num_gates(self) -> int:
-        """Gates of one memory in one step."""
-        config = self.config
-        if not config.num_least_used:
-            return 0
-        per_gate = {"slot-head": config.num_heads * config.num_slots, "slot": config.num_slots}
-        return per_gate.get(config.gate, config.num_heads)
+
+class ProjectionNetwork(Composition):
+    """A random projection of the input that stays as it is, for memories that grow.
+
+    Every head has its own, and finds its slots by keys of its own; all heads together decide how
+    much goes to the slots that were frozen at a time, and to those that are trained.
+    """
+
+    projection: Tensor
+    """[H * K, in], normal with variance 1 / in."""
+
+    center: Tensor
+    """What is subtracted from inputs first, [in]; zeros, until set to the mean of some inputs."""
+
+    def __init__(self, in_features: int, config: NeurocoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.num_heads * config.key_dim
+        self.register_buffer("projection", torch.empty(width, in_features))
+        self.register_buffer("center", torch.empty(in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.projection, std=self.projection.shape[1] ** -0.5)
+        nn.init.zeros_(self.center)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Of inputs [B, in]: [B, H, K]."""
+        queries = F.linear(x - self.center, self.projection)
+        return queries.view(len(x), self.config.num_heads, self.config.key_dim)
+
+    def forward(
+        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+    ) -> Composed:
+        queries = self.queries(x).transpose(0, 1)
+        logits = content_logits(queries, memory.keys(), self.config.sharpness)
+        weights = two_level_attention(logits, memory.groups()).transpose(0, 1)  # [B, H, P]
+        sigma = singular_values(weights, memory.stored("s"))
+        scale = None
+        if gate is not None:
+            scale = F.linear(x, gate.weight, gate.bias).sigmoid() * sigma[:, -1:]
+        projection = None if rows is None else x @ rows.T
+        return Composed(Attention(weights, weights, weights), sigma, scale, projection)
+
+
+def head_size(config: NeurocoderConfig) -> int:
+    """Numbers that the head says in one step: queries and gates of the three memories."""
+    gates = {"slot-head": config.num_heads * config.num_slots, "slot": config.num_slots}
+    num_gates = gates.get(config.gate, config.num_heads) if config.num_least_used else 0
+    return 3 * (config.num_heads * config.key_dim + num_gates)
 
 
 def split_head(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor | None]:
@@ -137,3 +206,13 @@ def split_head(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor |
     sizes = [width, config.num_slots if config.gate == "slot-head" else 1]
     queries, gates = torch.split(rows.view(*rest, 3, heads, sum(sizes)), sizes, dim=-1)
     return queries, gates
+
+
+def widen_head(rows: Tensor, old: NeurocoderConfig, new: NeurocoderConfig) -> Tensor:
+    """Rows of the head, [rows, ...], for the slots of `new`; those of new gates are zero."""
+    wide = rows.new_zeros(head_size(new), *rows.shape[1:])
+    parts = (split_head(each.movedim(0, -1), config) for each, config in ((rows, old), (wide, new)))
+    for source, target in zip(*parts, strict=True):
+        if source is not None and target is not None:
+            target[..., : source.shape[-1]] = source
+    return wide

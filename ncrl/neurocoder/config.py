@@ -9,7 +9,7 @@ from ncrl.seat import require_positive, require_switch
 
 CHOICES = {
     "preset": ("paper", "official"),
-    "controller": ("auto", "lstm", "linear"),
+    "controller": ("auto", "lstm", "linear", "projection"),
     "gate": ("slot-head", "slot", "head"),
     "memory_init": ("xavier", "orthogonal"),
     "key_mode": ("cb", "lk"),
@@ -21,6 +21,9 @@ SWITCHES = ("learned_sharpness", "residual", "detach_usage", "frozen_controller"
 
 PAPER_ONLY = ("gate", "learned_sharpness", "detach_usage", "residual_rank", "memory_init")
 """Switches of the paper's equations that the authors' published layer has not got."""
+
+PROJECTION_NEEDS = {"num_least_used": 0, "learned_sharpness": False, "preset": "paper"}
+"""What goes with `controller="projection"`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class NeurocoderConfig:
     controller: str = "auto"
     """What turns the input into attention: `lstm` reads it J times with memory of the steps before;
     `linear` (one step only) is a linear bottleneck of the same width, the ablation of the LSTM.
+    `projection` is for memories that grow: a head's query is a random projection of the input that
+    is never trained, and slots store a key for each head, the same for u, v and s: by what old
+    slots are found cannot drift. It needs `num_least_used=0`.
     `auto` is the preset's own: `lstm`, but `linear` for the single step of `official`."""
 
     gate: str = "slot-head"
@@ -123,11 +129,18 @@ class NeurocoderConfig:
         self._check_combination()
 
     def _check_combination(self) -> None:
-        if self.controller == "linear" and self.num_steps > 1:
+        if self.controller in ("linear", "projection") and self.num_steps > 1:
             raise ValueError(
-                f"controller='linear' reads its input once, got num_steps={self.num_steps}; "
-                "use controller='lstm' for several steps"
+                f"controller={self.controller!r} reads its input once, got num_steps="
+                f"{self.num_steps}; use controller='lstm' for several steps"
             )
+        if self.controller == "projection":
+            for name, needed in PROJECTION_NEEDS.items():
+                if getattr(self, name) != needed:
+                    raise ValueError(
+                        f"controller='projection' needs {name}={needed!r}, got "
+                        f"{getattr(self, name)!r}"
+                    )
         if self.residual_rank is not None and not self.residual:
             raise ValueError(f"residual_rank={self.residual_rank} needs residual=True")
         defaults = {field.name: field.default for field in fields(self)}

@@ -38,8 +38,8 @@ class Composed(NamedTuple):
     residual_scale: Tensor | None
     """Factor of the residual program, [B, 1]; None without one."""
 
-    projection: Tensor
-    """x M_U^T, [B, P]."""
+    projection: Tensor | None
+    """x M_U^T, [B, P]; None where the program is for another input than it was composed from."""
 
 
 class Integration(nn.Module):
@@ -72,7 +72,9 @@ class Integration(nn.Module):
 class IntegrationNetwork(Integration):
     """The residual program, whole or in two factors, and its gate (Eq. 7)."""
 
-    def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, config: NeurocoderConfig, gate_features: int
+    ) -> None:
         super().__init__()
         self.rank = config.residual_rank
         if self.rank is None:
@@ -80,7 +82,7 @@ class IntegrationNetwork(Integration):
         else:
             self.left = nn.Parameter(torch.empty(in_features, self.rank))  # [in, r]
             self.right = nn.Parameter(torch.empty(self.rank, out_features))  # [r, out]
-        self.gate: LinearWeights = LinearWeights(in_features, 1)
+        self.gate: LinearWeights = LinearWeights(gate_features, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -151,6 +153,7 @@ def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
 def mix_slots(composed: Composed) -> Tensor:
     """Weight of every stored v in the output: c of y = c M_V, [B, P] (Eqs. 1 and 3, folded)."""
     weight_u, weight_v, _ = composed.attention
+    assert composed.projection is not None
     read = torch.bmm(weight_u, composed.projection.unsqueeze(2))  # x u_n^T, [B, R, 1]
     strength = composed.sigma.unsqueeze(2) * read
     return torch.bmm(strength.transpose(1, 2), weight_v).squeeze(1)

@@ -6,14 +6,15 @@ Shapes: P slots, R = J * H components; `...` stands for any leading dimensions, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ncrl.neurocoder.composition import Composition, CompositionNetwork
+from ncrl.neurocoder.composition import Composition, CompositionNetwork, ProjectionNetwork
 from ncrl.neurocoder.config import NeurocoderConfig
 from ncrl.neurocoder.integration import (
     Attention,
@@ -24,7 +25,7 @@ from ncrl.neurocoder.integration import (
     mix_slots,
 )
 from ncrl.neurocoder.memory import ProgramMemory, SlotMemory
-from ncrl.seat import LinearSeat, without_autocast
+from ncrl.seat import LinearSeat, flatten, require_positive, without_autocast
 
 Layer = TypeVar("Layer", bound="NeurocoderLinear")
 
@@ -39,6 +40,8 @@ class NeurocoderLinear(LinearSeat):
         bias: whether a bias is added.
         device: where the parameters are created.
         dtype: type of the parameters.
+        context_features: width of the context from which programs are composed, where that is
+            another tensor than the input: `layer(x, context)`. None: from the input.
         options: any field of `NeurocoderConfig`, in place of the one in `config`; each field's own
             documentation says what it is for.
 
@@ -66,11 +69,15 @@ class NeurocoderLinear(LinearSeat):
         config: NeurocoderConfig | None = None,
         *,
         bias: bool = True,
+        context_features: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(in_features, out_features)
+        if context_features is not None:
+            require_positive("context_features", context_features)
+        self.context_features = context_features
         self.config = replace(config or NeurocoderConfig(preset=self.PRESET), **options)
         if self.config.preset != self.PRESET:
             raise ValueError(
@@ -84,15 +91,23 @@ class NeurocoderLinear(LinearSeat):
             for part in self._parts():
                 for parameter in part.controller_parameters():
                     parameter.requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_hold_as_stored)  # type: ignore[no-untyped-call]
         if device is not None or dtype is not None:  # fake tensors could not be exchanged
             self.to(device=device, dtype=dtype)
 
     def _build(self) -> None:
         """Create memory, composition, integration and bias."""
         sizes = self.in_features, self.out_features
+        read = self.context_features or self.in_features
         self.memory = ProgramMemory(*sizes, self.config)
-        self.composition = CompositionNetwork(self.in_features, self.config)
-        self.integration = IntegrationNetwork(*sizes, self.config) if self.config.residual else None
+        projects = self.config.controller == "projection"
+        composition = ProjectionNetwork if projects else CompositionNetwork
+        self.composition = composition(read, self.config)
+        self.integration = (
+            IntegrationNetwork(*sizes, self.config, gate_features=read)
+            if self.config.residual
+            else None
+        )
         self.bias = nn.Parameter(torch.empty(self.out_features)) if self.adds_bias else None
 
     @classmethod
@@ -121,8 +136,6 @@ class NeurocoderLinear(LinearSeat):
             ValueError: for `keep_weight` without a residual program, and as the constructor does.
         """
         config = replace(config or NeurocoderConfig(preset=cls.PRESET), **options)
-        if keep_weight and not config.residual:
-            raise ValueError("keep_weight=True needs a residual program, got residual=False")
         layer = cls(
             int(linear.in_features),
             int(linear.out_features),
@@ -131,12 +144,18 @@ class NeurocoderLinear(LinearSeat):
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
-        with torch.no_grad():
-            if layer.bias is not None and linear.bias is not None:
-                layer.bias.copy_(linear.bias)
-            if keep_weight and layer.integration is not None:
-                layer.integration.start_from(linear.weight.T)
+        layer._take_over(linear, keep_weight)
         return layer
+
+    @torch.no_grad()
+    def _take_over(self, plain: nn.Linear | nn.Conv2d, keep_weight: bool) -> None:
+        """Start from the bias, and if wanted from the weight, of a layer of the same sizes."""
+        if keep_weight and self.integration is None:
+            raise ValueError("keep_weight=True needs a residual program, got residual=False")
+        if self.bias is not None and plain.bias is not None:
+            self.bias.copy_(plain.bias)
+        if keep_weight and self.integration is not None:
+            self.integration.start_from(plain.weight.flatten(1).T)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter afresh from torch's global random stream."""
@@ -154,52 +173,141 @@ class NeurocoderLinear(LinearSeat):
         if self.integration is not None:
             yield self.integration
 
-    def _transform(self, x: Tensor) -> Tensor:
-        composed = self._compose(x)
+    def freeze_slots(self, optimizer: Optimizer | None = None) -> None:
+        """Hold all slots that there are, values and keys, whatever is trained from now on.
+
+        Their rows move from the parameters `memory.u`, ... to the buffers `memory.frozen_u`, ...
+        (what no optimiser has, none can move), their keys to `memory.frozen_keys`; attention runs
+        over them as before, and outputs do not change. A layer with as many slots loads the
+        state_dict. Composition network, residual program and bias stay trained: see
+        `config.frozen_controller`.
+
+        Args:
+            optimizer: that trains the layer; it goes on with the parameters as they are then. One
+                that is not given here has to be built anew.
+
+        Raises:
+            ValueError: for the preset `official`.
+        """
+        self._growing_memory().hold(self.config.num_slots, optimizer)
+
+    def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:
+        """Add slots, initialised as those of a new layer.
+
+        New rows of M_U and M_V start at right angles to all old ones, as long as there is room:
+        `orthogonal_loss` keeps them so. Outputs change, as new slots take part in attention.
+
+        Args:
+            num_slots: to add; `config.num_slots` counts all.
+            optimizer: as for `freeze_slots`. What it keeps for old rows stays, and is zero for new.
+
+        Raises:
+            ValueError: for the preset `official`.
+
+        Example:
+            >>> layer = NeurocoderLinear(8, 4, num_slots=10)
+            >>> optimizer = torch.optim.Adam(layer.parameters())
+            >>> layer.freeze_slots(optimizer)
+            >>> layer.grow(5, optimizer)
+            >>> layer.memory.stored("u").shape
+            torch.Size([15, 8])
+        """
+        require_positive("num_slots", num_slots)
+        self._growing_memory().grow(num_slots, optimizer)
+        self.composition.grow(num_slots, optimizer)
+        self.config = replace(self.config, num_slots=self.config.num_slots + num_slots)
+        self.memory.config = self.composition.config = self.config
+
+    def _growing_memory(self) -> ProgramMemory:
+        if not isinstance(self.memory, ProgramMemory):
+            raise ValueError(
+                f"slots of preset={self.PRESET!r} can neither be frozen nor grow; use "
+                "preset='paper'"
+            )
+        return self.memory
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """[..., in] -> [..., out].
+
+        Args:
+            x: [..., in].
+            context: [..., context_features], given exactly if the layer has `context_features`.
+
+        Raises:
+            ValueError: for other widths, or a context too many or missing.
+        """
+        if (context is None) != (self.context_features is None):
+            raise ValueError(
+                f"this layer has context_features={self.context_features}, got "
+                f"{'no' if context is None else 'a'} context"
+            )
+        flat = self._flatten(x)
+        composed = self._compose(flat) if context is None else self._compose(context, flat)
         # Only these products, which are as wide as those of nn.Linear, are subject to autocast.
-        y = mix_slots(composed) @ self.memory.v
+        y = mix_slots(composed) @ self.memory.stored("v")
         if self.integration is not None and composed.residual_scale is not None:
-            y = y + (composed.residual_scale * self.integration(x)).to(y.dtype)
+            y = y + (composed.residual_scale * self.integration(flat)).to(y.dtype)
         if self.bias is not None and self.adds_bias:
             y = y + self.bias.to(y.dtype)
-        return y
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def attend(self, x: Tensor) -> Attention:
-        """Attention weights behind `forward(x)`, for x of shape [..., in]."""
-        attention = self._compose(self._flatten(x)).attention
+        """Attention weights behind `forward(x)`, for x of shape [..., in].
+
+        This and what follows take the context in place of x if the layer reads one.
+        """
+        attention = self._compose(x).attention
         return Attention(*(w.reshape(*x.shape[:-1], *w.shape[1:]) for w in attention))
 
     def singular_values(self, x: Tensor) -> Tensor:
         """Singular values sigma_n of the active program for x [..., in]: [..., R], decreasing."""
-        sigma = self._compose(self._flatten(x)).sigma
-        return sigma.reshape(*x.shape[:-1], self.config.num_components)
+        return self._compose(x).sigma.reshape(*x.shape[:-1], self.config.num_components)
 
     def program(self, x: Tensor) -> Tensor:
         """The working program W for x [..., in]: [..., in, out]. Costly; for inspection."""
-        composed = self._compose(self._flatten(x))
-        program = active_program(composed, self.memory.u, self.memory.v)
+        composed = self._compose(x)
+        program = active_program(composed, self.memory.stored("u"), self.memory.stored("v"))
         if self.integration is not None and composed.residual_scale is not None:
             program = program + composed.residual_scale.unsqueeze(2) * self.integration.matrix()
         return program.view(*x.shape[:-1], self.in_features, self.out_features)
 
     def active_program(self, x: Tensor) -> Tensor:
         """`program(x)` without the residual: what the memory alone contributes."""
-        program = active_program(self._compose(self._flatten(x)), self.memory.u, self.memory.v)
+        u, v = self.memory.stored("u"), self.memory.stored("v")
+        program = active_program(self._compose(x), u, v)
         return program.view(*x.shape[:-1], self.in_features, self.out_features)
 
-    def _compose(self, flat: Tensor) -> Composed:
-        """The programs for inputs [B, in].
+    def _compose(self, read: Tensor, x: Tensor | None = None) -> Composed:
+        """Programs composed from `read` [..., in or context_features] for inputs x [B, in], which
+        None says are the same.
 
         Always in the parameters' own precision: under autocast, half-precision attention would be
         off by percents and its usage by more.
         """
         gate = None if self.integration is None else self.integration.gate
-        with without_autocast(flat):
-            composed: Composed = self.composition(flat.to(self.memory.u.dtype), self.memory, gate)
+        u = self.memory.stored("u")
+        if self.context_features is None:
+            read, rows = self._flatten(read), u
+        else:
+            read, rows = flatten(read, context_features=self.context_features), None
+        with without_autocast(read):
+            composed: Composed = self.composition(read.to(u.dtype), self.memory, gate, rows)
+            if x is not None:
+                composed = composed._replace(projection=x.to(u.dtype) @ u.T)
         return composed
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.config}"
+
+
+def _hold_as_stored(
+    layer: NeurocoderLinear, state: Mapping[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Freeze as many slots as a state_dict that is to be loaded has frozen."""
+    groups = state.get(f"{prefix}memory.frozen_groups")
+    if groups is not None:
+        for count in groups.cumsum(0).tolist():
+            layer._growing_memory().hold(count)
 
 
 def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:

@@ -6,16 +6,30 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from ncrl.neurocoder.config import NeurocoderConfig
-from ncrl.neurocoder.orthogonality import distances_from_orthonormal, orthonormality_floor
+from ncrl.neurocoder.growth import replace_parameter
+from ncrl.neurocoder.orthogonality import (
+    distances_from_orthonormal,
+    orthogonal_part,
+    orthonormality_floor,
+)
 
 
 class SlotMemory(nn.Module):
     """P slots, each a left singular vector, a right singular vector and a singular value.
 
-    `u`, `v` and `s` are the paper's M_U, M_V and M_S (section 2.1).
+    `u`, `v` and `s` are the paper's M_U, M_V and M_S (section 2.1), of the slots that are trained.
+    Frozen slots are buffers, which no optimiser moves; `stored` has both.
     """
+
+    frozen_keys: Tensor | None
+    """[3 or H, F, K], of the F frozen slots; None without any, as `frozen_u`, ... are then."""
+
+    frozen_groups: Tensor | None
+    """How many slots were frozen each time, in order."""
 
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
@@ -23,6 +37,19 @@ class SlotMemory(nn.Module):
         self.u = nn.Parameter(torch.empty(config.num_slots, in_features))  # [P, in]
         self.v = nn.Parameter(torch.empty(config.num_slots, out_features))  # [P, out]
         self.s = nn.Parameter(torch.empty(config.num_slots, 1))  # [P, 1]
+        for name in ("u", "v", "s", "keys", "groups"):
+            self.register_buffer(f"frozen_{name}", None)
+        self._groups: list[int] = []  # `frozen_groups`, without a look at the device
+
+    def stored(self, name: str) -> Tensor:
+        """All rows of M_U (`u`), M_V (`v`) or M_S (`s`), [P, ...]; frozen slots come first."""
+        trained: Tensor = getattr(self, name)
+        frozen: Tensor | None = getattr(self, f"frozen_{name}")
+        return trained if frozen is None else torch.cat([frozen, trained])
+
+    def groups(self) -> list[int]:
+        """How many slots were frozen each time, and are trained."""
+        return [count for count in (*self._groups, len(self.s)) if count]
 
     def reset_parameters(self) -> None:
         raise NotImplementedError
@@ -50,31 +77,80 @@ class SlotMemory(nn.Module):
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """The rows that the orthogonality loss wants orthonormal."""
-        return self.u, self.v
+        return self.stored("u"), self.stored("v")
 
 
 class ProgramMemory(SlotMemory):
     """The paper's memory: the keys of all three parts come from one key network, which reads the
-    parts but does not train them."""
+    parts but does not train them. With `controller="projection"` keys are parameters instead."""
 
     def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
         super().__init__(in_features, out_features, config)
-        self.key_net = nn.Linear(in_features + out_features + 1, 3 * config.key_dim)
+        self.parts = ["u", "v", "s"]
+        if config.controller == "projection":
+            self.key = nn.Parameter(
+                torch.empty(config.num_slots, config.num_heads * config.key_dim)
+            )
+            self.parts.append("key")
+        else:
+            self.key_net = nn.Linear(in_features + out_features + 1, 3 * config.key_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Memories as `config.memory_init` says; the key network as torch initialises a Linear."""
-        orthogonal = self.config.memory_init == "orthogonal"
-        for memory in (self.u, self.v):
-            (nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_)(memory)
-        nn.init.xavier_uniform_(self.s)
-        self.key_net.reset_parameters()
+        for name in self.parts:
+            self._initialise(name, getattr(self, name))
+        if "key" not in self.parts:
+            self.key_net.reset_parameters()
+
+    def _initialise(self, name: str, rows: Tensor) -> None:
+        if name == "key":
+            nn.init.normal_(rows)
+        else:
+            orthogonal = self.config.memory_init == "orthogonal" and name != "s"
+            (nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_)(rows)
 
     def controller_parameters(self) -> Iterator[nn.Parameter]:
-        return self.key_net.parameters()
+        if "key" not in self.parts:
+            yield from self.key_net.parameters()
 
     def keys(self) -> Tensor:
-        """Keys of the three memories, [3, P, K]; a gradient reaches `key_net` only."""
-        slots = torch.cat([self.u, self.v, self.s], dim=1).detach()  # [P, in + out + 1]
+        """Keys of the three memories, [3, P, K], whose gradient reaches `key_net` only; or stored
+        keys for each head, [H, P, K]."""
+        trained = self._trained_keys()
+        return trained if self.frozen_keys is None else torch.cat([self.frozen_keys, trained], 1)
+
+    def _trained_keys(self) -> Tensor:
+        if "key" in self.parts:
+            heads = self.config.num_heads, self.config.key_dim
+            return self.key.view(len(self.key), *heads).transpose(0, 1)
+        slots = torch.cat([self.u, self.v, self.s], dim=1).detach()  # [slots, in + out + 1]
         keys: Tensor = self.key_net(slots)
         return keys.view(len(slots), 3, self.config.key_dim).transpose(0, 1)
+
+    @torch.no_grad()
+    def hold(self, count: int, optimizer: Optimizer | None = None) -> None:
+        """Freeze the first `count` slots, if they are not."""
+        fresh = count - sum(self._groups)
+        if fresh <= 0:
+            return
+        keys = self.keys()[:, :count]
+        for name in self.parts:
+            if name != "key":
+                setattr(self, f"frozen_{name}", self.stored(name)[:count].clone())
+            replace_parameter(self, name, lambda rows: rows[fresh:], optimizer)
+        self.frozen_keys = keys.clone()
+        self._groups.append(fresh)
+        self.frozen_groups = torch.tensor(self._groups, device=keys.device)
+
+    @torch.no_grad()
+    def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:
+        """Add slots; see `NeurocoderLinear.grow`."""
+        for name in self.parts:
+            trained: Tensor = getattr(self, name)
+            rows = trained.new_empty(num_slots, trained.shape[1])
+            self._initialise(name, rows)
+            if name in ("u", "v"):
+                rows = orthogonal_part(rows, self.stored(name))
+            replace_parameter(self, name, lambda old: F.pad(old, (0, 0, 0, num_slots)), optimizer)
+            getattr(self, name)[-num_slots:] = rows

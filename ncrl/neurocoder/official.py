@@ -69,6 +69,11 @@ class OfficialNeurocoderLinear(NeurocoderLinear):
 
     def _build(self) -> None:
         sizes = self.in_features, self.out_features
+        if self.context_features is not None:
+            raise ValueError(
+                "preset='official' composes from its input alone, got "
+                f"context_features={self.context_features}"
+            )
         self.memory = OfficialMemory(*sizes, self.config)
         form = OfficialSingleStep if is_single_step(self.config) else OfficialRecurrent
         self.composition = form(self.in_features, self.config)
@@ -214,7 +219,9 @@ class OfficialSingleStep(Composition):
         for linear in self.query.values():
             _reset_linear(linear)
 
-    def forward(self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None) -> Composed:
+    def forward(
+        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+    ) -> Composed:
         config = self.config
         queries = torch.stack([linear(x) for linear in self.query.values()])  # [3, B, HK]
         queries = queries.view(3, -1, config.key_dim)  # [3, BH, K]
@@ -225,7 +232,7 @@ class OfficialSingleStep(Composition):
         scale = None
         if gate is not None and config.residual:
             scale = F.linear(x, gate.weight, gate.bias).sigmoid() * sigma[:, :1]
-        return Composed(attention, sigma, scale, x @ memory.u.T)
+        return Composed(attention, sigma, scale, None if rows is None else x @ rows.T)
 
 
 class OfficialLSTM(LstmWeights):
@@ -275,7 +282,9 @@ class OfficialRecurrent(Composition):
         if self.gate is not None:
             self.gate.reset_parameters()
 
-    def forward(self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None) -> Composed:
+    def forward(
+        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+    ) -> Composed:
         config = self.config
         states = self.lstm(F.linear(x, self.lstm.weight_ih), config.num_steps)  # [B, J, 3HK + 1]
         queries = states[..., :-1].unflatten(-1, (3, config.num_heads, config.key_dim))
@@ -292,7 +301,7 @@ class OfficialRecurrent(Composition):
         s = increments(attention.s, memory.s)  # [B, R]
         sigma = s.cumsum(1).flip(1)
         scale = states[:, -1, -1:].sigmoid() * s[:, :1] if config.residual else None
-        return Composed(attention, sigma, scale, x @ memory.u.T)
+        return Composed(attention, sigma, scale, None if rows is None else x @ rows.T)
 
 
 def is_single_step(config: NeurocoderConfig) -> bool:

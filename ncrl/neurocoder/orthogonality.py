@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def distances_from_orthonormal(matrices: Sequence[Tensor]) -> Tensor:
@@ -27,3 +28,19 @@ def orthonormality_floor(rows: Tensor) -> float:
     """The least |M M^T - I_P| for a matrix of this shape, sqrt(P - d) where P > d."""
     num_rows, width = rows.shape
     return math.sqrt(max(0, num_rows - width))
+
+
+def orthogonal_part(rows: Tensor, others: Tensor) -> Tensor:
+    """What rows [n, d] have at right angles to others [m, d], at their own lengths.
+
+    The rows as they are if there is no room (m >= d).
+    """
+    if len(others) >= rows.shape[1]:
+        return rows
+    exact = torch.promote_types(rows.dtype, torch.float32)  # there is no QR in half precision
+    basis = torch.linalg.qr(others.to(exact).T).Q  # [d, m]
+    free: Tensor = rows.to(exact)
+    for _ in range(2):  # once more against rounding
+        free = free - free @ basis @ basis.T
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return (F.normalize(free, dim=1) * lengths).to(rows.dtype)

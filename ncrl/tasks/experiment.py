@@ -33,6 +33,8 @@ class Experiment(ABC):
     data: str  # Name of the data set; part of what makes a run another one
     # Decisions where the paper is silent, beyond those in the recipe; part of the identity.
     readings: Mapping[str, Any] = {}
+    # Of the model; `train` sets it, for experiments that replace parameters.
+    optimizer: torch.optim.Optimizer | None = None
     # Metrics whose best value over all evaluations is reported too: `max` or `min`.
     best: Mapping[str, str] = {}
 
@@ -135,7 +137,8 @@ def layer_inputs(model: nn.Module, kinds: Any, *inputs: Any) -> dict[str, tuple[
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, []).append(given[0].reshape(-1, given[0].shape[-1]))
+            read = given[-1]  # the context, where there is one
+            seen.setdefault(name, []).append(read.reshape(-1, read.shape[-1]))
 
         return hook
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
+from ncrl.neurocoder.memory import SlotMemory
 from ncrl.seat import require_positive, require_switch
 from ncrl.settings import check, nearest, setting, typed_values
 from ncrl.tasks.continual.methods import METHODS
@@ -233,5 +234,8 @@ def outline_network(recipe: Recipe) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Frozen ones included, buffers not."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Frozen ones and frozen slots included, other buffers not."""
+    memories = [module for module in model.modules() if isinstance(module, SlotMemory)]
+    buffers = [buffer for memory in memories for buffer in memory.buffers()]
+    frozen = sum(buffer.numel() for buffer in buffers if buffer.is_floating_point())
+    return frozen + sum(parameter.numel() for parameter in model.parameters())

@@ -143,7 +143,7 @@ class Training:
     def __init__(self, run: Run, experiment: Experiment) -> None:
         self.run, self.experiment, self.recipe = run, experiment, run.recipe
         self.model = experiment.model
-        self.optimizer = make_optimizer(run.recipe, self.model)
+        self.optimizer = experiment.optimizer = make_optimizer(run.recipe, self.model)
         self.has_gates = any(isinstance(layer, MoELinear) for layer in self.model.modules())
         self.update = 0  # updates done
         self.seconds = 0.0  # spent before `_began`
@@ -309,10 +309,10 @@ class Training:
         update = state["update"]
         if type(update) is not int or not 0 <= update <= self.experiment.num_updates:
             raise ValueError(f"update must lie in 0 .. {self.experiment.num_updates}, got {update}")
+        self.experiment.restore(state["experiment"])  # first: it may give parameters their sizes
         check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.experiment.restore(state["experiment"])
         self.update, self.seconds, self.curve = update, state["seconds"], state["curve"]
         self._loss_sum, self._loss_count = state["loss"]
         set_random_state(state["random"])

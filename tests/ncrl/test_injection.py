@@ -364,7 +364,7 @@ def test_a_second_injection_finds_nothing(host: Host) -> None:
 def test_insides_of_layers_are_no_candidates(host: Host) -> None:
     model = host.injected()
     for target in ("key_net", "*.memory.key_net", "composition.head", "gate"):
-        with pytest.raises(ValueError, match=r"no nn\.Linear matches") as error:
+        with pytest.raises(ValueError, match="no layer matches") as error:
             inject(model, CONFIG, target)
         assert "key_net," not in str(error.value) and "integration" not in str(error.value)
 
@@ -374,7 +374,7 @@ def test_all_or_nothing(host: Host) -> None:
     model = host.make()
     before, state = modules_of(model), copy.deepcopy(model.state_dict())
     targets = [host.targets] if isinstance(host.targets, str) else host.targets
-    with pytest.raises(ValueError, match=r"no nn\.Linear matches 'nowhere'"):
+    with pytest.raises(ValueError, match="matches 'nowhere'"):
         inject(model, CONFIG, [*targets, "nowhere"])
     impossible = NeurocoderConfig(residual=False)
     with pytest.raises(ValueError, match="residual=False"):
@@ -544,7 +544,7 @@ def test_targets(targets: str | list[str], names: list[str]) -> None:
     "target", ["c", ".fc", "fc.", "Fc", "net", "", "t.fc", "blocks", "net.*.fc"]
 )
 def test_what_does_not_match(target: str) -> None:
-    with pytest.raises(ValueError, match=r"no nn\.Linear matches"):
+    with pytest.raises(ValueError, match="no layer matches"):
         inject(Names(*NAMED[:3]), CONFIG, target)
 
 
@@ -556,8 +556,7 @@ def test_no_match_lists_candidates_and_the_nearest(target: str, hint: str) -> No
     with pytest.raises(ValueError, match="candidates") as error:
         inject(Names("fc", "net.fc", "blocks.0.attn.out"), CONFIG, target)
     assert str(error.value) == (
-        f"no nn.Linear matches {target!r}; nearest: {hint!r}; "
-        "candidates: fc, net.fc, blocks.0.attn.out"
+        f"no layer matches {target!r}; nearest: {hint!r}; candidates: fc, net.fc, blocks.0.attn.out"
     )
 
 
@@ -642,7 +641,7 @@ def test_a_model_that_is_itself_linear() -> None:
 
 
 def test_a_model_that_is_itself_a_neurocoder_layer() -> None:
-    with pytest.raises(ValueError, match=r"no nn\.Linear matches"):
+    with pytest.raises(ValueError, match="no layer matches"):
         inject(NeurocoderLinear(2, 2, CONFIG), CONFIG, "*")
     model = HOSTS["mlp"].injected()
     with pytest.raises(ValueError, match="contains it"):

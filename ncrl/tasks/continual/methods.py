@@ -1,8 +1,8 @@
 """Methods against forgetting, for any model: what they add to the loss, what a task's end changes.
 
-All are as Hsu et al. use them ("Re-evaluating Continual Learning Scenarios", 2018): quadratic
-penalties coef * sum Omega (theta - theta*)^2, without 1/2, on the weights of the tasks before. They
-differ in what a weight's importance Omega is, and in what theta* it is held to.
+All but `Grow` are as Hsu et al. use them ("Re-evaluating Continual Learning Scenarios", 2018):
+quadratic penalties coef * sum Omega (theta - theta*)^2, without 1/2, on the weights of the tasks
+before. They differ in what a weight's importance Omega is, and in what theta* it is held to.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
 
+from ncrl.neurocoder import NeurocoderLinear
+from ncrl.neurocoder.composition import ProjectionNetwork
 from ncrl.settings import suggest
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
@@ -32,8 +36,12 @@ class Method:
         self.coef = coef
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    def loss(self, task_loss: Tensor) -> Tensor:
-        """What is minimised, from the loss of the task at hand."""
+    def begin_task(self, inputs: Tensor, optimizer: Optimizer | None) -> None:
+        """Called before a task is learnt, the first one too, with all its training inputs [N, ...]
+        and the model's optimiser, None before there is one."""
+
+    def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """What is minimised, from the loss of the task at hand on a batch of inputs."""
         return task_loss
 
     def after_update(self) -> None:
@@ -47,7 +55,7 @@ class Method:
         """All that is remembered, in tensors, to go on from."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
         """Take over what `state` returned, wherever its tensors are."""
 
     def placed(self, tensors: Mapping[str, Tensor]) -> Parameters:
@@ -72,7 +80,7 @@ class Quadratic(Method):
         self.importance = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         self.anchor: Parameters = {}
 
-    def loss(self, task_loss: Tensor) -> Tensor:
+    def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
         return task_loss + self.penalty() if self.anchor else task_loss
 
     def penalty(self) -> Tensor:
@@ -89,7 +97,7 @@ class Quadratic(Method):
     def state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.KEPT}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
         for name in self.KEPT:
             setattr(self, name, self.placed(state[name]))
 
@@ -209,7 +217,80 @@ class Ewc(OnlineEwc):
             self.anchor[name] = torch.lerp(anchor, now, share)
 
 
-# By the names of Hsu et al.; the first two differ in the optimiser, which is the caller's.
+class Grow(Method):
+    """New slots for every task; old ones are frozen, and found by keys among their task's inputs.
+
+    Keys start at directions of queries of the task's inputs and are pulled towards those of every
+    batch, as in L2P (Wang et al. 2022); old keys and values stay, as in CODA-Prompt (Smith et al.
+    2023); new directions start orthogonal to old ones, and an orthogonality loss can keep them so,
+    as in O-LoRA (Wang et al. 2023). Queries are projections of the model's input less the mean of
+    the first task's inputs, and never trained. No input is kept.
+
+    Args:
+        model: whose trained parameters are all slots of Neurocoder layers with
+            `controller="projection"`, which read the model's input as it is or as their context.
+        coef: weight of the pull, summed over layers.
+    """
+
+    def __init__(self, model: nn.Module, coef: float) -> None:
+        super().__init__(model, coef)
+        self.layers = [m for m in model.modules() if isinstance(m, NeurocoderLinear)]
+        for name in self.parameters:
+            if name.rpartition("memory.")[2] not in ("u", "v", "s", "key"):
+                raise ValueError(
+                    f"method grow needs slots in place of {name}: Neurocoder layers alone, "
+                    "controller='projection', without residual and bias"
+                )
+        self.num_slots = [layer.config.num_slots for layer in self.layers]
+        self.num_tasks = 0
+
+    @torch.no_grad()
+    def begin_task(self, inputs: Tensor, optimizer: Optimizer | None) -> None:
+        if self.num_tasks:
+            self._grow(optimizer)
+        self.num_tasks += 1
+        for layer in self.layers:
+            network = layer.composition
+            assert isinstance(network, ProjectionNetwork)
+            if self.num_tasks == 1:
+                network.center.copy_(inputs.mean(0))
+            key = layer.memory.get_parameter("key")  # [slots, H * K]
+            for head, keys in enumerate(key.view(len(key), layer.config.num_heads, -1).unbind(1)):
+                some = torch.randint(len(inputs), (len(key),)).to(inputs.device)
+                keys.copy_(F.normalize(network.queries(inputs[some])[:, head], dim=1))
+
+    def _grow(self, optimizer: Optimizer | None) -> None:
+        for layer, num_slots in zip(self.layers, self.num_slots, strict=True):
+            layer.freeze_slots(optimizer)
+            layer.grow(num_slots, optimizer)
+
+    def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
+        assert inputs is not None
+        for layer, num_slots in zip(self.layers, self.num_slots, strict=True):
+            assert isinstance(layer.composition, ProjectionNetwork)
+            queries = F.normalize(layer.composition.queries(inputs), dim=2).transpose(0, 1)
+            keys = F.normalize(layer.memory.keys()[:, -num_slots:], dim=2)  # [H, slots, K]
+            nearest = torch.bmm(queries, keys.transpose(1, 2)).amax(dim=2)  # [H, B]
+            task_loss = task_loss + self.coef * (1 - nearest.mean())
+        return task_loss
+
+    def shares(self, inputs: Tensor) -> list[list[float]]:
+        """For each layer, the shares of the attention by inputs that the tasks' slots get."""
+        return [
+            layer.attend(inputs).u.mean((0, 1)).view(-1, num_slots).sum(1).tolist()
+            for layer, num_slots in zip(self.layers, self.num_slots, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return {"num_tasks": self.num_tasks}
+
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
+        while self.num_tasks < state["num_tasks"]:
+            self._grow(optimizer)
+            self.num_tasks += 1
+
+
+# But for `grow` by the names of Hsu et al.; the first two differ in the caller's optimiser alone.
 METHODS: Mapping[str, type[Method]] = {
     "adam": Method,
     "adagrad": Method,
@@ -217,6 +298,7 @@ METHODS: Mapping[str, type[Method]] = {
     "si": SynapticIntelligence,
     "ewc": Ewc,
     "online-ewc": OnlineEwc,
+    "grow": Grow,
 }
 
 

@@ -19,15 +19,15 @@ from torch.nn import functional as F
 from ncrl import orthogonal_loss
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual import metrics
-from ncrl.tasks.continual.methods import OnlineEwc, Quadratic, make_method, own_label_loss
+from ncrl.tasks.continual.methods import Grow, OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Batches, Experiment, evaluating, logits_of, try_network
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import ContinualRecipe, Recipe, build_network
 
 COEFS: Mapping[str, Mapping[str, float]] = {
-    "domain": {"l2": 0.5, "si": 3000, "ewc": 100, "online-ewc": 700},
-    "task": {"l2": 0.01, "si": 300, "ewc": 100, "online-ewc": 400},
+    "domain": {"l2": 0.5, "si": 3000, "ewc": 100, "online-ewc": 700, "grow": 1},
+    "task": {"l2": 0.01, "si": 300, "ewc": 100, "online-ewc": 400, "grow": 1},
 }
 """Weights of the penalties, tuned by Hsu et al. for each scenario; a method that is not here has
 none."""
@@ -150,6 +150,7 @@ class SplitLearning(Experiment):
         # Per cent, [T trained, T tested].
         self.accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
         self.method = make_method(recipe.method or "adam", model, recipe.penalty_coef or 0.0)
+        self.method.begin_task(images, None)
         if recipe.fisher_orthogonality and isinstance(self.method, OnlineEwc):
             self.method.extra_loss = self.orthogonality
         self.doubles = recipe.double_orth_coef and isinstance(self.method, Quadratic)
@@ -184,7 +185,7 @@ class SplitLearning(Experiment):
         loss = F.cross_entropy(self.model(images, self._head(task)), labels)
         if self.doubles and task:
             loss = loss + self.orthogonality()  # the training loop adds it once more
-        return self.method.loss(loss)
+        return self.method.loss(loss, images)
 
     def after_update(self, update: int) -> None:
         self.method.after_update()
@@ -197,6 +198,8 @@ class SplitLearning(Experiment):
             for tested, (_, _, images, labels) in enumerate(self.tasks):
                 said = logits_of(self.model, images, self._head(tested)).argmax(1)
                 self.accuracy[task, tested] = 100 * float((said == labels).double().mean())
+        if task + 1 < len(self.tasks):
+            self.method.begin_task(self.tasks[task + 1].images, self.optimizer)
 
     def evaluate(self) -> dict[str, float]:
         """At the very end. See `ncrl.tasks.continual.metrics`; a task failed that was halfway from
@@ -226,11 +229,16 @@ class SplitLearning(Experiment):
 
     def report(self) -> dict[str, Any]:
         layers = {name: weights._asdict() for name, weights in self._describe().items()}
-        return {"accuracy": self.accuracy.tolist(), "layers": layers}
+        details = {"accuracy": self.accuracy.tolist(), "layers": layers}
+        if isinstance(self.method, Grow):  # [T tested, layers, T whose slots]
+            details["slots"] = [
+                self.method.shares(task.test_images[:EVALUATION_BATCH]) for task in self.tasks
+            ]
+        return details
 
     def state(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy, "method": self.method.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.accuracy = check_like(state["accuracy"], self.accuracy, "accuracy")
-        self.method.restore(state["method"])
+        self.method.restore(state["method"], self.optimizer)

@@ -93,6 +93,8 @@ class SplitMlp(nn.Module):
         num_tasks: heads; 1 if all tasks share one.
         hidden_rank: rank of the hidden layers' weights, which are then two factors and not coded,
             the control of the tables; None for layers of full rank.
+        context: whether all layers, which are Neurocoder layers then, compose their programs from
+            the network's input.
         coded: kind of all layers.
     """
 
@@ -104,10 +106,14 @@ class SplitMlp(nn.Module):
         *,
         num_tasks: int = 1,
         hidden_rank: int | None = None,
+        context: bool = False,
         coded: Coded = PLAIN,
     ) -> None:
         super().__init__()
         widths = [in_features, *hidden]
+        self.context = context
+        if context:
+            coded = coded._replace(options={**coded.options, "context_features": in_features})
         if hidden_rank is None:
             self.hidden = dense_layers(widths, coded, bias=False)
         else:
@@ -119,9 +125,10 @@ class SplitMlp(nn.Module):
     def forward(self, x: Tensor, task: int = 0) -> Tensor:
         """[B, ...] with `in_features` numbers each -> logits [B, num_outputs] of a task's head."""
         x = x.flatten(1)
+        context = [x] if self.context else []
         for dense in self.hidden:
-            x = F.relu(dense(x))
-        logits: Tensor = self.heads[task](x)
+            x = F.relu(dense(x, *context))
+        logits: Tensor = self.heads[task](x, *context)
         return logits
 
 

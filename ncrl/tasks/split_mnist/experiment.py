@@ -232,6 +232,8 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
         ranks = dict.fromkeys(flags.get("rank", [1]))
         columns["lowrank"] = [Column("lowrank", rank=rank) for rank in ranks]
     every = [column for group in columns.values() for column in group]
+    if "grow" in methods and every != [Column("neurocoder")]:
+        raise ValueError("--method grow needs --layer neurocoder --variant paper --no-residual")
     return [Cell(*which) for which in product(scenarios, methods, every)]
 
 
@@ -272,7 +274,7 @@ def plan(
     """The recipe of a cell of a table, with what the flags change, and a name that says so; `coef`
     is the weight of the penalty, in place of Hsu et al.'s."""
     column = cell.column
-    variant = RECIPES[column._replace(rank=None)]
+    variant = "grow" if cell.method == "grow" else RECIPES[column._replace(rank=None)]
     shared = {key: value for key, value in flags.items() if key != "layer"}
     (base,) = plans({**shared, "variant": [variant]}, CONFIG)
     said, recipe = base.labels["changes"], base.recipe

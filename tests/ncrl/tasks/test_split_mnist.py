@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import COEFS
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
@@ -63,7 +62,7 @@ def test_networks_of_the_tables_have_the_sizes_they_should(scenario: str, name: 
 
 def test_the_protocol_is_that_of_hsu_et_al() -> None:
     for scenario in ("domain", "task"):
-        for method in METHODS:
+        for method in tables.METHODS:
             found = recipe(Cell(scenario, method, Column("linear")))
             assert (found.epochs, found.batch_size, found.schedule) == (4, 128, "constant")
             rate = ("adagrad", 1e-2) if method == "adagrad" else ("adam", 1e-3)
@@ -268,12 +267,15 @@ def test_the_benchmark_measures_what_is_chosen() -> None:
     assert done.stdout.count("| rank 1 |") == 2  # its Fisher information, its run
 
 
-def test_the_example_of_the_documentation_runs() -> None:
+def test_the_examples_of_the_documentation_run() -> None:
     page = ROOT / "docs" / "continual.md"
-    (example,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
-    names: dict[str, Any] = {}
-    exec(compile(example, str(page), "exec"), names)
-    method = names["method"]
+    examples = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    penalty: dict[str, Any] = {}
+    grow: dict[str, Any] = {}
+    for example, names in zip(examples, (penalty, grow), strict=True):
+        exec(compile(example, str(page), "exec"), names)
+    assert grow["model"].config.num_slots == 60
+    method = penalty["method"]
     # The last task's end is the anchor: the first step away from it would cost something.
     assert method.penalty() == 0
     assert all(bool((fisher > 0).any()) for fisher in method.importance.values())
@@ -334,7 +336,7 @@ def test_tables_hold_every_cell_beside_the_printed_number() -> None:
     text = tables.table(7, rows)
     assert text.startswith("Table 7, incremental domain; 0 of 48 cells have all 5 seeds\n")
     lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
-    assert len(lines) == 1 + len(METHODS) * len(COLUMNS)
+    assert len(lines) == 1 + len(tables.METHODS) * len(COLUMNS)
     (line,) = (line for line in lines if line.startswith("| online-ewc | official |"))
     cells = [part.strip() for part in line.strip("|").split("|")]
     assert cells[2:5] == ["1,234", "72.0±2.0", "70.0 - 74.0 - -"]  # the population's deviation
@@ -352,9 +354,18 @@ def test_every_cell_is_wanted_once_and_known_to_the_paper() -> None:
     assert set(tables.cells(1)) <= set(tables.cells(7))
     for number, scenario in ((7, "domain"), (6, "task")):
         wanted = tables.cells(number)
-        assert len(set(wanted)) == len(wanted) == len(METHODS) * len(COLUMNS)
+        assert len(set(wanted)) == len(wanted) == len(tables.METHODS) * len(COLUMNS)
         names = {cell.name for cell in wanted}
         assert len(names) == len(wanted)
-        for method in METHODS:
+        for method in tables.METHODS:
             assert tables.printed(scenario, method, "rank 1") is None
             assert float(tables.printed(scenario, method, "nsm").split("±")[0]) > 50
+
+
+def test_grow_has_a_recipe_of_its_own_and_no_other_column() -> None:
+    found = recipe(Cell("domain", "grow", Column("neurocoder")))
+    assert found.layer_options["controller"] == "projection" and found.penalty_coef == 1
+    (cell,) = cells({"method": ["grow"]})
+    assert cell == Cell("domain", "grow", Column("neurocoder"))
+    with pytest.raises(ValueError, match="--method grow needs --layer neurocoder"):
+        cells({"method": ["grow"], "layer": ["linear"]})

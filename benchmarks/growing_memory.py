@@ -1,0 +1,204 @@
+"""What a growing memory does on split MNIST, domain scenario, beside its controls.
+
+python benchmarks/growing_memory.py --data-dir ~/data --seeds 0 1 2 3 4
+python benchmarks/growing_memory.py --data-dir ~/data --only grow routed --images 100
+
+A finished run is not repeated. `python benchmarks/results.py pack LOGDIR` keeps the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from ncrl.tasks.continual.methods import Grow, Method
+from ncrl.tasks.continual.split import SplitLearning, Task, split_tasks
+from ncrl.tasks.data import load_mnist
+from ncrl.tasks.models.mlp import SplitMlp
+from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
+from ncrl.tasks.training import Run, train
+
+NUM_TASKS = 5
+REPLAYED = 200
+"""Images that the control with replay keeps of all tasks together."""
+
+RECIPES = read_recipes(CONFIGS / "split_mnist.yaml")
+SIZES = (5, 20, 50)
+"""Slots for each task, beside the recipe's 100."""
+
+FEW_UPDATES = 188
+"""Of each task at least, however few its images: half as many as all of its images give."""
+
+
+class OneMemory(Grow):
+    """All slots from the start, all trained on every task, their keys pulled to whichever it is."""
+
+    def begin_task(self, inputs: Tensor, optimizer: Optimizer | None) -> None:
+        if not self.num_tasks:
+            super().begin_task(inputs, optimizer)
+
+
+class Routed(SplitMlp):
+    """A network of rank 10 for each task; an input gets that of the nearest of 100 keys a task.
+
+    Queries are those of `grow`: five random projections, 128 wide, which vote here.
+    """
+
+    projection: Tensor
+    center: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(1024, [1], 2)  # not used
+        self.networks = torch.nn.ModuleList(
+            SplitMlp(1024, [400, 400], 2, hidden_rank=10) for _ in range(NUM_TASKS)
+        )
+        self.register_buffer("projection", torch.randn(1024, 5, 128) / 32)
+        self.register_buffer("center", torch.zeros(1024))
+        keys = torch.zeros(NUM_TASKS, 5, 100, 128)
+        self.keys = torch.nn.Parameter(keys, requires_grad=False)
+        self.task = -1
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, 1024] -> [5, B, 128]."""
+        projected = torch.einsum("bi,ihk->hbk", x - self.center, self.projection)
+        return F.normalize(projected, dim=2)
+
+    def forward(self, x: Tensor, task: int = 0) -> Tensor:
+        if self.training:
+            return self.networks[self.task](x)
+        known = self.keys[: self.task + 1]
+        nearness = (self.queries(x) @ known.mT).amax(3).mean(1)  # [T, B]
+        outputs = torch.stack([network(x) for network in self.networks[: len(known)]])
+        return outputs[nearness.argmax(0), torch.arange(len(x))]
+
+
+class Route(Method):
+    """Finds the keys of a task by ten rounds of k-means, as the pull of `grow` does on its way."""
+
+    model: Routed
+
+    @torch.no_grad()
+    def begin_task(self, inputs: Tensor, optimizer: Optimizer | None) -> None:
+        model = self.model
+        if model.task < 0:
+            model.center.copy_(inputs.mean(0))
+        model.task += 1
+        queries = model.queries(inputs)
+        keys = queries[:, torch.randperm(len(inputs))[:100]].clone()
+        for _ in range(10):
+            nearest = (queries @ keys.mT).argmax(2)  # [5, N]
+            sums = torch.zeros_like(keys)
+            sums.scatter_add_(1, nearest[..., None].expand_as(queries), queries)
+            keys = torch.where(sums.any(2, keepdim=True), F.normalize(sums, dim=2), keys)
+        model.keys[model.task, :, : keys.shape[1]] = keys
+
+
+def fewer(tasks: list[Task], count: int) -> list[Task]:
+    """The first images of each."""
+    return [t._replace(images=t.images[:count], labels=t.labels[:count]) for t in tasks]
+
+
+def with_replay(tasks: list[Task]) -> list[Task]:
+    """Each task with as many images of earlier tasks as of its own, all out of `REPLAYED`."""
+    mixed = tasks[:1]
+    for number, task in enumerate(tasks[1:], start=1):
+        kept = REPLAYED // number
+        images = torch.cat([t.images[:kept] for t in tasks[:number]])
+        labels = torch.cat([t.labels[:kept] for t in tasks[:number]])
+        times = -(-len(task.images) // len(images))
+        mixed.append(
+            task._replace(
+                images=torch.cat([task.images, images.repeat(times, 1)]),
+                labels=torch.cat([task.labels, labels.repeat(times)]),
+            )
+        )
+    return mixed
+
+
+def at_once(tasks: list[Task]) -> list[Task]:
+    """One task of all."""
+    return [Task(*(torch.cat(parts) for parts in zip(*tasks, strict=True)))]
+
+
+def grow(num_slots: int = 100, **changes: Any) -> ContinualRecipe:
+    """The recipe with another number of slots."""
+    recipe = RECIPES["grow"]
+    assert isinstance(recipe, ContinualRecipe)
+    return replace(
+        recipe, layer_options={**recipe.layer_options, "num_slots": num_slots}, **changes
+    )
+
+
+def plain(**changes: Any) -> ContinualRecipe:
+    """The MLP's recipe."""
+    recipe = RECIPES["linear_400"]
+    assert isinstance(recipe, ContinualRecipe)
+    return replace(recipe, method="adam", **changes)
+
+
+Transform = Callable[[list[Task]], list[Task]]
+
+RUNS: dict[str, tuple[ContinualRecipe, Transform]] = {
+    "grow": (grow(), list),
+    **{f"grow, {size} slots": (grow(size), list) for size in SIZES},
+    "grow, no pull": (grow(penalty_coef=0.0), list),
+    "one memory, 100 slots": (grow(100), list),
+    "routed": (plain(note="rank 10 for each task, 100 keys"), list),
+    "mlp, replay": (plain(note=f"replay of {REPLAYED}"), with_replay),
+    "mlp, all at once": (plain(note="one task"), at_once),
+}
+
+
+def make(name: str, recipe: ContinualRecipe, tasks: list[Task], seed: int) -> SplitLearning:
+    """The experiment of a run, its weights from the seed."""
+    torch.manual_seed(seed)
+    experiment = SplitLearning(recipe, tasks, "MNIST", seed, {"run": name})
+    if name.startswith("one memory"):
+        experiment.method = OneMemory(experiment.model, 1.0)
+    elif name.startswith("routed"):
+        experiment.model = model = Routed()
+        experiment.method = Route(model)
+    else:
+        return experiment
+    experiment.method.begin_task(tasks[0].images, None)
+    return experiment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--logdir", default="runs", type=Path)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--images", type=int, help="of each task, in place of all")
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    tasks = split_tasks(load_mnist(flags.data_dir, download=False))
+    for seed in flags.seeds:
+        for name in flags.only:
+            recipe, transform = RUNS[name]
+            given = tasks
+            if flags.images:
+                name = f"{name}, {flags.images} images"
+                given = fewer(tasks, flags.images)
+                updates = -(-flags.images // recipe.batch_size)
+                recipe = replace(recipe, epochs=-(-FEW_UPDATES // updates))
+            folder = flags.logdir / "growing_memory" / name.replace(", ", "-") / f"seed-{seed}"
+            os.makedirs(folder, exist_ok=True)
+            run = Run("growing_memory", name, recipe, seed, torch.device("cpu"), folder)
+            done = run.result
+            row = done or train(run, make(name, recipe, transform(given), seed))
+            print(row.line(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Parameters that change their size while an optimiser trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def replace_parameter(
+    module: nn.Module, name: str, change: Callable[[Tensor], Tensor], optimizer: Optimizer | None
+) -> None:
+    """Put `change` of a parameter in its place, in the module and in the optimiser.
+
+    What the optimiser keeps for each number of the parameter is changed alike; what it keeps for a
+    parameter without any number is dropped.
+
+    Args:
+        module: that has the parameter.
+        name: of the parameter.
+        change: cuts off or adds zeros, on any tensor of the parameter's shape.
+        optimizer: that trains it, if any.
+    """
+    old = module.get_parameter(name)
+    new = nn.Parameter(change(old.detach()).clone(), requires_grad=old.requires_grad)
+    setattr(module, name, new)
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [new if one is old else one for one in group["params"]]
+    state = optimizer.state.pop(old, {})
+    if state and old.numel():
+        optimizer.state[new] = {
+            key: change(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in state.items()
+        }

@@ -1,0 +1,288 @@
+"""Slots that are frozen and added: values against a literal reading, and what survives.
+
+Shape letters: B batch, P slots, K key, H heads.
+"""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncrl import NeurocoderConfig, NeurocoderLinear, orthogonal_loss
+from ncrl.layers import make_layer
+from ncrl.neurocoder.composition import split_head
+from ncrl.neurocoder.integration import Attention
+from ncrl.neurocoder.orthogonality import orthogonal_part
+from tests.ncrl.layers import parameters_of, random_input, relative_error
+from tests.reference import (
+    Sizes,
+    attention_reference,
+    cosine,
+    neurocoder_reference,
+    orthogonal_norm_reference,
+    program_reference,
+    softplus,
+)
+
+OPTIONS: dict[str, Any] = dict(
+    num_slots=4, key_dim=3, num_heads=2, num_steps=2, num_least_used=1, controller_size=5
+)
+PROJECTION: dict[str, Any] = dict(
+    controller="projection",
+    num_slots=4,
+    key_dim=3,
+    num_heads=2,
+    num_steps=1,
+    num_least_used=0,
+    sharpness=5.0,
+)
+GATES = ("slot-head", "slot", "head")
+
+
+def make(seed: int = 0, **options: Any) -> NeurocoderLinear:
+    """A layer with no parameter at its start."""
+    torch.manual_seed(seed)
+    layer = NeurocoderLinear(7, 6, **{**OPTIONS, **options}, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+def train(layer: NeurocoderLinear, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        x = random_input(5, 7, seed=step)
+        (layer(x).square().mean() + 0.1 * orthogonal_loss(layer)).backward()
+        optimizer.step()
+
+
+def whole_state(layer: NeurocoderLinear) -> dict[str, Tensor]:
+    """Parameters of a layer of the same slots of which none is frozen."""
+    state = parameters_of(layer)
+    for name in "uvs":
+        state[f"memory.{name}"] = layer.memory.stored(name).detach()
+    return state
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_grown_layer_is_the_layer_of_all_its_slots(gate: str) -> None:
+    layer = make(gate=gate)
+    layer.freeze_slots()
+    layer.grow(3)
+    sizes = Sizes(7, 3, 2, 2, 1, 1.0, gate, False)
+    x = random_input(4, 7)
+    # The key network has not changed since the slots were frozen, so their keys are what it says.
+    expected = neurocoder_reference(whole_state(layer), sizes, x)
+    assert relative_error(layer(x), expected["output"]) < 1e-9
+    assert relative_error(layer.program(x), expected["program"]) < 1e-9
+    loss = sum(orthogonal_norm_reference(layer.memory.stored(name)) for name in "uv")
+    assert relative_error(orthogonal_loss(layer), torch.as_tensor(loss)) < 1e-9
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_of_old_slots_stay_and_new_ones_are_half_open(gate: str) -> None:
+    layer = make(gate=gate)
+    before = [
+        p.detach().clone() for p in (layer.composition.head.weight, layer.composition.head.bias)
+    ]
+    old_config = layer.config
+    layer.grow(2)
+    after = [layer.composition.head.weight, layer.composition.head.bias]
+    for old, new in zip(before, after, strict=True):
+        old_queries, old_gates = split_head(old.movedim(0, -1), old_config)
+        queries, gates = split_head(new.movedim(0, -1), layer.config)
+        assert torch.equal(queries, old_queries)
+        assert old_gates is not None and gates is not None
+        count = old_gates.shape[-1]
+        assert torch.equal(gates[..., :count], old_gates)
+        assert not gates[..., count:].any()
+    assert layer.composition.head.out_features == len(after[1])
+
+
+def test_a_projection_layer_equals_a_literal_reading() -> None:
+    layer = make(**PROJECTION, residual=True)
+    assert isinstance(layer.composition.center, Tensor)
+    layer.composition.center.normal_()
+    layer.freeze_slots()
+    layer.grow(2)
+    x = random_input(3, 7)
+    memory, network = layer.memory, layer.composition
+    slots = [memory.stored(name) for name in "uvs"]
+    keys = memory.keys()  # [H, P, K]
+    for b in range(3):
+        described = network.projection @ (x[b] - network.center)
+        evidence = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
+        for h in range(2):
+            query = described[3 * h : 3 * h + 3]
+            for group, slots_of in enumerate((range(4), range(4, 6))):
+                best = max(5.0 * cosine(query, keys[h, p]) for p in slots_of)
+                evidence[group] = evidence[group] + best
+        shares = torch.stack(evidence).softmax(0)
+        sigma, u, v = [], [], []
+        for h in range(2):
+            query = described[3 * h : 3 * h + 3]
+            own = [5.0 * cosine(query, keys[h, p]) for p in range(6)]
+            inside = [torch.stack(own[:4]).softmax(0), torch.stack(own[4:]).softmax(0)]
+            weights = torch.cat([part * share for part, share in zip(inside, shares, strict=True)])
+            u.append(sum(weights[p] * slots[0][p] for p in range(6)))
+            v.append(sum(weights[p] * slots[1][p] for p in range(6)))
+            sigma.append(softplus(sum(weights[p] * slots[2][p, 0] for p in range(6))))
+        program = sum(sum(sigma[n:]) * torch.outer(u[n], v[n]) for n in range(2))
+        assert layer.integration is not None and layer.integration.gate is not None
+        gate = (layer.integration.gate.weight @ x[b] + layer.integration.gate.bias).sigmoid()
+        program = program + gate * sigma[1] * layer.integration.matrix()
+        assert relative_error(layer.program(x)[b], program) < 1e-9
+        assert relative_error(layer(x)[b], x[b] @ program + layer.bias) < 1e-9
+
+
+@pytest.mark.parametrize("options", [OPTIONS, PROJECTION], ids=["lstm", "projection"])
+def test_frozen_slots_stay_bit_for_bit_whatever_is_trained(options: dict[str, Any]) -> None:
+    layer = make(**options)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    train(layer, optimizer)
+    before = layer(random_input(4, 7))
+    layer.freeze_slots(optimizer)
+    assert torch.equal(layer(random_input(4, 7)), before)
+    layer.grow(3, optimizer)
+    held = [layer.memory.stored(name)[:4].clone() for name in "uvs"] + [layer.memory.keys()[:, :4]]
+    new = layer.memory.stored("u")[4:].clone()
+    train(layer, optimizer)
+    now = [layer.memory.stored(name)[:4] for name in "uvs"] + [layer.memory.keys()[:, :4]]
+    assert all(torch.equal(a, b) for a, b in zip(held, now, strict=True))
+    assert not torch.equal(layer.memory.stored("u")[4:], new)
+    x = random_input(2, 7)
+    attention: Attention = layer.attend(x)
+    assert attention.u.shape[-1] == 7 and (attention.u[..., :4] > 0).all()
+
+
+def test_freezing_again_holds_the_slots_that_came_since() -> None:
+    layer = make()
+    layer.freeze_slots()
+    layer.grow(2)
+    rows, keys = layer.memory.stored("v").clone(), layer.memory.keys().clone()
+    layer.freeze_slots()
+    layer.freeze_slots()
+    assert layer.memory.v.shape == (0, 6)
+    layer.grow(1)
+    assert torch.equal(layer.memory.stored("v")[:6], rows)
+    assert torch.equal(layer.memory.keys()[:, :6], keys)
+
+
+def test_new_rows_start_at_right_angles_to_old_ones_while_there_is_room() -> None:
+    layer = make()  # 4 slots, widths 7 and 6
+    layer.grow(2)
+    for name in "uv":
+        rows = layer.memory.stored(name)
+        assert (rows[4:] @ rows[:4].T).abs().max() < 1e-12
+        assert (rows[4:].norm(dim=1) > 0.1).all()
+    layer.grow(3)  # 6 rows of width 6 leave no room in v
+    assert (layer.memory.stored("v")[6:].norm(dim=1) > 0.1).all()
+    rows = random_input(2, 5)
+    assert torch.equal(orthogonal_part(rows, random_input(5, 5)), rows)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
+@pytest.mark.parametrize("gate", GATES)
+def test_an_optimiser_goes_on_through_growth(kind: type[torch.optim.Optimizer], gate: str) -> None:
+    """Old rows move as those of a layer in which new rows have no gradient."""
+    layer = make(gate=gate)
+    options = {"momentum": 0.9} if kind is not torch.optim.Adam else {}
+    optimizer = kind(layer.parameters(), lr=0.05, **options)
+    train(layer, optimizer)
+    old = dict(layer.named_parameters())
+    kept = {name: dict(optimizer.state[p]) for name, p in old.items()}
+    order = list(old)
+    layer.grow(2, optimizer)
+    new = dict(layer.named_parameters())
+    assert list(new) == order
+    ours = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(a is b for a, b in zip(ours, new.values(), strict=True))
+    for name in ("memory.u", "memory.v", "memory.s"):
+        for key, value in kept[name].items():
+            grown = optimizer.state[new[name]][key]
+            if isinstance(value, Tensor) and value.dim() == 2:
+                assert torch.equal(grown[:4], value) and not grown[4:].any()
+            else:
+                assert grown is value
+    assert set(optimizer.state) == set(new.values())
+    train(layer, optimizer)
+
+
+def test_a_checkpoint_of_a_grown_layer_goes_on_exactly() -> None:
+    def fresh(num_slots: int) -> tuple[NeurocoderLinear, torch.optim.Optimizer]:
+        layer = make(seed=num_slots, num_slots=num_slots)
+        return layer, torch.optim.Adam(layer.parameters(), lr=0.05)
+
+    layer, optimizer = fresh(4)
+    train(layer, optimizer)
+    layer.freeze_slots(optimizer)
+    layer.grow(3, optimizer)
+    train(layer, optimizer)
+    other, _ = fresh(7)
+    other.load_state_dict(layer.state_dict())
+    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.05)
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (layer, other):
+        train(each, optimizer if each is layer else other_optimizer)
+    assert other.config == layer.config
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(random_input(2, 7)), layer(random_input(2, 7)))
+        copied.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fresh(6)[0].load_state_dict(layer.state_dict())
+
+
+def test_groups_of_slots_are_loaded() -> None:
+    layer = make(**PROJECTION)
+    for count in (2, 1):
+        layer.freeze_slots()
+        layer.grow(count)
+    other = make(seed=1, **PROJECTION | dict(num_slots=7))
+    other.load_state_dict(layer.state_dict())
+    assert other.memory.groups() == layer.memory.groups() == [4, 2, 1]
+    x = random_input(3, 7)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_names_in_the_state_dict_of_a_layer_that_never_froze() -> None:
+    assert not [name for name in make().state_dict() if "frozen" in name]
+
+
+def test_programs_for_one_input_from_another() -> None:
+    layer = make(context_features=3, residual=True)
+    x, context = random_input(2, 4, 7), random_input(2, 4, 3, seed=2)
+    applied = torch.einsum("...i,...io->...o", x, layer.program(context)) + layer.bias
+    assert relative_error(layer(x, context), applied) < 1e-9
+    sizes = Sizes(4, 3, 2, 2, 1, 1.0, "slot-head", False)
+    state = parameters_of(layer)
+    expected = attention_reference(state, sizes, context[0, 0])
+    for part, literal in zip(layer.attend(context), expected, strict=True):
+        assert relative_error(part[0, 0], torch.stack(literal)) < 1e-9
+    sigma, program = program_reference(state, sizes, context[0, 0], expected)
+    assert relative_error(layer.singular_values(context)[0, 0], sigma) < 1e-9
+    assert relative_error(layer.program(context)[0, 0], program) < 1e-9
+
+
+def test_refusals() -> None:
+    official = make_layer("neurocoder", 5, 4, preset="official")
+    for call in (official.freeze_slots, lambda: official.grow(2)):
+        with pytest.raises(ValueError, match="official"):
+            call()
+    with pytest.raises(ValueError, match="context_features=3"):
+        make_layer("neurocoder", 5, 4, preset="official", context_features=3)
+    with pytest.raises(ValueError, match="num_slots must be an integer of at least 1, got 0"):
+        make().grow(0)
+    with pytest.raises(ValueError, match="got no context"):
+        make(context_features=3)(random_input(2, 7))
+    with pytest.raises(ValueError, match="got a context"):
+        make()(random_input(2, 7), random_input(2, 7))
+    with pytest.raises(ValueError, match="context_features=3, got shape"):
+        make(context_features=3)(random_input(2, 7), random_input(2, 4))
+    with pytest.raises(ValueError, match="needs num_least_used=0, got 2"):
+        NeurocoderConfig(controller="projection")

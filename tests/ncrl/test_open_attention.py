@@ -1,0 +1,189 @@
+"""Attention whose projections are called: equal to torch's, and coded per token."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ncrl import NeurocoderConfig, NeurocoderConv2d, NeurocoderLinear, eject, inject
+from ncrl.open_attention import OpenAttention
+from tests.ncrl.layers import parameters_of, random_input, relative_error
+from tests.reference import Sizes, neurocoder_reference
+
+CONFIG = NeurocoderConfig(num_slots=4, key_dim=2, num_heads=2, num_least_used=1, controller_size=3)
+SIZES = Sizes(4, 2, 2, 1, 1, 1.0, "slot-head", False)
+WIDTH, HEADS, BATCH, LENGTH = 6, 2, 3, 5
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def attention(**options: Any) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    made = nn.MultiheadAttention(WIDTH, HEADS, **options, dtype=torch.float64)
+    with torch.no_grad():  # biases start at zero
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def masks(name: str) -> dict[str, Any]:
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    padding[1, 3:] = True
+    per_head = random_input(BATCH * HEADS, LENGTH, LENGTH)
+    return {
+        "none": {},
+        "causal": dict(attn_mask=causal, is_causal=True),
+        "padding": dict(key_padding_mask=padding),
+        "both": dict(key_padding_mask=padding, attn_mask=causal),
+        "floats": dict(attn_mask=per_head),
+    }[name]
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "both", "floats"])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_opened_attention_computes_the_same(
+    mask: str, need_weights: bool, batch_first: bool
+) -> None:
+    host = attention(batch_first=batch_first)
+    shape = (BATCH, LENGTH) if batch_first else (LENGTH, BATCH)
+    q, k, v = (random_input(*shape, WIDTH, seed=seed) for seed in range(3))
+    call = dict(masks(mask), need_weights=need_weights)
+    expected, weights = host(q, k, v, **call)
+    ours, our_weights = OpenAttention(host)(q, k, v, **call)
+    assert relative_error(ours, expected) < 1e-12
+    assert (our_weights is None) == (weights is None)
+    if weights is not None:
+        assert relative_error(our_weights, weights) < 1e-12
+        _, apart = OpenAttention(host)(q, k, v, **call, average_attn_weights=False)
+        assert relative_error(apart, host(q, k, v, **call, average_attn_weights=False)[1]) < 1e-12
+
+
+@pytest.mark.parametrize("options", [dict(bias=False), dict(kdim=3, vdim=4), dict()])
+def test_one_sequence_other_widths_no_bias(options: dict[str, Any]) -> None:
+    host = attention(**options)
+    q = random_input(LENGTH, WIDTH)
+    k = random_input(7, options.get("kdim", WIDTH), seed=2)
+    v = random_input(7, options.get("vdim", WIDTH), seed=3)
+    for ours, expected in zip(OpenAttention(host)(q, k, v), host(q, k, v), strict=True):
+        assert relative_error(ours, expected) < 1e-12
+
+
+def test_coded_projections_are_read_literally() -> None:
+    model = nn.ModuleDict({"attn": attention(batch_first=True)})
+    names = inject(model, CONFIG, "attn.*")
+    assert names == [f"attn.{name}" for name in PROJECTIONS]
+    x = random_input(BATCH, LENGTH, WIDTH)
+    layers = [model.get_submodule(name) for name in names]
+    for layer in layers:
+        assert isinstance(layer, NeurocoderLinear)
+
+    def project(layer: nn.Module, tokens: Tensor) -> Tensor:
+        outputs = neurocoder_reference(parameters_of(layer), SIZES, tokens.flatten(0, 1))["output"]
+        return outputs.view(*tokens.shape[:2], -1)
+
+    q, k, v = (project(layer, x) for layer in layers[:3])
+    mixed = torch.zeros_like(q)
+    size = WIDTH // HEADS
+    for b in range(BATCH):
+        for head in range(HEADS):
+            own = slice(head * size, (head + 1) * size)
+            for i in range(LENGTH):
+                scores = torch.stack([q[b, i, own] @ k[b, j, own] for j in range(LENGTH)])
+                weights = (scores / size**0.5).softmax(0)
+                mixed[b, i, own] = sum(weights[j] * v[b, j, own] for j in range(LENGTH))
+    expected = project(layers[3], mixed)
+    assert relative_error(model["attn"](x, x, x)[0], expected) < 1e-9
+
+
+class Host(nn.Module):
+    """A convolution, a transformer and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, stride=2)
+        block = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(block, 2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        logits: Tensor = self.head(self.encoder(tokens, src_key_padding_mask=padding).mean(1))
+        return logits
+
+
+TARGETS = ["conv", "*.self_attn.*_proj", "head"]
+
+
+def host() -> Host:
+    torch.manual_seed(0)
+    return Host()
+
+
+@pytest.mark.parametrize(
+    "targets", [TARGETS, "conv", "q_proj", "encoder.layers.0.self_attn.out_proj"]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_eject_restores_bit_for_bit(targets: Any, training: bool) -> None:
+    model = host().train(training)
+    x = torch.randn(2, 1, 7, 7)
+    modules = dict(model.named_modules())
+    state, before = copy.deepcopy(model.state_dict()), model(x)
+    names = inject(model, CONFIG, targets)
+    assert not torch.allclose(model(x), before, atol=1e-4)
+    for name in names:
+        kind = NeurocoderConv2d if name == "conv" else NeurocoderLinear
+        assert isinstance(model.get_submodule(name), kind)
+    new = [p for m in model.modules() if isinstance(m, NeurocoderLinear) for p in m.parameters()]
+    optimizer = torch.optim.AdamW(new, lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), model(x))
+    assert eject(model) == names
+    after = dict(model.named_modules())
+    assert list(after) == list(modules) and all(after[n] is modules[n] for n in modules)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(x), before)
+
+
+def test_what_the_rest_of_attention_learns_stays() -> None:
+    model = nn.ModuleDict({"attn": attention(batch_first=True)})
+    before = copy.deepcopy(model.state_dict())
+    inject(model, CONFIG, "q_proj")
+    x = random_input(BATCH, LENGTH, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model["attn"](x, x, x)[0].square().sum().backward()
+    optimizer.step()
+    trained = model["attn"].v_proj.weight.clone()
+    eject(model)
+    weight = model["attn"].in_proj_weight
+    assert torch.equal(weight[:WIDTH], before["attn.in_proj_weight"][:WIDTH])
+    assert torch.equal(weight[2 * WIDTH :], trained)
+    assert not torch.equal(trained, before["attn.in_proj_weight"][2 * WIDTH :])
+
+
+def test_encoders_work_with_a_padding_mask_in_eval_mode() -> None:
+    model = host().eval()
+    x = torch.randn(2, 1, 7, 7)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[0, 5:] = True
+    inject(model, CONFIG, "self_attn.q_proj")
+    with torch.no_grad():
+        masked, free = model(x, padding), model(x)
+    assert torch.allclose(masked[1], free[1], atol=1e-6)
+    assert not torch.allclose(masked[0], free[0], atol=1e-6)
+
+
+def test_attention_that_cannot_be_opened_is_left_alone() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(6, 2, add_bias_kv=True)})
+    with pytest.raises(ValueError, match=r"NonDynamicallyQuantizableLinear.* may use its weight"):
+        inject(model, CONFIG, "out_proj")
+    with pytest.raises(ValueError, match="none that can be replaced"):
+        inject(model, CONFIG, "q_proj")
+    for itself in (nn.Conv2d(1, 1, 1), nn.MultiheadAttention(6, 2)):
+        with pytest.raises(ValueError, match="the model is itself a"):
+            inject(itself, CONFIG, "q_proj")
