@@ -21,7 +21,14 @@ from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual import metrics
 from ncrl.tasks.continual.methods import Grow, OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
-from ncrl.tasks.experiment import Batches, Experiment, evaluating, logits_of, try_network
+from ncrl.tasks.experiment import (
+    EVALUATION_BATCH,
+    Batches,
+    Experiment,
+    evaluating,
+    logits_of,
+    try_network,
+)
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import ContinualRecipe, Recipe, build_network
 
