@@ -205,6 +205,15 @@ def test_an_environment_that_raises_again_and_again() -> None:
         model.learn(1000)
 
 
+def test_an_actor_that_dies_again_and_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Deaths without a rollout between them are counted over incarnations, up to a limit."""
+    limits = Limits(startup_timeout=120, max_restarts=1, first_pause=0.05)
+    model = make_model(TickingFactory(trouble=Trouble("exit", at=3)), limits=limits)
+    with pytest.raises(WorkerError, match=r"worker 0 \(pid .* died 2 times in a row"):
+        model.learn(1000)
+    assert len(warnings_of(caplog)) == 1
+
+
 def test_weights_that_are_not_finite_end_the_training_at_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
