@@ -45,7 +45,7 @@ IN_FLIGHT = 2
 
 PATIENCE = 60.0
 """Seconds after which a worker without a place in the cluster is worth a warning: a process alone
-takes 10 to start on a busy machine."""
+takes 10 to start, and many more on a busy machine."""
 
 PlayedBlock = tuple[Played, list[Info], np.ndarray]
 """A rollout on its way, as `buffers.packed` lays it out, and what was told of it."""
@@ -344,7 +344,7 @@ class ActorPool:
             if not worker.place:
                 if silence > PATIENCE and not worker.is_missed:
                     worker.is_missed = True
-                    what = "waits for a free CPU of the cluster; the others play on"
+                    what = "still waits for a CPU of the cluster, or for its process to start"
                     logger.warning("worker %d %s", worker.index, what)
             elif silence > limit:
                 self._replace(worker, f"gave no sign of life for {limit:g} s", "no answer")

@@ -58,6 +58,12 @@ def watchdog() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes may take minutes to start where many tests run; warnings are counted here."""
+    monkeypatch.setattr("ncrl.agents.playing.cluster.PATIENCE", 1000.0)
+
+
+@pytest.fixture(autouse=True)
 def no_actor_left_behind(cluster: None, watchdog: None) -> Iterator[None]:
     yield
     assert wait_until(lambda: actors() == [], 20.0), actors()
@@ -199,6 +205,15 @@ def test_an_environment_that_raises_again_and_again() -> None:
         model.learn(1000)
 
 
+def test_an_actor_that_dies_again_and_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Deaths without a rollout between them are counted over incarnations, up to a limit."""
+    limits = Limits(startup_timeout=120, max_restarts=1, first_pause=0.05)
+    model = make_model(TickingFactory(trouble=Trouble("exit", at=3)), limits=limits)
+    with pytest.raises(WorkerError, match=r"worker 0 \(pid .* died 2 times in a row"):
+        model.learn(1000)
+    assert len(warnings_of(caplog)) == 1
+
+
 def test_weights_that_are_not_finite_end_the_training_at_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -247,7 +262,7 @@ def test_an_actor_without_a_place_is_waited_for_no_longer_than_allowed(
     model = make_model(TickingFactory(), n_workers=3, n_envs=6, limits=limits)
     model.learn(300)
     assert model.num_timesteps == 300
-    assert "waits for a free CPU of the cluster; the others play on" in warnings_of(caplog)[-1]
+    assert "still waits for a CPU of the cluster" in warnings_of(caplog)[-1]
 
 
 SCRIPT = """
