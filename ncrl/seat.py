@@ -99,6 +99,11 @@ class LinearSeat(nn.Module):
     def _flatten(self, x: Tensor) -> Tensor:
         return flatten(x, in_features=self.in_features)
 
+    def extra_repr(self) -> str:
+        options = [f"{name}={getattr(self, name)!r}" for name in self._options]
+        bias = self.bias is not None and self.bias is not False
+        return ", ".join([f"{self.in_features}, {self.out_features}", *options, f"bias={bias}"])
+
 
 def flatten(x: Tensor, **width: int) -> Tensor:
     """[..., width] -> [B, width]; raises ValueError, which names the width, for another one."""
@@ -109,11 +114,6 @@ def flatten(x: Tensor, **width: int) -> Tensor:
             f"got shape {list(x.shape)}"
         )
     return x.reshape(-1, expected)
-
-    def extra_repr(self) -> str:
-        options = [f"{name}={getattr(self, name)!r}" for name in self._options]
-        bias = self.bias is not None and self.bias is not False
-        return ", ".join([f"{self.in_features}, {self.out_features}", *options, f"bias={bias}"])
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
