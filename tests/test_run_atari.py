@@ -28,7 +28,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ncrl.agents.atari.command
 import ncrl.agents.atari.config as config_module
-import ncrl.agents.atari.evaluate
 import ncrl.agents.atari.train
 import ncrl.agents.playing.pool
 import ncrl.agents.runs.directory
@@ -544,17 +543,17 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
         assert all(word in refused for word in words), refused
 
 
-def test_a_run_from_before_there_was_a_bonus_goes_on_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_before_there_was_a_bonus_goes_on_without(tmp_path: Path) -> None:
+    """And rooms are told where there are some."""
     arguments = ["--env", "montezuma_revenge", "--frames", "160", "--workers", "0", *SMALL]
     arguments += ["--envs-per-worker", "2", "--intrinsic-reward", "none"]
     run = Run(tmp_path / "MontezumaRevenge-1", run_here(*arguments, "--logdir", str(tmp_path)))
     assert "bonus      " not in run.output
     config = {key: value for key, value in run.config.items() if key != "intrinsic_reward"}
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(ncrl.agents.atari.evaluate, "play_games", lambda *_: ([0.0], [9]))
-    run_here("--evaluate", str(run.path), "--episodes", "1")
+    told = run_here("--evaluate", str(run.path), "--episodes", "1")
+    assert re.search(r"^game 1 of 1: score \d+, [\d,]+ timesteps, rooms 1", told, re.MULTILINE)
+    assert re.search(r"^rooms entered: \d+ \(1", told, re.MULTILINE)
     run_here("--resume", str(run.path), "--frames", "320")
     assert run.config["intrinsic_reward"] == "none"
     assert settings(RunConfig(**run.config)) == ORDINARY | {"frames": 320}

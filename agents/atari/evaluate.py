@@ -9,18 +9,12 @@ from typing import Any
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from ncrl.agents import A3C
-from ncrl.agents.atari.config import (
-    FRAMES_PER_TIMESTEP,
-    RunConfig,
-    camel_case,
-    make_factory,
-    stored_config,
-)
+from ncrl.agents.atari.config import FRAMES_PER_TIMESTEP, camel_case, make_factory, stored_config
 from ncrl.agents.atari.film import moments, play
 from ncrl.agents.atari.train import build_model
 from ncrl.agents.atari.video import check_path, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
-from ncrl.envs import ROOM_ADDRESS, AtariPlayer
+from ncrl.envs import ROOM_ADDRESS, AtariFactory, AtariPlayer
 from ncrl.settings import configure, shown
 from ncrl.shell.hardware import choose_device
 from ncrl.shell.screen import Screen
@@ -29,6 +23,9 @@ MOST_EPISODES = 1_000_000
 
 EVALUATION_ENVS = 8
 """Games that are evaluated side by side."""
+
+UNPLAYED = 1_000_000_007
+"""Added to the seed of a run: games that training has not played."""
 
 
 def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: Screen) -> int:
@@ -54,10 +51,10 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     model = build_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
-    factory = make_factory(config)
+    factory, seed = make_factory(config), (config.seed + UNPLAYED) % 2**31
+    play_all = visit_rooms if factory.game in ROOM_ADDRESS else play_games
+    scores, lengths = play_all(model, factory, seed, episodes, deterministic, screen)
     rules = factory.describe()
-    games = visit_rooms if factory.game in ROOM_ADDRESS else play_games
-    scores, lengths = games(model, config, episodes, deterministic, screen)
     screen.line(
         f"{camel_case(factory.game)} {after}raw score of {episodes} whole "
         f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
@@ -72,18 +69,14 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     )
     if modes["video"] is not None:
         screen.line("filming one more game")
-        player = AtariPlayer(factory, evaluation_seed(config))
+        player = AtariPlayer(factory, seed)
         write_video(Path(modes["video"]), moments(model, player, deterministic=deterministic))
         screen.line(f"video of one game (score {player.score:g}): {modes['video']}")
     return 0
 
 
 def chosen_weights(run: Path, *, best: bool) -> tuple[Path, str]:
-    """The file to play with, and after how much training it was written, as far as that is known.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The file to play with, and in words after how much training it was written."""
     if best:
         path = run / "best_model.zip"
         if not path.is_file():
@@ -95,7 +88,7 @@ def chosen_weights(run: Path, *, best: bool) -> tuple[Path, str]:
 
 
 def play_games(
-    model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
+    model: A3C, factory: AtariFactory, seed: int, episodes: int, deterministic: bool, screen: Screen
 ) -> tuple[list[float], list[int]]:
     """Raw scores and lengths (in timesteps) of whole games, each told when it is over."""
     told = 0
@@ -106,7 +99,7 @@ def play_games(
             told += 1
             screen.line(f"game {told} of {episodes}: score {score:g}, {length:,} timesteps")
 
-    env = make_factory(config)(min(episodes, EVALUATION_ENVS), evaluation_seed(config))
+    env = factory(min(episodes, EVALUATION_ENVS), seed)
     scores, lengths = evaluate_policy(
         model,
         env,
@@ -122,27 +115,19 @@ def play_games(
 
 
 def visit_rooms(
-    model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
+    model: A3C, factory: AtariFactory, seed: int, episodes: int, deterministic: bool, screen: Screen
 ) -> tuple[list[float], list[int]]:
     """`play_games` for a game of rooms, one after the other, with the rooms that were entered."""
-    scores: list[float] = []
-    lengths: list[int] = []
+    results: list[tuple[float, int]] = []
     entered: set[int] = set()
     for game in range(episodes):
-        seed = (evaluation_seed(config) + game) % 2**31
-        player = AtariPlayer(make_factory(config), seed)
+        player = AtariPlayer(factory, (seed + game) % 2**31)
         rooms = {player.room() for _ in play(model, player, deterministic=deterministic)}
         screen.line(
             f"game {game + 1} of {episodes}: score {player.score:g}, {player.timesteps:,} "
             f"timesteps, rooms {', '.join(map(str, sorted(rooms)))}"
         )
-        scores.append(player.score)
-        lengths.append(player.timesteps)
+        results.append((player.score, player.timesteps))
         entered |= rooms
     screen.line(f"rooms entered: {len(entered)} ({', '.join(map(str, sorted(entered)))})")
-    return scores, lengths
-
-
-def evaluation_seed(config: RunConfig) -> int:
-    """Games that training has not played."""
-    return (config.seed + 1_000_000_007) % 2**31
+    return [score for score, _ in results], [length for _, length in results]
