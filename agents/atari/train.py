@@ -25,7 +25,7 @@ from ncrl.agents.atari.config import (
     make_factory,
 )
 from ncrl.agents.atari.summary import PROGRAM, resume_line, summary
-from ncrl.agents.runs.checkpoints import CheckpointError, resume
+from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint, resume
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.runs.progress import Progress
 from ncrl.shell.hardware import choose_device, is_lack_of_memory
@@ -54,7 +54,7 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
     with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
         model: A3C | None = None
         try:
-            checkpoint = None if resumed is None else run.newest_checkpoint()
+            checkpoint = None if resumed is None else newest_checkpoint(run.checkpoints)
             if checkpoint and checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
                 played = f"{run.path} has played its {config.frames:,} frames"
                 raise ValueError(f"{played}; give a larger --frames to go on")
