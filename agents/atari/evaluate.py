@@ -1,20 +1,24 @@
-"""Playing whole games with a trained run, for its score."""
+"""Playing whole games with a trained run: for its score, the rooms that it enters, or a film."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.evaluation import evaluate_policy
+from torch import Tensor
 
 from ncrl.agents import A3C
 from ncrl.agents.atari.config import FRAMES_PER_TIMESTEP, camel_case, make_factory, stored_config
-from ncrl.agents.atari.film import moments, play
 from ncrl.agents.atari.train import build_model
-from ncrl.agents.atari.video import check_path, write_video
+from ncrl.agents.atari.video import Moment, check_path, view_heads, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
 from ncrl.envs import ROOM_ADDRESS, AtariFactory, AtariPlayer
+from ncrl.sb3 import Latent
 from ncrl.settings import configure, shown
 from ncrl.shell.hardware import choose_device
 from ncrl.shell.screen import Screen
@@ -131,3 +135,56 @@ def visit_rooms(
         entered |= rooms
     screen.line(f"rooms entered: {len(entered)} ({', '.join(map(str, sorted(entered)))})")
     return [score for score, _ in results], [length for _, length in results]
+
+
+# One visible game.
+
+
+class Decision(NamedTuple):
+    """What the model made of one timestep."""
+
+    images: Tensor  # [1, stack, height, width]
+    latent: Latent
+    distribution: Distribution
+    action: int
+
+
+@torch.no_grad()
+def play(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[Decision]:
+    """Play one whole game, stopping at every decision before its action is taken."""
+    policy = model.policy
+    policy.set_training_mode(False)
+    state, starts = policy.initial_state(1), torch.ones(1, dtype=torch.bool, device=policy.device)
+    obs, game_over, lives = player.reset(), False, 0
+    while not game_over:
+        images = torch.from_numpy(obs).to(policy.device)
+        latent, state = policy.encode(images, state, starts)
+        distribution = policy.distribution(latent)
+        action = int(distribution.get_actions(deterministic=deterministic))
+        yield Decision(images, latent, distribution, action)
+        obs, _, game_over, remaining = player.step(action)
+        # In training a lost life starts the LSTM anew where it cuts the return.
+        life_lost = player.factory.rules.life_ends_return and remaining < lives
+        starts = torch.full_like(starts, life_lost)
+        lives = remaining
+
+
+@torch.no_grad()
+def moments(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[Moment]:
+    """One whole game for a film: each timestep beside what the heads attend to."""
+    names = player.factory.action_meanings
+    for seen in play(model, player, deterministic=deterministic):
+        categorical = seen.distribution.distribution
+        assert isinstance(categorical, torch.distributions.Categorical)
+        source = None if model.exploration is None else model.exploration.source
+        yield Moment(
+            frame=player.frame(),
+            score=player.score,
+            timestep=player.timesteps,
+            action=names[seen.action],
+            value=float(model.policy.values(seen.latent)),
+            probabilities=categorical.probs[0].cpu().numpy(),
+            action_names=names,
+            heads=view_heads(model.policy, seen.latent),
+            bonus=None if source is None else float(source.score(seen.images)),
+        )
