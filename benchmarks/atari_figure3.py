@@ -28,12 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from ncrl.agents.atari.command import build_parser as run_atari_parser
-from ncrl.agents.atari.config import (
-    FRAMES_PER_TIMESTEP,
-    RunConfig,
-    choose_config,
-    stored_config,
-)
+from ncrl.agents.atari.config import FRAMES_PER_TIMESTEP, RunConfig, choose_config, stored_config
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
 from ncrl.files import write_atomically
 from ncrl.layers import LAYERS
@@ -47,8 +42,8 @@ FIGURE_LAYERS = ("linear", "hypernet", "neurocoder")
 GRID_POINTS = 400
 """Points of a mean curve, to which the curves of its seeds are interpolated."""
 
-OURS = {"env": "games", "layer": "layers", "seed": "seeds", "frames": "frames", "logdir": "logdir"}
-"""Settings of run_atari.py that this command gives, and its own flags for them."""
+OURS = ("env", "layer", "seed", "frames", "logdir")
+"""Settings of run_atari.py that this command gives."""
 
 
 class Cell(NamedTuple):
@@ -71,6 +66,10 @@ class Curve(NamedTuple):
 
     frames: Sequence[float]
     scores: Sequence[float]
+
+
+Curves = dict[tuple[str, str], dict[int, Curve]]
+"""By game and layer, then by seed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,10 +116,10 @@ def chosen_cells(flags: dict[str, Any], rest: Sequence[str]) -> list[Cell]:
     passed = parse(parser, rest)
     modes = {"resume": None, "config": passed.pop("config", None)}
     for name in passed:
-        if name in OURS:
-            raise ValueError(f"--{name} after --; expected before it, nearest: --{OURS[name]}")
-        if name not in RunConfig.__dataclass_fields__:
-            raise ValueError(f"--{name} after --; expected settings of runs to train")
+        if name in OURS or name not in RunConfig.__dataclass_fields__:
+            raise ValueError(
+                f"--{name} after --; expected settings of runs other than {', '.join(OURS)}"
+            )
     cells = {}
     for game, layer, seed in itertools.product(
         flags.get("games", GAMES), flags.get("layers", FIGURE_LAYERS), flags.get("seeds", [0])
@@ -194,7 +193,7 @@ def number(text: str | None) -> float:
 
 def report(cells: Sequence[Cell], logdir: Path) -> None:
     """Write and print the table, and draw the figure."""
-    curves: dict[tuple[str, str], dict[int, Curve]] = {}
+    curves: Curves = {}
     for cell in cells:
         seeds = curves.setdefault((cell.game, cell.layer), {})
         if (curve := read_curve(cell.run(logdir))) is not None:
@@ -211,7 +210,7 @@ def report(cells: Sequence[Cell], logdir: Path) -> None:
     print(f"{text}\nwritten: {logdir / 'figure3.md'} and {logdir / 'figure3.png'}", flush=True)
 
 
-def make_table(curves: dict[tuple[str, str], dict[int, Curve]], settings: Sequence[str]) -> str:
+def make_table(curves: Curves, settings: Sequence[str]) -> str:
     """Markdown: scores over seeds, by game and layer."""
     lines = [
         "Raw scores of training games: each seed's mean of its last 100 games (of all of them "
@@ -248,7 +247,7 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
     return grid, scores.mean(axis=0), spread
 
 
-def draw(curves: dict[tuple[str, str], dict[int, Curve]]) -> bytes:
+def draw(curves: Curves) -> bytes:
     """A PNG with one panel per game."""
     games = list(dict.fromkeys(game for game, _ in curves))
     columns = min(2, len(games))

@@ -34,11 +34,11 @@ COLUMNS = {
 
 MOST_ROWS = 300
 
-SHOWN = (
-    ("score", "mean raw score of 100 games"),
-    ("rewarded_share", "share of games with any reward"),
-    ("int_reward_raw", "bonus before it is normalised"),
-)
+SHOWN = {
+    "score": "mean raw score of 100 games",
+    "rewarded_share": "share of games with any reward",
+    "int_reward_raw": "bonus before it is normalised",
+}
 """What the figure shows over frames."""
 
 
@@ -80,7 +80,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def draw(curves: Sequence[Path], out: Path) -> None:
     """One panel for each of `SHOWN`, one line for each file."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, (column, title) in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
+    for axes, (column, title) in zip(figure.subplots(1, 3), SHOWN.items(), strict=True):
         for path in curves:
             rows = [row for row in read_rows(path) if row[column]]
             frames = [float(row["frames"]) / 1e6 for row in rows]

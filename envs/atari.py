@@ -40,16 +40,11 @@ MAX_SEED = 2**31  # exclusive: the emulator keeps its seed in a signed 32-bit in
 class Protocol:
     """What makes scores of one game comparable, apart from frame skip and length of a game."""
 
-    sticky: float
-    """Probability that the emulator repeats the last action instead of the given one, per frame."""
-    all_actions: bool
-    """All 18 actions of the console, or only those that the game reacts to."""
-    max_noops: int
-    """A game starts with 0 to this many frames without action, drawn uniformly."""
-    fire_reset: bool
-    """Press FIRE once at the start where the game has that action (it counts as a no-op)."""
-    life_ends_return: bool
-    """A lost life is `done` to the learner; the game and its score go on."""
+    sticky: float  # probability, per frame, of the last action instead of the given one
+    all_actions: bool  # all 18 of the console, or only those that the game reacts to
+    max_noops: int  # a game starts with 0 to this many frames without action, drawn uniformly
+    fire_reset: bool  # press FIRE at the start where the game has it; it counts as a no-op
+    life_ends_return: bool  # a lost life is `done` to the learner; game and score go on
 
 
 PROTOCOLS = {
@@ -122,18 +117,12 @@ class AtariFactory:
     Picklable and hashable; holds no emulator. ValueError for what makes no sense.
     """
 
-    game: str
-    """ROM name; any form that `game_name` reads is accepted and replaced by the ROM name."""
-    protocol: str = "machado"
-    """`machado` or `classic`, see `PROTOCOLS`."""
-    frame_skip: int = 4
-    """Emulator frames per timestep; the last two are merged by their maximum."""
-    stack: int = 1
-    """Timesteps shown in one observation; zeros before the first."""
-    image_size: int = 84
-    """Height and width of the observation in pixels."""
-    max_frames: int = 108_000
-    """Emulator frames after which a game is truncated (108,000 are 30 minutes)."""
+    game: str  # the ROM's name; any form that `game_name` reads is accepted
+    protocol: str = "machado"  # or `classic`, see `PROTOCOLS`
+    frame_skip: int = 4  # emulator frames per timestep; the last two are merged by their maximum
+    stack: int = 1  # timesteps shown in one observation; zeros before the first
+    image_size: int = 84  # height and width of the observation in pixels
+    max_frames: int = 108_000  # emulator frames (30 minutes) after which a game is truncated
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "game", game_name(self.game))
@@ -192,7 +181,8 @@ def atari(name: str, **options: Any) -> AtariFactory:
 
     Args:
         name: of the game, in any usual form (see `game_name`).
-        options: the other fields of `AtariFactory`, such as `protocol="classic"` and `stack=4`.
+        options: the other fields of `AtariFactory`: `protocol` (`machado`, or `classic`),
+            `frame_skip` (4), `stack` (1), `image_size` (84), `max_frames` (108,000: 30 minutes).
 
     Raises:
         ValueError: with the nearest valid choice, for an unknown game or protocol.

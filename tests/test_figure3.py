@@ -113,7 +113,7 @@ REFUSED = {
     "--logdir file/runs": ["file/runs"],
     "-- --learning-rat 1": ["--learning-rat", "nearest: --learning-rate"],
     "-- --gamma 2": ["gamma", "2", "0 .. 1"],
-    "-- --seed 3": ["--seed", "nearest: --seeds"],
+    "-- --seed 3": ["--seed", "other than env, layer, seed"],
     "-- --resume runs/Pong-1": ["--resume", "settings of runs"],
     "-- --video out.mp4": ["--video"],
     "-- --config absent.yaml": ["absent.yaml"],

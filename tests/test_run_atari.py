@@ -28,7 +28,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ncrl.agents.atari.command
 import ncrl.agents.atari.config as config_module
-import ncrl.agents.atari.evaluate
 import ncrl.agents.atari.train
 import ncrl.agents.playing.pool
 import ncrl.agents.runs.directory
@@ -77,20 +76,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, content in {
         "typo": "env: Pong\nlearning_rat: 0.1\n",
         "text": "env: Pong\nn_steps: many\n",
-        "float": "env: Pong\nn_steps: 5.0\n",
         "bool": "env: Pong\nworkers: true\n",
         "int": "env: Pong\nanneal: 1\n",
-        "list": "env: [Pong, Breakout]\n",
         "null": "env: Pong\nn_steps: null\n",
         "nan": "env: Pong\ngamma: .nan\n",
-        "range": "env: Pong\ngamma: 1.5\n",
         "number": "env: Pong\n3: 4\n",
-        "sequence": "- env\n",
         "broken": "env: [Pong\n",
         "nothing": "",
         "bomb": "env: &a [x, x]\nprotocol: &b [*a, *a]\n",
         "deep": "env: " + "[" * 2000 + "]" * 2000,
-        "stamp": "env: !!timestamp x",
         "digits": "gamma: " + "9" * 400,
         "large": "#" * 200_000,
     }.items():
@@ -103,7 +97,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 PONG = "--env Pong "
 REFUSED = {
     # F12: where nothing can be written
-    PONG + "--logdir file": ["file"],
     PONG + "--logdir file/runs": ["file/runs"],
     PONG + "--logdir /proc/runs": ["/proc/runs"],
     # F20, F21: what this machine does not have
@@ -111,47 +104,31 @@ REFUSED = {
     PONG + "--device cuda": ["cuda", "use cpu"],
     "": ["--env"],
     "--env Pongg": ["Pongg", "Pong"],
-    "--env montezumasrevenge": ["montezumasrevenge", "MontezumaRevenge"],
     "--env CartPole-v1": ["CartPole-v1", "nearest"],
     "--env combat": ["combat", "nearest"],  # for two players only: its ROM ends the process
     # F22: impossible values
     PONG + "--n-steps 0": ["n_steps", "0", "1 .. 100000"],
     PONG + "--workers -1": ["workers", "-1", "0 .. 1024"],
-    PONG + "--envs-per-worker 0": ["envs_per_worker", "0", "1 .."],
     PONG + "--games 0": ["games", "0", "1 .."],
     PONG + "--games 8 --envs-per-worker 2": ["games (8)", "envs_per_worker (2)"],
     PONG + f"--frames {'9' * 400}": ["frames", "400 digits", "1 .. 1e+12"],
     PONG + f"--frames {'9' * 5000}": ["--frames", "99 ... 99"],
     PONG + f"--{'x' * 5000}": ["nearest"],
     PONG + "--gamma 1.5": ["gamma", "1.5", "0 .. 1"],
-    PONG + "--gamma -0.1": ["gamma", "-0.1", "0 .. 1"],
-    PONG + "--gae-lambda 2": ["gae_lambda", "2", "0 .. 1"],
     PONG + "--learning-rate nan": ["learning_rate", "nan"],
-    PONG + "--learning-rate inf": ["learning_rate", "inf"],
-    PONG + "--learning-rate -1": ["learning_rate", "-1"],
     PONG + "--frames 0": ["frames", "0"],
     PONG + "--frames 1e6": ["--frames", "1e6"],
-    PONG + "--frames many": ["--frames", "many"],
     PONG + "--frames": ["--frames"],
     PONG + "--seed -1": ["seed", "-1"],
-    PONG + "--seed 2147483648": ["seed", "2147483648"],
     PONG + "--max-grad-norm -1": ["max_grad_norm", "-1"],
-    PONG + "--heartbeat-timeout 0": ["heartbeat_timeout", "0"],
     PONG + "--sharpness 0": ["sharpness", "0"],
     PONG + "--batch-size 0": ["batch_size", "0", "1 .."],
     PONG + "--batch-size 7": ["batch_size", "7"],
     PONG + "--workers 0 --envs-per-worker 2 --batch-size 80": ["batch_size", "80"],
-    PONG + "--log-every 0": ["log_every", "0"],
-    PONG + "--checkpoint-every 0": ["checkpoint_every", "0"],
-    PONG + "--keep-checkpoints 0": ["keep_checkpoints", "0"],
     PONG + "--num-slots 5 --num-least-used 5": ["num_slots=5", "num_least_used=5"],
     PONG + "--layer neurocodr": ["layer", "neurocodr", "nearest: neurocoder"],
-    PONG + "--layer hypernetwork": ["layer", "hypernetwork", "nearest: hypernet"],
     PONG + "--layer transformer": ["linear, neurocoder, hypernet, film, moe, nsm"],
-    PONG + "--balance-coef -1": ["balance_coef", "-1", "0 .. inf"],
-    PONG + "--encoder natural": ["encoder", "natural", "nearest: nature"],
     PONG + "--protocol classical": ["protocol", "classical", "nearest: classic"],
-    PONG + "--correction v-trace": ["correction", "v-trace", "nearest: vtrace"],
     # Words that are no flags
     PONG + "--n-step 5": ["--n-step", "nearest: --n-steps"],
     PONG + "--learningrate=0.1": ["--learningrate", "nearest: --learning"],
@@ -160,15 +137,11 @@ REFUSED = {
     # YAML
     "--config typo.yaml": ["learning_rat", "typo.yaml", "nearest: learning_rate"],
     "--config text.yaml": ["n_steps", "'many'", "int", "text.yaml"],
-    "--config float.yaml": ["n_steps", "5.0", "int", "float.yaml"],
     "--config bool.yaml": ["workers", "True", "int", "bool.yaml"],
     "--config int.yaml": ["anneal", "1", "bool", "int.yaml"],
-    "--config list.yaml": ["env", "Breakout", "str", "list.yaml"],
     "--config null.yaml": ["n_steps", "None", "int", "null.yaml"],
     "--config nan.yaml": ["gamma", "nan"],
-    "--config range.yaml": ["gamma", "1.5", "0 .. 1"],
     "--config number.yaml": ["3", "number.yaml"],
-    "--config sequence.yaml": ["sequence.yaml"],
     "--config broken.yaml": ["broken.yaml"],
     "--config nothing.yaml": ["nothing.yaml"],
     "--config binary.yaml": ["binary.yaml"],
@@ -176,7 +149,6 @@ REFUSED = {
     "--config plain": ["plain"],
     "--config bomb.yaml": ["bomb.yaml", "by an alias"],
     "--config deep.yaml": ["deep.yaml", "nested"],
-    "--config stamp.yaml": ["stamp.yaml"],
     "--config digits.yaml": ["gamma", "400 digits"],
     "--config pipe.yaml": ["pipe.yaml", "no regular file"],
     "--config large.yaml": ["large.yaml", "bytes"],
@@ -195,7 +167,6 @@ REFUSED = {
     "--evaluate empty_run --episodes x": ["--episodes", "x"],
     # F13, F17: runs that are none, or cannot go on that way
     "--resume absent": ["absent", "config.yaml"],
-    "--resume plain": ["plain", "config.yaml"],
     "--resume file": ["file"],
     "--resume empty_run": ["empty_run", "no checkpoint"],
     "--resume empty_run --env pong": ["no checkpoint"],  # another name of the same game
@@ -209,11 +180,9 @@ REFUSED = {
     "--resume empty_run --protocol classic": ["protocol", "machado", "classic"],
     "--resume empty_run --gamma 2": ["gamma", "2", "0 .. 1"],
     "--evaluate absent": ["absent"],
-    "--evaluate plain": ["plain"],
     "--evaluate empty_run": ["empty_run", "no checkpoint"],
     "--evaluate empty_run --device cuda": ["cuda", "use cpu"],
     "--evaluate empty_run --video out.avi": ["out.avi", ".mp4", ".webm"],
-    "--evaluate empty_run --video out": ["out", ".mp4"],
     "--evaluate empty_run --video absent/out.mp4": ["absent/out.mp4", "folder"],
     "--evaluate empty_run --video file/out.mp4": ["file/out.mp4"],
 }
@@ -263,6 +232,7 @@ def test_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture)
     for entry in fields(RunConfig):
         assert f"--{entry.name.replace('_', '-')}" in text
         assert entry.default in (None, "") or f"(default: {entry.default})" in text, entry.name
+    assert ", ".join(LAYERS) in text
 
 
 # One run, and what can be done with it.
@@ -417,12 +387,6 @@ def test_every_layer_can_be_chosen(layer: str) -> None:
     assert sum(p.numel() for p in model.policy.parameters()) == LAYER_SIZES[layer]
 
 
-def test_help_lists_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert ", ".join(LAYERS) in " ".join(capsys.readouterr().out.split())
-
-
 TAGS = {
     *("rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/frames"),
     *("train/policy_loss", "train/value_loss", "train/entropy_loss", "train/explained_variance"),
@@ -458,20 +422,16 @@ def test_tensorboard_tags(serial_run: Run) -> None:
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.1 * rates[0] <= 1e-4
 
 
-def test_curves_in_the_table(serial_run: Run) -> None:
+def test_every_point_of_the_curves_is_there_once_in_the_table_too(serial_run: Run) -> None:
+    """The end of the run falls on a point that is due anyway."""
     rows = serial_run.rows
-    assert {int(row["time/total_timesteps"]) for row in rows} == POINTS
     assert {key for key in rows[0] if "/" in key} >= TAGS - {"rollout/ep_rew_mean"} - {
         "rollout/ep_len_mean"
     }
     assert float(rows[-1]["rollout/ep_rew_mean"]) >= 0
-
-
-def test_every_point_of_the_curves_is_there_once(serial_run: Run) -> None:
-    """The end of the run falls on a point that is due anyway."""
     steps = [event.step for event in serial_run.events.Scalars("time/frames")]
     assert steps == sorted(POINTS)
-    assert [int(row["time/total_timesteps"]) for row in serial_run.rows] == steps
+    assert [int(row["time/total_timesteps"]) for row in rows] == steps
 
 
 # Exploration.
@@ -583,17 +543,17 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
         assert all(word in refused for word in words), refused
 
 
-def test_a_run_from_before_there_was_a_bonus_goes_on_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_before_there_was_a_bonus_goes_on_without(tmp_path: Path) -> None:
+    """And rooms are told where there are some."""
     arguments = ["--env", "montezuma_revenge", "--frames", "160", "--workers", "0", *SMALL]
     arguments += ["--envs-per-worker", "2", "--intrinsic-reward", "none"]
     run = Run(tmp_path / "MontezumaRevenge-1", run_here(*arguments, "--logdir", str(tmp_path)))
     assert "bonus      " not in run.output
     config = {key: value for key, value in run.config.items() if key != "intrinsic_reward"}
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(ncrl.agents.atari.evaluate, "play_games", lambda *_: ([0.0], [9]))
-    run_here("--evaluate", str(run.path), "--episodes", "1")
+    told = run_here("--evaluate", str(run.path), "--episodes", "1")
+    assert re.search(r"^game 1 of 1: score \d+, [\d,]+ timesteps, rooms 1", told, re.MULTILINE)
+    assert re.search(r"^rooms entered: \d+ \(1", told, re.MULTILINE)
     run_here("--resume", str(run.path), "--frames", "320")
     assert run.config["intrinsic_reward"] == "none"
     assert settings(RunConfig(**run.config)) == ORDINARY | {"frames": 320}

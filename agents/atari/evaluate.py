@@ -1,26 +1,24 @@
-"""Playing whole games with a trained run, for its score."""
+"""Playing whole games with a trained run: for its score, the rooms that it enters, or a film."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.evaluation import evaluate_policy
+from torch import Tensor
 
 from ncrl.agents import A3C
-from ncrl.agents.atari.config import (
-    FRAMES_PER_TIMESTEP,
-    RunConfig,
-    camel_case,
-    make_factory,
-    stored_config,
-)
-from ncrl.agents.atari.film import moments, play
+from ncrl.agents.atari.config import FRAMES_PER_TIMESTEP, camel_case, make_factory, stored_config
 from ncrl.agents.atari.train import build_model
-from ncrl.agents.atari.video import check_path, write_video
+from ncrl.agents.atari.video import Moment, check_path, view_heads, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
-from ncrl.envs import ROOM_ADDRESS, AtariPlayer
+from ncrl.envs import ROOM_ADDRESS, AtariFactory, AtariPlayer
+from ncrl.sb3 import Latent
 from ncrl.settings import configure, shown
 from ncrl.shell.hardware import choose_device
 from ncrl.shell.screen import Screen
@@ -29,6 +27,9 @@ MOST_EPISODES = 1_000_000
 
 EVALUATION_ENVS = 8
 """Games that are evaluated side by side."""
+
+UNPLAYED = 1_000_000_007
+"""Added to the seed of a run: games that training has not played."""
 
 
 def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: Screen) -> int:
@@ -54,10 +55,10 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     model = build_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
-    factory = make_factory(config)
+    factory, seed = make_factory(config), (config.seed + UNPLAYED) % 2**31
+    play_all = visit_rooms if factory.game in ROOM_ADDRESS else play_games
+    scores, lengths = play_all(model, factory, seed, episodes, deterministic, screen)
     rules = factory.describe()
-    games = visit_rooms if factory.game in ROOM_ADDRESS else play_games
-    scores, lengths = games(model, config, episodes, deterministic, screen)
     screen.line(
         f"{camel_case(factory.game)} {after}raw score of {episodes} whole "
         f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
@@ -72,18 +73,14 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     )
     if modes["video"] is not None:
         screen.line("filming one more game")
-        player = AtariPlayer(factory, evaluation_seed(config))
+        player = AtariPlayer(factory, seed)
         write_video(Path(modes["video"]), moments(model, player, deterministic=deterministic))
         screen.line(f"video of one game (score {player.score:g}): {modes['video']}")
     return 0
 
 
 def chosen_weights(run: Path, *, best: bool) -> tuple[Path, str]:
-    """The file to play with, and after how much training it was written, as far as that is known.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The file to play with, and in words after how much training it was written."""
     if best:
         path = run / "best_model.zip"
         if not path.is_file():
@@ -95,7 +92,7 @@ def chosen_weights(run: Path, *, best: bool) -> tuple[Path, str]:
 
 
 def play_games(
-    model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
+    model: A3C, factory: AtariFactory, seed: int, episodes: int, deterministic: bool, screen: Screen
 ) -> tuple[list[float], list[int]]:
     """Raw scores and lengths (in timesteps) of whole games, each told when it is over."""
     told = 0
@@ -106,7 +103,7 @@ def play_games(
             told += 1
             screen.line(f"game {told} of {episodes}: score {score:g}, {length:,} timesteps")
 
-    env = make_factory(config)(min(episodes, EVALUATION_ENVS), evaluation_seed(config))
+    env = factory(min(episodes, EVALUATION_ENVS), seed)
     scores, lengths = evaluate_policy(
         model,
         env,
@@ -122,27 +119,72 @@ def play_games(
 
 
 def visit_rooms(
-    model: A3C, config: RunConfig, episodes: int, deterministic: bool, screen: Screen
+    model: A3C, factory: AtariFactory, seed: int, episodes: int, deterministic: bool, screen: Screen
 ) -> tuple[list[float], list[int]]:
     """`play_games` for a game of rooms, one after the other, with the rooms that were entered."""
-    scores: list[float] = []
-    lengths: list[int] = []
+    results: list[tuple[float, int]] = []
     entered: set[int] = set()
     for game in range(episodes):
-        seed = (evaluation_seed(config) + game) % 2**31
-        player = AtariPlayer(make_factory(config), seed)
+        player = AtariPlayer(factory, (seed + game) % 2**31)
         rooms = {player.room() for _ in play(model, player, deterministic=deterministic)}
         screen.line(
             f"game {game + 1} of {episodes}: score {player.score:g}, {player.timesteps:,} "
             f"timesteps, rooms {', '.join(map(str, sorted(rooms)))}"
         )
-        scores.append(player.score)
-        lengths.append(player.timesteps)
+        results.append((player.score, player.timesteps))
         entered |= rooms
     screen.line(f"rooms entered: {len(entered)} ({', '.join(map(str, sorted(entered)))})")
-    return scores, lengths
+    return [score for score, _ in results], [length for _, length in results]
 
 
-def evaluation_seed(config: RunConfig) -> int:
-    """Games that training has not played."""
-    return (config.seed + 1_000_000_007) % 2**31
+# One visible game.
+
+
+class Decision(NamedTuple):
+    """What the model made of one timestep."""
+
+    images: Tensor  # [1, stack, height, width]
+    latent: Latent
+    distribution: Distribution
+    action: int
+
+
+@torch.no_grad()
+def play(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[Decision]:
+    """Play one whole game, stopping at every decision before its action is taken."""
+    policy = model.policy
+    policy.set_training_mode(False)
+    state, starts = policy.initial_state(1), torch.ones(1, dtype=torch.bool, device=policy.device)
+    obs, game_over, lives = player.reset(), False, 0
+    while not game_over:
+        images = torch.from_numpy(obs).to(policy.device)
+        latent, state = policy.encode(images, state, starts)
+        distribution = policy.distribution(latent)
+        action = int(distribution.get_actions(deterministic=deterministic))
+        yield Decision(images, latent, distribution, action)
+        obs, _, game_over, remaining = player.step(action)
+        # In training a lost life starts the LSTM anew where it cuts the return.
+        life_lost = player.factory.rules.life_ends_return and remaining < lives
+        starts = torch.full_like(starts, life_lost)
+        lives = remaining
+
+
+@torch.no_grad()
+def moments(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[Moment]:
+    """One whole game for a film: each timestep beside what the heads attend to."""
+    names = player.factory.action_meanings
+    for seen in play(model, player, deterministic=deterministic):
+        categorical = seen.distribution.distribution
+        assert isinstance(categorical, torch.distributions.Categorical)
+        source = None if model.exploration is None else model.exploration.source
+        yield Moment(
+            frame=player.frame(),
+            score=player.score,
+            timestep=player.timesteps,
+            action=names[seen.action],
+            value=float(model.policy.values(seen.latent)),
+            probabilities=categorical.probs[0].cpu().numpy(),
+            action_names=names,
+            heads=view_heads(model.policy, seen.latent),
+            bonus=None if source is None else float(source.score(seen.images)),
+        )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from stable_baselines3.common.utils import LinearSchedule
@@ -35,12 +35,8 @@ from ncrl.shell.signals import StopSignals
 EXIT_FAILED = 1
 
 
-class Job(NamedTuple):
-    """Everything that training needs, checked."""
-
-    model: A3C
-    config: RunConfig
-    run: RunDirectory
+Job = tuple[A3C, RunConfig, RunDirectory]
+"""Everything that training needs, checked."""
 
 
 @contextlib.contextmanager
@@ -74,7 +70,7 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
                 model.set_logger(curves)
             except OSError as error:
                 raise cannot_write(run.path, error) from error
-            yield Job(model, config, run)
+            yield model, config, run
         finally:
             if resumed is None and (model is None or not model.num_timesteps):
                 run.remove()
