@@ -27,7 +27,6 @@ from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
 from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.env_sources import EnvFactory
-from ncrl.agents.playing.sizes import SLOTS_PER_WORKER
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import (
     EXIT_NO_GUARD,
@@ -49,6 +48,10 @@ POLL_SECONDS = 0.2  # longest the pool waits before it looks at its workers agai
 WINDOW_SECONDS = 600.0  # in which failures of a worker are counted whatever it played between them
 FAILURES_PER_WINDOW = 4
 LONGEST_PAUSE = 60.0  # seconds before a replacement, however many there were
+
+SLOTS_PER_WORKER = 3
+"""The rollout that a worker plays, the one that it goes on with, so that it never waits for a
+learner in the middle of an update, and the one that the learner copies."""
 
 # What a worker finds before it imports torch: processes, not threads, share out the cores.
 ONE_THREAD = dict.fromkeys(

@@ -17,16 +17,13 @@ from typing import NamedTuple
 import torch
 
 from ncrl.agents.playing.buffers import RolloutShape
+from ncrl.agents.playing.pool import SLOTS_PER_WORKER
 
 FEW_CORES = 3  # up to so many, every core gets a worker, and the learner computes between them
 SMALL_UPDATE = 4  # games whose rollouts make one update on the CPU
 SHM = "/dev/shm"
 FILES_PER_WORKER = 4  # open files: its pipe, what tells of its end, and two to spare
 FILES_FOR_SHARING = 64  # open files for shared memory, checkpoints, curves, a worker that starts
-
-SLOTS_PER_WORKER = 3
-"""The rollout that a worker plays, the one that it goes on with, so that it never waits for a
-learner in the middle of an update, and the one that the learner copies."""
 
 
 class Sizes(NamedTuple):

@@ -42,6 +42,7 @@ from ncrl.agents.runs.checkpoints import (
 from ncrl.envs import atari, masked_cartpole
 from ncrl.shell.tensors import with_checksum
 from tests.agents.environments import TickingFactory
+from tests.agents.test_loading import Malicious, torch_bytes
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"num_slots": 6, "num_heads": 2, "num_least_used": 1, "controller_size": 4}
@@ -294,7 +295,7 @@ def test_f13_a_damaged_checkpoint_is_passed_over(
 )
 def test_f13_any_state_that_is_none(state: Any, tmp_path: Path) -> None:
     save_steps(tmp_path, [20, 30])
-    rewrite(newest_checkpoint(tmp_path), {STATE: as_torch(state)})
+    rewrite(newest_checkpoint(tmp_path), {STATE: torch_bytes(state)})
     assert newest_checkpoint(tmp_path).timesteps == 20
 
 
@@ -319,25 +320,9 @@ def test_f13_with_none_left_it_says_so(tmp_path: Path) -> None:
 # What a file may do to us.
 
 
-class Malicious:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.canary),)
-
-
 def tensors_of(checkpoint: Checkpoint, member: str = "policy.pth") -> dict[str, Any]:
     with zipfile.ZipFile(checkpoint.path) as archive, archive.open(member) as file:
         return torch.load(file, weights_only=True)
-
-
-def as_torch(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def rewrite(
@@ -361,7 +346,7 @@ def test_f14_a_malicious_pickle_is_refused(where: str, raw: bool, tmp_path: Path
     checkpoint = newest_checkpoint(tmp_path)
     canary = tmp_path / "canary"
     evil = {"evil": Malicious(canary)}
-    data = pickle.dumps(evil, protocol=2) if raw else as_torch(evil)
+    data = pickle.dumps(evil, protocol=2) if raw else torch_bytes(evil)
     rewrite(checkpoint, {where: data})
     with pytest.raises(CheckpointError) as error:
         resume(make_model(), newest_checkpoint(tmp_path))
@@ -388,7 +373,7 @@ def test_f14_the_pickles_of_sb3_are_not_read(tmp_path: Path) -> None:
         checkpoint,
         {
             "data": json.dumps({"policy_class": {":serialized:": code}}).encode(),
-            "pytorch_variables.pth": as_torch(Malicious(canary)),
+            "pytorch_variables.pth": torch_bytes(Malicious(canary)),
         },
     )
     other = make_model()
@@ -420,7 +405,7 @@ def test_f15_weights_of_another_form_are_refused(change: str, tmp_path: Path) ->
         weights, name = [1, 2], "dict"
     else:
         weights[name] = "text"
-    rewrite(checkpoint, {"policy.pth": as_torch(weights)})
+    rewrite(checkpoint, {"policy.pth": torch_bytes(weights)})
     with pytest.raises(CheckpointError, match=name) as error:
         resume(make_model(), newest_checkpoint(tmp_path))
     assert str(checkpoint.path) in str(error.value) and "\n" not in str(error.value)
@@ -437,7 +422,7 @@ def test_f15_a_zip_without_a_member_is_refused(member: str, tmp_path: Path) -> N
 def change_state(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], None]) -> None:
     state = tensors_of(checkpoint, STATE)
     change(state)
-    rewrite(checkpoint, {STATE: as_torch(state)})
+    rewrite(checkpoint, {STATE: torch_bytes(state)})
 
 
 @pytest.mark.parametrize("name", COUNTERS)
@@ -476,7 +461,7 @@ def test_f15_a_compressed_state_is_not_unpacked(tmp_path: Path) -> None:
     state = tensors_of(checkpoint, STATE) | {"more": torch.zeros(20_000_000)}
     buffer = io.BytesIO()
     with (
-        zipfile.ZipFile(io.BytesIO(as_torch(state))) as archive,
+        zipfile.ZipFile(io.BytesIO(torch_bytes(state))) as archive,
         zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as compressed,
     ):
         for name in archive.namelist():
@@ -515,7 +500,7 @@ def test_f13_an_optimiser_that_does_not_fit(
     load_weights(make_model(**options), checkpoint.path)
     optimizer = tensors_of(checkpoint, "policy.optimizer.pth")
     change(optimizer)
-    rewrite(checkpoint, {"policy.optimizer.pth": as_torch(optimizer)})
+    rewrite(checkpoint, {"policy.optimizer.pth": torch_bytes(optimizer)})
     other = make_model(**options)
     with pytest.raises(CheckpointError, match=re.escape(str(checkpoint.path))):
         load_weights(other, checkpoint.path)

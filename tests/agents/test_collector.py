@@ -156,42 +156,37 @@ def test_returning_false_ends_the_rollout_early() -> None:
     assert not rollout.rewards[:3].isnan().any() and rollout.rewards[3:].isnan().all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["reward", "observation"])
-def test_what_is_not_finite_is_refused_by_name(name: str, value: float) -> None:
-    """F18."""
-    env = make_env()
-    if name == "reward":
-        env.rewards[2, 1] = value
-    else:
-        env.observations[3, 1, 2] = value  # what timestep 2 leads to
-    with pytest.raises(ValueError, match=rf"environment 1 returned {name} {value} at step 2"):
-        collect(env, make_policy(MlpLstmPolicy, env), [5])
-
-
-def test_the_first_observation_must_be_finite_too() -> None:
-    """F18: it would stay in the LSTM for a whole episode."""
-    env = make_env()
-    env.observations[0, 2, 1] = np.nan
-    with pytest.raises(ValueError, match=r"environment 2 .*observation nan"):
-        collect(env, make_policy(MlpLstmPolicy, env), [5])
-
-
-def test_an_observation_behind_a_time_limit_must_be_finite_too() -> None:
-    """F18: its value goes into the return."""
-    env = make_env()
-    env.terminal_observations[2, 1, 0] = np.nan
-    with pytest.raises(ValueError, match=r"environment 1 .*observation nan at step 2"):
-        collect(env, make_policy(MlpLstmPolicy, env), [5])
+BAD: dict[str, tuple[Any, str]] = {
+    "reward": (
+        lambda env, value: env.rewards.__setitem__((2, 1), value),
+        r"1 .*reward {} at step 2",
+    ),
+    "observation": (  # what timestep 2 leads to
+        lambda env, value: env.observations.__setitem__((3, 1, 2), value),
+        r"1 .*observation {} at step 2",
+    ),
+    "first observation": (  # it would stay in the LSTM for a whole episode
+        lambda env, value: env.observations.__setitem__((0, 2, 1), value),
+        r"2 .*observation {} at step 0",
+    ),
+    "behind a time limit": (  # its value goes into the return
+        lambda env, value: env.terminal_observations.__setitem__((2, 1, 0), value),
+        r"1 .*observation {} at step 2",
+    ),
+    "reward in float64": (  # rollouts hold float32
+        lambda env, value: setattr(env, "rewards", np.full((LENGTH, ENVS), 1e39)),
+        r"0 .*reward inf at step 0",
+    ),
+}
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-def test_a_reward_must_be_finite_as_it_is_stored() -> None:
-    """F18: rollouts hold float32."""
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("spoil", "message"), BAD.values(), ids=BAD)
+def test_f18_what_is_not_finite_is_refused_by_name(spoil: Any, message: str, value: float) -> None:
     env = make_env()
-    env.rewards = env.rewards.astype(np.float64)
-    env.rewards[2, 1] = 1e39
-    with pytest.raises(ValueError, match=r"environment 1 returned reward .* at step 2"):
+    spoil(env, value)
+    with pytest.raises(ValueError, match="environment " + message.format(value)):
         collect(env, make_policy(MlpLstmPolicy, env), [5])
 
 

@@ -70,12 +70,6 @@ def test_workers_know_an_id_that_the_script_registers(tmp_path: Path) -> None:
     assert ran.stdout.strip() == "trained", ran.stderr
 
 
-def test_a_script_on_standard_input_is_told_so() -> None:
-    ran = run_python("-", input=SCRIPT)
-    last = ran.stderr.strip().splitlines()[-1]
-    assert ran.returncode and "<stdin>" in last and "__main__" in last and "n_workers=0" in last
-
-
 @pytest.mark.parametrize(
     "env_id", ["Pong", "ALE/Pong-v5", "ale_py:ALE/Pong-v5", "PongNoFrameskip-v4", "Pong-v4"]
 )

@@ -567,7 +567,7 @@ def test_workers_are_not_sent_the_second_head() -> None:
     )
     assert hasattr(bonus.policy, "value_net_int")
     weights = SharedWeights(bonus.policy)
-    assert weights.nbytes == SharedWeights(plain.policy).nbytes
+    assert SharedWeights.bytes_for(bonus.policy) == SharedWeights.bytes_for(plain.policy)
     worker = bonus._policy_spec().build()
     assert not hasattr(worker, "value_net_int")
     bonus._policy_spec().check_like(bonus.policy)

@@ -7,8 +7,7 @@ import pytest
 from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import RolloutShape
-from ncrl.agents.playing.pool import Limits, WorkerPool
-from ncrl.agents.playing.sizes import SLOTS_PER_WORKER
+from ncrl.agents.playing.pool import SLOTS_PER_WORKER, Limits, WorkerPool
 from ncrl.agents.playing.worker import Played
 
 

@@ -183,22 +183,24 @@ def scalars(run: RunDirectory, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_curves_go_on_without_what_is_played_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "since", "after"),
+    [
+        ([100, 200, 300, 400], 200, [300, 400]),
+        ([100, 200], 150, [250]),  # a checkpoint between two points
+        ([100, 200], 0, [100]),  # killed before the first one
+    ],
+)
+def test_curves_go_on_without_what_is_played_again(
+    before: list[int], since: int, after: list[int], tmp_path: Path
+) -> None:
     run = RunDirectory.create(tmp_path, "Pong")
-    record(run, {step: {"score": step / 2} for step in (100, 200, 300, 400)})
-    record(run, {300: {"score": 9.0}, 400: {"score": 8.0}}, since=200)
-    expected = [(100, 50.0), (200, 100.0), (300, 9.0), (400, 8.0)]
+    record(run, {step: {"score": 1.0} for step in before})
+    record(run, {step: {"score": 2.0} for step in after}, since=since)
+    expected = [(n, 1.0) for n in before if n <= since] + [(n, 2.0) for n in after]
     written = [(int(row["time/total_timesteps"]), float(row["score"])) for row in rows(run)]
     assert written == expected
     assert scalars(run, "score") == expected
-
-
-def test_a_checkpoint_between_two_points_of_the_curves(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, "Pong")
-    record(run, {step: {"score": 1.0} for step in (100, 200)})
-    record(run, {250: {"score": 2.0}}, since=150)
-    assert [row["time/total_timesteps"] for row in rows(run)] == ["100", "250"]
-    assert scalars(run, "score") == [(100, 1.0), (250, 2.0)]
 
 
 def test_a_column_that_comes_later(tmp_path: Path) -> None:
@@ -211,15 +213,6 @@ def test_a_column_that_comes_later(tmp_path: Path) -> None:
         ("2.0", ""),
         ("3.0", "7.0"),
     ]
-
-
-def test_a_run_that_starts_anew_has_only_its_own_curves(tmp_path: Path) -> None:
-    """Killed before the first checkpoint of more than 0 timesteps."""
-    run = RunDirectory.create(tmp_path, "Pong")
-    record(run, {100: {"score": 1.0}, 200: {"score": 2.0}})
-    record(run, {100: {"score": 3.0}})
-    assert [row["score"] for row in rows(run)] == ["3.0"]
-    assert scalars(run, "score") == [(100, 3.0)]
 
 
 @pytest.mark.parametrize("tail", ["1", "3.0", "3.0,", "3.0,1", "3.0,150", "\x00\x00"])
@@ -343,10 +336,10 @@ def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "CartPole")
     model, best = make_model(), run.path / "best_model.zip"
     model.learn(4)
-    callback = saver(run)
-    callback.init_callback(model)
 
     def is_replaced() -> bool:
+        callback = saver(run)  # as in a run that was resumed
+        callback.init_callback(model)
         before = best.stat().st_ino if best.exists() else None
         callback.save()
         return best.exists() and best.stat().st_ino != before
@@ -356,20 +349,3 @@ def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
     for score, better in ((1.0, True), (0.5, False), (1.0, False), (-3.0, False), (1.5, True)):
         set_scores(model, score)
         assert is_replaced() == better, score
-
-
-def test_a_resumed_run_remembers_its_best_score(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, "CartPole")
-    model, best = make_model(), run.path / "best_model.zip"
-    model.learn(4)
-    first = saver(run)
-    first.init_callback(model)
-    set_scores(model, 10.0)
-    first.save()
-    before = best.read_bytes()
-
-    resumed = saver(run)
-    resumed.init_callback(model)
-    set_scores(model, 2.0)
-    resumed.save()
-    assert best.read_bytes() == before, "10.0 is better than 2.0"
