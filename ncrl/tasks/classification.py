@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ncrl.tasks.data import Images
-from ncrl.tasks.experiment import Batches, Experiment, describe_layers, try_network
+from ncrl.tasks.experiment import Batches, Experiment, describe_layers, logits_of, try_network
 from ncrl.tasks.recipes import Recipe, build_network
 
-EVALUATION_BATCH = 1000  # images that are classified at a time
 REPORT_IMAGES = 256  # test images on which the layers are described
 
 
@@ -71,8 +69,7 @@ class Classification(Experiment):
     def evaluate(self) -> dict[str, float]:
         """Accuracy or error on the test images, in per cent, and their cross-entropy."""
         images, labels = self.images.test_images, self.images.test_labels
-        parts = torch.split(images, EVALUATION_BATCH)
-        logits = torch.cat([self.model(part) for part in parts])
+        logits = logits_of(self.model, images)
         correct = int((logits.argmax(1) == labels).sum())
         counted = correct if self.measure == "accuracy" else len(labels) - correct
         return {

@@ -17,6 +17,8 @@ from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
 from ncrl.tasks.recipes import count_parameters
 
+EVALUATION_BATCH = 1000
+
 
 class Experiment(ABC):
     """A network with its task: what one run trains and measures.
@@ -105,6 +107,11 @@ def try_network(model: nn.Module, x: Tensor, said: str, num_classes: int) -> Non
             raise ValueError(f"the network does not take {said}: {error}") from error
     if size < num_classes:
         raise ValueError(f"num_outputs must be at least {num_classes}, got {size}")
+
+
+def logits_of(model: nn.Module, inputs: Tensor, *more: Any) -> Tensor:
+    """What a classifier says of any number of inputs, a thousand at a time, [N, classes]."""
+    return torch.cat([model(part, *more) for part in torch.split(inputs, EVALUATION_BATCH)])
 
 
 @contextlib.contextmanager

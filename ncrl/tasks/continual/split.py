@@ -21,7 +21,7 @@ from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual import metrics
 from ncrl.tasks.continual.methods import Grow, OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
-from ncrl.tasks.experiment import Batches, Experiment, evaluating, try_network
+from ncrl.tasks.experiment import Batches, Experiment, evaluating, logits_of, try_network
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import ContinualRecipe, Recipe, build_network
 
@@ -36,7 +36,6 @@ ADAGRAD = {"optimizer": "adagrad", "learning_rate": 1e-2}  # what the method of 
 CLASSES_PER_TASK = 2
 PADDED_SIDE = 32
 MEAN, STD = 0.1000, 0.2752  # Hsu et al.'s normalisation, of pixels from 0 to 1 and the padding, too
-EVALUATION_BATCH = 1000  # images that are classified at a time
 # Test images of each task on which weights and attention are measured at the end.
 DESCRIBED_IMAGES = 50
 
@@ -196,16 +195,11 @@ class SplitLearning(Experiment):
         if task + 1 < len(self.tasks):  # after the last one nothing can be forgotten
             self.method.end_task(self.tasks[task].images, self.sample_losses[self._head(task)])
         with evaluating(self.model):
-            for tested in range(len(self.tasks)):
-                self.accuracy[task, tested] = self._accuracy_on(tested)
+            for tested, (_, _, images, labels) in enumerate(self.tasks):
+                said = logits_of(self.model, images, self._head(tested)).argmax(1)
+                self.accuracy[task, tested] = 100 * float((said == labels).double().mean())
         if task + 1 < len(self.tasks):
             self.method.begin_task(self.tasks[task + 1].images, self.optimizer)
-
-    def _accuracy_on(self, task: int) -> float:
-        """Per cent of the test images, through the task's own head."""
-        images, labels = self.tasks[task][2:]
-        parts = [self.model(p, self._head(task)) for p in torch.split(images, EVALUATION_BATCH)]
-        return 100 * float((torch.cat(parts).argmax(1) == labels).double().mean())
 
     def evaluate(self) -> dict[str, float]:
         """At the very end. See `ncrl.tasks.continual.metrics`; a task failed that was halfway from
@@ -237,9 +231,7 @@ class SplitLearning(Experiment):
         layers = {name: weights._asdict() for name, weights in self._describe().items()}
         details = {"accuracy": self.accuracy.tolist(), "layers": layers}
         if isinstance(self.method, Grow):  # [T tested, layers, T whose slots]
-            details["slots"] = [
-                self.method.shares(task.test_images[:EVALUATION_BATCH]) for task in self.tasks
-            ]
+            details["slots"] = [self.method.shares(task.test_images) for task in self.tasks]
         return details
 
     def state(self) -> dict[str, Any]:

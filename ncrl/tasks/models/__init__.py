@@ -11,7 +11,7 @@ from torch import nn
 from ncrl.tasks.models.convolutional import DenseNet, LeNet
 from ncrl.tasks.models.mlp import PLAIN, Coded, Mlp, ProjectedLinear, SplitMlp
 from ncrl.tasks.models.recurrent import GruRegressor, Ntm
-from ncrl.tasks.models.resnet import FrozenResNetMlp, ResNet18
+from ncrl.tasks.models.resnet import ResNet18, resnet_mlp
 
 
 def atari_policy(
@@ -47,6 +47,6 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "ntm": Ntm,
     "split_mlp": SplitMlp,
     "resnet18": ResNet18,
-    "resnet_mlp": FrozenResNetMlp,
+    "resnet_mlp": resnet_mlp,
     "atari": atari_policy,
 }

@@ -71,12 +71,7 @@ class DenseNet(nn.Module):
     """
 
     def __init__(
-        self,
-        num_outputs: int = 10,
-        *,
-        depth: int = 100,
-        growth: int = 12,
-        coded: Coded = PLAIN,
+        self, num_outputs: int = 10, *, depth: int = 100, growth: int = 12, coded: Coded = PLAIN
     ) -> None:
         super().__init__()
         if not 7 <= depth <= DEEPEST or (depth - 4) % 3:

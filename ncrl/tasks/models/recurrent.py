@@ -26,12 +26,7 @@ class GruRegressor(nn.Module):
     """GRU and a coded output layer (paper, section 4.1: input x_t and y_{t-1}, output y_t)."""
 
     def __init__(
-        self,
-        hidden_size: int,
-        *,
-        in_features: int = 2,
-        num_outputs: int = 1,
-        coded: Coded = PLAIN,
+        self, hidden_size: int, *, in_features: int = 2, num_outputs: int = 1, coded: Coded = PLAIN
     ) -> None:
         super().__init__()
         self.gru = nn.GRU(in_features, hidden_size)

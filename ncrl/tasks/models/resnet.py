@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,36 +84,18 @@ class ResNet18(nn.Module):
         return outputs
 
 
-class FrozenResNetMlp(nn.Module):
-    """A coded `SplitMlp` that reads the 1000 outputs of a frozen ResNet-18 (paper, section 4.4)."""
-
-    def __init__(
-        self,
-        num_outputs: int = 2,
-        *,
-        hidden: Sequence[int] = (500, 500, 500),
-        num_tasks: int = 1,
-        hidden_rank: int | None = None,
-        coded: Coded = PLAIN,
-    ) -> None:
-        super().__init__()
-        self.backbone = ResNet18().requires_grad_(False).eval()
-        self.classify = SplitMlp(
-            self.backbone.num_outputs,
-            hidden,
-            num_outputs,
-            num_tasks=num_tasks,
-            hidden_rank=hidden_rank,
-            coded=coded,
-        )
-
-    def train(self, mode: bool = True) -> FrozenResNetMlp:
-        """Training mode for the classifier alone: a frozen batch norm keeps its statistics."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def forward(self, images: Tensor, task: int = 0) -> Tensor:
-        """[B, 3, height, width] -> logits [B, num_outputs] of the head of one task."""
-        logits: Tensor = self.classify(self.backbone(images), task)
-        return logits
+def resnet_mlp(
+    num_outputs: int = 2,
+    *,
+    hidden: Sequence[int] = (500, 500, 500),
+    num_tasks: int = 1,
+    hidden_rank: int | None = None,
+    coded: Coded = PLAIN,
+) -> nn.Module:
+    """The parts of split CIFAR's network, to be counted: a ResNet-18, and the `SplitMlp` that reads
+    its 1000 outputs (paper, section 4.4). The command trains the second on features of the first.
+    """
+    backbone = ResNet18()
+    options: Any = {"num_tasks": num_tasks, "hidden_rank": hidden_rank, "coded": coded}
+    classify = SplitMlp(backbone.num_outputs, hidden, num_outputs, **options)
+    return nn.ModuleDict({"backbone": backbone, "classify": classify})

@@ -1,7 +1,5 @@
 """`python -m ncrl.tasks.polynomial`."""
 
-import sys
-
 from ncrl.tasks.polynomial.experiment import main
 
-sys.exit(main())
+raise SystemExit(main())

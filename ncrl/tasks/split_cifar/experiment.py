@@ -41,8 +41,12 @@ from ncrl.tasks.split_cifar.backbone import (
     load_backbone,
     pixel_statistics,
 )
-from ncrl.tasks.split_cifar.features import SplitFeatures
-from ncrl.tasks.split_cifar.figure import draw_accuracy, draw_slots, slots_figure
+from ncrl.tasks.split_cifar.features import (
+    SplitFeatures,
+    draw_accuracy,
+    draw_slots,
+    slots_figure,
+)
 
 CONFIG = "split_cifar.yaml"
 
