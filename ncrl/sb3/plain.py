@@ -34,7 +34,7 @@ TAG = "$"
 """The entry that says what a dict stands for."""
 
 MAX_ELEMENTS = 1 << 26
-"""Largest array that is read; a space keeps two arrays of its size."""
+"""Of all arrays together that are read: few bytes can stand for large ones, all of one number."""
 
 NUMBERS = "biuf"
 """Kinds of numpy types that are read: truth values, integers, floating point."""
@@ -142,10 +142,11 @@ def name_of(kind: type) -> str:
 
 def _array(array: np.ndarray, tag: str) -> dict[str, Any]:
     little = array.astype(array.dtype.newbyteorder("<"))
-    if little.size and (little == little.flat[0]).all():
-        little = little.flat[0]  # once for all, as for the bounds of images
-    data = base64.b64encode(little.tobytes()).decode()
-    return {TAG: tag, "dtype": little.dtype.str, "shape": list(array.shape), "base64": data}
+    data = little.tobytes()
+    if data == data[: little.itemsize] * little.size:  # all equal, as the bounds of images
+        data = data[: little.itemsize]
+    text = base64.b64encode(data).decode()
+    return {TAG: tag, "dtype": little.dtype.str, "shape": list(array.shape), "base64": text}
 
 
 def _arguments(kind: type) -> tuple[str, ...] | None:
@@ -164,8 +165,7 @@ class _Reader:
     """Reads values for one place; every fault is a `PlainError` that names it."""
 
     def __init__(self, where: str, known: Mapping[str, type]) -> None:
-        self.where = where
-        self.known = known
+        self.where, self.known, self.elements = where, known, 0
 
     def read(self, plain: Any) -> Any:
         if isinstance(plain, list):
@@ -207,10 +207,11 @@ class _Reader:
 
     def array(self, plain: dict[str, Any]) -> np.ndarray:
         dtype, shape = self.dtype(plain), plain["shape"]
-        if math.prod(shape) > MAX_ELEMENTS:
-            raise self.fault(f"the shape {shape} with more than {MAX_ELEMENTS} elements")
+        self.elements += math.prod(shape)
+        if self.elements > MAX_ELEMENTS:
+            raise self.fault(f"the shape {shape}, and with it more than {MAX_ELEMENTS} elements")
         data = np.frombuffer(base64.b64decode(plain["base64"], validate=True), dtype)
-        data = np.broadcast_to(data, shape) if data.size == 1 else data.reshape(shape)
+        data = np.broadcast_to(data[0], shape) if data.size == 1 else data.reshape(shape)
         return data.astype(dtype.newbyteorder("="))  # which is writable as well
 
     def find(self, name: str) -> type:

@@ -460,7 +460,7 @@ def test_sizes_that_no_weight_has_ask_for_no_memory(saved: bytes, tmp_path: Path
         lambda d: d["fields"]["policy_kwargs"].update(lstm_hidden_size=10**6),
     )
     path = rewritten(saved, tmp_path / "model.zip", {"ncrl.json": new})
-    assert "has shape" in refusal(path)
+    assert "of shape" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """`export_policy` and `load_policy`: exact round trips; files that do not fit are told apart."""
 
 import json
+import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ncrl.sb3 import (
     export_policy,
     load_policy,
 )
+from ncrl.sb3.plain import from_plain, to_plain
 from tests.ncrl.sb3.environments import Still
 
 SMALL = {"head_kwargs": {"num_slots": 6, "num_heads": 2}}
@@ -183,6 +186,31 @@ def test_statistics_that_stay_behind_are_mentioned(tmp_path: Path, caplog: Any) 
     env = VecNormalize(make_vec_env("CartPole-v1"))
     export_policy(A2C("MlpPolicy", env, device="cpu"), tmp_path)
     assert "VecNormalize are not exported" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float32(2.5), np.int64(3), np.array(3.0), np.zeros((2, 3), np.uint8), np.zeros((0, 2)),
+        np.arange(6).reshape(2, 3), np.array([0.0, -0.0]), math.inf,
+        (1, [2, None]), deque([(1, 2.5)], 5),
+        {("a", 1): {"$": "x"}}, {"b": {"a": True}}, np.dtype(np.int8).type, nn.ReLU,
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_values_come_back_in_their_types(value: Any) -> None:
+    text = json.dumps(to_plain(value, "it"), allow_nan=False)
+    back = from_plain(json.loads(text), "it", [np.int8])
+    assert type(back) is type(value)
+    assert back is value or repr(back) == repr(value)
+    if isinstance(value, np.ndarray):
+        assert back.dtype == value.dtype and back.flags.writeable
+
+
+def test_few_bytes_do_not_become_many() -> None:
+    bomb = to_plain(np.zeros(1 << 20), "it")
+    with pytest.raises(ValueError, match="more than 67108864 elements"):
+        from_plain([bomb] * 1_000, "it")
 
 
 # Files that do not fit.
