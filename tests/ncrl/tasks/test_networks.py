@@ -103,15 +103,6 @@ def test_small_batches_equal_part_of_a_batch(case: Case, batch: int) -> None:
     torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.network)
-def test_sizes_do_not_depend_on_numbers(case: Case) -> None:
-    """On the meta device every network has the parameters and buffers that it has elsewhere."""
-    with torch.device("meta"):
-        meta = make(case, "neurocoder").state_dict()
-    state = make(case, "neurocoder").state_dict()
-    assert {n: t.shape for n, t in meta.items()} == {n: t.shape for n, t in state.items()}
-
-
 def test_coded_layers_are_counted_from_the_output() -> None:
     def kinds(num_coded: int | None) -> list[str]:
         layers = dense_layers([4, 3, 3, 2], Coded("film"), num_coded=num_coded)
@@ -259,13 +250,6 @@ def test_densenet_equals_a_literal_reading() -> None:
     features = normalised(state, "norm", maps).clamp(min=0).mean(dim=(2, 3))
     expected = features @ state["output.weight"].T + state["output.bias"]
     torch.testing.assert_close(network(images), expected, rtol=1e-10, atol=1e-10)
-
-
-def test_the_papers_densenet_reads_1168_features() -> None:
-    with torch.device("meta"):
-        network = DenseNet()
-    assert network.output.in_features == 1168
-    assert sum(isinstance(m, nn.Conv2d) for m in network.modules()) == 99  # and one output layer
 
 
 @pytest.mark.parametrize("depth", [4, 6, 99])

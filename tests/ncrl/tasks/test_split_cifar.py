@@ -1,8 +1,6 @@
 """Split CIFAR: tasks, what is recorded, the command on digits and on CIFAR-100's layout."""
 
-import math
 import pickle
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,16 +73,6 @@ def test_tasks_are_consecutive_classes() -> None:
         class_tasks(lacking, 2)
 
 
-def test_held_out_features_are_every_fifth_and_not_trained_on() -> None:
-    data = numbers(each=10)
-    found = data.held_out(5)
-    assert found.test_images[:, 0].tolist() == [4.0 + 5 * i for i in range(8)]
-    both = torch.cat([found.train_images, found.test_images])[:, 0]
-    assert sorted(both.tolist()) == data.train_images[:, 0].tolist()
-    assert torch.equal(found.test_labels, found.test_images[:, 0].long() % 4)
-    assert "held out" in found.name
-
-
 @pytest.mark.parametrize("ends", [[316, 632, 948], [3, 10], [100, 199, 450]])
 def test_every_task_is_looked_at_evenly(ends: list[int]) -> None:
     watched = watched_updates(ends)
@@ -95,25 +83,6 @@ def test_every_task_is_looked_at_evenly(ends: list[int]) -> None:
         assert updates == sorted(updates) and begin <= updates[0] and updates[-1] == end - 1
         gaps = {after - before for before, after in pairwise(updates)}
         assert max(gaps) - min(gaps) <= 1
-
-
-def test_mutual_information_is_that_of_its_definition() -> None:
-    table = [[3, 0, 1], [2, 2, 0]]
-    pairs = Counter({(i, j): n for i, row in enumerate(table) for j, n in enumerate(row)})
-    total = pairs.total()
-
-    def entropy(counts: Counter[Any]) -> float:
-        shares = [n / total for n in counts.values() if n]
-        return -sum(p * math.log2(p) for p in shares)
-
-    rows, columns = Counter[int](), Counter[int]()
-    for (i, j), count in pairs.items():
-        rows[i] += count
-        columns[j] += count
-    expected = entropy(rows) + entropy(columns) - entropy(pairs)
-    assert float(mutual_information(torch.tensor(table))) == pytest.approx(expected)
-    assert float(mutual_information(torch.tensor([[1, 3], [2, 6]]))) == pytest.approx(0, abs=1e-12)
-    assert float(mutual_information(torch.eye(4))) == pytest.approx(2)
 
 
 # What is trained
