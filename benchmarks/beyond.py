@@ -119,11 +119,11 @@ def sequences(
 def layers() -> Iterator[tuple[str, nn.Module, float]]:
     """A convolution and an attention, plain and coded, with the step of each alone."""
     images, tokens = torch.randn(32, 64, 14, 14), torch.randn(8, 64, 128)
-    attention = partial(nn.MultiheadAttention, 128, 4, batch_first=True)
-    for name, build in {
+    builders: dict[str, Callable[[], nn.Module]] = {
         "conv": partial(nn.Conv2d, 64, 64, 3, padding=1),
-        "attn": attention,
-    }.items():
+        "attn": partial(nn.MultiheadAttention, 128, 4, batch_first=True),
+    }
+    for name, build in builders.items():
         for coding, config in CODINGS.items():
             model = nn.ModuleDict({name: build()})
             if config is not None:
