@@ -1,4 +1,4 @@
-"""Two small networks, plain and coded: a CNN on digits, a transformer on the algorithms' sequences.
+"""Plain and coded: a convolution, an attention, a CNN on digits, a transformer on the algorithms.
 
 python benchmarks/beyond.py          # a minute or two on one thread
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from common import print_header
@@ -115,12 +116,38 @@ def sequences(
     return model, step, 100 * float(right)
 
 
+def layers() -> Iterator[tuple[str, nn.Module, float]]:
+    """A convolution and an attention, plain and coded, with the step of each alone."""
+    images, tokens = torch.randn(32, 64, 14, 14), torch.randn(8, 64, 128)
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "conv": partial(nn.Conv2d, 64, 64, 3, padding=1),
+        "attn": partial(nn.MultiheadAttention, 128, 4, batch_first=True),
+    }
+    for name, build in builders.items():
+        for coding, config in CODINGS.items():
+            model = nn.ModuleDict({name: build()})
+            if config is not None:
+                inject(model, config, "*")
+
+            def step(model: nn.ModuleDict = model) -> Tensor:
+                if "conv" in model:
+                    return model["conv"](images).square().mean()
+                y, _ = model["attn"](tokens, tokens, tokens, need_weights=False)
+                return y.square().mean()
+
+            yield f"{name}, {coding}", model, train(model, (step() for _ in range(20)))
+
+
 Example = Callable[[NeurocoderConfig | None], tuple[nn.Module, float, float]]
 
 
 def main() -> None:
     torch.set_num_threads(1)
     examples: dict[str, Example] = {"CNN, digits": digits, "transformer, algorithms": sequences}
+    print_header("", "parameters", "ms a step")
+    for name, model, step in layers():
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"| {name} | {count:,} | {step:.1f} |", flush=True)
     print_header("", "parameters", "ms a step", "right, %")
     for name, example in examples.items():
         for coding, config in CODINGS.items():

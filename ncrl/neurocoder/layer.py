@@ -150,11 +150,11 @@ class NeurocoderLinear(LinearSeat):
     @torch.no_grad()
     def _take_over(self, plain: nn.Linear | nn.Conv2d, keep_weight: bool) -> None:
         """Start from the bias, and if wanted from the weight, of a layer of the same sizes."""
-        if keep_weight and self.integration is None:
-            raise ValueError("keep_weight=True needs a residual program, got residual=False")
         if self.bias is not None and plain.bias is not None:
             self.bias.copy_(plain.bias)
-        if keep_weight and self.integration is not None:
+        if keep_weight:
+            if self.integration is None:
+                raise ValueError("keep_weight=True needs a residual program, got residual=False")
             self.integration.start_from(plain.weight.flatten(1).T)
 
     def reset_parameters(self) -> None:

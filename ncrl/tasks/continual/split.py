@@ -238,9 +238,7 @@ class SplitLearning(Experiment):
         layers = {name: weights._asdict() for name, weights in self._describe().items()}
         details = {"accuracy": self.accuracy.tolist(), "layers": layers}
         if isinstance(self.method, Grow):  # [T tested, layers, T whose slots]
-            details["slots"] = [
-                self.method.shares(task.test_images[:EVALUATION_BATCH]) for task in self.tasks
-            ]
+            details["slots"] = [self.method.shares(task.test_images) for task in self.tasks]
         return details
 
     def state(self) -> dict[str, Any]:
