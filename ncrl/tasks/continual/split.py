@@ -22,7 +22,6 @@ from ncrl.tasks.continual import metrics
 from ncrl.tasks.continual.methods import Grow, OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import (
-    EVALUATION_BATCH,
     Batches,
     Experiment,
     evaluating,
