@@ -174,7 +174,7 @@ REFUSED = {
     "--config binary.yaml": ["binary.yaml"],
     "--config absent.yaml": ["absent.yaml"],
     "--config plain": ["plain"],
-    "--config bomb.yaml": ["bomb.yaml", "must be of type str"],
+    "--config bomb.yaml": ["bomb.yaml", "by an alias"],
     "--config deep.yaml": ["deep.yaml", "nested"],
     "--config stamp.yaml": ["stamp.yaml"],
     "--config digits.yaml": ["gamma", "400 digits"],

@@ -141,13 +141,3 @@ def test_nearly_orthonormal_rows_have_a_finite_gradient() -> None:
         assert memory.grad is not None
         assert memory.grad.isfinite().all()
         assert float(memory.grad.norm()) < 2 + 1e-6
-
-
-def test_descent_reaches_the_floor() -> None:
-    layer = make_layer(6, 2, 4)
-    optimiser = torch.optim.SGD([layer.memory.u, layer.memory.v], lr=0.02)
-    for _ in range(400):
-        optimiser.zero_grad()
-        orthogonal_loss(layer).backward()
-        optimiser.step()
-    assert math.sqrt(2) - 1e-9 <= orthogonal_loss(layer).item() < math.sqrt(2) + 0.2
