@@ -7,7 +7,7 @@ hooks). `nn.MultiheadAttention` never calls its projections: it is opened first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import TypeGuard
 
@@ -90,6 +90,7 @@ def inject(
         chosen.update(_select(target, seats))
     if not chosen:
         raise ValueError(f"no targets given; candidates: {_listed(_candidates(seats))}")
+    _check_encoders(model, {*chosen, *(m for m, o in opened.items() if chosen & {*o.children()})})
     layers: dict[nn.Module, NeurocoderLinear] = {}
     for plain in seats.values():  # in this order, whatever that of the targets
         if plain in chosen and plain not in layers:
@@ -214,6 +215,27 @@ def _meddled(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward has been replaced"
     return None
+
+
+def _check_encoders(model: nn.Module, changed: Set[nn.Module]) -> None:
+    """Refuse what would fail only later: in eval mode, with a padding mask.
+
+    `nn.TransformerEncoder` then looks at its first layer alone to decide whether all layers are fed
+    nested tensors, which none but fast paths can read.
+    """
+    coded = (NeurocoderLinear, OpenAttention)
+    for name, encoder in model.named_modules():
+        if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
+            first, *others = (
+                any(part in changed or isinstance(part, coded) for part in layer.modules())
+                for layer in encoder.layers
+            )
+            if any(others) and not first:
+                raise ValueError(
+                    f"the nn.TransformerEncoder {name!r} feeds nested tensors to all its layers if "
+                    "the first one has a fast path: make a part of layer 0 a target as well, or "
+                    "set use_nested_tensor of the encoder to False"
+                )
 
 
 def _candidates(seats: Mapping[str, nn.Module]) -> list[str]:

@@ -905,3 +905,21 @@ def test_from_linear_sized_by_numpy_integers() -> None:
     size = torch.ones(2).numpy().astype("int64").sum()
     layer = NeurocoderLinear.from_linear(nn.Linear(size, size), CONFIG)
     assert type(layer.in_features) is int and layer.in_features == 2
+
+
+@pytest.mark.parametrize("part", ["linear1", "linear2", "self_attn.q_proj"])
+def test_torch_encoder_with_a_fast_first_layer_is_refused(part: str) -> None:
+    model = make_encoder()
+    with pytest.raises(ValueError, match="use_nested_tensor"):
+        inject(nn.ModuleDict({"encoder": model}), CONFIG, f"layers.1.{part}")
+    assert layers_of(model) == []
+    inject(model, CONFIG, f"layers.0.{part}")
+    assert inject(model, CONFIG, f"layers.1.{part}") == [f"layers.1.{part}"]
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    x = HOSTS["torch-encoder"].x
+    with torch.inference_mode():
+        assert model.eval()(x, src_key_padding_mask=padding).isfinite().all()
+        eject(model)
+        model.use_nested_tensor = False
+        inject(model, CONFIG, f"layers.1.{part}")
+        assert model.eval()(x, src_key_padding_mask=padding).isfinite().all()
