@@ -1,8 +1,7 @@
 """Timesteps per second of A3C, what its parts alone allow, and peers on the same machine.
 
-The parts are games and acting on all cores, and learning on one thread or the GPU, each with nothing
-else running. They give the ceiling: on a GPU the slower of both, else learning takes its time from
-playing.
+The parts are games and acting on all cores, and learning on one thread or the GPU, each alone. They
+give the ceiling: the slower of both on a GPU; on the CPU learning takes its time from playing.
 
 Peers are sb3-contrib's RecurrentPPO on the same network, and Stable-Baselines3's A2C, which has no
 LSTM and sees four stacked frames instead. At equal work they use T = 20 and our environments and
