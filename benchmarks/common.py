@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +39,9 @@ def build_a3c(
     n_envs: int,
     n_workers: int | None,
     device: str,
+    **options: Any,
 ) -> A3C:
-    """A3C with its default settings, LSTM-512 and one of `HEADS`."""
+    """A3C with LSTM-512, one of `HEADS`, and its default settings but for `options`."""
     layer = HEADS[head]
     return A3C(
         "CnnLstmPolicy",
@@ -49,15 +54,63 @@ def build_a3c(
             "head_kwargs": NEUROCODER if layer == "neurocoder" else {},
             "encoder": encoder,
         },
-        seed=0,
         device=device,
+        **({"seed": 0} | options),
     )
+
+
+def played_alone(
+    factory: AtariFactory, head: str, encoder: str, *, games: int, seconds: float
+) -> float:
+    """Timesteps per second of games and acting without learning: what workers can reach at most.
+
+    A process per core plays `games` games in one thread; `seconds` count when all have started.
+    """
+    context = multiprocessing.get_context("spawn")
+    barrier, rates = context.Barrier(available_cores()), context.SimpleQueue()
+    build = partial(build_a3c, factory, head, encoder, n_envs=games, n_workers=0, device="cpu")
+    players = [
+        context.Process(target=_play_alone, args=(build, seed, seconds, barrier, rates))
+        for seed in range(available_cores())
+    ]
+    for player in players:
+        player.start()
+    for player in players:
+        player.join()
+    if any(player.exitcode for player in players):
+        raise RuntimeError("a process that plays alone failed; it said why above")
+    return sum(rates.get() for _ in players)
+
+
+@torch.no_grad()
+def _play_alone(
+    build: Callable[..., A3C], seed: int, seconds: float, barrier: Any, rates: Any
+) -> None:
+    torch.set_num_threads(1)
+    model = build(seed=seed)
+    env, policy = model.env, model.policy
+    assert env is not None
+    policy.set_training_mode(False)
+    obs: Any = env.reset()
+    state = policy.initial_state(env.num_envs)
+    starts = torch.ones(env.num_envs, dtype=torch.bool)
+    barrier.wait(120)
+    timesteps, began = 0, time.monotonic()
+    while time.monotonic() - began < seconds:
+        step = policy.act(torch.from_numpy(obs), state, starts)
+        obs, _, dones, _ = env.step(step.actions.numpy())
+        state, starts = step.lstm_state, torch.from_numpy(dones)
+        timesteps += env.num_envs
+    rates.put(timesteps / (time.monotonic() - began))
 
 
 def machine() -> str:
     """What a table of timings has to say about where it was measured."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # on Linux that is no more than "x86_64"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     return f"{cpu}, {available_cores()} cores{gpu}, torch {torch.__version__}"
 
 

@@ -2,13 +2,13 @@
 
 python benchmarks/layer.py                 # the rows with a target, one thread, about a minute
 python benchmarks/layer.py --all           # options of the layer and the other layers as well
-python benchmarks/layer.py --device cuda --batch 4096
+python benchmarks/layer.py --device cuda --batch 320 4096
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -49,52 +49,67 @@ class Row(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=int, default=128, help="of the rows beside nn.Linear")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[128], help="of the rows beside nn.Linear"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="per row")
     parser.add_argument("--all", action="store_true", help="options and baselines as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    torch.set_default_device(arguments.device)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("device cuda is not available on this machine; nearest: --device cpu")
     print(
-        f"{machine()}, one thread, {arguments.device}, batch {arguments.batch}, median of "
-        f"{arguments.seconds:g} s a row, ours and reference in turn"
+        f"{machine()}, one thread, {arguments.device}, median of {arguments.seconds:g} s a row, "
+        "ours and reference in turn"
     )
+    print_rows(arguments.device, arguments.batch, arguments.seconds, everything=arguments.all)
+
+
+def print_rows(
+    device: str, batches: Sequence[int], seconds: float, *, everything: bool = False
+) -> None:
+    """The table; `everything` has options of the layer and the other layers as well."""
     print_header("", "ours", "reference", "ratio", "target", "met")
-    for row in measurements(arguments):
-        ratio, unit = row.ours / row.reference, row.unit
-        verdict = ("", "")
-        if row.target is not None:
-            verdict = (f"{row.target:g}", "yes" if ratio <= row.target else "no")
-        times = (f"{row.ours:.3g} {unit}", f"{row.reference:.3g} {unit}", f"{ratio:.3f}")
-        print_row(row.name, *times, *verdict)
+    with torch.device(device):
+        for row in measurements(device, batches, seconds, everything):
+            ratio, unit = row.ours / row.reference, row.unit
+            verdict = ("", "")
+            if row.target is not None:
+                verdict = (f"{row.target:g}", "yes" if ratio <= row.target else "no")
+            times = (f"{row.ours:.3g} {unit}", f"{row.reference:.3g} {unit}", f"{ratio:.3f}")
+            print_row(row.name, *times, *verdict)
 
 
-def measurements(arguments: argparse.Namespace) -> Iterator[Row]:
+def measurements(
+    device: str, batches: Sequence[int], seconds: float, everything: bool
+) -> Iterator[Row]:
     """Every row, in the order of the table."""
-    batch = arguments.batch
 
     def compare(name: str, ours: Step, reference: Step, target: float | None = None) -> Row:
-        mine, theirs = medians(arguments.seconds, ours, reference)
+        mine, theirs = medians(seconds, ours, reference)
         return Row(name, mine, theirs, target)
 
-    def beside_linear(name: str, layer: Any, target: float | None = None) -> Row:
+    def beside_linear(name: str, layer: Any, batch: int, target: float | None = None) -> Row:
         width, out = layer.in_features, layer.out_features
         x = torch.randn(batch, width, requires_grad=True)
         ours, reference = training_step(layer, x), training_step(nn.Linear(width, out), x)
-        return compare(f"{width} -> {out}, {name}", ours, reference, target)
+        return compare(f"{width} -> {out}, {name}, batch {batch}", ours, reference, target)
 
-    yield beside_linear("P 30 J 5 H 3", make_layer("neurocoder", 3072, 512, **WIDE), 1.0)
-    yield beside_linear("P 50 J 1 H 10", make_layer("neurocoder", 784, 400, **MIDDLE), 1.5)
+    wide = make_layer("neurocoder", 3072, 512, **WIDE)
+    middle = make_layer("neurocoder", 784, 400, **MIDDLE)
+    for batch in batches:
+        yield beside_linear("P 30 J 5 H 3", wide, batch, 1.0)
+        yield beside_linear("P 50 J 1 H 10", middle, batch, 1.5)
     head = make_layer("neurocoder", 512, 18, residual=False, **NEUROCODER)
     step = training_step(head, torch.randn(320, 512, requires_grad=True))
     lstm = training_step(nn.LSTM(256, 512), torch.randn(20, 16, 256, requires_grad=True))
     name = "actor 512 -> 18, batch 320, beside LSTM-512 (T 20, B 16)"
     yield compare(name, step, lstm, 0.25)
-    if arguments.device == "cpu":
-        yield peak_memory(batch)
-    for name, layer in others_of_784().items() if arguments.all else ():
-        yield beside_linear(name, layer)
+    if device == "cpu":
+        yield peak_memory(batches[0])
+    for name, layer in others_of_784().items() if everything else ():
+        yield beside_linear(name, layer, batches[0])
 
 
 def others_of_784() -> dict[str, nn.Module]:

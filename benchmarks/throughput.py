@@ -1,4 +1,7 @@
-"""Timesteps per second of A3C, and of peers on the same machine.
+"""Timesteps per second of A3C, what its parts alone allow, and peers on the same machine.
+
+The parts are games and acting on all cores, and learning on one thread or the GPU, each alone. They
+give the ceiling: the slower of both on a GPU; on the CPU learning takes its time from playing.
 
 Peers are sb3-contrib's RecurrentPPO on the same network, and Stable-Baselines3's A2C, which has no
 LSTM and sees four stacked frames instead. At equal work they use T = 20 and our environments and
@@ -29,17 +32,28 @@ from typing import Any, NamedTuple
 
 import ale_py
 import gymnasium
-from common import HEADS, N_STEPS, build_a3c, machine, print_header, print_row
+from common import (
+    HEADS,
+    N_STEPS,
+    build_a3c,
+    machine,
+    medians,
+    played_alone,
+    print_header,
+    print_row,
+)
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-from ncrl.agents.playing.sizes import available_cores, default_workers
+from ncrl.agents import A3C
+from ncrl.agents.playing.sizes import available_cores, default_workers, learner_threads
 from ncrl.envs import atari
-from ncrl.networks import AtariEncoder
+from ncrl.networks import ENCODERS, AtariEncoder
 
 STACK = 4
 """Frames that A2C sees at once."""
@@ -55,12 +69,15 @@ Options = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """A whole system to be measured."""
+    """A system, or a part of one, to be measured."""
 
     name: str
-    build: Callable[[], OnPolicyAlgorithm]
+    rate: Callable[[float], float]
+    """Timesteps per second, measured for so many."""
     n_cores: int | None = None
     """Cores that it may use; None for all."""
+    parts: tuple[str, str] | None = None
+    """Rows of its parts: games and acting, and learning."""
 
 
 def main() -> None:
@@ -78,27 +95,20 @@ def main() -> None:
         for i in range(arguments.rounds):
             for row in rows:
                 with on_cores(row.n_cores):
-                    rates[row.name].append(measure(row.build(), seconds))
+                    rates[row.name].append(row.rate(seconds))
                 progress = f"round {i + 1} of {arguments.rounds}, {encoder}: {row.name}"
                 print(f"{progress}: {rates[row.name][-1]:,.0f}", file=sys.stderr, flush=True)
         print(f"\n## Encoder {encoder}\n")
-        print_rates(arguments, rates)
+        print_rates(arguments, rows, rates)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--game", default="Pong")
-    parser.add_argument(
-        "--encoder", nargs="+", default=["a3c", "nature"], choices=("a3c", "nature", "paper")
-    )
+    parser.add_argument("--encoder", nargs="+", default=["a3c", "nature"], choices=ENCODERS)
     parser.add_argument("--n-envs", type=int, nargs="+", default=[16, 32])
-    parser.add_argument(
-        "--workers",
-        type=int,
-        nargs="+",
-        default=[],
-        help=f"rows for growing numbers of workers, {GAMES_PER_WORKER} games and one core each",
-    )
+    more = f"rows for growing numbers of workers, {GAMES_PER_WORKER} games and one core each"
+    parser.add_argument("--workers", type=int, nargs="+", default=[], help=more)
     parser.add_argument("--device", default="auto", help="of the learner, ours and the peers'")
     parser.add_argument("--seconds", type=float, default=30.0, help="counted, for each row")
     parser.add_argument("--rounds", type=int, default=3, help="that the seconds are divided over")
@@ -110,20 +120,29 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def our_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
-    def a3c(head: str, n_envs: int, n_workers: int | None) -> Callable[[], OnPolicyAlgorithm]:
-        build = partial(build_a3c, atari(arguments.game), head, encoder, device=arguments.device)
+    factory, device = atari(arguments.game), arguments.device
+
+    def a3c(head: str, n_envs: int, n_workers: int | None) -> Callable[[], A3C]:
+        build = partial(build_a3c, factory, head, encoder, device=device)
         return partial(build, n_envs=n_envs, n_workers=n_workers)
 
     for n, head in itertools.product(arguments.n_envs, HEADS):
-        name = f"A3C, {default_workers(n)} workers, {n} games, {head} heads"
-        yield Row(name, a3c(head, n, None))
+        workers = default_workers(n)
+        alone = partial(played_alone, factory, head, encoder, games=n // workers)
+        playing = f"games + acting alone, {n // workers} games per core, {head} heads"
+        learning = f"learning alone, {n} games, {head} heads"
+        yield Row(playing, lambda seconds, alone=alone: alone(seconds=seconds))  # type: ignore[misc]
+        yield Row(learning, partial(learned_alone, a3c(head, n, 0)))
+        name = f"A3C, {workers} workers, {n} games, {head} heads"
+        yield Row(name, partial(measure, a3c(head, n, None)), parts=(playing, learning))
     few = arguments.n_envs[0]
     for head in HEADS:
-        yield Row(f"A3C serial, {few} games, {head} heads", a3c(head, few, 0))
+        name = f"A3C serial, {few} games, {head} heads"
+        yield Row(name, partial(measure, a3c(head, few, 0)))
     for n in arguments.workers:
         name = f"A3C, {n} workers of {GAMES_PER_WORKER} games on as many cores, plain heads"
         build = a3c("plain", n * GAMES_PER_WORKER, n)
-        yield Row(name, build, n_cores=min(n, available_cores()))
+        yield Row(name, partial(measure, build), n_cores=min(n, available_cores()))
 
 
 def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
@@ -160,7 +179,7 @@ def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
         f"RecurrentPPO {USUAL}, one epoch over T = {N_STEPS}": (usual_env, lstm, one_epoch),
     }
     for name, how in peers.items():
-        yield Row(name, partial(build, *how))
+        yield Row(name, partial(measure, partial(build, *how)))
 
 
 # Measuring.
@@ -187,9 +206,9 @@ class Meter(BaseCallback):
         return len(self.marks) < 2 or self.marks[-1][0] < self.marks[0][0] + self.seconds
 
 
-def measure(model: OnPolicyAlgorithm, seconds: float) -> float:
+def measure(build: Callable[[], OnPolicyAlgorithm], seconds: float) -> float:
     """Timesteps per second in whole cycles of playing and learning."""
-    meter = Meter(seconds)
+    model, meter = build(), Meter(seconds)
     model.learn(10**9, callback=meter)
     (began, before), *_, (ended, after) = meter.marks
     if model.env is not None:
@@ -197,6 +216,15 @@ def measure(model: OnPolicyAlgorithm, seconds: float) -> float:
     del model
     gc.collect()  # models are cycles, and hold the threads of emulators
     return (after - before) / (ended - began)
+
+
+def learned_alone(build: Callable[[], A3C], seconds: float) -> float:
+    """Timesteps per second that one thread learns from, or the GPU, with nothing else running."""
+    model = build()
+    with learner_threads(available_cores()):
+        model.learn(N_STEPS * model.n_envs)  # gives it a batch to learn from
+        (milliseconds,) = medians(seconds, model.train)
+    return 1000 * N_STEPS * model.n_envs / milliseconds
 
 
 @contextmanager
@@ -211,19 +239,37 @@ def on_cores(number: int | None) -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-def print_rates(arguments: argparse.Namespace, rates: dict[str, list[float]]) -> None:
+def print_rates(
+    arguments: argparse.Namespace, rows: Sequence[Row], rates: dict[str, list[float]]
+) -> None:
     peers = (EQUAL_PPO, EQUAL_A2C) if arguments.peers else ()
-    print_header("", "timesteps/s", "rounds", "frames/s", *(f"against {peer}" for peer in peers))
-    for name, mine in rates.items():
+    shares = ("share of games + acting", "share of the ceiling")
+    columns = ("timesteps/s", "rounds", "frames/s", *shares)
+    print_header("", *columns, *(f"against {peer}" for peer in peers))
+    for row in rows:
+        mine = rates[row.name]
         rate = statistics.median(mine)
+        of_parts = ["", ""]
+        if row.parts is not None:
+            playing, learning = (rates[part] for part in row.parts)
+            bounds = [*map(partial(ceiling, arguments.device), playing, learning)]
+            of_parts = [f"{100 * median_ratio(mine, most):.0f} %" for most in (playing, bounds)]
         print_row(
-            name,
+            row.name,
             f"{rate:,.0f}",
             f"{min(mine):,.0f} to {max(mine):,.0f}",
             f"{atari(arguments.game).frame_skip * rate:,.0f}",
+            *of_parts,
             *(f"{median_ratio(mine, rates[peer]):.2f}" for peer in peers),
         )
     print("\nWorkers have one thread each; games of peers and of serial rows are stepped by one.")
+
+
+def ceiling(device: str, playing: float, learning: float) -> float:
+    """Timesteps per second where all cores play at this rate, and one or the GPU learns at that."""
+    if get_device(device).type == "cuda":
+        return min(playing, learning)
+    return 1 / (1 / playing + 1 / (available_cores() * learning))
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -1,11 +1,15 @@
 """The timing scripts run from end to end and print their tables; no number is looked at."""
 
+import argparse
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from ncrl.agents.playing.sizes import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +38,11 @@ def test_throughput_prints_rates(peers: bool) -> None:
     assert len(table_rows(done.stdout, "A3C, 2 workers, 2 games")) >= 2
     assert len(table_rows(done.stdout, "A3C serial")) == 2
     assert len(table_rows(done.stdout, "A3C, 1 workers")) == 1
+    for part in ("games + acting alone", "learning alone"):
+        assert len(table_rows(done.stdout, part)) == 2
+    for row in table_rows(done.stdout, "A3C, 2 workers, 2 games"):  # shares of two ceilings
+        of_playing, of_ceiling = (int(cell.strip(" %")) for cell in row.split("|")[5:7])
+        assert 0 < of_playing <= of_ceiling
     assert (len(table_rows(done.stdout, "A2C")) > 0) == peers
     assert (len(table_rows(done.stdout, "RecurrentPPO")) > 0) == peers
     assert "nan" not in done.stdout
@@ -69,11 +78,47 @@ def test_policy_heads_prints_a_row_for_each_training() -> None:
         assert all(0 <= float(cell) <= 1 for cell in row.strip("| ").split(" | ")[2:])
 
 
+def test_layer_prints_ratios() -> None:
+    done = run_script("layer.py", "--seconds", "0", "--batch", "2", "3")
+    assert done.returncode == 0, done.stderr
+    rows = table_rows(done.stdout, "3072 -> 512") + table_rows(done.stdout, "784 -> 400, P")
+    assert [row.split(" | ")[0][-7:] for row in rows] == ["batch 2", "batch 3"] * 2
+
+
+TINY_GPU = ("gpu.py", "--device", "cpu", "--seconds", "0", "--play-seconds", "1", "--tables")
+
+
 def test_gpu_prints_its_tables_also_without_one() -> None:
-    done = run_script("gpu.py", "--device", "cpu", "--tables", "correctness")
+    done = run_script(*TINY_GPU, "correctness", "acting", "pong")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout
     assert len(table_rows(done.stdout, "Neurocoder J")) == 3
-    if not torch.cuda.is_available():
-        done = run_script("gpu.py")
-        assert done.returncode == 2 and "cuda is not available" in done.stderr
+    for row in ("plain | 8", "Neurocoder | 256", "games + acting alone"):
+        assert len(table_rows(done.stdout, row)) == 1, row
+    assert "No rate of the plain command" in done.stdout  # in a second it does not start
+
+
+@pytest.mark.slow
+def test_gpu_prints_how_long_a_start_takes() -> None:
+    done = run_script(*TINY_GPU, "start-up")
+    (row,) = table_rows(done.stdout, f"{min(2, available_cores())} | ")
+    assert float(row.strip("| ").split(" | ")[-1]) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_gpu_says_that_there_is_none() -> None:
+    done = run_script("gpu.py")
+    assert done.returncode == 2 and "cuda is not available" in done.stderr
+
+
+def test_gpu_says_why_an_update_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    rows: list[tuple[object, ...]] = []
+    monkeypatch.setattr(gpu, "print_row", lambda *cells: rows.append(cells))
+    monkeypatch.setattr(gpu, "UPDATES", (4,))
+    gpu.update(argparse.Namespace(device="cpu", seconds=0.0))
+    assert {len(row) for row in rows} == {7}
+    for head in ("plain", "Neurocoder"):
+        (row,) = (row for row in rows if row[:2] == (head, 80))
+        assert row[3] == "none: the learner is on cpu, not on CUDA"

@@ -189,15 +189,20 @@ def test_memory_stays_flat_over_1000_updates(captured: bool) -> None:
 
 
 def test_batches_arrive_whole_while_the_device_is_busy() -> None:
-    """The host goes on at once; what is asked for after that reads what was gathered."""
+    """The host goes on at once; what is asked for after that reads what was gathered.
+
+    Nothing here waits for the device until the end, so that later batches are gathered while the
+    copies of earlier ones are still to come.
+    """
     shape: RolloutShape = make_shape(n_steps=50, n_envs=64)
     batch = RolloutBatch(shape, torch.device("cuda"))
-    busy = torch.randn(2000, 2000, device="cuda")
-    for first in range(6):
-        rollout = numbered(shape, first)
+    busy = torch.randn(4000, 4000, device="cuda")
+    rollouts, read = [numbered(shape, first) for first in range(6)], []
+    for rollout in rollouts:
         moved = batch.gather([rollout])
+        read.append([tensor.clone() for tensor in moved.tensors()])
         for _ in range(20):
-            busy = busy @ busy / 2000
-        read = [tensor.clone() for tensor in moved.tensors()]
-        for mine, expected in zip(read, rollout.tensors(), strict=True):
+            busy = busy @ busy / 4000
+    for rollout, tensors in zip(rollouts, read, strict=True):
+        for mine, expected in zip(tensors, rollout.tensors(), strict=True):
             torch.testing.assert_close(mine.cpu(), expected, rtol=0, atol=0)
