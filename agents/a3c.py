@@ -94,9 +94,9 @@ class A3C(EngineAlgorithm):
         int_gamma: discount of the intrinsic return.
         imitation_coef: weight of rollouts that led to a reward, which are learnt from again beside
             an intrinsic reward; 0 keeps none.
-        intrinsic_kwargs: `warmup_timesteps`, `reach` and `capacity` of
-            `Exploration` (`ncrl.agents.learning`), and options of the bonus, such as `encoder`,
-            `learning_rate` and `update_proportion` of `rnd`.
+        intrinsic_kwargs: `warmup_timesteps`, `reach` and `capacity`, as for
+            `ncrl.agents.learning.exploration.Exploration`, and options of the bonus, such as
+            `encoder`, `learning_rate` and `update_proportion` of `rnd`.
         info_keywords: entries of `info` that callbacks are shown for every timestep of workers; all
             others arrive where a game ends, and everything where this process plays.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one

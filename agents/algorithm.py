@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import product
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -24,7 +23,6 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
-from ncrl import sb3
 from ncrl.agents.arguments import check_workers, warn_of_frequencies
 from ncrl.agents.learning.exploration import Exploration, make_exploration
 from ncrl.agents.learning.intrinsic import IntrinsicReward
@@ -49,6 +47,7 @@ from ncrl.agents.runs import curves
 from ncrl.agents.runs.loading import load_model, write_model
 from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
 from ncrl.sb3 import EnginePolicy
+from ncrl.sb3.registry import POLICIES
 from ncrl.settings import suggest
 
 FORGOTTEN_AFTER = 10
@@ -61,14 +60,6 @@ NOT_SAVED = (
 )
 """Attributes that `_setup_model` makes anew, or that no file should hold."""
 
-POLICIES = [
-    f"{head}{kind}{memory}Policy"
-    for head, memory, kind in product(
-        ("", "Neurocoder"), ("", "Lstm"), ("Mlp", "Cnn", "MultiInput")
-    )
-]
-"""Policies that can be named, all of them of `ncrl.sb3`."""
-
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="EngineAlgorithm")
 
 
@@ -76,9 +67,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     """An on-policy algorithm whose policy is an `EnginePolicy` and whose environments may be an id
     or a factory; see `A3C`, which sets the attributes."""
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        name: getattr(sb3, name) for name in POLICIES
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**POLICIES}
 
     intrinsic_reward: str | IntrinsicReward | None
     int_coef: float

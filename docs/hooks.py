@@ -30,7 +30,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links as the site has them."""
     place = page.file.src_uri
-    text = re.sub(r"\]\(\.\./RESULTS\.md[^)]*\)", "](../results/README.md)", text)
     if place == "index.md":
         text = re.sub(r"(\]\(|src=\")docs/", r"\1", text)
     elif place.startswith("results/"):

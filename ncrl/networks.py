@@ -41,12 +41,17 @@ def convolutions(
     return [*layers, nn.LazyLinear(features or width), nn.ReLU()] if width else layers
 
 
-ENCODERS: dict[str, Callable[..., list[nn.Module]]] = {
+SIZES: dict[str, tuple[Sequence[Sequence[Any]], int]] = {
     # A3C (Mnih et al. 2016), DQN (Mnih et al. 2015)
-    "a3c": partial(convolutions, [(16, 8, 4), (32, 4, 2)], 256),
-    "nature": partial(convolutions, [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512),
+    "a3c": ([(16, 8, 4), (32, 4, 2)], 256),
+    "nature": ([(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512),
     # Has the parameter count of the Neurocoder paper (Table 9): 64 maps of 4x4 from 80x80 or 84x84.
-    "paper": partial(convolutions, [(32, 5, 1, 2), (32, 5, 1, 1), (64, 4, 1, 1), (64, 3, 1, 1)], 0),
+    "paper": ([(32, 5, 1, 2), (32, 5, 1, 1), (64, 4, 1, 1), (64, 3, 1, 1)], 0),
+}
+"""First arguments of `convolutions` by the name of the encoder."""
+
+ENCODERS: dict[str, Callable[..., list[nn.Module]]] = {
+    name: partial(convolutions, *sizes) for name, sizes in SIZES.items()
 }
 """Convolutional trunks by name; each takes the number of input channels, and those that end in a
 linear layer its width."""

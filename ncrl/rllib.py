@@ -31,22 +31,16 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor, distributed
 
-import ncrl.sb3
 from ncrl.baselines import record_gates
 from ncrl.networks import MeanImage
 from ncrl.sb3 import EnginePolicy, Latent, export_policy, load_policy
 from ncrl.sb3.engine import map_obs
-from ncrl.sb3.export import load_tensors, unique_tensors
+from ncrl.sb3.export import put_tensors, unique_tensors
+from ncrl.sb3.registry import POLICIES
 from ncrl.sb3.regularise import regularisation_loss
 from ncrl.settings import suggest
 
 _swapped = partial(torch.transpose, dim0=0, dim1=1)  # [B, T, ...] <-> [T, B, ...]
-
-_POLICIES: dict[str, type[EnginePolicy]] = {
-    name: getattr(ncrl.sb3, name)
-    for name in ncrl.sb3.__all__
-    if name.endswith("Policy") and name not in ("EnginePolicy", "LstmPolicy")
-}
 
 
 class LearnerStoppedError(RuntimeError):
@@ -69,7 +63,7 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
                 "actions are Discrete, or a Box without use_sde and squash_output"
             )
         if config["load"] is not None:
-            load_tensors(self.policy, unique_tensors(load_policy(config["load"], "cpu")))
+            put_tensors(self.policy, unique_tensors(load_policy(config["load"], "cpu")))
 
     def get_initial_state(self) -> dict[str, np.ndarray]:
         """Zeros [L, h]; nothing for a policy without memory."""
@@ -121,7 +115,7 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError for a state of other names or shapes."""
-        load_tensors(self, {name: torch.tensor(array) for name, array in state.items()})
+        put_tensors(self, {name: torch.tensor(array) for name, array in state.items()})
 
 
 class TargetPolicyModule(PolicyModule, TargetNetworkAPI):  # type: ignore[misc]
@@ -285,9 +279,9 @@ def watch(policy: EnginePolicy, batch: dict[str, Any]) -> None:
 
 
 def _policy_class(policy: str | type[EnginePolicy]) -> type[EnginePolicy]:
-    if isinstance(policy, str) and policy not in _POLICIES:
-        raise ValueError(f"unknown policy {policy!r}; {suggest(policy, _POLICIES)}")
-    return _POLICIES[policy] if isinstance(policy, str) else policy
+    if isinstance(policy, str) and policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}; {suggest(policy, POLICIES)}")
+    return POLICIES[policy] if isinstance(policy, str) else policy
 
 
 def _distribution_inputs(policy: EnginePolicy, latent: Latent) -> Tensor:

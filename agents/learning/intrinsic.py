@@ -21,6 +21,7 @@ from stable_baselines3.common.preprocessing import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.networks import SIZES
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import suggest
 
@@ -334,7 +335,7 @@ def _network(view: ObservationView, encoder: str) -> nn.Sequential:
         return nn.Sequential(*map(_orthogonal, layers))
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder!r} of the bonus; {suggest(encoder, ENCODERS)}")
-    sizes, features = ENCODERS[encoder]
+    sizes, features = SIZES[encoder]
     layers, channels = [], view.shape[0]
     for width, kernel, stride in sizes:
         layers += [nn.Conv2d(channels, width, kernel, stride), nn.LeakyReLU()]
@@ -352,11 +353,8 @@ def _network(view: ObservationView, encoder: str) -> nn.Sequential:
     return nn.Sequential(*map(_orthogonal, layers))
 
 
-ENCODERS = {
-    "a3c": (((16, 8, 4), (32, 4, 2)), 256),
-    "nature": (((32, 8, 4), (64, 4, 2), (64, 3, 1)), 512),
-}
-"""(maps, kernel, stride) of every convolution, and the number of features."""
+ENCODERS = ("a3c", "nature")
+"""Those of `ncrl.networks.SIZES` that a distillation can have: they end in a linear layer."""
 
 
 def _orthogonal(layer: nn.Module) -> nn.Module:

@@ -47,7 +47,8 @@ def vtrace(
         rho_clip: clip on the importance weights of the temporal differences.
         c_clip: clip on the trace coefficients.
 
-    With `log_rhos` all zero this equals `gae`.
+    With `log_rhos` all zero this is generalised advantage estimation (Schulman et al. 2016), and
+    with `gae_lambda=1` beside it n-step returns.
 
     Raises:
         ValueError: if shapes differ.
@@ -73,28 +74,6 @@ def vtrace(
     corrections_next = torch.cat([corrections[1:], torch.zeros_like(bootstrap_value)[None]])
     worth = rewards + discounts * (values_next + gae_lambda * corrections_next)
     return Returns(returns, clipped_rhos * (worth - values))
-
-
-def gae(
-    discounts: Tensor,
-    rewards: Tensor,
-    values: Tensor,
-    bootstrap_value: Tensor,
-    *,
-    gae_lambda: float = 1.0,
-) -> Returns:
-    """Generalised advantage estimation (Schulman et al. 2016); `gae_lambda=1` is n-step returns.
-
-    Arguments and errors as `vtrace`, of which this is the case of equal policies.
-    """
-    return vtrace(
-        torch.zeros_like(values),
-        discounts,
-        rewards,
-        values,
-        bootstrap_value,
-        gae_lambda=gae_lambda,
-    )
 
 
 def standardised(advantages: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ whose values turn such an id into a factory, with the preprocessing that is prop
 ATARI = "ale_py.env:AtariEnv"  # what Gymnasium builds Atari games with, under all their ids
 
 
-class GymFactory:
+class RegisteredFactory:
     """Copies of one registered Gymnasium environment, each under SB3's Monitor.
 
     The registration travels along, so that workers also know an id that was registered in a script
@@ -91,7 +91,7 @@ def as_factory(env: str | EnvFactory) -> EnvFactory:
     if slash and (found := _of_namespace(namespace, env)) is not None:
         return found
     try:
-        factory = GymFactory(env)
+        factory = RegisteredFactory(env)
     except ValueError:
         with suppress(ValueError):  # a game whose ids nobody has registered yet
             if (found := _of_namespace("ALE", env)) is not None:

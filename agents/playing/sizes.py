@@ -41,7 +41,6 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
     Measured with a GPU on 16 cores: 15 workers of 16 games play as fast as 15 of 32, and 4 times as
     fast as 16 workers of one game. Small updates learn more from the same games than large ones
     (results/atari.md), but 4 games an update leave a GPU idle.
-
     """
     if has_gpu:
         learner, games, why = 1, 16, "the learner is on the GPU"

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import unwrap_vec_wrapper
 from ncrl.agents.a3c import A3C
 from ncrl.agents.playing.collector import Collector
 from ncrl.agents.playing.env_sources import RecordedEnv
-from ncrl.agents.runs.loading import SMALL_BYTES, read_tensors
+from ncrl.agents.runs.loading import SMALL_BYTES, read_member
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import shown
@@ -113,7 +113,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         # What torch and SB3 save is not compressed: it takes no more memory than the file has.
         check_sums(content, len(content))
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            state: dict[str, Any] = read_tensors(archive, STATE, len(content))
+            state: dict[str, Any] = read_member(archive, STATE, len(content))
         for name in COUNTERS:
             value = state["counters"][name]
             if type(value) is not int or not 0 <= value < 2**63:
@@ -135,7 +135,7 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
         with zipfile.ZipFile(path) as archive:
             # RMSProp and Adam keep one or two numbers for each weight.
             limit = min(MAX_BYTES, 4 * _size_of(model) + SMALL_BYTES)
-            stored = {name: read_tensors(archive, f"{name}.pth", limit) for name in names}
+            stored = {name: read_member(archive, f"{name}.pth", limit) for name in names}
         model.policy.load_state_dict(stored["policy"])
         if optimizer:
             _load_optimizer(model.policy.optimizer, stored["policy.optimizer"])

@@ -214,7 +214,7 @@ def _check_values(
 ) -> None:
     """Raise an error for tensors and sizes that do no good, before any memory is asked for."""
     present = set(TENSORS) & set(archive.namelist())
-    tensors = {name: read_tensors(archive, name, limit) for name in present}
+    tensors = {name: read_member(archive, name, limit) for name in present}
     if tensors.get("pytorch_variables.pth"):
         raise ValueError("it holds pytorch_variables, which A3C has not got")
     if not {"policy_class", "policy_kwargs"} & set(given):
@@ -278,7 +278,7 @@ def _fitting_batch(values: Mapping[str, Any], n_envs: int) -> int | None:
     return batch_size
 
 
-def read_tensors(archive: zipfile.ZipFile, member: str, limit: int) -> Any:
+def read_member(archive: zipfile.ZipFile, member: str, limit: int) -> Any:
     """Tensors and plain values of a member of a zip; raises what `load_tensors` does."""
     size = archive.getinfo(member).file_size
     if size > limit:

@@ -23,7 +23,7 @@ from ncrl.neurocoder.attention import (
 )
 from ncrl.neurocoder.config import NeurocoderConfig
 from ncrl.neurocoder.growth import replace_parameter
-from ncrl.neurocoder.integration import Attention, Composed, singular_values
+from ncrl.neurocoder.integration import Attention, Composed, residual_scale, singular_values
 from ncrl.neurocoder.memory import SlotMemory
 from ncrl.neurocoder.weights import LinearWeights, LstmWeights
 
@@ -105,9 +105,7 @@ class CompositionNetwork(Composition):
         from_input = read[0 if rows is None else 1]
         attention = self._attend(self._control(from_input), memory.keys())
         sigma = singular_values(attention.s, memory.stored("s"))
-        scale = None
-        if gate is not None:
-            scale = (read[-1] + gate.bias).sigmoid() * sigma[:, -1:]  # Eq. 7
+        scale = None if gate is None else residual_scale(read[-1] + gate.bias, sigma)
         return Composed(attention, sigma, scale, None if rows is None else read[0])
 
     def _input_weight(self) -> Tensor:
@@ -176,7 +174,7 @@ class ProjectionNetwork(Composition):
         sigma = singular_values(weights, memory.stored("s"))
         scale = None
         if gate is not None:
-            scale = F.linear(x, gate.weight, gate.bias).sigmoid() * sigma[:, -1:]
+            scale = residual_scale(F.linear(x, gate.weight, gate.bias), sigma)
         projection = None if rows is None else x @ rows.T
         return Composed(Attention(weights, weights, weights), sigma, scale, projection)
 

@@ -150,6 +150,17 @@ def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
     return s @ torch.ones(s.shape[1], s.shape[1], dtype=s.dtype, device=s.device).tril()
 
 
+def residual_scale(gate: Tensor, sigma: Tensor) -> Tensor:
+    """Factor of the residual program (Eq. 7), [B, 1]: the open part of its gate times the smallest
+    singular value.
+
+    Args:
+        gate: before the sigmoid, [B, 1].
+        sigma: [B, R], decreasing.
+    """
+    return gate.sigmoid() * sigma[:, -1:]
+
+
 def mix_slots(composed: Composed) -> Tensor:
     """Weight of every stored v in the output: c of y = c M_V, [B, P] (Eqs. 1 and 3, folded)."""
     weight_u, weight_v, _ = composed.attention

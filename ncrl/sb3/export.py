@@ -106,7 +106,7 @@ def load_policy(
             compare_tensors(unique_tensors(without_memory(build)), tensors)
         with torch.random.fork_rng(devices=[]):
             policy: ActorCriticPolicy = build()
-        load_tensors(policy, tensors)
+        put_tensors(policy, tensors)
     except ValueError as error:
         raise ValueError(f"cannot load {folder / DESCRIPTION}: {error}") from error
     policy.set_training_mode(False)
@@ -219,7 +219,7 @@ class _StayWithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put what `unique_tensors` gave into a module, or raise ValueError as `compare_tensors`."""
     compare_tensors(unique_tensors(module), tensors)
     module.load_state_dict(tensors, strict=False)

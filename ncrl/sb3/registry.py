@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from ncrl.sb3 import policies
+from ncrl.sb3.engine import EnginePolicy
 
-POLICIES: dict[str, Any] = {
-    name: kind for name, kind in vars(policies).items() if name.startswith("Neurocoder")
+BASES = (EnginePolicy, policies.FeedForwardPolicy, policies.LstmPolicy)
+
+POLICIES: dict[str, type[EnginePolicy]] = {
+    name: kind
+    for name, kind in vars(policies).items()
+    if isinstance(kind, type) and issubclass(kind, EnginePolicy) and kind not in BASES
 }
+"""Policies that `ncrl.agents.A3C` and RLlib's modules take by name."""
+
+CODED = {name: kind for name, kind in POLICIES.items() if name.startswith("Neurocoder")}
+"""Those that `register` adds to SB3's algorithms, which have the other names themselves."""
 
 # Not TRPO: its natural gradient leaves no place for the heads' own losses.
 ALGORITHMS: tuple[type[BaseAlgorithm], ...] = (A2C, PPO, RecurrentPPO)
@@ -30,8 +37,8 @@ def register() -> dict[str, list[str]]:
     known: dict[str, list[str]] = {}
     for algorithm in ALGORITHMS:
         needs_lstm = algorithm is RecurrentPPO
-        fitting = [name for name in POLICIES if ("Lstm" in name) == needs_lstm]
+        fitting = [name for name in CODED if ("Lstm" in name) == needs_lstm]
         known[algorithm.__name__] = fitting
-        for name in fitting if needs_lstm else POLICIES:
-            algorithm.policy_aliases[name] = POLICIES[name]
+        for name in fitting if needs_lstm else CODED:
+            algorithm.policy_aliases[name] = CODED[name]
     return known

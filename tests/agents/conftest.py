@@ -1,5 +1,6 @@
 """A time-out for every test of the engine, and proof that none leaves a process behind."""
 
+import logging
 import os
 import signal
 import time
@@ -60,6 +61,24 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """Copies, of the policy's parameters and buffers."""
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
+def assert_bit_equal(one: Any, other: Any) -> None:
+    for name, value in weights(one).items():
+        assert torch.equal(value, other.policy.state_dict()[name]), name
 
 
 def shared_memory_of(pids: set[int]) -> list[str]:

@@ -31,6 +31,7 @@ from ncrl.agents.playing.env_sources import RemoteEnvs
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.weights import layout
 from ncrl.envs import light, masked_cartpole
+from tests.agents.conftest import assert_bit_equal, weights
 from tests.agents.environments import TickingFactory
 
 SMALL = {"lstm_hidden_size": 8}
@@ -44,15 +45,6 @@ def make_model(
 ) -> A3C:
     options = {"n_workers": 0, "n_envs": 2, "n_steps": 5, "seed": 1, "device": "cpu"} | options
     return A3C(policy, env or masked_cartpole(), policy_kwargs=policy_kwargs or SMALL, **options)
-
-
-def weights(model: A3C) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.policy.state_dict().items()}
-
-
-def assert_bit_equal(one: A3C, other: A3C) -> None:
-    for name, value in weights(one).items():
-        assert torch.equal(value, other.policy.state_dict()[name]), name
 
 
 class Record(BaseCallback):

@@ -5,7 +5,6 @@ import contextlib
 import errno
 import io
 import json
-import logging
 import os
 import pickle
 import random
@@ -41,6 +40,7 @@ from ncrl.agents.runs.checkpoints import (
 )
 from ncrl.envs import atari, masked_cartpole
 from ncrl.shell.tensors import with_checksum
+from tests.agents.conftest import warnings_of
 from tests.agents.environments import TickingFactory
 from tests.agents.test_loading import Malicious, torch_bytes
 
@@ -132,10 +132,6 @@ def save_steps(folder: Path, steps: list[int], **options: Any) -> A3C:
         model.num_timesteps = step
         save_checkpoint(model, folder, **options)
     return model
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 # Exactness.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ncrl.agents import A3C
 from ncrl.agents.defaults import FEW
-from ncrl.agents.playing.env_sources import GymFactory, as_factory
+from ncrl.agents.playing.env_sources import RegisteredFactory, as_factory
 from ncrl.envs import masked_cartpole, remember
 from ncrl.envs.atari import AtariFactory
 
@@ -89,7 +89,7 @@ def test_what_a_game_means_is_said_at_the_start(capsys: pytest.CaptureFixture[st
 
 def test_other_ids_are_gymnasiums() -> None:
     factory = as_factory("CartPole")
-    assert isinstance(factory, GymFactory) and factory.spec.id == "CartPole-v1"
+    assert isinstance(factory, RegisteredFactory) and factory.spec.id == "CartPole-v1"
     env = factory(2, 5)
     np.testing.assert_array_equal(env.reset(), gym_reset("CartPole-v1", (5, 6)))
 

@@ -35,6 +35,7 @@ from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import Played
 from ncrl.agents.runs.checkpoints import newest_checkpoint, resume
 from ncrl.envs import key_and_door
+from tests.agents.conftest import assert_bit_equal, normal
 from tests.agents.environments import TickingFactory
 from tests.agents.test_checkpoints import SaveAt, difference, everything, flat
 from tests.reference import vtrace_reference
@@ -53,15 +54,6 @@ def make_model(env: Any = None, policy: str = "MlpLstmPolicy", **options: Any) -
     if "Lstm" in policy:
         defaults["policy_kwargs"] = {"lstm_hidden_size": 8}
     return A3C(policy, env or SHORT, device="cpu", **(defaults | options))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_bit_equal(one: A3C, other: A3C) -> None:
-    for name, value in one.policy.state_dict().items():
-        assert torch.equal(value, other.policy.state_dict()[name]), name
 
 
 # The scale.

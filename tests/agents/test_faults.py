@@ -1,6 +1,5 @@
 """What the engine must survive (rows F1 to F31): real processes, really killed."""
 
-import logging
 import os
 import re
 import resource
@@ -27,7 +26,13 @@ import ncrl.agents.playing.pool
 import ncrl.agents.playing.sizes
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
 from ncrl.agents.playing.sizes import check_open_files
-from tests.agents.conftest import living_children, shared_memory_of, wait_until, worker_pids
+from tests.agents.conftest import (
+    living_children,
+    shared_memory_of,
+    wait_until,
+    warnings_of,
+    worker_pids,
+)
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +47,6 @@ def make_model(env: Any, **options: Any) -> A3C:
 
 def finite(model: A3C) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in model.policy.parameters())
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def count_slots(model: A3C) -> list[int]:

@@ -24,6 +24,7 @@ from ncrl.agents.learning.intrinsic import (
     make_source,
     vicreg_loss,
 )
+from tests.agents.conftest import normal
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 
@@ -35,10 +36,6 @@ def image(channels: int, size: int = 84) -> spaces.Box:
 def pictures(count: int, channels: int = 4, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, channels, 84, 84), generator=generator).to(torch.uint8)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def reloaded(source: IntrinsicReward, fresh: IntrinsicReward) -> IntrinsicReward:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ncrl.agents.learning.losses import (
+    Returns,
     entropy_loss,
     explained_variance,
-    gae,
     policy_gradient_loss,
     standardised,
     value_loss,
@@ -68,6 +68,11 @@ def test_vtrace_equals_the_explicit_sum(
     assert_equal(actual.advantages, advantages)
 
 
+def gae(discounts: Tensor, *rows: Tensor, gae_lambda: float = 1.0) -> Returns:
+    """V-trace where learner and worker have the same policy."""
+    return vtrace(torch.zeros_like(discounts), discounts, *rows, gae_lambda=gae_lambda)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gae_lambda", LAMBDAS)
 def test_gae_equals_the_mean_of_n_step_returns(shape: tuple[int, int], gae_lambda: float) -> None:
@@ -83,16 +88,6 @@ def test_the_default_of_gae_is_the_n_step_return_of_a3c() -> None:
     discounts, rewards, values, bootstrap_value = rollouts
     expected = n_step_return_reference(discounts, rewards, values, bootstrap_value, 5)
     assert_equal(gae(*rollouts).returns, expected)
-
-
-@pytest.mark.parametrize("gae_lambda", LAMBDAS)
-def test_vtrace_on_policy_is_gae(gae_lambda: float) -> None:
-    rollouts = make_rollouts(9, 4, seed=4)
-    rollouts = rollouts._replace(log_rhos=torch.zeros_like(rollouts.log_rhos))
-    on_policy = vtrace(*rollouts, gae_lambda=gae_lambda)
-    expected = gae(*rollouts[1:], gae_lambda=gae_lambda)
-    assert_equal(on_policy.returns, expected.returns)
-    assert_equal(on_policy.advantages, expected.advantages)
 
 
 def column(*numbers: float) -> Tensor:
@@ -150,16 +145,15 @@ def test_nothing_after_the_end_of_an_episode_counts(with_lag: bool) -> None:
 
 def test_returns_and_advantages_carry_no_gradient() -> None:
     rollouts = Rollouts(*(tensor.requires_grad_() for tensor in make_rollouts(4, 2, seed=6)))
-    for result in (vtrace(*rollouts), gae(*rollouts[1:])):
-        assert not result.returns.requires_grad
-        assert not result.advantages.requires_grad
+    result = vtrace(*rollouts)
+    assert not result.returns.requires_grad
+    assert not result.advantages.requires_grad
 
 
 def test_arguments_are_not_changed() -> None:
     rollouts = make_rollouts(5, 2, seed=7)
     copies = [tensor.clone() for tensor in rollouts]
     vtrace(*rollouts)
-    gae(*rollouts[1:])
     for tensor, copy in zip(rollouts, copies, strict=True):
         assert torch.equal(tensor, copy)
 
@@ -167,9 +161,9 @@ def test_arguments_are_not_changed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_kept(dtype: torch.dtype) -> None:
     rollouts = Rollouts(*(tensor.to(dtype) for tensor in make_rollouts(3, 2)))
-    for result in (vtrace(*rollouts), gae(*rollouts[1:])):
-        assert result.returns.dtype == dtype
-        assert result.advantages.dtype == dtype
+    result = vtrace(*rollouts)
+    assert result.returns.dtype == dtype
+    assert result.advantages.dtype == dtype
 
 
 def test_a_very_large_ratio_stays_finite() -> None:
@@ -279,23 +273,11 @@ def test_vtrace_names_both_shapes_that_disagree(name: str) -> None:
     assert "3" in str(error.value)
 
 
-@pytest.mark.parametrize("name", VTRACE_NAMES[1:])
-def test_gae_names_both_shapes_that_disagree(name: str) -> None:
-    rollouts = make_rollouts(5, 3)
-    wrong = torch.zeros(7) if name == "bootstrap_value" else torch.zeros(7, 3)
-    with pytest.raises(ValueError, match="7") as error:
-        gae(*rollouts._replace(**{name: wrong})[1:])
-    assert "5" in str(error.value) or name == "bootstrap_value"
-    assert "3" in str(error.value)
-
-
 def test_a_bootstrap_value_that_would_broadcast_is_refused() -> None:
     rollouts = make_rollouts(5, 3)
     for wrong in (torch.zeros(1), torch.zeros(1, 3), torch.tensor(0.0)):
         with pytest.raises(ValueError, match="3"):
             vtrace(*rollouts._replace(bootstrap_value=wrong))
-        with pytest.raises(ValueError, match="3"):
-            gae(*rollouts._replace(bootstrap_value=wrong)[1:])
 
 
 @pytest.mark.parametrize("loss", [policy_gradient_loss, value_loss, explained_variance])

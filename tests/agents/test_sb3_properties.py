@@ -40,6 +40,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from ncrl.agents import A3C
+from tests.agents.conftest import weights
 from tests.agents.environments import Ticking, TickingFactory, Trouble
 
 VECTORS = spaces.Box(-1, 1, (3,), np.float32)
@@ -121,10 +122,6 @@ def random_observations(space: spaces.Space, count: int) -> Any:
     return np.stack(samples)
 
 
-def state_dict(model: A3C) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.policy.state_dict().items()}
-
-
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -136,14 +133,14 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_every_policy_name_trains_saves_loads_and_goes_on(name: str, tmp_path: Path) -> None:
     env = sampled(space_of(name))
     model = make_model(name, env)
-    before = state_dict(model)
+    before = weights(model)
     model.learn(24)
-    assert not equal(before, state_dict(model))
-    assert all(value.isfinite().all() for value in state_dict(model).values())
+    assert not equal(before, weights(model))
+    assert all(value.isfinite().all() for value in weights(model).values())
     model.save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", env=env, device="cpu")
     assert type(loaded.policy) is A3C.policy_aliases[name]
-    assert equal(state_dict(model), state_dict(loaded))
+    assert equal(weights(model), weights(loaded))
     obs = random_observations(env.observation_space, 5)
     for deterministic in (True, False):
         torch.manual_seed(0)
@@ -270,7 +267,7 @@ def test_networks_and_optimisers_of_choice(policy: str, tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     custom = {"policy_kwargs": given}
     loaded = A3C.load(tmp_path / "model", custom_objects=custom, policy_kwargs=given, device="cpu")
-    assert equal(state_dict(model), state_dict(loaded))
+    assert equal(weights(model), weights(loaded))
 
 
 def test_half_named_optimisers_keep_the_rest_of_the_default() -> None:
@@ -287,7 +284,7 @@ def test_settings_of_a2c_mean_the_same(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", device="cpu")
     assert not loaded.use_rms_prop and loaded.normalize_advantage
-    assert equal(state_dict(model), state_dict(loaded))
+    assert equal(weights(model), weights(loaded))
 
 
 @pytest.mark.parametrize("policy", ["CnnPolicy", "CnnLstmPolicy"])
@@ -418,7 +415,7 @@ def test_one_seed_gives_bit_equal_weights(policy: str) -> None:
     space = PLAIN_DICT if "MultiInput" in policy else VECTORS
 
     def trained(seed: int) -> dict[str, torch.Tensor]:
-        return state_dict(make_model(policy, sampled(space), seed=seed).learn(36))
+        return weights(make_model(policy, sampled(space), seed=seed).learn(36))
 
     assert equal(trained(5), trained(5))
     assert not equal(trained(5), trained(6))
@@ -572,7 +569,7 @@ def test_loaded_with_other_settings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Observation spaces do not match"):
         A3C.load(tmp_path / "model", env=sampled(IMAGES), device="cpu")
     alone = A3C.load(tmp_path / "model", device="cpu")
-    assert equal(state_dict(alone), state_dict(model))
+    assert equal(weights(alone), weights(model))
     alone.predict(random_observations(VECTORS, 2))
     for wrong in (sampled(VECTORS, n_envs=3), sampled(VECTORS, n_envs=1)):
         with pytest.raises(AssertionError, match=r"number of environments.*load\(path, env\)"):
@@ -586,11 +583,11 @@ def test_parameters_by_name() -> None:
     parameters = model.get_parameters()
     assert parameters.keys() == {"policy", "policy.optimizer"}
     other.set_parameters(parameters)
-    assert equal(state_dict(other), state_dict(model))
+    assert equal(weights(other), weights(model))
     one = "action_net.bias"
     changed = {"policy": {one: parameters["policy"][one] + 1}}
     other.set_parameters(changed, exact_match=False)
-    for name, value in state_dict(other).items():
+    for name, value in weights(other).items():
         assert torch.equal(value, parameters["policy"][name] + (name == one))
     with pytest.raises(RuntimeError, match="Missing key"):
         other.set_parameters({**parameters, **changed})

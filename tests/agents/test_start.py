@@ -8,10 +8,10 @@ import sys
 import ncrl.agents.playing.worker as worker
 from ncrl.agents.playing.buffers import RolloutShape
 from ncrl.agents.playing.collector import Collector
-from ncrl.agents.playing.env_sources import GymFactory, build
+from ncrl.agents.playing.env_sources import RegisteredFactory, build
 from ncrl.sb3 import NeurocoderMlpLstmPolicy
 
-env = build(GymFactory("CartPole-v1"), 2, 0)
+env = build(RegisteredFactory("CartPole-v1"), 2, 0)
 spaces = env.observation_space, env.action_space
 policy = worker.PolicySpec(NeurocoderMlpLstmPolicy, *spaces, {}, -1).build()
 rollout = RolloutShape(3, 2, *spaces, *policy.state_shape).allocate()
