@@ -420,6 +420,15 @@ def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> 
         model.learn(160, reset_num_timesteps=False)
 
 
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_only_games_that_go_on_keep_what_led_there(n_workers: int, tmp_path: Path) -> None:
+    make_model().learn(200, callback=SaveAt(160, tmp_path))
+    model = make_model(n_workers=n_workers)
+    resume(model, newest_checkpoint(tmp_path))
+    assert model.exploration is not None and model.exploration.memory is not None
+    assert bool(model.exploration.memory._recent) == (n_workers == 0)
+
+
 def test_a_last_batch_that_is_shorter(tmp_path: Path) -> None:
     """No kept rollout fits beside it, and what follows does not follow what was before."""
     model = make_model()
