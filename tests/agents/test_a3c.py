@@ -53,6 +53,7 @@ class Record(BaseCallback):
     def __init__(self) -> None:
         super().__init__()
         self.rewards: list[np.ndarray] = []
+        self.shown: list[np.ndarray] = []
         self.dones: list[np.ndarray] = []
         self.infos: list[list[dict]] = []
         self.timesteps: list[int] = []
@@ -67,6 +68,7 @@ class Record(BaseCallback):
 
     def _on_step(self) -> bool:
         self.rewards.append(np.array(self.locals["rewards"]))
+        self.shown.append(np.array(self.locals["new_obs"]))
         self.dones.append(np.array(self.locals["dones"]))
         self.infos.append(list(self.locals["infos"]))
         self.timesteps.append(self.num_timesteps)
@@ -444,6 +446,8 @@ def test_rows_are_what_the_workers_played(healthy_run: tuple[A3C, Record]) -> No
     _, record = healthy_run
     rewards, dones = np.stack(record.rewards), np.stack(record.dones)
     np.testing.assert_array_equal(dones, rewards % 3 == 0)
+    shown = np.stack(record.shown)[..., 0]  # behind the row; negative where a new episode begins
+    np.testing.assert_array_equal(shown, np.where(dones, -rewards, rewards))
     for update in range(50):
         rows = rewards[5 * update : 5 * update + 5]
         np.testing.assert_array_equal(np.diff(rows, axis=0), 1)

@@ -46,6 +46,7 @@ from tests.agents.test_loading import Malicious, torch_bytes
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"num_slots": 6, "num_heads": 2, "num_least_used": 1, "controller_size": 4}
+COUNTED = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "games_seed")
 SECONDS = 80
 """For another process, whatever hangs in it."""
 
@@ -93,7 +94,7 @@ def everything(model: A3C) -> dict[str, Any]:
             "numpy": np.random.get_state(),
             "python": random.getstate(),
             "lstm_state": collector.lstm_state,
-            "counters": {name: getattr(model, name) for name in COUNTERS},
+            "counters": {name: getattr(model, name) for name in COUNTED},
             "obs": model._last_obs,
             "episode_start": collector.episode_start,
             # `t` is the time on the clock
@@ -149,12 +150,15 @@ def continue_elsewhere(folder: str, total: int, out: str) -> None:
 def test_what_is_saved_is_what_is_resumed(tmp_path: Path) -> None:
     model = make_model()
     model.learn(100)
+    # None of this is as in a new model.
+    model._skipped_updates, model._episode_num, model.games_seed = 3, 7, 11
+    random.random(), np.random.random()
     checkpoint = save_checkpoint(model, tmp_path)
     before = everything(model)
     assert newest_checkpoint(tmp_path) == checkpoint
     assert checkpoint.timesteps == 100 and model.ep_info_buffer
 
-    model.learn(30)  # also moves the global random states
+    model.learn(30)  # also moves torch's global random state
     other = make_model()
     resume(other, checkpoint)
     assert difference(before, everything(other)) == []

@@ -33,7 +33,12 @@ from ncrl.agents.playing.players import WorkersPlayer
 from ncrl.agents.playing.pool import Delivery
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import Played
-from ncrl.agents.runs.checkpoints import newest_checkpoint, resume
+from ncrl.agents.runs.checkpoints import (
+    CheckpointError,
+    newest_checkpoint,
+    resume,
+    save_checkpoint,
+)
 from ncrl.envs import key_and_door
 from tests.agents.conftest import assert_bit_equal, normal
 from tests.agents.environments import TickingFactory
@@ -209,9 +214,9 @@ class Scene:
             dones=dones,
             log_prob=batch.log_prob + 0.3 * normal(8, 4),
             rewards=normal(8, 4, seed=1),
-            truncation_value=torch.zeros(8, 4),
+            truncation_value=torch.where(dones, normal(8, 4, seed=4), 0.0),
         )
-        self.objective = replace(self.model._objective(), reward_clip=None)
+        self.objective = replace(self.model._objective(), reward_scale=2.0, reward_clip=0.9)
         self.novelty = Novelty(normal(8, 4, seed=2), torch.tensor(0.0))
 
     def loss(self, batch: Rollout | None = None, **options: Any) -> Any:
@@ -232,8 +237,9 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     scene.novelty = scene.novelty._replace(advantage_deviation=torch.tensor(known))
     loss = scene.loss()
     evaluation = loss.evaluation
+    rewards = (2 * scene.batch.rewards).clamp(-0.9, 0.9) + 0.95 * scene.batch.truncation_value
     returns, advantages = scene.reference(
-        0.95 * (~scene.batch.dones).double(), scene.batch.rewards, evaluation.values
+        0.95 * (~scene.batch.dones).double(), rewards, evaluation.values
     )
     int_returns, int_advantages = scene.reference(
         torch.full((8, 4), 0.8), scene.novelty.rewards, evaluation.int_values
@@ -251,6 +257,14 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     entropy = evaluation.entropy.mean().item()
     expected = 32 * (policy + 0.5 * (value + int_value) - scene.objective.ent_coef * entropy)
     assert loss.total.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_correction_nothing_depends_on_what_the_other_weights_thought() -> None:
+    scene = Scene()
+    younger = scene.batch._replace(log_prob=scene.batch.log_prob - 0.5)
+    assert scene.loss(younger).value.item() != pytest.approx(scene.loss().value.item(), rel=1e-3)
+    scene.objective = replace(scene.objective, correction="none")
+    assert torch.equal(scene.loss(younger).total, scene.loss().total)
 
 
 def test_the_intrinsic_return_crosses_the_end_of_a_game_and_the_other_does_not() -> None:
@@ -379,6 +393,15 @@ def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
     assert difference(expected, state_of(again)) == []
 
 
+def test_an_intrinsic_reward_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    model = make_model()
+    assert model.exploration is not None
+    next(model.exploration.source.parameters()).data.fill_(math.nan)
+    with pytest.raises(CheckpointError, match="intrinsic reward is not finite"):
+        save_checkpoint(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> None:
     """Kept rollouts do not fit beside longer ones; everything else is as it was."""
     make_model().learn(200, callback=SaveAt(160, tmp_path))
@@ -387,6 +410,15 @@ def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> 
         resume(model, newest_checkpoint(tmp_path))
         assert model.exploration is not None and model.exploration.num_timesteps == 160
         model.learn(160, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_only_games_that_go_on_keep_what_led_there(n_workers: int, tmp_path: Path) -> None:
+    make_model().learn(200, callback=SaveAt(160, tmp_path))
+    model = make_model(n_workers=n_workers)
+    resume(model, newest_checkpoint(tmp_path))
+    assert model.exploration is not None and model.exploration.memory is not None
+    assert bool(model.exploration.memory._recent) == (n_workers == 0)
 
 
 def test_a_last_batch_that_is_shorter(tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ def test_the_total_is_the_sum_of_its_terms() -> None:
         torch.testing.assert_close(loss.total, 10 * mean)  # a sum over 5 timesteps of 2 games
 
 
+def test_the_orthogonality_loss_is_added_once_and_not_for_every_timestep() -> None:
+    loss = loss_of(trained("neurocoder"), orth_coef=0.3)
+    assert loss.orthogonality > 0
+    mean = loss.policy + 0.5 * loss.value + 0.01 * loss.entropy
+    torch.testing.assert_close(loss.total, 10 * mean + 0.3 * loss.orthogonality)
+
+
 def test_the_balance_loss_is_that_of_the_evaluated_rollout() -> None:
     """Both heads, with the noise that the values and log-probabilities have."""
     model = trained("moe")

@@ -5,6 +5,7 @@ import os
 import signal
 from multiprocessing.connection import Connection
 
+import pytest
 import torch
 from torch import nn
 
@@ -76,6 +77,17 @@ def test_reading_keeps_the_tensors_and_tells_caches() -> None:
         assert id(parameter) == identity and parameter._version > version
     fill(source, 9.0)
     assert (target[0].weight != 9.0).all(), "a reader's weights are its own copy"
+
+
+def test_a_copy_that_is_being_overwritten_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer was at version 1 when a reader began, and has begun with 3 when it looks again."""
+    module = make_module()
+    weights = SharedWeights(module)
+    for version in range(4):
+        weights.publish(module, version)
+    seen = iter([1, 3])
+    monkeypatch.setattr(SharedWeights, "version", property(lambda _: next(seen)))
+    assert weights.read_into(module) == 3
 
 
 def assert_whole(module: nn.Module, version: int) -> None:

@@ -32,8 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
     "depthwise": dict(groups=4, padding=1, out_channels=8),
     "same": dict(padding="same", kernel_size=(4, 3), dilation=(1, 2)),
     "valid": dict(padding="valid", bias=False),
-    "reflect": dict(padding=(1, 2), padding_mode="reflect"),
-    "circular-same": dict(padding="same", padding_mode="circular", kernel_size=2),
+    "reflect": dict(padding=(1, 2), padding_mode="reflect", stride=(2, 1)),
+    "circular-same": dict(
+        padding="same", padding_mode="circular", kernel_size=(2, 3), dilation=(1, 2)
+    ),
     "replicate-valid": dict(padding="valid", padding_mode="replicate", residual=False),
     "one-by-one": dict(kernel_size=1),
     "residual-rank": dict(residual_rank=2, groups=2),
@@ -101,6 +103,16 @@ def test_gradients_equal_those_through_composed_kernels(name: str) -> None:
     through = torch.autograd.grad((torch.stack(outputs) * target).sum(), inputs)
     for ours, theirs in zip(folded, through, strict=True):
         assert relative_error(ours, theirs) < 1e-9
+
+
+def test_a_context_takes_the_place_of_the_description() -> None:
+    layer = make({})
+    images = random_input(2, 4, 7, 6)
+    context = layer.description(images).flip(0)
+    swapped = [F.conv2d(images[i], layer.kernel(images)[1 - i]) for i in range(2)]
+    expected = torch.stack(swapped) + layer.bias[:, None, None]
+    assert relative_error(layer(images, context), expected) < 1e-9
+    assert relative_error(layer(images[1], context[1]), expected[1]) < 1e-9
 
 
 def test_a_kernel_of_one_on_one_position_is_the_linear_layer() -> None:

@@ -172,9 +172,13 @@ def test_freezing_again_holds_the_slots_that_came_since() -> None:
     assert torch.equal(layer.memory.keys()[:, :6], keys)
 
 
-def test_new_rows_start_at_right_angles_to_old_ones_while_there_is_room() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_new_rows_start_at_right_angles_to_old_ones_while_there_is_room(frozen: bool) -> None:
     layer = make()  # 4 slots, widths 7 and 6
+    if frozen:
+        layer.freeze_slots()
     layer.grow(2)
+    assert layer.memory.s[-2:].all()  # drawn, as in a new layer
     for name in "uv":
         rows = layer.memory.stored(name)
         assert (rows[4:] @ rows[:4].T).abs().max() < 1e-12
@@ -183,6 +187,15 @@ def test_new_rows_start_at_right_angles_to_old_ones_while_there_is_room() -> Non
     assert (layer.memory.stored("v")[6:].norm(dim=1) > 0.1).all()
     rows = random_input(2, 5)
     assert torch.equal(orthogonal_part(rows, random_input(5, 5)), rows)
+
+
+def test_rows_that_nearly_are_others_end_at_right_angles_to_them_at_their_own_lengths() -> None:
+    others = random_input(2, 5)
+    rows = torch.tensor([[2.0, 1.0], [-1.0, 3.0]], dtype=torch.float64) @ others
+    rows += 1e-9 * random_input(2, 5, seed=9)
+    free = orthogonal_part(rows, others)
+    assert (free @ others.T).abs().max() < 1e-13
+    assert torch.allclose(free.norm(dim=1), rows.norm(dim=1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
