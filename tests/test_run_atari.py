@@ -448,6 +448,7 @@ ORDINARY = {
     "learning_rate": RunConfig.learning_rate,
     "gamma": RunConfig.gamma,
     "anneal": RunConfig.anneal,
+    "max_grad_norm": RunConfig.max_grad_norm,
 }
 """What an intrinsic reward changes, as it is without."""
 
@@ -516,7 +517,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     output = run_here(*arguments, "--logdir", str(tmp_path))
     assert "first key after 14 million frames" in " ".join(output.split())
     assert re.search(
-        r"^bonus +rnd, weight 0\.5 beside 2 .* after 40 timesteps$", output, re.MULTILINE
+        r"^bonus +rnd, weight 0\.5 beside 10 .* after 40 timesteps$", output, re.MULTILINE
     )
     run = Run(tmp_path / "MontezumaRevenge-1", output)
     assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
@@ -1087,7 +1088,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     checkpoint = newest_checkpoint(path / "checkpoints")
     rows = Run(path, "").rows
     assert checkpoint.timesteps == int(rows[-1]["time/total_timesteps"]) > 0
-    assert len(list((path / "checkpoints").iterdir())) == 3
+    assert len(list((path / "checkpoints").iterdir())) == 1
 
 
 def test_f8_sigint_twice_leaves_at_once(
