@@ -215,13 +215,16 @@ def test_what_is_drawn_is_what_was_played(dtype: torch.dtype) -> None:
             assert torch.equal(one[:, column : column + 1], other)
 
 
-def test_the_batch_may_be_overwritten() -> None:
+@pytest.mark.parametrize("rewards", [SCORE, (0,) * T])
+def test_the_batch_may_be_overwritten(rewards: Sequence[float]) -> None:
     memory = memory_of()
-    rollout = rollout_of(1, SCORE, starts=True)
+    rollout = rollout_of(1, rewards, starts=True)
     play(memory, rollout)
     for tensor in rollout.tensors():
         tensor.fill_(0)
-    drawn = memory.draw(1)
+    if rewards != SCORE:  # it leads to one
+        play(memory, rollout_of(1, SCORE))
+    drawn = memory.draw(10)
     assert drawn is not None and (drawn.rollout.obs == 1).all()  # type: ignore[union-attr]
     assert drawn.rollout.log_prob.eq(-1).all()
 
@@ -250,6 +253,7 @@ def test_a_memory_goes_on_where_it_was_saved(cut: int) -> None:
     whole.draw(3)
     other = memory_of(seed=9)
     other.load_state_dict(filed(whole.state_dict()))
+    assert all(kept.maxlen == 50 for kept in other._kept.values())
     for memory in (whole, other):
         play(memory, *scenes()[cut:])
     assert depths_of(whole) == depths_of(other)

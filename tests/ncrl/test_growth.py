@@ -198,6 +198,12 @@ def test_rows_that_nearly_are_others_end_at_right_angles_to_them_at_their_own_le
     assert torch.allclose(free.norm(dim=1), rows.norm(dim=1), rtol=1e-12)
 
 
+def test_growth_does_not_thaw_a_frozen_controller() -> None:
+    layer = make(frozen_controller=True)
+    layer.grow(2)
+    assert not any(p.requires_grad for p in layer.composition.parameters())
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
 @pytest.mark.parametrize("gate", GATES)
 def test_an_optimiser_goes_on_through_growth(kind: type[torch.optim.Optimizer], gate: str) -> None:

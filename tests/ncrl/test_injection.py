@@ -856,8 +856,9 @@ def test_from_linear_takes_everything_but_the_weight(bias: bool, dtype: torch.dt
     assert not torch.equal(layer.integration.matrix(), linear.weight.T)
 
 
-def test_from_linear_keeps_the_weight() -> None:
-    linear = nn.Linear(3, 2)
+@pytest.mark.parametrize("width", [2, 3])
+def test_from_linear_keeps_the_weight(width: int) -> None:
+    linear = nn.Linear(3, width)
     layer = NeurocoderLinear.from_linear(linear, CONFIG, keep_weight=True)
     assert layer.integration is not None
     assert torch.equal(layer.integration.matrix(), linear.weight.T)
