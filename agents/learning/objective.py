@@ -157,34 +157,16 @@ def actor_critic_loss(
     if objective.normalize_advantage:
         advantages = standardised(advantages)
     exploration: dict[str, Tensor] = {}
-    beside_policy = values.new_zeros(())
     if novelty is not None:
-        assert evaluation.int_values is not None
-        intrinsic = _intrinsic_returns(batch, evaluation, novelty, objective)
-        deviation = intrinsic.advantages.std(correction=0)
-        known = novelty.advantage_deviation
-        divisor = torch.where(known > 0, known, deviation).clamp(min=1e-8)
-        # Where the whole batch is newer than its values say, no action is to blame or to praise.
-        centred = intrinsic.advantages - intrinsic.advantages.mean()
-        advantages = objective.ext_coef * advantages + objective.int_coef * centred / divisor
-        int_values = evaluation.int_values[:-1]
-        exploration = {
-            "int_value_loss": value_loss(int_values, intrinsic.returns),
-            "int_value": int_values.detach().mean(),
-            "int_explained_variance": explained_variance(int_values.detach(), intrinsic.returns),
-            "int_advantage_std": deviation,
-            "ext_advantage_std": returns.advantages.std(correction=0),
-        }
-        beside_policy = objective.vf_coef * exploration["int_value_loss"]
+        advantages, exploration = _with_bonus(advantages, batch, evaluation, novelty, objective)
+    again = 0.0
     if kept is not None:
-        again = everything.narrow(num_envs, kept.returns.shape[1])
+        again = kept.returns.numel() / values.numel()  # a sum over its own timesteps
+        remembered = everything.narrow(num_envs, kept.returns.shape[1])
         exploration["imitation_loss"] = imitation_loss(
-            again.log_prob, again.values[:-1], kept.returns.to(values.device)
+            remembered.log_prob, remembered.values[:-1], kept.returns.to(values.device)
         )
-        share = kept.returns.numel() / values.numel()  # a sum over its own timesteps
-        beside_policy = (
-            beside_policy + objective.imitation_coef * share * exploration["imitation_loss"]
-        )
+    none = values.new_zeros(())
     terms = {
         "policy": policy_gradient_loss(evaluation.log_prob, advantages),
         "value": value_loss(values, returns.returns),
@@ -200,7 +182,8 @@ def actor_critic_loss(
             + objective.vf_coef * terms["value"]
             + objective.ent_coef * terms["entropy"]
             + objective.balance_coef * terms["balance"]
-            + beside_policy
+            + objective.vf_coef * exploration.get("int_value_loss", none)
+            + objective.imitation_coef * again * exploration.get("imitation_loss", none)
         )
         + objective.orth_coef * terms["orthogonality"]
     )
@@ -211,6 +194,32 @@ def actor_critic_loss(
         evaluation=evaluation,
         exploration=exploration,
     )
+
+
+def _with_bonus(
+    advantages: Tensor,
+    batch: Rollout,
+    evaluation: RolloutEvaluation,
+    novelty: Novelty,
+    objective: Objective,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Advantages of both rewards together, and scalars of the intrinsic one."""
+    assert evaluation.int_values is not None
+    intrinsic = _intrinsic_returns(batch, evaluation, novelty, objective)
+    deviation = intrinsic.advantages.std(correction=0)
+    known = novelty.advantage_deviation
+    divisor = torch.where(known > 0, known, deviation).clamp(min=1e-8)
+    # Where the whole batch is newer than its values say, no action is to blame or to praise.
+    centred = intrinsic.advantages - intrinsic.advantages.mean()
+    int_values = evaluation.int_values[:-1]
+    scalars = {
+        "int_value_loss": value_loss(int_values, intrinsic.returns),
+        "int_value": int_values.detach().mean(),
+        "int_explained_variance": explained_variance(int_values.detach(), intrinsic.returns),
+        "int_advantage_std": deviation,
+        "ext_advantage_std": advantages.std(correction=0),
+    }
+    return objective.ext_coef * advantages + objective.int_coef * centred / divisor, scalars
 
 
 def _intrinsic_returns(
