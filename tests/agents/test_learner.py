@@ -85,6 +85,8 @@ def test_scalars_are_the_terms_of_the_loss() -> None:
     norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
     update = apply_gradient(model.policy, model.policy.optimizer, loss, 1e-3)
     assert update.stepped
+    for parameter, gradient in zip(model.policy.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * 1e-3 / norm, rtol=1e-2, atol=1e-9)
     assert update.scalars == pytest.approx(
         {
             "policy_loss": loss.policy.item(),
