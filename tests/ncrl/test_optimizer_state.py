@@ -46,7 +46,7 @@ def test_what_the_optimiser_wrote_is_accepted(kind: str) -> None:
     assert fresh.state_dict()["state"].keys() == before["state"].keys()
 
 
-@pytest.mark.parametrize("kind", KINDS.keys() - {"adafactor"})
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"adafactor"}))
 def test_the_state_of_other_shapes_is_refused(kind: str) -> None:
     state = trained(kind, width=5).state_dict()
     with pytest.raises(ValueError, match=r"parameter \d must be"):
