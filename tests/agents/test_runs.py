@@ -5,9 +5,9 @@ import errno
 import logging
 import os
 import re
-import time
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
