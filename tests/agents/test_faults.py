@@ -228,6 +228,7 @@ def test_f5_f18_an_environment_that_fails_once(
     model, ends = make_model(env), Ends(at=-1)
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(200, callback=ends, log_interval=19)
+    model.logger.close()
     assert model.num_timesteps == 200 and ends.restarts == (0, 1) and finite(model)
     (warning,) = warnings_of(caplog)
     assert re.match(r"worker 0 \(pid \d+\)", warning) and words in warning
@@ -602,6 +603,7 @@ def test_f27_a_clock_that_is_set_back(tmp_path: Path, monkeypatch: pytest.Monkey
     day, real = 86_400 * 10**9, time.time_ns
     set_back = Ends(at=3, act=lambda _: monkeypatch.setattr(time, "time_ns", lambda: real() - day))
     model.learn(40, callback=set_back, log_interval=1)
+    model.logger.close()
     header, *rows = (tmp_path / "progress.csv").read_text().splitlines()
     column = header.split(",").index("time/fps")
     assert all(0 <= int(row.split(",")[column]) < 10**7 for row in rows) and len(rows) == 4

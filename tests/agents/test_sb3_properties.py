@@ -522,6 +522,7 @@ def test_logs(tmp_path: Path) -> None:
     model.set_logger(configure(str(tmp_path), ["csv", "json", "log", "tensorboard"]))
     for _ in range(2):  # both end at timestep 12
         model.learn(12, log_interval=1)
+    model.logger.close()
     lines = (tmp_path / "progress.csv").read_text().splitlines()
     assert len(lines) == 3, "a header and two lines"
     values = dict(zip(lines[0].split(","), lines[2].split(","), strict=True))
