@@ -159,6 +159,7 @@ def actor_critic_loss(
     exploration: dict[str, Tensor] = {}
     if novelty is not None:
         advantages, exploration = _with_bonus(advantages, batch, evaluation, novelty, objective)
+        exploration["ext_advantage_std"] = returns.advantages.std(correction=0)
     again = 0.0
     if kept is not None:
         again = kept.returns.numel() / values.numel()  # a sum over its own timesteps
@@ -217,7 +218,6 @@ def _with_bonus(
         "int_value": int_values.detach().mean(),
         "int_explained_variance": explained_variance(int_values.detach(), intrinsic.returns),
         "int_advantage_std": deviation,
-        "ext_advantage_std": advantages.std(correction=0),
     }
     return objective.ext_coef * advantages + objective.int_coef * centred / divisor, scalars
 

@@ -285,15 +285,15 @@ class NeurocoderLinear(LinearSeat):
         off by percents and its usage by more.
         """
         gate = None if self.integration is None else self.integration.gate
-        u = self.memory.stored("u")
+        dtype, rows = self.memory.u.dtype, None
         if self.context_features is None:
-            read, rows = self._flatten(read), u
+            read, rows = self._flatten(read), self.memory.stored("u")
         else:
-            read, rows = flatten(read, context_features=self.context_features), None
+            read = flatten(read, context_features=self.context_features)
         with without_autocast(read):
-            composed: Composed = self.composition(read.to(u.dtype), self.memory, gate, rows)
+            composed: Composed = self.composition(read.to(dtype), self.memory, gate, rows)
             if x is not None:
-                composed = composed._replace(projection=x.to(u.dtype) @ u.T)
+                composed = composed._replace(projection=x.to(dtype) @ self.memory.stored("u").T)
         return composed
 
     def extra_repr(self) -> str:

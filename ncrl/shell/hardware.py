@@ -34,10 +34,11 @@ def hardware(device: torch.device) -> str:
     """What timings have to say about where they were measured."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"
+    return f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Of this machine."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

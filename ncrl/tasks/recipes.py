@@ -11,7 +11,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,12 @@ from ncrl.tasks.models.mlp import Coded
 from ncrl.yaml_files import read_yaml
 
 TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "atari")
-OPTIMIZERS = ("sgd", "adam", "adagrad", "rmsprop")
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
 SCHEDULES = ("constant", "steps")
 # Fields that hold options, and the field that says whose.
 OPTIONS_OF = {"network_options": "network", "layer_options": "layer"}
@@ -73,7 +78,7 @@ class Recipe:
     layer: str = setting("linear", "kind of the coded layers", choices=tuple(LAYERS))
     layer_options: Options = field(default_factory=dict, metadata=OWN_OPTIONS)
 
-    optimizer: str = setting("adam", "optimiser", choices=OPTIMIZERS)
+    optimizer: str = setting("adam", "optimiser", choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(1e-3, "learning rate at the start", low=0)
     schedule: str = setting(
         "constant",

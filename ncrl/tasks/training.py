@@ -11,7 +11,7 @@ import datetime
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from ncrl.shell.screen import Progress
 from ncrl.shell.signals import Stopped, StopSignals, stop_signals
 from ncrl.shell.tensors import read_tensors, size_of, write_tensors
 from ncrl.tasks.experiment import Experiment, evaluating
-from ncrl.tasks.recipes import Recipe, count_parameters
+from ncrl.tasks.recipes import OPTIMIZERS, Recipe, count_parameters
 from ncrl.tasks.results import (
     RESULT_FILE,
     Result,
@@ -105,14 +105,6 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     elif all(parameter.device.type == "cpu" for parameter in parameters):
         options["fused"] = True  # one pass over the weights; on CUDA torch has such a default
     return OPTIMIZERS[recipe.optimizer](parameters, **options)
-
-
-OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adagrad": torch.optim.Adagrad,
-    "rmsprop": torch.optim.RMSprop,
-}
 
 
 def learning_rate(recipe: Recipe, update: int, num_updates: int) -> float:
