@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from common import print_header
+from common import print_header, print_row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl import NeurocoderConfig, inject
 from ncrl.tasks.algorithms.data import NUM_INPUTS, algorithms
 from ncrl.tasks.data import load_digits
+from ncrl.tasks.recipes import count_parameters
 
 CONFIG = NeurocoderConfig(num_slots=20, num_heads=4, num_least_used=0, sharpness=10)
 BARE = NeurocoderConfig(num_slots=20, num_heads=4, num_least_used=0, sharpness=10, residual=False)
@@ -146,15 +147,14 @@ def main() -> None:
     examples: dict[str, Example] = {"CNN, digits": digits, "transformer, algorithms": sequences}
     print_header("", "parameters", "ms a step")
     for name, model, step in layers():
-        count = sum(parameter.numel() for parameter in model.parameters())
-        print(f"| {name} | {count:,} | {step:.1f} |", flush=True)
+        print_row(name, f"{count_parameters(model):,}", f"{step:.1f}")
     print_header("", "parameters", "ms a step", "right, %")
     for name, example in examples.items():
         for coding, config in CODINGS.items():
             torch.manual_seed(0)
             model, step, right = example(config)
-            count = sum(parameter.numel() for parameter in model.parameters())
-            print(f"| {name}, {coding} | {count:,} | {step:.1f} | {right:.1f} |", flush=True)
+            count = f"{count_parameters(model):,}"
+            print_row(f"{name}, {coding}", count, f"{step:.1f}", f"{right:.1f}")
 
 
 if __name__ == "__main__":

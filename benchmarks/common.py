@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +14,7 @@ import torch
 from ncrl.agents import A3C
 from ncrl.agents.playing.sizes import available_cores
 from ncrl.envs import AtariFactory
+from ncrl.shell.hardware import cpu_name
 
 NEUROCODER = {"num_slots": 80, "num_heads": 15, "num_least_used": 5, "controller_size": 8}
 """The paper's Atari heads (Table 8)."""
@@ -107,11 +105,7 @@ def _play_alone(
 def machine() -> str:
     """What a table of timings has to say about where it was measured."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):  # on Linux that is no more than "x86_64"
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return f"{cpu}, {available_cores()} cores{gpu}, torch {torch.__version__}"
+    return f"{cpu_name()}, {available_cores()} cores{gpu}, torch {torch.__version__}"
 
 
 def print_row(*cells: object) -> None:

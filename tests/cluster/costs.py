@@ -1,10 +1,12 @@
 """CPU time per timestep of worker processes, Ray actors and RLlib's IMPALA, in turn. Run by hand:
 
 PYTHONPATH=. OMP_NUM_THREADS=1 python tests/cluster/costs.py [ROUNDS SECONDS]
+PYTHONPATH=. OMP_NUM_THREADS=1 python tests/cluster/costs.py receiving
 
 The same work everywhere: Pong, `NeurocoderCnnLstmPolicy`, 2 workers of 8 games, 20 timesteps in a
 rollout, 160 in an update on the CPU. What counts is the time of all processes between two reports
-that lie SECONDS apart, once the training is under way.
+that lie SECONDS apart, once the training is under way. `receiving` is what one rollout costs the
+learner's process: waiting, fetching, copying, asking for the next.
 """
 
 import contextlib
@@ -23,6 +25,12 @@ from ncrl.envs import atari
 POLICY = "NeurocoderCnnLstmPolicy"
 UNDER_WAY = 4_000
 """Timesteps before the clock starts."""
+
+BLOCK = 1_220_000
+"""Bytes of a rollout of 8 games."""
+
+RECEIVED = 500
+"""Rollouts that are timed, after as many that are not."""
 
 
 def say(played: int, learnt: int) -> None:
@@ -90,6 +98,33 @@ def impala() -> None:
         say(int(played), int(learners.get("num_module_steps_trained_lifetime", 0)))
 
 
+def receiving() -> None:
+    """Two actors send the block of a rollout again and again, with more or fewer calls pending."""
+    import numpy as np
+    import ray
+
+    join_ray()
+
+    @ray.remote(num_cpus=0)
+    class Sender:
+        def send(self, size: int) -> Any:
+            return np.zeros(size, np.uint8)
+
+    senders = [Sender.remote() for _ in range(2)]
+    for pending, size in ((2, BLOCK), (100, BLOCK), (1000, BLOCK), (2, 2 * BLOCK)):
+        calls = [senders[i % 2].send.remote(size) for i in range(pending)]
+        place, began = np.empty(size, np.uint8), 0.0
+        for i in range(2 * RECEIVED):
+            if i == RECEIVED:
+                began = time.process_time()
+            (done,), calls = ray.wait(calls, num_returns=1)
+            place[:] = ray.get(done)
+            calls.append(senders[i % 2].send.remote(size))
+        milliseconds = 1000 * (time.process_time() - began) / RECEIVED
+        print(f"{pending} pending calls, {size / 1e6:.2f} MB: {milliseconds:.2f} ms a rollout")
+        ray.wait(calls, num_returns=len(calls))
+
+
 ENGINES = {"processes": a3c, "actors": actors, "impala": impala}
 
 
@@ -129,7 +164,9 @@ def measure(engine: str, seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1] in ENGINES:
+    if sys.argv[1:] == ["receiving"]:
+        receiving()
+    elif sys.argv[1:] and sys.argv[1] in ENGINES:
         ENGINES[sys.argv[1]]()
     else:
         rounds, seconds = [int(x) for x in sys.argv[1:]] or (3, 40)
