@@ -12,7 +12,7 @@ if __name__ != "ncrl.agents":
 
 from ncrl.agents.a3c import A3C, NonFiniteError
 from ncrl.agents.learning.intrinsic import IntrinsicReward
-from ncrl.agents.playing.pool import Limits, WorkerError
+from ncrl.agents.playing.supervision import Limits, WorkerError
 from ncrl.agents.runs import checkpoints
 from ncrl.sb3 import export_policy, load_policy
 

@@ -31,13 +31,13 @@ from ncrl.agents.playing.env_sources import (
     is_factory,
 )
 from ncrl.agents.playing.players import Player, SerialPlayer, played_by_workers
-from ncrl.agents.playing.pool import Limits
 from ncrl.agents.playing.sizes import (
     check_memory,
     default_workers,
     games_per_update,
     learner_threads,
 )
+from ncrl.agents.playing.supervision import Limits, PoolSpec
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.profiling import Profile, stopwatch_for
 from ncrl.sb3 import EnginePolicy
@@ -365,26 +365,29 @@ class A3C(EngineAlgorithm):
     @contextmanager
     def _player(self) -> Iterator[Player]:
         """Whoever collects rollouts: the workers, or this process."""
-        shape = self._rollout_shape(self.n_envs)
         if not self.n_workers:
             self.collector = self._make_collector()
+            shape = self._rollout_shape(self.n_envs)
             yield SerialPlayer(self.collector, shape, self.device, self._stopwatch)
             return
         assert self.env_factory is not None, "only factories are played by workers"
         self.check_machine()
-        with played_by_workers(
+        spec = PoolSpec(
             self.env_factory,
             self._policy_spec(),
-            self.policy,
-            shape,
-            n_workers=self.n_workers,
-            cluster=self.cluster,
+            self._rollout_shape(self.n_envs // self.n_workers),
+            self.n_workers,
             # Games after an earlier `learn` do not repeat those played before; `num_timesteps` may
             # have been set back to 0.
             seed=self.games_seed + 7_919 * self._n_updates,
             limits=self.limits,
             profile=self.time_spent,
             info_keywords=self.info_keywords,
+        )
+        with played_by_workers(
+            spec,
+            self.policy,
+            cluster=self.cluster,
             device=self.device,
             give_up=lambda: self._stop_requested,
         ) as player:

@@ -39,8 +39,9 @@ from ncrl.agents.playing.env_sources import (
     check_object,
     is_factory,
 )
-from ncrl.agents.playing.players import Player, Pool
+from ncrl.agents.playing.players import Player
 from ncrl.agents.playing.sizes import check_machine
+from ncrl.agents.playing.supervision import Pool
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec
 from ncrl.agents.runs import curves
@@ -276,7 +277,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         """What no file holds: where a model stands before its first training."""
         self.collector: Collector | None = None
         """Where the games stand that this process plays."""
-        self._pool: Pool | None = None
+        self._pool: Pool[Any] | None = None
         self._stop_requested = False
         self._dumped_at = -1
         self._started = time.monotonic_ns()

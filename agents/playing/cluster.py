@@ -17,8 +17,7 @@ import signal
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,11 +30,17 @@ from torch import nn
 
 from ncrl.agents.playing.buffers import RolloutShape, packed, unpacked
 from ncrl.agents.playing.collector import NonFiniteError
-from ncrl.agents.playing.env_sources import EnvFactory
-from ncrl.agents.playing.pool import POLL_SECONDS, Delivery, Failures, Limits, WorkerError
+from ncrl.agents.playing.supervision import (
+    POLL_SECONDS,
+    Delivery,
+    Incarnation,
+    Pool,
+    PoolSpec,
+    WorkerError,
+)
 from ncrl.agents.playing.weights import fill, flatten
-from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played, PolicySpec, tail_of_traceback
-from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
+from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played, tail_of_traceback
+from ncrl.agents.runs.profiling import OFF, Stopwatch
 from ncrl.shell.hardware import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -157,25 +162,13 @@ class Actor:
 
 
 @dataclass
-class _Worker:
-    """One incarnation of a worker, as the learner sees it."""
-
-    index: int
-    incarnation: int = 0
-    failures: Failures = field(default_factory=Failures)
-    """Of all incarnations."""
-    starts_at: float = 0.0
-    """Monotonic time."""
+class _Worker(Incarnation):
     actor: Any = None
     """Its handle, once it is started."""
     calls: dict[Any, str] = field(default_factory=dict)
     """The methods that were called, by the reference of the answer that is still to come."""
     place: str = ""
     """Where it runs; empty until it runs."""
-    building: bool = True
-    """It is building its environments, for the first time or again."""
-    last_sign: float = field(default_factory=time.monotonic)
-    """Monotonic time of the latest answer that told of progress."""
     steps: int = 0
     """In its latest sign of life."""
     is_missed: bool = False
@@ -189,79 +182,38 @@ class _Worker:
         return f"worker {self.index} ({self.place or 'without a place'})"
 
 
-class ActorPool:
-    """Runs `n_workers` actors of `shape.n_envs` environments each; used as a context manager.
+class ActorPool(Pool[_Worker]):
+    """Workers that are actors of the cluster that this process has `joined`."""
 
-    The process must have `joined` the cluster.
-
-    Raises:
-        WorkerError: from any method, when workers cannot be kept running.
-    """
-
-    def __init__(
-        self,
-        factory: EnvFactory,
-        policy: PolicySpec,
-        shape: RolloutShape,
-        weights: ObjectWeights,
-        *,
-        n_workers: int,
-        seed: int,
-        limits: Limits,
-        profile: Profile | None = None,
-        info_keywords: Sequence[str] = (),
-    ) -> None:
-        self.limits = limits
-        self.worker_restarts = 0
-        self.env_restarts = 0
-        self.starting = True
-        """No rollout has been taken yet; the workers are building their environments."""
-        self._seed = seed
-        self._like = shape.allocate()
+    def __init__(self, spec: PoolSpec, weights: ObjectWeights) -> None:
+        super().__init__(spec, _Worker)
+        self._like = spec.shape.allocate()
         self._weights = weights
-        self._profile = profile
-        self._played: deque[Delivery] = deque()
-        self._workers = [_Worker(index) for index in range(n_workers)]
         remote = ray.remote(
             num_cpus=1,
             max_restarts=0,
             scheduling_strategy="SPREAD",
             concurrency_groups={"signs": 1},
         )
-        games = partial(Games, factory, policy, shape.n_envs, info_keywords=info_keywords)
-        self._actor = partial(
-            remote(Actor).remote, make_games=games, shape=shape, profile=profile is not None
+        games = partial(
+            Games, spec.factory, spec.policy, spec.shape.n_envs, info_keywords=spec.info_keywords
         )
-        self._last_look = time.monotonic()
+        profile = spec.profile is not None
+        self._actor = partial(
+            remote(Actor).remote, make_games=games, shape=spec.shape, profile=profile
+        )
 
-    def __enter__(self) -> ActorPool:
-        for worker in self._workers:
-            self._start(worker)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for worker in self._workers:
-            self._bury(worker)
-
-    def take(self, count: int, give_up: Callable[[], bool]) -> list[Delivery] | None:
-        """Wait for `count` rollouts, the oldest first; None if `give_up()` became true."""
+    def take(self, give_up: Callable[[], bool]) -> list[Delivery] | None:
         # Now, not when the rollouts before arrived: the weights are those after the update.
         self._ask(self._workers, IN_FLIGHT)
-        while len(self._played) < count or (self.starting and not self._all_ready()):
-            if give_up():
-                return None
-            self._look(POLL_SECONDS)
-            if len(self._played) < count:  # others may be gone: whoever is idle plays for them
-                self._ask(self._workers, 1)
-        self.starting = False
-        return [self._played.popleft() for _ in range(count)]
+        return super().take(give_up)
 
     def release(self, deliveries: list[Delivery]) -> None:
         """Nothing: a rollout from elsewhere has memory of its own."""
 
     def _all_ready(self) -> bool:
-        """Whether everybody is ready who has, or may soon have, a place in the cluster."""
-        late = time.monotonic() - self.limits.startup_timeout
+        """Only those count that have, or may soon have, a place in the cluster."""
+        late = time.monotonic() - self.spec.limits.startup_timeout
         return all(not w.building or (not w.place and w.last_sign < late) for w in self._workers)
 
     def _ask(self, workers: list[_Worker], most: int) -> None:
@@ -276,6 +228,8 @@ class ActorPool:
 
     def _look(self, timeout: float) -> None:
         """Handle all answers that have arrived, then deaths, silence and replacements."""
+        if self._missing():  # others may be gone: whoever is idle plays for them
+            self._ask(self._workers, 1)
         owners = {answer: worker for worker in self._workers for answer in worker.calls}
         if not owners:
             time.sleep(timeout)
@@ -283,25 +237,22 @@ class ActorPool:
             for answer in ray.wait(list(owners), num_returns=len(owners), timeout=0)[0]:
                 if answer in owners[answer].calls:  # else it is from an actor buried just now
                     self._receive(owners[answer], answer)
-        now = time.monotonic()
-        if now - self._last_look >= POLL_SECONDS:
-            self._check_silence(now)
-        for worker in self._workers:
-            if worker.actor is None and now >= worker.starts_at:
-                self._start(worker)
+        if time.monotonic() - self._last_look >= POLL_SECONDS:
+            self._check_silence()
+        self._begin_those_due()
 
     def _receive(self, worker: _Worker, answer: Any) -> None:
         call = worker.calls.pop(answer)
         try:
-            result = ray.get(answer, timeout=self.limits.heartbeat_timeout)
+            result = ray.get(answer, timeout=self.spec.limits.heartbeat_timeout)
         except RayTaskError as error:  # of our code, or of the environments while they were built
             if isinstance(error.cause, NonFiniteError):
                 raise error.cause from None
-            self._replace(worker, "failed", str(error).strip(), hopeless=self.starting)
+            self._give_up_on(worker, "failed", str(error).strip(), hopeless=self.starting)
             return
         except RayError as error:
             never_began = getattr(error, "actor_init_failed", False)
-            self._replace(worker, "died", _sentence(error), hopeless=never_began)
+            self._give_up_on(worker, "died", _sentence(error), hopeless=never_began)
             return
         now = time.monotonic()
         if call == "sign":
@@ -311,79 +262,56 @@ class ActorPool:
             return
         worker.last_sign, worker.building = now, False
         if isinstance(result, EnvFailed):
+            self._ask([worker], 1)
             self._note_broken_envs(worker, result.reason)
         elif call == "play":
             played, infos, block = result
-            worker.failures.in_a_row = 0
             # A copy: what lies in the object store is read-only, and fills it.
-            rollout = unpacked(torch.tensor(block), self._like)
-            self._played.append(Delivery(rollout, played, infos, worker.index))
-            if self._profile is not None:
-                self._profile.add_worker(worker.index, played.phases)
+            self._deliver(worker, unpacked(torch.tensor(block), self._like), played, infos)
 
-    def _note_broken_envs(self, worker: _Worker, reason: str) -> None:
-        self.env_restarts += 1
-        if too_often := worker.failures.count(self.limits):
-            what = f"the environments of {worker} fail again and again, {too_often}"
-            raise WorkerError(f"{what}:\n{reason}")
-        last = reason.strip().splitlines()[-1]
-        logger.warning("%s: its environments failed and are built anew: %s", str(worker), last)
-        self._ask([worker], 1)
-        worker.building = True
-
-    def _check_silence(self, now: float) -> None:
-        grace, self._last_look = now - self._last_look, now
-        startup = self.limits.startup_timeout
+    def _check_silence(self) -> None:
+        deaf_for = self._deaf_for()
+        now = time.monotonic()
         for worker in [w for w in self._workers if w.actor is not None]:
             if not worker.building and not worker.asked("play"):
                 worker.last_sign = now
-            elif grace > 5 * POLL_SECONDS:  # this process was busy, and could hear nobody
-                worker.last_sign += grace
-            silence = now - worker.last_sign
-            limit = startup if worker.building else self.limits.heartbeat_timeout
+            else:
+                worker.last_sign += deaf_for
+            silence, patience = now - worker.last_sign, self._patience(worker)
             if not worker.place:
                 if silence > PATIENCE and not worker.is_missed:
                     worker.is_missed = True
                     what = "still waits for a CPU of the cluster, or for its process to start"
                     logger.warning("worker %d %s", worker.index, what)
-            elif silence > limit:
-                self._replace(worker, f"gave no sign of life for {limit:g} s", "no answer")
-            elif silence > limit / 4 and not worker.building and not worker.asked("sign"):
+            elif silence > patience:
+                what = f"gave no sign of life for {patience:g} s"
+                self._give_up_on(worker, what, "no answer")
+            elif silence > patience / 4 and not worker.building and not worker.asked("sign"):
                 self._ask_for_sign(worker)
+        startup = self.spec.limits.startup_timeout
         if all(not w.place and now - w.last_sign > startup for w in self._workers):
             raise WorkerError(
                 f"no worker has had a place in the cluster for {startup:g} s: it has no free CPU, "
                 "or does not get its processes started; see `ray status`"
             )
 
-    def _replace(self, worker: _Worker, what: str, reason: str, *, hopeless: bool = False) -> None:
-        """Bury an actor and set the time at which the next incarnation starts."""
-        self._bury(worker)
+    def _give_up_on(
+        self, worker: _Worker, what: str, reason: str, *, hopeless: bool = False
+    ) -> None:
         # What fails at the first start fails at every other one.
-        at_start = "at its start" if hopeless and worker.incarnation == 0 else ""
-        if too_often := at_start or worker.failures.count(self.limits):
-            raise WorkerError(f"{worker} {what} {too_often}:\n{reason}")
-        pause = worker.failures.pause(self.limits)
-        if worker.place:  # else it was sent to a node that was about to be found dead
-            self.worker_restarts += 1
-            what = f"{what} ({reason.splitlines()[-1].strip()})"
-            logger.warning("%s %s; a new one starts in %.1f s", str(worker), what, pause)
-        self._workers[worker.index] = _Worker(
-            worker.index, worker.incarnation + 1, worker.failures, time.monotonic() + pause
-        )
+        hopeless = hopeless and worker.number == 0
+        # One without a place was sent to a node that was about to be found dead.
+        self._replace(worker, what, reason, hopeless=hopeless, told=bool(worker.place))
 
     def _bury(self, worker: _Worker) -> None:
-        """End the actor, if it still runs; nothing that it answers from now on counts."""
+        """End the actor; nothing that it answers from now on counts."""
         if worker.actor is not None:
             with contextlib.suppress(Exception):
                 ray.kill(worker.actor)
         worker.calls = {}
 
     def _start(self, worker: _Worker) -> None:
-        # A prime stride keeps the seeds of workers and of their successors apart.
-        stride = 1_000_003 * (worker.index + len(self._workers) * worker.incarnation)
-        worker.actor = self._actor(seed=self._seed + stride)
-        worker.last_sign = time.monotonic()
+        worker.actor = self._actor(seed=self._seed(worker))
         self._ask_for_sign(worker)
         worker.calls[worker.actor.start.remote()] = "start"
 

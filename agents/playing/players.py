@@ -15,21 +15,20 @@ import torch
 
 from ncrl.agents.playing.buffers import Batch, RolloutBatch, RolloutShape, first_rows
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
-from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.pool import WorkerPool
+from ncrl.agents.playing.supervision import Pool, PoolSpec
 from ncrl.agents.playing.weights import SharedWeights
-from ncrl.agents.playing.worker import PolicySpec, check_script, end_if_importing_main
-from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
+from ncrl.agents.playing.worker import check_script, end_if_importing_main
+from ncrl.agents.runs.profiling import OFF, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
 
 if TYPE_CHECKING:
-    from ncrl.agents.playing.cluster import ActorPool, ObjectWeights
+    from ncrl.agents.playing.cluster import ObjectWeights
 
 OnRow = Callable[[Outcome], bool]
 """Called for every row of `n_envs` timesteps; returning False ends the rollout early."""
 
-Pool: TypeAlias = "WorkerPool | ActorPool"
 Player: TypeAlias = "SerialPlayer | WorkersPlayer"
 
 
@@ -62,68 +61,62 @@ class SerialPlayer:
 
 @contextmanager
 def played_by_workers(
-    factory: EnvFactory,
-    spec: PolicySpec,
+    spec: PoolSpec,
     policy: EnginePolicy,
-    shape: RolloutShape,
     *,
-    n_workers: int,
     cluster: str | None,
-    profile: Profile | None,
     device: torch.device,
     give_up: Callable[[], bool],
-    **options: Any,
 ) -> Iterator[WorkersPlayer]:
     """Workers that play inside the block: processes, or actors of the cluster at an address.
 
-    `WorkersPlayer` and `WorkerPool`, whose are the further `options`, say what is what.
-    RuntimeError for a program that processes cannot import again, ValueError for a policy that they
-    cannot build or a cluster that cannot be joined, WorkerError if they cannot be kept running.
+    Raises:
+        RuntimeError: for a program that processes cannot import again.
+        ValueError: for a policy that they cannot build, or a cluster that cannot be joined.
+        WorkerError: if they cannot be kept running.
     """
-    options |= {"shape": shape._replace(n_envs=shape.n_envs // n_workers), "profile": profile}
-    options |= {"factory": factory, "policy": spec, "n_workers": n_workers}
     if cluster is None:
         end_if_importing_main()
         check_script()
-    spec.check_like(policy)
-    stopwatch = OFF if profile is None else profile.stopwatch
+    spec.policy.check_like(policy)
     with ExitStack() as stack:
-        pool: Pool
+        pool: Pool[Any]
         weights: SharedWeights | ObjectWeights
         if cluster is None:
             weights = SharedWeights(policy)
             weights.publish(policy, 0)
-            pool = stack.enter_context(WorkerPool(weights=weights, **options))
+            pool = stack.enter_context(WorkerPool(spec, weights))
         else:
             from ncrl.agents.playing import cluster as ray_cluster  # only here: it imports ray
 
             stack.enter_context(ray_cluster.joined(cluster))
             weights = ray_cluster.ObjectWeights()
             weights.publish(policy, 0)
-            pool = stack.enter_context(ray_cluster.ActorPool(weights=weights, **options))
-        yield WorkersPlayer(pool, weights, policy, shape, n_workers, device, give_up, stopwatch)
+            pool = stack.enter_context(ray_cluster.ActorPool(spec, weights))
+        yield WorkersPlayer(pool, weights, policy, device, give_up)
 
 
 @dataclass
 class WorkersPlayer:
     """Receives what the workers play, and sends them weights."""
 
-    pool: Pool  # started
+    pool: Pool[Any]  # started
     weights: SharedWeights | ObjectWeights  # that the workers play with
     policy: EnginePolicy  # what those are weights of
-    shape: RolloutShape  # of a rollout of all environments
-    n_workers: int  # which share out the environments equally
     device: torch.device  # of the batches
     give_up: Callable[[], bool]  # asked while waiting
-    stopwatch: Stopwatch = OFF
 
     def __post_init__(self) -> None:
+        spec = self.pool.spec
+        self.stopwatch = OFF if spec.profile is None else spec.profile.stopwatch
+        self.width = spec.shape.n_envs  # of one worker
+        self.shape = spec.shape._replace(n_envs=spec.n_workers * self.width)
         self.stage = RolloutBatch(self.shape, self.device)
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
         """A batch of `n_steps` timesteps in every environment; None if it was ended early."""
         with self.stopwatch.phase("setup" if self.pool.starting else "wait"):
-            deliveries = self.pool.take(self.n_workers, self.give_up)
+            deliveries = self.pool.take(self.give_up)
         if deliveries is None:
             return None
         with self.stopwatch.phase("copy"):
@@ -135,13 +128,12 @@ class WorkersPlayer:
             for_env = actions_for_env(self.policy, played.actions)
         with self.stopwatch.phase("wait"):
             self.pool.release(deliveries)
-        width = self.shape.n_envs // self.n_workers
         infos: list[list[dict[str, Any]]] = [
             [{} for _ in range(self.shape.n_envs)] for _ in range(self.shape.n_steps)
         ]
         for place, delivery in enumerate(deliveries):
             for row, i, info in delivery.infos:
-                infos[row][place * width + i] = info
+                infos[row][place * self.width + i] = info
         for row in range(n_steps):
             outcome = Outcome(
                 row=row,
@@ -157,10 +149,11 @@ class WorkersPlayer:
             )
             if not on_row(outcome):
                 return None
+        width = range(self.width)
         return Batch(
             first_rows(batch, n_steps),
             first_rows(played, n_steps),
-            games=[delivery.worker * width + i for delivery in deliveries for i in range(width)],
+            games=[delivery.worker * self.width + i for delivery in deliveries for i in width],
             lags=[self.weights.version - delivery.played.version for delivery in deliveries],
         )
 

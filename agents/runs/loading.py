@@ -29,8 +29,8 @@ from ncrl.agents.arguments import check_batch, check_serial, whole_number
 from ncrl.agents.learning.optim import SharedRMSProp
 from ncrl.agents.playing.buffers import RolloutShape
 from ncrl.agents.playing.env_sources import check_object, is_factory
-from ncrl.agents.playing.pool import Limits
 from ncrl.agents.playing.sizes import check_memory, default_workers
+from ncrl.agents.playing.supervision import Limits
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import compare_tensors, without_memory

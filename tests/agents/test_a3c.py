@@ -29,7 +29,8 @@ import ncrl.agents.a3c
 from ncrl.agents import A3C
 from ncrl.agents.playing.env_sources import RemoteEnvs
 from ncrl.agents.playing.pool import WorkerPool
-from ncrl.agents.playing.weights import layout
+from ncrl.agents.playing.supervision import PoolSpec
+from ncrl.agents.playing.weights import SharedWeights, layout
 from ncrl.envs import light, masked_cartpole
 from tests.agents.conftest import assert_bit_equal, weights
 from tests.agents.environments import TickingFactory
@@ -603,9 +604,9 @@ def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.Monke
     seeds = []
 
     class Pool(WorkerPool):
-        def __init__(self, *arguments: Any, seed: int, **options: Any) -> None:
-            seeds.append(seed)
-            super().__init__(*arguments, seed=seed, **options)
+        def __init__(self, spec: PoolSpec, weights: SharedWeights) -> None:
+            seeds.append(spec.seed)
+            super().__init__(spec, weights)
 
     monkeypatch.setattr("ncrl.agents.playing.players.WorkerPool", Pool)
     model = make_model(TickingFactory(), n_workers=1, n_envs=2)

@@ -30,7 +30,7 @@ from ncrl.agents.learning.losses import imitation_loss
 from ncrl.agents.learning.objective import Novelty, actor_critic_loss
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.playing.players import WorkersPlayer
-from ncrl.agents.playing.pool import Delivery
+from ncrl.agents.playing.supervision import Delivery, Limits, PoolSpec
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import Played
 from ncrl.agents.runs.checkpoints import (
@@ -609,7 +609,8 @@ class FakePool:
 
     starting = False
 
-    def __init__(self, slots: Rollout, workers: list[int]) -> None:
+    def __init__(self, spec: PoolSpec, slots: Rollout, workers: list[int]) -> None:
+        self.spec = spec
         self.deliveries = []
         for slot, worker in enumerate(workers):
             rollout = slots.slot(slot)
@@ -618,9 +619,8 @@ class FakePool:
             rollout.rewards.add_(torch.tensor([10 * worker, 10 * worker + 1]))
             self.deliveries.append(Delivery(rollout, Played(slot, 0, {}), [], worker))
 
-    def take(self, count: int, give_up: Any) -> list[Delivery]:
-        taken, self.deliveries = self.deliveries[:count], self.deliveries[count:]
-        return taken
+    def take(self, give_up: Any) -> list[Delivery]:
+        return [self.deliveries.pop(0) for _ in range(self.spec.n_workers)]
 
     def release(self, deliveries: Any) -> None:
         pass
@@ -628,14 +628,12 @@ class FakePool:
 
 def test_games_follow_their_worker_also_where_one_delivers_twice() -> None:
     model = make_model(TickingFactory(), n_workers=3, n_envs=6)
-    shape = model._rollout_shape(6)
-    slots = shape._replace(n_envs=2).allocate(6)
+    shape = model._rollout_shape(2)
+    nothing: Any = None
+    spec = PoolSpec(nothing, nothing, shape, n_workers=3, seed=0, limits=Limits())
+    pool: Any = FakePool(spec, shape.allocate(6), [2, 0, 2, 1, 1, 0])
     weights = SharedWeights(model.policy)
-    pool: Any = FakePool(slots, [2, 0, 2, 1, 1, 0])
-    player = WorkersPlayer(
-        pool, weights, model.policy, shape, n_workers=3, device=model.device,
-        give_up=lambda: False,
-    )  # fmt: skip
+    player = WorkersPlayer(pool, weights, model.policy, model.device, lambda: False)
     for expected in ([4, 5, 0, 1, 4, 5], [2, 3, 2, 3, 0, 1]):
         batch = player.collect(5, lambda _: True)
         assert batch is not None and batch.games == expected

@@ -24,6 +24,7 @@ from stable_baselines3.common.logger import configure
 import ncrl.agents.learning.learner
 import ncrl.agents.playing.pool
 import ncrl.agents.playing.sizes
+import ncrl.agents.playing.supervision
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
 from ncrl.agents.playing.sizes import check_open_files
 from tests.agents.conftest import (
@@ -53,8 +54,9 @@ def count_slots(model: A3C) -> list[int]:
     """Every slot number, wherever it is: free, at a worker, or played."""
     pool = model._pool
     assert pool is not None
-    held = [slot for worker in pool._workers for slot in (*worker.free, *worker.slots)]
-    return sorted([*held, *(delivery.played.slot for delivery in pool._played)])
+    held = [slot for worker in pool._workers for slot in worker.slots]
+    free = [slot for slots in pool._free for slot in slots]
+    return sorted([*held, *free, *(delivery.played.slot for delivery in pool._played)])
 
 
 class Ends(BaseCallback):
@@ -154,7 +156,7 @@ def test_f2_workers_killed_at_any_moment_block_nobody(caplog: pytest.LogCaptureF
 def stopped_while_sending(model: A3C) -> psutil.Process:
     """Wait until the worker is in the middle of a message that nobody receives."""
     worker = psutil.Process(worker_pids(model)[0])
-    beats = model._pool._spec.heartbeats
+    beats = model._pool._worker_spec.heartbeats
     last = -1
 
     def blocked() -> bool:
@@ -256,7 +258,7 @@ def test_f4_failures_with_rollouts_between_them(
     kind: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None of them is in a row, but they do not go on for ever."""
-    monkeypatch.setattr(ncrl.agents.playing.pool, "FAILURES_PER_WINDOW", 1)
+    monkeypatch.setattr(ncrl.agents.playing.supervision, "FAILURES_PER_WINDOW", 1)
     env = TickingFactory(length=5, trouble=Trouble(kind, at=13))
     model = make_model(env)
     with pytest.raises(WorkerError, match=r"3 times in 10 minutes") as error:
@@ -265,8 +267,8 @@ def test_f4_failures_with_rollouts_between_them(
 
 
 def test_f4_failures_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ncrl.agents.playing.pool, "FAILURES_PER_WINDOW", 1)
-    monkeypatch.setattr(ncrl.agents.playing.pool, "WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(ncrl.agents.playing.supervision, "FAILURES_PER_WINDOW", 1)
+    monkeypatch.setattr(ncrl.agents.playing.supervision, "WINDOW_SECONDS", 0.0)
     model = make_model(TickingFactory(length=5, trouble=Trouble("raise", at=13)))
     model.learn(200)
     assert model.num_timesteps == 200
@@ -561,7 +563,7 @@ def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatc
 
     def look(model: A3C) -> None:
         pool = model._pool
-        taken.append(pool._spec.slots.nbytes + pool._spec.weights._copies.nbytes)
+        taken.append(pool._worker_spec.slots.nbytes + pool._worker_spec.weights._copies.nbytes)
 
     model = make_model(TickingFactory())
     model.learn(10, callback=Ends(at=1, act=look))

@@ -7,7 +7,8 @@ import pytest
 from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import RolloutShape
-from ncrl.agents.playing.pool import SLOTS_PER_WORKER, Limits, WorkerPool
+from ncrl.agents.playing.pool import SLOTS_PER_WORKER, WorkerPool
+from ncrl.agents.playing.supervision import Limits, PoolSpec
 from ncrl.agents.playing.worker import Played
 
 
@@ -25,15 +26,8 @@ class FakeWorker:
 
 def make_pool(n_workers: int) -> tuple[WorkerPool, list[FakeWorker]]:
     shape = RolloutShape(1, 1, spaces.Discrete(2), spaces.Discrete(2), 0, 0)
-    pool = WorkerPool(
-        Any,  # type: ignore[arg-type]
-        Any,  # type: ignore[arg-type]
-        shape,
-        Any,  # type: ignore[arg-type]
-        n_workers=n_workers,
-        seed=0,
-        limits=Limits(),
-    )
+    nothing: Any = None
+    pool = WorkerPool(PoolSpec(nothing, nothing, shape, n_workers, 0, Limits()), nothing)
     workers = [FakeWorker() for _ in range(n_workers)]
     for worker, fake in zip(pool._workers, workers, strict=True):
         worker.connection, worker.ready = fake, True  # type: ignore[assignment]
@@ -57,7 +51,7 @@ def test_no_worker_waits_more_than_twice_the_mean(n_workers: int, batch_ticks: i
             pool._handle(pool._workers[index], Played(fake.slots.popleft(), 0, {}))
         if tick >= learner_free_at and len(pool._played) >= n_workers:
             for delivery in taken:
-                pool._workers[delivery.worker].free.append(delivery.played.slot)
+                pool._free[delivery.worker].append(delivery.played.slot)
             taken = [pool._played.popleft() for _ in range(n_workers)]
             learner_free_at = tick + batch_ticks
     waits, plays = [fake.waited for fake in workers], [fake.played for fake in workers]
