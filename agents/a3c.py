@@ -324,7 +324,8 @@ class A3C(EngineAlgorithm):
         if self.batch_size is not None:
             return self.batch_size // self.n_steps
         if self._small_updates:
-            return games_per_update(self.n_envs, self.device.type == "cuda")
+            has_gpu, explores = self.device.type == "cuda", self.exploration is not None
+            return games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
         return self.n_envs
 
     def train(self) -> None:
@@ -337,7 +338,7 @@ class A3C(EngineAlgorithm):
             self._count(update)
         curves.record_means(self.logger, curves.on_host(self.learner.explored))
         if self.exploration is not None and self.exploration.memory is not None:
-            self.logger.record("train/kept_rollouts", len(self.exploration.memory))
+            self.logger.record("train/kept_trajectories", len(self.exploration.memory))
 
     def _count(self, update: Update) -> None:
         """Log an update, and give up after too many that were none."""

@@ -1,5 +1,6 @@
-"""Curves of runs with an intrinsic reward: a small CSV from a run's `progress.csv`, and a figure.
+"""What intrinsic rewards see on MontezumaRevenge, and the curves of runs with them.
 
+python benchmarks/exploration.py places          # bonus of places that chance never reaches
 python benchmarks/exploration.py curve runs/MontezumaRevenge-1 results/montezuma/rnd.csv
 python benchmarks/exploration.py figure results/montezuma/*.csv docs/figures/montezuma.png
 """
@@ -12,7 +13,32 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from common import print_header, print_row
+from gymnasium import spaces
 from matplotlib.figure import Figure
+from torch import Tensor
+
+from ncrl.agents.learning.intrinsic import SOURCES, make_source
+from ncrl.envs import AtariPlayer, atari
+
+X, Y, ROOM, ITEMS, KEY = 42, 43, 3, 65, 67
+"""Bytes of the emulator's memory: where the player stands, the room, what he carries, and whether
+the key still hangs in the first room. Written here alone, to show a place; no agent reads them."""
+
+PLACES: dict[str, dict[int, int]] = {
+    "start": {},
+    "rope": {X: 112, Y: 215},
+    "right ledge": {X: 130, Y: 192},
+    "floor, right": {X: 130, Y: 148},
+    "floor, left": {X: 21, Y: 148},
+    "left ledge, below the key": {X: 21, Y: 192},
+    "start, with the key": {ITEMS: 2, KEY: 0},
+    "room to the left": {ROOM: 0},
+    "room to the right": {ROOM: 2},
+    "room below": {ROOM: 4},
+}
 
 COLUMNS = {
     "frames": "time/frames",
@@ -27,7 +53,7 @@ COLUMNS = {
     "int_explained_variance": "train/int_explained_variance",
     "explained_variance": "train/explained_variance",
     "predictor_loss": "train/predictor_loss",
-    "kept_rollouts": "train/kept_rollouts",
+    "kept_trajectories": "train/kept_trajectories",
     "imitation_loss": "train/imitation_loss",
 }
 """Columns of the small CSV, and what SB3 calls them."""
@@ -51,11 +77,65 @@ def main() -> None:
     figure = commands.add_parser("figure", help="draw small CSVs; a curve is called as its file")
     figure.add_argument("curves", type=Path, nargs="+")
     figure.add_argument("out", type=Path)
+    places = commands.add_parser("places", help="bonus of places, in that of the usual ones")
+    places.add_argument("--timesteps", type=int, default=12_000, help="of random play")
+    places.add_argument("--steps", type=int, default=300, help="of the source, on 640 of them each")
     options = parser.parse_args()
-    if options.command == "curve":
+    if options.command == "places":
+        print_places(options.timesteps, options.steps)
+    elif options.command == "curve":
         write_curve(options.run, options.out)
     else:
         draw(options.curves, options.out)
+
+
+def print_places(timesteps: int, steps: int) -> None:
+    """Train every source on random play, which stays in the first room and hardly ever gets to its
+    left; print the bonus of `PLACES` over the median of random play."""
+    play = random_play(timesteps)
+    shown = {name: frames_at(memory) for name, memory in PLACES.items()}
+    space = spaces.Box(0, 255, tuple(play.shape[1:]), np.uint8)
+    columns = {}
+    for name in SOURCES:
+        torch.manual_seed(0)
+        source = make_source(name, space)
+        source.watch(play)
+        for _ in range(steps):
+            chosen = torch.randint(len(play) - 1, (640,))
+            source.learn(play[chosen], play[chosen + 1])
+        median = torch.cat([source.score(part) for part in play.split(1000)]).median()
+        columns[name] = [float(source.score(frames).mean() / median) for frames in shown.values()]
+    print_header("place", *columns)
+    for place, ratios in zip(shown, zip(*columns.values(), strict=True), strict=True):
+        print_row(place, *(f"{ratio:.1f}" for ratio in ratios))
+
+
+def random_play(timesteps: int) -> Tensor:
+    """Frames of uniformly random actions, [timesteps, 1, 84, 84]."""
+    player = AtariPlayer(atari("MontezumaRevenge", protocol="machado"), seed=0)
+    random = np.random.default_rng(0)
+    frames, over = [], True
+    for _ in range(timesteps):
+        if over:
+            player.reset()
+        obs, _, over, _ = player.step(int(random.integers(18)))
+        frames.append(obs[0])
+    return torch.from_numpy(np.stack(frames))
+
+
+def frames_at(memory: dict[int, int]) -> Tensor:
+    """Eight frames after bytes of the emulator's memory were set, [8, 1, 84, 84]."""
+    player = AtariPlayer(atari("MontezumaRevenge", protocol="machado"), seed=3)
+    player.reset()
+    for _ in range(10):
+        player.step(0)
+    frames = []
+    for timestep in range(9):
+        for address, value in memory.items():
+            if timestep == 0 or address in (X, Y):  # where nothing holds him he falls
+                player._emulator.setRAM(address, value)
+        frames.append(player.step(0)[0][0])
+    return torch.from_numpy(np.stack(frames[1:]))
 
 
 def write_curve(run: Path, out: Path) -> None:

@@ -354,13 +354,17 @@ def test_the_summary_of_a_run(serial_run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "envs", "batch_size", "games"), [(0, 8, None, 4), (0, 6, None, 3), (0, 8, 40, 2)]
+    ("env", "envs", "batch_size", "games"),
+    [
+        *(("Klax", 8, None, 4), ("Klax", 6, None, 3), ("Klax", 8, 40, 2)),
+        *(("Venture", 64, None, 32), ("Venture", 12, None, 6), ("Venture", 64, 80, 4)),
+    ],
 )
-def test_updates_are_small_unless_asked_for(
-    workers: int, envs: int, batch_size: int | None, games: int
+def test_updates_are_small_unless_asked_for_or_with_a_bonus(
+    env: str, envs: int, batch_size: int | None, games: int
 ) -> None:
     config = RunConfig(
-        env="Klax", workers=workers, envs_per_worker=envs, batch_size=batch_size, device="cpu"
+        env=env, workers=0, envs_per_worker=envs, batch_size=batch_size, device="cpu"
     )
     assert make_model(with_sizes(with_game(config))).envs_per_update == games
 
@@ -526,7 +530,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
     assert run.config["learning_rate"] == config_module.EXPLORING["learning_rate"]
     last = run.rows[-1]
-    for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_rollouts"):
+    for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_trajectories"):
         assert last[f"train/{name}"] != "", name
     with zipfile.ZipFile(newest_checkpoint(run.path / "checkpoints").path) as archive:
         state = torch.load(io.BytesIO(archive.read("exploration.pth")), weights_only=True)

@@ -279,10 +279,12 @@ def with_sizes(config: RunConfig) -> RunConfig:
         )
     size, whole = config.batch_size, config.n_steps * games
     if size is not None and (size % config.n_steps or whole % size):
+        explores = config.intrinsic_reward != "none"
+        nearest = games_per_update(games, has_gpu=uses_gpu(config), explores=explores)
         raise ValueError(
             f"batch_size must be a multiple of n_steps that divides the {whole} timesteps of a "
             f"rollout of all games, got batch_size={size} with n_steps={config.n_steps} and "
-            f"{games} games; nearest: {config.n_steps * games_per_update(games, uses_gpu(config))}"
+            f"{games} games; nearest: {config.n_steps * nearest}"
         )
     return replace(config, workers=workers, games=games, envs_per_worker=None)
 

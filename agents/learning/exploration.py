@@ -17,9 +17,10 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ncrl.agents.learning.imitation import Kept, RolloutMemory
+from ncrl.agents.learning.imitation import Kept, TrajectoryMemory
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 from ncrl.agents.playing.buffers import Rollout
+from ncrl.networks import LstmState
 
 MEAN_TIMESTEPS = 1000
 """Timesteps that the running mean of the bonus is taken over, or those of a batch. The bonus falls
@@ -101,19 +102,19 @@ def discounted_sums(rewards: Tensor, gamma: float) -> Tensor:
 
 
 class Exploration(nn.Module):
-    """Owns a source of intrinsic reward, its scale, and the rollouts that led to a score.
+    """Owns a source of intrinsic reward, its scale, and the trajectories that led to a score.
 
     Args:
         source: scores observations.
         int_gamma: discount of the intrinsic return.
-        gamma: of the extrinsic one, by which kept rollouts are judged.
-        imitation_coef: weight of the kept rollouts; 0 keeps none.
+        gamma: of the extrinsic one, by which kept trajectories are judged.
+        imitation_coef: weight of the kept trajectories; 0 keeps none.
         warmup_timesteps: timesteps of play before the bonus begins, in which statistics are
             gathered. The policy has learnt little by then: it plays like chance.
         reach: timesteps before a score that are kept with it.
         capacity: timesteps that are kept for each number of rewards.
         n_steps: T.
-        seed: of the choice among kept rollouts.
+        seed: of the choice among kept trajectories.
 
     Raises:
         ValueError: for impossible numbers.
@@ -154,12 +155,12 @@ class Exploration(nn.Module):
         self.num_timesteps = 0
         self.advantage_deviation = 0.0
         self.num_updates = 0
-        self.memory: RolloutMemory | None = None
+        self.memory: TrajectoryMemory | None = None
         if imitation_coef:
-            self.memory = RolloutMemory(
+            self.memory = TrajectoryMemory(
                 gamma=gamma,
                 reach=math.ceil(reach / n_steps),
-                capacity=math.ceil(capacity / n_steps),
+                capacity=math.ceil(capacity / reach),
                 seed=seed,
             )
 
@@ -212,7 +213,7 @@ class Exploration(nn.Module):
         self.advantage_deviation = math.sqrt(square)
 
     def remember(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
-        """Keep what led to a score; see `RolloutMemory.watch`.
+        """Keep what led to a score; see `TrajectoryMemory.watch`.
 
         The last batch of a training can be shorter. It is left out, and what is played after it
         does not follow what was played before.
@@ -224,9 +225,14 @@ class Exploration(nn.Module):
         else:
             self.memory.forget_recent()
 
-    def draw(self, count: int) -> Kept | None:
-        """Rollouts to learn from again, if there are any."""
-        return None if self.memory is None else self.memory.draw(count)
+    def read(self, initial_state: LstmState) -> Kept | None:
+        """Windows of kept trajectories, if there are any; see `TrajectoryMemory.read`."""
+        return None if self.memory is None else self.memory.read(self.n_steps, initial_state)
+
+    def carry(self, lstm_state: LstmState) -> None:
+        """The state behind those windows."""
+        if self.memory is not None:
+            self.memory.carry(lstm_state)
 
     def get_extra_state(self) -> dict[str, Any]:
         memory = None if self.memory is None else self.memory.state_dict()
@@ -242,7 +248,7 @@ class Exploration(nn.Module):
         self.num_timesteps = int(state["num_timesteps"])
         self.advantage_deviation = float(state["advantage_deviation"])
         self.num_updates = int(state["num_updates"])
-        # Rollouts of another length do not fit beside new ones.
+        # Trajectories are cut for rollouts of this length.
         if self.memory is not None and state["memory"] and state["n_steps"] == self.n_steps:
             self.memory.load_state_dict(state["memory"])
 

@@ -1,7 +1,13 @@
-"""Rollouts that led to a score, kept and learnt from again (self-imitation, Oh et al. 2018).
+"""Trajectories that led to a score, kept and learnt from again (self-imitation, Oh et al. 2018).
 
 Rewards are rare in the games that need this: what was found once is soon forgotten, unless it is
-repeated. Shapes: T timesteps, B environments of a batch, K rollouts that are learnt from again.
+repeated. A kept trajectory is read from its beginning to its end, a window in every update, and the
+LSTM's state goes on from window to window as the present weights make it. States that were stored
+with it would be those of weights long gone: the network learns to tell trajectories by them, and
+what it learns so is of no use in play.
+
+Shapes: T timesteps, B environments of a batch, K trajectories that are read at a time, N timesteps
+of a trajectory.
 """
 
 from __future__ import annotations
@@ -16,19 +22,37 @@ import torch
 from torch import Tensor
 
 from ncrl.agents.playing.buffers import Rollout
+from ncrl.networks import LstmState
 
 MAX_DEPTH = 8
-"""Rollouts are told apart by the rewards that their game had had by then, up to this many."""
+"""Trajectories are told apart by the rewards that their game had had by then, up to this many."""
 
 
 class Kept(NamedTuple):
-    """Rollouts to learn from again."""
+    """Windows of kept trajectories to learn from."""
 
-    rollout: Rollout
-    """Of K environments."""
+    obs: Tensor  # [T + 1, K, ...]
+    episode_start: Tensor  # [T + 1, K] bool
+    actions: Tensor  # [T, K, ...]
+    returns: Tensor  # [T, K] discounted rewards up to the score that they led to; 0 behind it
+    lstm_h: Tensor  # [L, K, h] hidden state before row 0
+    lstm_c: Tensor  # [L, K, h] cell state before row 0
 
-    returns: Tensor
-    """Discounted rewards up to the score that they led to, [T, K]; 0 behind it."""
+
+class Trajectory(NamedTuple):
+    """What one game played on the way to a score, cut so that its last window ends with it."""
+
+    obs: Tensor  # [N + 1, ...]
+    episode_start: Tensor  # [N + 1] bool; the LSTM starts from zero in row 0
+    actions: Tensor  # [N, ...]
+    returns: Tensor  # [N]
+
+
+class Reader(NamedTuple):
+    """Where one of the K trajectories stands that are being read."""
+
+    trajectory: Trajectory
+    row: int
 
 
 def returns_to_last_score(rewards: Tensor, dones: Tensor, gamma: float) -> Tensor:
@@ -44,18 +68,45 @@ def returns_to_last_score(rewards: Tensor, dones: Tensor, gamma: float) -> Tenso
     return returns
 
 
-class RolloutMemory:
-    """Remembers the latest rollouts of every game, and keeps those that led to a score.
+def cut_trajectory(rollouts: Sequence[Rollout], gamma: float) -> Trajectory:
+    """What led to the last score of successive rollouts of one game, in whole windows.
 
-    Memory is bounded: `reach` rollouts a game, and `capacity` kept ones for each number of rewards,
-    whose images are compressed. A game that goes on to its second reward is thus remembered beside
-    the many that had one, and is drawn as often.
+    Windows have the T + 1 observations of a rollout. What an end of the game separates from the
+    score did not lead to it; one window there is at least.
+    """
+    rewards, dones, actions = (
+        torch.cat([getattr(rollout, name)[:, 0] for rollout in rollouts])
+        for name in ("rewards", "dones", "actions")
+    )
+    obs, starts = (
+        torch.cat([*(rows[:-1, 0] for rows in parts), parts[-1][-1:, 0]])
+        for parts in ([getattr(r, name) for r in rollouts] for name in ("obs", "episode_start"))
+    )
+    returns = returns_to_last_score(rewards, dones, gamma)
+    width = len(rollouts[0].rewards) + 1
+    led = (returns > 0).nonzero().flatten()
+    # Rows of observations; the last is behind the score.
+    first, last = int(led[0]), int(led[-1]) + 1
+    last = min(len(returns), max(last, first + width - 1))
+    first = min(first, last + 1 - width)
+    first += (last + 1 - first) % width
+    starts = starts[first : last + 1].clone()
+    starts[0] = True
+    return Trajectory(obs[first : last + 1], starts, actions[first:last], returns[first:last])
+
+
+class TrajectoryMemory:
+    """Remembers the latest rollouts of every game, and keeps what led to a score.
+
+    Memory is bounded: `reach` rollouts a game, and `capacity` trajectories for each number of
+    rewards, whose images are compressed. A game that goes on to its second reward is thus
+    remembered beside the many that had one, and is read as often.
 
     Args:
         gamma: discount of the returns.
         reach: rollouts before a score that are kept with it.
-        capacity: kept rollouts for each number of rewards; the oldest make room.
-        seed: of what is drawn.
+        capacity: trajectories for each number of rewards; the oldest make room.
+        seed: of the choice among them.
     """
 
     def __init__(self, *, gamma: float, reach: int, capacity: int, seed: int) -> None:
@@ -69,9 +120,11 @@ class RolloutMemory:
         self._recent: dict[int, deque[Rollout]] = {}
         self._num_rewards: dict[int, int] = {}
         self._kept: dict[int, deque[dict[str, Any]]] = {}
+        self._readers: list[Reader] = []
+        self._state: LstmState | None = None
 
     def __len__(self) -> int:
-        """Rollouts that are kept."""
+        """Trajectories that are kept."""
         return sum(map(len, self._kept.values()))
 
     def watch(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
@@ -90,9 +143,10 @@ class RolloutMemory:
                 recent.clear()
                 self._num_rewards[game] = 0
             recent.append(rollout)
-            depth = self._count_rewards(game, rollout)
+            depth = min(self._count_rewards(game, rollout), MAX_DEPTH)
             if bool((rollout.rewards > 0).any()):
-                self._keep(depth, list(recent))
+                kept = self._kept.setdefault(depth, deque(maxlen=self.capacity))
+                kept.append(_pack(cut_trajectory(list(recent), self.gamma)))
             if bool(rollout.dones.any()):
                 recent.clear()
                 recent.append(rollout)
@@ -108,31 +162,47 @@ class RolloutMemory:
         self._num_rewards[game] = count
         return most
 
-    def _keep(self, num_rewards: int, rollouts: list[Rollout]) -> None:
-        depth = min(num_rewards, MAX_DEPTH)
-        kept = self._kept.setdefault(depth, deque(maxlen=self.capacity))
-        rewards, dones = (
-            torch.cat([getattr(r, name)[:, 0] for r in rollouts]) for name in ("rewards", "dones")
-        )
-        returns = returns_to_last_score(rewards, dones, self.gamma).split(len(rollouts[0].rewards))
-        for rollout, its_returns in zip(rollouts, returns, strict=True):
-            if bool((its_returns > 0).any()):
-                kept.append(_pack(Kept(rollout, its_returns[:, None])))
+    def read(self, n_steps: int, initial_state: LstmState) -> Kept | None:
+        """The next window of every trajectory that is being read; None if nothing is kept.
 
-    def draw(self, count: int) -> Kept | None:
-        """`count` rollouts, every number of rewards equally likely; None if nothing is kept."""
+        One that is at its end makes room for another, every number of rewards equally likely.
+        `carry` has to follow.
+
+        Args:
+            n_steps: T, that of the rollouts.
+            initial_state: of K environments; its values do not matter.
+        """
         if not self._kept:
             return None
-        depths = sorted(self._kept)
-        drawn = []
-        for _ in range(count):
-            kept = self._kept[depths[self._random(len(depths))]]
-            drawn.append(_unpack(kept[self._random(len(kept))]))
-        rollouts = zip(*(kept.rollout for kept in drawn), strict=True)
-        return Kept(
-            Rollout(*(torch.cat(tensors, dim=1) for tensors in rollouts)),
-            torch.cat([kept.returns for kept in drawn], dim=1),
+        count = initial_state[0].shape[1]
+        if len(self._readers) != count or self._state is None:
+            self._readers, self._state = [self._choose() for _ in range(count)], initial_state
+        windows = []
+        for i, (trajectory, row) in enumerate(self._readers):
+            if row == len(trajectory.obs):
+                trajectory, row = self._choose()
+            behind = row + n_steps + 1
+            self._readers[i] = Reader(trajectory, behind)
+            rows, steps = slice(row, behind), slice(row, behind - 1)
+            windows.append(
+                (
+                    *(trajectory.obs[rows], trajectory.episode_start[rows]),
+                    *(trajectory.actions[steps], trajectory.returns[steps]),
+                )
+            )
+        obs, starts, actions, returns = (
+            torch.stack(columns, dim=1) for columns in zip(*windows, strict=True)
         )
+        return Kept(obs, starts, actions, returns, *self._state)
+
+    def carry(self, lstm_state: LstmState) -> None:
+        """The state behind the windows that were read last, under the present weights."""
+        self._state = lstm_state
+
+    def _choose(self) -> Reader:
+        depths = sorted(self._kept)
+        kept = self._kept[depths[self._random(len(depths))]]
+        return Reader(Trajectory(*_unpack(kept[self._random(len(kept))])), 0)
 
     def _random(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self.generator))
@@ -147,12 +217,14 @@ class RolloutMemory:
         return {
             "generator": self.generator.get_state(),
             "recent": {
-                game: [_pack(Kept(rollout, rollout.rewards)) for rollout in recent]
+                game: [_pack(rollout) for rollout in recent]
                 for game, recent in self._recent.items()
                 if self.games_go_on
             },
             "num_rewards": dict(self._num_rewards) if self.games_go_on else {},
             "kept": {depth: list(kept) for depth, kept in self._kept.items()},
+            "readers": [(_pack(trajectory), row) for trajectory, row in self._readers],
+            "lstm_state": None if self._state is None else [part.cpu() for part in self._state],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,7 +236,7 @@ class RolloutMemory:
         try:
             self.generator.set_state(state["generator"])
             self._recent = {
-                int(game): deque((_unpack(packed).rollout for packed in recent), self.reach)
+                int(game): deque((Rollout(*_unpack(packed)) for packed in recent), self.reach)
                 for game, recent in state["recent"].items()
             }
             self._num_rewards = {int(game): int(n) for game, n in state["num_rewards"].items()}
@@ -173,33 +245,39 @@ class RolloutMemory:
             }
             for kept in self._kept.values():
                 for packed in kept:
-                    _unpack(packed)
+                    Trajectory(*_unpack(packed))
+            self._readers = [
+                Reader(Trajectory(*_unpack(packed)), int(row)) for packed, row in state["readers"]
+            ]
+            self._state = None
+            if state["lstm_state"] is not None:
+                hidden, cells = state["lstm_state"]
+                self._state = hidden.clone(), cells.clone()
         except (
             *(KeyError, TypeError, ValueError, AttributeError),
             *(RuntimeError, OverflowError, zlib.error),
         ) as error:
-            raise ValueError(f"the kept rollouts cannot be read: {error}") from error
+            raise ValueError(f"the kept trajectories cannot be read: {error}") from error
 
 
-def _pack(kept: Kept) -> dict[str, Any]:
+def _pack(tensors: Rollout | Trajectory) -> dict[str, Any]:
     """With compressed observations; images of a game take a twentieth of their size."""
-    obs, *others = kept.rollout
+    obs, *others = tensors
     assert isinstance(obs, Tensor)  # an intrinsic reward scores no dicts
-    squeezed = zlib.compress(obs.numpy().tobytes(), level=1)
+    squeezed = zlib.compress(obs.contiguous().numpy().tobytes(), level=1)
     return {
         "obs": torch.frombuffer(bytearray(squeezed), dtype=torch.uint8),
         "like": torch.empty(0, dtype=obs.dtype),
         "shape": list(obs.shape),
         "others": [tensor.clone() for tensor in others],
-        "returns": kept.returns.clone(),
     }
 
 
-def _unpack(packed: dict[str, Any]) -> Kept:
+def _unpack(packed: dict[str, Any]) -> list[Tensor]:
     dtype = packed["like"].dtype
     size = int(np.prod(packed["shape"])) * dtype.itemsize
     raw = zlib.decompressobj().decompress(packed["obs"].numpy().tobytes(), size)
     if len(raw) != size:
         raise ValueError(f"{len(raw)} bytes in place of {size}")
     obs = torch.frombuffer(bytearray(raw), dtype=dtype).view(packed["shape"])
-    return Kept(Rollout(obs, *packed["others"]), packed["returns"])
+    return [obs, *packed["others"]]

@@ -19,11 +19,12 @@ from ncrl.agents.learning.objective import (
 from ncrl.agents.learning.update import Update, apply_gradient
 from ncrl.agents.playing.buffers import Batch, Rollout, split_envs
 from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.networks import LstmState
 from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_obs
 
 IMITATED_SHARE = 0.25
-"""Rollouts that are learnt from again, for each new one of an update; at least one."""
+"""Kept trajectories that are read at a time, for each rollout of an update; at least one."""
 
 
 class Learner:
@@ -51,6 +52,7 @@ class Learner:
         self.graphed = GraphedUpdates(policy.device)
         self.latent: Latent | None = None
         """What actor and critic read in the latest update, [T + 1, B, ...]."""
+        self._kept_state: LstmState | None = None
         self.explored: dict[str, Tensor] = {}
         """Scalars of exploration in the latest batch, by the curve's name."""
 
@@ -78,8 +80,11 @@ class Learner:
         update = self._replayed(lesson, objective, max_grad_norm)
         if update is None:
             update = self._eager(lesson, objective, max_grad_norm)
-        if lesson.novelty is not None and self.exploration is not None and update.stepped:
-            self.exploration.observe_advantages(update.scalars["int_advantage_std"])
+        if self.exploration is not None and update.stepped:
+            if lesson.novelty is not None:
+                self.exploration.observe_advantages(update.scalars["int_advantage_std"])
+            if self._kept_state is not None:
+                self.exploration.carry(self._kept_state)
         return update
 
     def _eager(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
@@ -90,6 +95,7 @@ class Learner:
             self.policy, self.policy.optimizer, loss, max_grad_norm, stopwatch=self.stopwatch
         )
         self.latent = loss.evaluation.latent.map(Tensor.detach)
+        self._kept_state = loss.kept_state
         return update
 
     def _replayed(
@@ -103,6 +109,10 @@ class Learner:
             if measured is None:
                 return None
             self.latent = measured.latent
+            self._kept_state = None
+            if measured.kept_state is not None:  # the next launch overwrites it
+                hidden, cells = measured.kept_state
+                self._kept_state = hidden.clone(), cells.clone()
             return measured.on_host()
 
     def _score(self, batch: Batch, objective: Objective) -> Tensor | None:
@@ -121,9 +131,10 @@ class Learner:
             return Lesson(part)
         steps, width = part.rewards.shape
         kept = None
-        if steps == self.n_steps:  # what is kept has this length
+        if steps == self.n_steps:  # what is kept is cut for it
             with self.stopwatch.phase("exploration"):
-                kept = self.exploration.draw(max(1, round(IMITATED_SHARE * width)))
+                count = max(1, round(IMITATED_SHARE * width))
+                kept = self.exploration.read(self.policy.initial_state(count))
         if rewards is None:
             return Lesson(part, kept=kept)
         deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)

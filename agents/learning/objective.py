@@ -26,8 +26,9 @@ from ncrl.agents.learning.losses import (
     value_loss,
     vtrace,
 )
-from ncrl.agents.playing.buffers import Rollout, beside
+from ncrl.agents.playing.buffers import Rollout
 from ncrl.baselines import balance_loss, record_gates
+from ncrl.networks import LstmState
 from ncrl.sb3 import EnginePolicy, RolloutEvaluation
 from ncrl.settings import setting
 
@@ -86,14 +87,13 @@ class Lesson(NamedTuple):
         return Lesson(
             rollout.map(function),
             None if novelty is None else Novelty(*map(function, novelty)),
-            None if kept is None else Kept(kept.rollout.map(function), function(kept.returns)),
+            None if kept is None else Kept(*map(function, kept)),
         )
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
         rollout, novelty, kept = self
-        again = [] if kept is None else [*kept.rollout.tensors(), kept.returns]
-        return [*rollout.tensors(), *(novelty or ()), *again]
+        return [*rollout.tensors(), *(novelty or ()), *(kept or ())]
 
 
 class Loss(NamedTuple):
@@ -109,6 +109,8 @@ class Loss(NamedTuple):
     evaluation: RolloutEvaluation
     exploration: dict[str, Tensor]
     """What exploration adds to the curves."""
+    kept_state: LstmState | None
+    """Behind the windows of kept trajectories, [L, K, h] twice, without gradient."""
 
     def scalars(self) -> dict[str, Tensor]:
         """What is worth a curve, by the curve's name."""
@@ -140,17 +142,12 @@ def actor_critic_loss(
         batch: what was played.
         objective: coefficients.
         novelty: intrinsic rewards of the batch.
-        kept: rollouts to learn from again. They ride along as further environments.
+        kept: trajectories to learn from again. They ride along as further environments.
     """
     num_envs = batch.rewards.shape[1]
-    played = batch if kept is None else beside(batch, kept.rollout)
     with record_gates(policy) as gates, _unvalidated_distributions():
-        evaluation = policy.evaluate_rollout(
-            played.obs, played.actions, played.lstm_state, played.episode_start
-        )
-    everything = evaluation
-    if kept is not None:
-        evaluation = everything.narrow(0, num_envs)
+        everything = _evaluate(policy, batch, kept)
+    evaluation = everything if kept is None else everything.narrow(0, num_envs)
     values = evaluation.values[:-1]  # V(x_t); the last row is V(x_T)
     returns = _returns(batch, evaluation, objective)
     advantages = returns.advantages
@@ -160,13 +157,14 @@ def actor_critic_loss(
     if novelty is not None:
         advantages, exploration = _with_bonus(advantages, batch, evaluation, novelty, objective)
         exploration["ext_advantage_std"] = returns.advantages.std(correction=0)
-    again = 0.0
+    again, kept_state = 0.0, None
     if kept is not None:
         again = kept.returns.numel() / values.numel()  # a sum over its own timesteps
         remembered = everything.narrow(num_envs, kept.returns.shape[1])
         exploration["imitation_loss"] = imitation_loss(
             remembered.log_prob, remembered.values[:-1], kept.returns.to(values.device)
         )
+        kept_state = remembered.lstm_state[0].detach(), remembered.lstm_state[1].detach()
     none = values.new_zeros(())
     terms = {
         "policy": policy_gradient_loss(evaluation.log_prob, advantages),
@@ -194,7 +192,19 @@ def actor_critic_loss(
         explained_variance=explained_variance(values.detach(), returns.returns),
         evaluation=evaluation,
         exploration=exploration,
+        kept_state=kept_state,
     )
+
+
+def _evaluate(policy: EnginePolicy, batch: Rollout, kept: Kept | None) -> RolloutEvaluation:
+    """Of the batch, and of kept trajectories as further environments beside it."""
+    names = ("obs", "actions", "lstm_h", "lstm_c", "episode_start")
+    parts = [getattr(batch, name) for name in names]
+    if kept is not None:
+        again = [getattr(kept, name) for name in names]
+        parts = [torch.cat([x, y.to(x.device)], 1) for x, y in zip(parts, again, strict=True)]
+    obs, actions, hidden, cells, starts = parts
+    return policy.evaluate_rollout(obs, actions, (hidden, cells), starts)
 
 
 def _with_bonus(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ncrl.agents.learning.objective import Lesson, Loss, Objective, actor_critic_loss
 from ncrl.agents.learning.optim import scaled_step
 from ncrl.agents.runs.profiling import OFF, Stopwatch
-from ncrl.networks import static_unroll
+from ncrl.networks import LstmState, static_unroll
 from ncrl.sb3 import EnginePolicy, Latent
 
 
@@ -60,6 +60,8 @@ class Measured(NamedTuple):
     """Scalars of these names, on the device of the weights, [n]."""
     latent: Latent
     """What actor and critic read, [T + 1, B, ...]."""
+    kept_state: LstmState | None
+    """As of `Loss`."""
 
     def on_host(self) -> Update:
         """Wait for the values."""
@@ -102,7 +104,8 @@ def update_on_device(
 def _measured(loss: Loss, norm: Tensor) -> Measured:
     scalars = loss.scalars() | {"grad_norm": norm}
     values = torch.stack([value.detach() for value in scalars.values()])
-    return Measured(tuple(scalars), values, loss.evaluation.latent.map(Tensor.detach))
+    latent = loss.evaluation.latent.map(Tensor.detach)
+    return Measured(tuple(scalars), values, latent, loss.kept_state)
 
 
 def _excess(norm: Tensor, limit: float) -> Tensor:

@@ -215,12 +215,6 @@ class RolloutView:
         return values[:-1].squeeze(-1).cpu().numpy()
 
 
-def beside(rollout: Rollout, other: Rollout) -> Rollout:
-    """The environments of two rollouts of equal T, without dicts, side by side."""
-    pairs = zip(rollout.tensors(), other.tensors(), strict=True)
-    return Rollout(*(torch.cat([one, two.to(one.device)], dim=1) for one, two in pairs))
-
-
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
     """The first `n_steps` timesteps of a rollout, with the observation that follows them."""
     names = ("actions", "log_prob", "rewards", "dones", "truncation_value")

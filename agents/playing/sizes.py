@@ -51,12 +51,19 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
     workers = max(1, cores - learner)
     left = f", {cores - workers} left for the learner" if cores > workers else ""
     reason = f"{cores} core{'s' * (cores > 1)}{left}: {why}"
-    return Sizes(workers, games, games_per_update(workers * games, has_gpu), reason)
+    return Sizes(workers, games, games_per_update(workers * games, has_gpu=has_gpu), reason)
 
 
-def games_per_update(games: int, has_gpu: bool) -> int:
-    """4, on a GPU a quarter of all games but at most 24, or what next below divides them."""
-    wanted = min(24, max(SMALL_UPDATE, games // 4)) if has_gpu else SMALL_UPDATE
+def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> int:
+    """4, on a GPU a quarter of all games but at most 24, or what next below divides them.
+
+    With an intrinsic reward half of all games but at most 32: it rewards every timestep, and small
+    updates follow its noise (results/atari.md).
+    """
+    if explores:
+        wanted = min(32, max(SMALL_UPDATE, games // 2))
+    else:
+        wanted = min(24, max(SMALL_UPDATE, games // 4)) if has_gpu else SMALL_UPDATE
     return max(n for n in range(1, wanted + 1) if games % n == 0)
 
 

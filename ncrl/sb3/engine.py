@@ -75,12 +75,15 @@ class RolloutEvaluation(NamedTuple):
     log_prob: Tensor  # of the actions taken, [T, B]
     entropy: Tensor  # of the policy, [T, B]
     latent: Latent  # [T + 1, B, ...]
+    lstm_state: LstmState  # behind row T, [L, B, h] twice
 
     def narrow(self, first: int, length: int) -> RolloutEvaluation:
         """That of some of the environments."""
 
         def part(x: Any) -> Any:
-            return x.map(part) if isinstance(x, Latent) else x if x is None else x[:, first:last]
+            if isinstance(x, tuple):
+                return x.map(part) if isinstance(x, Latent) else tuple(map(part, x))
+            return None if x is None else x[:, first:last]
 
         last = first + length
         return RolloutEvaluation(*map(part, self))
@@ -167,7 +170,7 @@ class EnginePolicy(ActorCriticPolicy):
     ) -> RolloutEvaluation:
         """Evaluate actions [T, B, ...] under the current weights: obs [T + 1, B, ...], the state
         before row 0, episode_start [T + 1, B] bool."""
-        latent, _ = self.unroll(obs, lstm_state, episode_start)
+        latent, state = self.unroll(obs, lstm_state, episode_start)
         leading = actions.shape[:2]
         distribution = self.distribution(latent.map(lambda x: x[:-1].flatten(0, 1)))
         actions = actions.flatten(0, 1)  # [T * B, ...]
@@ -185,6 +188,7 @@ class EnginePolicy(ActorCriticPolicy):
             log_prob=log_prob.view(leading),
             entropy=entropy.view(leading),
             latent=latent,
+            lstm_state=state,
         )
 
     def obs_to_tensor(

@@ -292,14 +292,13 @@ def test_no_gradient_reaches_the_source_of_the_bonus() -> None:
 
 
 @pytest.mark.parametrize("head", ["linear", "neurocoder"])
-def test_kept_rollouts_change_none_of_the_terms_of_the_batch(head: str) -> None:
+def test_kept_trajectories_change_none_of_the_terms_of_the_batch(head: str) -> None:
     scene = Scene(head)
+    again = scene.batch.map(lambda tensor: tensor[:, [2, 0, 2]].clone())
     kept = Kept(
-        scene.batch.map(lambda tensor: tensor[:, [2, 0, 2]].clone())._replace(
-            obs=normal(9, 3, 4, seed=7)
-        ),
-        normal(8, 3, seed=8).abs(),
-    )
+        normal(9, 3, 4, seed=7), again.episode_start, again.actions, normal(8, 3, seed=8).abs(),
+        again.lstm_h, again.lstm_c,
+    )  # fmt: skip
     alone, beside = scene.loss(), scene.loss(kept=kept)
     for name in ("policy", "value", "entropy", "orthogonality", "explained_variance"):
         torch.testing.assert_close(getattr(alone, name), getattr(beside, name))
@@ -309,12 +308,15 @@ def test_kept_rollouts_change_none_of_the_terms_of_the_batch(head: str) -> None:
     assert beside.evaluation.latent.actor.shape == alone.evaluation.latent.actor.shape
 
     evaluation = scene.model.policy.evaluate_rollout(
-        kept.rollout.obs, kept.rollout.actions, kept.rollout.lstm_state,
-        kept.rollout.episode_start,
-    )  # fmt: skip
-    again = imitation_loss(evaluation.log_prob, evaluation.values[:-1], kept.returns)
-    assert again > 0
-    added = 0.3 * 24 * again  # a sum over the 24 kept timesteps
+        kept.obs, kept.actions, (kept.lstm_h, kept.lstm_c), kept.episode_start
+    )
+    assert beside.kept_state is not None
+    for found, expected in zip(beside.kept_state, evaluation.lstm_state, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert not found.requires_grad
+    loss = imitation_loss(evaluation.log_prob, evaluation.values[:-1], kept.returns)
+    assert loss > 0
+    added = 0.3 * 24 * loss  # a sum over the 24 kept timesteps
     assert (beside.total - alone.total).item() == pytest.approx(added.item(), rel=1e-3)
 
 
@@ -403,7 +405,7 @@ def test_an_intrinsic_reward_that_is_not_finite_is_never_saved(tmp_path: Path) -
 
 
 def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> None:
-    """Kept rollouts do not fit beside longer ones; everything else is as it was."""
+    """Kept trajectories are cut for rollouts of one length; everything else is as it was."""
     make_model().learn(200, callback=SaveAt(160, tmp_path))
     for options in ({"n_steps": 8}, {"imitation_coef": 0}, {"n_envs": 2}):
         model = make_model(**options)
@@ -560,12 +562,12 @@ def test_curves(name: str) -> None:
     expected = {
         *("train/int_reward_raw", "train/int_reward", "train/int_return_std", "train/int_value"),
         *("train/int_value_loss", "train/int_explained_variance", "train/imitation_loss"),
-        *("train/kept_rollouts", "rollout/rewarded_share", "rollout/best_score"),
+        *("train/kept_trajectories", "rollout/rewarded_share", "rollout/best_score"),
         *("rollout/first_reward_frames", *(["train/predictor_loss"] if name != "count" else [])),
     }
     assert expected <= last.keys()
     assert all(math.isfinite(last[key]) for key in expected)
-    assert last["rollout/best_score"] == 1 and last["train/kept_rollouts"] > 0
+    assert last["rollout/best_score"] == 1 and last["train/kept_trajectories"] > 0
     scores = [episode["r"] for episode in model.ep_info_buffer or ()]
     assert last["rollout/rewarded_share"] == pytest.approx(np.mean([s > 0 for s in scores]))
     assert last["rollout/first_reward_frames"] == model.first_scored_at

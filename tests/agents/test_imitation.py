@@ -1,16 +1,28 @@
-"""Rollouts that led to a score: what is kept, what is drawn, and how it goes on from a file."""
+"""What led to a score: what is kept of it, how it is read, and how it goes on from a file."""
 
 import io
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-from ncrl.agents.learning.imitation import MAX_DEPTH, RolloutMemory, returns_to_last_score
+from ncrl.agents import A3C
+from ncrl.agents.learning.imitation import (
+    MAX_DEPTH,
+    Trajectory,
+    TrajectoryMemory,
+    _unpack,
+    cut_trajectory,
+    returns_to_last_score,
+)
 from ncrl.agents.learning.losses import imitation_loss
 from ncrl.agents.playing.buffers import Rollout
+from ncrl.networks import LstmState
 
 T = 4
 
@@ -66,66 +78,98 @@ def side_by_side(*rollouts: Rollout) -> Rollout:
     return Rollout(*(torch.cat(tensors, 1) for tensors in zip(*rollouts, strict=True)))
 
 
-def memory_of(**options: Any) -> RolloutMemory:
+def memory_of(**options: Any) -> TrajectoryMemory:
     defaults: dict[str, Any] = {"gamma": 0.5, "reach": 3, "capacity": 50, "seed": 0}
-    return RolloutMemory(**(defaults | options))
+    return TrajectoryMemory(**(defaults | options))
 
 
-def play(memory: RolloutMemory, *rollouts: Rollout, game: int = 0) -> None:
+def play(memory: TrajectoryMemory, *rollouts: Rollout, game: int = 0) -> None:
     for rollout in rollouts:
         memory.watch(rollout, [game], rollout.rewards)
 
 
-def kept_by(memory: RolloutMemory) -> dict[float, Tensor]:
-    """Returns [T] by the name of the rollout; drawn until all are seen."""
-    drawn = memory.draw(300)
-    if drawn is None:
-        return {}
-    names = drawn.rollout.obs[0, :, 0].tolist()  # type: ignore[index]
-    return dict(zip(names, drawn.returns.T, strict=True))
+def state_of(count: int, value: float = 0.0) -> LstmState:
+    return torch.full((1, count, 3), value), torch.full((1, count, 3), -value)
+
+
+def kept_by(memory: TrajectoryMemory) -> list[Trajectory]:
+    """Everything, by depth and age."""
+    state = memory.state_dict()["kept"]
+    return [Trajectory(*_unpack(packed)) for depth in sorted(state) for packed in state[depth]]
+
+
+def names_of(trajectory: Trajectory) -> list[int]:
+    """The rollouts that observations are from, but for the one behind the last action."""
+    return sorted({int(name) for name in trajectory.obs[:-1, 0].tolist()})
 
 
 SCORE = (0, 0, 1, 0)
 
 
-def test_only_what_led_to_a_score_is_kept_and_with_its_returns() -> None:
+def test_what_led_to_a_score_is_kept_and_ends_with_it() -> None:
     memory = memory_of(reach=3)
     play(memory, rollout_of(1, starts=True), rollout_of(2), rollout_of(3), rollout_of(4, SCORE))
-    kept = kept_by(memory)
-    assert sorted(kept) == [2, 3, 4], "the one before the last three is out of reach"
-    assert kept[4].tolist() == [0.25, 0.5, 1, 0]
-    assert kept[3].tolist() == [0.25 / 2**k for k in (4, 3, 2, 1)]
-    assert kept[2].tolist() == [0.25 / 2**k for k in (8, 7, 6, 5)]
+    (kept,) = kept_by(memory)
+    # 3 rollouts are in reach: 11 actions to the score, 12 observations, of which 10 are 2 windows.
+    assert kept.obs[:, 0].tolist() == [2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
+    assert kept.actions.tolist() == [2, 3, 0, 1, 2, 3, 0, 1, 2]
+    assert kept.returns.tolist() == [0.5**k for k in range(8, -1, -1)]
+    assert kept.episode_start.tolist() == [True] + [False] * 9
     play(memory, rollout_of(5), rollout_of(6))
-    assert len(memory) == 3, "nothing was reached since"
+    assert len(memory) == 1, "nothing was reached since"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
+    """Against a literal reading: of the timesteps whose rewards to come are positive the last ones,
+    in whole windows; fewer than one window are filled up with what is around them."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(below: int) -> int:
+        return int(torch.randint(below, (), generator=random))
+
+    rollouts: list[Rollout] = []
+    for name in range(1 + draw(4)):
+        rewards = [float(draw(8) == 0) for _ in range(T)]
+        ends = [t for t in range(T) if draw(9) == 0]
+        starts = bool(rollouts and rollouts[-1].dones[-1])
+        rollouts.append(rollout_of(name, rewards, ends, starts=starts))
+    rollouts[-1].rewards[draw(T)] = 1
+    kept = cut_trajectory(rollouts, 0.5)
+    rewards = [r for rollout in rollouts for r in rollout.rewards[:, 0].tolist()]
+    dones = [d for rollout in rollouts for d in rollout.dones[:, 0].tolist()]
+    returns = returns_reference(rewards, dones, 0.5)
+    led = [t for t in range(len(returns)) if returns[t] > 0]
+    count = max(1, (led[-1] - led[0] + 2) // (T + 1)) * (T + 1) - 1
+    assert len(kept.obs) == len(kept.episode_start) == count + 1
+    assert len(kept.actions) == len(kept.returns) == count
+    first = max(0, min(led[-1] + 1 - count, len(returns) - count))
+    if count == T:
+        starts = [
+            t for t in range(len(returns) - T + 1) if returns[t : t + T] == kept.returns.tolist()
+        ]
+        assert starts, "one window of the game"
+        assert kept.returns.max() == max(returns[led[0] : led[-1] + 1])
+    else:
+        assert kept.returns.tolist() == returns[first : first + count]
+        assert kept.actions.tolist() == [t % T for t in range(first, first + count)]
+        assert kept.episode_start.tolist()[1:] == dones[first : first + count]
+    assert kept.episode_start[0]
 
 
 def test_nothing_is_kept_without_a_score_or_for_a_loss() -> None:
     memory = memory_of()
     play(memory, rollout_of(1, starts=True), rollout_of(2, (0, -1, 0, 0)))
-    assert memory.draw(3) is None and len(memory) == 0
+    assert memory.read(T, state_of(3)) is None and len(memory) == 0
 
 
 def test_what_an_end_of_a_game_separates_from_the_score_did_not_lead_to_it() -> None:
-    memory = memory_of()
+    memory = memory_of(reach=5)
     ended = rollout_of(2, ends=[1])
-    play(memory, rollout_of(1, starts=True), ended, rollout_of(3, SCORE))
-    kept = kept_by(memory)
-    assert sorted(kept) == [2, 3]
-    assert kept[2].tolist() == [0, 0, 0.25 / 2**2, 0.25 / 2]
-
-
-def test_an_end_in_the_rollout_of_the_score() -> None:
-    """Scores, ends, and goes on: what comes after belongs to another game."""
-    memory = memory_of()
-    play(memory, rollout_of(1, starts=True), rollout_of(2, SCORE, ends=[2]), rollout_of(3))
-    assert kept_by(memory)[2].tolist() == [0.25, 0.5, 1, 0]
-    assert sorted(kept_by(memory)) == [1, 2]
-    # Ends, and then scores.
-    memory = memory_of()
-    play(memory, rollout_of(1, starts=True), rollout_of(2, SCORE, ends=[0]))
-    assert sorted(kept_by(memory)) == [2]
-    assert kept_by(memory)[2].tolist() == [0, 0.5, 1, 0]
+    play(memory, rollout_of(1, starts=True), ended, rollout_of(3), rollout_of(4, SCORE))
+    (kept,) = kept_by(memory)
+    assert names_of(kept) == [2, 3, 4] and len(kept.obs) == 2 * (T + 1)
+    assert kept.returns.tolist() == [0.5**k for k in range(8, -1, -1)]
 
 
 def test_games_that_start_anew_lead_to_nothing() -> None:
@@ -133,12 +177,12 @@ def test_games_that_start_anew_lead_to_nothing() -> None:
     memory = memory_of()
     play(memory, rollout_of(1, starts=True), rollout_of(2))
     play(memory, rollout_of(3, starts=True), rollout_of(4, SCORE))
-    assert sorted(kept_by(memory)) == [3, 4]
+    assert names_of(kept_by(memory)[0]) in ([3, 4], [4])
     memory = memory_of()
     play(memory, rollout_of(1, starts=True), rollout_of(2))
     memory.forget_recent()
     play(memory, rollout_of(3), rollout_of(4, SCORE))
-    assert sorted(kept_by(memory)) == [3, 4]
+    assert names_of(kept_by(memory)[0]) in ([3, 4], [4])
 
 
 def test_columns_are_told_apart_by_their_game_and_one_game_may_come_twice() -> None:
@@ -147,20 +191,19 @@ def test_columns_are_told_apart_by_their_game_and_one_game_may_come_twice() -> N
     memory.watch(first, [7, 5], first.rewards)
     second = side_by_side(rollout_of(3), rollout_of(4, SCORE))  # both of game 5, in this order
     memory.watch(second, [5, 5], second.rewards)
-    assert sorted(kept_by(memory)) == [2, 3, 4]
+    (kept,) = kept_by(memory)
+    assert names_of(kept) == [2, 3, 4]
 
 
 def test_rewards_are_those_of_the_loss() -> None:
     memory = memory_of()
     rollout = rollout_of(1, (0, 0, 500, 0), starts=True)
     memory.watch(rollout, [0], rollout.rewards.clamp(max=1))
-    drawn = memory.draw(1)
-    assert drawn is not None
-    assert drawn.returns[:, 0].tolist() == [0.25, 0.5, 1, 0]
-    assert drawn.rollout.rewards.max() == 1
+    read = memory.read(T, state_of(1))
+    assert read is not None and read.returns[:, 0].tolist() == [0.25, 0.5, 1, 0]
 
 
-def depths_of(memory: RolloutMemory) -> dict[int, int]:
+def depths_of(memory: TrajectoryMemory) -> dict[int, int]:
     return {depth: len(kept) for depth, kept in memory.state_dict()["kept"].items()}
 
 
@@ -184,35 +227,44 @@ def test_what_is_kept_is_bounded_by_depth_and_the_oldest_makes_room() -> None:
         play(memory, rollout_of(name, SCORE, starts=True))
     play(memory, rollout_of(10, SCORE))
     assert depths_of(memory) == {1: 3, 2: 1}
-    assert sorted(kept_by(memory)) == [7, 8, 9, 10]
+    assert [names_of(kept) for kept in kept_by(memory)] == [[7], [8], [9], [10]]
 
 
-def test_depths_are_drawn_equally_often() -> None:
+def test_depths_are_read_equally_often() -> None:
     memory = memory_of(reach=1)
     for name in range(20):
         play(memory, rollout_of(name, SCORE, starts=True))
     play(memory, rollout_of(99, SCORE))
-    drawn = memory.draw(400)
-    assert drawn is not None
-    deep = (drawn.rollout.obs[0, :, 0] == 99).sum()  # type: ignore[index]
+    read = memory.read(T, state_of(400))
+    assert read is not None
+    deep = (read.obs[0, :, 0] == 99).sum()
     assert 150 < deep < 250, "one of the 21, but one of two depths"
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
-def test_what_is_drawn_is_what_was_played(dtype: torch.dtype) -> None:
-    memory = memory_of(reach=2)
-    played = [
-        rollout_of(3, starts=True, obs_dtype=dtype), rollout_of(5, SCORE, obs_dtype=dtype)
-    ]  # fmt: skip
-    play(memory, *played)
-    drawn = memory.draw(8)
-    assert drawn is not None and drawn.returns.shape == (T, 8)
-    for column in range(8):
-        name = int(drawn.rollout.obs[0, column, 0])  # type: ignore[index]
-        original = played[[3, 5].index(name)]
-        for one, other in zip(drawn.rollout.tensors(), original.tensors(), strict=True):
-            assert one.dtype == other.dtype
-            assert torch.equal(one[:, column : column + 1], other)
+def test_a_trajectory_is_read_to_its_end_window_by_window(dtype: torch.dtype) -> None:
+    """With the state that is carried on; the next trajectory starts from zero."""
+    memory = memory_of(reach=4)
+    names = (3, 5, 7, 9)
+    play(
+        memory, *(rollout_of(n, starts=n == 3, obs_dtype=dtype) for n in names[:3]),
+        rollout_of(9, SCORE, obs_dtype=dtype),
+    )  # fmt: skip
+    (kept,) = kept_by(memory)
+    assert kept.obs.dtype == dtype and len(kept.obs) == 3 * (T + 1)
+    for turn in range(7):
+        read = memory.read(T, state_of(2))
+        assert read is not None
+        rows = slice(turn % 3 * (T + 1), turn % 3 * (T + 1) + T + 1)
+        for column in range(2):
+            assert torch.equal(read.obs[:, column], kept.obs[rows])
+            assert torch.equal(read.actions[:, column], kept.actions[rows][:T])
+            assert torch.equal(read.returns[:, column], kept.returns[rows][:T])
+            assert torch.equal(read.episode_start[:, column], kept.episode_start[rows])
+            assert bool(read.episode_start[0, column]) == (turn % 3 == 0)
+        for found, expected in zip(read[-2:], state_of(2, turn), strict=True):
+            assert torch.equal(found, expected)
+        memory.carry(state_of(2, turn + 1.0))
 
 
 @pytest.mark.parametrize("rewards", [SCORE, (0,) * T])
@@ -224,9 +276,46 @@ def test_the_batch_may_be_overwritten(rewards: Sequence[float]) -> None:
         tensor.fill_(0)
     if rewards != SCORE:  # it leads to one
         play(memory, rollout_of(1, SCORE))
-    drawn = memory.draw(10)
-    assert drawn is not None and (drawn.rollout.obs == 1).all()  # type: ignore[union-attr]
-    assert drawn.rollout.log_prob.eq(-1).all()
+    read = memory.read(T, state_of(10))
+    assert read is not None and (read.obs == 1).all()
+
+
+class Blank(gym.Env[np.ndarray, int]):
+    """Shows nothing, pays nothing, never ends."""
+
+    observation_space = spaces.Box(0, 1, (2,))
+    action_space = spaces.Discrete(T)
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("policy", ["MlpLstmPolicy", "NeurocoderMlpLstmPolicy", "MlpPolicy"])
+def test_windows_begin_with_the_state_that_the_present_weights_make(policy: str) -> None:
+    """Whatever the states were when it was played; here the weights stay as they are."""
+    model = A3C(
+        policy, DummyVecEnv([Blank] * 8), n_steps=T, seed=0, device="cpu", learning_rate=0.0,
+        intrinsic_reward="rnd", intrinsic_kwargs={"reach": 4 * T},
+    )  # fmt: skip
+    assert model.exploration is not None and model.exploration.memory is not None
+    memory = model.exploration.memory
+    names = [rollout_of(n, starts=n == 0, obs_dtype=torch.float32) for n in range(3)]
+    play(memory, *names, rollout_of(3, SCORE, ends=[3], obs_dtype=torch.float32))
+    (kept,) = kept_by(memory)
+    for turn in range(1, 6):
+        model.learn(8 * T)
+        rows = slice(0, (turn - 1) % 3 * (T + 1) + T + 1)
+        with torch.no_grad():
+            _, expected = model.policy.unroll(
+                kept.obs[rows, None], model.policy.initial_state(1), kept.episode_start[rows, None]
+            )
+        assert memory._state is not None
+        for found, each in zip(memory._state, expected, strict=True):
+            torch.testing.assert_close(found, each.expand_as(found))
+            assert found.shape[1] == 2
 
 
 # Files.
@@ -250,17 +339,19 @@ def scenes() -> list[Rollout]:
 def test_a_memory_goes_on_where_it_was_saved(cut: int) -> None:
     whole = memory_of()
     play(whole, *scenes()[:cut])
-    whole.draw(3)
+    for turn in range(cut):
+        whole.read(T, state_of(3))
+        whole.carry(state_of(3, turn))
     other = memory_of(seed=9)
     other.load_state_dict(filed(whole.state_dict()))
     assert all(kept.maxlen == 50 for kept in other._kept.values())
     for memory in (whole, other):
         play(memory, *scenes()[cut:])
     assert depths_of(whole) == depths_of(other)
-    one, two = whole.draw(20), other.draw(20)
-    assert one is not None and two is not None
-    pairs = zip([*one.rollout, one.returns], [*two.rollout, two.returns], strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)  # type: ignore[arg-type]
+    for count in (3, 3, 20):
+        one, two = whole.read(T, state_of(count)), other.read(T, state_of(count))
+        assert one is not None and two is not None
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 DAMAGES: dict[str, Any] = {
@@ -272,10 +363,13 @@ DAMAGES: dict[str, Any] = {
     "no rollout": lambda s: s["kept"][1].append(5),
     "garbage": lambda s: s["kept"][1][0].update(obs=torch.arange(20, dtype=torch.uint8)),
     "cut off": lambda s: s["kept"][1][0].update(obs=s["kept"][1][0]["obs"][:-9]),
-    "longer": lambda s: s["kept"][1][0].update(shape=[T + 2, 1, 2]),
+    "longer": lambda s: s["kept"][1][0].update(shape=[99, 2]),
     "too long to hold": lambda s: s["kept"][1][0].update(shape=[2**40, 1, 2]),
     "a negative size": lambda s: s["kept"][1][0].update(shape=[-T, 1, 2]),
     "a tensor less": lambda s: s["kept"][1][0]["others"].pop(),
+    "no state": lambda s: s.pop("lstm_state"),
+    "a state of one part": lambda s: s.update(lstm_state=[torch.zeros(1, 3, 3)]),
+    "a reader of nothing": lambda s: s["readers"].append((5, 0)),
     "damaged recent": lambda s: s["recent"][0][0].update(obs=torch.zeros(3, dtype=torch.uint8)),
 }
 
@@ -284,9 +378,10 @@ DAMAGES: dict[str, Any] = {
 def test_a_damaged_state_is_refused_in_one_line(damage: str) -> None:
     memory = memory_of()
     play(memory, *scenes())
+    memory.read(T, state_of(3))
     state = filed(memory.state_dict())
     DAMAGES[damage](state)
-    with pytest.raises(ValueError, match="kept rollouts") as error:
+    with pytest.raises(ValueError, match="kept trajectories") as error:
         memory_of().load_state_dict(state)
     assert "\n" not in str(error.value)
 

@@ -62,8 +62,9 @@ def make_model(head: str = "neurocoder", *, captured: bool = True, **options: An
     arguments: dict[str, Any] = {"use_rms_prop": False, "seed": 0, "device": "cuda"} | options
     policy_kwargs = {"head": head, "head_kwargs": HEADS[head], "lstm_hidden_size": 64}
     if not arguments["use_rms_prop"]:
-        # With its own of 1e-8 Adam makes whole steps out of rounding errors.
-        policy_kwargs["optimizer_kwargs"] = {"eps": 1e-3}
+        # With its own of 1e-8 Adam makes whole steps out of rounding errors, which reach 1e-3 where
+        # a bias sums over thousands of pixels.
+        policy_kwargs["optimizer_kwargs"] = {"eps": 0.1}
     model = A3C("CnnLstmPolicy", env, policy_kwargs=policy_kwargs, **arguments)
     if not captured:
         be_eager(model)
