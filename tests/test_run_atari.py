@@ -465,8 +465,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
     ("arguments", "bonus"),
     [
         ("--env Pong", "none"),
-        ("--env MontezumaRevenge", "rnd"),
-        ("--env ALE/Venture-v5", "rnd"),
+        ("--env MontezumaRevenge", "snd"),
+        ("--env ALE/Venture-v5", "snd"),
         ("--env MontezumaRevenge --intrinsic-reward none", "none"),
         ("--env MontezumaRevenge --intrinsic-reward count", "count"),
         ("--env Pong --intrinsic-reward snd", "snd"),
@@ -489,7 +489,7 @@ def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path)
         f"--config {tmp_path / 'run.yaml'} --frames 4000 --workers 0 --envs-per-worker 2"
     )
     expected = config_module.EXPLORING | {"gamma": 0.9, "frames": 4000}
-    assert config.intrinsic_reward == "rnd" and settings(config) == expected
+    assert config.intrinsic_reward == "snd" and settings(config) == expected
     assert config.games == 2
     (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\nintrinsic_reward: none\n")
     assert settings(chosen(f"--config {tmp_path / 'run.yaml'}")) == ORDINARY
@@ -521,13 +521,13 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     output = run_here(*arguments, "--logdir", str(tmp_path))
     assert "first key after 14 million frames" in " ".join(output.split())
     assert re.search(
-        r"^bonus +rnd, weight 0\.5 beside 10 .* after 40 timesteps$", output, re.MULTILINE
+        r"^bonus +snd, weight 0\.5 beside 10 .* after 40 timesteps$", output, re.MULTILINE
     )
     run = Run(tmp_path / "MontezumaRevenge-1", output)
-    assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
+    assert run.config["intrinsic_reward"] == "snd" and run.config["gamma"] == 0.999
 
     run_here("--resume", str(run.path), "--frames", "960")
-    assert run.config["intrinsic_reward"] == "rnd" and run.config["gamma"] == 0.999
+    assert run.config["intrinsic_reward"] == "snd" and run.config["gamma"] == 0.999
     assert run.config["learning_rate"] == config_module.EXPLORING["learning_rate"]
     last = run.rows[-1]
     for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_trajectories"):
@@ -537,7 +537,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     assert state["_extra_state"]["num_timesteps"] == 240, "it went on where it was"
 
     for flags, words in {
-        "--intrinsic-reward none": ["intrinsic_reward", "'rnd' -> 'none'"],
+        "--intrinsic-reward none": ["intrinsic_reward", "'snd' -> 'none'"],
         "--bonus-encoder nature": ["bonus_encoder", "'a3c' -> 'nature'"],
         "--int-coef 0": ["int_coef", "0.5 -> 0.0"],
     }.items():

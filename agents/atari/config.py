@@ -245,7 +245,7 @@ def with_game(config: RunConfig) -> RunConfig:
     game = make_factory(config).game
     bonus = config.intrinsic_reward
     if bonus == "auto":
-        bonus = "rnd" if game in HARD_GAMES else "none"
+        bonus = "snd" if game in HARD_GAMES else "none"
     cluster = None if config.cluster == "none" else config.cluster
     return replace(config, env=camel_case(game), intrinsic_reward=bonus, cluster=cluster)
 
