@@ -413,6 +413,11 @@ def test_tensorboard_tags(serial_run: Run) -> None:
         values = [event.value for event in events.Scalars(tag)]
         assert all(abs(value) < float("inf") for value in values), (tag, values)
     assert min(tags["scalars"]) == "game/score", "the first section"
+    # That of the critic's one output could only be 1.
+    assert {t for t in tags["scalars"] if t.startswith("neurocoder/effective_rank")} == {
+        "neurocoder/effective_rank",
+        "neurocoder/effective_rank/actor",
+    }
     scores, same = (events.Scalars(tag) for tag in ("game/score", "rollout/ep_rew_mean"))
     assert [(e.step, e.value) for e in scores] == [(e.step, e.value) for e in same]
     (settings,) = events.Tensors("settings/text_summary")

@@ -65,6 +65,10 @@ def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) ->
     reports = {name: describe(layer, inputs[name]) for name, layer in coded.items()}
     for key in ("attention_entropy", "max_attention", "effective_rank", "orthogonality"):
         values = {name: getattr(report, key) for name, report in reports.items()}
+        if key == "effective_rank":  # that of one output can only be 1
+            values = {name: v for name, v in values.items() if coded[name].out_features > 1}
+        if not values:
+            continue
         logger.record(f"neurocoder/{key}", sum(values.values()) / len(values))
         for name, value in values.items():
             logger.record(f"neurocoder/{key}/{name}", value)
