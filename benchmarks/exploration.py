@@ -1,6 +1,7 @@
 """What intrinsic rewards see on MontezumaRevenge, and the curves of runs with them.
 
 python benchmarks/exploration.py places          # bonus of places that chance never reaches
+python benchmarks/exploration.py kept runs/MontezumaRevenge-1   # how well it imitates
 python benchmarks/exploration.py curve runs/MontezumaRevenge-1 results/montezuma/rnd.csv
 python benchmarks/exploration.py figure results/montezuma/*.csv docs/figures/montezuma.png
 """
@@ -20,7 +21,9 @@ from gymnasium import spaces
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ncrl.agents import A3C
 from ncrl.agents.learning.intrinsic import SOURCES, make_source
+from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.envs import AtariPlayer, atari
 
 X, Y, ROOM, ITEMS, KEY = 42, 43, 3, 65, 67
@@ -71,6 +74,8 @@ SHOWN = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    kept = commands.add_parser("kept", help="likelihood of the kept actions under the last weights")
+    kept.add_argument("run", type=Path)
     curve = commands.add_parser("curve", help="write the small CSV of a run")
     curve.add_argument("run", type=Path)
     curve.add_argument("out", type=Path)
@@ -83,6 +88,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "places":
         print_places(options.timesteps, options.steps)
+    elif options.command == "kept":
+        print_kept(options.run)
     elif options.command == "curve":
         write_curve(options.run, options.out)
     else:
@@ -108,6 +115,33 @@ def print_places(timesteps: int, steps: int) -> None:
     print_header("place", *columns)
     for place, ratios in zip(shown, zip(*columns.values(), strict=True), strict=True):
         print_row(place, *(f"{ratio:.1f}" for ratio in ratios))
+
+
+def print_kept(run: Path) -> None:
+    """How likely the actions of kept trajectories are to the policy of the newest checkpoint, where
+    the LSTM's state is what that policy itself makes of their pictures, as in play."""
+    model = A3C.load(newest_checkpoint(run / "checkpoints").path, device="cpu")
+    assert model.exploration is not None
+    memory = model.exploration.memory
+    if memory is None or not len(memory):
+        print("no trajectory is kept")
+        return
+    print_header("rewards", "trajectories", "timesteps", "mean log-probability", "value", "return")
+    for depth, trajectories in memory.trajectories().items():
+        rows = []
+        for trajectory in trajectories:
+            with torch.no_grad():
+                evaluation = model.policy.evaluate_rollout(
+                    trajectory.obs[:, None],
+                    trajectory.actions[:, None],
+                    model.policy.initial_state(1),
+                    trajectory.episode_start[:, None],
+                )
+            columns = (evaluation.log_prob, evaluation.values[:-1], trajectory.returns[:, None])
+            rows.append(torch.cat(columns, dim=1))
+        means = torch.cat(rows).mean(0).tolist()
+        timesteps = sum(map(len, rows))
+        print_row(depth, len(rows), timesteps, *(f"{mean:.2f}" for mean in means))
 
 
 def random_play(timesteps: int) -> Tensor:

@@ -199,6 +199,13 @@ class TrajectoryMemory:
         """The state behind the windows that were read last, under the present weights."""
         self._state = lstm_state
 
+    def trajectories(self) -> dict[int, list[Trajectory]]:
+        """All that is kept, by number of rewards, the oldest first."""
+        return {
+            depth: [Trajectory(*_unpack(packed)) for packed in kept]
+            for depth, kept in sorted(self._kept.items())
+        }
+
     def _choose(self) -> Reader:
         depths = sorted(self._kept)
         kept = self._kept[depths[self._random(len(depths))]]

@@ -16,7 +16,6 @@ from ncrl.agents.learning.imitation import (
     MAX_DEPTH,
     Trajectory,
     TrajectoryMemory,
-    _unpack,
     cut_trajectory,
     returns_to_last_score,
 )
@@ -94,8 +93,7 @@ def state_of(count: int, value: float = 0.0) -> LstmState:
 
 def kept_by(memory: TrajectoryMemory) -> list[Trajectory]:
     """Everything, by depth and age."""
-    state = memory.state_dict()["kept"]
-    return [Trajectory(*_unpack(packed)) for depth in sorted(state) for packed in state[depth]]
+    return [trajectory for kept in memory.trajectories().values() for trajectory in kept]
 
 
 def names_of(trajectory: Trajectory) -> list[int]:
