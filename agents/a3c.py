@@ -92,8 +92,8 @@ class A3C(EngineAlgorithm):
         int_coef, ext_coef: weights of intrinsic advantages, which have deviation 1, and of the
             others beside them.
         int_gamma: discount of the intrinsic return.
-        imitation_coef: weight of rollouts that led to a reward, which are learnt from again beside
-            an intrinsic reward; 0 keeps none.
+        imitation_coef: weight of what led to a reward, which is learnt from again beside an
+            intrinsic reward; 0 keeps none.
         intrinsic_kwargs: `warmup_timesteps`, `reach` and `capacity`, as for
             `ncrl.agents.learning.exploration.Exploration`, and options of the bonus, such as
             `encoder`, `learning_rate` and `update_proportion` of `rnd`.
@@ -338,7 +338,7 @@ class A3C(EngineAlgorithm):
             self._count(update)
         curves.record_means(self.logger, curves.on_host(self.learner.explored))
         if self.exploration is not None and self.exploration.memory is not None:
-            self.logger.record("train/kept_trajectories", len(self.exploration.memory))
+            self.logger.record("train/kept_demonstrations", len(self.exploration.memory))
 
     def _count(self, update: Update) -> None:
         """Log an update, and give up after too many that were none."""

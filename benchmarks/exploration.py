@@ -56,7 +56,7 @@ COLUMNS = {
     "int_explained_variance": "train/int_explained_variance",
     "explained_variance": "train/explained_variance",
     "predictor_loss": "train/predictor_loss",
-    "kept_trajectories": "train/kept_trajectories",
+    "kept_demonstrations": "train/kept_demonstrations",
     "imitation_loss": "train/imitation_loss",
 }
 """Columns of the small CSV, and what SB3 calls them."""
@@ -118,26 +118,27 @@ def print_places(timesteps: int, steps: int) -> None:
 
 
 def print_kept(run: Path) -> None:
-    """How likely the actions of kept trajectories are to the policy of the newest checkpoint, where
-    the LSTM's state is what that policy itself makes of their pictures, as in play."""
+    """How likely kept actions are to the policy of the newest checkpoint, where the LSTM's state is
+    what that policy itself makes of their pictures, as in play."""
     model = A3C.load(newest_checkpoint(run / "checkpoints").path, device="cpu")
-    assert model.exploration is not None
-    memory = model.exploration.memory
+    memory = None if model.exploration is None else model.exploration.memory
     if memory is None or not len(memory):
-        print("no trajectory is kept")
+        print("no demonstration is kept")
         return
-    print_header("rewards", "trajectories", "timesteps", "mean log-probability", "value", "return")
-    for depth, trajectories in memory.trajectories().items():
+    print_header(
+        "rewards", "demonstrations", "timesteps", "mean log-probability", "value", "return"
+    )
+    for depth, demonstrations in memory.demonstrations().items():
         rows = []
-        for trajectory in trajectories:
+        for demonstration in demonstrations:
             with torch.no_grad():
                 evaluation = model.policy.evaluate_rollout(
-                    trajectory.obs[:, None],
-                    trajectory.actions[:, None],
+                    demonstration.obs[:, None],
+                    demonstration.actions[:, None],
                     model.policy.initial_state(1),
-                    trajectory.episode_start[:, None],
+                    demonstration.episode_start[:, None],
                 )
-            columns = (evaluation.log_prob, evaluation.values[:-1], trajectory.returns[:, None])
+            columns = (evaluation.log_prob, evaluation.values[:-1], demonstration.returns[:, None])
             rows.append(torch.cat(columns, dim=1))
         means = torch.cat(rows).mean(0).tolist()
         timesteps = sum(map(len, rows))

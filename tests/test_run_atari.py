@@ -535,7 +535,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     assert run.config["intrinsic_reward"] == "snd" and run.config["gamma"] == 0.999
     assert run.config["learning_rate"] == config_module.EXPLORING["learning_rate"]
     last = run.rows[-1]
-    for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_trajectories"):
+    for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_demonstrations"):
         assert last[f"train/{name}"] != "", name
     with zipfile.ZipFile(newest_checkpoint(run.path / "checkpoints").path) as archive:
         state = torch.load(io.BytesIO(archive.read("exploration.pth")), weights_only=True)

@@ -42,7 +42,7 @@ HARD_GAMES = {
 """What plain actor-critics without an exploration bonus are known to reach."""
 
 EXPLORED = {
-    "montezuma_revenge": "0 for millions of frames; our runs met the first key after .6 to 14 "
+    "montezuma_revenge": "0 for millions of frames; our runs met the first key after .5 to 14 "
     "million frames, at best in a quarter of 100 games, and lost it again (results/atari.md)",
 }
 """What our own runs with a bonus reached."""
@@ -102,7 +102,10 @@ class RunConfig:
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
-        None, "timesteps per update; rollouts of 4 games, up to 24 with a GPU", low=1, high=10**9
+        None,
+        "timesteps per update; rollouts of 4 games, up to 24 on a GPU, up to 32 with a bonus",
+        low=1,
+        high=10**9,
     )
     optimizer: str = setting(
         "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
@@ -121,7 +124,7 @@ class RunConfig:
     # Exploration.
     intrinsic_reward: str = setting(
         "auto",
-        "bonus for what is new: rnd, snd, count or none; auto: rnd for games whose rewards are "
+        "bonus for what is new: rnd, snd, count or none; auto: snd for games whose rewards are "
         "rare, none for all others",
         choices=("auto", "none", *SOURCES),
     )

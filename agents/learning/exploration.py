@@ -8,6 +8,7 @@ Shapes: T timesteps, B environments.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from numbers import Integral
@@ -17,10 +18,12 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ncrl.agents.learning.imitation import Kept, TrajectoryMemory
+from ncrl.agents.learning.imitation import DemonstrationMemory, Kept
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import LstmState
+
+logger = logging.getLogger(__name__)
 
 MEAN_TIMESTEPS = 1000
 """Timesteps that the running mean of the bonus is taken over, or those of a batch. The bonus falls
@@ -102,19 +105,20 @@ def discounted_sums(rewards: Tensor, gamma: float) -> Tensor:
 
 
 class Exploration(nn.Module):
-    """Owns a source of intrinsic reward, its scale, and the trajectories that led to a score.
+    """Owns a source of intrinsic reward, its scale, and the demonstrations that led to a score.
 
     Args:
         source: scores observations.
         int_gamma: discount of the intrinsic return.
-        gamma: of the extrinsic one, by which kept trajectories are judged.
-        imitation_coef: weight of the kept trajectories; 0 keeps none.
+        gamma: of the extrinsic one, by which kept demonstrations are judged.
+        imitation_coef: weight of the kept demonstrations; 0 keeps none.
         warmup_timesteps: timesteps of play before the bonus begins, in which statistics are
             gathered. The policy has learnt little by then: it plays like chance.
         reach: timesteps before a score that are kept with it.
-        capacity: timesteps that are kept for each number of rewards.
+        capacity: timesteps that are kept for each number of rewards, if every demonstration has
+            `reach` of them.
         n_steps: T.
-        seed: of the choice among kept trajectories.
+        seed: of the choice among kept demonstrations.
 
     Raises:
         ValueError: for impossible numbers.
@@ -155,9 +159,9 @@ class Exploration(nn.Module):
         self.num_timesteps = 0
         self.advantage_deviation = 0.0
         self.num_updates = 0
-        self.memory: TrajectoryMemory | None = None
+        self.memory: DemonstrationMemory | None = None
         if imitation_coef:
-            self.memory = TrajectoryMemory(
+            self.memory = DemonstrationMemory(
                 gamma=gamma,
                 reach=math.ceil(reach / n_steps),
                 capacity=math.ceil(capacity / reach),
@@ -213,7 +217,7 @@ class Exploration(nn.Module):
         self.advantage_deviation = math.sqrt(square)
 
     def remember(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
-        """Keep what led to a score; see `TrajectoryMemory.watch`.
+        """Keep what led to a score; see `DemonstrationMemory.watch`.
 
         The last batch of a training can be shorter. It is left out, and what is played after it
         does not follow what was played before.
@@ -226,7 +230,7 @@ class Exploration(nn.Module):
             self.memory.forget_recent()
 
     def read(self, initial_state: LstmState) -> Kept | None:
-        """Windows of kept trajectories, if there are any; see `TrajectoryMemory.read`."""
+        """Windows of kept demonstrations, if there are any; see `DemonstrationMemory.read`."""
         return None if self.memory is None else self.memory.read(self.n_steps, initial_state)
 
     def carry(self, lstm_state: LstmState) -> None:
@@ -248,9 +252,14 @@ class Exploration(nn.Module):
         self.num_timesteps = int(state["num_timesteps"])
         self.advantage_deviation = float(state["advantage_deviation"])
         self.num_updates = int(state["num_updates"])
-        # Trajectories are cut for rollouts of this length.
-        if self.memory is not None and state["memory"] and state["n_steps"] == self.n_steps:
-            self.memory.load_state_dict(state["memory"])
+        kept = state["memory"]
+        # Demonstrations are cut for rollouts of this length.
+        if self.memory is None or not kept or state["n_steps"] != self.n_steps:
+            return
+        if "readers" not in kept:
+            logger.warning("what led to scores was kept by an earlier release, and is left out")
+            return
+        self.memory.load_state_dict(kept)
 
 
 def make_exploration(

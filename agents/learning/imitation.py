@@ -1,13 +1,14 @@
-"""Trajectories that led to a score, kept and learnt from again (self-imitation, Oh et al. 2018).
+"""What led to a score, kept and learnt from again (self-imitation, Oh et al. 2018).
 
 Rewards are rare in the games that need this: what was found once is soon forgotten, unless it is
-repeated. A kept trajectory is read from its beginning to its end, a window in every update, and the
-LSTM's state goes on from window to window as the present weights make it. States that were stored
-with it would be those of weights long gone: the network learns to tell trajectories by them, and
-what it learns so is of no use in play.
+repeated. A demonstration is what one game played on the way to a score. It is read from its
+beginning to its end, a window of T + 1 observations in every update, and the LSTM's state goes on
+from window to window as the present weights make it. States that were stored with it would be those
+of weights long gone: the network learns to tell demonstrations by them, and what it learns so is of
+no use in play. The action between two windows is not learnt, one of T + 1.
 
-Shapes: T timesteps, B environments of a batch, K trajectories that are read at a time, N timesteps
-of a trajectory.
+Shapes: T timesteps, B environments of a batch, K demonstrations that are read at a time,
+N timesteps of a demonstration.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import LstmState
 
 MAX_DEPTH = 8
-"""Trajectories are told apart by the rewards that their game had had by then, up to this many."""
+"""Demonstrations are told apart by the rewards that their game had had by then, up to this many."""
 
 
 class Kept(NamedTuple):
-    """Windows of kept trajectories to learn from."""
+    """Windows of kept demonstrations to learn from."""
 
     obs: Tensor  # [T + 1, K, ...]
     episode_start: Tensor  # [T + 1, K] bool
@@ -39,7 +40,7 @@ class Kept(NamedTuple):
     lstm_c: Tensor  # [L, K, h] cell state before row 0
 
 
-class Trajectory(NamedTuple):
+class Demonstration(NamedTuple):
     """What one game played on the way to a score, cut so that its last window ends with it."""
 
     obs: Tensor  # [N + 1, ...]
@@ -49,9 +50,9 @@ class Trajectory(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """Where one of the K trajectories stands that are being read."""
+    """Where one of the K demonstrations stands that are being read."""
 
-    trajectory: Trajectory
+    demonstration: Demonstration
     row: int
 
 
@@ -68,11 +69,11 @@ def returns_to_last_score(rewards: Tensor, dones: Tensor, gamma: float) -> Tenso
     return returns
 
 
-def cut_trajectory(rollouts: Sequence[Rollout], gamma: float) -> Trajectory:
+def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstration | None:
     """What led to the last score of successive rollouts of one game, in whole windows.
 
     Windows have the T + 1 observations of a rollout. What an end of the game separates from the
-    score did not lead to it; one window there is at least.
+    score did not lead to it; one window there is at least. None where losses outweigh the score.
     """
     rewards, dones, actions = (
         torch.cat([getattr(rollout, name)[:, 0] for rollout in rollouts])
@@ -85,6 +86,8 @@ def cut_trajectory(rollouts: Sequence[Rollout], gamma: float) -> Trajectory:
     returns = returns_to_last_score(rewards, dones, gamma)
     width = len(rollouts[0].rewards) + 1
     led = (returns > 0).nonzero().flatten()
+    if not len(led):
+        return None
     # Rows of observations; the last is behind the score.
     first, last = int(led[0]), int(led[-1]) + 1
     last = min(len(returns), max(last, first + width - 1))
@@ -92,20 +95,20 @@ def cut_trajectory(rollouts: Sequence[Rollout], gamma: float) -> Trajectory:
     first += (last + 1 - first) % width
     starts = starts[first : last + 1].clone()
     starts[0] = True
-    return Trajectory(obs[first : last + 1], starts, actions[first:last], returns[first:last])
+    return Demonstration(obs[first : last + 1], starts, actions[first:last], returns[first:last])
 
 
-class TrajectoryMemory:
+class DemonstrationMemory:
     """Remembers the latest rollouts of every game, and keeps what led to a score.
 
-    Memory is bounded: `reach` rollouts a game, and `capacity` trajectories for each number of
+    Memory is bounded: `reach` rollouts a game, and `capacity` demonstrations for each number of
     rewards, whose images are compressed. A game that goes on to its second reward is thus
     remembered beside the many that had one, and is read as often.
 
     Args:
         gamma: discount of the returns.
         reach: rollouts before a score that are kept with it.
-        capacity: trajectories for each number of rewards; the oldest make room.
+        capacity: demonstrations for each number of rewards; the oldest make room.
         seed: of the choice among them.
     """
 
@@ -124,7 +127,7 @@ class TrajectoryMemory:
         self._state: LstmState | None = None
 
     def __len__(self) -> int:
-        """Trajectories that are kept."""
+        """Demonstrations that are kept."""
         return sum(map(len, self._kept.values()))
 
     def watch(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
@@ -145,11 +148,15 @@ class TrajectoryMemory:
             recent.append(rollout)
             depth = min(self._count_rewards(game, rollout), MAX_DEPTH)
             if bool((rollout.rewards > 0).any()):
-                kept = self._kept.setdefault(depth, deque(maxlen=self.capacity))
-                kept.append(_pack(cut_trajectory(list(recent), self.gamma)))
+                self._keep(depth, cut_demonstration(list(recent), self.gamma))
             if bool(rollout.dones.any()):
                 recent.clear()
                 recent.append(rollout)
+
+    def _keep(self, depth: int, demonstration: Demonstration | None) -> None:
+        if demonstration is not None:
+            kept = self._kept.setdefault(depth, deque(maxlen=self.capacity))
+            kept.append(_pack(demonstration))
 
     def _count_rewards(self, game: int, rollout: Rollout) -> int:
         """Go on counting the rewards of a game; returns the most that one had in the rollout."""
@@ -163,10 +170,10 @@ class TrajectoryMemory:
         return most
 
     def read(self, n_steps: int, initial_state: LstmState) -> Kept | None:
-        """The next window of every trajectory that is being read; None if nothing is kept.
+        """The next window of every demonstration that is being read; None if nothing is kept.
 
         One that is at its end makes room for another, every number of rewards equally likely.
-        `carry` has to follow.
+        `carry` follows.
 
         Args:
             n_steps: T, that of the rollouts.
@@ -178,16 +185,16 @@ class TrajectoryMemory:
         if len(self._readers) != count or self._state is None:
             self._readers, self._state = [self._choose() for _ in range(count)], initial_state
         windows = []
-        for i, (trajectory, row) in enumerate(self._readers):
-            if row == len(trajectory.obs):
-                trajectory, row = self._choose()
+        for i, (demonstration, row) in enumerate(self._readers):
+            if row == len(demonstration.obs):
+                demonstration, row = self._choose()
             behind = row + n_steps + 1
-            self._readers[i] = Reader(trajectory, behind)
+            self._readers[i] = Reader(demonstration, behind)
             rows, steps = slice(row, behind), slice(row, behind - 1)
             windows.append(
                 (
-                    *(trajectory.obs[rows], trajectory.episode_start[rows]),
-                    *(trajectory.actions[steps], trajectory.returns[steps]),
+                    *(demonstration.obs[rows], demonstration.episode_start[rows]),
+                    *(demonstration.actions[steps], demonstration.returns[steps]),
                 )
             )
         obs, starts, actions, returns = (
@@ -196,20 +203,24 @@ class TrajectoryMemory:
         return Kept(obs, starts, actions, returns, *self._state)
 
     def carry(self, lstm_state: LstmState) -> None:
-        """The state behind the windows that were read last, under the present weights."""
+        """The state behind the windows that were read last, under the present weights.
+
+        Without a call, after an update that was not made, the next windows begin with the state of
+        those before.
+        """
         self._state = lstm_state
 
-    def trajectories(self) -> dict[int, list[Trajectory]]:
+    def demonstrations(self) -> dict[int, list[Demonstration]]:
         """All that is kept, by number of rewards, the oldest first."""
         return {
-            depth: [Trajectory(*_unpack(packed)) for packed in kept]
+            depth: [Demonstration(*_unpack(packed)) for packed in kept]
             for depth, kept in sorted(self._kept.items())
         }
 
     def _choose(self) -> Reader:
         depths = sorted(self._kept)
         kept = self._kept[depths[self._random(len(depths))]]
-        return Reader(Trajectory(*_unpack(kept[self._random(len(kept))])), 0)
+        return Reader(Demonstration(*_unpack(kept[self._random(len(kept))])), 0)
 
     def _random(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self.generator))
@@ -230,7 +241,7 @@ class TrajectoryMemory:
             },
             "num_rewards": dict(self._num_rewards) if self.games_go_on else {},
             "kept": {depth: list(kept) for depth, kept in self._kept.items()},
-            "readers": [(_pack(trajectory), row) for trajectory, row in self._readers],
+            "readers": [(_pack(demonstration), row) for demonstration, row in self._readers],
             "lstm_state": None if self._state is None else [part.cpu() for part in self._state],
         }
 
@@ -252,9 +263,10 @@ class TrajectoryMemory:
             }
             for kept in self._kept.values():
                 for packed in kept:
-                    Trajectory(*_unpack(packed))
+                    Demonstration(*_unpack(packed))
             self._readers = [
-                Reader(Trajectory(*_unpack(packed)), int(row)) for packed, row in state["readers"]
+                Reader(Demonstration(*_unpack(packed)), int(row))
+                for packed, row in state["readers"]
             ]
             self._state = None
             if state["lstm_state"] is not None:
@@ -264,10 +276,10 @@ class TrajectoryMemory:
             *(KeyError, TypeError, ValueError, AttributeError),
             *(RuntimeError, OverflowError, zlib.error),
         ) as error:
-            raise ValueError(f"the kept trajectories cannot be read: {error}") from error
+            raise ValueError(f"the kept demonstrations cannot be read: {error}") from error
 
 
-def _pack(tensors: Rollout | Trajectory) -> dict[str, Any]:
+def _pack(tensors: Rollout | Demonstration) -> dict[str, Any]:
     """With compressed observations; images of a game take a twentieth of their size."""
     obs, *others = tensors
     assert isinstance(obs, Tensor)  # an intrinsic reward scores no dicts

@@ -24,7 +24,7 @@ from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_obs
 
 IMITATED_SHARE = 0.25
-"""Kept trajectories that are read at a time, for each rollout of an update; at least one."""
+"""Kept demonstrations that are read at a time, for each rollout of an update; at least one."""
 
 
 class Learner:

@@ -100,7 +100,7 @@ def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> Tensor
     """-mean(log pi(a_t | x_t) (R_t - V(x_t))+), a scalar: self-imitation (Oh et al. 2018).
 
     Only where more was reached than the value expects. Values learn nothing from it, other than in
-    the paper: those of the few rollouts that are repeated would soon be the returns, and end the
+    the paper: those of the few timesteps that are repeated would soon be the returns, and end the
     imitation long before the policy reaches them again.
 
     Args:

@@ -60,7 +60,7 @@ class Objective:
     int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
     """No end of a game cuts that return."""
     imitation_coef: float = setting(
-        0.5, "bonus: weight of rollouts that led to a score, learnt from again", low=0
+        0.5, "bonus: weight of what led to a score, learnt from again", low=0
     )
 
 
@@ -110,7 +110,7 @@ class Loss(NamedTuple):
     exploration: dict[str, Tensor]
     """What exploration adds to the curves."""
     kept_state: LstmState | None
-    """Behind the windows of kept trajectories, [L, K, h] twice, without gradient."""
+    """Behind the windows of kept demonstrations, [L, K, h] twice, without gradient."""
 
     def scalars(self) -> dict[str, Tensor]:
         """What is worth a curve, by the curve's name."""
@@ -142,7 +142,7 @@ def actor_critic_loss(
         batch: what was played.
         objective: coefficients.
         novelty: intrinsic rewards of the batch.
-        kept: trajectories to learn from again. They ride along as further environments.
+        kept: demonstrations to learn from again. They ride along as further environments.
     """
     num_envs = batch.rewards.shape[1]
     with record_gates(policy) as gates, _unvalidated_distributions():
@@ -197,7 +197,7 @@ def actor_critic_loss(
 
 
 def _evaluate(policy: EnginePolicy, batch: Rollout, kept: Kept | None) -> RolloutEvaluation:
-    """Of the batch, and of kept trajectories as further environments beside it."""
+    """Of the batch, and of kept demonstrations as further environments beside it."""
     names = ("obs", "actions", "lstm_h", "lstm_c", "episode_start")
     parts = [getattr(batch, name) for name in names]
     if kept is not None:

@@ -1,4 +1,4 @@
-"""Workers on many machines: actors of a Ray cluster, supervised as `pool` does processes.
+"""Workers on many machines: actors of a Ray cluster, supervised as processes are (`supervision`).
 
 Ray finds a place for every actor, carries rollouts and weights through its object store (once per
 node), and tells when a process or a node is gone. What follows from that is decided here: an actor

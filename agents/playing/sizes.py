@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 
     workers: int
     games: int  # of each worker
-    batch: int  # games whose rollouts make one update; they divide those of all workers
+    batch: int  # games of one update without a bonus; they divide those of all workers
     reason: str  # in a few words, for the user
 
 

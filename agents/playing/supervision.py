@@ -213,7 +213,7 @@ class Pool(ABC, Generic[WorkerT]):
             what: it did.
             reason: for the message; its last line for a warning.
             hopeless: whether the next life would end in the same way.
-            told: whether the warning is worth a line.
+            told: whether it is counted as a restart, and worth a warning.
         """
         who = str(worker)
         self._bury(worker)

@@ -38,7 +38,7 @@ STATE = "state.pt"  # the member beside those of SB3
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "games_seed")
 SCORES = ("best_score", "first_scored_at")
 
-MAX_KEPT_BYTES = 256 << 20  # a quarter of what an exploring model may keep of rollouts
+MAX_KEPT_BYTES = 256 << 20  # a quarter of what an exploring model may keep of games
 MAX_BYTES = 4 << 30  # of a checkpoint, whatever the model's size
 
 

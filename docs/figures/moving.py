@@ -32,6 +32,8 @@ def main() -> None:
         size = options.width, round(options.width * picture.shape[0] / picture.shape[1])
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
         pictures.append(Image.fromarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)))
+    if not pictures:
+        parser.error(f"no picture {options.first} in {options.film}")
     pictures[0].save(
         options.out,
         save_all=True,

@@ -292,7 +292,7 @@ def test_no_gradient_reaches_the_source_of_the_bonus() -> None:
 
 
 @pytest.mark.parametrize("head", ["linear", "neurocoder"])
-def test_kept_trajectories_change_none_of_the_terms_of_the_batch(head: str) -> None:
+def test_kept_demonstrations_change_none_of_the_terms_of_the_batch(head: str) -> None:
     scene = Scene(head)
     again = scene.batch.map(lambda tensor: tensor[:, [2, 0, 2]].clone())
     kept = Kept(
@@ -379,7 +379,7 @@ def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
     def make() -> A3C:
         source = Visits() if name == "own" else name
         return make_model(
-            policy="NeurocoderMlpLstmPolicy", intrinsic_reward=source, batch_size=10,
+            policy="NeurocoderMlpLstmPolicy", intrinsic_reward=source, n_steps=2, batch_size=4,
             intrinsic_kwargs={"warmup_timesteps": 60, "reach": 10, "capacity": 40},
         )  # fmt: skip
 
@@ -391,6 +391,9 @@ def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
     again = make()
     resume(again, newest_checkpoint(tmp_path))
     assert again.num_timesteps == 160 and again.best_score == 1
+    assert again.exploration is not None and again.exploration.memory is not None
+    readers = again.exploration.memory._readers
+    assert any(0 < row < len(kept.obs) for kept, row in readers), "in the middle of one"
     again.learn(160, reset_num_timesteps=False)
     assert difference(expected, state_of(again)) == []
 
@@ -405,7 +408,7 @@ def test_an_intrinsic_reward_that_is_not_finite_is_never_saved(tmp_path: Path) -
 
 
 def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> None:
-    """Kept trajectories are cut for rollouts of one length; everything else is as it was."""
+    """Kept demonstrations are cut for rollouts of one length; everything else is as it was."""
     make_model().learn(200, callback=SaveAt(160, tmp_path))
     for options in ({"n_steps": 8}, {"imitation_coef": 0}, {"n_envs": 2}):
         model = make_model(**options)
@@ -424,7 +427,7 @@ def test_only_games_that_go_on_keep_what_led_there(n_workers: int, tmp_path: Pat
 
 
 def test_a_last_batch_that_is_shorter(tmp_path: Path) -> None:
-    """No kept rollout fits beside it, and what follows does not follow what was before."""
+    """No demonstration fits beside it, and what follows does not follow what was before."""
     model = make_model()
     memory = model.exploration and model.exploration.memory
     assert memory is not None
@@ -562,12 +565,12 @@ def test_curves(name: str) -> None:
     expected = {
         *("train/int_reward_raw", "train/int_reward", "train/int_return_std", "train/int_value"),
         *("train/int_value_loss", "train/int_explained_variance", "train/imitation_loss"),
-        *("train/kept_trajectories", "rollout/rewarded_share", "rollout/best_score"),
+        *("train/kept_demonstrations", "rollout/rewarded_share", "rollout/best_score"),
         *("rollout/first_reward_frames", *(["train/predictor_loss"] if name != "count" else [])),
     }
     assert expected <= last.keys()
     assert all(math.isfinite(last[key]) for key in expected)
-    assert last["rollout/best_score"] == 1 and last["train/kept_trajectories"] > 0
+    assert last["rollout/best_score"] == 1 and last["train/kept_demonstrations"] > 0
     scores = [episode["r"] for episode in model.ep_info_buffer or ()]
     assert last["rollout/rewarded_share"] == pytest.approx(np.mean([s > 0 for s in scores]))
     assert last["rollout/first_reward_frames"] == model.first_scored_at

@@ -14,9 +14,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from ncrl.agents import A3C
 from ncrl.agents.learning.imitation import (
     MAX_DEPTH,
-    Trajectory,
-    TrajectoryMemory,
-    cut_trajectory,
+    Demonstration,
+    DemonstrationMemory,
+    cut_demonstration,
     returns_to_last_score,
 )
 from ncrl.agents.learning.losses import imitation_loss
@@ -77,12 +77,12 @@ def side_by_side(*rollouts: Rollout) -> Rollout:
     return Rollout(*(torch.cat(tensors, 1) for tensors in zip(*rollouts, strict=True)))
 
 
-def memory_of(**options: Any) -> TrajectoryMemory:
+def memory_of(**options: Any) -> DemonstrationMemory:
     defaults: dict[str, Any] = {"gamma": 0.5, "reach": 3, "capacity": 50, "seed": 0}
-    return TrajectoryMemory(**(defaults | options))
+    return DemonstrationMemory(**(defaults | options))
 
 
-def play(memory: TrajectoryMemory, *rollouts: Rollout, game: int = 0) -> None:
+def play(memory: DemonstrationMemory, *rollouts: Rollout, game: int = 0) -> None:
     for rollout in rollouts:
         memory.watch(rollout, [game], rollout.rewards)
 
@@ -91,14 +91,14 @@ def state_of(count: int, value: float = 0.0) -> LstmState:
     return torch.full((1, count, 3), value), torch.full((1, count, 3), -value)
 
 
-def kept_by(memory: TrajectoryMemory) -> list[Trajectory]:
+def kept_by(memory: DemonstrationMemory) -> list[Demonstration]:
     """Everything, by depth and age."""
-    return [trajectory for kept in memory.trajectories().values() for trajectory in kept]
+    return [demonstration for kept in memory.demonstrations().values() for demonstration in kept]
 
 
-def names_of(trajectory: Trajectory) -> list[int]:
+def names_of(demonstration: Demonstration) -> list[int]:
     """The rollouts that observations are from, but for the one behind the last action."""
-    return sorted({int(name) for name in trajectory.obs[:-1, 0].tolist()})
+    return sorted({int(name) for name in demonstration.obs[:-1, 0].tolist()})
 
 
 SCORE = (0, 0, 1, 0)
@@ -133,7 +133,8 @@ def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
         starts = bool(rollouts and rollouts[-1].dones[-1])
         rollouts.append(rollout_of(name, rewards, ends, starts=starts))
     rollouts[-1].rewards[draw(T)] = 1
-    kept = cut_trajectory(rollouts, 0.5)
+    kept = cut_demonstration(rollouts, 0.5)
+    assert kept is not None
     rewards = [r for rollout in rollouts for r in rollout.rewards[:, 0].tolist()]
     dones = [d for rollout in rollouts for d in rollout.dones[:, 0].tolist()]
     returns = returns_reference(rewards, dones, 0.5)
@@ -161,6 +162,15 @@ def test_nothing_is_kept_without_a_score_or_for_a_loss() -> None:
     assert memory.read(T, state_of(3)) is None and len(memory) == 0
 
 
+@pytest.mark.parametrize("rewards", [(0, 1, -1, -1), (1, 0, 0, -1), (1, -1, 1, -2)])
+def test_a_score_that_losses_outweigh_is_not_kept(rewards: Sequence[float]) -> None:
+    memory = memory_of(gamma=1.0)
+    play(memory, rollout_of(1, starts=True), rollout_of(2, rewards))
+    assert memory.read(T, state_of(3)) is None and len(memory) == 0
+    play(memory, rollout_of(3, (0, 0, 5, 0)))
+    assert len(memory) == 1
+
+
 def test_what_an_end_of_a_game_separates_from_the_score_did_not_lead_to_it() -> None:
     memory = memory_of(reach=5)
     ended = rollout_of(2, ends=[1])
@@ -175,12 +185,12 @@ def test_games_that_start_anew_lead_to_nothing() -> None:
     memory = memory_of()
     play(memory, rollout_of(1, starts=True), rollout_of(2))
     play(memory, rollout_of(3, starts=True), rollout_of(4, SCORE))
-    assert names_of(kept_by(memory)[0]) in ([3, 4], [4])
+    assert names_of(kept_by(memory)[0]) == [3, 4]
     memory = memory_of()
     play(memory, rollout_of(1, starts=True), rollout_of(2))
     memory.forget_recent()
     play(memory, rollout_of(3), rollout_of(4, SCORE))
-    assert names_of(kept_by(memory)[0]) in ([3, 4], [4])
+    assert names_of(kept_by(memory)[0]) == [3, 4]
 
 
 def test_columns_are_told_apart_by_their_game_and_one_game_may_come_twice() -> None:
@@ -201,7 +211,7 @@ def test_rewards_are_those_of_the_loss() -> None:
     assert read is not None and read.returns[:, 0].tolist() == [0.25, 0.5, 1, 0]
 
 
-def depths_of(memory: TrajectoryMemory) -> dict[int, int]:
+def depths_of(memory: DemonstrationMemory) -> dict[int, int]:
     return {depth: len(kept) for depth, kept in memory.state_dict()["kept"].items()}
 
 
@@ -240,8 +250,8 @@ def test_depths_are_read_equally_often() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
-def test_a_trajectory_is_read_to_its_end_window_by_window(dtype: torch.dtype) -> None:
-    """With the state that is carried on; the next trajectory starts from zero."""
+def test_a_demonstration_is_read_to_its_end_window_by_window(dtype: torch.dtype) -> None:
+    """With the state that is carried on; the next demonstration starts from zero."""
     memory = memory_of(reach=4)
     names = (3, 5, 7, 9)
     play(
@@ -379,7 +389,7 @@ def test_a_damaged_state_is_refused_in_one_line(damage: str) -> None:
     memory.read(T, state_of(3))
     state = filed(memory.state_dict())
     DAMAGES[damage](state)
-    with pytest.raises(ValueError, match="kept trajectories") as error:
+    with pytest.raises(ValueError, match="kept demonstrations") as error:
         memory_of().load_state_dict(state)
     assert "\n" not in str(error.value)
 
