@@ -29,6 +29,9 @@ MEAN_TIMESTEPS = 1000
 """Timesteps that the running mean of the bonus is taken over, or those of a batch. The bonus falls
 fast at first, and a mean that lags behind would leave a constant that values have to carry."""
 
+LATEST_TIMESTEPS = 10_000
+"""Timesteps that the latest deviation of the bonus's return is of."""
+
 SMALLEST = 1e-8
 """Least deviation that is divided by."""
 
@@ -43,9 +46,10 @@ GAMES_OF_WHOLE_BATCH = 32
 class RunningScale(nn.Module):
     """Centres a stream of bonuses and divides it by the deviation of its discounted return.
 
-    That deviation is of all play so far: as what is new gets rare, the bonus gets small beside the
-    game's rewards. Divided by the latest deviation it would drive the policy for ever, in the end
-    by noise.
+    That deviation is of all play so far, or the latest one where that is larger. So the bonus gets
+    small beside the game's rewards as what is new gets rare: divided by the latest deviation alone
+    it would drive the policy for ever, in the end by noise. And a discovery, after which bonuses
+    are many times as large in some of the games, swamps neither values nor policy.
 
     The return is filtered forwards in time, and never cut where a game ends. Every rollout begins
     at 0, the mean of what is centred: which game a column belongs to differs from batch to batch.
@@ -59,6 +63,8 @@ class RunningScale(nn.Module):
 
     square: Tensor
     """Mean squared return so far."""
+    latest: Tensor
+    """Running mean of squared returns over some `LATEST_TIMESTEPS`."""
     weight: Tensor
     """Timesteps so far."""
 
@@ -66,13 +72,13 @@ class RunningScale(nn.Module):
         super().__init__()
         self.gamma = gamma
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-        for name in ("square", "weight"):
+        for name in ("square", "latest", "weight"):
             self.register_buffer(name, torch.zeros(()))
 
     @property
     def deviation(self) -> Tensor:
         """Of the discounted return, a scalar."""
-        return self.square.sqrt()
+        return self.square.maximum(self.latest).sqrt()
 
     @torch.no_grad()
     def update(self, bonus: Tensor) -> None:
@@ -82,8 +88,10 @@ class RunningScale(nn.Module):
         mean = bonus.mean(dtype=torch.float64)
         self.mean.copy_(torch.where(first, mean, self.mean.lerp(mean, share)))
         returns = discounted_sums(self.centred(bonus), self.gamma)
+        square = returns.square().mean()
         self.weight += bonus.numel()
-        self.square.lerp_(returns.square().mean(), bonus.numel() / self.weight)
+        self.square.lerp_(square, bonus.numel() / self.weight)
+        self.latest.lerp_(square, min(1.0, bonus.numel() / LATEST_TIMESTEPS))
 
     def centred(self, bonus: Tensor) -> Tensor:
         """Bonuses without their running mean."""
@@ -125,8 +133,8 @@ class Exploration(nn.Module):
     """
 
     advantage_deviation: float
-    """Of the intrinsic advantages of all updates so far, which it divides; 0 before the first. The
-    bonus itself persists from timestep to timestep and its value explains it, so what is left as
+    """Of the intrinsic advantages of all updates so far; 0 before the first. It divides them, unless
+    their own is larger. The bonus itself persists from timestep to timestep and its value explains it, so what is left as
     advantage is smaller than the entropy's pull."""
 
     def __init__(

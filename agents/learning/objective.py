@@ -71,7 +71,7 @@ class Novelty(NamedTuple):
     """Normalised intrinsic rewards, [T, B]."""
 
     advantage_deviation: Tensor
-    """What their advantages are divided by, a scalar; 0 takes their own."""
+    """What their advantages are divided by, a scalar, unless their own deviation is larger."""
 
 
 class Lesson(NamedTuple):
@@ -219,7 +219,7 @@ def _with_bonus(
     intrinsic = _intrinsic_returns(batch, evaluation, novelty, objective)
     deviation = intrinsic.advantages.std(correction=0)
     known = novelty.advantage_deviation
-    divisor = torch.where(known > 0, known, deviation).clamp(min=1e-8)
+    divisor = known.maximum(deviation).clamp(min=1e-8)
     # Where the whole batch is newer than its values say, no action is to blame or to praise.
     centred = intrinsic.advantages - intrinsic.advantages.mean()
     int_values = evaluation.int_values[:-1]
