@@ -103,6 +103,21 @@ def test_the_deviation_is_of_all_that_was_seen() -> None:
     torch.testing.assert_close(scale.normalise(batches[0]), (batches[0] - mean) / deviation)
 
 
+def test_a_burst_of_bonuses_is_divided_by_its_own_deviation() -> None:
+    """After long play a tenth of the games get bonuses twenty times as large for long."""
+    scale = RunningScale(0.9)
+    noise = normal(700, 20, 20)
+    noise[500:600, :, :2] *= 20
+    found = []
+    for bonus in noise:
+        scale.update(bonus)
+        found.append(discounted_sums(scale.normalise(bonus), 0.9).square().mean().sqrt().item())
+    assert np.mean(found[400:500]) == pytest.approx(1, abs=0.1)
+    assert np.mean(found[560:600]) == pytest.approx(1, abs=0.2), "6 without"
+    all_play = math.sqrt(scale.square.item())
+    assert scale.deviation.item() == pytest.approx(all_play, rel=1e-3), "it is over"
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.3, 1e-3, 100.0])
 def test_a_constant_bonus_is_none(constant: float) -> None:
     scale = RunningScale(0.99)
@@ -231,7 +246,7 @@ class Scene:
         return vtrace_reference(*(array.double() for array in arrays), gae_lambda=0.9)
 
 
-@pytest.mark.parametrize("known", [0.0, 0.25])
+@pytest.mark.parametrize("known", [0.0, 0.25, 25.0])
 def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> None:
     scene = Scene()
     scene.novelty = scene.novelty._replace(advantage_deviation=torch.tensor(known))
@@ -246,7 +261,7 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     )
     deviation = int_advantages.std(correction=0).item()
     centred = int_advantages - int_advantages.mean()
-    total = 1.5 * advantages + 0.7 * centred / (known or deviation)
+    total = 1.5 * advantages + 0.7 * centred / max(known, deviation)
     policy = -(evaluation.log_prob.double() * total).mean().item()
     value = (evaluation.values[:-1] - returns).square().mean().item()
     int_value = (evaluation.int_values[:-1] - int_returns).square().mean().item()
