@@ -133,9 +133,9 @@ class Exploration(nn.Module):
     """
 
     advantage_deviation: float
-    """Of the intrinsic advantages of all updates so far; 0 before the first. It divides them, unless
-    their own is larger. The bonus itself persists from timestep to timestep and its value explains it, so what is left as
-    advantage is smaller than the entropy's pull."""
+    """Of the intrinsic advantages of all updates so far; 0 before the first. It divides them,
+    unless their own is larger. The bonus itself persists from timestep to timestep and its value
+    explains it, so what is left as advantage is smaller than the entropy's pull."""
 
     def __init__(
         self,
