@@ -194,7 +194,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def draw(curves: Sequence[Path], out: Path) -> None:
     """One panel for each of `SHOWN`, one line for each file."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (column, title) in zip(figure.subplots(1, 3), SHOWN.items(), strict=True):
         for path in curves:
             rows = [row for row in read_rows(path) if row[column]]
@@ -204,7 +204,8 @@ def draw(curves: Sequence[Path], out: Path) -> None:
         axes.grid(alpha=0.3)
         if column == "int_reward_raw":
             axes.set_yscale("log")
-    axes.legend(fontsize="small")
+    lines, names = axes.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(out, dpi=110)
 
 

@@ -454,7 +454,6 @@ def chosen(arguments: str) -> RunConfig:
 
 ORDINARY = {
     "frames": RunConfig.frames,
-    "learning_rate": RunConfig.learning_rate,
     "gamma": RunConfig.gamma,
     "anneal": RunConfig.anneal,
     "max_grad_norm": RunConfig.max_grad_norm,
@@ -533,7 +532,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
 
     run_here("--resume", str(run.path), "--frames", "960")
     assert run.config["intrinsic_reward"] == "snd" and run.config["gamma"] == 0.999
-    assert run.config["learning_rate"] == config_module.EXPLORING["learning_rate"]
+    assert run.config["max_grad_norm"] == config_module.EXPLORING["max_grad_norm"]
     last = run.rows[-1]
     for name in ("int_reward", "int_value_loss", "predictor_loss", "kept_demonstrations"):
         assert last[f"train/{name}"] != "", name
