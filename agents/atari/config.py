@@ -44,7 +44,7 @@ HARD_GAMES = {
 EXPLORED = {
     "montezuma_revenge": "0 for 3 million frames or more; our run on two cores took the first key "
     "after 2.9 million, and scored 12 to 89 on average from 6.5 to 9 million, where some games "
-    "open a door (400); one seed (results/atari.md)",
+    "open a door (400); one seed (results/montezuma.md)",
 }
 """What our own runs with a bonus reached."""
 

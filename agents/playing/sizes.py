@@ -58,7 +58,7 @@ def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> in
     """4, on a GPU a quarter of all games but at most 24, or what next below divides them.
 
     With an intrinsic reward half of all games but at most 32: it rewards every timestep, and small
-    updates follow its noise (results/atari.md).
+    updates follow its noise (results/montezuma.md).
     """
     if explores:
         wanted = min(32, max(SMALL_UPDATE, games // 2))
