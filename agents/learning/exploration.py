@@ -22,6 +22,7 @@ from ncrl.agents.learning.imitation import DemonstrationMemory, Kept
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import LstmState
+from ncrl.sb3 import EnginePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -237,9 +238,11 @@ class Exploration(nn.Module):
         else:
             self.memory.forget_recent()
 
-    def read(self, initial_state: LstmState) -> Kept | None:
-        """Windows of kept demonstrations, if there are any; see `DemonstrationMemory.read`."""
-        return None if self.memory is None else self.memory.read(self.n_steps, initial_state)
+    def read(self, policy: EnginePolicy, count: int) -> Kept | None:
+        """Windows of `count` demonstrations, if any are kept; see `DemonstrationMemory.read`."""
+        if self.memory is None or not len(self.memory):
+            return None
+        return self.memory.read(self.n_steps, policy.initial_state(count))
 
     def carry(self, lstm_state: LstmState) -> None:
         """The state behind those windows."""

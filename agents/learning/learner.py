@@ -134,7 +134,7 @@ class Learner:
         if steps == self.n_steps:  # what is kept is cut for it
             with self.stopwatch.phase("exploration"):
                 count = max(1, round(IMITATED_SHARE * width))
-                kept = self.exploration.read(self.policy.initial_state(count))
+                kept = self.exploration.read(self.policy, count)
         if rewards is None:
             return Lesson(part, kept=kept)
         deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)

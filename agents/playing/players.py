@@ -149,11 +149,10 @@ class WorkersPlayer:
             )
             if not on_row(outcome):
                 return None
-        width = range(self.width)
         return Batch(
             first_rows(batch, n_steps),
             first_rows(played, n_steps),
-            games=[delivery.worker * self.width + i for delivery in deliveries for i in width],
+            games=[d.worker * self.width + i for d in deliveries for i in range(self.width)],
             lags=[self.weights.version - delivery.played.version for delivery in deliveries],
         )
 
