@@ -456,6 +456,7 @@ ORDINARY = {
     "frames": RunConfig.frames,
     "gamma": RunConfig.gamma,
     "anneal": RunConfig.anneal,
+    "ent_coef": RunConfig.ent_coef,
     "max_grad_norm": RunConfig.max_grad_norm,
 }
 """What an intrinsic reward changes, as it is without."""
