@@ -12,6 +12,7 @@ from ncrl.agents.atari.config import RunConfig
 from ncrl.agents.atari.evaluate import evaluate
 from ncrl.agents.atari.summary import PROGRAM
 from ncrl.agents.atari.train import learn, prepare
+from ncrl.agents.playing.sizes import available_cores, learner_threads
 from ncrl.settings import add_flags, make_parser, parse, usage_error
 from ncrl.shell.hardware import keep_freed_memory
 from ncrl.shell.screen import Screen
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stop_signals(leave_at_once) as signals:
         try:
             if modes["evaluate"] is not None:
-                return evaluate(Path(modes["evaluate"]), flags, modes, screen)
+                # A few images at a time: threads would only wait for each other, beside a training
+                # six times as long.
+                with learner_threads(available_cores()):
+                    return evaluate(Path(modes["evaluate"]), flags, modes, screen)
             with prepare(flags, modes) as job:
                 return learn(job, screen, signals)
         except KeyboardInterrupt:
