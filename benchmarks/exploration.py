@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from common import print_header, print_row
 from gymnasium import spaces
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -196,6 +197,7 @@ def draw(curves: Sequence[Path], out: Path) -> None:
     """One panel for each of `SHOWN`, one line for each file."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (column, title) in zip(figure.subplots(1, 3), SHOWN.items(), strict=True):
+        axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         for path in curves:
             rows = [row for row in read_rows(path) if row[column]]
             frames = [float(row["frames"]) / 1e6 for row in rows]
