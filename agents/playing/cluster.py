@@ -195,12 +195,11 @@ class ActorPool(Pool[_Worker]):
             scheduling_strategy="SPREAD",
             concurrency_groups={"signs": 1},
         )
-        games = partial(
-            Games, spec.factory, spec.policy, spec.shape.n_envs, info_keywords=spec.info_keywords
-        )
-        profile = spec.profile is not None
         self._actor = partial(
-            remote(Actor).remote, make_games=games, shape=spec.shape, profile=profile
+            remote(Actor).remote,
+            make_games=spec.make_games(),
+            shape=spec.shape,
+            profile=spec.profile is not None,
         )
 
     def take(self, give_up: Callable[[], bool]) -> list[Delivery] | None:

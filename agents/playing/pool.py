@@ -79,13 +79,11 @@ class WorkerPool(Pool[_Worker]):
             tensor.share_memory_()
         self._worker_spec = WorkerSpec(
             seed=spec.seed,
-            factory=CloudpickleWrapper(spec.factory),
-            policy=CloudpickleWrapper(spec.policy),
+            make_games=CloudpickleWrapper(spec.make_games()),
             slots=slots,
             weights=weights,
             heartbeats=torch.zeros(spec.n_workers, dtype=torch.int64).share_memory_(),
             profile=spec.profile is not None,
-            info_keywords=spec.info_keywords,
         )
         self._free = [  # slots that each worker may be given
             deque(range(index, SLOTS_PER_WORKER * spec.n_workers, spec.n_workers))

@@ -12,11 +12,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
 from ncrl.agents.playing.env_sources import EnvFactory
-from ncrl.agents.playing.worker import Info, Played, PolicySpec
+from ncrl.agents.playing.worker import Games, Info, Played, PolicySpec
 from ncrl.agents.runs.profiling import Profile
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,12 @@ class PoolSpec(NamedTuple):
     limits: Limits
     profile: Profile | None = None
     info_keywords: Sequence[str] = ()
+
+    def make_games(self) -> Callable[..., Games]:
+        """What makes a worker's `Games`, given a seed and what only its process has."""
+        return partial(
+            Games, self.factory, self.policy, self.shape.n_envs, info_keywords=self.info_keywords
+        )
 
 
 WorkerT = TypeVar("WorkerT", bound=Incarnation)

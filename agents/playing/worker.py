@@ -70,13 +70,11 @@ class WorkerSpec:
     """Everything a worker process is given at its start."""
 
     seed: int  # of this incarnation; no other worker and no earlier incarnation had it
-    factory: CloudpickleWrapper  # of an `EnvFactory`, which pickle may not find in a notebook
-    policy: CloudpickleWrapper  # of a `PolicySpec`
+    make_games: CloudpickleWrapper  # of `PoolSpec.make_games()`: it may come from a notebook
     slots: Rollout  # rollouts in shared memory
     weights: SharedWeights
     heartbeats: Tensor  # [n_workers] in shared memory: steps played, each counts up its own
     profile: bool  # whether it measures where its time goes
-    info_keywords: Sequence[str]  # entries of infos that are reported for every timestep
     index: int = 0
 
 
@@ -168,14 +166,8 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
         return slot
 
     heartbeat = spec.heartbeats[spec.index]
-    games = Games(
-        spec.factory.var,
-        spec.policy.var,
-        spec.slots.rewards.shape[-1],
-        spec.seed,
-        info_keywords=spec.info_keywords,
-        stopwatch=stopwatch,
-        beat=lambda: heartbeat.add_(1),
+    games: Games = spec.make_games.var(
+        seed=spec.seed, stopwatch=stopwatch, beat=lambda: heartbeat.add_(1)
     )
     connection.send(Ready())
     slot = next_slot()
