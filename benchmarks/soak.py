@@ -27,10 +27,10 @@ from ncrl.envs import atari
 
 MIB = 2**20
 SHM = "/dev/shm"
-
 START_UP_SECONDS = 10.0
 """From the start of this process to the first timesteps that the workers deliver."""
 
+# What is looked at, and how much it may grow: absolutely, or relatively if that is more.
 TOLERANCES = {
     "RSS, MiB": (0.0, 0.03),  # of all processes; pages that they share count once in each
     "open files": (2.0, 0.0),
@@ -38,10 +38,7 @@ TOLERANCES = {
     "policy lag, updates": (0.25, 0.0),
     "ms per timestep": (0.0, 0.1),
 }
-"""What is looked at, and how much it may grow: absolutely, or relatively if that is more."""
-
-Sample = dict[str, float]
-"""By the names of `TOLERANCES`."""
+Sample = dict[str, float]  # by the names of `TOLERANCES`
 
 
 def main() -> None:
@@ -55,14 +52,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=None, help="one per core by default")
     parser.add_argument("--device", default="auto", help="of the learner")
     arguments = parser.parse_args()
-    model = build_a3c(
-        atari(arguments.game),
-        arguments.head,
-        arguments.encoder,
-        n_envs=arguments.n_envs,
-        n_workers=arguments.workers,
-        device=arguments.device,
-    )
+    sizes = {"n_envs": arguments.n_envs, "n_workers": arguments.workers}
+    game, head, encoder = atari(arguments.game), arguments.head, arguments.encoder
+    model = build_a3c(game, head, encoder, device=arguments.device, **sizes)
     if not model.n_workers:
         parser.error("--workers must be at least 1")
     print(
@@ -73,7 +65,7 @@ def main() -> None:
     watch = Watch(60 * arguments.minutes, arguments.interval)
     model.learn(10**12, callback=watch)
 
-    targets = [Target("start-up", watch.start_up, START_UP_SECONDS, at_least=False, unit="s")]
+    targets = [Target("start-up", watch.start_up, START_UP_SECONDS, unit="s")]
     targets += growth(watch.samples)
     print()
     print_targets(targets)
@@ -92,7 +84,7 @@ def growth(samples: Sequence[Sample]) -> Iterator[Target]:
             before = statistics.median(sample[name] for sample in kept[:third])
             after = statistics.median(sample[name] for sample in kept[-third:])
         allowed = max(absolute, relative * before)
-        yield Target(f"growth of {name}", after - before, allowed, at_least=False)
+        yield Target(f"growth of {name}", after - before, allowed)
 
 
 class Watch(BaseCallback):

@@ -17,7 +17,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,23 +57,13 @@ class Row(NamedTuple):
     most: float  # largest ratio of the steps' times that is good enough
     variant: str = "base"  # of the coded network
 
-    def experiments(self, everything: bool) -> Mapping[str, tuple[Recipe, Experiment]]:
+    def recipes(self) -> dict[str, Recipe]:
         """By the layer's name."""
-        recipes: dict[str, Recipe] = {}
         if self.name == SPLIT_MNIST:
-            for column in COLUMNS:
-                recipes[column.name] = plan(Cell("domain", "adam", column), {}).recipe
-        else:
-            for layer in LAYERS:
-                variant = self.variant if layer == "neurocoder" else "base"
-                flags = {"layer": [layer], "variant": [variant]}
-                recipes[layer] = plans(flags, self.config)[0].recipe
-        found = {}
-        for layer, recipe in recipes.items():
-            if everything or layer in (*PLAIN, *CODED):
-                torch.manual_seed(0)
-                found[layer] = recipe, self.make(recipe, 0, CPU)
-        return found
+            return {c.name: plan(Cell("domain", "adam", c), {}).recipe for c in COLUMNS}
+        variants = {layer: "base" for layer in LAYERS} | {"neurocoder": self.variant}
+        flags = {layer: {"layer": [layer], "variant": [v]} for layer, v in variants.items()}
+        return {layer: plans(own, self.config)[0].recipe for layer, own in flags.items()}
 
 
 def cifar(recipe: Recipe, seed: int, _device: torch.device) -> Experiment:
@@ -145,24 +135,23 @@ def main() -> None:
 def measure(row: Row, arguments: argparse.Namespace) -> list[Target]:
     """Print the time of every layer's step."""
     steps, batches = {}, {}
-    for layer, (recipe, experiment) in row.experiments(arguments.all).items():
-        experiment.model.train()
-        steps[layer] = Training(Run("", "", recipe, 0, CPU, Path()), experiment).step
-        batches[layer] = recipe.batch_size
+    for layer, recipe in row.recipes().items():
+        if arguments.all or layer in (*PLAIN, *CODED):
+            torch.manual_seed(0)
+            experiment = row.make(recipe, 0, CPU)
+            experiment.model.train()
+            steps[layer] = Training(Run("", "", recipe, 0, CPU, Path()), experiment).step
+            batches[layer] = recipe.batch_size
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     times = dict(zip(steps, medians(arguments.seconds, *steps.values(), clock=clock), strict=True))
     plain = next(times[layer] for layer in PLAIN if layer in times)
     for layer, ms in times.items():
         print_row(row.name, batches[layer], layer, f"{ms:.3g}", f"{ms / plain:.2f}")
-    return [
-        Target(f"step of {row.name}, {layer}", times[layer] / plain, row.most, at_least=False)
-        for layer in CODED
-        if layer in times
-    ]
+    coded = [layer for layer in CODED if layer in times]
+    return [Target(f"step of {row.name}, {x}", times[x] / plain, row.most) for x in coded]
 
 
 def chosen_columns(arguments: argparse.Namespace) -> list[Column]:
-    """Those of split MNIST's tables to measure."""
     return [column for column in COLUMNS if column.name in arguments.columns]
 
 
@@ -197,7 +186,7 @@ def measure_runs(arguments: argparse.Namespace) -> list[Target]:
                 seconds.append(train(run, experiment).seconds)
         print_row(column.name, *(f"{s:.1f}" for s in seconds))
         name = f"run of {column.name}, slowest method ({methods[seconds.index(max(seconds))]})"
-        targets.append(Target(name, max(seconds), MOST_SECONDS, at_least=False, unit="s"))
+        targets.append(Target(name, max(seconds), MOST_SECONDS, unit="s"))
     return targets
 
 

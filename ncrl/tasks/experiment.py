@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
-from ncrl.tasks.recipes import count_parameters
+from ncrl.tasks.recipes import Recipe, build_network, count_parameters
 
 EVALUATION_BATCH = 1000
+EVALUATE_EVERY = 100  # updates, where sequences are learnt
 
 
 class Experiment(ABC):
@@ -62,6 +63,27 @@ class Experiment(ABC):
 
     def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - see `state`
         """Take over what `state` returned."""
+
+
+class SequenceLearning(Experiment):
+    """A network that learns from new sequences in every update.
+
+    Raises:
+        ValueError: for a recipe of another network, or one without iterations.
+    """
+
+    network: str
+    """The name that the recipe has to give."""
+
+    def __init__(self, recipe: Recipe, seed: int, device: torch.device) -> None:
+        if recipe.iterations is None:
+            raise ValueError("the recipe does not say iterations; sequences know no epochs")
+        if recipe.network != self.network:
+            raise ValueError(f"the network must be {self.network!r}, got {recipe.network!r}")
+        self.model = build_network(recipe).to(device)
+        self.num_updates, self.batch_size = recipe.iterations, recipe.batch_size
+        self.evaluate_every = EVALUATE_EVERY
+        self.seed, self.device = seed, device
 
 
 def random_stream(seed: int, stream: str, index: int) -> torch.Generator:
@@ -129,27 +151,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def layer_inputs(model: nn.Module, kinds: Any, *inputs: Any) -> dict[str, tuple[Any, Tensor]]:
     """The outermost layers of some kinds that a model calls, by name, each with what it reads in
     all its calls, [N, in_features]; in eval mode without gradient."""
-    seen: dict[str, list[Tensor]] = {}
-    layers: dict[str, nn.Module] = {}
+    names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, kinds) and not any(name.startswith(f"{n}.") for n in layers):
-            layers[name] = module
+        if isinstance(module, kinds) and not any(name.startswith(f"{n}.") for n in names.values()):
+            names[module] = name
+    seen: dict[nn.Module, list[Tensor]] = {}
 
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            read = given[-1]  # the context, where there is one
-            seen.setdefault(name, []).append(read.reshape(-1, read.shape[-1]))
+    def keep(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        read = given[-1]  # the context, where there is one
+        seen.setdefault(layer, []).append(read.reshape(-1, read.shape[-1]))
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: (layers[name], torch.cat(calls)) for name, calls in seen.items()}
+    with contextlib.ExitStack() as hooks, evaluating(model):
+        for layer in names:
+            hooks.enter_context(layer.register_forward_pre_hook(keep))
+        model(*inputs)
+    return {names[layer]: (layer, torch.cat(calls)) for layer, calls in seen.items()}
 
 
 def describe_layers(

@@ -123,9 +123,13 @@ def train(run: Run, experiment: Experiment) -> Result:
     """
     training = Training(run, experiment)
     training.resume()
-    total = experiment.num_updates
-    with stop_signals() as stop, Progress(run.title, total, training.update) as progress:
-        training.loop(stop, progress)
+    with (
+        stop_signals() as stop,
+        Progress(run.title, experiment.num_updates, training.update) as progress,
+        # Points after the last checkpoint of a killed run are written again.
+        contextlib.closing(CurveWriter(run.folder, training.update + 1)) as writer,
+    ):
+        training.loop(stop, progress, writer)
     return training.finish()
 
 
@@ -145,32 +149,26 @@ class Training:
         self._began = self._saved = time.monotonic()
         self._save_seconds = 0.0
 
-    def loop(self, stop: StopSignals, progress: Progress) -> None:
+    def loop(self, stop: StopSignals, progress: Progress, writer: CurveWriter) -> None:
         """Update until the end or a signal; evaluate and save in between."""
-        with contextlib.ExitStack() as files:
-            writer: CurveWriter | None = None
-            self.model.train()
-            while self.update < self.experiment.num_updates:
-                self.step()
-                at_end = self.update == self.experiment.num_updates
-                if self.update % CHECK_EVERY == 0:
-                    self._check_losses()
-                    progress.show(self.update, self._mean_loss())
-                if self.update % self.experiment.evaluate_every == 0 or at_end:
-                    row = self._evaluate()
-                    if writer is None:
-                        # Points after the last checkpoint of a killed run are written again.
-                        writer = CurveWriter(self.run.folder, self.update)
-                        files.callback(writer.close)
-                    for name, value in row.items():
-                        if name != "update":
-                            writer.add(f"{self.run.task}/{name}", value, self.update)
-                    progress.measured(row)
-                if stop.exit_code:
-                    self.save()
-                    raise Stopped(stop.exit_code)
-                if not at_end and self._checkpoint_is_due():
-                    self.save()
+        self.model.train()
+        while self.update < self.experiment.num_updates:
+            self.step()
+            at_end = self.update == self.experiment.num_updates
+            if self.update % CHECK_EVERY == 0:
+                self._check_losses()
+                progress.show(self.update, self._mean_loss())
+            if self.update % self.experiment.evaluate_every == 0 or at_end:
+                row = self._evaluate()
+                for name, value in row.items():
+                    if name != "update":
+                        writer.add(f"{self.run.task}/{name}", value, self.update)
+                progress.measured(row)
+            if stop.exit_code:
+                self.save()
+                raise Stopped(stop.exit_code)
+            if not at_end and self._checkpoint_is_due():
+                self.save()
 
     def step(self) -> None:
         """One update."""
@@ -193,15 +191,12 @@ class Training:
         self.update += 1
 
     def _check_losses(self) -> None:
-        if not self.losses:
-            return
-        values = torch.stack(self.losses).tolist()
-        first = self.update - len(values)
+        values = torch.stack(self.losses).tolist() if self.losses else []
         self.losses.clear()
-        for offset, value in enumerate(values):
+        for update, value in enumerate(values, self.update - len(values)):
             if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"{self.run.title}: the loss of update {first + offset} is {value}; lower "
+                    f"{self.run.title}: the loss of update {update} is {value}; lower "
                     f"learning_rate ({self.recipe.learning_rate:g}) or set max_grad_norm "
                     f"({self.recipe.max_grad_norm})"
                 )
@@ -228,7 +223,6 @@ class Training:
             metrics[f"best_{name}"] = max(values) if choose == "max" else min(values)
         with evaluating(self.model):
             details = experiment.report()
-        what = identity(run.recipe, experiment)
         result = Result(
             task=run.task,
             name=run.name,
@@ -236,11 +230,9 @@ class Training:
             layer=run.recipe.layer,
             parameters=count_parameters(self.model),
             metrics=metrics,
-            data=experiment.data,
             updates=self.update,
             seconds=round(self._elapsed(), 2),
-            recipe=what["recipe"],
-            readings=what["readings"],
+            **identity(run.recipe, experiment),
             details=details,
             labels=dict(run.labels),
             curve=self.curve,
@@ -285,17 +277,18 @@ class Training:
         path = self.run.folder / CHECKPOINT_FILE
         if not os.path.lexists(path):
             return
+        anew = "delete it to start anew"
         try:
             state = read_tensors(path, CHECKPOINT_SIZE * size_of(self.model))
         except ValueError as error:
-            raise ValueError(f"{error}; delete it to start anew") from error
+            raise ValueError(f"{error}; {anew}") from error
         if not isinstance(state, dict) or state.get("identity") != self._mark():
-            raise ValueError(f"{path} is no checkpoint of this run; delete it to start anew")
+            raise ValueError(f"{path} is no checkpoint of this run; {anew}")
         try:
             self._restore(state)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path} cannot be used: {reason}; delete it to start anew") from error
+            raise ValueError(f"{path} cannot be used: {reason}; {anew}") from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         update = state["update"]

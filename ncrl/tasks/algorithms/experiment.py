@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from ncrl.shell.screen import say
 from ncrl.tasks.algorithms.data import NUM_BITS, NUM_INPUTS, TASKS, Algorithms, algorithms
 from ncrl.tasks.command import Session, run_command, task_parser
-from ncrl.tasks.experiment import Experiment, describe_layers, random_stream
+from ncrl.tasks.experiment import SequenceLearning, describe_layers, random_stream
 from ncrl.tasks.figures import draw_curves, save_figure
 from ncrl.tasks.models.recurrent import Ntm
-from ncrl.tasks.recipes import Recipe, build_network
+from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import Result, by_name, results_table
 
 CONFIG = "algorithms.yaml"
@@ -30,7 +30,6 @@ VARIANTS = ("linear", "hypernet", "film", "nsm", "base")  # what the paper compa
 TRAINED_TASKS = 4
 TESTED_TASKS = (4, 8)  # n, how many algorithms are asked for in a sequence
 TEST_SEQUENCES = 256
-EVALUATE_EVERY = 100
 REPORT_SEQUENCES = 8  # test sequences on which the layers are described
 GUESSING = 50.0  # per cent of the bits that are wrong by chance
 # As the paper writes them.
@@ -41,20 +40,18 @@ LAYER_NAMES: Mapping[str, str] = {
 PAPER = "lowest error at n=4 and alone in generalising to n=8 (Fig. 6, no number printed)"
 
 
-class MultiAlgorithm(Experiment):
+class MultiAlgorithm(SequenceLearning):
     """A Neural Turing machine that learns n algorithms at once, on new sequences every time."""
 
+    network = "ntm"
+    model: Ntm
+
     def __init__(self, recipe: Recipe, seed: int, device: torch.device) -> None:
-        if recipe.iterations is None:
-            raise ValueError("the recipe does not say iterations; sequences know no epochs")
-        model = build_network(recipe).to(device)
-        if not isinstance(model, Ntm):
-            raise ValueError(f"the network must be 'ntm', got {recipe.network!r}")
-        in_features = model.controller.input_size - model.read_start.shape[0]
+        super().__init__(recipe, seed, device)
+        in_features = self.model.controller.input_size - self.model.read_start.shape[0]
         if in_features != NUM_INPUTS:
             raise ValueError(f"in_features must be {NUM_INPUTS}, got {in_features}")
-        self.model = model
-        self.num_outputs = model.output.out_features
+        self.num_outputs = self.model.output.out_features
         self.data = f"algorithms, n = {TRAINED_TASKS}"
         self.readings = {
             "identity": "one of four bits and both channels",
@@ -64,23 +61,18 @@ class MultiAlgorithm(Experiment):
             "loss": "cross-entropy of all outputs while answers are given",
         }
         self.best = {f"error_n{n}": "min" for n in TESTED_TASKS}
-        self.num_updates, self.evaluate_every = recipe.iterations, EVALUATE_EVERY
-        self.seed, self.device, self.batch_size = seed, device, recipe.batch_size
         self.test = {
             n: self.generate(TEST_SEQUENCES, n, random_stream(0, "test", n)) for n in TESTED_TASKS
         }
 
-    def generate(
-        self, num_sequences: int, num_tasks: int, generator: torch.Generator
-    ) -> Algorithms:
+    def generate(self, number: int, num_tasks: int, generator: torch.Generator) -> Algorithms:
         """Sequences for the network, on its device."""
-        made = algorithms(num_sequences, num_tasks, generator, num_outputs=self.num_outputs)
+        made = algorithms(number, num_tasks, generator, num_outputs=self.num_outputs)
         return Algorithms(*(tensor.to(self.device) for tensor in made))
 
     def loss(self, update: int) -> Tensor:
-        batch = self.generate(
-            self.batch_size, TRAINED_TASKS, random_stream(self.seed, "train", update)
-        )
+        stream = random_stream(self.seed, "train", update)
+        batch = self.generate(self.batch_size, TRAINED_TASKS, stream)
         logits, _ = self.model(batch.inputs)
         asked = (batch.task >= 0).float()
         total = F.binary_cross_entropy_with_logits(
@@ -101,9 +93,10 @@ class MultiAlgorithm(Experiment):
 
     def report(self) -> dict[str, Any]:
         """Errors of every algorithm at every n, and what the layers do."""
-        details: dict[str, Any] = {}
-        for n, test in self.test.items():
-            details[f"errors_n{n}"] = bit_errors(self.model(test.inputs)[0], test)
+        details: dict[str, Any] = {
+            f"errors_n{n}": bit_errors(self.model(test.inputs)[0], test)
+            for n, test in self.test.items()
+        }
         test = self.test[TRAINED_TASKS]
         goes_on = (test.task >= 0).flip(0).cummax(0).values.flip(0)  # an answer is still to come
         inputs, counted = (part[:, :REPORT_SEQUENCES] for part in (test.inputs, goes_on))
@@ -125,8 +118,7 @@ def bit_errors(logits: Tensor, test: Algorithms) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = task_parser("algorithms", __doc__)
-    return run_command("algorithms", parser, arguments, work)
+    return run_command("algorithms", task_parser("algorithms", __doc__), arguments, work)
 
 
 def work(session: Session) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,23 @@ from torch.nn import functional as F
 from ncrl import NeurocoderLinear
 from ncrl.shell.screen import say
 from ncrl.tasks.command import Session, run_command, task_parser
-from ncrl.tasks.experiment import Experiment, describe_layers, mutual_information, random_stream
+from ncrl.tasks.experiment import (
+    SequenceLearning,
+    describe_layers,
+    mutual_information,
+    random_stream,
+)
 from ncrl.tasks.figures import draw_attention, draw_curves, save_figure
 from ncrl.tasks.models.recurrent import GruRegressor
 from ncrl.tasks.polynomial import data
 from ncrl.tasks.polynomial.data import NUM_CHUNKS, NUM_POINTS, Sequences
-from ncrl.tasks.recipes import Recipe, build_network
+from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.results import Result, results_table
 
 CONFIG = "polynomial.yaml"
 VARIANTS = ("linear", "hypernet", "film", "j1", "base", "no_usage")  # what the paper compares
 LARGEST_STEP = 0.02  # the top of the scale of attention is rounded up to a multiple of this
 TEST_SEQUENCES = 512
-EVALUATE_EVERY = 100
 REPORT_SEQUENCES = 8  # test sequences on which the layers are described
 SOLVED = 0.1  # share of the error of predicting zero below which a chunk counts as predicted
 # What it says of Fig. 5, which has no numbers, by the variant.
@@ -47,9 +50,10 @@ PAPER = {
 }
 
 
-class Polynomials(Experiment):
+class Polynomials(SequenceLearning):
     """A network that predicts y_t from x_t and the true y_{t-1}, on new sequences every time."""
 
+    network = "gru"
     model: GruRegressor
 
     def __init__(
@@ -61,14 +65,10 @@ class Polynomials(Experiment):
         num_chunks: int = NUM_CHUNKS,
         noise: float = 0.0,
     ) -> None:
-        if recipe.iterations is None:
-            raise ValueError("the recipe does not say iterations; sequences know no epochs")
-        model = build_network(recipe).to(device)
-        if not isinstance(model, GruRegressor):
-            raise ValueError(f"the network must be 'gru', got {recipe.network!r}")
-        self.model, self.layer = model, model.output
+        super().__init__(recipe, seed, device)
+        self.layer = self.model.output
         for name, size, expected in (
-            ("in_features", model.gru.input_size, 2),  # x_t and y_{t-1}
+            ("in_features", self.model.gru.input_size, 2),  # x_t and y_{t-1}
             ("num_outputs", self.layer.out_features, 1),
         ):
             if size != expected:
@@ -83,21 +83,19 @@ class Polynomials(Experiment):
             "noise": "standard deviation, part of inputs and targets",
         }
         self.best = {chunk_error(noise): "min"}
-        self.num_updates, self.evaluate_every = recipe.iterations, EVALUATE_EVERY
-        self.seed, self.device, self.batch_size = seed, device, recipe.batch_size
-        self.generate = partial(data.polynomials, num_chunks=num_chunks, noise=noise)
         self.num_chunks, self.noise = num_chunks, noise
-        self.test = self._on_device(self.generate(TEST_SEQUENCES, random_stream(0, "test", 0)))
+        self.test = self.generate(TEST_SEQUENCES, random_stream(0, "test", 0))
         chunk, place, _ = data.layout(NUM_POINTS, num_chunks)
         self.chunk = chunk.to(device)  # [T]
         self.inside = (place >= data.UNPREDICTABLE).to(device)  # [T]
 
-    def _on_device(self, sequences: Sequences) -> Sequences:
-        return Sequences(*(tensor.to(self.device) for tensor in sequences))
+    def generate(self, number: int, generator: torch.Generator) -> Sequences:
+        """Sequences for the network, on its device."""
+        made = data.polynomials(number, generator, num_chunks=self.num_chunks, noise=self.noise)
+        return Sequences(*(tensor.to(self.device) for tensor in made))
 
     def loss(self, update: int) -> Tensor:
         batch = self.generate(self.batch_size, random_stream(self.seed, "train", update))
-        batch = self._on_device(batch)
         predictions, _ = self.model(batch.inputs)
         loss: Tensor = (predictions - batch.targets).square().mean()
         return loss

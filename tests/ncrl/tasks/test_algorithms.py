@@ -270,7 +270,7 @@ def test_the_loss_falls(
     variant: str, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Towards what knowing the ends of answers gives, for lack of time for more."""
-    monkeypatch.setattr(command, "EVALUATE_EVERY", 5)
+    monkeypatch.setattr(experiments, "EVALUATE_EVERY", 5)
     words = ["--variant", variant, "--iterations", "30", "--learning-rate", "0.01"]
     assert command.main([*small, *words, "--batch-size", "4"]) == 0
     (row,) = read_results(tmp_path / "runs")
