@@ -517,6 +517,25 @@ def test_flags_of_the_bonus_reach_the_model() -> None:
     assert isinstance(count.exploration.source, PseudoCount)
 
 
+def test_an_evaluation_has_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two wait for each other beside a training, and gain nothing with a few images."""
+    seen = []
+
+    def evaluate(*_: object) -> int:
+        seen.append(torch.get_num_threads())
+        return 0
+
+    monkeypatch.setattr(ncrl.agents.atari.command, "evaluate", evaluate)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run_here("--evaluate", str(tmp_path))
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
