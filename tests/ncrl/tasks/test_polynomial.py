@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncrl.tasks import experiment
+from ncrl.tasks import experiment as experiments
 from ncrl.tasks.experiment import mutual_information
 from ncrl.tasks.polynomial import experiment as polynomial
 from ncrl.tasks.polynomial.data import layout, polynomials
@@ -190,7 +190,7 @@ SMALL = ("--iterations", "4", "--batch-size", "8", "--threads", "1", "--device",
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Flags of a run of a second or two."""
     monkeypatch.setattr(polynomial, "TEST_SEQUENCES", 4)
-    monkeypatch.setattr(experiment, "EVALUATE_EVERY", 2)
+    monkeypatch.setattr(experiments, "EVALUATE_EVERY", 2)
     return [*SMALL, "--logdir", str(tmp_path / "runs")]
 
 
