@@ -1,7 +1,7 @@
 """Which settings compose programs that differ and have a rank above 1, and what these are worth.
 
 Two tasks of seconds: MNIST digits from pixels, and policies that learn which of 18 actions belongs
-to which of 18 observations (`policy_heads.py`). Beside the layer stand static controls.
+to which of 18 observations (`policy_heads.py`). Beside the layer stand static and other controls.
 
     python benchmarks/programs.py --data-dir ~/data --seeds 0 1 2
     python benchmarks/programs.py --data-dir ~/data --tasks digits --only linear chosen
@@ -16,14 +16,15 @@ import datetime
 import itertools
 import os
 import re
-import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-import policy_heads
 import torch
+from policy_heads import NUM_ACTIONS, NUM_ENVS, PARTS, Rewards
 from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
@@ -42,16 +43,19 @@ from ncrl.shell.hardware import hardware, versions
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.experiment import evaluating, mutual_information
+from ncrl.tasks.polynomial.experiment import count_pairs
 from ncrl.tasks.recipes import Recipe, count_parameters
 from ncrl.tasks.results import Result, command_line, write_result
 from ncrl.tasks.training import Run, train
 
-TIMESTEPS, NUM_ACTIONS, NUM_ENVS = 16_000, policy_heads.NUM_ACTIONS, policy_heads.NUM_ENVS
-TASKS = {"digits": 3e-3, "digits, 1e-3": 1e-3, "actions": 3e-3, "actions, 1e-2": 1e-2}
+TASKS = {
+    **{"digits": 3e-3, "digits, 1e-3": 1e-3},
+    **{"actions": 3e-3, "actions, 1e-2": 1e-2, "actions, 3e-2": 3e-2},
+}
 """Learning rates of Adam."""
 
-PROGRAMS = 500
-"""Inputs whose programs are built in full."""
+TIMESTEPS = 16_000
+PROGRAMS = 500  # inputs whose programs are built in full
 
 BASE: dict[str, Any] = {
     "num_slots": 30, "num_heads": 5, "num_least_used": 0, "key_dim": 8, "controller_size": 16,
@@ -60,140 +64,126 @@ BASE: dict[str, Any] = {
 CHOSEN = BASE | {"num_heads": 10, "sharpness": 10.0, "controller": "linear"}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A kind of layer, and levers that layers have not got themselves."""
+class Setting(NamedTuple):
+    """A kind of layer (`mlp`: with as many numbers as `CHOSEN`), and levers beside its options."""
 
-    layer: str = "neurocoder"
-    """Of `ncrl.layers.LAYERS`; or `lowrank`; or `mlp`, with as many numbers as `CHOSEN`."""
-    options: dict[str, Any] = field(default_factory=dict)
-    final_sharpness: float | None = None
-    """What the sharpness rises to, by the same factor each update."""
-    balance: float = 0.0
-    """Weight of `balance_loss`."""
-    orthogonal_keys: float = 0.0
-    """Weight of how far keys are from orthonormal."""
-    standardise: bool = False
-    """Whether programs are composed from each input's numbers at mean 0 and variance 1."""
+    layer: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    final_sharpness: float | None = None  # what it rises to, by the same factor each update
+    balance: float = 0.0  # weight of `balance_loss`
+    orthogonal_keys: float = 0.0  # weight of how far keys are from orthonormal
+    standardise: bool = False  # compose from each input's numbers at mean 0 and variance 1
 
 
-def coded(base: dict[str, Any], levers: dict[str, Any] | None = None, **options: Any) -> Setting:
-    """A Neurocoder layer's setting."""
-    return Setting(options=base | options, **(levers or {}))
+def plain(setting: Setting) -> dict[str, Any]:
+    """Plain values, as rows have them."""
+    return setting._asdict() | {"options": dict(setting.options)}
 
 
-def around(base: dict[str, Any], name: str, rising: tuple[float, float]) -> dict[str, Setting]:
-    """A setting and what each lever makes of it."""
+def levers(name: str, base: dict[str, Any], low: float, high: float) -> dict[str, Setting]:
+    """A setting and what each lever makes of it; a rising sharpness goes from `low` to `high`."""
+    setting = Setting("neurocoder", base)
     return {
-        name: coded(base),
-        f"{name}, rising": coded(base, {"final_sharpness": rising[1]}, sharpness=rising[0]),
-        f"{name}, balance": coded(base, {"balance": 0.1}),
-        f"{name}, orthogonal keys": coded(base, {"orthogonal_keys": 0.01}, key_dim=32),
-        f"{name}, standardised": coded(base, {"standardise": True}),
-        f"{name}, residual": coded(base, residual=True),
+        name: setting,
+        f"{name}, rising": Setting("neurocoder", base | {"sharpness": low}, final_sharpness=high),
+        f"{name}, balance": setting._replace(balance=0.1),
+        f"{name}, orthogonal keys": Setting(
+            "neurocoder", base | {"key_dim": 32}, orthogonal_keys=0.01
+        ),
+        f"{name}, standardised": setting._replace(standardise=True),
+        f"{name}, residual": Setting("neurocoder", base | {"residual": True}),
     }
 
 
-SETTINGS: dict[str, Setting] = {
+PROJECTION = {"controller": "projection", "key_dim": 16, "sharpness": 10.0}
+SETTINGS = {
     "linear": Setting("linear", {"bias": True}),
     "rank 4": Setting("lowrank", {"rank": 4}),
-    "mlp": Setting("mlp"),
-    "film": Setting("film"),
-    "hypernet": Setting("hypernet"),
-    **{f"lstm {b:g}": coded(BASE, sharpness=b) for b in (1.0, 20.0)},
-    **around(BASE | {"sharpness": 10.0}, "lstm 10", (1.0, 20.0)),
-    "random projection": coded(BASE, sharpness=10.0, controller="projection", key_dim=16),
-    "linear controller, 5 heads": coded(CHOSEN, num_heads=5),
-    **around(CHOSEN, "chosen", (5.0, 20.0)),
+    **{name: Setting(name) for name in ("mlp", "film", "hypernet")},
+    **{f"lstm {b:g}": Setting("neurocoder", BASE | {"sharpness": b}) for b in (1.0, 20.0)},
+    **levers("lstm 10", BASE | {"sharpness": 10.0}, 1, 20),
+    "random projection": Setting("neurocoder", BASE | PROJECTION),
+    "linear controller, 5 heads": Setting("neurocoder", CHOSEN | {"num_heads": 5}),
+    **levers("chosen", CHOSEN, 5, 20),
 }
 
 
 class Head(nn.Module):
     """An output layer with the levers of its setting."""
 
-    def __init__(self, setting: Setting, in_features: int, out_features: int) -> None:
+    def __init__(self, setting: Setting, *sizes: int) -> None:
         super().__init__()
-        self.setting, sizes = setting, (in_features, out_features)
-        options = setting.options
+        self.setting = setting
         if setting.layer == "mlp":
             with torch.device("meta"):
                 numbers = count_parameters(NeurocoderLinear(*sizes, **CHOSEN))
-            width = round((numbers - out_features) / (sum(sizes) + 1))
-            parts = nn.Linear(in_features, width), nn.ReLU(), nn.Linear(width, out_features)
+            width = round((numbers - sizes[1]) / (sum(sizes) + 1))
+            parts = nn.Linear(sizes[0], width), nn.ReLU(), nn.Linear(width, sizes[1])
             self.layer: nn.Module = nn.Sequential(*parts)
         elif setting.layer == "lowrank":
-            self.layer = LowRankLinear(*sizes, **options)
+            self.layer = LowRankLinear(*sizes, **setting.options)
         else:
-            read = {"context_features": in_features} if setting.standardise else {}
-            self.layer = make_layer(setting.layer, *sizes, **options, **read)
+            read = {"context_features": sizes[0]} if setting.standardise else {}
+            self.layer = make_layer(setting.layer, *sizes, **setting.options, **read)
 
     def description(self, x: Tensor) -> Tensor:
         """What programs are composed from, for inputs [B, in]."""
         return F.layer_norm(x, x.shape[-1:]) if self.setting.standardise else x
 
     def forward(self, x: Tensor) -> Tensor:
-        read = [self.description(x)] if self.setting.standardise else []
-        y: Tensor = self.layer(x, *read)
+        y: Tensor = self.layer(x, *([self.description(x)] if self.setting.standardise else []))
         return with_gradient_of(self.loss(x), y) if self.training else y
 
     def loss(self, x: Tensor) -> Tensor | None:
         """What the levers add to the loss, a scalar."""
-        setting, layer = self.setting, self.layer
+        if not isinstance(self.layer, NeurocoderLinear):
+            return None
         terms = []
-        if setting.balance and isinstance(layer, NeurocoderLinear):
-            attention = torch.stack(layer.attend(self.description(x)))
-            terms.append(setting.balance * balance_loss(attention))
-        if setting.orthogonal_keys and isinstance(layer, NeurocoderLinear):
-            keys = F.normalize(layer.memory.keys(), dim=2)
-            terms.append(setting.orthogonal_keys * distances_from_orthonormal(list(keys)).sum())
+        if self.setting.balance:
+            attention = torch.stack(self.layer.attend(self.description(x)))
+            terms.append(self.setting.balance * balance_loss(attention))
+        if self.setting.orthogonal_keys:
+            keys = distances_from_orthonormal(list(F.normalize(self.layer.memory.keys(), dim=2)))
+            terms.append(self.setting.orthogonal_keys * keys.sum())
         return torch.stack(terms).sum() if terms else None
 
     def sharpen(self, done: float) -> None:
         """Set the sharpness for what share of the training is done."""
-        end = self.setting.final_sharpness
-        if end is not None and isinstance(self.layer, NeurocoderLinear):
+        if self.setting.final_sharpness and isinstance(self.layer, NeurocoderLinear):
             start, composition = self.setting.options["sharpness"], self.layer.composition
-            sharpness = start * (end / start) ** done
+            sharpness = start * (self.setting.final_sharpness / start) ** done
             composition.config = replace(composition.config, sharpness=sharpness)
 
 
 def balance_loss(attention: Tensor) -> Tensor:
     """How unequally slots are attended to, for attention [3, B, R, P]: squared coefficient of
     variation over slots of the mean over inputs, the mean over memories and components."""
-    used = attention.mean(1).flatten(0, 1)  # [3 R, P]
-    return torch.stack([cv_squared(amounts) for amounts in used]).mean()
+    return torch.stack([cv_squared(used) for used in attention.mean(1).flatten(0, 1)]).mean()
 
 
 def measure(head: Head, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """What a head's programs are for inputs [N, in] of classes [N], none for kinds without:
+    """What a head's programs are for inputs [N, in] of classes [N], nothing for other layers:
     mean effective rank; `varies`, the share of their squared norm that is not their mean's; bits
     that a component's top slot tells about the class, mean and best; and per cent right, were all
-    programs replaced by their mean or each by its best approximation of rank 1."""
+    programs replaced by their mean, or each by its best approximation of rank 1."""
     layer, read = head.layer, head.description(x)
     if not isinstance(layer, NeurocoderLinear):
         return {}
-    few, classes = spread(x, PROGRAMS), spread(labels, PROGRAMS)
-    programs = layer.program(spread(read, PROGRAMS))  # [n, in, out]
+    few, classes, read_few = (spread(values, PROGRAMS) for values in (x, labels, read))
+    programs = layer.program(read_few)  # [n, in, out]
     mean, energy = programs.mean(0), programs.square().sum((1, 2)).mean()
     u, s, vh = torch.linalg.svd(programs, full_matrices=False)
     first = u[:, :, :1] * s[:, None, :1] @ vh[:, :1]
-    tops = layer.attend(read).u.argmax(2)  # [N, R]
-    counts = torch.zeros(tops.shape[1], int(labels.max()) + 1, layer.config.num_slots)
-    for component, top in zip(counts, tops.T, strict=True):
-        component.index_put_((labels, top), torch.tensor(1.0), accumulate=True)
-    bits = mutual_information(counts)
-
-    def right(outputs: Tensor) -> float:
-        assert layer.bias is not None
-        return 100 * float(((outputs + layer.bias).argmax(1) == classes).float().mean())
-
+    tops = layer.attend(read).u.argmax(2).T  # [R, N]
+    bits = mutual_information(count_pairs(labels.expand(tops.shape), tops))
+    bias = layer.bias if layer.bias is not None else 0.0
+    answers = few @ mean + bias, torch.bmm(few.unsqueeze(1), first).squeeze(1) + bias
+    right = [100 * float((answer.argmax(1) == classes).float().mean()) for answer in answers]
     return {
-        "rank": float(participation_ratio(layer.active_program(spread(read, PROGRAMS))).mean()),
+        "rank": float(participation_ratio(layer.active_program(read_few)).mean()),
         "varies": float(1 - mean.square().sum() / energy),
-        "bits": float(bits.mean()),
-        "best_bits": float(bits.max()),
-        "one_program": right(few @ mean),
-        "rank_1": right(torch.bmm(few.unsqueeze(1), first).squeeze(1)),
+        **{"bits": float(bits.mean()), "best_bits": float(bits.max())},
+        **{"one_program": right[0], "rank_1": right[1]},
     }
 
 
@@ -201,7 +191,7 @@ class Digits(Classification):
     """MNIST classified by a head."""
 
     def __init__(self, setting: Setting, recipe: Recipe, images: Images, seed: int) -> None:
-        super().__init__(recipe, images, seed, readings={"setting": asdict(setting)})
+        super().__init__(recipe, images, seed, readings={"setting": plain(setting)})
         self.head = Head(setting, 784, 10)
         self.model = nn.Sequential(nn.Flatten(), self.head)
 
@@ -215,15 +205,13 @@ class Digits(Classification):
 
 def recipe_of(setting: Setting, rate: float) -> Recipe:
     """How a head learns digits."""
-    kind = setting.layer if setting.layer in LAYERS else "linear"
-    options = setting.options if kind == setting.layer else {}
+    known = setting.layer in LAYERS
+    layer, options = (setting.layer, dict(setting.options)) if known else ("linear", {})
     network = {"in_features": 784, "hidden": [], "num_outputs": 10}
-    return Recipe(
-        "mnist", "mlp", network, kind, options, learning_rate=rate, schedule="steps", epochs=3
-    )
+    return Recipe("mnist", "mlp", network, layer, options, "adam", rate, "steps", epochs=3)
 
 
-class Actions(policy_heads.Rewards):
+class Actions(Rewards):
     """Notes rewards and sets the heads' sharpness."""
 
     def _on_rollout_start(self) -> None:
@@ -241,28 +229,24 @@ def learn_actions(run: Run, setting: Setting) -> Result:
 
     options = {"net_arch": [64], "head": "neurocoder", "optimizer_class": torch.optim.Adam}
     env = DummyVecEnv([lambda: IdentityEnv(NUM_ACTIONS, ep_length=10)] * NUM_ENVS)
+    rate, rewards, began = run.recipe.learning_rate, Actions(), time.monotonic()
     model = A3C(
-        Policy, env, n_steps=5, learning_rate=run.recipe.learning_rate, gamma=0.4, orth_coef=0.0, seed=run.seed,
+        Policy, env, n_steps=5, learning_rate=rate, gamma=0.4, orth_coef=0.0, seed=run.seed,
         device="cpu", policy_kwargs=options,
     )  # fmt: skip
-    rewards, began = Actions(), time.monotonic()
     model.learn(TIMESTEPS, callback=rewards)
-    seconds = round(time.monotonic() - began, 2)
     policy, observations = model.policy, torch.arange(NUM_ACTIONS)
     with evaluating(policy):
         latent = policy.mlp_extractor.forward_actor(policy.extract_features(observations))
         measured = measure(policy.action_net, latent, observations)
-    parts = torch.tensor(rewards.means).view(policy_heads.PARTS, -1)
-    share: list[float] = (100 * parts.mean(1)).tolist()
-    rate = run.recipe.learning_rate
+    parts = 100 * torch.tensor(rewards.means).view(PARTS, -1).mean(1)
+    curve = [{"update": i + 1, "accuracy": part} for i, part in enumerate(parts.tolist())]
     result = Result(
-        task=run.task, name=run.name, seed=run.seed, layer=setting.layer,
-        parameters=count_parameters(policy.action_net),
-        metrics={"accuracy": statistics.fmean(share), "last": share[-1], **measured},
-        data="18 observations", updates=model._n_updates, seconds=seconds,
-        recipe={"timesteps": TIMESTEPS, "learning_rate": rate}, readings={"setting": asdict(setting)},
-        curve=[{"update": i + 1, "accuracy": value} for i, value in enumerate(share)],
-        command=command_line(), hardware=hardware(run.device), versions=versions(),
+        run.task, run.name, run.seed, setting.layer, count_parameters(policy.action_net),
+        {"accuracy": float(parts.mean()), "last": float(parts[-1]), **measured}, "18 observations",
+        model._n_updates, round(time.monotonic() - began, 2),
+        {"timesteps": TIMESTEPS, "learning_rate": rate}, {"setting": plain(setting)},
+        curve=curve, command=command_line(), hardware=hardware(run.device), versions=versions(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip
     write_result(run.folder, result)
