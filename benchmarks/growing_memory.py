@@ -39,8 +39,8 @@ SIZES = (5, 20, 50)
 STEP = 15.0
 """Degrees by which each of ten tasks of all digits is turned further than the one before."""
 
-RETURNED = 100
-"""Images of the first two tasks when they come back."""
+RETURNED, TIMES = 100, 60
+"""Images of the first two tasks when they come back, and how often each is in an epoch."""
 
 FEW_UPDATES = 188
 """Of each task at least, however few its images: half as many as all of its images give."""
@@ -145,7 +145,11 @@ def with_replay(tasks: list[Task]) -> list[Task]:
 
 def returning(tasks: list[Task]) -> list[Task]:
     """All tasks, and then few images of the first two."""
-    return [*tasks, *fewer(tasks[:2], RETURNED)]
+    few = fewer(tasks[:2], RETURNED)
+    again = [
+        t._replace(images=t.images.repeat(TIMES, 1), labels=t.labels.repeat(TIMES)) for t in few
+    ]
+    return [*tasks, *again]
 
 
 def turned(data: Images, count: int = 10) -> list[Task]:

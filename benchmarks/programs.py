@@ -111,20 +111,20 @@ SETTINGS = {
 class Head(nn.Module):
     """An output layer with the levers of its setting."""
 
-    def __init__(self, setting: Setting, *sizes: int) -> None:
+    def __init__(self, setting: Setting, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.setting = setting
+        self.setting, sizes = setting, (in_features, out_features)
         if setting.layer == "mlp":
             with torch.device("meta"):
                 numbers = count_parameters(NeurocoderLinear(*sizes, **CHOSEN))
-            width = round((numbers - sizes[1]) / (sum(sizes) + 1))
-            parts = nn.Linear(sizes[0], width), nn.ReLU(), nn.Linear(width, sizes[1])
+            width = round((numbers - out_features) / (sum(sizes) + 1))
+            parts = nn.Linear(in_features, width), nn.ReLU(), nn.Linear(width, out_features)
             self.layer: nn.Module = nn.Sequential(*parts)
         elif setting.layer == "lowrank":
             self.layer = LowRankLinear(*sizes, **setting.options)
         else:
-            read = {"context_features": sizes[0]} if setting.standardise else {}
-            self.layer = make_layer(setting.layer, *sizes, **setting.options, **read)
+            read: dict[str, Any] = {"context_features": in_features} if setting.standardise else {}
+            self.layer = make_layer(setting.layer, *sizes, **{**setting.options, **read})
 
     def description(self, x: Tensor) -> Tensor:
         """What programs are composed from, for inputs [B, in]."""
@@ -216,6 +216,7 @@ class Actions(Rewards):
 
     def _on_rollout_start(self) -> None:
         for head in (self.model.policy.action_net, self.model.policy.value_net):
+            assert isinstance(head, Head)
             head.sharpen(min(1.0, self.num_timesteps / TIMESTEPS))
 
 
@@ -235,14 +236,16 @@ def learn_actions(run: Run, setting: Setting) -> Result:
         device="cpu", policy_kwargs=options,
     )  # fmt: skip
     model.learn(TIMESTEPS, callback=rewards)
-    policy, observations = model.policy, torch.arange(NUM_ACTIONS)
+    policy, observations, head = model.policy, torch.arange(NUM_ACTIONS), model.policy.action_net
+    assert isinstance(head, Head)
     with evaluating(policy):
-        latent = policy.mlp_extractor.forward_actor(policy.extract_features(observations))
-        measured = measure(policy.action_net, latent, observations)
+        features = policy.extract_features(observations)
+        assert isinstance(features, Tensor)  # actor and critic share them
+        measured = measure(head, policy.mlp_extractor.forward_actor(features), observations)
     parts = 100 * torch.tensor(rewards.means).view(PARTS, -1).mean(1)
     curve = [{"update": i + 1, "accuracy": part} for i, part in enumerate(parts.tolist())]
     result = Result(
-        run.task, run.name, run.seed, setting.layer, count_parameters(policy.action_net),
+        run.task, run.name, run.seed, setting.layer, count_parameters(head),
         {"accuracy": float(parts.mean()), "last": float(parts[-1]), **measured}, "18 observations",
         model._n_updates, round(time.monotonic() - began, 2),
         {"timesteps": TIMESTEPS, "learning_rate": rate}, {"setting": plain(setting)},

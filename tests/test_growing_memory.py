@@ -77,8 +77,10 @@ def test_turned_tasks_share_no_image_and_the_first_is_upright(
 
 def test_two_tasks_come_back_with_few_images_and_are_measured_before_and_after() -> None:
     given = study.returning(tasks())
-    assert [len(task.images) for task in given] == [250, 250, 250, 100, 100]
-    assert torch.equal(given[4].images, given[1].images[:100])
+    assert [len(task.images) for task in given] == [250, 250, 250, 6000, 6000]
+    assert torch.equal(given[4].images[-100:], given[1].images[:100])
+    assert torch.equal(given[4].labels[-100:], given[1].labels[:100])
+    assert len(given[4].images.unique(dim=0)) == 100
     experiment = study.make("routed, returning", study.plain(), given, 0)
     accuracy = torch.full((5, 5), torch.nan, dtype=torch.float64)
     accuracy[2] = torch.tensor([90, 80, 70, 90, 80])  # the last before they come back

@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from ncrl.tasks.results import read_result
 from ncrl.tasks.training import Run
 
 
-def head(**changes: object) -> study.Head:
+def head(**levers: Any) -> study.Head:
     torch.manual_seed(0)
-    return study.Head(study.Setting(**{"options": study.CHOSEN, **changes}), 12, 6)
+    return study.Head(study.Setting("neurocoder", study.CHOSEN, **levers), 12, 6)
 
 
 def test_balance_is_zero_for_equal_slots_and_greatest_for_one() -> None:
