@@ -9,6 +9,7 @@ A finished run is not repeated. `python benchmarks/results.py pack LOGDIR` keeps
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +22,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from ncrl.tasks.continual.methods import Grow, Method
-from ncrl.tasks.continual.split import SplitLearning, Task, split_tasks
-from ncrl.tasks.data import load_mnist
+from ncrl.tasks.continual.split import SplitLearning, Task, prepare, split_tasks
+from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.training import Run, train
@@ -35,8 +36,26 @@ RECIPES = read_recipes(CONFIGS / "split_mnist.yaml")
 SIZES = (5, 20, 50)
 """Slots for each task, beside the recipe's 100."""
 
+STEP = 15.0
+"""Degrees by which each of ten tasks of all digits is turned further than the one before."""
+
+RETURNED, TIMES = 100, 60
+"""Images of the first two tasks when they come back, and how often each is in an epoch."""
+
 FEW_UPDATES = 188
 """Of each task at least, however few its images: half as many as all of its images give."""
+
+
+class Returning(SplitLearning):
+    """Tasks of which the last two are the first two again."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Besides, the two tasks' accuracy right before and right after they come back, and that of
+        all others then, after the last."""
+        before, after = self.accuracy[-3], self.accuracy[-1]
+        returned = {"before": float(before[:2].mean()), "after": float(after[:2].mean())}
+        others = {"others_before": float(before[2:-2].mean()), "others": float(after[2:-2].mean())}
+        return {**super().evaluate(), **returned, **others}
 
 
 class OneMemory(Grow):
@@ -56,14 +75,14 @@ class Routed(SplitMlp):
     projection: Tensor
     center: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, num_tasks: int = NUM_TASKS, num_outputs: int = 2) -> None:
         super().__init__(1024, [1], 2)  # not used
         self.networks = torch.nn.ModuleList(
-            SplitMlp(1024, [400, 400], 2, hidden_rank=10) for _ in range(NUM_TASKS)
+            SplitMlp(1024, [400, 400], num_outputs, hidden_rank=10) for _ in range(num_tasks)
         )
         self.register_buffer("projection", torch.randn(1024, 5, 128) / 32)
         self.register_buffer("center", torch.zeros(1024))
-        keys = torch.zeros(NUM_TASKS, 5, 100, 128)
+        keys = torch.zeros(num_tasks, 5, 100, 128)
         self.keys = torch.nn.Parameter(keys, requires_grad=False)
         self.task = -1
 
@@ -124,25 +143,59 @@ def with_replay(tasks: list[Task]) -> list[Task]:
     return mixed
 
 
+def returning(tasks: list[Task]) -> list[Task]:
+    """All tasks, and then few images of the first two."""
+    few = fewer(tasks[:2], RETURNED)
+    again = [
+        t._replace(images=t.images.repeat(TIMES, 1), labels=t.labels.repeat(TIMES)) for t in few
+    ]
+    return [*tasks, *again]
+
+
+def turned(data: Images, count: int = 10) -> list[Task]:
+    """Tasks of all digits, each time other ones, turned a little further."""
+    tasks = []
+    for number in range(count):
+        angle = math.radians(STEP * number)
+        cos, sin = math.cos(angle), math.sin(angle)
+        turn = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]])
+        parts: list[Tensor] = []
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        ):
+            own = slice(number * len(images) // count, (number + 1) * len(images) // count)
+            some = images[own].float()
+            grid = F.affine_grid(turn.expand(len(some), 2, 3), list(some.shape), False)
+            turned_images = F.grid_sample(some, grid, align_corners=False)
+            parts += [prepare(turned_images), labels[own]]
+        tasks.append(Task(*parts))
+    return tasks
+
+
 def at_once(tasks: list[Task]) -> list[Task]:
     """One task of all."""
     return [Task(*(torch.cat(parts) for parts in zip(*tasks, strict=True)))]
 
 
-def grow(num_slots: int = 100, **changes: Any) -> ContinualRecipe:
+def grow(num_slots: int = 100, num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
     """The recipe with another number of slots."""
     recipe = RECIPES["grow"]
     assert isinstance(recipe, ContinualRecipe)
     return replace(
-        recipe, layer_options={**recipe.layer_options, "num_slots": num_slots}, **changes
+        recipe,
+        layer_options={**recipe.layer_options, "num_slots": num_slots},
+        network_options={**recipe.network_options, "num_outputs": num_outputs},
+        **changes,
     )
 
 
-def plain(**changes: Any) -> ContinualRecipe:
+def plain(num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
     """The MLP's recipe."""
     recipe = RECIPES["linear_400"]
     assert isinstance(recipe, ContinualRecipe)
-    return replace(recipe, method="adam", **changes)
+    options = {**recipe.network_options, "num_outputs": num_outputs}
+    return replace(recipe, method="adam", network_options=options, **changes)
 
 
 Transform = Callable[[list[Task]], list[Task]]
@@ -155,17 +208,23 @@ RUNS: dict[str, tuple[ContinualRecipe, Transform]] = {
     "routed": (plain(note="rank 10 for each task, 100 keys"), list),
     "mlp, replay": (plain(note=f"replay of {REPLAYED}"), with_replay),
     "mlp, all at once": (plain(note="one task"), at_once),
+    "grow, 20 slots, returning": (grow(20), returning),
+    "routed, returning": (plain(note="rank 10 for each task, 100 keys"), returning),
+    "grow, 20 slots, turned": (grow(20, 10), list),
+    "routed, turned": (plain(10, note="rank 10 for each task, 100 keys"), list),
+    "one memory, 40 slots, turned": (grow(40, 10), list),
 }
 
 
 def make(name: str, recipe: ContinualRecipe, tasks: list[Task], seed: int) -> SplitLearning:
     """The experiment of a run, its weights from the seed."""
     torch.manual_seed(seed)
-    experiment = SplitLearning(recipe, tasks, "MNIST", seed, {"run": name})
+    kind = Returning if name.endswith("returning") else SplitLearning
+    experiment = kind(recipe, tasks, "MNIST", seed, {"run": name})
     if name.startswith("one memory"):
         experiment.method = OneMemory(experiment.model, 1.0)
     elif name.startswith("routed"):
-        experiment.model = model = Routed()
+        experiment.model = model = Routed(len(tasks), experiment.num_classes)
         experiment.method = Route(model)
     else:
         return experiment
@@ -182,11 +241,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of each task, in place of all")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    tasks = split_tasks(load_mnist(flags.data_dir, download=False))
+    data = load_mnist(flags.data_dir, download=False)
+    tasks = split_tasks(data)
     for seed in flags.seeds:
         for name in flags.only:
             recipe, transform = RUNS[name]
-            given = tasks
+            given = turned(data) if name.endswith("turned") else tasks
             if flags.images:
                 name = f"{name}, {flags.images} images"
                 given = fewer(tasks, flags.images)

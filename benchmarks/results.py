@@ -159,7 +159,8 @@ def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
 
     `spec` has `runs`: labels of recipes, or `[label, what the paper has]`. `metrics` has for each
     metric `[label, format]` or `[label, format, factor]`; its column is mean and spread. `by_seed`
-    and `curve: {metric: [format, factor, *updates]}` make columns with the value of each seed.
+    and `curve: {metric: [format, factor, *updates]}` make columns with the value of each seed. A
+    recipe without a metric that others have leaves its cell empty.
     `seeds` leaves all other seeds out.
     """
     with_paper = any(isinstance(label, list) for label in spec["runs"].values())
@@ -171,13 +172,15 @@ def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
     ]
     titles = [title for title, *_ in [*metrics.values(), *by_seed.values()]]
     header = ["", "parameters", *titles, *(f"{update:,}" for *_, update in points)]
+    measured = {metric for n in spec["runs"] for metric in chosen(rows, n, spec)[0]["metrics"]}
     lines = []
     for name, label in spec["runs"].items():
         label, *paper = label if isinstance(label, list) else [label, ""]
         group = chosen(rows, name, spec)
         cells = [label, f"{group[0]['parameters']:,}"]
         for metric, (_, form, *factor) in metrics.items():
-            cells.append(mean_and_std(values_of(group, metric, *factor), form))
+            has = metric in group[0]["metrics"] or metric not in measured
+            cells.append(mean_and_std(values_of(group, metric, *factor), form) if has else "")
         for metric, (_, form, *factor) in by_seed.items():
             cells.append(", ".join(f"{v:{form}}" for v in values_of(group, metric, *factor)))
         for metric, form, factor, update in points:

@@ -5,6 +5,7 @@ python benchmarks/results_figures.py    # writes docs/figures/{cifar,polynomial,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,7 +182,8 @@ def draw_growing_memory() -> None:
         axes.set_title(f"attention of layer {layer + 1}", fontsize=10)
         axes.set_xlabel("slots of the task")
     maps[0].set_ylabel("images of the task")
-    names = {"grow": 100} | {n: int(n.split()[1]) for n in spec["runs"] if n.startswith("grow, ")}
+    found = (re.fullmatch(r"grow, (\d+) slots", name) for name in spec["runs"])
+    names = {"grow": 100} | {match[0]: int(match[1]) for match in found if match}
     names = {name: size for name, size in sorted(names.items(), key=lambda pair: pair[1])}
     for metric in ("learn", "accuracy"):
         mean = [np.mean(values_of(chosen(rows, name, spec), metric)) for name in names]

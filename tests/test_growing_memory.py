@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import growing_memory as study
 
-from ncrl.tasks.continual.split import Task
+from ncrl.tasks.continual.split import Task, prepare
+from ncrl.tasks.data import Images
 from ncrl.tasks.training import make_optimizer
 
 
@@ -56,3 +58,34 @@ def test_one_memory_does_not_grow() -> None:
     experiment.method.begin_task(tasks()[1].images, None)
     after = list(experiment.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_turned_tasks_share_no_image_and_the_first_is_upright(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(study, "STEP", 90.0)
+    pixels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(40)
+    data = Images("x", "x", pixels, labels, pixels[:20], labels[:20], 40)
+    first, second, *_ = study.turned(data, 4)
+    assert torch.equal(first.labels, labels[:10]) and torch.equal(second.labels, labels[10:20])
+    assert torch.equal(second.test_labels, labels[5:10])
+    torch.testing.assert_close(first.images, prepare(pixels[:10]), atol=1e-4, rtol=0)
+    quarter = prepare(pixels[10:20].rot90(1, (2, 3)))
+    torch.testing.assert_close(second.images, quarter, atol=1e-3, rtol=0)
+
+
+def test_two_tasks_come_back_with_few_images_and_are_measured_before_and_after() -> None:
+    given = study.returning(tasks())
+    assert [len(task.images) for task in given] == [250, 250, 250, 6000, 6000]
+    assert torch.equal(given[4].images[-100:], given[1].images[:100])
+    assert torch.equal(given[4].labels[-100:], given[1].labels[:100])
+    assert len(given[4].images.unique(dim=0)) == 100
+    experiment = study.make("routed, returning", study.plain(), given, 0)
+    accuracy = torch.full((5, 5), torch.nan, dtype=torch.float64)
+    accuracy[2] = torch.tensor([90, 80, 70, 90, 80])  # the last before they come back
+    accuracy[4] = torch.tensor([60, 50, 65, 60, 50])
+    experiment.accuracy = accuracy
+    found = experiment.evaluate()
+    assert (found["before"], found["after"]) == (85, 55)
+    assert (found["others_before"], found["others"]) == (70, 65)

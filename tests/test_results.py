@@ -66,6 +66,12 @@ def test_a_table_has_means_spreads_and_the_chosen_seeds() -> None:
         "metrics": {"error": ["e", ".1f"]},
     }
     assert results.runs_table(rows, spec).splitlines()[2] == "| A | 1,000 | 2.0±1.0 | 7.5 |"
+    other = row("c", 0, parameters=5, metrics={"error": 2.0, "rank": 3.0})
+    both = {**spec, "runs": {"a": "A", "c": "C"}, "metrics": {"rank": ["r", ".1f"]}}
+    lines = results.runs_table([*rows, other], both).splitlines()
+    assert lines[2:] == ["| A | 1,000 |  |", "| C | 5 | 3.0 (1 seed) |"]
+    with pytest.raises(KeyError):  # a metric that no recipe has is a slip of the pen
+        results.runs_table([*rows, other], {**both, "metrics": {"rnak": ["r", ".1f"]}})
     with pytest.raises(ValueError, match="no row of t is called 'b'"):
         results.runs_table(rows, {**spec, "runs": {"b": "B"}})
 
