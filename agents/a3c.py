@@ -74,6 +74,7 @@ class A3C(EngineAlgorithm):
         gamma: discount.
         gae_lambda: 1 gives n-step returns; by default 0.95 with images, else 1.
         ent_coef, vf_coef: weights of the entropy and of the value loss.
+        entropy_floor: mean entropy (nats) below which it is drawn up again; 0 for none.
         max_grad_norm: limit on the gradient's norm.
         use_rms_prop: RMSProp as in A3C; False takes Adam, the default with images. Any other
             optimiser is named in `policy_kwargs`: `optimizer_class`, `optimizer_kwargs`.
@@ -146,6 +147,7 @@ class A3C(EngineAlgorithm):
         ext_coef: float = Objective.ext_coef,
         int_gamma: float = Objective.int_gamma,
         imitation_coef: float = Objective.imitation_coef,
+        entropy_floor: float = Objective.entropy_floor,
         intrinsic_kwargs: dict[str, Any] | None = None,
         info_keywords: Sequence[str] = (),
         n_workers: int | None = None,
@@ -172,7 +174,7 @@ class A3C(EngineAlgorithm):
         self.reward_scale = reward_scale
         self.intrinsic_reward = None if intrinsic_reward == "none" else intrinsic_reward
         self.int_coef, self.ext_coef, self.int_gamma = int_coef, ext_coef, int_gamma
-        self.imitation_coef = imitation_coef
+        self.imitation_coef, self.entropy_floor = imitation_coef, entropy_floor
         self.intrinsic_kwargs = intrinsic_kwargs or {}
         self.info_keywords = list(info_keywords)
         self.best_score, self.first_scored_at = -math.inf, -1

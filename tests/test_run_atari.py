@@ -457,6 +457,7 @@ ORDINARY = {
     "gamma": RunConfig.gamma,
     "anneal": RunConfig.anneal,
     "ent_coef": RunConfig.ent_coef,
+    "entropy_floor": RunConfig.entropy_floor,
     "max_grad_norm": RunConfig.max_grad_norm,
 }
 """What an intrinsic reward changes, as it is without."""

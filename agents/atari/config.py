@@ -116,6 +116,7 @@ class RunConfig:
     gamma: float = same_as(Objective, "gamma")
     gae_lambda: float = setting(IMAGES.gae_lambda, "1 for n-step returns", low=0, high=1)
     ent_coef: float = same_as(Objective, "ent_coef")
+    entropy_floor: float = same_as(Objective, "entropy_floor")
     vf_coef: float = same_as(Objective, "vf_coef")
     max_grad_norm: float = setting(40.0, "limit on the gradient's norm", low=0)
     rms_prop_eps: float = setting(0.1, "rmsprop: epsilon, inside the root", low=0)
@@ -185,6 +186,7 @@ EXPLORING: dict[str, Any] = {
     "gamma": 0.999,
     "anneal": False,
     "ent_coef": 0.003,
+    "entropy_floor": 1.0,
     "max_grad_norm": 1000.0,
 }
 """Defaults of a run with an intrinsic reward, where they differ from `RunConfig`'s. The bonus keeps

@@ -121,6 +121,18 @@ def entropy_loss(entropy: Tensor) -> Tensor:
     return -entropy.mean()
 
 
+def below_floor(entropy_loss: Tensor, floor: float) -> Tensor:
+    """(floor - H)+^2 for the mean entropy H, a scalar; 0 without a floor (0).
+
+    Args:
+        entropy_loss: -H, a scalar.
+        floor: least mean entropy, in nats.
+    """
+    if not floor:
+        return torch.zeros_like(entropy_loss)
+    return (floor + entropy_loss).clamp(min=0).square()
+
+
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns), a scalar; NaN where the returns are constant."""
     _check_shapes(values, returns=returns)

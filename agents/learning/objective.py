@@ -18,6 +18,7 @@ from ncrl import orthogonal_loss
 from ncrl.agents.learning.imitation import Kept
 from ncrl.agents.learning.losses import (
     Returns,
+    below_floor,
     entropy_loss,
     explained_variance,
     imitation_loss,
@@ -36,6 +37,11 @@ CORRECTIONS = ("vtrace", "none")
 """Ways to treat rollouts played by older weights: V-trace, or plain n-step returns as in A3C."""
 
 
+FLOOR_COEF = 0.1
+"""Weight of the squared distance below `entropy_floor`: half a nat below, it draws ten times as
+strongly as an entropy coefficient of .01."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """Coefficients of the loss, with the defaults of `A3C` and of its command.
@@ -46,6 +52,8 @@ class Objective:
     gamma: float = setting(0.99, "discount", low=0, high=1)
     gae_lambda: float = setting(1.0, "1 for n-step returns", low=0, high=1)
     ent_coef: float = setting(0.01, "weight of the entropy", low=0)
+    entropy_floor: float = setting(0.0, "mean entropy below which it is drawn up again", low=0)
+    """Near 0 the entropy's own gradient fades, and a policy that got there stays. 0: no floor."""
     vf_coef: float = setting(0.5, "weight of the value loss", low=0)
     orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
     """Paper: a."""
@@ -180,6 +188,7 @@ def actor_critic_loss(
             terms["policy"]
             + objective.vf_coef * terms["value"]
             + objective.ent_coef * terms["entropy"]
+            + FLOOR_COEF * below_floor(terms["entropy"], objective.entropy_floor)
             + objective.balance_coef * terms["balance"]
             + objective.vf_coef * exploration.get("int_value_loss", none)
             + objective.imitation_coef * again * exploration.get("imitation_loss", none)
