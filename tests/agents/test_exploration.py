@@ -274,6 +274,16 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     assert loss.total.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_floor_adds_the_squared_distance_below_it() -> None:
+    scene = Scene()
+    before = scene.loss().total.item()
+    entropy = scene.loss().evaluation.entropy.mean().item()
+    for floor, below in ((entropy + 0.5, 0.5), (entropy - 0.01, 0.0)):
+        scene.objective = replace(scene.objective, entropy_floor=floor)
+        total = scene.loss().total.item()
+        assert total - before == pytest.approx(32 * 0.1 * below**2, abs=1e-4)
+
+
 def test_without_correction_nothing_depends_on_what_the_other_weights_thought() -> None:
     scene = Scene()
     younger = scene.batch._replace(log_prob=scene.batch.log_prob - 0.5)

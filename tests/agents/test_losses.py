@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ncrl.agents.learning.losses import (
     Returns,
+    below_floor,
     entropy_loss,
     explained_variance,
     policy_gradient_loss,
@@ -233,6 +234,19 @@ def test_value_loss_value_and_gradient() -> None:
     assert values.grad is not None
     assert_equal(values.grad, 2 * (values - returns).detach() / 6)
     assert returns.grad is None
+
+
+@pytest.mark.parametrize(
+    ("entropy", "floor", "expected", "gradient"),
+    [(0.25, 1.0, 0.5625, -1.5), (1.0, 1.0, 0.0, 0.0), (2.5, 1.0, 0.0, 0.0), (-3.0, 0.0, 0.0, 0.0)],
+)
+def test_below_floor(entropy: float, floor: float, expected: float, gradient: float) -> None:
+    """(floor - H)^2 below it, with the derivative -2 (floor - H); 0 above it, and without one."""
+    mean = torch.tensor(entropy, requires_grad=True)
+    loss = below_floor(-mean, floor)
+    assert loss.item() == pytest.approx(expected)
+    slope = torch.autograd.grad(loss, mean, allow_unused=True)[0] if loss.requires_grad else None
+    assert (0.0 if slope is None else slope.item()) == pytest.approx(gradient)
 
 
 def test_entropy_loss_value_and_gradient() -> None:
