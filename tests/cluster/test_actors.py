@@ -258,7 +258,7 @@ def test_an_actor_without_a_place_is_waited_for_no_longer_than_allowed(
 ) -> None:
     """Three workers on two cores: two of them play."""
     monkeypatch.setattr("ncrl.agents.playing.cluster.PATIENCE", 0.5)
-    limits = Limits(startup_timeout=15)
+    limits = Limits(startup_timeout=25)
     model = make_model(TickingFactory(), n_workers=3, n_envs=6, limits=limits)
     model.learn(300)
     assert model.num_timesteps == 300
