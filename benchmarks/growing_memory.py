@@ -246,17 +246,20 @@ def main() -> None:
     for seed in flags.seeds:
         for name in flags.only:
             recipe, transform = RUNS[name]
-            given = turned(data) if name.endswith("turned") else tasks
+            is_turned = name.endswith("turned")
             if flags.images:
                 name = f"{name}, {flags.images} images"
-                given = fewer(tasks, flags.images)
                 updates = -(-flags.images // recipe.batch_size)
                 recipe = replace(recipe, epochs=-(-FEW_UPDATES // updates))
             folder = flags.logdir / "growing_memory" / name.replace(", ", "-") / f"seed-{seed}"
             os.makedirs(folder, exist_ok=True)
             run = Run("growing_memory", name, recipe, seed, torch.device("cpu"), folder)
-            done = run.result
-            row = done or train(run, make(name, recipe, transform(given), seed))
+            row = run.result
+            if row is None:
+                given = turned(data) if is_turned else tasks
+                if flags.images:
+                    given = fewer(given, flags.images)
+                row = train(run, make(name, recipe, transform(given), seed))
             print(row.line(), flush=True)
 
 

@@ -19,6 +19,8 @@ from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ncrl.agents import A3C
+from ncrl.agents.learning.objective import Objective
+from ncrl.sb3 import MlpPolicy
 
 NUM_ACTIONS, NUM_ENVS, PARTS = 18, 16, 8
 
@@ -65,24 +67,32 @@ def main() -> None:
             print_row(name, seed, *(f"{part:.2f}" for part in parts))
 
 
-def train(head: str, options: dict[str, Any], seed: int, timesteps: int) -> list[float]:
-    """Mean reward in every part of one training."""
+def make_model(
+    policy: str | type[MlpPolicy],
+    seed: int,
+    *,
+    learning_rate: float = 1e-3,
+    orth_coef: float = Objective.orth_coef,
+    **options: Any,
+) -> A3C:
+    """A3C with Adam on that task; `options` are further ones of the policy."""
     env = DummyVecEnv([lambda: IdentityEnv(NUM_ACTIONS, ep_length=10)] * NUM_ENVS)
-    model = A3C(
-        "MlpPolicy",
+    return A3C(
+        policy,
         env,
         n_steps=5,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         gamma=0.4,
+        orth_coef=orth_coef,
         seed=seed,
         device="cpu",
-        policy_kwargs={
-            "net_arch": [64],
-            "head": head,
-            "head_kwargs": options,
-            "optimizer_class": torch.optim.Adam,
-        },
+        policy_kwargs={"net_arch": [64], "optimizer_class": torch.optim.Adam, **options},
     )
+
+
+def train(head: str, options: dict[str, Any], seed: int, timesteps: int) -> list[float]:
+    """Mean reward in every part of one training."""
+    model = make_model("MlpPolicy", seed, head=head, head_kwargs=options)
     rewards = Rewards()
     model.learn(timesteps, callback=rewards)
     size = len(rewards.means) // PARTS

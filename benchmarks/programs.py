@@ -24,14 +24,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from policy_heads import NUM_ACTIONS, NUM_ENVS, PARTS, Rewards
-from stable_baselines3.common.envs import IdentityEnv
-from stable_baselines3.common.vec_env import DummyVecEnv
+from policy_heads import NUM_ACTIONS, PARTS, Rewards, make_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl import NeurocoderLinear
-from ncrl.agents import A3C
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.baselines.moe import cv_squared
 from ncrl.diagnostics import participation_ratio, spread
@@ -228,13 +225,8 @@ def learn_actions(run: Run, setting: Setting) -> Result:
             assert isinstance(linear, nn.Linear)
             return Head(setting, int(linear.in_features), int(linear.out_features))
 
-    options = {"net_arch": [64], "head": "neurocoder", "optimizer_class": torch.optim.Adam}
-    env = DummyVecEnv([lambda: IdentityEnv(NUM_ACTIONS, ep_length=10)] * NUM_ENVS)
     rate, rewards, began = run.recipe.learning_rate, Actions(), time.monotonic()
-    model = A3C(
-        Policy, env, n_steps=5, learning_rate=rate, gamma=0.4, orth_coef=0.0, seed=run.seed,
-        device="cpu", policy_kwargs=options,
-    )  # fmt: skip
+    model = make_model(Policy, run.seed, learning_rate=rate, orth_coef=0.0, head="neurocoder")
     model.learn(TIMESTEPS, callback=rewards)
     policy, observations, head = model.policy, torch.arange(NUM_ACTIONS), model.policy.action_net
     assert isinstance(head, Head)
