@@ -163,7 +163,7 @@ class ProjectionNetwork(Composition):
     def queries(self, x: Tensor) -> Tensor:
         """Of inputs [B, in]: [B, H, K]."""
         queries = F.linear(x - self.center, self.projection)
-        return queries.view(len(x), self.config.num_heads, self.config.key_dim)
+        return queries.view(x.shape[0], self.config.num_heads, self.config.key_dim)
 
     def forward(
         self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None

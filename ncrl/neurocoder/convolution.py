@@ -140,15 +140,16 @@ class NeurocoderConv2d(NeurocoderLinear):
         composed = self._compose(self.description(x) if context is None else context)
         weight_u, weight_v, _ = composed.attention
         channels = self.in_channels // self.groups
-        in_groups = x.reshape(len(x) * self.groups, channels, *x.shape[2:])
+        in_groups = x.reshape(x.shape[0] * self.groups, channels, *x.shape[2:])
         filters = self._as_kernels(self.memory.stored("u").T)  # [P, C / G, *kernel_size]
         maps = self._convolve(in_groups, filters, 1)  # [B * G, P, ...]
         size = maps.shape[2:]
-        maps = maps.view(len(x), self.groups, maps.shape[1], -1)  # [B, G, P, N]
+        maps = maps.view(x.shape[0], self.groups, maps.shape[1], size.numel())  # [B, G, P, N]
         read = weight_u.unsqueeze(1) @ maps  # [B, G, R, N]
         write = (composed.sigma.unsqueeze(2) * weight_v) @ self.memory.stored("v")  # [B, R, out]
-        write = write.mT.reshape(len(x), self.groups, -1, write.shape[1])  # [B, G, out / G, R]
-        y = (write.to(read.dtype) @ read).view(len(x), -1, *size)
+        per_group = self.out_channels // self.groups
+        write = write.transpose(1, 2).reshape(x.shape[0], self.groups, per_group, write.shape[1])
+        y = (write.to(read.dtype) @ read).view(x.shape[0], self.out_channels, *size)
         if self.integration is not None and composed.residual_scale is not None:
             residual = self._convolve(x, self._as_kernels(self.integration.matrix()), self.groups)
             y = y + (composed.residual_scale[:, :, None, None] * residual).to(y.dtype)
@@ -160,7 +161,8 @@ class NeurocoderConv2d(NeurocoderLinear):
     def _as_kernels(self, matrices: Tensor) -> Tensor:
         """[..., patch, channels] -> [..., channels, C / G, *kernel_size]."""
         channels = self.in_channels // self.groups
-        return matrices.mT.reshape(*matrices.mT.shape[:-1], channels, *self.kernel_size)
+        rows = matrices.transpose(-1, -2)  # not mT, which the older ONNX exporter does not know
+        return rows.reshape(*rows.shape[:-1], channels, *self.kernel_size)
 
     def _convolve(self, x: Tensor, kernels: Tensor, groups: int) -> Tensor:
         padding: Any = self.padding

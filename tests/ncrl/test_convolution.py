@@ -4,6 +4,7 @@ Shape letters: B batch, C channels, P slots, R components.
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +195,22 @@ def test_autocast_gives_the_type_of_a_plain_convolution() -> None:
         half = layer(images)
         assert half.dtype == F.conv2d(images, torch.zeros(6, 4, 3, 3)).dtype
     torch.testing.assert_close(half.float(), layer(images), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["plain", "groups"])
+def test_no_images_give_no_outputs(name: str) -> None:
+    layer, x = make(CASES[name]), torch.zeros(0, 4, 6, 6, dtype=torch.float64)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == nn.Conv2d(**seat_of(CASES[name]), dtype=torch.float64)(x).shape
+
+
+@pytest.mark.parametrize("name", ["plain", "groups"])
+def test_exported_with_a_free_batch(name: str, tmp_path: Path) -> None:
+    layer, x = make(CASES[name]).float().eval(), torch.randn(5, 4, 6, 6)
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=shapes).module()
+    torch.testing.assert_close(exported(x[:3]), layer(x[:3]))
+    file = tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (x,), file, dynamo=False)
+    assert file.stat().st_size > 0

@@ -29,6 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"num_slots": 6, "num_heads": 2, "num_steps": 2, "gate": "slot"},
         **{"detach_usage": True, "residual_rank": 2},
     },
+    "neurocoder-projection": {
+        **{"num_slots": 6, "num_heads": 2, "controller": "projection", "num_least_used": 0},
+    },
     "neurocoder-official": {"num_slots": 6, "num_heads": 2, "num_steps": 2, "preset": "official"},
     "hypernet": {"hidden": 5},
     "film": {"hidden": 5},
