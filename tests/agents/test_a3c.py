@@ -498,6 +498,12 @@ def test_workers_refuse_a_policy_that_was_changed() -> None:
     model.policy.action_net = torch.nn.Sequential(model.policy.action_net)
     with pytest.raises(ValueError, match=r"changed after it was made.*n_workers=0"):
         model.learn(10)
+    model = make_model(TickingFactory(), n_workers=1, n_envs=2)
+    network = model.policy.features_extractor.network
+    place = next(i for i, part in enumerate(network) if isinstance(part, torch.nn.Tanh))
+    network[place] = torch.nn.ReLU()  # no weight tells
+    with pytest.raises(ValueError, match=r"changed after it was made.*n_workers=0"):
+        model.learn(10)
 
 
 def test_a_compiled_policy_counts_as_what_it_was_made_of() -> None:

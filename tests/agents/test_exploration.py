@@ -274,6 +274,36 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     assert loss.total.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_games_advantages_are_standardised_before_the_bonus_is_added() -> None:
+    scene = Scene()
+    plain = scene.loss()
+    scene.objective = replace(scene.objective, normalize_advantage=True)
+    loss = scene.loss()
+    rewards = (2 * scene.batch.rewards).clamp(-0.9, 0.9) + 0.95 * scene.batch.truncation_value
+    _, advantages = scene.reference(
+        0.95 * (~scene.batch.dones).double(), rewards, loss.evaluation.values
+    )
+    _, bonus = scene.reference(
+        torch.full((8, 4), 0.8), scene.novelty.rewards, loss.evaluation.int_values
+    )
+    total = 1.5 * (advantages - advantages.mean()) / advantages.std()
+    total += 0.7 * (bonus - bonus.mean()) / bonus.std(correction=0)
+    policy = -(loss.evaluation.log_prob.double() * total).mean().item()
+    assert loss.policy.item() == pytest.approx(policy, rel=1e-4)
+    logged = [found.exploration["ext_advantage_std"].item() for found in (plain, loss)]
+    assert logged == pytest.approx([advantages.std(correction=0).item()] * 2, rel=1e-4)
+
+
+def test_the_orthogonality_loss_does_not_grow_with_the_batch() -> None:
+    scene = Scene("neurocoder")
+    without = replace(scene.objective, orth_coef=0.0)
+    loss = scene.loss()
+    scene.objective = without
+    assert loss.orthogonality.item() > 0.01
+    added = loss.total.item() - scene.loss().total.item()
+    assert added == pytest.approx(0.1 * loss.orthogonality.item(), rel=1e-2)
+
+
 def test_a_floor_adds_the_squared_distance_below_it() -> None:
     scene = Scene()
     before = scene.loss().total.item()

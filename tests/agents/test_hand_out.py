@@ -31,6 +31,7 @@ def make_pool(n_workers: int) -> tuple[WorkerPool, list[FakeWorker]]:
     workers = [FakeWorker() for _ in range(n_workers)]
     for worker, fake in zip(pool._workers, workers, strict=True):
         worker.connection, worker.ready = fake, True  # type: ignore[assignment]
+    pool._look = lambda timeout: pool._hand_out()  # type: ignore[method-assign]
     return pool, workers
 
 
@@ -50,9 +51,8 @@ def test_no_worker_waits_more_than_twice_the_mean(n_workers: int, batch_ticks: i
             fake.played += 1
             pool._handle(pool._workers[index], Played(fake.slots.popleft(), 0, {}))
         if tick >= learner_free_at and len(pool._played) >= n_workers:
-            for delivery in taken:
-                pool._free[delivery.worker].append(delivery.played.slot)
-            taken = [pool._played.popleft() for _ in range(n_workers)]
+            pool.release(taken)
+            taken = pool.take(lambda: False) or []
             learner_free_at = tick + batch_ticks
     waits, plays = [fake.waited for fake in workers], [fake.played for fake in workers]
     assert max(waits) <= 2 * sum(waits) / n_workers + SLOTS_PER_WORKER - 1

@@ -8,7 +8,14 @@ import torch
 
 import ncrl.agents.playing.sizes
 from ncrl.agents.playing.buffers import RolloutBatch
-from ncrl.agents.playing.sizes import choose_sizes, learner_threads
+from ncrl.agents.playing.sizes import (
+    available_cores,
+    check_machine,
+    choose_sizes,
+    default_workers,
+    games_per_update,
+    learner_threads,
+)
 from tests.agents.test_buffers import CPU, make_shape, numbered
 
 
@@ -59,6 +66,50 @@ def test_the_learner_takes_the_cores_that_workers_leave(
         assert torch.get_num_threads() == 6
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("games", "has_gpu", "explores", "expected"),
+    [
+        (1, False, False, 1),
+        (6, False, False, 3),
+        (240, False, False, 4),
+        (240, True, False, 24),
+        (64, True, False, 16),
+        (4, False, True, 4),
+        (16, False, True, 8),
+        (64, False, True, 32),
+        (240, True, True, 30),
+    ],
+)
+def test_games_of_an_update(games: int, has_gpu: bool, explores: bool, expected: int) -> None:
+    assert games_per_update(games, has_gpu=has_gpu, explores=explores) == expected
+
+
+def test_workers_are_as_many_as_cores_and_share_the_games(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ncrl.agents.playing.sizes, "available_cores", lambda: 6)
+    found = [default_workers(n_envs) for n_envs in (1, 4, 16, 18, 7, 11)]
+    assert found == [1, 4, 4, 6, 1, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_only_cores_that_this_process_may_use_count() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_shared_memory_holds_three_rollouts_of_every_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(ncrl.agents.playing.sizes, "check_shared_memory", asked.append)
+    shape = make_shape(n_steps=5, n_envs=2)
+    check_machine(4, shape, 1000)
+    assert asked == [3 * 4 * shape.nbytes + 1000]
 
 
 def test_gathering_starts_no_threads() -> None:
