@@ -18,6 +18,7 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ncrl.agents.runs.directory
 from ncrl.agents import A3C
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
 from ncrl.agents.runs.directory import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints
@@ -136,6 +137,25 @@ def test_f23_the_lock_holds_inside_one_process_too(tmp_path: Path) -> None:
 # Configuration.
 
 
+def test_a_folder_that_cannot_be_used_is_given_back(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("env: Pong")
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(ValueError, match="cannot write"):
+        RunDirectory.open(tmp_path)
+    (tmp_path / "checkpoints").unlink()
+    with RunDirectory.open(tmp_path):  # its lock is free
+        pass
+
+
+def test_a_removed_run_leaves_nothing_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    run = RunDirectory.create(tmp_path, "Pong")
+    run.make_logger().record("a/b", 1)
+    run.remove()
+    assert not run.path.exists()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_configuration_comes_back(tmp_path: Path) -> None:
     config = {"env": "Pong", "gamma": 0.99, "workers": None, "anneal": True, "learning_rate": 7e-4}
     run = RunDirectory.create(tmp_path, "Pong")
@@ -228,6 +248,35 @@ def test_a_row_that_a_kill_cut_off_is_dropped(columns: str, tail: str, tmp_path:
     record(run, {300: {"score": 3.0, "z": 1.0}}, since=200)
     assert [row["time/total_timesteps"] for row in rows(run)] == ["100", "200", "300"]
     assert [row["score"] for row in rows(run)] == ["5.0", "5.0", "3.0"]
+
+
+def test_rows_that_are_kept_survive_a_kill(tmp_path: Path) -> None:
+    """They are on the disk before the first new row."""
+    run = RunDirectory.create(tmp_path, "CartPole")
+    record(run, {10: {"score": 1.0}, 20: {"score": 2.0}})
+    logger = run.make_logger(20)
+    assert [row["score"] for row in rows(run)] == ["1.0", "2.0"]
+    logger.close()
+
+
+def test_f11_curves_that_cannot_be_written_are_forgotten_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    logger = run.make_logger()
+    with monkeypatch.context() as broken:
+        for output in logger.output_formats:
+            broken.setattr(output, "write", lambda *_: full_disk(0))
+        for step in (10, 20):
+            logger.record("time/total_timesteps", step)
+            logger.record("score", 1.0)
+            logger.dump(step)
+    logger.record("time/total_timesteps", 30)
+    logger.dump(30)
+    logger.close()
+    assert rows(run) == [{"time/total_timesteps": "30"}]
+    (error,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert "No space" in error and str(run.path) in error
 
 
 def test_curves_that_are_no_curves_do_not_stop_a_run(tmp_path: Path) -> None:
@@ -351,3 +400,48 @@ def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
     for score, better in ((1.0, True), (0.5, False), (1.0, False), (-3.0, False), (1.5, True)):
         set_scores(model, score)
         assert is_replaced() == better, score
+
+
+@pytest.mark.parametrize("note", ['{"score": NaN}', '{"score": "best"}', "[", ""])
+def test_a_note_that_says_no_score_holds_no_model_back(note: str, tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    (run.path / "best_model.json").write_text(note)
+    model = make_model()
+    model.learn(4)
+    set_scores(model, -3.0)
+    callback = saver(run)
+    callback.init_callback(model)
+    assert callback.save()
+    assert (run.path / "best_model.zip").exists()
+
+
+def test_the_best_is_looked_for_ten_times_between_checkpoints(tmp_path: Path) -> None:
+    class Counting(SaveCheckpoints):
+        looks = 0
+
+        def _save_best(self) -> None:
+            self.looks += 1
+            super()._save_best()
+
+    run = RunDirectory.create(tmp_path, "CartPole")
+    callback = Counting(run, 2000, keep=2, stop_on_error=False)
+    make_model().learn(1000, callback=callback)
+    assert (run.path / "best_model.zip").exists()
+    assert not list(run.checkpoints.iterdir())
+    assert callback.looks == 4  # after 200, 400, 600 and 800 timesteps
+
+
+def test_no_best_model_without_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    model = make_model()
+    model.learn(4)
+    set_scores(model, 1.0)
+    callback = saver(run)
+    callback.init_callback(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(ncrl.agents.runs.directory, "save_checkpoint", lambda *_, **__: full_disk(0))
+        assert not callback.save()
+    assert not (run.path / "best_model.zip").exists()
+    assert callback.save() and (run.path / "best_model.zip").exists()
