@@ -176,7 +176,7 @@ class A3C(EngineAlgorithm):
         self.int_coef, self.ext_coef, self.int_gamma = int_coef, ext_coef, int_gamma
         self.imitation_coef, self.entropy_floor = imitation_coef, entropy_floor
         self.intrinsic_kwargs = intrinsic_kwargs or {}
-        self.info_keywords = list(info_keywords)
+        self.info_keywords = arguments.names("info_keywords", info_keywords)
         self.best_score, self.first_scored_at = -math.inf, -1
         self.games_seed = fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None

@@ -117,6 +117,13 @@ def whole_number(name: str, value: Any) -> int:
     return int(value)
 
 
+def names(argument: str, value: Any) -> list[str]:
+    """A list of names; ValueError for anything else, a single name included."""
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{argument} must be a sequence of names such as ('x',), got {value!r}")
+    return list(value)
+
+
 def tell_meaning(env: Any, factory: EnvFactory, verbose: int) -> None:
     """Say what an id of a game stands for here; aloud, where SB3's users mean something else."""
     if not isinstance(env, str) or (line := meaning(env, factory)) is None:

@@ -515,6 +515,12 @@ def test_a_compiled_policy_counts_as_what_it_was_made_of() -> None:
     assert layout(make_model().policy) != layout(policy)
 
 
+@pytest.mark.parametrize("keywords", ["tick", ("tick", 3)])
+def test_keywords_of_infos_are_a_sequence_of_names(keywords: Any) -> None:
+    with pytest.raises(ValueError, match=r"info_keywords.*sequence of names.*'tick'"):
+        make_model(info_keywords=keywords)
+
+
 def test_infos_that_are_asked_for_come_with_every_timestep() -> None:
     class Ticks(BaseCallback):
         ticks: ClassVar[list[int]] = []

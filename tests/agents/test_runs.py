@@ -140,11 +140,11 @@ def test_f23_the_lock_holds_inside_one_process_too(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_used_is_given_back(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("env: Pong")
     (tmp_path / "checkpoints").write_text("a file in the way")
-    with pytest.raises(ValueError, match="cannot write"):
+    with pytest.raises(ValueError, match="cannot write") as caught:
         RunDirectory.open(tmp_path)
     (tmp_path / "checkpoints").unlink()
     with RunDirectory.open(tmp_path):  # its lock is free
-        pass
+        assert caught.tb is not None, "which keeps the failed one from being collected"
 
 
 def test_a_removed_run_leaves_nothing_open(tmp_path: Path) -> None:

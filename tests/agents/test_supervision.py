@@ -1,4 +1,4 @@
-"""When workers are replaced, and whom a batch waits for: with a clock of its own and no processes."""
+"""When workers are replaced, and whom a batch waits for: with its own clock, without processes."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
