@@ -5,7 +5,7 @@ import sys
 import warnings
 from copy import deepcopy as copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -27,6 +27,7 @@ from ncrl.agents.defaults import FEW
 from ncrl.agents.playing.env_sources import RegisteredFactory, as_factory
 from ncrl.envs import masked_cartpole, remember
 from ncrl.envs.atari import AtariFactory
+from tests.agents.environments import TickingFactory
 
 
 def make_model(env: Any = None, policy: str = "MlpPolicy", **options: Any) -> A3C:
@@ -156,6 +157,24 @@ def test_callbacks_see_what_a2cs_see(n_workers: int) -> None:
         assert names <= set(row) and (row["values"] is None) == bool(n_workers)
         assert len(row["obs_tensor"]) == len(row["log_probs"]) == len(row["clipped_actions"]) == 2
         np.testing.assert_array_equal(row["clipped_actions"], row["actions"])
+
+
+def test_what_a_callback_keeps_stays_as_it_was() -> None:
+    """Of workers, whose next batch is gathered into the same memory."""
+
+    class Keeping(BaseCallback):
+        kept: ClassVar[list[tuple[Any, Any]]] = []
+
+        def _on_step(self) -> bool:
+            for name in ("rewards", "dones", "actions"):
+                self.kept.append((self.locals[name], np.array(self.locals[name])))
+            return True
+
+    model = make_model(TickingFactory(length=3), n_workers=1, n_envs=2, n_steps=5)
+    model.learn(60, callback=Keeping())
+    assert len(Keeping.kept) == 3 * 30
+    for now, then in Keeping.kept:
+        np.testing.assert_array_equal(now, then)
 
 
 def test_clipped_actions_are_those_of_the_environment() -> None:

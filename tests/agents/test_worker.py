@@ -1,0 +1,105 @@
+"""A worker's games, played in this process: its random numbers, its reports, what it closes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from ncrl.agents.playing.buffers import Rollout, RolloutShape
+from ncrl.agents.playing.worker import Games, PolicySpec
+from ncrl.agents.runs.profiling import OFF
+from ncrl.sb3 import MlpLstmPolicy
+from tests.agents.environments import Scripted
+
+LENGTH, ENVS, WIDTH = 12, 3, 8
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+
+
+class Factory:
+    """Environments that always show the same, without a Monitor; keeps those it made."""
+
+    reward_clip = None
+
+    def __init__(self, action_space: spaces.Space | None = None) -> None:
+        self.action_space = action_space
+        self.made: list[Scripted] = []
+        self.closed: list[Scripted] = []
+
+    def __call__(self, n_envs: int, seed: int) -> Scripted:
+        dones = np.zeros((LENGTH, n_envs), dtype=int)
+        dones[4, 1], dones[7, 2] = 1, 2
+        observations = np.ones((LENGTH + 1, n_envs, 2), np.float32)
+        env = Scripted(
+            observations, np.zeros((LENGTH, n_envs), np.float32), dones, observations[1:]
+        )
+        env.action_space = self.action_space or env.action_space
+        env.close = lambda: self.closed.append(env)  # type: ignore[method-assign]
+        self.made.append(env)
+        return env
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    """`Games` leaves its process one thread."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make_games(factory: Factory, *, seed: int = 0, **sde: int) -> Games:
+    env = factory(ENVS, 0)
+    policy = PolicySpec(
+        MlpLstmPolicy,
+        env.observation_space,
+        env.action_space,
+        {"lstm_hidden_size": WIDTH, "use_sde": bool(sde)},
+        sde.get("sde_sample_freq", -1),
+    )
+    return Games(factory, policy, ENVS, seed, info_keywords=(), stopwatch=OFF, beat=lambda: None)
+
+
+def play(games: Games, env: Scripted) -> tuple[Rollout, list[Any]]:
+    shape = RolloutShape(LENGTH, ENVS, env.observation_space, env.action_space, 1, WIDTH)
+    rollout = shape.allocate()
+    return rollout, games.play(rollout, 0, 0)[1]
+
+
+def test_a_worker_draws_from_its_seed_alone() -> None:
+    """Else all workers, which start alike, would play the same games."""
+    draws = []
+    for seed in (1, 1, 2):
+        factory = Factory()
+        games = make_games(factory, seed=seed)
+        draws.append((play(games, factory.made[-1])[0].actions.tolist(), np.random.rand()))
+    assert draws[0] == draws[1]
+    assert draws[0][0] != draws[2][0] and draws[0][1] != draws[2][1]
+
+
+def test_the_end_of_a_game_is_reported_without_a_monitor() -> None:
+    factory = Factory()
+    games = make_games(factory)
+    infos = play(games, factory.made[-1])[1]
+    assert infos == [
+        (4, 1, {"TimeLimit.truncated": False}),
+        (7, 2, {"TimeLimit.truncated": True}),
+    ]
+
+
+@pytest.mark.parametrize(("frequency", "rows_alike"), [(-1, True), (1, False)])
+def test_noise_of_gsde_is_drawn_as_often_as_asked(frequency: int, rows_alike: bool) -> None:
+    factory = Factory(BOX)
+    games = make_games(factory, sde_sample_freq=frequency)
+    actions = play(games, factory.made[-1])[0].actions[:, 0]
+    # The observation is constant, and after some timesteps the LSTM's state nearly so.
+    changes = (actions[9:] - actions[8:-1]).abs().amax(1)
+    assert bool((changes < 0.02).all()) == rows_alike
+
+
+def test_environments_are_closed_before_they_are_built_anew() -> None:
+    factory = Factory()
+    games = make_games(factory)
+    first = factory.made[-1]
+    games.start()
+    assert factory.closed == [first] and factory.made[-1] is not first
