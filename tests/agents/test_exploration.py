@@ -174,6 +174,33 @@ def test_a_timestep_is_rewarded_for_what_it_led_to() -> None:
     assert scalars["int_reward_raw"].item() == pytest.approx(bonus.mean().item())
 
 
+def test_demonstrations_are_as_long_and_as_many_as_asked() -> None:
+    """12 timesteps take three rollouts of 5, and 100 timesteps are nine demonstrations of 12."""
+    memory = explored(reach=12, capacity=100).memory
+    assert memory is not None
+    assert (memory.reach, memory.capacity) == (3, 9)
+    assert memory.gamma == 0.9, "the discount of the game's own rewards"
+    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0.1}
+    draws = set()
+    for seed in (0, 0, 1):
+        other = make_exploration(
+            "rnd", SHORT.observation_space, n_envs=4, options={}, seed=seed, **arguments
+        ).memory
+        assert other is not None
+        draws.add(float(torch.rand((), generator=other.generator)))
+    assert len(draws) == 2
+
+
+def test_the_latest_deviation_is_of_ten_thousand_timesteps() -> None:
+    scale = RunningScale(0.9)
+    scale.update(normal(20, 50))
+    before = scale.latest.item()
+    bonus = normal(20, 50, seed=1) * 3
+    scale.update(bonus)
+    square = discounted_sums(scale.centred(bonus), 0.9).square().mean().item()
+    assert scale.latest.item() == pytest.approx(before + 0.1 * (square - before), rel=1e-4)
+
+
 def test_advantages_are_divided_by_the_deviation_of_all_updates() -> None:
     exploration = explored()
     assert exploration.advantage_deviation == 0
