@@ -3,7 +3,7 @@
 python benchmarks/exploration.py places          # bonus of places that chance never reaches
 python benchmarks/exploration.py kept runs/MontezumaRevenge-1   # how well it imitates
 python benchmarks/exploration.py curve runs/MontezumaRevenge-1 results/montezuma/rnd.csv
-python benchmarks/exploration.py figure results/montezuma/*.csv docs/figures/montezuma.png
+python benchmarks/exploration.py figure results/montezuma/*_seed_*.csv montezuma.png
 """
 
 from __future__ import annotations
