@@ -127,8 +127,8 @@ def test_a_constant_bonus_is_none(constant: float) -> None:
         assert scale.normalise(bonus).abs().max() < 1e-2
 
 
-def explored(source: str = "rnd", **options: Any) -> Exploration:
-    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0.1, "seed": 0}
+def explored(source: str = "rnd", *, seed: int = 0, **options: Any) -> Exploration:
+    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0.1, "seed": seed}
     return make_exploration(source, SHORT.observation_space, n_envs=4, options=options, **arguments)
 
 
@@ -180,12 +180,9 @@ def test_demonstrations_are_as_long_and_as_many_as_asked() -> None:
     assert memory is not None
     assert (memory.reach, memory.capacity) == (3, 9)
     assert memory.gamma == 0.9, "the discount of the game's own rewards"
-    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0.1}
     draws = set()
     for seed in (0, 0, 1):
-        other = make_exploration(
-            "rnd", SHORT.observation_space, n_envs=4, options={}, seed=seed, **arguments
-        ).memory
+        other = explored(seed=seed).memory
         assert other is not None
         draws.add(float(torch.rand((), generator=other.generator)))
     assert len(draws) == 2
@@ -272,6 +269,15 @@ class Scene:
         arrays = (log_rhos, discounts, rewards, values[:-1].detach(), values[-1].detach())
         return vtrace_reference(*(array.double() for array in arrays), gae_lambda=0.9)
 
+    def references(self, evaluation: Any) -> tuple[Any, Any]:
+        """Returns and advantages of the game's rewards, and of the bonus."""
+        rewards = (2 * self.batch.rewards).clamp(-0.9, 0.9) + 0.95 * self.batch.truncation_value
+        discounts = 0.95 * (~self.batch.dones).double()
+        return (
+            self.reference(discounts, rewards, evaluation.values),
+            self.reference(torch.full((8, 4), 0.8), self.novelty.rewards, evaluation.int_values),
+        )
+
 
 @pytest.mark.parametrize("known", [0.0, 0.25, 25.0])
 def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> None:
@@ -279,13 +285,7 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     scene.novelty = scene.novelty._replace(advantage_deviation=torch.tensor(known))
     loss = scene.loss()
     evaluation = loss.evaluation
-    rewards = (2 * scene.batch.rewards).clamp(-0.9, 0.9) + 0.95 * scene.batch.truncation_value
-    returns, advantages = scene.reference(
-        0.95 * (~scene.batch.dones).double(), rewards, evaluation.values
-    )
-    int_returns, int_advantages = scene.reference(
-        torch.full((8, 4), 0.8), scene.novelty.rewards, evaluation.int_values
-    )
+    (returns, advantages), (int_returns, int_advantages) = scene.references(evaluation)
     deviation = int_advantages.std(correction=0).item()
     centred = int_advantages - int_advantages.mean()
     total = 1.5 * advantages + 0.7 * centred / max(known, deviation)
@@ -306,13 +306,7 @@ def test_the_games_advantages_are_standardised_before_the_bonus_is_added() -> No
     plain = scene.loss()
     scene.objective = replace(scene.objective, normalize_advantage=True)
     loss = scene.loss()
-    rewards = (2 * scene.batch.rewards).clamp(-0.9, 0.9) + 0.95 * scene.batch.truncation_value
-    _, advantages = scene.reference(
-        0.95 * (~scene.batch.dones).double(), rewards, loss.evaluation.values
-    )
-    _, bonus = scene.reference(
-        torch.full((8, 4), 0.8), scene.novelty.rewards, loss.evaluation.int_values
-    )
+    (_, advantages), (_, bonus) = scene.references(loss.evaluation)
     total = 1.5 * (advantages - advantages.mean()) / advantages.std()
     total += 0.7 * (bonus - bonus.mean()) / bonus.std(correction=0)
     policy = -(loss.evaluation.log_prob.double() * total).mean().item()
@@ -323,9 +317,8 @@ def test_the_games_advantages_are_standardised_before_the_bonus_is_added() -> No
 
 def test_the_orthogonality_loss_does_not_grow_with_the_batch() -> None:
     scene = Scene("neurocoder")
-    without = replace(scene.objective, orth_coef=0.0)
     loss = scene.loss()
-    scene.objective = without
+    scene.objective = replace(scene.objective, orth_coef=0.0)
     assert loss.orthogonality.item() > 0.01
     added = loss.total.item() - scene.loss().total.item()
     assert added == pytest.approx(0.1 * loss.orthogonality.item(), rel=1e-2)

@@ -134,9 +134,6 @@ def test_f23_the_lock_holds_inside_one_process_too(tmp_path: Path) -> None:
         RunDirectory.open(run.path)
 
 
-# Configuration.
-
-
 def test_a_folder_that_cannot_be_used_is_given_back(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("env: Pong")
     (tmp_path / "checkpoints").write_text("a file in the way")
@@ -148,12 +145,20 @@ def test_a_folder_that_cannot_be_used_is_given_back(tmp_path: Path) -> None:
 
 
 def test_a_removed_run_leaves_nothing_open(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    def is_open(path: Path) -> bool:
+        links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        return any(
+            os.readlink(link).startswith(str(path)) for link in filter(os.path.islink, links)
+        )
+
     run = RunDirectory.create(tmp_path, "Pong")
     run.make_logger().record("a/b", 1)
+    assert is_open(run.path)
     run.remove()
-    assert not run.path.exists()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not run.path.exists() and not is_open(run.path)
+
+
+# Configuration.
 
 
 def test_a_configuration_comes_back(tmp_path: Path) -> None:

@@ -48,14 +48,14 @@ def _threads() -> Any:
     torch.set_num_threads(before)
 
 
-def make_games(factory: Factory, *, seed: int = 0, **sde: int) -> Games:
+def make_games(factory: Factory, *, seed: int = 0, sde_sample_freq: int | None = None) -> Games:
     env = factory(ENVS, 0)
     policy = PolicySpec(
         MlpLstmPolicy,
         env.observation_space,
         env.action_space,
-        {"lstm_hidden_size": WIDTH, "use_sde": bool(sde)},
-        sde.get("sde_sample_freq", -1),
+        {"lstm_hidden_size": WIDTH, "use_sde": sde_sample_freq is not None},
+        sde_sample_freq or -1,
     )
     return Games(factory, policy, ENVS, seed, info_keywords=(), stopwatch=OFF, beat=lambda: None)
 
