@@ -122,3 +122,32 @@ def test_gpu_says_why_an_update_is_not_captured(monkeypatch: pytest.MonkeyPatch)
     for head in ("plain", "Neurocoder"):
         (row,) = (row for row in rows if row[:2] == (head, 80))
         assert row[3] == "none: the learner is on cpu, not on CUDA"
+
+
+def fake_python(folder: Path, script: str) -> Path:
+    """An executable that does the same whatever it is given."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_peer_is_stopped_once_its_reports_gave_a_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    peer = importlib.import_module("sample_factory")
+    reports = "for n in 0 400 800 4000; do echo Total num frames: $n. Lag: 1; sleep 0.1; done"
+    python = fake_python(tmp_path, f"echo $$ > {tmp_path}/pid; {reports}; sleep 600")
+    assert peer.sample_factory(python, 4, 0.15) > 0
+    pid = (tmp_path / "pid").read_text().strip()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_peer_that_ends_without_a_rate_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    peer = importlib.import_module("sample_factory")
+    with pytest.raises(RuntimeError, match="No module named"):
+        peer.sample_factory(fake_python(tmp_path, "echo No module named sf_examples"), 4, 0.1)
