@@ -787,7 +787,6 @@ def raising(error: BaseException) -> Callable:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (WorkerError("worker 0 (pid 12) died"), ["worker 0", "pid 12"]),
         (NonFiniteError("the gradient was not finite"), ["gradient"]),
         # F20
         (torch.OutOfMemoryError("CUDA out of memory"), ["out of memory", "envs", "n_steps"]),
@@ -823,6 +822,23 @@ def test_a_failure_while_running_is_1_and_leaves_the_checkpoint(
             assert word in last, last
     assert code == 1
     assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 20
+
+
+def test_a_run_whose_workers_cannot_go_on_keeps_what_it_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    collect, calls = A3C._collect, iter(range(100))
+
+    def collect_five(*arguments: Any) -> Any:
+        error = WorkerError("worker 0 (pid 12) died")
+        return (collect if next(calls) < 5 else raising(error))(*arguments)
+
+    monkeypatch.setattr(A3C, "_collect", collect_five)
+    assert main(short(tmp_path)) == 1
+    out, err = capsys.readouterr()
+    assert "--resume" in out.splitlines()[-1]
+    assert "worker 0 (pid 12) died" in err.splitlines()[-1]
+    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 25
 
 
 def test_a_run_can_be_resumed_in_the_process_that_made_it(tmp_path: Path) -> None:

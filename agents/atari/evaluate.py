@@ -163,8 +163,8 @@ def play(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[De
         action = int(distribution.get_actions(deterministic=deterministic))
         yield Decision(images, latent, distribution, action)
         obs, _, game_over, remaining = player.step(action)
-        # In training a lost life starts the LSTM anew where it cuts the return.
-        life_lost = player.factory.rules.life_ends_return and remaining < lives
+        # As `AtariVecEnv` does in training, where a lost life starts the LSTM anew.
+        life_lost = player.factory.rules.life_ends_return and 0 < remaining < lives
         starts = torch.full_like(starts, life_lost)
         lives = remaining
 

@@ -143,6 +143,7 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         )
 
     signals.on_stop = stop
+    lost_workers: WorkerError | None = None
     try:
         try:
             model.learn(
@@ -151,15 +152,15 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
                 log_interval=config.log_every,
                 reset_num_timesteps=False,
             )
+        except WorkerError as error:  # what was learnt until then is sound
+            lost_workers = error
         finally:
             if model.time_spent is not None:
                 screen.line(model.time_spent.table())
-        if not model.num_timesteps:
-            screen.line("stopped before the first timestep; nothing was kept")
-            return signals.exit_code
-        saved = checkpoints.save()
-        model.dump_logs()
-    except (WorkerError, NonFiniteError, CheckpointError, OSError) as error:
+        if model.num_timesteps:
+            saved = checkpoints.save()
+            model.dump_logs()
+    except (NonFiniteError, CheckpointError, OSError) as error:
         return failed(str(error))
     except Exception as error:
         if is_lack_of_memory(error):
@@ -168,13 +169,16 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         return failed(f"{type(error).__name__}: {error}")
     assert model.env is not None
     model.env.close()
-    if not saved:
+    if not model.num_timesteps:
+        screen.line("stopped before the first timestep; nothing was kept")
+    elif not saved:
         return failed(f"the last checkpoint could not be written to {run.path}")
-    screen.line(
-        f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
-        f"{resume_line(run.path)}"
-    )
-    return signals.exit_code
+    else:
+        screen.line(
+            f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
+            f"{resume_line(run.path)}"
+        )
+    return failed(str(lost_workers)) if lost_workers else signals.exit_code
 
 
 def failed(message: str) -> int:

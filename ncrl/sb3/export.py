@@ -20,6 +20,7 @@ from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ncrl.files import write_atomically
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
 from ncrl.sb3.policies import lstm_arguments
 from ncrl.settings import nearest
@@ -78,8 +79,8 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
     text = json.dumps(description, indent=2, allow_nan=False)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(weights)
-    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / WEIGHTS, weights)
+    write_atomically(folder / DESCRIPTION, f"{text}\n".encode())
     return folder
 
 

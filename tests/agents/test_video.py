@@ -10,6 +10,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from ncrl.agents import A3C
+from ncrl.agents.atari.evaluate import play
 from ncrl.agents.atari.video import (
     ACCENT,
     ACTIONS,
@@ -31,6 +33,7 @@ from ncrl.agents.atari.video import (
     view_heads,
     write_video,
 )
+from ncrl.envs import AtariPlayer, atari
 from ncrl.sb3 import CnnLstmPolicy, Latent, LstmPolicy, NeurocoderCnnLstmPolicy
 
 SLOTS, COMPONENTS, ACTION_NAMES = 12, 6, ("NOOP", "FIRE", "UP", "DOWNRIGHTFIRE")
@@ -313,3 +316,30 @@ def test_a_good_path_is_left_alone(tmp_path):
     for name in ("new.mp4", "old.webm"):
         check_path(tmp_path / name)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_the_lstm_of_a_film_starts_anew_where_training_cut_the_return(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A life lost with others left does; the last one, where the game goes on, does not."""
+    factory = atari("Klax", protocol="classic")
+    model = A3C("CnnLstmPolicy", factory, n_workers=0, n_envs=1, seed=0)
+    policy, started = model.policy, []
+    encode = policy.encode
+
+    def noted(images: Any, state: Any, starts: torch.Tensor) -> Any:
+        started.append(starts.tolist())
+        return encode(images, state, starts)
+
+    monkeypatch.setattr(policy, "encode", noted)
+    player, lives = AtariPlayer(factory, 0), iter([3, 2, 2, 0, 0])
+    obs = player.reset()
+
+    def step(_action: int) -> tuple[np.ndarray, int, bool, int]:
+        left = next(lives, None)
+        return obs, 0, left is None, left or 0
+
+    monkeypatch.setattr(player, "step", step)
+    for _ in play(model, player, deterministic=True):
+        pass
+    assert started == [[True], [False], [True], [False], [False], [False]]

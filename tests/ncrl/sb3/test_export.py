@@ -1,7 +1,9 @@
 """`export_policy` and `load_policy`: exact round trips; files that do not fit are told apart."""
 
+import errno
 import json
 import math
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,22 @@ def test_own_classes_have_to_be_given(tmp_path: Path) -> None:
     assert not loaded.training and not torch.equal(
         loaded.features_extractor.norm.running_mean, torch.zeros(3)
     )
+
+
+def test_a_full_disk_leaves_the_policy_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (PPO("MlpPolicy", "CartPole-v1", seed=seed) for seed in (0, 1))
+    ncrl.sb3.export_policy(first, tmp_path)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="No space left"):
+        disk.setattr(os, "fsync", full)
+        ncrl.sb3.export_policy(second, tmp_path)
+    loaded = ncrl.sb3.load_policy(tmp_path, "cpu")
+    torch.testing.assert_close(loaded.state_dict(), first.policy.state_dict(), rtol=0, atol=0)
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
