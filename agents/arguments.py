@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from gymnasium import spaces
@@ -31,23 +31,26 @@ def check_numbers(
     if n_steps < 1:
         raise ValueError(f"n_steps must lie in 1 .. inf, got {n_steps}")
     clip = objective.reward_clip
-    if clip is not None and not (isinstance(clip, (int, float)) and 0 < clip < math.inf):
+    if clip is not None and not (isinstance(clip, Real) and 0 < float(clip) < math.inf):
         raise ValueError(f"reward_clip must be a positive number, None or 'env', got {clip!r}")
     check(objective)
-    if not (isinstance(max_grad_norm, (int, float)) and max_grad_norm >= 0):
+    if not (isinstance(max_grad_norm, Real) and float(max_grad_norm) >= 0):
         raise ValueError(
-            f"max_grad_norm must be at least 0, got {max_grad_norm}; inf sets no limit"
+            f"max_grad_norm must be at least 0, got {max_grad_norm!r}; inf sets no limit"
         )
-    if isinstance(learning_rate, (int, float)) and not 0 <= learning_rate < math.inf:
+    if isinstance(learning_rate, Real) and not 0 <= float(learning_rate) < math.inf:
         raise ValueError(f"learning_rate must be at least 0, got {learning_rate}")
 
 
 def check_batch(batch_size: int, n_steps: int, n_envs: int) -> None:
     """Raise ValueError for a batch that is not whole rollouts, an equal share of all."""
     if batch_size < 1 or batch_size % n_steps or n_steps * n_envs % batch_size:
+        shares = [n for n in range(1, n_envs + 1) if n_envs % n == 0]
+        nearest = min(shares, key=lambda n: abs(n * n_steps - batch_size))
         raise ValueError(
             f"batch_size must be a multiple of n_steps that divides n_steps * n_envs, got "
-            f"batch_size={batch_size} with n_steps={n_steps} and n_envs={n_envs}"
+            f"batch_size={batch_size} with n_steps={n_steps} and n_envs={n_envs}; "
+            f"nearest: {n_steps * nearest}"
         )
 
 

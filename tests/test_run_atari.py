@@ -124,7 +124,7 @@ REFUSED = {
     PONG + "--sharpness 0": ["sharpness", "0"],
     PONG + "--batch-size 0": ["batch_size", "0", "1 .."],
     PONG + "--batch-size 7": ["batch_size", "7"],
-    PONG + "--workers 0 --envs-per-worker 2 --batch-size 80": ["batch_size", "80"],
+    PONG + "--workers 0 --envs-per-worker 2 --batch-size 80": ["batch_size", "80", "nearest: 40"],
     PONG + "--num-slots 5 --num-least-used 5": ["num_slots=5", "num_least_used=5"],
     PONG + "--layer neurocodr": ["layer", "neurocodr", "nearest: neurocoder"],
     PONG + "--layer transformer": ["linear, neurocoder, hypernet, film, moe, nsm"],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ncrl import NeurocoderConfig
+from ncrl.agents.arguments import check_batch
 from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES
 from ncrl.agents.learning.intrinsic import SOURCES
 from ncrl.agents.learning.objective import Objective
@@ -18,7 +19,6 @@ from ncrl.agents.playing.sizes import (
     Sizes,
     available_cores,
     choose_sizes,
-    games_per_update,
     worker_cores,
 )
 from ncrl.agents.runs.directory import RunDirectory
@@ -283,15 +283,8 @@ def with_sizes(config: RunConfig) -> RunConfig:
         logging.warning(
             "%d workers cannot share out %d games equally: taking %d", asked, games, workers
         )
-    size, whole = config.batch_size, config.n_steps * games
-    if size is not None and (size % config.n_steps or whole % size):
-        explores = config.intrinsic_reward != "none"
-        nearest = games_per_update(games, has_gpu=uses_gpu(config), explores=explores)
-        raise ValueError(
-            f"batch_size must be a multiple of n_steps that divides the {whole} timesteps of a "
-            f"rollout of all games, got batch_size={size} with n_steps={config.n_steps} and "
-            f"{games} games; nearest: {config.n_steps * nearest}"
-        )
+    if config.batch_size is not None:
+        check_batch(config.batch_size, config.n_steps, games)
     return replace(config, workers=workers, games=games, envs_per_worker=None)
 
 
@@ -346,5 +339,5 @@ def head_options(config: RunConfig) -> dict[str, Any]:
     """Options of the output layers, for `ncrl.layers.make_layer`."""
     if config.layer != "neurocoder":
         return BASELINE_OPTIONS.get(config.layer, {})
-    names = [entry.name for entry in fields(RunConfig) if "Neurocoder:" in entry.metadata["help"]]
-    return {name: getattr(config, name) for name in names}
+    names = (entry.name for entry in fields(NeurocoderConfig))
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}

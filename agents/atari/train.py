@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
@@ -143,20 +144,9 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         )
 
     signals.on_stop = stop
-    lost_workers: WorkerError | None = None
+    callbacks = [checkpoints, Progress(config.frames, screen)]
     try:
-        try:
-            model.learn(
-                total - model.num_timesteps,
-                callback=[checkpoints, Progress(config.frames, screen)],
-                log_interval=config.log_every,
-                reset_num_timesteps=False,
-            )
-        except WorkerError as error:  # what was learnt until then is sound
-            lost_workers = error
-        finally:
-            if model.time_spent is not None:
-                screen.line(model.time_spent.table())
+        lost_workers = _play_on(model, config, total, callbacks, screen)
         if model.num_timesteps:
             saved = checkpoints.save()
             model.dump_logs()
@@ -179,6 +169,26 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
             f"{resume_line(run.path)}"
         )
     return failed(str(lost_workers)) if lost_workers else signals.exit_code
+
+
+def _play_on(
+    model: A3C, config: RunConfig, total: int, callbacks: list[BaseCallback], screen: Screen
+) -> WorkerError | None:
+    """Train until `total` timesteps. An error of the workers is returned: what was learnt until
+    then is sound."""
+    try:
+        model.learn(
+            total - model.num_timesteps,
+            callback=callbacks,
+            log_interval=config.log_every,
+            reset_num_timesteps=False,
+        )
+    except WorkerError as error:
+        return error
+    finally:
+        if model.time_spent is not None:
+            screen.line(model.time_spent.table())
+    return None
 
 
 def failed(message: str) -> int:

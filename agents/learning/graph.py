@@ -139,7 +139,7 @@ def _obstacle(policy: EnginePolicy) -> str | None:
             "SharedRMSProp and Adam(fused=True) can"
         )
     if any(isinstance(part, MoELinear) for part in policy.modules()):
-        return "how many inputs each expert of a mixture gets is known from data alone"
+        return "a mixture of experts was never compared with its captured update"
     if any(hasattr(part, "_orig_mod") for part in policy.modules()):
         return "the policy is compiled"
     return None

@@ -11,7 +11,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import entry_points
 from typing import Any
 
 import gymnasium
@@ -28,14 +27,11 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from ncrl.envs import atari
 from ncrl.sb3.engine import check_spaces
 
 EnvFactory = Callable[[int, int], VecEnv]
 """`factory(n_envs, seed)`, called in the process that plays the environments."""
-
-ENTRY_POINTS = "ncrl.environments"
-"""Group of entry points whose names are namespaces of Gymnasium ids (`ALE` in `ALE/Pong-v5`) and
-whose values turn such an id into a factory, with the preprocessing that is proper for it."""
 
 ATARI = "ale_py.env:AtariEnv"  # what Gymnasium builds Atari games with, under all their ids
 
@@ -87,28 +83,18 @@ def as_factory(env: str | EnvFactory) -> EnvFactory:
                 "made for; for example: lambda n_envs, seed: make_vec_env(make, n_envs, seed=seed)"
             ) from error
         return env
-    namespace, slash, _ = env.partition("/")
-    if slash and (found := _of_namespace(namespace, env)) is not None:
-        return found
+    if env.startswith("ALE/"):
+        return atari(env)
     try:
         factory = RegisteredFactory(env)
     except ValueError:
-        with suppress(ValueError):  # a game whose ids nobody has registered yet
-            if (found := _of_namespace("ALE", env)) is not None:
-                return found
+        with suppress(ValueError, ImportError):  # a game whose ids nobody has registered yet
+            return atari(env)
         raise
     if factory.spec.entry_point == ATARI and factory.spec.kwargs.get("obs_type", "rgb") == "rgb":
         # `Pong`, `PongNoFrameskip-v4`, `ale_py:ALE/Pong-v5`: one meaning for one game.
-        return _of_namespace("ALE", factory.spec.kwargs["game"]) or factory
+        return atari(factory.spec.kwargs["game"])
     return factory
-
-
-def _of_namespace(namespace: str, env_id: str) -> EnvFactory | None:
-    """What the entry point of a namespace makes of an id, if there is one."""
-    for entry_point in entry_points(group=ENTRY_POINTS, name=namespace):
-        factory: EnvFactory = entry_point.load()(env_id)
-        return factory
-    return None
 
 
 def meaning(env: str, factory: EnvFactory) -> str | None:

@@ -31,16 +31,14 @@ class Sizes(NamedTuple):
 
     workers: int
     games: int  # of each worker
-    batch: int  # games of one update without a bonus; they divide those of all workers
     reason: str  # in a few words, for the user
 
 
 def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
-    """Workers, games per worker and games per update for a machine, whose learner may have a GPU.
+    """Workers and games per worker for a machine, whose learner may have a GPU.
 
     Measured with a GPU on 16 cores: 15 workers of 16 games play as fast as 15 of 32, and 4 times as
-    fast as 16 workers of one game. Small updates learn more from the same games than large ones
-    (results/atari.md), but 4 games an update leave a GPU idle.
+    fast as 16 workers of one game.
     """
     if has_gpu:
         learner, games, why = 1, 16, "the learner is on the GPU"
@@ -51,14 +49,15 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
     workers = max(1, cores - learner)
     left = f", {cores - workers} left for the learner" if cores > workers else ""
     reason = f"{cores} core{'s' * (cores > 1)}{left}: {why}"
-    return Sizes(workers, games, games_per_update(workers * games, has_gpu=has_gpu), reason)
+    return Sizes(workers, games, reason)
 
 
 def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> int:
     """4, on a GPU a quarter of all games but at most 24, or what next below divides them.
 
-    With an intrinsic reward half of all games but at most 32: it rewards every timestep, and small
-    updates follow its noise (results/montezuma.md).
+    Small updates learn more from the same games than large ones (results/atari.md), but 4 games an
+    update leave a GPU idle. With an intrinsic reward half of all games but at most 32: it rewards
+    every timestep, and small updates follow its noise (results/montezuma.md).
     """
     if explores:
         wanted = min(32, max(SMALL_UPDATE, games // 2))

@@ -21,6 +21,10 @@ class SharedWeights:
     Version v lies in copy v % 2. The writer announces v in `_started` before it touches that copy,
     and in `_version` when the copy is complete, so a reader that finds `_started` still below
     v + 2 after copying has read nothing of a later version.
+
+    This takes a processor that shows stores in their order, as x86 does. Elsewhere a reader could
+    get parts of two versions (not checked on ARM). V-trace would still correct what it plays, by
+    the log-probabilities that it really had.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -312,7 +312,7 @@ def test_loaded_for_another_number_of_environments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Observation spaces do not match"):
         A3C.load(tmp_path / "model", env=one, device="cpu")
     env = masked_cartpole()(1, 0)
-    with pytest.warns(UserWarning, match="batch_size=10 .*n_envs=1; the default"):
+    with pytest.warns(UserWarning, match="batch_size=10 .*n_envs=1; .*the default"):
         loaded = A3C.load(tmp_path / "model", env=env, device="cpu")
     assert loaded.batch_size is None and loaded.learn(10).num_timesteps == 10
     loaded = A3C.load(tmp_path / "model", env=env, batch_size=5, device="cpu")
@@ -358,7 +358,7 @@ def test_another_environment_goes_on_without_a_reset() -> None:
         ({"policy_kwargs": {"head": "neurocodr"}}, r"did you mean 'neurocoder'"),
         ({"max_grad_norm": None}, r"max_grad_norm .*got None; inf sets no limit"),
         ({"batch_size": 10.0}, r"batch_size must be an integer, got 10.0"),
-        ({"batch_size": 7}, r"got batch_size=7 with n_steps="),
+        ({"batch_size": 7}, r"got batch_size=7 with n_steps=.*; nearest: "),
         ({"env": lambda: None}, r"factory\(n_envs, seed\), which .*lambda"),
         ({"env": gym.Env}, r"env must be an environment, .*got <class"),
         ({"env": [lambda: None]}, r"lists of functions make a DummyVecEnv"),
@@ -374,6 +374,8 @@ def test_wrong_values_are_named(wrong: dict, message: str) -> None:
 
 def test_numbers_of_other_kinds_are_taken() -> None:
     model = make_model(n_steps=np.int64(5), batch_size=np.int32(5), max_grad_norm=math.inf)
+    assert model.learn(10).num_timesteps == 10
+    model = make_model(max_grad_norm=np.float32(0.5), reward_clip=np.float32(1.0))
     assert model.learn(10).num_timesteps == 10
 
 

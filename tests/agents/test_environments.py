@@ -78,6 +78,15 @@ def test_one_meaning_for_one_game(env_id: str) -> None:
     assert as_factory(env_id) == AtariFactory("pong")
 
 
+def test_an_unknown_id_is_said_where_there_are_no_games(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> dict[str, str]:
+        raise ModuleNotFoundError("No module named 'ale_py'")
+
+    monkeypatch.setattr("ncrl.envs.atari._games", missing)
+    with pytest.raises(ValueError, match="unknown environment 'CartPole-v9'"):
+        as_factory("CartPole-v9")
+
+
 def test_what_a_game_means_is_said_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     options = {"n_envs": 1, "policy": "CnnLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 8}}
     with pytest.warns(UserWarning, match=r"PongNoFrameskip-v4 is played as .*sticky_actions=0\.25"):

@@ -36,7 +36,8 @@ from tests.agents.test_buffers import CPU, make_shape, numbered
     ],
 )
 def test_sizes(cores: int, has_gpu: bool, workers: int, games: int, batch: int) -> None:
-    assert choose_sizes(cores, has_gpu)[:3] == (workers, games, batch)
+    assert choose_sizes(cores, has_gpu)[:2] == (workers, games)
+    assert games_per_update(workers * games, has_gpu=has_gpu) == batch
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
@@ -45,7 +46,8 @@ def test_sizes_fit_any_machine(has_gpu: bool) -> None:
         sizes = choose_sizes(cores, has_gpu)
         assert 8 <= sizes.games <= 32
         assert 1 <= sizes.workers <= cores
-        assert (sizes.workers * sizes.games) % sizes.batch == 0
+        total = sizes.workers * sizes.games
+        assert total % games_per_update(total, has_gpu=has_gpu) == 0
         if has_gpu and cores > 1:
             assert sizes.workers == cores - 1
         assert str(cores) in sizes.reason and "\n" not in sizes.reason
