@@ -82,7 +82,7 @@ def test_an_unknown_id_is_said_where_there_are_no_games(monkeypatch: pytest.Monk
     def missing() -> dict[str, str]:
         raise ModuleNotFoundError("No module named 'ale_py'")
 
-    monkeypatch.setattr("ncrl.envs.atari._games", missing)
+    monkeypatch.setattr(sys.modules["ncrl.envs.atari"], "_games", missing)
     with pytest.raises(ValueError, match="unknown environment 'CartPole-v9'"):
         as_factory("CartPole-v9")
 
