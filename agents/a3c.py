@@ -63,14 +63,15 @@ class A3C(EngineAlgorithm):
         env: where it plays. A factory `factory(n_envs, seed) -> VecEnv` (such as
             `ncrl.envs.atari("Pong")`) or a Gymnasium id is built inside the worker processes. An
             environment object is played in this process, serially and reproducibly.
-        learning_rate: a number, or a schedule of the remaining progress; None takes the one of
-            `ncrl.agents.defaults`, falling linearly to 0. So do `n_steps`, `batch_size`,
-            `gae_lambda` and `use_rms_prop`. The defaults differ for fewer than 4 environments in
-            this process, for policies that see images (`Cnn`), and for all others.
+        learning_rate: a number, or a schedule of the remaining progress; None takes the default,
+            which falls linearly to 0. The defaults of this and of `n_steps`, `batch_size`,
+            `gae_lambda` and `use_rms_prop` are those of `ncrl.agents.defaults`. They differ for
+            fewer than 4 environments in this process, for policies that see images (`Cnn`), and
+            for all others.
         n_steps: T, timesteps per rollout; by default 5 for few environments, else 20.
         batch_size: timesteps per update, a multiple of `n_steps` that divides `n_steps * n_envs`:
-            whole rollouts of some environments. None takes all, and with images 4, on a GPU up to
-            24.
+            whole rollouts of some environments. None takes all; with images, those of 4
+            environments, on a GPU of up to 24, with an intrinsic reward of up to 32.
         gamma: discount.
         gae_lambda: 1 gives n-step returns; by default 0.95 with images, else 1.
         ent_coef, vf_coef: weights of the entropy and of the value loss.
@@ -245,7 +246,7 @@ class A3C(EngineAlgorithm):
         self._batch: Batch | None = None
         self._start_anew()
         self.policy_lag = 0.0
-        """Mean age, in updates, of the weights behind the latest batch."""
+        """Mean age, in published versions, of the weights behind the latest batch."""
         self._skipped_updates = 0
         self._skipped_in_a_row = 0
 

@@ -35,7 +35,7 @@ TOLERANCES = {
     "RSS, MiB": (0.0, 0.03),  # of all processes; pages that they share count once in each
     "open files": (2.0, 0.0),
     "/dev/shm, MiB": (8.0, 0.0),  # by whomever: torch's files there have no names
-    "policy lag, updates": (0.25, 0.0),
+    "policy lag, versions": (0.25, 0.0),
     "ms per timestep": (0.0, 0.1),
 }
 Sample = dict[str, float]  # by the names of `TOLERANCES`

@@ -73,7 +73,7 @@ class Objective:
 
 
 class Novelty(NamedTuple):
-    """What exploration adds to a batch."""
+    """What exploration adds to the rollout of an update."""
 
     rewards: Tensor
     """Normalised intrinsic rewards, [T, B]."""

@@ -188,7 +188,7 @@ class Batch(NamedTuple):
     games: list[int]
     """Which game each column is: those of a worker follow each other, but the order of workers
     differs from batch to batch, and one worker may have two rollouts in it."""
-    lags: list[int]  # by how many updates the weights behind each rollout were too old
+    lags: list[int]  # by how many versions the weights behind each rollout were too old
 
 
 class RolloutView:

@@ -31,7 +31,7 @@ def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def record_lag(logger: Logger, lags: list[int]) -> float:
-    """By how many updates the weights behind rollouts were too old; returns the mean."""
+    """By how many published versions the weights behind rollouts were too old; returns the mean."""
     mean = sum(lags) / len(lags)
     logger.record_mean("train/policy_lag", mean)
     logger.record("train/policy_lag_max", max(lags))

@@ -19,7 +19,7 @@ from ncrl.files import read_bytes, write_atomically
 
 Like = TypeVar("Like")
 
-SMALL_BYTES = 64 << 20
+FREE_BYTES = 64 << 20
 """What names, curves and random states may take beside the weights."""
 
 MARK = b"sha256 "
@@ -58,7 +58,7 @@ def read_tensors(path: Path, limit: int, *, foreign: bool = False) -> Any:
     Raises:
         ValueError: naming the file, if it is damaged, too large, or holds anything else.
     """
-    limit += SMALL_BYTES
+    limit += FREE_BYTES
     content = read_bytes(path, limit)
     try:
         check_sums(content, limit, foreign=foreign)
