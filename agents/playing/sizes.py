@@ -55,8 +55,8 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
 def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> int:
     """4, on a GPU a quarter of all games but at most 24, or what next below divides them.
 
-    Small updates learn more from the same games than large ones (results/atari.md), but 4 games an
-    update leave a GPU idle. With an intrinsic reward half of all games but at most 32: it rewards
+    4 games make four times the updates of 16 in 20 % more time (docs/lab_notes.md), but leave a GPU
+    idle. With an intrinsic reward half of all games but at most 32: it rewards
     every timestep, and small updates follow its noise (results/montezuma.md).
     """
     if explores:
