@@ -260,6 +260,7 @@ def draw(
     draw_curves(curves, rows, error)
     curves.set(yscale="log", ylabel="squared error inside chunks")
     curves.legend(fontsize=7)
+    curves.set_title(rows[0].data, fontsize=9)
     for part, (name, example) in zip(parts[1:], examples.items(), strict=True):
         part.suptitle(name, fontsize=9)
         example.draw_example(*part.subplots(2, 1, sharex=True, height_ratios=[1.4, 1]))

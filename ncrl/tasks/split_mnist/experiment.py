@@ -144,7 +144,7 @@ def work(session: Session, words: Sequence[str]) -> None:
         say(f"\n{results_table(rows, METRICS)}")
     if session.figure is not None and rows:
         draw = tables.draw if len(coefs) < 2 else tables.draw_tradeoff
-        draw(rows, session.figure)
+        draw(session.figure, rows)
 
 
 def seeds(session: Session, repeats: int | None) -> list[int]:

@@ -205,7 +205,7 @@ def short(summary: Summary | None) -> str | None:
     return f"{summary.mean:.1f}{spread}"
 
 
-def draw(rows: Sequence[Result], path: Path) -> None:
+def draw(path: Path, rows: Sequence[Result]) -> None:
     """Bars of the accuracy for every cell that has rows, with the paper's number as a mark.
 
     What the flags of the command have changed stands in columns of its own.
@@ -215,7 +215,6 @@ def draw(rows: Sequence[Result], path: Path) -> None:
     methods = list(dict.fromkeys([*METHODS, *(method for _, method, _ in found)]))
     figure = Figure(figsize=(9, 3.2 * len(scenarios)), layout="constrained")
     grid = figure.subplots(len(scenarios), squeeze=False)[:, 0]
-    low = min(row.metrics["accuracy"] for row in rows)
     for axes, scenario in zip(grid, scenarios, strict=True):
         present = dict.fromkeys(layer for where, _, layer in found if where == scenario)
         known = [column.name for column in COLUMNS if column.name in present]
@@ -240,9 +239,12 @@ def draw(rows: Sequence[Result], path: Path) -> None:
                 if (text := printed(scenario, method, layer)) is not None:
                     value = float(text.partition("±")[0])
                     axes.plot(x + shift, value, "k_", markersize=6, zorder=3)
+        shown = [row for row in rows if row.labels["scenario"] == scenario]
+        low = min(row.metrics["accuracy"] for row in shown)
         axes.set(ylim=(max(0, min(50, low) - 2), 100), ylabel="accuracy after 5 tasks, %")
         axes.set_xticks(range(len(methods)), methods)
-        axes.set_title(f"incremental {scenario}; black marks: the paper's", fontsize=9)
+        title = f"split {shown[0].data}, incremental {scenario}; black marks: the paper's"
+        axes.set_title(title, fontsize=9)
         below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07)}
         axes.legend(fontsize=7, ncols=len(layers), frameon=False, **below)
     save_figure(figure, path)
@@ -273,7 +275,7 @@ def curves(rows: Sequence[Result]) -> Mapping[str, Mapping[str, list[Point]]]:
     return found
 
 
-def draw_tradeoff(rows: Sequence[Result], path: Path) -> None:
+def draw_tradeoff(path: Path, rows: Sequence[Result]) -> None:
     """What the weight of a penalty trades, for each scenario and method: accuracy after all tasks
     over the error on each right after training on it, with the coefficients beside the points.
 
