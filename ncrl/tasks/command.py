@@ -82,6 +82,7 @@ class Session:
         data_dir: folder with data sets; None if none was named.
         download: whether data may be fetched.
         figure: file to draw to; None if none is wanted.
+        only_finished: whether nothing is trained.
         num_diverged: runs so far whose loss was not finite.
     """
 
@@ -94,6 +95,7 @@ class Session:
         self.device = choose_device(flags.get("device", "auto"))
         self.data_dir: str | None = flags.get("data_dir")
         self.download: bool = flags.get("download", False)
+        self.only_finished: bool = flags.get("finished", False)
         self.logdir = Path(flags.get("logdir", "runs"))
         self.figure = Path(flags["figure"]) if "figure" in flags else None
         if self.figure is not None:
@@ -129,7 +131,8 @@ class Session:
     def run(
         self, wanted: Sequence[Plan], make: Make, *, seeds: Sequence[int] | None = None
     ) -> list[Result]:
-        """Train every recipe with every seed, seed by seed, unless it is finished already.
+        """Train every recipe with every seed, seed by seed, unless it is finished already; with
+        --finished train none.
 
         Runs that another process is at are left to it, and waited for at the end: the same command
         started twice shares the work. A run whose loss is not finite any more is said, counted in
@@ -154,16 +157,19 @@ class Session:
                     say(f"diverged: {error}", sys.stderr)
                     self.num_diverged += 1
                     continue
-                if result is None:
-                    elsewhere.append((index, seed))
-                else:
+                if result is not None:
                     found[index, seed] = result
+                elif not self.only_finished:
+                    elsewhere.append((index, seed))
             pending, patience = elsewhere, True
         return [found[which] for which in sorted(found, key=lambda w: (w[0], seeds.index(w[1])))]
 
     def _run_one(self, plan: Plan, seed: int, make: Make, *, wait: bool) -> Result | None:
-        """The row of one run; None if another process is at it."""
+        """The row of one run; None if another process is at it, or if it had to be trained first
+        and nothing is to be trained."""
         run, experiment = self.made(plan, seed, make)
+        if self.only_finished:
+            return run.result
         diverged = run.folder / DIVERGED_FILE
         with locked(run.folder, wait=wait) as is_ours:
             if not is_ours:
@@ -172,7 +178,7 @@ class Session:
             result = run.result
             if result is not None:
                 say(f"{result.line()} (finished before, {run.folder})")
-                return dataclasses.replace(result, labels=dict(plan.labels))
+                return result
             if os.path.lexists(diverged):
                 said = read_bytes(diverged).decode(errors="replace")
                 raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
@@ -219,6 +225,7 @@ def task_parser(task: str, description: str | None, validate: str = "") -> argpa
     add("--data-dir", "--data_dir", metavar="DIR", help="data sets (default: NCRL_DATA, if set)")
     add("--download", action="store_true", help="fetch the data set from OpenML if need be")
     add("--logdir", metavar="DIR", help="runs are kept, resumed and found here (default: runs)")
+    add("--finished", action="store_true", help="train nothing, show the runs that are finished")
     add("--figure", metavar="FILE", help="draw the paper's figure to a .png, .svg or .pdf")
     if validate:
         said = f"hold {validate} out and measure on them: for the choice of settings"

@@ -131,8 +131,9 @@ def work(session: Session) -> None:
     rows = session.run(wanted, make)
     if session.figure is not None and rows:
         maps = session.run(variants(session, MAPS), make, seeds=session.seeds[:1])
-        firsts = [int((data.test_labels == d).nonzero()[0]) for d in range(data.num_classes)]
-        draw(session.figure, rows, maps, data.test_images[firsts, 0])
+        if maps:
+            firsts = [int((data.test_labels == d).nonzero()[0]) for d in range(data.num_classes)]
+            draw(session.figure, rows, maps, data.test_images[firsts, 0])
     say(results_table(rows, ["error", "best_error"]))
 
 

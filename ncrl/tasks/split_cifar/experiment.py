@@ -242,11 +242,13 @@ def make_backbone(session: Session, source: BackboneSource, data: Images) -> Bac
         network = make(recipe, BACKBONE_SEED, session.device).model
         title += " with random weights"
     else:
-        (row,) = session.run([wanted], make, seeds=[BACKBONE_SEED])
+        rows = session.run([wanted], make, seeds=[BACKBONE_SEED])
+        if not rows:
+            raise ValueError(f"there is no finished run {wanted.name!r}, which features come from")
         network = session.experiment(wanted, BACKBONE_SEED, make).model
         title += (
             f", trained here for {recipe.epochs} epochs to tell rotations of the training images "
-            f"apart, without labels (test accuracy {row.metrics['rotation_accuracy']:.1f} %, "
+            f"apart, without labels (test accuracy {rows[0].metrics['rotation_accuracy']:.1f} %, "
             "chance 25 %)"
         )
     assert isinstance(network, ResNet18)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -184,6 +185,19 @@ def test_a_finished_run_is_not_repeated(
     monkeypatch.setattr(Constant, "loss", None)
     assert session(tmp_path, "--seeds", "1", "0").run([TOY], Constant) == first[::-1]
     assert capsys.readouterr().out.count("finished before") == 2
+
+
+def test_finished_shows_what_is_there_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = session(tmp_path, "--seeds", "0", "2").run([TOY], Constant)
+    files = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Constant, "loss", None)
+    work = session(tmp_path, "--finished", "--seeds", "0", "1", "2")
+    named = TOY._replace(labels={"variant": "toy", "changes": ""})
+    rows = work.run([Plan("toy", Recipe(learning_rate=0.5)), named], Constant)
+    assert rows == [dataclasses.replace(row, labels=named.labels) for row in first]
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_other_settings_are_other_runs(tmp_path: Path) -> None:

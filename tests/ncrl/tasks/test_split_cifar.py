@@ -322,6 +322,7 @@ BAD_INPUT = {
     "data": (["--data-dir", "/no/such/folder"], "/no/such/folder does not exist"),
     "figure": (["--figure", "figure.txt"], "--figure must end in one of"),
     "flag": (["--backbones", "x"], "nearest: --backbone"),
+    "finished": (["--finished"], "there is no finished run 'backbone 5 epochs'"),
 }
 
 
