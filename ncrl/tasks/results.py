@@ -175,7 +175,9 @@ def results_table(
 
 def command_line() -> str:
     """The command that this process was started with."""
+    script, *words = sys.argv
+    if Path(script).stem == "ncrl":  # the installed command
+        return " ".join(["ncrl", *words])
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = "" if main is None else main.name.removesuffix(".__main__")
-    program = f"-m {name}" if name else sys.argv[0]
-    return " ".join(["python", program, *sys.argv[1:]])
+    return " ".join(["python", f"-m {name}" if name else script, *words])

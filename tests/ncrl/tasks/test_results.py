@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from ncrl.tasks.results import (
     Result,
+    command_line,
     markdown,
     read_result,
     read_results,
@@ -121,3 +124,21 @@ def test_the_line_names_what_a_reader_needs() -> None:
     for part in ("mnist", "seed 3", "error 7.654", "1,234 parameters", "10 updates", "generated"):
         assert part in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "said"),
+    [
+        ("/usr/bin/ncrl", None, "ncrl task mnist"),
+        ("/x/ncrl/__main__.py", "ncrl.__main__", "python -m ncrl task mnist"),
+        ("/x/parameters.py", "ncrl.tasks.parameters", "python -m ncrl.tasks.parameters task mnist"),
+        ("benchmarks/programs.py", None, "python benchmarks/programs.py task mnist"),
+    ],
+)
+def test_the_command_of_a_row_can_be_repeated(
+    script: str, module: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = None if module is None else ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", [script, "task", "mnist"])
+    assert command_line() == said
