@@ -190,7 +190,7 @@ def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
         summary = summarise(group, "error")
         if summary is None:
             continue
-        mean, std, _ = summary
+        mean, std = summary.mean, summary.std
         if group[0].layer == "neurocoder":
             coded[int(group[0].recipe["layer_options"]["num_steps"])] = summary
             sizes.add(group[0].parameters)
@@ -203,8 +203,8 @@ def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
         label = f"Neurocoder, {' to '.join(f'{size:,}' for size in sorted(sizes))} parameters"
         means, stds = [coded[j].mean for j in steps], [coded[j].std for j in steps]
         axes.errorbar(steps, means, stds, marker="o", capsize=3, label=label)
-        for j, (_, _, values) in coded.items():
-            axes.plot([j] * len(values), values, ".", color="black", markersize=3)
+        for j, errors in coded.items():
+            axes.plot([j] * len(errors.values), errors.values, ".", color="black", markersize=3)
         axes.set_xticks(steps)
     seeds = len({row.seed for row in rows})
     axes.set(xlabel="composition steps J", ylabel=f"test error, % (seeds: {seeds})")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from ncrl.tasks.figures import save_figure
-from ncrl.tasks.results import Result, Summary, markdown, summarise
+from ncrl.tasks.results import Result, markdown, mean_and_spread, summarise
 
 Groups = defaultdict[tuple[str, ...], list[Result]]  # rows by scenario, method and layer
 SCENARIO = {1: "domain", 6: "task", 7: "domain"}  # by number of the table
@@ -185,24 +185,16 @@ def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
     failed = sum(row.metrics["failed_tasks"] > 0 for row in group)
     return [
         f"{group[0].parameters:,}",
-        short(summarise(group, "accuracy")),
+        mean_and_spread(group, "accuracy", ".1f"),
         " ".join(by_seed.get(seed, MISSING) for seed in seeds),
-        short(summarise(group, "learn")),
+        mean_and_spread(group, "learn", ".1f"),
         f"{failed} of {len(group)}",
-        *(short(summarise(group, name)) for name in ("forgetting", "transfer")),
+        *(mean_and_spread(group, name, ".1f") for name in ("forgetting", "transfer")),
         *(
             f"{summary.mean:.{digits}f}" if (summary := summarise(group, name)) else None
             for name, digits in (("rank", 1), ("attention", 3))
         ),
     ]
-
-
-def short(summary: Summary | None) -> str | None:
-    """Mean and population standard deviation, as the paper prints them; of one value no spread."""
-    if summary is None:
-        return None
-    spread = f"±{summary.std:.1f}" if len(summary.values) > 1 else ""
-    return f"{summary.mean:.1f}{spread}"
 
 
 def draw(path: Path, rows: Sequence[Result]) -> None:

@@ -101,7 +101,7 @@ def test_mean_and_spread_are_those_of_the_population() -> None:
     assert found.mean == pytest.approx(np.mean(values))
     assert found.std == pytest.approx(np.std(values))
     assert found.values == values
-    assert str(found) == "5.5 +- 2.5 (3)"
+    assert f"{found:.1f}" == "5.5±2.5"
     assert summarise(rows, "accuracy") is None
 
 
@@ -113,8 +113,8 @@ def test_tables_are_markdown() -> None:
     ).splitlines()
     assert lines[0] == "| recipe | parameters | seeds | error | paper |"
     assert lines[2:] == [
-        "| x | 1,234 | 1 4 | 3 +- 1 (2) | 3.3 |",
-        "| y | 1,234 | 0 | 8 +- 0 (1) |  |",
+        "| x | 1,234 | 1 4 | 3±1 | 3.3 |",
+        "| y | 1,234 | 0 | 8 (1 seed) |  |",
     ]
     assert "paper" not in results_table(rows, ["error"])
 

@@ -343,7 +343,7 @@ def test_tables_hold_every_cell_beside_the_printed_number() -> None:
     assert cells[2:5] == ["1,234", "72.0±2.0", "70.0 - 74.0 - -"]  # the population's deviation
     assert "1 of 2" in cells and cells[-3:] == ["73.97±1.50", "71.79±2.04", ""]
     assert "| adam | mlp |  |" in text  # a cell of the other scenario does not fill this one
-    assert "| 90.0 | 90.0 - - | 99.0 |" in tables.table(6, rows)
+    assert "| 90.0 (1 seed) | 90.0 - - | 99.0 (1 seed) |" in tables.table(6, rows)
     short = tables.table(1, rows, " epochs=1")
     assert short.startswith("Table 1, incremental domain; epochs=1; 0 of 30 cells have all 5 seeds")
     assert line in short and "residual" not in short
