@@ -163,9 +163,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def suggest(name: str, choices: Collection[str]) -> str:
-    """'did you mean ...?', or all choices where none looks like `name`."""
+    """A hint for a message: the nearest choice, or all of them where none looks like `name`."""
     close = difflib.get_close_matches(name, list(choices), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
+    return f"nearest: {close[0]}" if close else f"choose one of {', '.join(choices)}"
 
 
 def _as_type(name: str, value: Any, expected: str, source: str) -> Any:

@@ -21,7 +21,7 @@ import torch
 
 from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
-from ncrl.settings import add_flags, make_parser, nearest, parse, usage_error
+from ncrl.settings import add_flags, make_parser, nearest, parse, suggest, usage_error
 from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
 from ncrl.shell.lock import locked
 from ncrl.shell.screen import say
@@ -303,7 +303,7 @@ def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
     for variant in flags.get("variant", [BASE]):
         if variant != BASE and variant not in recipes:
             known = [BASE, *filter(None, recipes)]
-            raise ValueError(f"unknown variant {variant!r} of {path}; {_hint(variant, known)}")
+            raise ValueError(f"unknown variant {variant!r} of {path}; {suggest(variant, known)}")
         for layer in flags.get("layer", [None]):
             plan = _with_layer(path, recipes, "" if variant == BASE else variant, layer)
             wanted[plan.name] = plan
@@ -314,7 +314,7 @@ def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: 
     recipe, label = recipes[variant], variant
     if layer is not None and layer != recipe.layer:
         if layer not in LAYERS:
-            raise ValueError(f"unknown layer {layer!r}; {_hint(layer, list(LAYERS))}")
+            raise ValueError(f"unknown layer {layer!r}; {suggest(layer, LAYERS)}")
         named = "_".join(filter(None, [layer, variant]))  # linear, linear_cifar100
         if named in recipes and recipes[named].layer == layer:
             recipe, label = recipes[named], named
@@ -362,7 +362,7 @@ def chosen(
         if name not in choices:
             raise ValueError(
                 f"--{flag} must be one of {', '.join(choices)}, got {name!r}; "
-                f"{_hint(name, choices)}"
+                f"nearest: {nearest(name, choices)}"
             )
     return list(dict.fromkeys(names))
 
@@ -373,9 +373,5 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = [path.stem for path in CONFIGS.glob("*.yaml")]
-    hint = _hint(Path(name).stem, known) if known else f"{CONFIGS} has none either"
+    hint = suggest(Path(name).stem, known) if known else f"{CONFIGS} has none either"
     raise ValueError(f"there is no config {name!r}; {hint}")
-
-
-def _hint(name: str, choices: Sequence[str]) -> str:
-    return f"nearest: {nearest(name, choices)}"
