@@ -53,7 +53,7 @@ Make = Callable[[Any, int, torch.device], Experiment]
 stream was seeded with the seed."""
 
 
-class Plan(NamedTuple):
+class NamedRecipe(NamedTuple):
     """A recipe to train, under the name that tables give it.
 
     See `Result.labels`: at least `variant`, which is empty for the recipe at the top of a file, and
@@ -64,12 +64,12 @@ class Plan(NamedTuple):
     recipe: Recipe
     labels: Mapping[str, str] = MappingProxyType({"variant": "", "changes": ""})
 
-    def changed(self, **layer_options: Any) -> Plan:
+    def changed(self, **layer_options: Any) -> NamedRecipe:
         """The same recipe with other options of its layer, which its name says."""
         said = " ".join(f"{key}={value}" for key, value in layer_options.items())
         options = {**self.recipe.layer_options, **layer_options}
         recipe = dataclasses.replace(self.recipe, layer_options=options)
-        return Plan(f"{self.name} {said}", recipe, self.labels)
+        return NamedRecipe(f"{self.name} {said}", recipe, self.labels)
 
 
 class Session:
@@ -109,9 +109,9 @@ class Session:
         """Whether --config, --variant or --layer is given."""
         return any(name in self.flags for name in ("config", "variant", "layer"))
 
-    def plans(
+    def recipes(
         self, default_config: str, *, default_variants: Sequence[str] = (BASE,), **instead: Any
-    ) -> list[Plan]:
+    ) -> list[NamedRecipe]:
         """The recipes that --config, --variant, --layer and the overrides name.
 
         Without these flags it is some variants of a file in configs/. `instead` has values of flags
@@ -119,7 +119,7 @@ class Session:
         """
         default = {} if self.names_recipes else {"variant": list(default_variants)}
         flags = {**default, **self.flags, **instead}
-        return plans({k: v for k, v in flags.items() if v is not None}, default_config)
+        return named_recipes({k: v for k, v in flags.items() if v is not None}, default_config)
 
     def validated(self, data: Images, held_out_every: int) -> Images:
         """The data set, or with --validate a part of its training images to measure on."""
@@ -129,7 +129,7 @@ class Session:
         return data
 
     def run(
-        self, wanted: Sequence[Plan], make: Make, *, seeds: Sequence[int] | None = None
+        self, wanted: Sequence[NamedRecipe], make: Make, *, seeds: Sequence[int] | None = None
     ) -> list[Result]:
         """Train every recipe with every seed, seed by seed, unless it is finished already; with
         --finished train none.
@@ -139,11 +139,11 @@ class Session:
         `num_diverged`, and has no row; the command's exit code will tell. The rows come recipe by
         recipe.
         """
-        for plan in wanted:  # before hours go into the first of them
+        for named in wanted:  # before hours go into the first of them
             try:
-                outline_network(plan.recipe)
+                outline_network(named.recipe)
             except ValueError as error:
-                raise ValueError(f"{plan.name}: {error}") from error
+                raise ValueError(f"{named.name}: {error}") from error
         seeds = self.seeds if seeds is None else seeds
         pending = [(index, seed) for seed in seeds for index in range(len(wanted))]
         found: dict[tuple[int, int], Result] = {}
@@ -164,10 +164,10 @@ class Session:
             pending, patience = elsewhere, True
         return [found[which] for which in sorted(found, key=lambda w: (w[0], seeds.index(w[1])))]
 
-    def _run_one(self, plan: Plan, seed: int, make: Make, *, wait: bool) -> Result | None:
+    def _run_one(self, named: NamedRecipe, seed: int, make: Make, *, wait: bool) -> Result | None:
         """The row of one run; None if another process is at it, or if it had to be trained first
         and nothing is to be trained."""
-        run, experiment = self.made(plan, seed, make)
+        run, experiment = self.made(named, seed, make)
         if self.only_finished:
             return run.result
         diverged = run.folder / DIVERGED_FILE
@@ -182,7 +182,7 @@ class Session:
             if os.path.lexists(diverged):
                 said = read_bytes(diverged).decode(errors="replace")
                 raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
-            what = json.dumps(identity(plan.recipe, experiment), indent=1)
+            what = json.dumps(identity(named.recipe, experiment), indent=1)
             write_atomically(run.folder / RECIPE_FILE, what.encode())
             try:
                 result = train(run, experiment)
@@ -192,19 +192,19 @@ class Session:
             say(result.line())
             return result
 
-    def made(self, plan: Plan, seed: int, make: Make) -> tuple[Run, Experiment]:
+    def made(self, named: NamedRecipe, seed: int, make: Make) -> tuple[Run, Experiment]:
         """A run with what it trains; it is kept where all that matters for its numbers says."""
         torch.manual_seed(seed)
-        experiment = make(plan.recipe, seed, self.device)
-        mark = fingerprint(identity(plan.recipe, experiment))
-        label = re.sub(r"[^a-z0-9.=]+", "-", plan.name.lower()).strip("-")
+        experiment = make(named.recipe, seed, self.device)
+        mark = fingerprint(identity(named.recipe, experiment))
+        label = re.sub(r"[^a-z0-9.=]+", "-", named.name.lower()).strip("-")
         folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
-        run = Run(self.task, plan.name, plan.recipe, seed, self.device, folder, plan.labels)
+        run = Run(self.task, named.name, named.recipe, seed, self.device, folder, named.labels)
         return run, experiment
 
-    def experiment(self, plan: Plan, seed: int, make: Make) -> Any:
+    def experiment(self, named: NamedRecipe, seed: int, make: Make) -> Any:
         """A finished run's experiment, with its trained network in eval mode."""
-        run, experiment = self.made(plan, seed, make)
+        run, experiment = self.made(named, seed, make)
         load_weights(run, experiment.model)
         experiment.model.eval()
         return experiment
@@ -291,7 +291,7 @@ def check_figure(path: Path) -> None:
         raise ValueError(f"--figure {path}: its folder does not exist")
 
 
-def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
+def named_recipes(flags: Mapping[str, Any], default_config: str) -> list[NamedRecipe]:
     """The recipes that the shared flags name.
 
     Several variants and layers make all combinations. A layer is the variant of that name where
@@ -299,18 +299,20 @@ def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
     """
     path = find_config(flags.get("config", default_config))
     recipes = read_recipes(path)
-    wanted: dict[str, Plan] = {}
+    wanted: dict[str, NamedRecipe] = {}
     for variant in flags.get("variant", [BASE]):
         if variant != BASE and variant not in recipes:
             known = [BASE, *filter(None, recipes)]
             raise ValueError(f"unknown variant {variant!r} of {path}; {suggest(variant, known)}")
         for layer in flags.get("layer", [None]):
-            plan = _with_layer(path, recipes, "" if variant == BASE else variant, layer)
-            wanted[plan.name] = plan
-    return [_override(plan, flags) for plan in wanted.values()]
+            named = _with_layer(path, recipes, "" if variant == BASE else variant, layer)
+            wanted[named.name] = named
+    return [_override(named, flags) for named in wanted.values()]
 
 
-def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: str | None) -> Plan:
+def _with_layer(
+    path: Path, recipes: Mapping[str, Recipe], variant: str, layer: str | None
+) -> NamedRecipe:
     recipe, label = recipes[variant], variant
     if layer is not None and layer != recipe.layer:
         if layer not in LAYERS:
@@ -322,10 +324,10 @@ def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: 
             what: dict[str, Any] = {"paper_parameters": None, "note": ""}
             recipe = dataclasses.replace(recipe, layer=layer, layer_options={}, **what)
             label = f"{variant} {layer}".lstrip()
-    return Plan(f"{path.stem} {label}".rstrip(), recipe, {"variant": label, "changes": ""})
+    return NamedRecipe(f"{path.stem} {label}".rstrip(), recipe, {"variant": label, "changes": ""})
 
 
-def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
+def _override(named: NamedRecipe, flags: Mapping[str, Any]) -> NamedRecipe:
     """The recipe with what the flags change; its name says what."""
     changes = {name: flags[name] for name in OVERRIDES if name in flags}
     said = dict(changes)
@@ -345,12 +347,12 @@ def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
                 raise ValueError(f"{flag} {word!r}: {error}") from error
         if given:
             said |= given
-            changes[field] = {**getattr(plan.recipe, field), **given}
+            changes[field] = {**getattr(named.recipe, field), **given}
     if not changes:
-        return plan
-    recipe = make_recipe({**vars(plan.recipe), **changes}, "the flags")
+        return named
+    recipe = make_recipe({**vars(named.recipe), **changes}, "the flags")
     words = " ".join(f"{k}={v}" for k, v in said.items())
-    return Plan(f"{plan.name} {words}", recipe, {**plan.labels, "changes": words})
+    return NamedRecipe(f"{named.name} {words}", recipe, {**named.labels, "changes": words})
 
 
 def chosen(

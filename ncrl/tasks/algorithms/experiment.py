@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figure."""
-    rows = session.run(session.plans(CONFIG, default_variants=VARIANTS), MultiAlgorithm)
+    rows = session.run(session.recipes(CONFIG, default_variants=VARIANTS), MultiAlgorithm)
     if session.figure is not None and rows:
         draw(session.figure, rows)
     say(table(rows))

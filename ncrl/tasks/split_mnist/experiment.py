@@ -17,12 +17,12 @@ import torch
 
 from ncrl.shell.screen import say
 from ncrl.tasks.command import (
-    Plan,
+    NamedRecipe,
     Session,
     check_range,
     chosen,
     find_config,
-    plans,
+    named_recipes,
     run_command,
     task_parser,
 )
@@ -120,8 +120,8 @@ def work(session: Session) -> None:
     for group, repeats in wanted:
         rows += session.run(group, make, seeds=seeds(session, repeats))
     if "tables" in flags:
-        all_plans = [plan for group, _ in wanted for plan in group]
-        changed = sorted({changes_of(plan.labels) for plan in all_plans} - {""})
+        every = [named for group, _ in wanted for named in group]
+        changed = sorted({changes_of(named.labels) for named in every} - {""})
         for number in chosen_tables(flags):
             say(f"\n{tables.table(number, rows, ','.join(changed))}")
     else:
@@ -203,22 +203,22 @@ def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
 
 def sweep(
     cell: Cell, flags: Mapping[str, Any], coefs: Sequence[float], is_digits: bool
-) -> list[Plan]:
+) -> list[NamedRecipe]:
     """The recipes of a cell, one for each coefficient where its method has a penalty."""
     if not coefs or cell.method not in COEFS[cell.scenario]:
-        return [plan(cell, flags, is_digits)]
-    return [plan(cell, flags, is_digits, coef) for coef in coefs]
+        return [recipe_of(cell, flags, is_digits)]
+    return [recipe_of(cell, flags, is_digits, coef) for coef in coefs]
 
 
-def plan(
+def recipe_of(
     cell: Cell, flags: Mapping[str, Any], is_digits: bool = False, coef: float | None = None
-) -> Plan:
+) -> NamedRecipe:
     """The recipe of a cell of a table, with what the flags change, and a name that says so; `coef`
     is the weight of the penalty, in place of Hsu et al.'s."""
     column = cell.column
     variant = "grow" if cell.method == "grow" else RECIPES[column._replace(rank=None)]
     shared = {key: value for key, value in flags.items() if key != "layer"}
-    (base,) = plans({**shared, "variant": [variant]}, CONFIG)
+    (base,) = named_recipes({**shared, "variant": [variant]}, CONFIG)
     said, recipe = base.labels["changes"], base.recipe
     changes, coef_said = method_changes(recipe, cell.scenario, cell.method, flags, coef)
     if is_digits and "epochs" not in flags:
@@ -238,7 +238,7 @@ def plan(
     labels = {**cell.labels, "changes": said.strip(), "coef": coef_said}
     name = " ".join(filter(None, (cell.name, changes_of(labels))))
     recipe = dataclasses.replace(recipe, network_options=network_options, **changes)
-    return Plan(name, recipe, labels)
+    return NamedRecipe(name, recipe, labels)
 
 
 def changes_of(labels: Mapping[str, str]) -> str:

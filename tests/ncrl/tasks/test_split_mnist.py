@@ -13,7 +13,7 @@ from ncrl.tasks.continual.split import COEFS
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
 from ncrl.tasks.split_mnist import tables
-from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, plan
+from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, recipe_of
 from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import count_parameters
 from tests.ncrl.tasks.refusals import assert_refused
@@ -33,7 +33,7 @@ def embedded_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(cell: Cell, **flags: Any) -> ContinualRecipe:
-    found = plan(cell, flags).recipe
+    found = recipe_of(cell, flags).recipe
     assert isinstance(found, ContinualRecipe)
     return found
 
@@ -79,7 +79,7 @@ def test_quirks_belong_to_the_official_variant() -> None:
         official = column.variant == "official"
         assert found.fisher_orthogonality == found.double_orth_coef == official
     cell = Cell("domain", "ewc", Column("neurocoder", "official"))
-    without = plan(cell, {"fisher_orthogonality": False})
+    without = recipe_of(cell, {"fisher_orthogonality": False})
     assert without.name == "domain ewc official fisher_orthogonality=False"
     assert not vars(without.recipe)["fisher_orthogonality"]
     assert vars(without.recipe)["double_orth_coef"]
@@ -92,19 +92,21 @@ def test_method_and_coefficient_can_stand_in_the_file(tmp_path: Path) -> None:
     flags = {"config": str(path)}
     (cell,) = cells(flags)
     assert (cell.scenario, cell.method) == ("task", "l2")
-    found = plan(cell, flags)
+    found = recipe_of(cell, flags)
     assert isinstance(found.recipe, ContinualRecipe)
     assert (found.recipe.scenario, found.recipe.method) == ("task", "l2")
     assert found.recipe.penalty_coef == 3 and found.name == "task l2 paper penalty_coef=3"
-    assert plan(cell, flags, coef=5.0).recipe == dataclasses.replace(found.recipe, penalty_coef=5.0)
+    assert recipe_of(cell, flags, coef=5.0).recipe == dataclasses.replace(
+        found.recipe, penalty_coef=5.0
+    )
     (other,) = cells({**flags, "method": ["adam"], "scenario": ["domain"]})
     assert (other.scenario, other.method) == ("domain", "adam")
-    assert vars(plan(other, flags).recipe)["penalty_coef"] == 0
+    assert vars(recipe_of(other, flags).recipe)["penalty_coef"] == 0
 
 
 def test_flags_change_the_recipe_and_its_name() -> None:
     cell = Cell("task", "adagrad", Column("neurocoder"))
-    changed = plan(cell, {"sharpness": 3.0, "epochs": 2, "orth_coef": 7.0}, coef=5.0)
+    changed = recipe_of(cell, {"sharpness": 3.0, "epochs": 2, "orth_coef": 7.0}, coef=5.0)
     assert changed.recipe.layer_options["sharpness"] == 3
     found = changed.recipe
     assert (found.epochs, found.orth_coef, found.learning_rate) == (2, 7, 1e-2)
@@ -112,10 +114,12 @@ def test_flags_change_the_recipe_and_its_name() -> None:
     for said in ("sharpness=3", "penalty_coef=5", "epochs=2", "orth_coef=7"):
         assert said in changed.name
     ewc = Cell("domain", "ewc", Column("linear"))
-    assert plan(ewc, {}, coef=100.0) == plan(ewc, {}), "the coefficient that it has anyway"
-    kept = plan(cell, {"learning_rate": 0.5}).recipe
+    assert recipe_of(ewc, {}, coef=100.0) == recipe_of(ewc, {}), (
+        "the coefficient that it has anyway"
+    )
+    kept = recipe_of(cell, {"learning_rate": 0.5}).recipe
     assert (kept.optimizer, kept.learning_rate) == ("adagrad", 0.5)
-    assert plan(Cell("domain", "si", Column("lowrank", rank=7)), {}).name == "domain si rank 7"
+    assert recipe_of(Cell("domain", "si", Column("lowrank", rank=7)), {}).name == "domain si rank 7"
     assert {column._replace(rank=None) for column in COLUMNS} == set(RECIPES)
 
 
