@@ -21,7 +21,15 @@ import torch
 
 from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
-from ncrl.settings import add_flags, make_parser, nearest, parse, suggest, usage_error
+from ncrl.settings import (
+    add_flags,
+    make_parser,
+    parse,
+    require_choice,
+    require_range,
+    suggest,
+    usage_error,
+)
 from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
 from ncrl.shell.lock import locked
 from ncrl.shell.screen import say
@@ -91,7 +99,7 @@ class Session:
         self.num_diverged = 0
         self.seeds: list[int] = list(dict.fromkeys(flags.get("seeds", [0])))
         for seed in self.seeds:
-            check_range("seeds", seed, 0, LARGEST_SEED)
+            require_range("seeds", seed, 0, LARGEST_SEED)
         self.device = choose_device(flags.get("device", "auto"))
         self.data_dir: str | None = flags.get("data_dir")
         self.download: bool = flags.get("download", False)
@@ -101,7 +109,7 @@ class Session:
         if self.figure is not None:
             check_figure(self.figure)
         if "threads" in flags:
-            check_range("threads", flags["threads"], 1, MOST_THREADS)
+            require_range("threads", flags["threads"], 1, MOST_THREADS)
             torch.set_num_threads(flags["threads"])
 
     @property
@@ -275,12 +283,6 @@ def run_command(
     return 0
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless a flag lies between two numbers."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low:g} .. {high:g}, got {value}")
-
-
 def check_figure(path: Path) -> None:
     """Raise ValueError, before anything is trained, unless a figure can be written there."""
     if path.suffix not in FIGURE_SUFFIXES:
@@ -361,11 +363,7 @@ def chosen(
     """The names that a flag holds, without repetition, all among `choices`."""
     names = flags.get(flag, default)
     for name in names:
-        if name not in choices:
-            raise ValueError(
-                f"--{flag} must be one of {', '.join(choices)}, got {name!r}; "
-                f"nearest: {nearest(name, choices)}"
-            )
+        require_choice(f"--{flag}", name, choices)
     return list(dict.fromkeys(names))
 
 

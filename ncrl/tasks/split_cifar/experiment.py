@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ncrl.settings import require_range
 from ncrl.shell.screen import say
 from ncrl.tasks.command import (
     NamedRecipe,
     Session,
-    check_range,
     chosen,
     find_config,
     run_command,
@@ -154,7 +154,7 @@ class BackboneSource(NamedTuple):
 def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
     """What the flags say about the backbone."""
     side = flags.get("image_side", IMAGENET_SIDE if "backbone" in flags else TRAINED_SIDE)
-    check_range("--image-side", side, CIFAR_SIDE, IMAGENET_SIDE)
+    require_range("--image-side", side, CIFAR_SIDE, IMAGENET_SIDE)
     epochs = flags.get("backbone_epochs")
     if "backbone" in flags:
         if epochs is not None:
@@ -165,7 +165,7 @@ def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
             raise ValueError(f"--backbone must be a file of weights: {path} {reason}")
         return BackboneSource(side, path)
     if epochs is not None:
-        check_range("--backbone-epochs", epochs, 0, MOST_EPOCHS)
+        require_range("--backbone-epochs", epochs, 0, MOST_EPOCHS)
     config = find_config(flags.get("config", CONFIG))
     recipe = read_recipes(config).get(BACKBONE)
     if recipe is None:

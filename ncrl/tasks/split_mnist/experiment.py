@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from ncrl.settings import require_range
 from ncrl.shell.screen import say
 from ncrl.tasks.command import (
     NamedRecipe,
     Session,
-    check_range,
     chosen,
     find_config,
     named_recipes,
@@ -137,7 +137,7 @@ def seeds(session: Session, repeats: int | None) -> list[int]:
         if "seeds" in session.flags:
             raise ValueError("--repeats and --seeds exclude each other")
         count = session.flags["repeats"]
-        check_range("--repeats", count, 1, MOST_REPEATS)
+        require_range("--repeats", count, 1, MOST_REPEATS)
         return list(range(count))
     return session.seeds if "seeds" in session.flags or repeats is None else list(range(repeats))
 
