@@ -1,7 +1,8 @@
 """Which settings compose programs that differ and have a rank above 1, and what these are worth.
 
-Two tasks of seconds: MNIST digits from pixels, and policies that learn which of 18 actions belongs
-to which of 18 observations (`policy_heads.py`). Beside the layer stand static and other controls.
+Two tasks of seconds: MNIST digits from pixels, and policies that learn which of 18 actions, the
+number of Atari's, belongs to which of 18 observations. Beside the layer stand static and other
+controls.
 
     python benchmarks/programs.py --data-dir ~/data --seeds 0 1 2
     python benchmarks/programs.py --data-dir ~/data --tasks digits --only linear chosen
@@ -24,11 +25,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from policy_heads import NUM_ACTIONS, PARTS, Rewards, make_model
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.envs import IdentityEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl import NeurocoderLinear
+from ncrl.agents import A3C
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.baselines.moe import cv_squared
 from ncrl.diagnostics import participation_ratio, spread
@@ -51,7 +55,8 @@ TASKS = {
 }
 """Learning rates of Adam."""
 
-TIMESTEPS = 16_000
+NUM_ACTIONS, NUM_ENVS, TIMESTEPS = 18, 16, 16_000
+PARTS = 8  # of a training on actions, which rows show one by one
 PROGRAMS = 500  # inputs whose programs are built in full
 
 BASE: dict[str, Any] = {
@@ -208,8 +213,16 @@ def recipe_of(setting: Setting, rate: float) -> Recipe:
     return Recipe("mnist", "mlp", network, layer, options, "adam", rate, "steps", epochs=3)
 
 
-class Actions(Rewards):
-    """Notes rewards and sets the heads' sharpness."""
+class Actions(BaseCallback):
+    """Notes the mean reward of every timestep, and sets the heads' sharpness."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: list[float] = []
+
+    def _on_step(self) -> bool:
+        self.means.append(float(self.locals["rewards"].mean()))
+        return True
 
     def _on_rollout_start(self) -> None:
         for head in (self.model.policy.action_net, self.model.policy.value_net):
@@ -225,16 +238,28 @@ def learn_actions(run: Run, setting: Setting) -> Result:
             assert isinstance(linear, nn.Linear)
             return Head(setting, int(linear.in_features), int(linear.out_features))
 
-    rate, rewards, began = run.recipe.learning_rate, Actions(), time.monotonic()
-    model = make_model(Policy, run.seed, learning_rate=rate, orth_coef=0.0, head="neurocoder")
-    model.learn(TIMESTEPS, callback=rewards)
+    rate, actions, began = run.recipe.learning_rate, Actions(), time.monotonic()
+    env = DummyVecEnv([lambda: IdentityEnv(NUM_ACTIONS, ep_length=10)] * NUM_ENVS)
+    body = {"net_arch": [64], "optimizer_class": torch.optim.Adam, "head": "neurocoder"}
+    model = A3C(
+        Policy,
+        env,
+        n_steps=5,
+        learning_rate=rate,
+        gamma=0.4,
+        orth_coef=0.0,
+        seed=run.seed,
+        device="cpu",
+        policy_kwargs=body,
+    )
+    model.learn(TIMESTEPS, callback=actions)
     policy, observations, head = model.policy, torch.arange(NUM_ACTIONS), model.policy.action_net
     assert isinstance(head, Head)
     with evaluating(policy):
         features = policy.extract_features(observations)
         assert isinstance(features, Tensor)  # actor and critic share them
         measured = measure(head, policy.mlp_extractor.forward_actor(features), observations)
-    parts = 100 * torch.tensor(rewards.means).view(PARTS, -1).mean(1)
+    parts = 100 * torch.tensor(actions.means).view(PARTS, -1).mean(1)
     curve = [{"update": i + 1, "accuracy": part} for i, part in enumerate(parts.tolist())]
     result = Result(
         run.task, run.name, run.seed, setting.layer, count_parameters(head),

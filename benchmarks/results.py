@@ -16,7 +16,6 @@ import csv
 import io
 import json
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from ncrl.tasks.results import markdown
+from ncrl.tasks.results import Summary, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -147,13 +146,6 @@ def pack(logdir: Path, folder: Path = RESULTS) -> None:
 # Tables of rows
 
 
-def mean_and_std(values: Sequence[float], form: str) -> str:
-    """With the standard deviation of the population; of one value, the value."""
-    if len(values) == 1:
-        return f"{values[0]:{form}} (1 seed)"
-    return f"{statistics.fmean(values):{form}}±{statistics.pstdev(values):{form}}"
-
-
 def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
     """A line per recipe with its metrics.
 
@@ -180,7 +172,7 @@ def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
         cells = [label, f"{group[0]['parameters']:,}"]
         for metric, (_, form, *factor) in metrics.items():
             has = metric in group[0]["metrics"] or metric not in measured
-            cells.append(mean_and_std(values_of(group, metric, *factor), form) if has else "")
+            cells.append(f"{Summary(values_of(group, metric, *factor)):{form}}" if has else "")
         for metric, (_, form, *factor) in by_seed.items():
             cells.append(", ".join(f"{v:{form}}" for v in values_of(group, metric, *factor)))
         for metric, form, factor, update in points:
@@ -213,7 +205,7 @@ def grid_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
         line = [name]
         for column, paper in zip(spec["columns"], printed, strict=True):
             group = chosen(rows, spec["grid"].format(name, column), spec)
-            text = mean_and_std(values_of(group, spec["metric"]), ".1f")
+            text = f"{Summary(values_of(group, spec['metric'])):.1f}"
             text += " †" * any(value > 0 for value in values_of(group, spec["mark"]))
             line.append(text + f" ({paper})" * (paper is not None))
         lines.append(line)

@@ -1,4 +1,4 @@
-"""Figures of the kept results, drawn from results/*.csv with the names of each page's table.
+"""Figures of the kept results, drawn from results/*.csv by what draws each task's own figure.
 
 python benchmarks/results_figures.py    # writes docs/figures/{cifar,polynomial,algorithms,...}.png
 """
@@ -6,161 +6,68 @@ python benchmarks/results_figures.py    # writes docs/figures/{cifar,polynomial,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ncrl.tasks.algorithms import experiment as algorithms
+from ncrl.tasks.cifar import experiment as cifar
+from ncrl.tasks.polynomial import experiment as polynomial
+from ncrl.tasks.results import Result
+from ncrl.tasks.split_cifar import features
+from ncrl.tasks.split_mnist import tables
 from results import RESULTS, ROOT, Row, chosen, read_csv, table_specs, values_of
 
 FIGURES = ROOT / "docs" / "figures"
-Points = tuple[Sequence[float], Sequence[float]]  # x and y of one run
 
 
-def draw_runs(
-    axes: Axes, task: str, points: Callable[[Row], Points], only: str = "", marker: str = ""
-) -> dict[str, Any]:
-    """A line for each recipe of the first table of a task's page, of the same name: its mean,
-    between its seeds. `only` draws the recipes alone whose label starts with it, and leaves it out.
-    Returns the colour of each recipe, by its label."""
+def result(row: Row, **changes: object) -> Result:
+    """A kept row as the tasks know it, with other values of some fields."""
+    return Result(**{key: row[key] for key in row if key != "folder"} | changes)
+
+
+def results_of(task: str) -> list[Result]:
+    """The rows of the first table of a task's page, each under the name that it has there."""
     rows, spec = read_csv(task), table_specs(RESULTS / f"{task}.md")[0]
-    colours: dict[str, Any] = {}
+    found = []
     for name, label in spec["runs"].items():
         label = label[0] if isinstance(label, list) else label
-        if not label.startswith(only):
-            continue
-        drawn = [points(row) for row in chosen(rows, name, spec)]
-        x, y = drawn[0][0], np.array([values for _, values in drawn])
-        label = label.removeprefix(only)
-        (line,) = axes.plot(x, y.mean(0), label=label, marker=marker, markersize=4, linewidth=1.4)
-        axes.fill_between(x, y.min(0), y.max(0), alpha=0.15, color=line.get_color(), linewidth=0)
-        colours[label] = line.get_color()
-    axes.grid(axis="y", alpha=0.3)
-    return colours
-
-
-def curve(metric: str, factor: float = 1) -> Callable[[Row], Points]:
-    """A metric over updates."""
-
-    def points(row: Row) -> Points:
-        known = [point for point in row["curve"] if metric in point]
-        return [point["update"] for point in known], [point[metric] * factor for point in known]
-
-    return points
-
-
-def save(figure: Figure, name: str) -> None:
-    """Into docs/figures/."""
-    figure.savefig(FIGURES / f"{name}.png", dpi=100)
+        found += [result(row, name=label) for row in chosen(rows, name, spec)]
+    return found
 
 
 def draw_cifar() -> None:
-    """Accuracy over epochs; hollow points are what the paper prints."""
-    figure = Figure((7, 4), layout="constrained")
-    axes = figure.subplots()
-    runs = table_specs(RESULTS / "cifar.md")[0]["runs"].values()
-    colours = draw_runs(axes, "cifar", curve("accuracy"), only="MLP ")
-    last = axes.get_xlim()[1]
-    for label, paper in runs:
-        if paper and label.startswith("MLP "):
-            colour = colours[label.removeprefix("MLP ")]
-            axes.plot(last, paper, "o", mfc="none", mec=colour, clip_on=False)
-    axes.plot([], [], "o", mfc="none", mec="0.3", label="the paper's best of 100 epochs")
-    axes.set_title("CIFAR-10 (JPEG copies), MLP, 20 epochs", fontsize=10)
-    axes.set(xlabel="updates", ylabel="test accuracy, %", ylim=(32, 57))
-    axes.legend(fontsize=8, ncols=2)
-    save(figure, "cifar")
+    """Accuracy of the MLPs: those of LeNet are too far away for one axis."""
+    rows = [row for row in results_of("cifar") if row.name.startswith("MLP ")]
+    cifar.draw(FIGURES / "cifar.png", rows)
 
 
 def draw_polynomial() -> None:
-    """Error over updates."""
-    figure = Figure((7, 4), layout="constrained")
-    axes = figure.subplots()
-    draw_runs(axes, "polynomial", curve("chunk_mse", 1000))
-    axes.set_title("4 polynomials in a sequence, seeds 0 and 1", fontsize=10)
-    axes.set(xlabel="updates", ylabel="squared error inside chunks, 1e-3", yscale="log")
-    axes.legend(fontsize=8)
-    save(figure, "polynomial")
+    """The curves alone: the rest of the figure needs trained networks, which are not kept."""
+    polynomial.draw(FIGURES / "polynomial.png", results_of("polynomial"), {}, "chunk_mse")
 
 
 def draw_algorithms() -> None:
-    """Wrong bits over updates, at the length of training and at twice that."""
-    figure = Figure((9, 3.6), layout="constrained")
-    for axes, n in zip(figure.subplots(1, 2, sharey=True), (4, 8), strict=True):
-        draw_runs(axes, "algorithms", curve(f"error_n{n}"))
-        axes.axhline(50, color="0.4", linestyle=":", label="guessing")
-        title = "as in training" if n == 4 else "twice as long"
-        axes.set_title(f"four algorithms, n = {n}, {title}, one seed", fontsize=10)
-        axes.set(xlabel="updates", ylim=(0, 55))
-    figure.axes[0].set_ylabel("wrong bits, %")
-    figure.axes[0].legend(fontsize=8, loc="lower left")
-    save(figure, "algorithms")
+    """Fig. 6."""
+    algorithms.draw(FIGURES / "algorithms.png", results_of("algorithms"))
 
 
 def draw_split_cifar() -> None:
-    """Mean accuracy on the tasks seen so far over their number (Fig. 7)."""
-
-    def seen(row: Row) -> Points:
-        after = row["details"]["accuracy"]
-        return [*range(1, 6)], [float(np.mean(line[: k + 1])) for k, line in enumerate(after)]
-
-    figure = Figure((8, 4), layout="constrained")
-    axes = figure.subplots()
-    draw_runs(axes, "split_cifar", seen, marker="o")
-    axes.set_title("split CIFAR-10 (JPEG copies, no ImageNet weights), three seeds", fontsize=10)
-    axes.set(xlabel="tasks learnt", ylabel="accuracy on them, %", xticks=range(1, 6))
-    figure.legend(fontsize=8, loc="outside right center")
-    save(figure, "split_cifar")
-
-
-PANELS = {
-    "without residual": {"official": "authors' layer", "paper": "the paper's equations"}
-    | {"rank 1": "static rank 1, the same for every input"},
-    "with residual, and NSM": {"official residual": "authors' layer, residual"}
-    | {"paper residual": "the paper's equations, residual", "nsm": "NSM"},
-}
-"""What split MNIST's figure compares with the MLP: columns of the tables, and their names."""
+    """Fig. 7."""
+    features.draw_accuracy(FIGURES / "split_cifar.png", results_of("split_cifar"))
 
 
 def draw_split_mnist() -> None:
-    """Split MNIST's tables as points, the MLP as a band and the paper's values as hollow points."""
-    rows = read_csv("split_mnist")
-    grids = [spec for spec in table_specs(RESULTS / "split_mnist.md") if "grid" in spec]
-    figure = Figure((10, 7), layout="constrained")
-    axes = figure.subplots(len(grids), len(PANELS), sharex=True, sharey="row")
-    for spec, line in zip(grids, axes, strict=True):
-        scenario = spec["grid"].split()[0]
-        methods = list(spec["rows"])
-
-        def measured(column: str, spec: Any = spec) -> tuple[np.ndarray, np.ndarray]:
-            groups = [chosen(rows, spec["grid"].format(m, column), spec) for m in spec["rows"]]
-            values = np.array([values_of(group, spec["metric"]) for group in groups])
-            return values.mean(1), values.std(1)
-
-        for ax, (title, names) in zip(line, PANELS.items(), strict=True):
-            mean, std = measured("mlp")
-            at = np.arange(len(methods))
-            ax.plot(at, mean, color="0.35", linewidth=1.2, label="plain MLP")
-            ax.fill_between(at, mean - std, mean + std, color="0.85")
-            for number, (column, label) in enumerate(names.items()):
-                x = at + 0.2 * (number - 1)
-                mean, std = measured(column)
-                points = ax.errorbar(x, mean, std, fmt="o", label=label, capsize=2, markersize=5)
-                printed = [cells[spec["columns"].index(column)] for cells in spec["rows"].values()]
-                known = [(a, float(p.split(";")[0])) for a, p in zip(x, printed, strict=True) if p]
-                hollow = {"mfc": "none", "mec": points[0].get_color(), "markersize": 6}
-                ax.plot(*zip(*known, strict=True), "o", **hollow) if known else None
-            ax.set_xticks(at, methods)
-            ax.set_title(f"split MNIST, {scenario} scenario: {title}", fontsize=10)
-            ax.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel("accuracy after five tasks, %")
-    for ax in axes[0]:
-        ax.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
-        ax.legend(fontsize=8, loc="upper left")
-        ax.set_ylim(top=100)
-    save(figure, "split_mnist")
+    """Tables 6 and 7."""
+    specs = [spec for spec in table_specs(RESULTS / "split_mnist.md") if "grid" in spec]
+    kept = read_csv("split_mnist")
+    rows = [
+        result(row, labels=cell.labels)
+        for number, spec in zip((7, 6), specs, strict=True)
+        for cell in tables.cells(number)
+        for row in chosen(kept, cell.name, spec)
+    ]
+    tables.draw(FIGURES / "split_mnist.png", rows)
 
 
 def draw_growing_memory() -> None:
@@ -192,7 +99,7 @@ def draw_growing_memory() -> None:
     sizes.axhline(routed, color="0.4", linestyle=":", label="routed, accuracy")
     sizes.set(xlabel="slots for each task", ylabel="%", ylim=(80, 100))
     sizes.legend(fontsize=8)
-    save(figure, "growing_memory")
+    figure.savefig(FIGURES / "growing_memory.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ from ncrl.layers import LAYERS
 from ncrl.shell.hardware import keep_freed_memory
 from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import plans
+from ncrl.tasks.command import named_recipes
 from ncrl.tasks.continual.methods import METHODS, OnlineEwc
 from ncrl.tasks.continual.split import SplitLearning, Task
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment
 from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
-from ncrl.tasks.split_mnist.experiment import plan
+from ncrl.tasks.split_mnist.experiment import recipe_of
 from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import Run, Training, train
 
@@ -60,10 +60,10 @@ class Row(NamedTuple):
     def recipes(self) -> dict[str, Recipe]:
         """By the layer's name."""
         if self.name == SPLIT_MNIST:
-            return {c.name: plan(Cell("domain", "adam", c), {}).recipe for c in COLUMNS}
+            return {c.name: recipe_of(Cell("domain", "adam", c), {}).recipe for c in COLUMNS}
         variants = {layer: "base" for layer in LAYERS} | {"neurocoder": self.variant}
         flags = {layer: {"layer": [layer], "variant": [v]} for layer, v in variants.items()}
-        return {layer: plans(own, self.config)[0].recipe for layer, own in flags.items()}
+        return {layer: named_recipes(own, self.config)[0].recipe for layer, own in flags.items()}
 
 
 def cifar(recipe: Recipe, seed: int, _device: torch.device) -> Experiment:
@@ -160,7 +160,7 @@ def measure_fisher(arguments: argparse.Namespace) -> None:
     print()
     print_header(f"Fisher information of {FISHER_IMAGES:,} images", "s")
     for column in chosen_columns(arguments):
-        recipe = plan(Cell("domain", "online-ewc", column), {}).recipe
+        recipe = recipe_of(Cell("domain", "online-ewc", column), {}).recipe
         experiment = split_mnist(recipe, 0, CPU, arguments.scale)
         assert isinstance(experiment.method, OnlineEwc)
         images, loss = torch.randn(FISHER_IMAGES, 1024), experiment.sample_losses[0]
@@ -178,7 +178,7 @@ def measure_runs(arguments: argparse.Namespace) -> list[Target]:
     for column in chosen_columns(arguments):
         seconds = []
         for method in methods:
-            recipe = plan(Cell("domain", method, column), flags).recipe
+            recipe = recipe_of(Cell("domain", method, column), flags).recipe
             torch.manual_seed(0)
             experiment = split_mnist(recipe, 0, CPU, arguments.scale)
             with tempfile.TemporaryDirectory() as folder:

@@ -11,15 +11,20 @@ What follows a command are the flags of `run_atari.py` and of `python -m ncrl.ta
 
 from __future__ import annotations
 
-import runpy
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from ncrl import __version__
 from ncrl.settings import suggest, usage_error
 
-TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "parameters")
+PAPER_TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar")
+TASKS = {
+    **{name: f"ncrl.tasks.{name}.experiment" for name in PAPER_TASKS},
+    "parameters": "ncrl.tasks.parameters",
+}
+"""The module whose `main` is a task's command."""
 
 COMMANDS = {
     "train": ("rl", "train on a game: ncrl train --env Pong"),
@@ -75,19 +80,12 @@ def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
 
 
 def run_task(words: Sequence[str]) -> int:
-    """Run an experiment as `python -m ncrl.tasks.NAME` would, in this process."""
+    """Run an experiment as `python -m ncrl.tasks.NAME` would; returns its exit code."""
     name, *rest = list(words) or ["--help"]
     if name in ("-h", "--help"):
         print(f"usage: ncrl task NAME ...\n\nNAME is one of {', '.join(TASKS)}.")
         return 0
     if name not in TASKS:
         usage_error("ncrl task", f"unknown task {name!r}; {suggest(name, TASKS)}")
-    before = sys.argv
-    sys.argv = [f"ncrl task {name}", *rest]
-    try:
-        runpy.run_module(f"ncrl.tasks.{name}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    finally:
-        sys.argv = before
-    return 0
+    code: int = import_module(TASKS[name]).main(rest)
+    return code

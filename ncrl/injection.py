@@ -17,7 +17,7 @@ from ncrl.neurocoder import (
     NeurocoderConfig,
     NeurocoderConv2d,
     NeurocoderLinear,
-    OfficialNeurocoderLinear,
+    layer_class,
 )
 from ncrl.open_attention import ORIGINAL, OpenAttention
 from ncrl.settings import nearest
@@ -141,8 +141,7 @@ def _coded(plain: nn.Module, config: NeurocoderConfig | None, keep: bool) -> Neu
     if isinstance(plain, nn.Conv2d):
         return NeurocoderConv2d.from_conv2d(plain, config, keep_weight=keep)
     assert isinstance(plain, nn.Linear)
-    is_official = config is not None and config.preset == "official"
-    kind = OfficialNeurocoderLinear if is_official else NeurocoderLinear
+    kind = layer_class((config or NeurocoderConfig()).preset)
     return kind.from_linear(plain, config, keep_weight=keep)
 
 

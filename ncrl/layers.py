@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ncrl.baselines import FiLMLinear, HyperNetLinear, MoELinear, NSMLinear
-from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear, OfficialNeurocoderLinear
+from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear, layer_class
 from ncrl.seat import require_switch
 from ncrl.settings import suggest
 
@@ -20,9 +20,8 @@ def neurocoder(
     in_features: int, out_features: int, config: NeurocoderConfig | None = None, **options: Any
 ) -> NeurocoderLinear:
     """`NeurocoderLinear`, or `OfficialNeurocoderLinear` where the preset says so."""
-    preset = options.get("preset", "paper" if config is None else config.preset)
-    kind = OfficialNeurocoderLinear if preset == "official" else NeurocoderLinear
-    return kind(in_features, out_features, config, **options)
+    preset = options.get("preset", (config or NeurocoderConfig()).preset)
+    return layer_class(preset)(in_features, out_features, config, **options)
 
 
 LAYERS: Mapping[str, LayerFactory] = {

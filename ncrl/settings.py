@@ -47,20 +47,29 @@ def check(config: Any) -> None:
         value, rules = getattr(config, entry.name), entry.metadata
         if value is None and "None" in str(entry.type):
             continue
-        if rules["choices"] and value not in rules["choices"]:
-            raise ValueError(
-                f"{entry.name} must be one of {', '.join(rules['choices'])}, got {shown(value)}; "
-                f"nearest: {nearest(shown(value), rules['choices'])}"
-            )
+        if rules["choices"]:
+            require_choice(entry.name, value, rules["choices"])
         if str(entry.type).startswith("float") and not isinstance(value, Real):
             raise TypeError(f"{entry.name} must be a number, got {shown(value)}")
-        if isinstance(value, Real) and not rules["low"] <= value <= rules["high"]:
-            raise ValueError(
-                f"{entry.name} must lie in {rules['low']:.12g} .. {rules['high']:.12g}, "
-                f"got {shown(value)}"
-            )
+        if isinstance(value, Real):
+            require_range(entry.name, value, rules["low"], rules["high"])
         if isinstance(value, Real) and not isinstance(value, int) and not math.isfinite(value):
             raise ValueError(f"{entry.name} must be a finite number, got {value}")
+
+
+def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}, got {shown(value)}; "
+            f"nearest: {nearest(shown(value), choices)}"
+        )
+
+
+def require_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ValueError unless a number lies between two others."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low:.12g} .. {high:.12g}, got {shown(value)}")
 
 
 def configure(values: dict[str, Any], base: Config, source: str) -> Config:
@@ -163,9 +172,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def suggest(name: str, choices: Collection[str]) -> str:
-    """'did you mean ...?', or all choices where none looks like `name`."""
+    """A hint for a message: the nearest choice, or all of them where none looks like `name`."""
     close = difflib.get_close_matches(name, list(choices), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
+    return f"nearest: {close[0]}" if close else f"choose one of {', '.join(choices)}"
 
 
 def _as_type(name: str, value: Any, expected: str, source: str) -> Any:

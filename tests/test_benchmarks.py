@@ -69,15 +69,6 @@ def test_tasks_prints_steps_and_targets() -> None:
     assert done.returncode == 2 and "CIFAR LeNet" in done.stderr
 
 
-def test_policy_heads_prints_a_row_for_each_training() -> None:
-    heads = ("linear", "neurocoder, sharpness 10")
-    done = run_script("policy_heads.py", "--timesteps", "400", "--seeds", "0", "--heads", *heads)
-    assert done.returncode == 0, done.stderr
-    for head in heads:
-        (row,) = table_rows(done.stdout, f"{head} | 0")
-        assert all(0 <= float(cell) <= 1 for cell in row.strip("| ").split(" | ")[2:])
-
-
 def test_layer_prints_ratios() -> None:
     done = run_script("layer.py", "--seconds", "0", "--batch", "2", "3")
     assert done.returncode == 0, done.stderr

@@ -36,8 +36,8 @@ def test_commands_are_flags_of_run_atari(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian", "ncrl: unknown command 'trian'; did you mean 'train'?"),
-        ("task minst", "ncrl task: unknown task 'minst'; did you mean 'mnist'?"),
+        ("trian", "ncrl: unknown command 'trian'; nearest: train"),
+        ("task minst", "ncrl task: unknown task 'minst'; nearest: mnist"),
         ("watch", "ncrl watch: the folder of a run comes first: ncrl watch RUN_DIR"),
         ("resume --frames 3", "ncrl resume: the folder of a run comes first: ncrl resume RUN_DIR"),
     ],

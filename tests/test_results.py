@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -93,14 +92,13 @@ def test_every_claim_has_a_verdict_a_page_and_a_command_that_exists() -> None:
             assert program == "python" and (ROOT / words[0]).is_file(), claim
 
 
-def test_a_figure_has_the_mean_of_each_recipe_under_the_name_of_the_table() -> None:
-    axes = Figure().subplots()
-    results_figures.draw_runs(axes, "cifar", results_figures.curve("accuracy"), only="MLP ")
-    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
-    assert list(lines) == ["plain", "Neurocoder", "NSM", "MoE, 10 of 100 experts"]
-    rows = [r for r in results.read_csv("cifar") if r["name"] == "cifar_mlp epochs=20"]
-    last = [row["metrics"]["accuracy"] for row in rows]
-    assert len(last) == 2 and lines["Neurocoder"][-1] == pytest.approx(sum(last) / 2)
+def test_figures_are_of_the_rows_and_names_of_the_table() -> None:
+    rows = [row for row in results_figures.results_of("cifar") if row.name == "MLP Neurocoder"]
+    kept = [row for row in results.read_csv("cifar") if row["name"] == "cifar_mlp epochs=20"]
+    assert len(rows) == 2
+    assert [(r.seed, r.metrics, r.curve) for r in rows] == [
+        (row["seed"], row["metrics"], row["curve"]) for row in kept
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ncrl.seat import require_positive, require_switch
+from ncrl.seat import require_choice, require_positive, require_switch
 
 CHOICES = {
     "preset": ("paper", "official"),
@@ -122,10 +122,7 @@ class NeurocoderConfig:
         for name in SWITCHES:
             require_switch(name, getattr(self, name))
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+            require_choice(name, getattr(self, name), choices)
         self._check_combination()
 
     def _check_combination(self) -> None:

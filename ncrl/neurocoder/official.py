@@ -129,6 +129,12 @@ class OfficialNeurocoderLinear(NeurocoderLinear):
         return table
 
 
+def layer_class(preset: str) -> type[NeurocoderLinear]:
+    """The class that has a preset's equations; the paper's refuses presets that there are not."""
+    is_official = preset == OfficialNeurocoderLinear.PRESET
+    return OfficialNeurocoderLinear if is_official else NeurocoderLinear
+
+
 class OfficialMemory(SlotMemory):
     """P slots with K key columns beside each stored vector.
 

@@ -21,7 +21,15 @@ import torch
 
 from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
-from ncrl.settings import add_flags, make_parser, nearest, parse, usage_error
+from ncrl.settings import (
+    add_flags,
+    make_parser,
+    parse,
+    require_choice,
+    require_range,
+    suggest,
+    usage_error,
+)
 from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
 from ncrl.shell.lock import locked
 from ncrl.shell.screen import say
@@ -53,7 +61,7 @@ Make = Callable[[Any, int, torch.device], Experiment]
 stream was seeded with the seed."""
 
 
-class Plan(NamedTuple):
+class NamedRecipe(NamedTuple):
     """A recipe to train, under the name that tables give it.
 
     See `Result.labels`: at least `variant`, which is empty for the recipe at the top of a file, and
@@ -64,12 +72,12 @@ class Plan(NamedTuple):
     recipe: Recipe
     labels: Mapping[str, str] = MappingProxyType({"variant": "", "changes": ""})
 
-    def changed(self, **layer_options: Any) -> Plan:
+    def changed(self, **layer_options: Any) -> NamedRecipe:
         """The same recipe with other options of its layer, which its name says."""
         said = " ".join(f"{key}={value}" for key, value in layer_options.items())
         options = {**self.recipe.layer_options, **layer_options}
         recipe = dataclasses.replace(self.recipe, layer_options=options)
-        return Plan(f"{self.name} {said}", recipe, self.labels)
+        return NamedRecipe(f"{self.name} {said}", recipe, self.labels)
 
 
 class Session:
@@ -82,6 +90,7 @@ class Session:
         data_dir: folder with data sets; None if none was named.
         download: whether data may be fetched.
         figure: file to draw to; None if none is wanted.
+        only_finished: whether nothing is trained.
         num_diverged: runs so far whose loss was not finite.
     """
 
@@ -90,16 +99,17 @@ class Session:
         self.num_diverged = 0
         self.seeds: list[int] = list(dict.fromkeys(flags.get("seeds", [0])))
         for seed in self.seeds:
-            check_range("seeds", seed, 0, LARGEST_SEED)
+            require_range("seeds", seed, 0, LARGEST_SEED)
         self.device = choose_device(flags.get("device", "auto"))
         self.data_dir: str | None = flags.get("data_dir")
         self.download: bool = flags.get("download", False)
+        self.only_finished: bool = flags.get("finished", False)
         self.logdir = Path(flags.get("logdir", "runs"))
         self.figure = Path(flags["figure"]) if "figure" in flags else None
         if self.figure is not None:
             check_figure(self.figure)
         if "threads" in flags:
-            check_range("threads", flags["threads"], 1, MOST_THREADS)
+            require_range("threads", flags["threads"], 1, MOST_THREADS)
             torch.set_num_threads(flags["threads"])
 
     @property
@@ -107,9 +117,9 @@ class Session:
         """Whether --config, --variant or --layer is given."""
         return any(name in self.flags for name in ("config", "variant", "layer"))
 
-    def plans(
+    def recipes(
         self, default_config: str, *, default_variants: Sequence[str] = (BASE,), **instead: Any
-    ) -> list[Plan]:
+    ) -> list[NamedRecipe]:
         """The recipes that --config, --variant, --layer and the overrides name.
 
         Without these flags it is some variants of a file in configs/. `instead` has values of flags
@@ -117,7 +127,7 @@ class Session:
         """
         default = {} if self.names_recipes else {"variant": list(default_variants)}
         flags = {**default, **self.flags, **instead}
-        return plans({k: v for k, v in flags.items() if v is not None}, default_config)
+        return named_recipes({k: v for k, v in flags.items() if v is not None}, default_config)
 
     def validated(self, data: Images, held_out_every: int) -> Images:
         """The data set, or with --validate a part of its training images to measure on."""
@@ -127,20 +137,21 @@ class Session:
         return data
 
     def run(
-        self, wanted: Sequence[Plan], make: Make, *, seeds: Sequence[int] | None = None
+        self, wanted: Sequence[NamedRecipe], make: Make, *, seeds: Sequence[int] | None = None
     ) -> list[Result]:
-        """Train every recipe with every seed, seed by seed, unless it is finished already.
+        """Train every recipe with every seed, seed by seed, unless it is finished already; with
+        --finished train none.
 
         Runs that another process is at are left to it, and waited for at the end: the same command
         started twice shares the work. A run whose loss is not finite any more is said, counted in
         `num_diverged`, and has no row; the command's exit code will tell. The rows come recipe by
         recipe.
         """
-        for plan in wanted:  # before hours go into the first of them
+        for named in wanted:  # before hours go into the first of them
             try:
-                outline_network(plan.recipe)
+                outline_network(named.recipe)
             except ValueError as error:
-                raise ValueError(f"{plan.name}: {error}") from error
+                raise ValueError(f"{named.name}: {error}") from error
         seeds = self.seeds if seeds is None else seeds
         pending = [(index, seed) for seed in seeds for index in range(len(wanted))]
         found: dict[tuple[int, int], Result] = {}
@@ -154,16 +165,19 @@ class Session:
                     say(f"diverged: {error}", sys.stderr)
                     self.num_diverged += 1
                     continue
-                if result is None:
-                    elsewhere.append((index, seed))
-                else:
+                if result is not None:
                     found[index, seed] = result
+                elif not self.only_finished:
+                    elsewhere.append((index, seed))
             pending, patience = elsewhere, True
         return [found[which] for which in sorted(found, key=lambda w: (w[0], seeds.index(w[1])))]
 
-    def _run_one(self, plan: Plan, seed: int, make: Make, *, wait: bool) -> Result | None:
-        """The row of one run; None if another process is at it."""
-        run, experiment = self.made(plan, seed, make)
+    def _run_one(self, named: NamedRecipe, seed: int, make: Make, *, wait: bool) -> Result | None:
+        """The row of one run; None if another process is at it, or if it had to be trained first
+        and nothing is to be trained."""
+        run, experiment = self.made(named, seed, make)
+        if self.only_finished:
+            return run.result
         diverged = run.folder / DIVERGED_FILE
         with locked(run.folder, wait=wait) as is_ours:
             if not is_ours:
@@ -172,11 +186,11 @@ class Session:
             result = run.result
             if result is not None:
                 say(f"{result.line()} (finished before, {run.folder})")
-                return dataclasses.replace(result, labels=dict(plan.labels))
+                return result
             if os.path.lexists(diverged):
                 said = read_bytes(diverged).decode(errors="replace")
                 raise NonFiniteError(f"{said} (found before; delete {diverged} to try again)")
-            what = json.dumps(identity(plan.recipe, experiment), indent=1)
+            what = json.dumps(identity(named.recipe, experiment), indent=1)
             write_atomically(run.folder / RECIPE_FILE, what.encode())
             try:
                 result = train(run, experiment)
@@ -186,19 +200,19 @@ class Session:
             say(result.line())
             return result
 
-    def made(self, plan: Plan, seed: int, make: Make) -> tuple[Run, Experiment]:
+    def made(self, named: NamedRecipe, seed: int, make: Make) -> tuple[Run, Experiment]:
         """A run with what it trains; it is kept where all that matters for its numbers says."""
         torch.manual_seed(seed)
-        experiment = make(plan.recipe, seed, self.device)
-        mark = fingerprint(identity(plan.recipe, experiment))
-        label = re.sub(r"[^a-z0-9.=]+", "-", plan.name.lower()).strip("-")
+        experiment = make(named.recipe, seed, self.device)
+        mark = fingerprint(identity(named.recipe, experiment))
+        label = re.sub(r"[^a-z0-9.=]+", "-", named.name.lower()).strip("-")
         folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
-        run = Run(self.task, plan.name, plan.recipe, seed, self.device, folder, plan.labels)
+        run = Run(self.task, named.name, named.recipe, seed, self.device, folder, named.labels)
         return run, experiment
 
-    def experiment(self, plan: Plan, seed: int, make: Make) -> Any:
+    def experiment(self, named: NamedRecipe, seed: int, make: Make) -> Any:
         """A finished run's experiment, with its trained network in eval mode."""
-        run, experiment = self.made(plan, seed, make)
+        run, experiment = self.made(named, seed, make)
         load_weights(run, experiment.model)
         experiment.model.eval()
         return experiment
@@ -219,6 +233,7 @@ def task_parser(task: str, description: str | None, validate: str = "") -> argpa
     add("--data-dir", "--data_dir", metavar="DIR", help="data sets (default: NCRL_DATA, if set)")
     add("--download", action="store_true", help="fetch the data set from OpenML if need be")
     add("--logdir", metavar="DIR", help="runs are kept, resumed and found here (default: runs)")
+    add("--finished", action="store_true", help="train nothing, show the runs that are finished")
     add("--figure", metavar="FILE", help="draw the paper's figure to a .png, .svg or .pdf")
     if validate:
         said = f"hold {validate} out and measure on them: for the choice of settings"
@@ -268,12 +283,6 @@ def run_command(
     return 0
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless a flag lies between two numbers."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low:g} .. {high:g}, got {value}")
-
-
 def check_figure(path: Path) -> None:
     """Raise ValueError, before anything is trained, unless a figure can be written there."""
     if path.suffix not in FIGURE_SUFFIXES:
@@ -284,7 +293,7 @@ def check_figure(path: Path) -> None:
         raise ValueError(f"--figure {path}: its folder does not exist")
 
 
-def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
+def named_recipes(flags: Mapping[str, Any], default_config: str) -> list[NamedRecipe]:
     """The recipes that the shared flags name.
 
     Several variants and layers make all combinations. A layer is the variant of that name where
@@ -292,22 +301,24 @@ def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
     """
     path = find_config(flags.get("config", default_config))
     recipes = read_recipes(path)
-    wanted: dict[str, Plan] = {}
+    wanted: dict[str, NamedRecipe] = {}
     for variant in flags.get("variant", [BASE]):
         if variant != BASE and variant not in recipes:
             known = [BASE, *filter(None, recipes)]
-            raise ValueError(f"unknown variant {variant!r} of {path}; {_hint(variant, known)}")
+            raise ValueError(f"unknown variant {variant!r} of {path}; {suggest(variant, known)}")
         for layer in flags.get("layer", [None]):
-            plan = _with_layer(path, recipes, "" if variant == BASE else variant, layer)
-            wanted[plan.name] = plan
-    return [_override(plan, flags) for plan in wanted.values()]
+            named = _with_layer(path, recipes, "" if variant == BASE else variant, layer)
+            wanted[named.name] = named
+    return [_override(named, flags) for named in wanted.values()]
 
 
-def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: str | None) -> Plan:
+def _with_layer(
+    path: Path, recipes: Mapping[str, Recipe], variant: str, layer: str | None
+) -> NamedRecipe:
     recipe, label = recipes[variant], variant
     if layer is not None and layer != recipe.layer:
         if layer not in LAYERS:
-            raise ValueError(f"unknown layer {layer!r}; {_hint(layer, list(LAYERS))}")
+            raise ValueError(f"unknown layer {layer!r}; {suggest(layer, LAYERS)}")
         named = "_".join(filter(None, [layer, variant]))  # linear, linear_cifar100
         if named in recipes and recipes[named].layer == layer:
             recipe, label = recipes[named], named
@@ -315,10 +326,10 @@ def _with_layer(path: Path, recipes: Mapping[str, Recipe], variant: str, layer: 
             what: dict[str, Any] = {"paper_parameters": None, "note": ""}
             recipe = dataclasses.replace(recipe, layer=layer, layer_options={}, **what)
             label = f"{variant} {layer}".lstrip()
-    return Plan(f"{path.stem} {label}".rstrip(), recipe, {"variant": label, "changes": ""})
+    return NamedRecipe(f"{path.stem} {label}".rstrip(), recipe, {"variant": label, "changes": ""})
 
 
-def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
+def _override(named: NamedRecipe, flags: Mapping[str, Any]) -> NamedRecipe:
     """The recipe with what the flags change; its name says what."""
     changes = {name: flags[name] for name in OVERRIDES if name in flags}
     said = dict(changes)
@@ -338,12 +349,12 @@ def _override(plan: Plan, flags: Mapping[str, Any]) -> Plan:
                 raise ValueError(f"{flag} {word!r}: {error}") from error
         if given:
             said |= given
-            changes[field] = {**getattr(plan.recipe, field), **given}
+            changes[field] = {**getattr(named.recipe, field), **given}
     if not changes:
-        return plan
-    recipe = make_recipe({**vars(plan.recipe), **changes}, "the flags")
+        return named
+    recipe = make_recipe({**vars(named.recipe), **changes}, "the flags")
     words = " ".join(f"{k}={v}" for k, v in said.items())
-    return Plan(f"{plan.name} {words}", recipe, {**plan.labels, "changes": words})
+    return NamedRecipe(f"{named.name} {words}", recipe, {**named.labels, "changes": words})
 
 
 def chosen(
@@ -352,11 +363,7 @@ def chosen(
     """The names that a flag holds, without repetition, all among `choices`."""
     names = flags.get(flag, default)
     for name in names:
-        if name not in choices:
-            raise ValueError(
-                f"--{flag} must be one of {', '.join(choices)}, got {name!r}; "
-                f"{_hint(name, choices)}"
-            )
+        require_choice(f"--{flag}", name, choices)
     return list(dict.fromkeys(names))
 
 
@@ -366,9 +373,5 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = [path.stem for path in CONFIGS.glob("*.yaml")]
-    hint = _hint(Path(name).stem, known) if known else f"{CONFIGS} has none either"
+    hint = suggest(Path(name).stem, known) if known else f"{CONFIGS} has none either"
     raise ValueError(f"there is no config {name!r}; {hint}")
-
-
-def _hint(name: str, choices: Sequence[str]) -> str:
-    return f"nearest: {nearest(name, choices)}"

@@ -18,7 +18,7 @@ from ncrl.tasks.results import markdown
 TOLERANCE = 0.05
 
 
-class Row(NamedTuple):
+class ParameterCount(NamedTuple):
     """One recipe beside what the paper prints for it."""
 
     name: str  # file, and after a colon the variant
@@ -37,31 +37,31 @@ class Row(NamedTuple):
         return self.difference is None or abs(self.difference) <= TOLERANCE
 
 
-def count_file(path: Path) -> list[Row]:
-    """A row for every recipe in a file."""
-    rows = []
+def count_file(path: Path) -> list[ParameterCount]:
+    """The counts of every recipe in a file."""
+    counts = []
     for variant, recipe in read_recipes(path).items():
         name = f"{path.name}: {variant}" if variant else path.name
         try:
-            rows.append(Row(name, recipe, count_parameters(outline_network(recipe))))
+            counts.append(ParameterCount(name, recipe, count_parameters(outline_network(recipe))))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    return rows
+    return counts
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table."""
+def table(counts: Sequence[ParameterCount]) -> str:
+    """A line for each, as Markdown."""
     lines = [
         [
-            row.name,
-            row.recipe.network,
-            row.recipe.layer,
-            f"{row.parameters:,}",
-            None if row.recipe.paper_parameters is None else short(row.recipe.paper_parameters),
-            None if row.difference is None else f"{row.difference:+.1%}",
-            ": ".join(filter(None, ["" if row.reached else "not reached", row.recipe.note])),
+            count.name,
+            count.recipe.network,
+            count.recipe.layer,
+            f"{count.parameters:,}",
+            None if count.recipe.paper_parameters is None else short(count.recipe.paper_parameters),
+            None if count.difference is None else f"{count.difference:+.1%}",
+            ": ".join(filter(None, ["" if count.reached else "not reached", count.recipe.note])),
         ]
-        for row in rows
+        for count in counts
     ]
     header = ["recipe", "network", "layer", "parameters", "paper", "difference", "remark"]
     return markdown(header, lines)
@@ -84,12 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if not paths:
             raise ValueError(f"there are no recipes in {CONFIGS}; name YAML files")
-        rows = [row for path in paths for row in count_file(path)]
+        counts = [count for path in paths for count in count_file(path)]
     except ValueError as error:
         usage_error(parser.prog, str(error))
-    print(table(rows))
-    missed = sum(not row.reached for row in rows)
-    printed = sum(row.difference is not None for row in rows)
+    print(table(counts))
+    missed = sum(not count.reached for count in counts)
+    printed = sum(count.difference is not None for count in counts)
     said = f"recipes reach the paper's count within {TOLERANCE:.0%}."
     print(f"\n{printed - missed} of {printed} {said}")
     return 0

@@ -23,7 +23,7 @@ from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
 from ncrl.neurocoder.memory import SlotMemory
 from ncrl.seat import require_positive, require_switch
-from ncrl.settings import check, nearest, setting, typed_values
+from ncrl.settings import check, setting, suggest, typed_values
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.models import NETWORKS
 from ncrl.tasks.models.mlp import Coded
@@ -163,8 +163,8 @@ def check_options(field_name: str, options: Any, types: Mapping[str, str]) -> No
         raise ValueError(f"{field_name} must be a mapping of options, got {options!r}")
     for name, option in options.items():
         if name not in types:
-            hint = nearest(str(name), types)
-            raise ValueError(f"unknown option {name!r} in {field_name}; nearest: {hint}")
+            hint = suggest(str(name), types)
+            raise ValueError(f"unknown option {name!r} in {field_name}; {hint}")
         values = option if isinstance(option, (list, tuple)) else [option]
         if len(values) > MOST_LAYERS:
             raise ValueError(f"{name} must have at most {MOST_LAYERS} parts, got {len(values)}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ncrl.files import read_bytes, write_atomically
 
@@ -125,22 +125,38 @@ def read_results(folder: Path, task: str | None = None) -> list[Result]:
     return sorted(wanted, key=lambda row: (row.name, row.seed))
 
 
-class Summary(NamedTuple):
-    """A metric over seeds; `std` is of the population, as the continual-learning literature has
-    it, `values` are in the order of the rows."""
+@dataclass(frozen=True)
+class Summary:
+    """A metric over seeds, one at least: `f"{summary:.1f}"` is its mean and spread."""
 
-    mean: float
-    std: float
-    values: list[float]
+    values: Sequence[float]
 
-    def __str__(self) -> str:
-        return f"{self.mean:.4g} +- {self.std:.2g} ({len(self.values)})"
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the population, as the continual-learning literature has it."""
+        return statistics.pstdev(self.values)
+
+    def __format__(self, form: str) -> str:
+        if len(self.values) == 1:
+            return f"{self.mean:{form}} (1 seed)"
+        return f"{self.mean:{form}}±{self.std:{form}}"
 
 
 def summarise(rows: Iterable[Result], metric: str) -> Summary | None:
-    """Mean and spread over the rows that have the metric; None if none has."""
+    """A metric over the rows that have it, in their order; None if none has."""
     values = [row.metrics[metric] for row in rows if metric in row.metrics]
-    return Summary(statistics.fmean(values), statistics.pstdev(values), values) if values else None
+    return Summary(values) if values else None
+
+
+def mean_and_spread(rows: Iterable[Result], metric: str, form: str) -> str | None:
+    """As tables have it; None, an empty cell, if no row has the metric."""
+    summary = summarise(rows, metric)
+    return None if summary is None else f"{summary:{form}}"
 
 
 def by_name(rows: Iterable[Result]) -> dict[str, list[Result]]:
@@ -168,14 +184,16 @@ def results_table(
     lines = []
     for name, group in by_name(rows).items():
         cells = [name, f"{group[0].parameters:,}", " ".join(str(row.seed) for row in group)]
-        summaries = [summarise(group, metric) for metric in metrics]
+        summaries = [mean_and_spread(group, metric, ".4g") for metric in metrics]
         lines.append([*cells, *summaries, *(cell(group) for cell in columns.values())])
     return markdown(["recipe", "parameters", "seeds", *metrics, *columns], lines)
 
 
 def command_line() -> str:
     """The command that this process was started with."""
+    script, *words = sys.argv
+    if Path(script).stem == "ncrl":  # the installed command
+        return " ".join(["ncrl", *words])
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = "" if main is None else main.name.removesuffix(".__main__")
-    program = f"-m {name}" if name else sys.argv[0]
-    return " ".join(["python", program, *sys.argv[1:]])
+    return " ".join(["python", f"-m {name}" if name else script, *words])

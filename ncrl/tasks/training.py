@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -68,14 +68,14 @@ class Run(NamedTuple):
 
     @property
     def result(self) -> Result | None:
-        """The row, if the run is finished."""
+        """The row, if the run is finished, with the labels that it has now."""
         path = self.folder / RESULT_FILE
         if not os.path.lexists(path):
             return None
         row = read_result(path)
         if (row.task, row.name, row.seed) != (self.task, self.name, self.seed):
             raise ValueError(f"{path} is the row of another run; delete it to start anew")
-        return row
+        return replace(row, labels=dict(self.labels))
 
     @property
     def title(self) -> str:
@@ -83,15 +83,10 @@ class Run(NamedTuple):
         return f"{self.name}, seed {self.seed}"
 
 
-def what_is_trained(recipe: Recipe) -> dict[str, Any]:
-    """The settings but for what the paper prints, as plain values."""
-    return {k: v for k, v in asdict(recipe).items() if k not in ("paper_parameters", "note")}
-
-
 def identity(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
     """What makes two runs the same but for the seed, as plain values."""
-    readings = dict(experiment.readings)
-    return {"recipe": what_is_trained(recipe), "data": experiment.data, "readings": readings}
+    settings = {k: v for k, v in asdict(recipe).items() if k not in ("paper_parameters", "note")}
+    return {"recipe": settings, "data": experiment.data, "readings": dict(experiment.readings)}
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

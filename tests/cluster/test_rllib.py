@@ -106,7 +106,7 @@ def test_what_rllib_cannot_play_is_refused() -> None:
         module_of("MlpPolicy", Many())
     with pytest.raises(ValueError, match="Box without use_sde"):
         module_of("MlpPolicy", "Pendulum-v1", policy_kwargs={"use_sde": True})
-    with pytest.raises(ValueError, match="did you mean 'NeurocoderMlpLstmPolicy'"):
+    with pytest.raises(ValueError, match="nearest: NeurocoderMlpLstmPolicy"):
         module_of("NeurocoderMlpLstm")
 
 

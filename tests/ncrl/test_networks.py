@@ -218,7 +218,7 @@ def test_images_that_are_too_small_are_refused(encoder: str) -> None:
 
 
 def test_an_unknown_encoder_offers_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match=r"'natur'.*did you mean 'nature'"):
+    with pytest.raises(ValueError, match=r"'natur'.*nearest: nature"):
         AtariEncoder(images(4, 84, 84), "natur")
     with pytest.raises(ValueError, match="a3c, nature, paper"):
         AtariEncoder(images(4, 84, 84), "zzz")

@@ -327,13 +327,13 @@ def test_heads() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'neurocodr'.*did you mean 'neurocoder'"):
+    with pytest.raises(ValueError, match=r"'neurocodr'.*nearest: neurocoder"):
         make_policy(MlpLstmPolicy, head="neurocodr")
     with pytest.raises(ValueError, match="num_slotz"):
         make_policy(NeurocoderMlpLstmPolicy, head_kwargs={"num_slotz": 5})
     with pytest.raises(ValueError, match="num_slots"):
         make_policy(NeurocoderMlpLstmPolicy, head_kwargs={"num_slots": 0})
-    with pytest.raises(ValueError, match=r"'papper'.*did you mean 'paper'"):
+    with pytest.raises(ValueError, match=r"'papper'.*nearest: paper"):
         make_policy(CnnLstmPolicy, encoder="papper")
 
 

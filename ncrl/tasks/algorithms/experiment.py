@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figure."""
-    rows = session.run(session.plans(CONFIG, default_variants=VARIANTS), MultiAlgorithm)
+    rows = session.run(session.recipes(CONFIG, default_variants=VARIANTS), MultiAlgorithm)
     if session.figure is not None and rows:
         draw(session.figure, rows)
     say(table(rows))
@@ -145,15 +145,16 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
     if len(set(labels.values())) < len(labels):  # recipes of the same layer
         labels = {name: name for name in groups}
     draw_curves(curves, rows, f"error_n{TRAINED_TASKS}", labels)
-    curves.set_ylabel(f"wrong bits at n = {TRAINED_TASKS} (%)")
-    curves.legend(fontsize=7)
+    curves.set_title(rows[0].data, fontsize=9)
+    curves.set_ylabel("wrong bits, %")
     width = 0.8 / len(groups)
     for index, (name, group) in enumerate(groups.items()):
         values = np.array([[row.metrics[f"error_n{n}"] for n in TESTED_TASKS] for row in group])
         places = np.arange(len(TESTED_TASKS)) + (index - (len(groups) - 1) / 2) * width
         bars.bar(places, values.mean(0), width, yerr=values.std(0), capsize=2, label=labels[name])
     for axes in (curves, bars):
-        axes.axhline(GUESSING, color="grey", linestyle=":", linewidth=1)
+        axes.axhline(GUESSING, color="grey", linestyle=":", linewidth=1, label="guessing")
+    curves.legend(fontsize=7)
     bars.set_xticks(range(len(TESTED_TASKS)), [f"n = {n}" for n in TESTED_TASKS])
-    bars.set_ylabel("wrong bits at the end (%)")
+    bars.set_title("at the end", fontsize=9)
     save_figure(figure, path)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import Plan, Session, run_command, task_parser
+from ncrl.tasks.command import NamedRecipe, Session, run_command, task_parser
 from ncrl.tasks.data import HELD_OUT, load_cifar
 from ncrl.tasks.figures import draw_curves, save_figure
 from ncrl.tasks.recipes import CONFIGS, Recipe, read_recipes
@@ -85,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the curves."""
-    wanted = plans(session)
+    wanted = wanted_recipes(session)
     views = {}
-    for size in sorted({num_outputs(plan.recipe) for plan in wanted}):
+    for size in sorted({num_outputs(named.recipe) for named in wanted}):
         data = load_cifar(session.data_dir, size, download=session.download)
         views[size] = session.validated(data, HELD_OUT_EVERY).standardised().to(session.device)
 
@@ -100,24 +100,24 @@ def work(session: Session) -> None:
     say(table(rows))
 
 
-def plans(session: Session) -> list[Plan]:
+def wanted_recipes(session: Session) -> list[NamedRecipe]:
     """The recipes that the flags name; the plain MLP and Neurocoder's without any."""
     flags = session.flags
-    wanted = session.plans(CONFIG)
+    wanted = session.recipes(CONFIG)
     if not session.names_recipes:  # to the plain network options of coded layers mean nothing
-        wanted = [*session.plans(CONFIG, layer=["linear"], layer_options=None), *wanted]
-    for plan in wanted:
-        if plan.recipe.task != "cifar":
-            raise ValueError(f"{plan.name!r} is a recipe for {plan.recipe.task}, not for cifar")
+        wanted = [*session.recipes(CONFIG, layer=["linear"], layer_options=None), *wanted]
+    for named in wanted:
+        if named.recipe.task != "cifar":
+            raise ValueError(f"{named.name!r} is a recipe for {named.recipe.task}, not for cifar")
     size = flags.get("classes")
     if size is None and "layer" in flags:
         # The variant that is found for a layer may be of the other data set.
-        others = session.plans(CONFIG, layer=None, layer_options=None)
-        sizes = {num_outputs(plan.recipe) for plan in others}
+        others = session.recipes(CONFIG, layer=None, layer_options=None)
+        sizes = {num_outputs(named.recipe) for named in others}
         if len(sizes) > 1:
             raise ValueError("variants of 10 and of 100 classes with --layer: say --classes")
         (size,) = sizes
-    return [plan if size is None else with_outputs(plan, size) for plan in wanted]
+    return [named if size is None else with_outputs(named, size) for named in wanted]
 
 
 def num_outputs(recipe: Recipe) -> int:
@@ -125,15 +125,15 @@ def num_outputs(recipe: Recipe) -> int:
     return int(recipe.network_options.get("num_outputs", 10))
 
 
-def with_outputs(plan: Plan, size: int) -> Plan:
+def with_outputs(named: NamedRecipe, size: int) -> NamedRecipe:
     """The same recipe for 10 or 100 classes."""
     if size not in (10, 100):
         raise ValueError(f"CIFAR has 10 or 100 classes, got {size}")
-    if num_outputs(plan.recipe) == size:
-        return plan
-    options = {**plan.recipe.network_options, "num_outputs": size}
-    recipe = dataclasses.replace(plan.recipe, network_options=options, paper_parameters=None)
-    return Plan(f"{plan.name} {size} classes", recipe, plan.labels)
+    if num_outputs(named.recipe) == size:
+        return named
+    options = {**named.recipe.network_options, "num_outputs": size}
+    recipe = dataclasses.replace(named.recipe, network_options=options, paper_parameters=None)
+    return NamedRecipe(f"{named.name} {size} classes", recipe, named.labels)
 
 
 def table(rows: Sequence[Result]) -> str:

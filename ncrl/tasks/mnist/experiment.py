@@ -21,7 +21,7 @@ from torch import Tensor
 from ncrl import NeurocoderLinear
 from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import BASE, Plan, Session, run_command, task_parser
+from ncrl.tasks.command import BASE, NamedRecipe, Session, run_command, task_parser
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.figures import draw_attention, save_figure
 from ncrl.tasks.models.mlp import ProjectedLinear
@@ -116,7 +116,7 @@ def work(session: Session) -> None:
     The paper prints no number for the table (Fig. 2a); its text says that Neurocoder is up to 5
     points better than the linear classifier.
     """
-    wanted = plans(session)
+    wanted = wanted_recipes(session)
     data = session.validated(
         load_mnist(session.data_dir, download=session.download), HELD_OUT_EVERY
     )
@@ -131,30 +131,31 @@ def work(session: Session) -> None:
     rows = session.run(wanted, make)
     if session.figure is not None and rows:
         maps = session.run(variants(session, MAPS), make, seeds=session.seeds[:1])
-        firsts = [int((data.test_labels == d).nonzero()[0]) for d in range(data.num_classes)]
-        draw(session.figure, rows, maps, data.test_images[firsts, 0])
+        if maps:
+            firsts = [int((data.test_labels == d).nonzero()[0]) for d in range(data.num_classes)]
+            draw(session.figure, rows, maps, data.test_images[firsts, 0])
     say(results_table(rows, ["error", "best_error"]))
 
 
-def plans(session: Session) -> list[Plan]:
+def wanted_recipes(session: Session) -> list[NamedRecipe]:
     """The recipes that the flags name; without any, the linear classifier and every J."""
-    named = session.names_recipes
-    if named:
-        recipes = session.plans(CONFIG)
+    is_named = session.names_recipes
+    if is_named:
+        recipes = session.recipes(CONFIG)
     else:  # to the linear classifier options of coded layers mean nothing
         plain = variants(session, ["linear"], layer_options=None, network_options=None)
         recipes = [*plain, *variants(session, [BASE])]
-    steps = dict.fromkeys(session.flags.get("num_steps", () if named else STEPS))
-    wanted: list[Plan] = []
-    for plan in recipes:
-        coded = bool(steps) and plan.recipe.layer == "neurocoder"
-        wanted += [plan.changed(num_steps=j) for j in steps] if coded else [plan]
+    steps = dict.fromkeys(session.flags.get("num_steps", () if is_named else STEPS))
+    wanted: list[NamedRecipe] = []
+    for named in recipes:
+        coded = bool(steps) and named.recipe.layer == "neurocoder"
+        wanted += [named.changed(num_steps=j) for j in steps] if coded else [named]
     return wanted
 
 
-def variants(session: Session, names: Sequence[str], **instead: Any) -> list[Plan]:
+def variants(session: Session, names: Sequence[str], **instead: Any) -> list[NamedRecipe]:
     """Variants of the command's own recipe, with the changes that the flags make."""
-    return session.plans(CONFIG, variant=list(names), layer=None, config=None, **instead)
+    return session.recipes(CONFIG, variant=list(names), layer=None, config=None, **instead)
 
 
 # The figure
@@ -189,7 +190,7 @@ def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
         summary = summarise(group, "error")
         if summary is None:
             continue
-        mean, std, _ = summary
+        mean, std = summary.mean, summary.std
         if group[0].layer == "neurocoder":
             coded[int(group[0].recipe["layer_options"]["num_steps"])] = summary
             sizes.add(group[0].parameters)
@@ -202,8 +203,8 @@ def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
         label = f"Neurocoder, {' to '.join(f'{size:,}' for size in sorted(sizes))} parameters"
         means, stds = [coded[j].mean for j in steps], [coded[j].std for j in steps]
         axes.errorbar(steps, means, stds, marker="o", capsize=3, label=label)
-        for j, (_, _, values) in coded.items():
-            axes.plot([j] * len(values), values, ".", color="black", markersize=3)
+        for j, errors in coded.items():
+            axes.plot([j] * len(errors.values), errors.values, ".", color="black", markersize=3)
         axes.set_xticks(steps)
     seeds = len({row.seed for row in rows})
     axes.set(xlabel="composition steps J", ylabel=f"test error, % (seeds: {seeds})")

@@ -229,8 +229,8 @@ def work(session: Session) -> None:
     usual = {"chunks": (chunks, NUM_CHUNKS), "noise": (noise, 0.0)}
     said = [f"{key}={own:g}" for key, (own, default) in usual.items() if own != default]
     wanted = [
-        plan._replace(name=" ".join([plan.name, *said]))
-        for plan in session.plans(CONFIG, default_variants=VARIANTS)
+        named._replace(name=" ".join([named.name, *said]))
+        for named in session.recipes(CONFIG, default_variants=VARIANTS)
     ]
 
     def make(recipe: Recipe, seed: int, device: torch.device) -> Polynomials:
@@ -240,9 +240,9 @@ def work(session: Session) -> None:
     if session.figure is not None and rows:
         ended = {row.name for row in rows if row.seed == session.seeds[0]}
         examples = {
-            plan.name: session.experiment(plan, session.seeds[0], make)
-            for plan in wanted
-            if plan.recipe.layer == "neurocoder" and plan.name in ended
+            named.name: session.experiment(named, session.seeds[0], make)
+            for named in wanted
+            if named.recipe.layer == "neurocoder" and named.name in ended
         }
         draw(session.figure, rows, examples, chunk_error(noise))
     say(table(rows, chunk_error(noise)))
@@ -260,6 +260,7 @@ def draw(
     draw_curves(curves, rows, error)
     curves.set(yscale="log", ylabel="squared error inside chunks")
     curves.legend(fontsize=7)
+    curves.set_title(rows[0].data, fontsize=9)
     for part, (name, example) in zip(parts[1:], examples.items(), strict=True):
         part.suptitle(name, fontsize=9)
         example.draw_example(*part.subplots(2, 1, sharex=True, height_ratios=[1.4, 1]))

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ncrl.settings import require_range
 from ncrl.shell.screen import say
 from ncrl.tasks.command import (
-    Plan,
+    NamedRecipe,
     Session,
-    check_range,
     chosen,
     find_config,
     run_command,
@@ -92,14 +92,16 @@ def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figures."""
     flags = session.flags
     source = backbone_source(flags)
-    bases = session.plans(CONFIG, default_variants=DEFAULT_VARIANTS)
+    bases = session.recipes(CONFIG, default_variants=DEFAULT_VARIANTS)
     pairs = [(base, method) for base in bases for method in methods_of(base, flags)]
     num_classes = flags.get("classes", 10)
     if num_classes not in CLASSES_PER_TASK:
         raise ValueError(f"--classes takes 10 or 100, got {num_classes}")
     data = load_cifar(session.data_dir, num_classes, download=session.download)
     epochs = DIGITS_EPOCHS if data.is_embedded and "epochs" not in flags else None
-    plans = [plan(*pair, flags, num_classes, source.num_features, epochs) for pair in pairs]
+    wanted = [
+        classifier_recipe(*pair, flags, num_classes, source.num_features, epochs) for pair in pairs
+    ]
     say(f"data: {data.source}")
     data = data.to(session.device)
     backbone = make_backbone(session, source, data)
@@ -121,7 +123,7 @@ def work(session: Session) -> None:
     def make(recipe: ContinualRecipe, seed: int, _device: torch.device) -> SplitFeatures:
         return SplitFeatures(recipe, tasks, features.name, seed, readings)
 
-    rows = session.run(plans, make)
+    rows = session.run(wanted, make)
     if session.figure is not None and rows:
         draw_accuracy(session.figure, rows)
         if any("top_slots" in row.details for row in rows):
@@ -152,7 +154,7 @@ class BackboneSource(NamedTuple):
 def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
     """What the flags say about the backbone."""
     side = flags.get("image_side", IMAGENET_SIDE if "backbone" in flags else TRAINED_SIDE)
-    check_range("--image-side", side, CIFAR_SIDE, IMAGENET_SIDE)
+    require_range("--image-side", side, CIFAR_SIDE, IMAGENET_SIDE)
     epochs = flags.get("backbone_epochs")
     if "backbone" in flags:
         if epochs is not None:
@@ -163,7 +165,7 @@ def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
             raise ValueError(f"--backbone must be a file of weights: {path} {reason}")
         return BackboneSource(side, path)
     if epochs is not None:
-        check_range("--backbone-epochs", epochs, 0, MOST_EPOCHS)
+        require_range("--backbone-epochs", epochs, 0, MOST_EPOCHS)
     config = find_config(flags.get("config", CONFIG))
     recipe = read_recipes(config).get(BACKBONE)
     if recipe is None:
@@ -177,7 +179,7 @@ def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
     return BackboneSource(side, None, recipe, epochs)
 
 
-def methods_of(base: Plan, flags: Mapping[str, Any]) -> list[str]:
+def methods_of(base: NamedRecipe, flags: Mapping[str, Any]) -> list[str]:
     """The methods that a flag names, without repetition; else the recipe's, else both of Fig. 7."""
     recipe = base.recipe
     if not isinstance(recipe, ContinualRecipe) or recipe.network != "resnet_mlp":
@@ -186,14 +188,14 @@ def methods_of(base: Plan, flags: Mapping[str, Any]) -> list[str]:
     return chosen(flags, "method", list(METHODS), default)
 
 
-def plan(
-    base: Plan,
+def classifier_recipe(
+    base: NamedRecipe,
     method: str,
     flags: Mapping[str, Any],
     num_classes: int,
     num_features: int,
     epochs: int | None = None,
-) -> Plan:
+) -> NamedRecipe:
     """The recipe of the classifier behind a backbone, with a method."""
     coef = flags.get("penalty_coef")
     changes, coef_said = method_changes(base.recipe, "task", method, flags, coef)
@@ -215,7 +217,7 @@ def plan(
     if recipe.epochs is None:
         raise ValueError(f"{base.name}: the recipe has to say how many epochs each task takes")
     outline_network(recipe)  # what does not fit is said before hours of features
-    return Plan(name, recipe, base.labels)
+    return NamedRecipe(name, recipe, base.labels)
 
 
 # The backbone
@@ -231,7 +233,7 @@ def make_backbone(session: Session, source: BackboneSource, data: Images) -> Bac
         epochs = DIGITS_BACKBONE_EPOCHS
     if epochs:
         recipe = dataclasses.replace(recipe, epochs=epochs, iterations=None)
-    wanted = Plan(f"{BACKBONE} {recipe.epochs} epochs", recipe)
+    wanted = NamedRecipe(f"{BACKBONE} {recipe.epochs} epochs", recipe)
 
     def make(recipe: Recipe, seed: int, _device: torch.device) -> Rotations:
         return Rotations(recipe, data, source.side, seed)
@@ -242,11 +244,13 @@ def make_backbone(session: Session, source: BackboneSource, data: Images) -> Bac
         network = make(recipe, BACKBONE_SEED, session.device).model
         title += " with random weights"
     else:
-        (row,) = session.run([wanted], make, seeds=[BACKBONE_SEED])
+        rows = session.run([wanted], make, seeds=[BACKBONE_SEED])
+        if not rows:
+            raise ValueError(f"there is no finished run {wanted.name!r}, which features come from")
         network = session.experiment(wanted, BACKBONE_SEED, make).model
         title += (
             f", trained here for {recipe.epochs} epochs to tell rotations of the training images "
-            f"apart, without labels (test accuracy {row.metrics['rotation_accuracy']:.1f} %, "
+            f"apart, without labels (test accuracy {rows[0].metrics['rotation_accuracy']:.1f} %, "
             "chance 25 %)"
         )
     assert isinstance(network, ResNet18)

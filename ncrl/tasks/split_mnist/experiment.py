@@ -1,7 +1,7 @@
 """Split MNIST: five tasks of two digits, learnt one after the other (paper, Tables 1, 6 and 7).
 
 python -m ncrl.tasks.split_mnist --method online-ewc --layer linear neurocoder --repeats 5
-python -m ncrl.tasks.split_mnist --tables --jobs 2 --data-dir ~/data --figure split_mnist.png
+python -m ncrl.tasks.split_mnist --tables --data-dir ~/data --figure split_mnist.png
 python -m ncrl.tasks.split_mnist --method ewc --layer linear lowrank --penalty-coef 1 10 100
 """
 
@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 
+from ncrl.settings import require_range
 from ncrl.shell.screen import say
 from ncrl.tasks.command import (
-    Plan,
+    NamedRecipe,
     Session,
-    check_range,
     chosen,
     find_config,
-    plans,
+    named_recipes,
     run_command,
     task_parser,
 )
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import COEFS, SplitLearning, method_changes, split_tasks
-from ncrl.tasks.data import Images, load_mnist
+from ncrl.tasks.data import load_mnist
 from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
-from ncrl.tasks.results import Result, read_results, results_table
+from ncrl.tasks.results import Result, results_table
 from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.tables import Cell, Column
-from ncrl.tasks.training import what_is_trained
 
 CONFIG = "split_mnist.yaml"
 
@@ -62,14 +57,13 @@ QUIRKS = ("fisher_orthogonality", "double_orth_coef")
 
 # On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task.
 DIGITS_EPOCHS = 40
-MOST_COUNTED = 1000  # processes, or seeds
+MOST_REPEATS = 1000
 METRICS = ("accuracy", "learn", "failed_tasks", "forgetting", "transfer", "rank", "attention")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what the flags say and print rows and tables; returns the exit code."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    return run_command("split_mnist", make_parser(), words, lambda session: work(session, words))
+    return run_command("split_mnist", make_parser(), arguments, work)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,17 +95,12 @@ def make_parser() -> argparse.ArgumentParser:
     said = "fill Tables 1, 6 and 7, or some of them: every method, layer and control"
     repeats = f"{tables.REPEATS['domain']} repeats (domain) or {tables.REPEATS['task']} (task)"
     several("--tables", f"{said}, {repeats}", int, "*")
-    add("--finished", action="store_true", help="train nothing, show the runs that are finished")
-    add("--jobs", type=int, metavar="INT", help="processes that share the runs (default: 1)")
     return parser
 
 
-def work(session: Session, words: Sequence[str]) -> None:
+def work(session: Session) -> None:
     """Train and show what the flags say."""
     flags = session.flags
-    jobs = at_least_one(flags, "jobs")
-    if jobs > 1 and "threads" not in flags:
-        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     groups = table_cells(flags) if "tables" in flags else [(cells(flags), None)]
     coefs: list[float] = list(dict.fromkeys(flags.get("penalty_coef", [])))
     data = load_mnist(session.data_dir, download=session.download)
@@ -122,29 +111,24 @@ def work(session: Session, words: Sequence[str]) -> None:
     say(f"data: {data.source}")
     if data.is_embedded and "epochs" not in flags:
         say(f"{DIGITS_EPOCHS} epochs for each task: the protocol's 4 are for MNIST's size")
+    tasks = split_tasks(data.to(session.device))
+
+    def make(recipe: ContinualRecipe, seed: int, _device: torch.device) -> SplitLearning:
+        return SplitLearning(recipe, tasks, data.name, seed, data.readings)
+
     rows: list[Result] = []
-    if "finished" in flags:
-        for group, repeats in wanted:
-            rows += finished(session, group, data, seeds(session, repeats))
-    else:
-        tasks = split_tasks(data.to(session.device))
-
-        def make(recipe: ContinualRecipe, seed: int, _device: torch.device) -> SplitLearning:
-            return SplitLearning(recipe, tasks, data.name, seed, data.readings)
-
-        with helpers(words, jobs - 1):
-            for group, repeats in wanted:
-                rows += session.run(group, make, seeds=seeds(session, repeats))
+    for group, repeats in wanted:
+        rows += session.run(group, make, seeds=seeds(session, repeats))
     if "tables" in flags:
-        all_plans = [plan for group, _ in wanted for plan in group]
-        changed = sorted({changes_of(plan.labels) for plan in all_plans} - {""})
+        every = [named for group, _ in wanted for named in group]
+        changed = sorted({changes_of(named.labels) for named in every} - {""})
         for number in chosen_tables(flags):
             say(f"\n{tables.table(number, rows, ','.join(changed))}")
     else:
         say(f"\n{results_table(rows, METRICS)}")
     if session.figure is not None and rows:
         draw = tables.draw if len(coefs) < 2 else tables.draw_tradeoff
-        draw(rows, session.figure)
+        draw(session.figure, rows)
 
 
 def seeds(session: Session, repeats: int | None) -> list[int]:
@@ -152,52 +136,10 @@ def seeds(session: Session, repeats: int | None) -> list[int]:
     if "repeats" in session.flags:
         if "seeds" in session.flags:
             raise ValueError("--repeats and --seeds exclude each other")
-        return list(range(at_least_one(session.flags, "repeats")))
+        count = session.flags["repeats"]
+        require_range("--repeats", count, 1, MOST_REPEATS)
+        return list(range(count))
     return session.seeds if "seeds" in session.flags or repeats is None else list(range(repeats))
-
-
-def finished(
-    session: Session, wanted: Sequence[Plan], data: Images, seeds: Sequence[int]
-) -> list[Result]:
-    """Rows of those plans and seeds that are there already."""
-    named = {plan.name: plan for plan in wanted}
-    found = []
-    for row in read_results(session.logdir, "split_mnist"):
-        plan = named.get(row.name)
-        if plan is None or row.seed not in seeds:
-            continue
-        same = json.loads(json.dumps(what_is_trained(plan.recipe)))
-        if (row.recipe, row.data, row.readings) == (same, data.name, data.readings):
-            found.append(dataclasses.replace(row, labels=dict(plan.labels)))
-    return found
-
-
-@contextmanager
-def helpers(words: Sequence[str], count: int) -> Iterator[None]:
-    """More processes with the same command, which share its runs."""
-    command = [sys.executable, "-m", "ncrl.tasks.split_mnist", *words, "--jobs", "1"]
-    if count and "--threads" not in words:
-        command += ["--threads", str(torch.get_num_threads())]
-    nowhere = subprocess.DEVNULL
-    # What a helper fails at stays to be done here, and fails here, too, where it is said.
-    processes = [  # in sessions of their own: Ctrl-C reaches this process, which ends them below
-        subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
-        for _ in range(count)
-    ]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-
-
-def at_least_one(flags: Mapping[str, Any], name: str) -> int:
-    """The value of a flag that counts something; 1 if it is not given."""
-    value: int = flags.get(name, 1)
-    check_range(f"--{name}", value, 1, MOST_COUNTED)
-    return value
 
 
 # From flags to recipes
@@ -261,22 +203,22 @@ def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
 
 def sweep(
     cell: Cell, flags: Mapping[str, Any], coefs: Sequence[float], is_digits: bool
-) -> list[Plan]:
+) -> list[NamedRecipe]:
     """The recipes of a cell, one for each coefficient where its method has a penalty."""
     if not coefs or cell.method not in COEFS[cell.scenario]:
-        return [plan(cell, flags, is_digits)]
-    return [plan(cell, flags, is_digits, coef) for coef in coefs]
+        return [recipe_of(cell, flags, is_digits)]
+    return [recipe_of(cell, flags, is_digits, coef) for coef in coefs]
 
 
-def plan(
+def recipe_of(
     cell: Cell, flags: Mapping[str, Any], is_digits: bool = False, coef: float | None = None
-) -> Plan:
+) -> NamedRecipe:
     """The recipe of a cell of a table, with what the flags change, and a name that says so; `coef`
     is the weight of the penalty, in place of Hsu et al.'s."""
     column = cell.column
     variant = "grow" if cell.method == "grow" else RECIPES[column._replace(rank=None)]
     shared = {key: value for key, value in flags.items() if key != "layer"}
-    (base,) = plans({**shared, "variant": [variant]}, CONFIG)
+    (base,) = named_recipes({**shared, "variant": [variant]}, CONFIG)
     said, recipe = base.labels["changes"], base.recipe
     changes, coef_said = method_changes(recipe, cell.scenario, cell.method, flags, coef)
     if is_digits and "epochs" not in flags:
@@ -296,7 +238,7 @@ def plan(
     labels = {**cell.labels, "changes": said.strip(), "coef": coef_said}
     name = " ".join(filter(None, (cell.name, changes_of(labels))))
     recipe = dataclasses.replace(recipe, network_options=network_options, **changes)
-    return Plan(name, recipe, labels)
+    return NamedRecipe(name, recipe, labels)
 
 
 def changes_of(labels: Mapping[str, str]) -> str:

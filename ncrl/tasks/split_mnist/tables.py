@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from ncrl.tasks.figures import save_figure
-from ncrl.tasks.results import Result, Summary, markdown, summarise
+from ncrl.tasks.results import Result, markdown, mean_and_spread, summarise
 
 Groups = defaultdict[tuple[str, ...], list[Result]]  # rows by scenario, method and layer
 SCENARIO = {1: "domain", 6: "task", 7: "domain"}  # by number of the table
@@ -185,11 +185,11 @@ def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
     failed = sum(row.metrics["failed_tasks"] > 0 for row in group)
     return [
         f"{group[0].parameters:,}",
-        short(summarise(group, "accuracy")),
+        mean_and_spread(group, "accuracy", ".1f"),
         " ".join(by_seed.get(seed, MISSING) for seed in seeds),
-        short(summarise(group, "learn")),
+        mean_and_spread(group, "learn", ".1f"),
         f"{failed} of {len(group)}",
-        *(short(summarise(group, name)) for name in ("forgetting", "transfer")),
+        *(mean_and_spread(group, name, ".1f") for name in ("forgetting", "transfer")),
         *(
             f"{summary.mean:.{digits}f}" if (summary := summarise(group, name)) else None
             for name, digits in (("rank", 1), ("attention", 3))
@@ -197,15 +197,7 @@ def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
     ]
 
 
-def short(summary: Summary | None) -> str | None:
-    """Mean and population standard deviation, as the paper prints them; of one value no spread."""
-    if summary is None:
-        return None
-    spread = f"±{summary.std:.1f}" if len(summary.values) > 1 else ""
-    return f"{summary.mean:.1f}{spread}"
-
-
-def draw(rows: Sequence[Result], path: Path) -> None:
+def draw(path: Path, rows: Sequence[Result]) -> None:
     """Bars of the accuracy for every cell that has rows, with the paper's number as a mark.
 
     What the flags of the command have changed stands in columns of its own.
@@ -215,7 +207,6 @@ def draw(rows: Sequence[Result], path: Path) -> None:
     methods = list(dict.fromkeys([*METHODS, *(method for _, method, _ in found)]))
     figure = Figure(figsize=(9, 3.2 * len(scenarios)), layout="constrained")
     grid = figure.subplots(len(scenarios), squeeze=False)[:, 0]
-    low = min(row.metrics["accuracy"] for row in rows)
     for axes, scenario in zip(grid, scenarios, strict=True):
         present = dict.fromkeys(layer for where, _, layer in found if where == scenario)
         known = [column.name for column in COLUMNS if column.name in present]
@@ -240,9 +231,12 @@ def draw(rows: Sequence[Result], path: Path) -> None:
                 if (text := printed(scenario, method, layer)) is not None:
                     value = float(text.partition("±")[0])
                     axes.plot(x + shift, value, "k_", markersize=6, zorder=3)
+        shown = [row for row in rows if row.labels["scenario"] == scenario]
+        low = min(row.metrics["accuracy"] for row in shown)
         axes.set(ylim=(max(0, min(50, low) - 2), 100), ylabel="accuracy after 5 tasks, %")
         axes.set_xticks(range(len(methods)), methods)
-        axes.set_title(f"incremental {scenario}; black marks: the paper's", fontsize=9)
+        title = f"split {shown[0].data}, incremental {scenario}; black marks: the paper's"
+        axes.set_title(title, fontsize=9)
         below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07)}
         axes.legend(fontsize=7, ncols=len(layers), frameon=False, **below)
     save_figure(figure, path)
@@ -273,7 +267,7 @@ def curves(rows: Sequence[Result]) -> Mapping[str, Mapping[str, list[Point]]]:
     return found
 
 
-def draw_tradeoff(rows: Sequence[Result], path: Path) -> None:
+def draw_tradeoff(path: Path, rows: Sequence[Result]) -> None:
     """What the weight of a penalty trades, for each scenario and method: accuracy after all tasks
     over the error on each right after training on it, with the coefficients beside the points.
 

@@ -287,7 +287,7 @@ def test_foreign_descriptions(folder: Path, text: str) -> None:
         (["policy_class"], {"$": "class", "name": "os.system"}, "'os.system', which is not known"),
         (["policy_class"], {"$": "class", "name": "torch.nn.Linear"}, "none of an actor-critic"),
         (["policy_class"], {"$": "class", "name": "torch.nn.init"}, "not known"),
-        (["arguments", "head"], "neurocode", "did you mean 'neurocoder'"),
+        (["arguments", "head"], "neurocode", "nearest: neurocoder"),
         (["arguments", "colour"], 3, "cannot be built from its arguments .*colour"),
         (["arguments", "net_arch"], ["__import__('os')"], "cannot be built"),
         (["arguments", "lstm_hidden_size"], 7, r"of shape \[4, 7\], got .* \[4, 6\]"),

@@ -121,7 +121,7 @@ def test_images_are_learned() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "neurocode"}, "unknown head 'neurocode'; did you mean 'neurocoder'"),
+        ({"head": "neurocode"}, "unknown head 'neurocode'; nearest: neurocoder"),
         ({"head_kwargs": {"slots": 3}}, "'neurocoder'.*slots"),
     ],
 )

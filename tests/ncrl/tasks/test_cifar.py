@@ -128,8 +128,8 @@ def plans_of(*words: str) -> dict[str, int]:
     parser = task_parser("cifar", "CIFAR.")
     parser.add_argument("--classes", type=int)
     flags = vars(parser.parse_args(words))
-    wanted = cifar.plans(Session("cifar", flags))
-    return {plan.name: cifar.num_outputs(plan.recipe) for plan in wanted}
+    wanted = cifar.wanted_recipes(Session("cifar", flags))
+    return {named.name: cifar.num_outputs(named.recipe) for named in wanted}
 
 
 def test_all_layers_of_a_comparison_tell_the_same_classes_apart() -> None:

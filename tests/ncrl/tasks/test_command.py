@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -22,13 +23,13 @@ from torch import Tensor, nn
 from ncrl.settings import parse
 from ncrl.tasks import recipes
 from ncrl.tasks.command import (
-    Plan,
+    NamedRecipe,
     Session,
     check_figure,
     choose_device,
     find_config,
     locked,
-    plans,
+    named_recipes,
     run_command,
     task_parser,
 )
@@ -63,7 +64,7 @@ def given(*words: str) -> dict[str, Any]:
 
 
 def named(*words: str, config: str = "cifar_mlp.yaml") -> dict[str, Recipe]:
-    return {plan.name: plan.recipe for plan in plans(given(*words), config)}
+    return {one.name: one.recipe for one in named_recipes(given(*words), config)}
 
 
 def test_without_flags_it_is_the_recipe_at_the_top() -> None:
@@ -107,7 +108,7 @@ def test_flags_change_the_recipe_and_its_name() -> None:
     assert recipe.network_options == {**base.network_options, "hidden": [9]}
     for part in ("learning_rate=0.5", "iterations=7", "sharpness=5", "hidden=[9]"):
         assert part in name
-    changed = Plan("x", base).changed(num_steps=3)
+    changed = NamedRecipe("x", base).changed(num_steps=3)
     assert changed.name == "x num_steps=3" and changed.recipe.layer_options["num_steps"] == 3
 
 
@@ -173,7 +174,7 @@ def session(tmp_path: Path, *words: str) -> Session:
     return Session("toy", given("--logdir", str(tmp_path), "--device", "cpu", *words))
 
 
-TOY = Plan("toy", Recipe())
+TOY = NamedRecipe("toy", Recipe())
 
 
 def test_a_finished_run_is_not_repeated(
@@ -186,8 +187,21 @@ def test_a_finished_run_is_not_repeated(
     assert capsys.readouterr().out.count("finished before") == 2
 
 
+def test_finished_shows_what_is_there_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = session(tmp_path, "--seeds", "0", "2").run([TOY], Constant)
+    files = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Constant, "loss", None)
+    work = session(tmp_path, "--finished", "--seeds", "0", "1", "2")
+    named = TOY._replace(labels={"variant": "toy", "changes": ""})
+    rows = work.run([NamedRecipe("toy", Recipe(learning_rate=0.5)), named], Constant)
+    assert rows == [dataclasses.replace(row, labels=named.labels) for row in first]
+    assert sorted(tmp_path.rglob("*")) == files
+
+
 def test_other_settings_are_other_runs(tmp_path: Path) -> None:
-    changed = Plan("toy", Recipe(learning_rate=0.5))
+    changed = NamedRecipe("toy", Recipe(learning_rate=0.5))
     rows = session(tmp_path).run([TOY, changed], Constant)
     assert rows[0].metrics != rows[1].metrics
     folders = {path.parent for path in tmp_path.rglob("result.json")}

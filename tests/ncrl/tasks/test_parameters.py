@@ -9,7 +9,7 @@ import pytest
 
 from ncrl.tasks.parameters import (
     CONFIGS,
-    Row,
+    ParameterCount,
     count_file,
     main,
     short,
@@ -104,47 +104,49 @@ NOT_PRINTED = {
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[tuple[str, str], Row]:
+def counts() -> dict[tuple[str, str], ParameterCount]:
     found = {}
     for path in sorted(CONFIGS.glob("*.yaml")):
-        for row in count_file(path):
-            file, _, variant = row.name.partition(".yaml")
-            found[file, variant.removeprefix(": ")] = row
+        for one in count_file(path):
+            file, _, variant = one.name.partition(".yaml")
+            found[file, variant.removeprefix(": ")] = one
     return found
 
 
 @pytest.mark.parametrize(("file", "variant", "count", "paper"), REACHED)
 def test_a_count_of_the_paper_is_reached(
-    rows: dict[tuple[str, str], Row], file: str, variant: str, count: int, paper: float
+    counts: dict[tuple[str, str], ParameterCount], file: str, variant: str, count: int, paper: float
 ) -> None:
-    row = rows[file, variant]
+    row = counts[file, variant]
     assert row.parameters == count
     assert row.recipe.paper_parameters == paper
     assert abs(count - paper) <= 0.05 * paper
     assert row.reached
 
 
-def test_what_is_not_reached_is_listed_with_a_reason(rows: dict[tuple[str, str], Row]) -> None:
-    missed = {key: row for key, row in rows.items() if not row.reached}
+def test_what_is_not_reached_is_listed_with_a_reason(
+    counts: dict[tuple[str, str], ParameterCount],
+) -> None:
+    missed = {key: row for key, row in counts.items() if not row.reached}
     assert {(*key, row.recipe.paper_parameters) for key, row in missed.items()} == NOT_REACHED
     assert all(row.recipe.note for row in missed.values())
     lines = table(list(missed.values())).splitlines()[2:]
     assert all("not reached: " in line for line in lines) and len(lines) == len(missed)
 
 
-def test_the_whole_of_table_9_is_there(rows: dict[tuple[str, str], Row]) -> None:
-    printed = {row.recipe.paper_parameters for row in rows.values()}
+def test_the_whole_of_table_9_is_there(counts: dict[tuple[str, str], ParameterCount]) -> None:
+    printed = {row.recipe.paper_parameters for row in counts.values()}
     assert set(TABLE_9) <= printed
     assert printed - set(TABLE_9) == {None, 423_539}
     expected = {(file, variant) for file, variant, *_ in [*REACHED, *NOT_REACHED]}
-    assert {key for key, row in rows.items() if row.recipe.paper_parameters} == expected
+    assert {key for key, row in counts.items() if row.recipe.paper_parameters} == expected
 
 
 @pytest.mark.parametrize(("key", "count"), NOT_PRINTED.items())
 def test_counts_that_the_paper_does_not_print(
-    rows: dict[tuple[str, str], Row], key: tuple[str, str], count: int
+    counts: dict[tuple[str, str], ParameterCount], key: tuple[str, str], count: int
 ) -> None:
-    row = rows[key]
+    row = counts[key]
     assert row.parameters == count
     assert row.difference is None and row.reached
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from ncrl.tasks.results import (
     Result,
+    command_line,
     markdown,
     read_result,
     read_results,
@@ -98,7 +101,7 @@ def test_mean_and_spread_are_those_of_the_population() -> None:
     assert found.mean == pytest.approx(np.mean(values))
     assert found.std == pytest.approx(np.std(values))
     assert found.values == values
-    assert str(found) == "5.5 +- 2.5 (3)"
+    assert f"{found:.1f}" == "5.5±2.5"
     assert summarise(rows, "accuracy") is None
 
 
@@ -110,8 +113,8 @@ def test_tables_are_markdown() -> None:
     ).splitlines()
     assert lines[0] == "| recipe | parameters | seeds | error | paper |"
     assert lines[2:] == [
-        "| x | 1,234 | 1 4 | 3 +- 1 (2) | 3.3 |",
-        "| y | 1,234 | 0 | 8 +- 0 (1) |  |",
+        "| x | 1,234 | 1 4 | 3±1 | 3.3 |",
+        "| y | 1,234 | 0 | 8 (1 seed) |  |",
     ]
     assert "paper" not in results_table(rows, ["error"])
 
@@ -121,3 +124,21 @@ def test_the_line_names_what_a_reader_needs() -> None:
     for part in ("mnist", "seed 3", "error 7.654", "1,234 parameters", "10 updates", "generated"):
         assert part in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "said"),
+    [
+        ("/usr/bin/ncrl", None, "ncrl task mnist"),
+        ("/x/ncrl/__main__.py", "ncrl.__main__", "python -m ncrl task mnist"),
+        ("/x/parameters.py", "ncrl.tasks.parameters", "python -m ncrl.tasks.parameters task mnist"),
+        ("benchmarks/programs.py", None, "python benchmarks/programs.py task mnist"),
+    ],
+)
+def test_the_command_of_a_row_can_be_repeated(
+    script: str, module: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = None if module is None else ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", [script, "task", "mnist"])
+    assert command_line() == said

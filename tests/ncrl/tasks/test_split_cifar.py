@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ncrl.tasks.command import Plan
+from ncrl.tasks.command import NamedRecipe
 from ncrl.tasks.continual.split import Task, class_tasks
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import mutual_information
 from ncrl.tasks.models import SplitMlp
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results
-from ncrl.tasks.split_cifar.experiment import CONFIG, main, plan
+from ncrl.tasks.split_cifar.experiment import CONFIG, classifier_recipe, main
 from ncrl.tasks.split_cifar.features import (
     SLOT_STEPS,
     SplitFeatures,
@@ -210,20 +210,24 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
 def test_classifiers_have_the_heads_of_their_tasks() -> None:
     recipes = read_recipes(CONFIGS / CONFIG)
     for classes, tasks, outputs in ((10, 5, 2), (100, 20, 5)):
-        base = Plan("linear", recipes["linear"], {"variant": "linear", "changes": ""})
-        found = plan(base, "si", {}, classes, 1000)
+        base = NamedRecipe("linear", recipes["linear"], {"variant": "linear", "changes": ""})
+        found = classifier_recipe(base, "si", {}, classes, 1000)
         options = found.recipe.network_options
         assert (options["num_tasks"], options["num_outputs"]) == (tasks, outputs)
         assert options["in_features"] == 1000 and tuple(options["hidden"]) == (500, 500, 500)
         assert found.name == f"{tasks}x{outputs} si linear"
         values = vars(found.recipe)
         assert (values["scenario"], values["method"]) == ("task", "si")
-    adagrad = plan(base, "adagrad", {}, 10, 8).recipe
+    adagrad = classifier_recipe(base, "adagrad", {}, 10, 8).recipe
     assert (adagrad.optimizer, adagrad.learning_rate) == ("adagrad", 1e-2)
-    named = plan(Plan("split_cifar", recipes[""]), "si", {"penalty_coef": 5.0}, 10, 8)
+    named = classifier_recipe(
+        NamedRecipe("split_cifar", recipes[""]), "si", {"penalty_coef": 5.0}, 10, 8
+    )
     assert named.name == "5x2 si printed penalty_coef=5"
     assert vars(named.recipe)["penalty_coef"] == 5
-    static = plan(Plan("split_cifar rank1", recipes["rank1"]), "adam", {}, 10, 8).recipe
+    static = classifier_recipe(
+        NamedRecipe("split_cifar rank1", recipes["rank1"]), "adam", {}, 10, 8
+    ).recipe
     assert static.network_options["hidden_rank"] == 1 and static.layer == "linear"
 
 
@@ -322,6 +326,7 @@ BAD_INPUT = {
     "data": (["--data-dir", "/no/such/folder"], "/no/such/folder does not exist"),
     "figure": (["--figure", "figure.txt"], "--figure must end in one of"),
     "flag": (["--backbones", "x"], "nearest: --backbone"),
+    "finished": (["--finished"], "there is no finished run 'backbone 5 epochs'"),
 }
 
 

@@ -13,7 +13,7 @@ from ncrl.tasks.continual.split import COEFS
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
 from ncrl.tasks.split_mnist import tables
-from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, plan
+from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, recipe_of
 from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
 from ncrl.tasks.training import count_parameters
 from tests.ncrl.tasks.refusals import assert_refused
@@ -33,7 +33,7 @@ def embedded_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(cell: Cell, **flags: Any) -> ContinualRecipe:
-    found = plan(cell, flags).recipe
+    found = recipe_of(cell, flags).recipe
     assert isinstance(found, ContinualRecipe)
     return found
 
@@ -79,7 +79,7 @@ def test_quirks_belong_to_the_official_variant() -> None:
         official = column.variant == "official"
         assert found.fisher_orthogonality == found.double_orth_coef == official
     cell = Cell("domain", "ewc", Column("neurocoder", "official"))
-    without = plan(cell, {"fisher_orthogonality": False})
+    without = recipe_of(cell, {"fisher_orthogonality": False})
     assert without.name == "domain ewc official fisher_orthogonality=False"
     assert not vars(without.recipe)["fisher_orthogonality"]
     assert vars(without.recipe)["double_orth_coef"]
@@ -92,19 +92,21 @@ def test_method_and_coefficient_can_stand_in_the_file(tmp_path: Path) -> None:
     flags = {"config": str(path)}
     (cell,) = cells(flags)
     assert (cell.scenario, cell.method) == ("task", "l2")
-    found = plan(cell, flags)
+    found = recipe_of(cell, flags)
     assert isinstance(found.recipe, ContinualRecipe)
     assert (found.recipe.scenario, found.recipe.method) == ("task", "l2")
     assert found.recipe.penalty_coef == 3 and found.name == "task l2 paper penalty_coef=3"
-    assert plan(cell, flags, coef=5.0).recipe == dataclasses.replace(found.recipe, penalty_coef=5.0)
+    assert recipe_of(cell, flags, coef=5.0).recipe == dataclasses.replace(
+        found.recipe, penalty_coef=5.0
+    )
     (other,) = cells({**flags, "method": ["adam"], "scenario": ["domain"]})
     assert (other.scenario, other.method) == ("domain", "adam")
-    assert vars(plan(other, flags).recipe)["penalty_coef"] == 0
+    assert vars(recipe_of(other, flags).recipe)["penalty_coef"] == 0
 
 
 def test_flags_change_the_recipe_and_its_name() -> None:
     cell = Cell("task", "adagrad", Column("neurocoder"))
-    changed = plan(cell, {"sharpness": 3.0, "epochs": 2, "orth_coef": 7.0}, coef=5.0)
+    changed = recipe_of(cell, {"sharpness": 3.0, "epochs": 2, "orth_coef": 7.0}, coef=5.0)
     assert changed.recipe.layer_options["sharpness"] == 3
     found = changed.recipe
     assert (found.epochs, found.orth_coef, found.learning_rate) == (2, 7, 1e-2)
@@ -112,10 +114,12 @@ def test_flags_change_the_recipe_and_its_name() -> None:
     for said in ("sharpness=3", "penalty_coef=5", "epochs=2", "orth_coef=7"):
         assert said in changed.name
     ewc = Cell("domain", "ewc", Column("linear"))
-    assert plan(ewc, {}, coef=100.0) == plan(ewc, {}), "the coefficient that it has anyway"
-    kept = plan(cell, {"learning_rate": 0.5}).recipe
+    assert recipe_of(ewc, {}, coef=100.0) == recipe_of(ewc, {}), (
+        "the coefficient that it has anyway"
+    )
+    kept = recipe_of(cell, {"learning_rate": 0.5}).recipe
     assert (kept.optimizer, kept.learning_rate) == ("adagrad", 0.5)
-    assert plan(Cell("domain", "si", Column("lowrank", rank=7)), {}).name == "domain si rank 7"
+    assert recipe_of(Cell("domain", "si", Column("lowrank", rank=7)), {}).name == "domain si rank 7"
     assert {column._replace(rank=None) for column in COLUMNS} == set(RECIPES)
 
 
@@ -166,7 +170,6 @@ BAD_INPUT = {
     "layer": (["--layer", "film"], "--layer must be one of linear, lowrank, nsm, neurocoder"),
     "variant": (["--variant", "papers"], "nearest: paper"),
     "repeats": (["--repeats", "0"], "--repeats must lie in 1 .. 1000, got 0"),
-    "jobs": (["--jobs", "0"], "--jobs must lie in 1 .. 1000, got 0"),
     "both seeds": (["--repeats", "2", "--seeds", "1"], "exclude each other"),
     "rank": (["--layer", "lowrank", "--rank", "0"], "rank must be an integer of at least 1"),
     "rank of what": (["--layer", "linear", "--rank", "2"], "--rank needs --layer lowrank"),
@@ -240,13 +243,15 @@ def test_tables_with_other_settings_show_their_rows(tmp_path: Path, capsys: Any)
 
 
 def test_processes_share_the_runs(tmp_path: Path) -> None:
-    words = ("--layer", "linear", "--method", "adam", "l2", "si", "--jobs", "2")
-    command = [sys.executable, "-m", "ncrl.tasks.split_mnist", *small(tmp_path, *words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
+    words = small(tmp_path, "--layer", "linear", "--method", "adam", "l2", "si")
+    command = [sys.executable, "-m", "ncrl.tasks.split_mnist", *words, "--threads", "1"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=600)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
     rows = read_results(tmp_path)
     assert len(rows) == 3
-    assert all(row.name in done.stdout for row in rows)
+    assert all(row.name in text for row in rows for text in said)
+    assert "".join(said).count("finished before") == 3
 
 
 def test_the_benchmark_measures_what_is_chosen() -> None:
@@ -342,7 +347,7 @@ def test_tables_hold_every_cell_beside_the_printed_number() -> None:
     assert cells[2:5] == ["1,234", "72.0±2.0", "70.0 - 74.0 - -"]  # the population's deviation
     assert "1 of 2" in cells and cells[-3:] == ["73.97±1.50", "71.79±2.04", ""]
     assert "| adam | mlp |  |" in text  # a cell of the other scenario does not fill this one
-    assert "| 90.0 | 90.0 - - | 99.0 |" in tables.table(6, rows)
+    assert "| 90.0 (1 seed) | 90.0 - - | 99.0 (1 seed) |" in tables.table(6, rows)
     short = tables.table(1, rows, " epochs=1")
     assert short.startswith("Table 1, incremental domain; epochs=1; 0 of 30 cells have all 5 seeds")
     assert line in short and "residual" not in short
