@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -137,24 +136,20 @@ def table(rows: Sequence[Result]) -> str:
 
 
 def draw(path: Path, rows: Sequence[Result]) -> None:
-    """The paper's Fig. 6: bit error over updates at the n trained on, bars at the end at each n."""
-    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
-    curves, bars = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    """The paper's Fig. 6: bit error over updates, a panel for each n."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     groups = by_name(rows)
     labels = {name: LAYER_NAMES[group[0].layer] for name, group in groups.items()}
     if len(set(labels.values())) < len(labels):  # recipes of the same layer
         labels = {name: name for name in groups}
-    draw_curves(curves, rows, f"error_n{TRAINED_TASKS}", labels)
-    curves.set_title(rows[0].data, fontsize=9)
-    curves.set_ylabel("wrong bits, %")
-    width = 0.8 / len(groups)
-    for index, (name, group) in enumerate(groups.items()):
-        values = np.array([[row.metrics[f"error_n{n}"] for n in TESTED_TASKS] for row in group])
-        places = np.arange(len(TESTED_TASKS)) + (index - (len(groups) - 1) / 2) * width
-        bars.bar(places, values.mean(0), width, yerr=values.std(0), capsize=2, label=labels[name])
-    for axes in (curves, bars):
-        axes.axhline(GUESSING, color="grey", linestyle=":", linewidth=1, label="guessing")
-    curves.legend(fontsize=7)
-    bars.set_xticks(range(len(TESTED_TASKS)), [f"n = {n}" for n in TESTED_TASKS])
-    bars.set_title("at the end", fontsize=9)
+    panels = figure.subplots(1, len(TESTED_TASKS), sharey=True)
+    for axes, n in zip(panels, TESTED_TASKS, strict=True):
+        draw_curves(axes, rows, f"error_n{n}", labels)
+        axes.axhline(GUESSING, color="0.4", linestyle=":", label="guessing")
+        longer = "as in training" if n == TRAINED_TASKS else "twice as long"
+        axes.set_title(f"algorithms, n = {n}, {longer}", fontsize=10)
+        axes.set_ylim(0, 55)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("wrong bits, %")
+    panels[0].legend(fontsize=8, loc="lower left")
     save_figure(figure, path)

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ncrl.tasks.figures import save_figure
@@ -197,49 +199,76 @@ def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
     ]
 
 
-def draw(path: Path, rows: Sequence[Result]) -> None:
-    """Bars of the accuracy for every cell that has rows, with the paper's number as a mark.
+NAMES = {
+    **{"mlp": "plain MLP", "nsm": "NSM"},
+    **{"official": "authors' layer", "paper": "the paper's equations"},
+}
+COLORS = {"official": "C0", "paper": "C2"}  # with and without residual
 
-    What the flags of the command have changed stands in columns of its own.
+
+def draw(path: Path, rows: Sequence[Result]) -> None:
+    """Accuracy by method, a line of panels for each scenario: the MLP as a band, layers with a
+    residual in a panel of their own, what the paper prints as hollow points.
+
+    What the flags of the command have changed has points of its own.
     """
     found = by_cell(rows, changes=True)
     scenarios = [s for s in REPEATS if any(scenario == s for scenario, _, _ in found)]
     methods = list(dict.fromkeys([*METHODS, *(method for _, method, _ in found)]))
-    figure = Figure(figsize=(9, 3.2 * len(scenarios)), layout="constrained")
-    grid = figure.subplots(len(scenarios), squeeze=False)[:, 0]
-    for axes, scenario in zip(grid, scenarios, strict=True):
-        present = dict.fromkeys(layer for where, _, layer in found if where == scenario)
-        known = [column.name for column in COLUMNS if column.name in present]
-        layers = list(dict.fromkeys([*known, *present]))
-        width = 0.85 / len(layers)
-        for place, layer in enumerate(layers):
-            shift = (place - (len(layers) - 1) / 2) * width
-            summaries = {
-                x: summary
-                for x, method in enumerate(methods)
-                if (summary := summarise(found.get((scenario, method, layer), []), "accuracy"))
-            }
-            axes.bar(
-                [x + shift for x in summaries],
-                [summary.mean for summary in summaries.values()],
-                width,
-                yerr=[summary.std for summary in summaries.values()],
-                label=layer,
-                error_kw={"elinewidth": 0.8},
-            )
-            for x, method in enumerate(methods):
-                if (text := printed(scenario, method, layer)) is not None:
-                    value = float(text.partition("±")[0])
-                    axes.plot(x + shift, value, "k_", markersize=6, zorder=3)
-        shown = [row for row in rows if row.labels["scenario"] == scenario]
-        low = min(row.metrics["accuracy"] for row in shown)
-        axes.set(ylim=(max(0, min(50, low) - 2), 100), ylabel="accuracy after 5 tasks, %")
-        axes.set_xticks(range(len(methods)), methods)
-        title = f"split {shown[0].data}, incremental {scenario}; black marks: the paper's"
-        axes.set_title(title, fontsize=9)
-        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07)}
-        axes.legend(fontsize=7, ncols=len(layers), frameon=False, **below)
+    present = dict.fromkeys(layer for _, _, layer in found)
+    known = [column.name for column in COLUMNS if column.name in present]
+    layers = [layer for layer in dict.fromkeys([*known, *present]) if layer != "mlp"]
+    with_residual = [layer for layer in layers if "residual" in layer or layer == "nsm"]
+    without = [layer for layer in layers if layer not in with_residual]
+    panels = {"without residual": without, "with residual, and NSM": with_residual}
+    panels = {title: names for title, names in panels.items() if names} or {"MLP": []}
+    size = 5 * len(panels), 3.5 * len(scenarios)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(scenarios), len(panels), sharex=True, sharey="row", squeeze=False)
+    for line, scenario in zip(grid, scenarios, strict=True):
+        data = next(row.data for row in rows if row.labels["scenario"] == scenario)
+        for axes, (title, names) in zip(line, panels.items(), strict=True):
+            for place, layer in enumerate(("mlp", *names)):
+                groups = {method: found.get((scenario, method, layer), []) for method in methods}
+                _draw_layer(axes, scenario, layer, groups, 0.2 * (place - (len(names) + 1) / 2))
+            axes.set_xticks(range(len(methods)), methods)
+            axes.set_title(f"split {data}, {scenario} scenario: {title}", fontsize=10)
+            axes.grid(axis="y", alpha=0.3)
+        line[0].set_ylabel("accuracy after five tasks, %")
+    for axes in grid[0]:
+        axes.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
+        axes.legend(fontsize=8, loc="upper left", ncols=2)
+        axes.set_ylim(top=102)
     save_figure(figure, path)
+
+
+def _draw_layer(
+    axes: Axes, scenario: str, layer: str, groups: Mapping[str, Sequence[Result]], shift: float
+) -> None:
+    """Mean and standard deviation over seeds by method."""
+    summaries = {
+        x: summary
+        for x, group in enumerate(groups.values())
+        if (summary := summarise(group, "accuracy"))
+    }
+    if not summaries:
+        return
+    kind, residual, changes = layer.partition(" residual")
+    name = NAMES.get(kind, kind.replace("rank", "static rank"))
+    label = f"{name}{', residual' if residual else ''}{changes}"
+    at = np.array([*summaries])
+    mean = np.array([summary.mean for summary in summaries.values()])
+    std = np.array([summary.std for summary in summaries.values()])
+    if layer == "mlp":
+        axes.plot(at, mean, ".-", color="0.35", linewidth=1.2, markersize=3, label=label)
+        axes.fill_between(at, mean - std, mean + std, color="0.85")
+        return
+    color = COLORS.get(kind, f"C{4 + len(axes.containers)}")
+    axes.errorbar(at + shift, mean, std, label=label, color=color, fmt="o", capsize=2, markersize=5)
+    for x, method in enumerate(groups):
+        if (text := printed(scenario, method, layer)) is not None:
+            value = float(text.partition("±")[0])
+            axes.plot(x + shift, value, "o", mfc="none", mec=color, markersize=6)
 
 
 # Per cent: ends of the axis of errors, which is logarithmic because most networks learn well.
