@@ -20,7 +20,8 @@ def neurocoder(
     in_features: int, out_features: int, config: NeurocoderConfig | None = None, **options: Any
 ) -> NeurocoderLinear:
     """`NeurocoderLinear`, or `OfficialNeurocoderLinear` where the preset says so."""
-    preset = options.get("preset", "paper" if config is None else config.preset)
+    given = config.preset if isinstance(config, NeurocoderConfig) else "paper"
+    preset = options.get("preset", given)
     kind = OfficialNeurocoderLinear if preset == "official" else NeurocoderLinear
     return kind(in_features, out_features, config, **options)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from ncrl.seat import require_positive, require_switch
 
@@ -158,3 +160,17 @@ class NeurocoderConfig:
     def num_components(self) -> int:
         """Components R of the active program."""
         return self.num_steps * self.num_heads
+
+
+def configured(
+    config: NeurocoderConfig | None, preset: str, options: Mapping[str, Any]
+) -> NeurocoderConfig:
+    """`config`, or that of the preset if None, with some fields changed."""
+    if config is None:
+        config = NeurocoderConfig(preset=preset)
+    elif not isinstance(config, NeurocoderConfig):
+        raise ValueError(
+            f"config must be a NeurocoderConfig, got {config!r:.80}; sizes are given by name, such "
+            "as num_slots=80"
+        )
+    return replace(config, **options)
