@@ -184,7 +184,7 @@ def _select(target: str, seats: Mapping[str, nn.Module], model: nn.Module) -> li
     names = _matching(target, seats)
     plain = [name for name in names if not isinstance(seats[name], NeurocoderLinear)]
     if not plain:
-        raise ValueError(_no_match(target, names, _candidates(seats), model))
+        raise ValueError(_no_match(target, names, seats, model))
     for name in plain:
         if reason := _obstacle(seats[name]):
             raise ValueError(f"{target!r} matches {name!r}, which cannot be replaced: {reason}")
@@ -245,16 +245,21 @@ def _candidates(seats: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, module in seats.items() if _obstacle(module) is None]
 
 
-def _no_match(target: str, present: list[str], candidates: list[str], model: nn.Module) -> str:
+def _no_match(
+    target: str, present: list[str], seats: Mapping[str, nn.Module], model: nn.Module
+) -> str:
     """What to say where no plain layer matches, but perhaps Neurocoder layers or others do."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    other = next(iter(_matching(target, modules)), None)
+    candidates, insides = _candidates(seats), tuple(f"{name}." for name in seats)
+    others = dict(model.named_modules())
+    other = next(
+        (name for name in _matching(target, others) if name and not name.startswith(insides)), None
+    )
     if present:
         fault = f"{target!r} matches only Neurocoder layers in place already ({_listed(present)})"
     else:
         fault = f"no layer matches {target!r}"
         if other is not None:
-            fault += f" ({other!r} is of type {type(modules[other]).__name__})"
+            fault += f" ({other!r} is of type {type(others[other]).__name__})"
     if not candidates:
         return f"{fault}; the model has none that can be replaced"
     if any(name.startswith(f"{other}.") for name in candidates):

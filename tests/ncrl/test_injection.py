@@ -579,7 +579,7 @@ def test_targets_that_are_no_names_and_a_config_that_is_none() -> None:
     for target in (None, 3, nn.Linear, nn.Sequential(nn.Tanh()), [model.get_submodule("fc")]):
         with pytest.raises(ValueError, match="a target is the name of a layer or a pattern, got"):
             inject(model, CONFIG, target)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="config must be a NeurocoderConfig, got {'num_slots': 5}"):
+    with pytest.raises(ValueError, match="config must be a NeurocoderConfig, got"):
         inject(model, {"num_slots": 5}, "fc")  # type: ignore[arg-type]
 
 
