@@ -19,6 +19,8 @@ from pathlib import Path
 from ncrl import __version__
 from ncrl.settings import suggest, usage_error
 
+EXIT_SIGINT = 130
+
 TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar", "parameters")
 
 COMMANDS = {
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         needed = f"pip install 'ncrl[{COMMANDS[command][0]}]'"
         usage_error(f"ncrl {command}", f"{error.name} is not installed: {needed}")
+    except KeyboardInterrupt:  # Ctrl-C while the imports take their seconds
+        return EXIT_SIGINT
 
 
 def atari_arguments(command: str, words: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 from ncrl.seat import require_positive, require_switch
@@ -119,8 +120,9 @@ class NeurocoderConfig:
                 f"num_least_used must be an integer in 0 .. num_slots - 1, got "
                 f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"
             )
-        if not (math.isfinite(self.sharpness) and self.sharpness > 0):
-            raise ValueError(f"sharpness must be a positive number, got {self.sharpness}")
+        sharp = self.sharpness
+        if not (isinstance(sharp, Real) and math.isfinite(sharp) and sharp > 0):
+            raise ValueError(f"sharpness must be a positive number, got {sharp!r}")
         for name in SWITCHES:
             require_switch(name, getattr(self, name))
         for name, choices in CHOICES.items():

@@ -113,11 +113,18 @@ class Session:
         """The recipes that --config, --variant, --layer and the overrides name.
 
         Without these flags it is some variants of a file in configs/. `instead` has values of flags
-        in place of those given; None for a flag not given.
+        in place of those given; None for a flag not given. Raises ValueError for recipes of another
+        task, too.
         """
         default = {} if self.names_recipes else {"variant": list(default_variants)}
         flags = {**default, **self.flags, **instead}
-        return plans({k: v for k, v in flags.items() if v is not None}, default_config)
+        wanted = plans({k: v for k, v in flags.items() if v is not None}, default_config)
+        for plan in wanted:
+            if plan.recipe.task != self.task:
+                raise ValueError(
+                    f"{plan.name!r} is a recipe for {plan.recipe.task}, not for {self.task}"
+                )
+        return wanted
 
     def validated(self, data: Images, held_out_every: int) -> Images:
         """The data set, or with --validate a part of its training images to measure on."""

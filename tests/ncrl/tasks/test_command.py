@@ -176,6 +176,11 @@ def session(tmp_path: Path, *words: str) -> Session:
 TOY = Plan("toy", Recipe())
 
 
+def test_recipes_of_another_task_are_refused() -> None:
+    with pytest.raises(ValueError, match="'atari' is a recipe for atari, not for mnist"):
+        Session("mnist", given("--config", "atari")).plans("mnist")
+
+
 def test_a_finished_run_is_not_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
