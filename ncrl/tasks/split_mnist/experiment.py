@@ -31,7 +31,13 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.continual.split import COEFS, SplitLearning, method_changes, split_tasks
+from ncrl.tasks.continual.split import (
+    COEFS,
+    SplitLearning,
+    method_changes,
+    says_length,
+    split_tasks,
+)
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results, results_table
@@ -120,7 +126,7 @@ def work(session: Session, words: Sequence[str]) -> None:
         for group, repeats in groups
     ]
     say(f"data: {data.source}")
-    if data.is_embedded and "epochs" not in flags:
+    if data.is_embedded and not says_length(flags):
         say(f"{DIGITS_EPOCHS} epochs for each task: the protocol's 4 are for MNIST's size")
     rows: list[Result] = []
     if "finished" in flags:
@@ -279,7 +285,7 @@ def plan(
     (base,) = plans({**shared, "variant": [variant]}, CONFIG)
     said, recipe = base.labels["changes"], base.recipe
     changes, coef_said = method_changes(recipe, cell.scenario, cell.method, flags, coef)
-    if is_digits and "epochs" not in flags:
+    if is_digits and not says_length(flags):
         changes["epochs"] = DIGITS_EPOCHS
     network_options = dict(recipe.network_options)
     if cell.scenario == "task":
