@@ -289,6 +289,8 @@ def check_figure(path: Path) -> None:
         raise ValueError(f"--figure {path} is a folder")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"--figure {path}: its folder does not exist")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"--figure {path}: its folder cannot be written to")
 
 
 def plans(flags: Mapping[str, Any], default_config: str) -> list[Plan]:
