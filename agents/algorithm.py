@@ -342,8 +342,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError(
-                "there is no environment to learn in: a loaded model has that of load(path, env=...) "
-                "or set_env(...)"
+                "there is no environment to learn in: give one to load(path, env=...) or set_env"
             )
         is_remote = isinstance(self.env, RemoteEnvs) and self.n_workers
         with self.env.resting() if is_remote else nullcontext():  # type: ignore[union-attr]
