@@ -251,26 +251,35 @@ def run_command(
     """Parse, work, and turn what goes wrong into one line; returns the exit code."""
     keep_freed_memory()
     flags = parse(parser, sys.argv[1:] if arguments is None else arguments)
-    try:
+
+    def session_at_work() -> None:
         session = Session(task, flags)
         work(session)
         if session.num_diverged:
             raise NonFiniteError(f"{session.num_diverged} run(s) diverged, and have no row above")
+
+    return in_one_line(parser.prog, session_at_work)
+
+
+def in_one_line(program: str, work: Callable[[], None]) -> int:
+    """Work, and turn what goes wrong into one line; returns the exit code."""
+    try:
+        work()
     except ValueError as error:
-        usage_error(parser.prog, str(error))
+        usage_error(program, str(error))
     except Stopped as stop:
-        say(f"{parser.prog}: stopped; the same command goes on from here", sys.stderr)
+        say(f"{program}: stopped; the same command goes on from here", sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return EXIT_SIGINT
     except (NonFiniteError, OSError) as error:
-        say(f"{parser.prog}: {' '.join(str(error).split())}", sys.stderr)
+        say(f"{program}: {' '.join(str(error).split())}", sys.stderr)
         return EXIT_FAILED
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):
             raise
         hint = "lower batch_size, or the sizes of network and layer"
-        say(f"{parser.prog}: out of memory: {hint}", sys.stderr)
+        say(f"{program}: out of memory: {hint}", sys.stderr)
         return EXIT_FAILED
     return 0
 
