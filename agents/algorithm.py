@@ -340,8 +340,12 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             self._stop_requested = False
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.env is None:
+            raise ValueError(
+                "there is no environment to learn in: give one to load(path, env=...) or set_env"
+            )
         is_remote = isinstance(self.env, RemoteEnvs) and self.n_workers
-        with self.env.resting() if is_remote else nullcontext():  # type: ignore[union-attr]
+        with self.env.resting() if is_remote else nullcontext():  # type: ignore[attr-defined]
             try:
                 return super()._setup_learn(*args, **kwargs)
             except BaseException:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from ncrl.tasks.command import in_one_line
 from ncrl.tasks.continual.methods import Grow, Method
 from ncrl.tasks.continual.split import SplitLearning, Task, prepare, split_tasks
 from ncrl.tasks.data import Images, load_mnist
@@ -264,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line("growing_memory.py", main))

@@ -17,6 +17,7 @@ import datetime
 import itertools
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -42,6 +43,7 @@ from ncrl.sb3 import MlpPolicy
 from ncrl.sb3.regularise import with_gradient_of
 from ncrl.shell.hardware import hardware, versions
 from ncrl.tasks.classification import Classification
+from ncrl.tasks.command import in_one_line
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.experiment import evaluating, mutual_information
 from ncrl.tasks.polynomial.experiment import count_pairs
@@ -300,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line("programs.py", main))

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ncrl import __version__
-from ncrl.settings import suggest, usage_error
+from ncrl.settings import EXIT_SIGINT, suggest, usage_error
 
 PAPER_TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar")
 TASKS = {
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         needed = f"pip install 'ncrl[{COMMANDS[command][0]}]'"
         usage_error(f"ncrl {command}", f"{error.name} is not installed: {needed}")
+    except KeyboardInterrupt:  # Ctrl-C while the imports take their seconds
+        return EXIT_SIGINT
 
 
 def atari_arguments(command: str, words: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from ncrl.neurocoder import (
     layer_class,
 )
 from ncrl.open_attention import ORIGINAL, OpenAttention
-from ncrl.settings import nearest
+from ncrl.settings import nearest, shown
 
 MAX_LISTED = 30
 """Candidates that an error message lists; a transformer can have hundreds."""
@@ -86,8 +86,11 @@ def inject(
     }
     seats = _seats(model, opened)
     chosen: set[nn.Module] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        chosen.update(_select(target, seats))
+    several = isinstance(targets, Iterable) and not isinstance(targets, str)
+    for target in targets if several else [targets]:
+        if not isinstance(target, str):
+            raise ValueError(f"a target is the name of a layer or a pattern, got {shown(target)}")
+        chosen.update(_select(target, seats, model))
     if not chosen:
         raise ValueError(f"no targets given; candidates: {_listed(_candidates(seats))}")
     _check_encoders(model, {*chosen, *(m for m, o in opened.items() if chosen & {*o.children()})})
@@ -141,7 +144,7 @@ def _coded(plain: nn.Module, config: NeurocoderConfig | None, keep: bool) -> Neu
     if isinstance(plain, nn.Conv2d):
         return NeurocoderConv2d.from_conv2d(plain, config, keep_weight=keep)
     assert isinstance(plain, nn.Linear)
-    kind = layer_class((config or NeurocoderConfig()).preset)
+    kind = layer_class(getattr(config, "preset", "paper"))
     return kind.from_linear(plain, config, keep_weight=keep)
 
 
@@ -175,12 +178,12 @@ def _seats(
     return seats
 
 
-def _select(target: str, seats: Mapping[str, nn.Module]) -> list[nn.Module]:
+def _select(target: str, seats: Mapping[str, nn.Module], model: nn.Module) -> list[nn.Module]:
     """The layers that `target` means; raises ValueError unless all can be replaced."""
     names = _matching(target, seats)
     plain = [name for name in names if not isinstance(seats[name], NeurocoderLinear)]
     if not plain:
-        raise ValueError(_no_match(target, names, _candidates(seats)))
+        raise ValueError(_no_match(target, names, seats, model))
     for name in plain:
         if reason := _obstacle(seats[name]):
             raise ValueError(f"{target!r} matches {name!r}, which cannot be replaced: {reason}")
@@ -241,14 +244,25 @@ def _candidates(seats: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, module in seats.items() if _obstacle(module) is None]
 
 
-def _no_match(target: str, present: list[str], candidates: list[str]) -> str:
-    """What to say where no plain layer matches, but perhaps Neurocoder layers do."""
+def _no_match(
+    target: str, present: list[str], seats: Mapping[str, nn.Module], model: nn.Module
+) -> str:
+    """What to say where no plain layer matches, but perhaps Neurocoder layers or others do."""
+    candidates, insides = _candidates(seats), tuple(f"{name}." for name in seats)
+    others = dict(model.named_modules())
+    other = next(
+        (name for name in _matching(target, others) if name and not name.startswith(insides)), None
+    )
     if present:
         fault = f"{target!r} matches only Neurocoder layers in place already ({_listed(present)})"
     else:
         fault = f"no layer matches {target!r}"
+        if other is not None:
+            fault += f" ({other!r} is of type {type(others[other]).__name__})"
     if not candidates:
         return f"{fault}; the model has none that can be replaced"
+    if any(name.startswith(f"{other}.") for name in candidates):
+        return f"{fault}; nearest: '{other}.*'; candidates: {_listed(candidates)}"
     # A target may be meant for the end of a name, so every end of one is compared.
     ends: dict[str, str] = {}
     for name in candidates:

@@ -20,7 +20,7 @@ def neurocoder(
     in_features: int, out_features: int, config: NeurocoderConfig | None = None, **options: Any
 ) -> NeurocoderLinear:
     """`NeurocoderLinear`, or `OfficialNeurocoderLinear` where the preset says so."""
-    preset = options.get("preset", (config or NeurocoderConfig()).preset)
+    preset = options.get("preset", getattr(config, "preset", "paper"))
     return layer_class(preset)(in_features, out_features, config, **options)
 
 

@@ -17,7 +17,7 @@ from dataclasses import field, fields, replace
 from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
-EXIT_USAGE = 2
+EXIT_USAGE, EXIT_SIGINT = 2, 130
 
 LONGEST_VALUE, LONGEST_MESSAGE = 80, 600
 """Characters of a value that a message shows, and of a message."""

@@ -68,6 +68,14 @@ def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_ctrl_c_while_a_command_is_imported_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert cli.main(["task", "mnist"]) == 130
+
+
 def test_task_runs_the_experiment_and_returns_its_exit_code() -> None:
     done = run("-m", "ncrl", "task", "parameters")
     assert done.returncode == 0 and "recipes reach the paper's count" in done.stdout

@@ -13,12 +13,10 @@ from ncrl.agents.atari.evaluate import evaluate
 from ncrl.agents.atari.summary import PROGRAM
 from ncrl.agents.atari.train import learn, prepare
 from ncrl.agents.playing.sizes import available_cores, learner_threads
-from ncrl.settings import add_flags, make_parser, parse, usage_error
+from ncrl.settings import EXIT_SIGINT, add_flags, make_parser, parse, usage_error
 from ncrl.shell.hardware import keep_freed_memory
 from ncrl.shell.screen import Screen
 from ncrl.shell.signals import leave_at_once, stop_signals
-
-EXIT_SIGINT = 130
 
 MODES: dict[str, tuple[type, str]] = {
     "config": (str, "YAML file of settings; flags win over it"),

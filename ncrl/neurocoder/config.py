@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from typing import Any
 
 from ncrl.seat import require_choice, require_positive, require_switch
 
@@ -117,8 +120,9 @@ class NeurocoderConfig:
                 f"num_least_used must be an integer in 0 .. num_slots - 1, got "
                 f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"
             )
-        if not (math.isfinite(self.sharpness) and self.sharpness > 0):
-            raise ValueError(f"sharpness must be a positive number, got {self.sharpness}")
+        sharp = self.sharpness
+        if not (isinstance(sharp, Real) and math.isfinite(sharp) and sharp > 0):
+            raise ValueError(f"sharpness must be a positive number, got {sharp!r}")
         for name in SWITCHES:
             require_switch(name, getattr(self, name))
         for name, choices in CHOICES.items():
@@ -155,3 +159,17 @@ class NeurocoderConfig:
     def num_components(self) -> int:
         """Components R of the active program."""
         return self.num_steps * self.num_heads
+
+
+def configured(
+    config: NeurocoderConfig | None, preset: str, options: Mapping[str, Any]
+) -> NeurocoderConfig:
+    """`config`, or that of the preset if None, with some fields changed."""
+    if config is None:
+        config = NeurocoderConfig(preset=preset)
+    elif not isinstance(config, NeurocoderConfig):
+        raise ValueError(
+            f"config must be a NeurocoderConfig, got {config!r:.80}; sizes are given by name, such "
+            "as num_slots=80"
+        )
+    return replace(config, **options)

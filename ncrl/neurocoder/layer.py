@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ncrl.neurocoder.composition import Composition, CompositionNetwork, ProjectionNetwork
-from ncrl.neurocoder.config import NeurocoderConfig
+from ncrl.neurocoder.config import NeurocoderConfig, configured
 from ncrl.neurocoder.integration import (
     Attention,
     Composed,
@@ -78,7 +78,7 @@ class NeurocoderLinear(LinearSeat):
         if context_features is not None:
             require_positive("context_features", context_features)
         self.context_features = context_features
-        self.config = replace(config or NeurocoderConfig(preset=self.PRESET), **options)
+        self.config = configured(config, self.PRESET, options)
         if self.config.preset != self.PRESET:
             raise ValueError(
                 f"{type(self).__name__} is the layer of preset={self.PRESET!r}, got preset="
@@ -135,7 +135,7 @@ class NeurocoderLinear(LinearSeat):
         Raises:
             ValueError: for `keep_weight` without a residual program, and as the constructor does.
         """
-        config = replace(config or NeurocoderConfig(preset=cls.PRESET), **options)
+        config = configured(config, cls.PRESET, options)
         layer = cls(
             int(linear.in_features),
             int(linear.out_features),

@@ -22,6 +22,7 @@ import torch
 from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
 from ncrl.settings import (
+    EXIT_SIGINT,
     add_flags,
     make_parser,
     parse,
@@ -41,7 +42,7 @@ from ncrl.tasks.results import Result, fingerprint
 from ncrl.tasks.training import RECIPE_FILE, NonFiniteError, Run, identity, load_weights, train
 from ncrl.yaml_files import parse_yaml
 
-EXIT_FAILED, EXIT_SIGINT = 1, 130
+EXIT_FAILED = 1
 
 # In the folder of a run whose loss was not finite: the same run would end there again.
 DIVERGED_FILE = "diverged.txt"
@@ -123,11 +124,19 @@ class Session:
         """The recipes that --config, --variant, --layer and the overrides name.
 
         Without these flags it is some variants of a file in configs/. `instead` has values of flags
-        in place of those given; None for a flag not given.
+        in place of those given; None for a flag not given. Raises ValueError for recipes of another
+        task, too.
         """
         default = {} if self.names_recipes else {"variant": list(default_variants)}
         flags = {**default, **self.flags, **instead}
-        return named_recipes({k: v for k, v in flags.items() if v is not None}, default_config)
+        given = {name: value for name, value in flags.items() if value is not None}
+        wanted = named_recipes(given, default_config)
+        for named in wanted:
+            if named.recipe.task != self.task:
+                raise ValueError(
+                    f"{named.name!r} is a recipe for {named.recipe.task}, not for {self.task}"
+                )
+        return wanted
 
     def validated(self, data: Images, held_out_every: int) -> Images:
         """The data set, or with --validate a part of its training images to measure on."""
@@ -259,26 +268,35 @@ def run_command(
     """Parse, work, and turn what goes wrong into one line; returns the exit code."""
     keep_freed_memory()
     flags = parse(parser, sys.argv[1:] if arguments is None else arguments)
-    try:
+
+    def session_at_work() -> None:
         session = Session(task, flags)
         work(session)
         if session.num_diverged:
             raise NonFiniteError(f"{session.num_diverged} run(s) diverged, and have no row above")
+
+    return in_one_line(parser.prog, session_at_work)
+
+
+def in_one_line(program: str, work: Callable[[], None]) -> int:
+    """Work, and turn what goes wrong into one line; returns the exit code."""
+    try:
+        work()
     except ValueError as error:
-        usage_error(parser.prog, str(error))
+        usage_error(program, str(error))
     except Stopped as stop:
-        say(f"{parser.prog}: stopped; the same command goes on from here", sys.stderr)
+        say(f"{program}: stopped; the same command goes on from here", sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return EXIT_SIGINT
     except (NonFiniteError, OSError) as error:
-        say(f"{parser.prog}: {' '.join(str(error).split())}", sys.stderr)
+        say(f"{program}: {' '.join(str(error).split())}", sys.stderr)
         return EXIT_FAILED
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):
             raise
         hint = "lower batch_size, or the sizes of network and layer"
-        say(f"{parser.prog}: out of memory: {hint}", sys.stderr)
+        say(f"{program}: out of memory: {hint}", sys.stderr)
         return EXIT_FAILED
     return 0
 
@@ -291,6 +309,8 @@ def check_figure(path: Path) -> None:
         raise ValueError(f"--figure {path} is a folder")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"--figure {path}: its folder does not exist")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"--figure {path}: its folder cannot be written to")
 
 
 def named_recipes(flags: Mapping[str, Any], default_config: str) -> list[NamedRecipe]:

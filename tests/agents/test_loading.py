@@ -133,6 +133,12 @@ def test_training_goes_on(tmp_path: Path) -> None:
     assert loaded.num_timesteps == 40
 
 
+def test_training_without_an_environment_says_where_it_comes_from(tmp_path: Path) -> None:
+    make_model().save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"no environment to learn in.*load\(path, env=\.\.\.\)"):
+        A3C.load(tmp_path / "model", device="cpu").learn(20)
+
+
 def test_files_can_be_open_ones_and_names_lack_their_suffix(tmp_path: Path) -> None:
     model = make_model()
     buffer = io.BytesIO()

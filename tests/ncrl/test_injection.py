@@ -560,6 +560,29 @@ def test_no_match_lists_candidates_and_the_nearest(target: str, hint: str) -> No
     )
 
 
+def test_a_target_that_is_another_module_is_called_by_its_type() -> None:
+    model = Names("blocks.0.out", "fc")
+    model.add_module("conv", nn.Conv1d(1, 1, 1))
+    for target, name in [("blocks", "blocks"), ("0", "blocks.0")]:
+        with pytest.raises(ValueError, match="no layer matches") as error:
+            inject(model, CONFIG, target)
+        assert str(error.value) == (
+            f"no layer matches {target!r} ({name!r} is of type Module); nearest: '{name}.*'; "
+            "candidates: blocks.0.out, fc"
+        )
+    with pytest.raises(ValueError, match=r"'conv' is of type Conv1d\); nearest: '.*fc'"):
+        inject(model, CONFIG, "conv")
+
+
+def test_targets_that_are_no_names_and_a_config_that_is_none() -> None:
+    model = Names("fc")
+    for target in (None, 3, nn.Linear, nn.Sequential(nn.Tanh()), [model.get_submodule("fc")]):
+        with pytest.raises(ValueError, match="a target is the name of a layer or a pattern, got"):
+            inject(model, CONFIG, target)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config must be a NeurocoderConfig, got"):
+        inject(model, {"num_slots": 5}, "fc")  # type: ignore[arg-type]
+
+
 def test_nearest_looks_at_the_ends_of_names() -> None:
     model = Names("first.of.many.long.prefixes.projection", "second.of.many.long.prefixes.gate")
     with pytest.raises(ValueError, match=r"nearest: 'second\.of\.many\.long\.prefixes\.gate'"):

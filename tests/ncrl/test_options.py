@@ -321,6 +321,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"residual_rank": -1}, ["residual_rank", "-1"]),
     ({"residual_rank": 1.5}, ["residual_rank", "1.5"]),
     ({"key_mode": "lk"}, ["key_mode", "lk", "official"]),
+    ({"sharpness": "1e1"}, ["sharpness", "positive number", "1e1"]),  # YAML reads it as text
     *[({name: "maybe"}, [name, "True or False", "maybe"]) for name in SWITCHES],
     ({"residual": None}, ["residual", "True or False", "None"]),
     *[({name: "none-such"}, [name, "none-such", *choices]) for name, choices in CHOICES.items()],

@@ -106,9 +106,6 @@ def wanted_recipes(session: Session) -> list[NamedRecipe]:
     wanted = session.recipes(CONFIG)
     if not session.names_recipes:  # to the plain network options of coded layers mean nothing
         wanted = [*session.recipes(CONFIG, layer=["linear"], layer_options=None), *wanted]
-    for named in wanted:
-        if named.recipe.task != "cifar":
-            raise ValueError(f"{named.name!r} is a recipe for {named.recipe.task}, not for cifar")
     size = flags.get("classes")
     if size is None and "layer" in flags:
         # The variant that is found for a layer may be of the other data set.

@@ -46,6 +46,11 @@ MEAN, STD = 0.1000, 0.2752  # Hsu et al.'s normalisation, of pixels from 0 to 1 
 DESCRIBED_IMAGES = 50
 
 
+def says_length(flags: Mapping[str, Any]) -> bool:
+    """Whether flags say how long to train, so that no number of epochs is to be chosen for them."""
+    return "epochs" in flags or "iterations" in flags
+
+
 def method_changes(
     recipe: Recipe, scenario: str, method: str, flags: Mapping[str, Any], coef: float | None = None
 ) -> tuple[dict[str, Any], str]:

@@ -25,7 +25,7 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.continual.split import class_tasks, method_changes
+from ncrl.tasks.continual.split import class_tasks, method_changes, says_length
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.formats import CIFAR_SIDE
 from ncrl.tasks.models.resnet import ResNet18
@@ -98,7 +98,7 @@ def work(session: Session) -> None:
     if num_classes not in CLASSES_PER_TASK:
         raise ValueError(f"--classes takes 10 or 100, got {num_classes}")
     data = load_cifar(session.data_dir, num_classes, download=session.download)
-    epochs = DIGITS_EPOCHS if data.is_embedded and "epochs" not in flags else None
+    epochs = DIGITS_EPOCHS if data.is_embedded and not says_length(flags) else None
     wanted = [
         classifier_recipe(*pair, flags, num_classes, source.num_features, epochs) for pair in pairs
     ]

@@ -27,7 +27,13 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.continual.methods import METHODS
-from ncrl.tasks.continual.split import COEFS, SplitLearning, method_changes, split_tasks
+from ncrl.tasks.continual.split import (
+    COEFS,
+    SplitLearning,
+    method_changes,
+    says_length,
+    split_tasks,
+)
 from ncrl.tasks.data import load_mnist
 from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, results_table
@@ -109,7 +115,7 @@ def work(session: Session) -> None:
         for group, repeats in groups
     ]
     say(f"data: {data.source}")
-    if data.is_embedded and "epochs" not in flags:
+    if data.is_embedded and not says_length(flags):
         say(f"{DIGITS_EPOCHS} epochs for each task: the protocol's 4 are for MNIST's size")
     tasks = split_tasks(data.to(session.device))
 
@@ -221,7 +227,7 @@ def recipe_of(
     (base,) = named_recipes({**shared, "variant": [variant]}, CONFIG)
     said, recipe = base.labels["changes"], base.recipe
     changes, coef_said = method_changes(recipe, cell.scenario, cell.method, flags, coef)
-    if is_digits and "epochs" not in flags:
+    if is_digits and not says_length(flags):
         changes["epochs"] = DIGITS_EPOCHS
     network_options = dict(recipe.network_options)
     if cell.scenario == "task":

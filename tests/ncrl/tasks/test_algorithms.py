@@ -16,7 +16,7 @@ from ncrl.tasks.algorithms import experiment as command
 from ncrl.tasks.algorithms.data import TASKS, Algorithms, algorithms
 from ncrl.tasks.algorithms.experiment import bit_errors
 from ncrl.tasks.experiment import random_stream
-from ncrl.tasks.recipes import CONFIGS
+from ncrl.tasks.recipes import CONFIGS, Recipe
 from ncrl.tasks.results import read_results
 from tests.ncrl.tasks.files import read_recipe
 
@@ -209,12 +209,18 @@ def test_the_command_writes_rows_table_and_figure(
     assert figure.stat().st_size > 5_000
 
 
+def test_another_network_is_refused() -> None:
+    recipe = Recipe(task="algorithms", network="gru", iterations=1)
+    with pytest.raises(ValueError, match="the network must be 'ntm', got 'gru'"):
+        command.MultiAlgorithm(recipe, 0, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--network-options", "num_outputs=7"], "num_outputs must be 8 or 9, got 7"),
         (["--network-options", "in_features=9"], "in_features must be 10, got 9"),
-        (["--config", "polynomial"], "the network must be 'ntm', got 'gru'"),
+        (["--config", "polynomial"], "is a recipe for polynomial, not for algorithms"),
         (["--variant", "nms"], "nearest: nsm"),
     ],
 )

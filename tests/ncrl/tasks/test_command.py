@@ -177,6 +177,11 @@ def session(tmp_path: Path, *words: str) -> Session:
 TOY = NamedRecipe("toy", Recipe())
 
 
+def test_recipes_of_another_task_are_refused() -> None:
+    with pytest.raises(ValueError, match="'atari' is a recipe for atari, not for mnist"):
+        Session("mnist", given("--config", "atari")).recipes("mnist")
+
+
 def test_a_finished_run_is_not_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,8 +338,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda:2")
 
 
-def test_figures_are_checked_before_anything_is_trained(tmp_path: Path) -> None:
+def test_figures_are_checked_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_figure(tmp_path / "x.svg")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="cannot be written to"):
+        patch.setattr(os, "access", lambda *_: False)  # a disk that is mounted for reading only
+        check_figure(tmp_path / "x.svg")
     with pytest.raises(ValueError, match="must end in"):
         check_figure(tmp_path / "x")
 

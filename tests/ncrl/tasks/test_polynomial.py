@@ -249,7 +249,7 @@ def test_chunks_change_the_data_and_the_name(
         (["--noise", "nan"], "noise must be a number"),
         (["--variant", "j5"], "unknown variant 'j5'"),
         (["--layer", "neurocder"], "nearest: neurocoder"),
-        (["--config", "mnist"], "the network must be 'gru', got 'projected_linear'"),
+        (["--config", "mnist"], "is a recipe for mnist, not for polynomial"),
         (["--epochs", "3"], "does not say iterations"),
         (["--network-options", "in_features=3"], "in_features must be 2, got 3"),
         (["--network-options", "num_outputs=2"], "num_outputs must be 1, got 2"),

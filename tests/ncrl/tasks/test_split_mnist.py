@@ -165,6 +165,7 @@ def test_variants_of_the_coded_layer(tmp_path: Path) -> None:
 
 
 BAD_INPUT = {
+    "iterations": (["--iterations", "3"], "has to say how many epochs each task takes"),
     "method": (["--method", "onlineewc"], "nearest: online-ewc"),
     "scenario": (["--scenario", "class"], "--scenario must be one of domain, task, got 'class'"),
     "layer": (["--layer", "film"], "--layer must be one of linear, lowrank, nsm, neurocoder"),
