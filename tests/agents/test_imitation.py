@@ -166,7 +166,7 @@ def test_a_score_right_after_the_end_of_a_game_lies_in_its_one_window(at: int) -
     )
     assert kept is not None and len(kept.returns) == T
     first = at - kept.returns.tolist().index(1)
-    names = torch.arange(2).repeat_interleave(T).tolist() + [1]
+    names = [*torch.arange(2).repeat_interleave(T).tolist(), 1]
     assert kept.obs[:, 0].tolist() == names[first : first + T + 1]
     assert kept.actions.tolist() == [t % T for t in range(first, first + T)]
     assert kept.returns.count_nonzero() == 1
