@@ -36,7 +36,9 @@ def trained(head: str, use_rms_prop: bool = True) -> A3C:
         use_rms_prop=use_rms_prop,
         policy_kwargs=options,
     )
-    return model.learn(160)
+    model.learn(160)
+    model.policy.optimizer.param_groups[0]["lr"] = 7e-4  # a training ends at 0
+    return model
 
 
 class Waits(TorchDispatchMode):
