@@ -10,7 +10,7 @@ import torch
 
 import ncrl.agents.learning.graph
 from ncrl.agents import A3C
-from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS
+from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS, GraphedUpdates
 from ncrl.agents.learning.objective import Lesson
 from ncrl.agents.learning.update import Measured, update_on_device
 from tests.agents.test_learner import both_optimisers, trained
@@ -147,6 +147,13 @@ def test_other_settings_and_other_memory_are_captured_anew(captures: list[int]) 
     twin.train()
     assert len(captures) == 3
     assert_close(model, twin)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_there_are_graphs_on_cuda_alone(device: str) -> None:
+    assert GraphedUpdates(torch.device("cuda")).reason is None
+    reason = GraphedUpdates(torch.device(device)).reason
+    assert reason == f"the learner is on {device}, not on CUDA"
 
 
 def halve_the_batch(model: A3C) -> None:

@@ -179,6 +179,8 @@ def test_an_update_on_the_device_is_the_update(head: str, limit: float, use_rms_
             update.scalars, nan_ok=True, rel=1e-4, abs=1e-5
         )
         torch.testing.assert_close(measured.latent.actor, loss.evaluation.latent.actor)
+        held = (measured.values, measured.latent.actor, measured.latent.critic)
+        assert not any(tensor.requires_grad for tensor in held), "no graph is kept alive"
     for mine, theirs in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
 
