@@ -360,6 +360,7 @@ def test_another_environment_goes_on_without_a_reset() -> None:
         ({"batch_size": 10.0}, r"batch_size must be an integer, got 10.0"),
         ({"batch_size": 7}, r"got batch_size=7 with n_steps="),
         ({"env": lambda: None}, r"factory\(n_envs, seed\), which .*lambda"),
+        ({"env": lambda n_envs: None}, r"factory\(n_envs, seed\), which .*lambda"),
         ({"env": gym.Env}, r"env must be an environment, .*got <class"),
         ({"env": [lambda: None]}, r"lists of functions make a DummyVecEnv"),
         ({"env": "no.such.module:CartPole-v1"}, r"unknown environment 'no.such.*No module"),
@@ -411,8 +412,9 @@ def test_a_policy_of_another_kind_is_refused(policy: type, instead: str) -> None
 
 
 def test_a_factory_that_returns_something_else_is_refused() -> None:
-    with pytest.raises(ValueError, match="VecEnv of 2"):
-        make_model(lambda n_envs, seed: make_vec_env("CartPole-v1", 1))
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="VecEnv of 2"):
+            make_model(lambda n_envs, seed, n=count: make_vec_env("CartPole-v1", n))
     with pytest.raises(ValueError, match="VecEnv"):
         make_model(lambda n_envs, seed: gym.make("CartPole-v1"))
 

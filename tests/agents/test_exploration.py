@@ -41,7 +41,7 @@ from ncrl.agents.runs.checkpoints import (
     save_checkpoint,
 )
 from ncrl.envs import key_and_door
-from tests.agents.conftest import assert_bit_equal, normal
+from tests.agents.conftest import assert_bit_equal, normal, warnings_of
 from tests.agents.environments import TickingFactory
 from tests.agents.test_checkpoints import SaveAt, difference, everything, flat
 from tests.reference import vtrace_reference
@@ -562,6 +562,20 @@ def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> 
         model.learn(160, reset_num_timesteps=False)
 
 
+def test_what_an_earlier_release_kept_is_left_out_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    exploration, other = explored(), explored()
+    exploration.num_timesteps = 40
+    state = exploration.state_dict()
+    state["_extra_state"]["memory"] = {"kept": "in another way"}
+    other.load_state_dict(state)
+    assert other.num_timesteps == 40
+    assert warnings_of(caplog) == [
+        "what led to scores was kept by an earlier release, and is left out"
+    ]
+
+
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_only_games_that_go_on_keep_what_led_there(n_workers: int, tmp_path: Path) -> None:
     make_model().learn(200, callback=SaveAt(160, tmp_path))
@@ -663,6 +677,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "warm-up": ({"intrinsic_kwargs": {"warmup_timesteps": -1}}, "warmup_timesteps", "0", "-1"),
     "warm-up a word": ({"intrinsic_kwargs": {"warmup_timesteps": "1"}}, "warmup", "'1'"),
     "reach": ({"intrinsic_kwargs": {"reach": 0}}, "reach", "at least 1", "0"),
+    "reach beyond memory": ({"intrinsic_kwargs": {"reach": 2**40}}, "reach", "below 2**40"),
     "capacity": ({"intrinsic_kwargs": {"capacity": 1.5}}, "capacity", "1.5"),
     "option": ({"intrinsic_kwargs": {"warmup": 1}}, "'rnd'", "warmup"),
     "option of an object": (
