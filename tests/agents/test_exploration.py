@@ -244,6 +244,16 @@ def test_the_latest_deviation_is_of_ten_thousand_timesteps() -> None:
     assert scale.latest.item() == pytest.approx(before + 0.1 * (square - before), rel=1e-4)
 
 
+def test_a_batch_longer_than_what_is_averaged_over_takes_its_place() -> None:
+    scale = RunningScale(0.9)
+    for seed in range(2):
+        bonus = normal(40, 300, seed=seed) * (1 + seed) + 5 * seed
+        scale.update(bonus)
+        assert scale.mean.item() == pytest.approx(bonus.mean().item(), abs=1e-6)
+        square = discounted_sums(bonus - bonus.mean(), 0.9).square().mean().item()
+        assert scale.latest.item() == pytest.approx(square, rel=1e-4)
+
+
 def test_advantages_are_divided_by_the_deviation_of_all_updates() -> None:
     exploration = explored()
     assert exploration.advantage_deviation == 0
