@@ -23,7 +23,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor
 
 import ncrl.agents.a3c
 from ncrl.agents import A3C
@@ -572,7 +572,7 @@ def test_environments_that_workers_cannot_build() -> None:
         make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=spawn
     )
     with pytest.raises(ValueError, match=r"SubprocVecEnv.*return a DummyVecEnv"):
-        make_model(lambda n_envs, seed: subprocesses(n_envs, seed=seed), n_workers=1)
+        make_model(lambda n_envs, seed: VecMonitor(subprocesses(n_envs, seed=seed)), n_workers=1)
 
 
 UNGUARDED = """

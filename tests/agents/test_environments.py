@@ -21,7 +21,13 @@ from stable_baselines3.common.envs import (
     IdentityEnvMultiDiscrete,
 )
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+)
 from torch import Tensor
 
 from ncrl.agents import A3C
@@ -195,7 +201,7 @@ def test_the_environment_that_spaces_are_read_off_is_closed() -> None:
     envs.reset()
     envs.close()
     assert [game.closed for game in factory.built] == [1] * 4
-    factory = PlainFactory(VecNormalize)
+    factory = PlainFactory(lambda env: VecMonitor(VecNormalize(env)))
     with pytest.raises(ValueError, match="VecNormalize"):
         RemoteEnvs(factory, 3)
     assert factory.built[0].closed == 1
