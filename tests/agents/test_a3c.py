@@ -360,7 +360,6 @@ def test_another_environment_goes_on_without_a_reset() -> None:
         ({"batch_size": 10.0}, r"batch_size must be an integer, got 10.0"),
         ({"batch_size": 7}, r"got batch_size=7 with n_steps="),
         ({"env": lambda: None}, r"factory\(n_envs, seed\), which .*lambda"),
-        ({"env": lambda n_envs: None}, r"factory\(n_envs, seed\), which .*lambda"),
         ({"env": gym.Env}, r"env must be an environment, .*got <class"),
         ({"env": [lambda: None]}, r"lists of functions make a DummyVecEnv"),
         ({"env": "no.such.module:CartPole-v1"}, r"unknown environment 'no.such.*No module"),

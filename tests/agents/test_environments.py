@@ -133,12 +133,17 @@ class Plain(gym.Env):
         self.closed += 1
 
 
+class Worded(Plain):
+    observation_space = spaces.Text(4)  # type: ignore[assignment]
+
+
 @pytest.fixture
 def registered() -> Iterator[None]:
     gym.register("Plain-v0", Plain)
+    gym.register("Worded-v0", Worded)
     gym.register("Ram-v0", "ale_py.env:AtariEnv", kwargs={"game": "pong", "obs_type": "ram"})
     yield
-    for name in ("Plain-v0", "Ram-v0"):
+    for name in ("Plain-v0", "Worded-v0", "Ram-v0"):
         del gym.registry[name]
 
 
@@ -147,6 +152,12 @@ def test_pictures_are_for_environments_that_draw_them() -> None:
     assert as_factory("CartPole-v1")(1, 0).render_mode == "rgb_array"
     env = as_factory("Plain-v0")(1, 0)
     assert env.render_mode is None and env.reset().shape == (1, 1)
+
+
+@pytest.mark.usefixtures("registered")
+def test_observations_of_an_id_that_nothing_can_read_are_named() -> None:
+    with pytest.raises(ValueError, match=r"Text\(.* not supported as observations"):
+        as_factory("Worded-v0")(1, 0)
 
 
 @pytest.mark.usefixtures("registered")
