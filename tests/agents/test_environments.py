@@ -166,13 +166,6 @@ def test_an_atari_game_that_shows_no_pictures_is_played_as_registered() -> None:
     assert isinstance(factory, RegisteredFactory) and factory.spec.kwargs["obs_type"] == "ram"
 
 
-def test_a_game_is_known_before_anybody_has_registered_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gymnasium.envs.registration.registry", {})
-    assert as_factory("Pong") == AtariFactory("pong")
-    with pytest.raises(ValueError, match="unknown environment 'Pongg'"):
-        as_factory("Pongg")
-
-
 def test_a_factory_that_does_not_tell_its_arguments_is_taken() -> None:
     assert as_factory(max) is max  # type: ignore[arg-type,comparison-overlap]
 
