@@ -127,6 +127,7 @@ class Plain(gym.Env):
 
     def step(self, action: Any) -> Any:
         assert self.action_space.contains(action)
+        assert np.asarray(action).dtype == self.action_space.dtype
         return np.full(1, np.sum(action), np.float64), 0.0, False, False, {}
 
     def close(self) -> None:
