@@ -37,6 +37,7 @@ from ncrl.agents.playing.env_sources import (
     RegisteredFactory,
     RemoteEnvs,
     as_factory,
+    build,
     fresh_seed,
 )
 from ncrl.envs import masked_cartpole, remember
@@ -150,15 +151,20 @@ def registered() -> Iterator[None]:
 
 @pytest.mark.usefixtures("registered")
 def test_pictures_are_for_environments_that_draw_them() -> None:
-    assert as_factory("CartPole-v1")(1, 0).render_mode == "rgb_array"
+    drawn = as_factory("CartPole-v1")
+    assert drawn(1, 0).render_mode == "rgb_array"
+    assert RemoteEnvs(drawn, 2).get_attr("render_mode") == ["rgb_array"] * 2
     env = as_factory("Plain-v0")(1, 0)
     assert env.render_mode is None and env.reset().shape == (1, 1)
 
 
 @pytest.mark.usefixtures("registered")
-def test_observations_of_an_id_that_nothing_can_read_are_named() -> None:
+def test_spaces_that_nothing_can_read_are_named() -> None:
     with pytest.raises(ValueError, match=r"Text\(.* not supported as observations"):
         as_factory("Worded-v0")(1, 0)
+    words = spaces.Text(4)
+    with pytest.raises(ValueError, match=r"Text\(.* not supported as actions"):
+        build(lambda n_envs, seed: DummyVecEnv([lambda: Plain(words)] * n_envs), 2, 0)
 
 
 @pytest.mark.usefixtures("registered")
