@@ -256,9 +256,9 @@ def hooked(part: str) -> nn.Module:
     return host
 
 
-def normed() -> nn.Module:
+def parametrized() -> nn.Module:
     host = attention()
-    nn.utils.parametrizations.weight_norm(host.out_proj)
+    nn.utils.parametrize.register_parametrization(host.out_proj, "weight", nn.Identity())
     return host
 
 
@@ -268,7 +268,7 @@ CLOSED: dict[str, Callable[[], nn.Module]] = {
     "another class": lambda: Doubled(WIDTH, HEADS),
     "a hook": lambda: hooked(""),
     "a hook of a part": lambda: hooked("out_proj"),
-    "a weight that is computed": normed,
+    "a weight that is computed": parametrized,
 }
 
 
