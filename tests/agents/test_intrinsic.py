@@ -199,6 +199,11 @@ def test_scoring_changes_nothing_and_has_no_gradient(name: str) -> None:
     torch.testing.assert_close(source.score(obs[3:4]), first[3:4])
 
 
+def test_sources_by_their_names() -> None:
+    kinds = {name: type(make_source(name, VECTOR)) for name in SOURCES}
+    assert kinds == {"rnd": RND, "snd": SND, "count": PseudoCount}
+
+
 @pytest.mark.parametrize("kind", [RND, SND])
 def test_only_snd_trains_its_target(kind: type[RND]) -> None:
     torch.manual_seed(0)
