@@ -159,7 +159,8 @@ class Exploration(nn.Module):
         ):
             if not (isinstance(value, Integral) and least <= value < 2**40):
                 raise ValueError(
-                    f"{name} of the bonus must be an integer of at least {least}, got {value!r}"
+                    f"{name} of the bonus must be an integer of at least {least} and below 2**40, "
+                    f"got {value!r}"
                 )
         self.source = source
         self.scale = RunningScale(int_gamma)

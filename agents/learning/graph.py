@@ -103,7 +103,8 @@ class GraphedUpdates:
                     replay, measured = record(run)
             except Exception as error:
                 policy.optimizer.zero_grad(set_to_none=True)
-                self.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                first_line, _, _ = str(error).strip().partition("\n")
+                self.reason = f"{type(error).__name__}: {first_line}"
             else:
                 # Not the key from before: the first update makes the state of the optimiser.
                 key = _what_is_fixed(policy, lesson, objective, max_grad_norm)

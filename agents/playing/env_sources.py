@@ -239,7 +239,7 @@ class RecordedEnv(VecEnvWrapper):
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv)
         space = self.action_space
-        few = isinstance(space, spaces.Discrete) and 0 <= space.start <= 256 - space.n
+        few = isinstance(space, spaces.Discrete) and space.n <= 256  # they count from 0
         self._dtype = np.dtype(np.uint8 if few else space.dtype)
         self._episodes: list[bytearray] = []  # the actions since each reset
 

@@ -23,7 +23,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor
 
 import ncrl.agents.a3c
 from ncrl.agents import A3C
@@ -413,8 +413,9 @@ def test_a_policy_of_another_kind_is_refused(policy: type, instead: str) -> None
 
 
 def test_a_factory_that_returns_something_else_is_refused() -> None:
-    with pytest.raises(ValueError, match="VecEnv of 2"):
-        make_model(lambda n_envs, seed: make_vec_env("CartPole-v1", 1))
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="VecEnv of 2"):
+            make_model(lambda n_envs, seed, n=count: make_vec_env("CartPole-v1", n))
     with pytest.raises(ValueError, match="VecEnv"):
         make_model(lambda n_envs, seed: gym.make("CartPole-v1"))
 
@@ -572,7 +573,7 @@ def test_environments_that_workers_cannot_build() -> None:
         make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=spawn
     )
     with pytest.raises(ValueError, match=r"SubprocVecEnv.*return a DummyVecEnv"):
-        make_model(lambda n_envs, seed: subprocesses(n_envs, seed=seed), n_workers=1)
+        make_model(lambda n_envs, seed: VecMonitor(subprocesses(n_envs, seed=seed)), n_workers=1)
 
 
 UNGUARDED = """

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from copy import deepcopy as copy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,11 +21,25 @@ from stable_baselines3.common.envs import (
     IdentityEnvMultiDiscrete,
 )
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+)
 from torch import Tensor
 
 from ncrl.agents import A3C
 from ncrl.agents.defaults import FEW
-from ncrl.agents.playing.env_sources import RegisteredFactory, as_factory
+from ncrl.agents.playing.env_sources import (
+    RecordedEnv,
+    RegisteredFactory,
+    RemoteEnvs,
+    as_factory,
+    build,
+    fresh_seed,
+)
 from ncrl.envs import masked_cartpole, remember
 from ncrl.envs.atari import AtariFactory
 from tests.agents.environments import TickingFactory
@@ -106,6 +121,191 @@ def test_other_ids_are_gymnasiums() -> None:
 
 def gym_reset(env_id: str, seeds: tuple[int, ...]) -> np.ndarray:
     return np.stack([gym.make(env_id).reset(seed=seed)[0] for seed in seeds])
+
+
+class Plain(gym.Env):
+    """Shows the action that it was given last, and its seed at first; draws nothing."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
+
+    def __init__(self, action_space: spaces.Space | None = None) -> None:
+        self.action_space = action_space or spaces.Discrete(3)
+        self.closed = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return np.full(1, -1.0 if seed is None else float(seed)), {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action)
+        assert np.asarray(action).dtype == self.action_space.dtype
+        return np.full(1, np.sum(action), np.float64), 0.0, False, False, {}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Worded(Plain):
+    observation_space = spaces.Text(4)  # type: ignore[assignment]
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    gym.register("Plain-v0", Plain)
+    gym.register("Worded-v0", Worded)
+    gym.register("Ram-v0", "ale_py.env:AtariEnv", kwargs={"game": "pong", "obs_type": "ram"})
+    yield
+    for name in ("Plain-v0", "Worded-v0", "Ram-v0"):
+        del gym.registry[name]
+
+
+@pytest.mark.usefixtures("registered")
+def test_pictures_are_for_environments_that_draw_them() -> None:
+    drawn = as_factory("CartPole-v1")
+    assert drawn(1, 0).render_mode == "rgb_array"
+    assert RemoteEnvs(drawn, 2).get_attr("render_mode") == ["rgb_array"] * 2
+    env = as_factory("Plain-v0")(1, 0)
+    assert env.render_mode is None and env.reset().shape == (1, 1)
+
+
+@pytest.mark.usefixtures("registered")
+def test_spaces_that_nothing_can_read_are_named() -> None:
+    with pytest.raises(ValueError, match=r"Text\(.* not supported as observations"):
+        as_factory("Worded-v0")(1, 0)
+    words = spaces.Text(4)
+    with pytest.raises(ValueError, match=r"Text\(.* not supported as actions"):
+        build(lambda n_envs, seed: DummyVecEnv([lambda: Plain(words)] * n_envs), 2, 0)
+
+
+@pytest.mark.usefixtures("registered")
+def test_an_atari_game_that_shows_no_pictures_is_played_as_registered() -> None:
+    factory = as_factory("Ram-v0")
+    assert isinstance(factory, RegisteredFactory) and factory.spec.kwargs["obs_type"] == "ram"
+
+
+def test_a_factory_that_does_not_tell_its_arguments_is_taken() -> None:
+    assert as_factory(max) is max  # type: ignore[arg-type,comparison-overlap]
+
+
+def test_seeds_of_the_system_leave_room_to_count_on() -> None:
+    seeds = [fresh_seed() for _ in range(64)]
+    assert len(set(seeds)) > 60 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+# Environments of workers, in this process.
+
+
+class PlainFactory:
+    """Remembers what it was called with and what it built."""
+
+    def __init__(self, wrap: Callable[[VecEnv], VecEnv] = lambda env: env) -> None:
+        self.wrap = wrap
+        self.calls: list[tuple[int, int]] = []
+        self.built: list[Plain] = []
+
+    def __call__(self, n_envs: int, seed: int) -> VecEnv:
+        self.calls.append((n_envs, seed))
+        games = [Plain() for _ in range(n_envs)]
+        self.built += games
+        env = DummyVecEnv([lambda game=game: game for game in games])  # type: ignore[misc]
+        env.seed(seed)
+        return self.wrap(env)
+
+
+def test_the_environment_that_spaces_are_read_off_is_closed() -> None:
+    factory = PlainFactory()
+    envs = RemoteEnvs(factory, 3)
+    assert factory.calls == [(1, 0)] and factory.built[0].closed == 1
+    assert envs.get_attr("render_mode") == [None] * 3
+    envs.close()
+    assert len(factory.built) == 1, "nothing was built to be asked or closed"
+    envs.reset()
+    envs.close()
+    assert [game.closed for game in factory.built] == [1] * 4
+    factory = PlainFactory(lambda env: VecMonitor(VecNormalize(env)))
+    with pytest.raises(ValueError, match="VecNormalize"):
+        RemoteEnvs(factory, 3)
+    assert factory.built[0].closed == 1
+
+
+def test_environments_in_this_process_have_their_seed_or_one_of_the_system() -> None:
+    factory = PlainFactory()
+    envs = RemoteEnvs(factory, 2)
+    assert len(envs.seed(5)) == 2
+    assert envs.reset().tolist() == [[5], [6]] and factory.calls[1:] == [(2, 5)]
+    envs.seed(7)
+    assert envs.reset().tolist() == [[7], [8]] and len(factory.calls) == 2
+    for _ in range(2):
+        RemoteEnvs(factory, 2).reset()
+    assert factory.calls[3][1] != factory.calls[5][1]
+
+
+def test_a_reset_does_nothing_while_workers_reset_theirs() -> None:
+    factory = PlainFactory()
+    envs = RemoteEnvs(factory, 2)
+    with pytest.raises(KeyboardInterrupt), envs.resting():
+        assert envs.reset() is None
+        raise KeyboardInterrupt
+    assert len(factory.built) == 1
+    assert envs.reset().shape == (2, 1), "also after an interruption"
+
+
+def test_pictures_that_cannot_be_drawn_are_none_and_a_warning() -> None:
+    class Undrawn(VecEnvWrapper):
+        def reset(self) -> Any:
+            return self.venv.reset()
+
+        def step_wait(self) -> Any:
+            return self.venv.step_wait()
+
+        def render(self, mode: str | None = None) -> Any:
+            raise gym.error.DependencyNotInstalled("pygame is not installed")
+
+    with pytest.warns(UserWarning, match="pygame is not installed"):
+        assert RemoteEnvs(PlainFactory(Undrawn), 2).render() is None
+
+
+# Histories of games.
+
+
+@pytest.mark.parametrize(
+    ("space", "size"),
+    [
+        (spaces.Discrete(3), 1),
+        (spaces.Discrete(256), 1),
+        (spaces.Discrete(257), 8),
+        (spaces.MultiDiscrete([300, 2]), 16),
+        (spaces.MultiBinary(3), 3),
+        (spaces.Box(-1, 1, (2, 2), np.float32), 16),
+    ],
+    ids=str,
+)
+def test_a_history_brings_a_fresh_copy_to_the_same_state(space: spaces.Space, size: int) -> None:
+    """Also of the largest action, and recording goes on after the history was looked at."""
+
+    def fresh() -> RecordedEnv:
+        return RecordedEnv(DummyVecEnv([lambda: Plain(space)] * 2))
+
+    space.seed(0)
+    largest = space.n - 1 if isinstance(space, spaces.Discrete) else space.sample()
+    played: list[list[np.ndarray]] = []
+    env = fresh()
+    for steps in (2, 0, 3):
+        env.reset()
+        played.append([])
+        for _ in range(steps):
+            actions = np.stack([np.asarray(largest), np.asarray(space.sample())])
+            obs, *_ = env.step(actions)
+            played[-1].append(actions)
+            history = env.history()
+    assert [len(actions) for actions in history] == [2, 0, 3]
+    for actions, expected in zip(history, played, strict=True):
+        assert actions.shape[1:] == (2, *(space.shape or ()))
+        assert not expected or np.array_equal(actions, np.stack(expected))
+    assert sum(actions.nbytes for actions in history) == 5 * 2 * size
+    again = fresh()
+    np.testing.assert_array_equal(again.replay(history), obs)
+    for one, other in zip(again.history(), history, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # Callbacks.

@@ -27,7 +27,8 @@ from ncrl.agents.learning.exploration import (
 from ncrl.agents.learning.imitation import Kept
 from ncrl.agents.learning.intrinsic import RND
 from ncrl.agents.learning.losses import imitation_loss
-from ncrl.agents.learning.objective import Novelty, actor_critic_loss
+from ncrl.agents.learning.objective import Lesson, Novelty, actor_critic_loss
+from ncrl.agents.learning.update import apply_gradient, update_on_device
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.playing.players import WorkersPlayer
 from ncrl.agents.playing.supervision import Delivery, Limits, PoolSpec
@@ -40,7 +41,7 @@ from ncrl.agents.runs.checkpoints import (
     save_checkpoint,
 )
 from ncrl.envs import key_and_door
-from tests.agents.conftest import assert_bit_equal, normal
+from tests.agents.conftest import assert_bit_equal, normal, warnings_of
 from tests.agents.environments import TickingFactory
 from tests.agents.test_checkpoints import SaveAt, difference, everything, flat
 from tests.reference import vtrace_reference
@@ -127,7 +128,9 @@ def test_a_constant_bonus_is_none(constant: float) -> None:
         assert scale.normalise(bonus).abs().max() < 1e-2
 
 
-def explored(source: str = "rnd", *, seed: int = 0, **options: Any) -> Exploration:
+def explored(
+    source: str | IntrinsicReward = "rnd", *, seed: int = 0, **options: Any
+) -> Exploration:
     arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0.1, "seed": seed}
     return make_exploration(source, SHORT.observation_space, n_envs=4, options=options, **arguments)
 
@@ -157,9 +160,51 @@ def test_while_it_warms_up_statistics_move_and_nothing_else() -> None:
     assert all(map(torch.equal, predictor, source.predictor.parameters()))
     rewards, scalars = exploration.intrinsic_rewards(random_batch(5))
     assert rewards is not None and rewards.shape == (5, 4) and torch.isfinite(rewards).all()
-    assert scalars["int_reward"] == rewards.mean()
+    bonus = torch.stack([source.score(obs) for obs in random_batch(5).obs[1:]])  # type: ignore[index]
+    expected = {
+        "int_reward_raw": bonus.mean(), "int_reward": rewards.mean(),
+        "int_reward_max": rewards.max(), "int_return_std": exploration.scale.deviation,
+    }  # fmt: skip
+    torch.testing.assert_close(scalars, expected)
     assert "predictor_loss" in exploration.learn(random_batch(5))
     assert not all(map(torch.equal, predictor, source.predictor.parameters()))
+
+
+def test_a_count_learns_from_the_first_timestep_on() -> None:
+    exploration = explored("count", warmup_timesteps=80)
+    for i in range(1, 4):
+        exploration.intrinsic_rewards(random_batch(i))
+        exploration.learn(random_batch(i))
+        assert exploration.source.counts[0].sum() == 20 * i  # type: ignore[index,union-attr]
+
+
+class Watched(IntrinsicReward):
+    """Writes down what it is told, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, Any]] = []
+
+    def score(self, obs: Tensor) -> Tensor:
+        return torch.zeros(len(obs))
+
+    def learn(self, obs: Tensor, next_obs: Tensor) -> dict[str, Tensor]:
+        self.told.append(("learn", (obs, next_obs)))
+        return {}
+
+    def watch(self, obs: Tensor) -> None:
+        self.told.append(("watch", obs))
+
+
+def test_a_source_learns_from_inputs_standardised_as_they_were_scored() -> None:
+    """So it is shown what was scored only after it has learnt from all parts of the batch."""
+    source = Watched()
+    exploration = explored(source)
+    batch = random_batch(0, 640)  # two steps of the source
+    exploration.learn(batch)
+    assert [name for name, _ in source.told] == ["learn", "learn", "watch", "watch"]
+    seen = torch.cat([obs for name, obs in source.told if name == "watch"])
+    assert torch.equal(seen, batch.obs[1:].flatten(0, 1))  # type: ignore[index]
 
 
 def test_a_timestep_is_rewarded_for_what_it_led_to() -> None:
@@ -180,6 +225,7 @@ def test_demonstrations_are_as_long_and_as_many_as_asked() -> None:
     assert memory is not None
     assert (memory.reach, memory.capacity) == (3, 9)
     assert memory.gamma == 0.9, "the discount of the game's own rewards"
+    assert explored().scale.gamma == 0.99, "that of the bonus"
     draws = set()
     for seed in (0, 0, 1):
         other = explored(seed=seed).memory
@@ -196,6 +242,16 @@ def test_the_latest_deviation_is_of_ten_thousand_timesteps() -> None:
     scale.update(bonus)
     square = discounted_sums(scale.centred(bonus), 0.9).square().mean().item()
     assert scale.latest.item() == pytest.approx(before + 0.1 * (square - before), rel=1e-4)
+
+
+def test_a_batch_longer_than_what_is_averaged_over_takes_its_place() -> None:
+    scale = RunningScale(0.9)
+    for seed in range(2):
+        bonus = normal(40, 300, seed=seed) * (1 + seed) + 5 * seed
+        scale.update(bonus)
+        assert scale.mean.item() == pytest.approx(bonus.mean().item(), abs=1e-6)
+        square = discounted_sums(bonus - bonus.mean(), 0.9).square().mean().item()
+        assert scale.latest.item() == pytest.approx(square, rel=1e-4)
 
 
 def test_advantages_are_divided_by_the_deviation_of_all_updates() -> None:
@@ -395,6 +451,30 @@ def test_kept_demonstrations_change_none_of_the_terms_of_the_batch(head: str) ->
     assert (beside.total - alone.total).item() == pytest.approx(added.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("limit", [1.0, 1e6])
+def test_an_update_on_the_device_learns_from_the_bonus_and_from_what_was_kept(limit: float) -> None:
+    eager, other = Scene(), Scene()
+    again = eager.batch.map(lambda tensor: tensor[:, [2, 0, 2]].clone())
+    kept = Kept(
+        normal(9, 3, 4, seed=7), again.episode_start, again.actions, normal(8, 3, seed=8).abs(),
+        again.lstm_h, again.lstm_c,
+    )  # fmt: skip
+    for scene in (eager, other):
+        scene.model.policy.optimizer.param_groups[0]["lr"] = 0.01
+    loss = eager.loss(kept=kept)
+    policy = eager.model.policy
+    update = apply_gradient(policy, policy.optimizer, loss, limit)
+    policy = other.model.policy
+    lesson = Lesson(other.batch, other.novelty, kept)
+    measured = update_on_device(policy, policy.optimizer, lesson, other.objective, limit)
+    assert measured.on_host().scalars == pytest.approx(update.scalars, rel=1e-4, abs=1e-5)
+    assert measured.kept_state is not None and loss.kept_state is not None
+    for mine, theirs in zip(measured.kept_state, loss.kept_state, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for mine, theirs in zip(policy.parameters(), eager.model.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
 # A3C.
 
 
@@ -490,6 +570,20 @@ def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> 
         resume(model, newest_checkpoint(tmp_path))
         assert model.exploration is not None and model.exploration.num_timesteps == 160
         model.learn(160, reset_num_timesteps=False)
+
+
+def test_what_an_earlier_release_kept_is_left_out_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    exploration, other = explored(), explored()
+    exploration.num_timesteps = 40
+    state = exploration.state_dict()
+    state["_extra_state"]["memory"] = {"kept": "in another way"}
+    other.load_state_dict(state)
+    assert other.num_timesteps == 40
+    assert warnings_of(caplog) == [
+        "what led to scores was kept by an earlier release, and is left out"
+    ]
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
@@ -593,6 +687,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "warm-up": ({"intrinsic_kwargs": {"warmup_timesteps": -1}}, "warmup_timesteps", "0", "-1"),
     "warm-up a word": ({"intrinsic_kwargs": {"warmup_timesteps": "1"}}, "warmup", "'1'"),
     "reach": ({"intrinsic_kwargs": {"reach": 0}}, "reach", "at least 1", "0"),
+    "reach beyond memory": ({"intrinsic_kwargs": {"reach": 2**40}}, "reach", "below 2**40"),
     "capacity": ({"intrinsic_kwargs": {"capacity": 1.5}}, "capacity", "1.5"),
     "option": ({"intrinsic_kwargs": {"warmup": 1}}, "'rnd'", "warmup"),
     "option of an object": (

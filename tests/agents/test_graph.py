@@ -10,9 +10,9 @@ import torch
 
 import ncrl.agents.learning.graph
 from ncrl.agents import A3C
-from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS
+from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS, GraphedUpdates
 from ncrl.agents.learning.objective import Lesson
-from ncrl.agents.learning.update import Measured
+from ncrl.agents.learning.update import Measured, update_on_device
 from tests.agents.test_learner import both_optimisers, trained
 
 
@@ -34,12 +34,27 @@ def record_on_cpu(run: Callable[[], Measured]) -> tuple[Callable[[], None], Meas
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each capture; all models made by `graphed` have captured updates."""
     made: list[int] = []
+    rates: list[torch.Tensor] = []
 
     def record(run: Callable[[], Measured]) -> Any:
         made.append(1)
         return record_on_cpu(run)
 
+    def update_at_captured_rates(policy: Any, optimizer: Any, *others: Any) -> Measured:
+        """A graph knows no learning rates but the tensors that it was captured with."""
+        now = [group["lr"] for group in optimizer.param_groups]
+        if isinstance(now[0], torch.Tensor):
+            rates[:] = now
+        try:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            return update_on_device(policy, optimizer, *others)
+        finally:
+            for group, rate in zip(optimizer.param_groups, now, strict=True):
+                group["lr"] = rate
+
     monkeypatch.setattr(ncrl.agents.learning.graph, "record", record)
+    monkeypatch.setattr(ncrl.agents.learning.graph, "update_on_device", update_at_captured_rates)
     return made
 
 
@@ -132,6 +147,89 @@ def test_other_settings_and_other_memory_are_captured_anew(captures: list[int]) 
     twin.train()
     assert len(captures) == 3
     assert_close(model, twin)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_there_are_graphs_on_cuda_alone(device: str) -> None:
+    assert GraphedUpdates(torch.device("cuda")).reason is None
+    reason = GraphedUpdates(torch.device(device)).reason
+    assert reason == f"the learner is on {device}, not on CUDA"
+
+
+def halve_the_batch(model: A3C) -> None:
+    assert model._batch is not None
+    model._batch = model._batch._replace(
+        rollout=model._batch.rollout.map(lambda tensor: tensor[:, :2])
+    )
+
+
+CHANGES: dict[str, Callable[[A3C], Any]] = {
+    "limit of the gradient": lambda model: setattr(model, "max_grad_norm", 1e-3),
+    "mode": lambda model: model.policy.set_training_mode(False),
+    "frozen weights": lambda model: model.policy.value_net.requires_grad_(False),
+    "a setting of the optimiser": lambda m: m.policy.optimizer.param_groups[0].update(alpha=0.5),
+    "memory of a buffer": lambda model: model.policy.register_buffer("one", torch.ones(1)),
+    "size of the batch": halve_the_batch,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_captured_update_cannot_follow_is_captured_anew(
+    change: str, captures: list[int]
+) -> None:
+    eager, replayed = trained("linear"), graphed("linear")
+    for model in (eager, replayed):
+        for changed in (False, True):
+            if changed:
+                CHANGES[change](model)
+            for _ in range(2):
+                assert model._batch is not None
+                lesson = Lesson(model._batch.rollout)
+                model.learner.update(lesson, model._objective(), model.max_grad_norm)
+            assert captures == [1] * (model is replayed) * (1 + changed)
+    assert_close(eager, replayed)
+
+
+@both_optimisers
+def test_the_first_update_of_all_is_captured_once(use_rms_prop: bool, captures: list[int]) -> None:
+    """It makes the state of the optimiser, and every group of weights has a rate of its own."""
+    eager, replayed = trained("linear", use_rms_prop), graphed("linear", use_rms_prop)
+    for model in (eager, replayed):
+        policy = model.policy
+        first, *others = policy.parameters()
+        options = {k: v for k, v in policy.optimizer.param_groups[0].items() if k != "params"}
+        groups = [{"params": [first], "lr": 1e-2}, {"params": others}]
+        policy.optimizer = type(policy.optimizer)(groups, **options)
+        for _ in range(3):
+            assert model._batch is not None
+            model.learner.update(Lesson(model._batch.rollout), model._objective(), 40.0)
+    assert captures == [1]
+    assert_close(eager, replayed)
+
+
+@both_optimisers
+@pytest.mark.parametrize("message", ["not permitted\nwhile capturing", ""])
+def test_a_capture_that_fails_leaves_the_optimiser_as_it_was(
+    use_rms_prop: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: Any) -> Any:
+        run()
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(ncrl.agents.learning.graph, "record", fail)
+    eager, failed = trained("linear", use_rms_prop), graphed("linear", use_rms_prop)
+    for model in (eager, failed):
+        assert model._batch is not None
+        model.learner.update(Lesson(model._batch.rollout), model._objective(), 40.0)
+    assert failed.learner.graphed.reason == f"RuntimeError: {message.partition(chr(10))[0]}"
+    one, other = eager.policy.optimizer, failed.policy.optimizer
+    assert one.param_groups[0].keys() == other.param_groups[0].keys()
+    for name, value in one.param_groups[0].items():
+        if name != "params":
+            assert value == other.param_groups[0][name] and type(value) is type(
+                other.param_groups[0][name]
+            )
+    assert_close(eager, failed)
 
 
 def test_settings_that_always_change_end_in_eager_updates(

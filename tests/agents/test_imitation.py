@@ -156,6 +156,22 @@ def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
     assert kept.episode_start[0]
 
 
+@pytest.mark.parametrize("at", range(2 * T))
+def test_a_score_right_after_the_end_of_a_game_lies_in_its_one_window(at: int) -> None:
+    rewards = torch.zeros(2 * T)
+    rewards[at] = 1
+    ends = [[at - 1] if 0 <= at - 1 < T else [], [at - 1 - T] if at > T else []]
+    kept = cut_demonstration(
+        [rollout_of(i, rewards[i * T :][:T].tolist(), ends[i]) for i in range(2)], 0.5
+    )
+    assert kept is not None and len(kept.returns) == T
+    first = at - kept.returns.tolist().index(1)
+    names = [*torch.arange(2).repeat_interleave(T).tolist(), 1]
+    assert kept.obs[:, 0].tolist() == names[first : first + T + 1]
+    assert kept.actions.tolist() == [t % T for t in range(first, first + T)]
+    assert kept.returns.count_nonzero() == 1
+
+
 def test_nothing_is_kept_without_a_score_or_for_a_loss() -> None:
     memory = memory_of()
     play(memory, rollout_of(1, starts=True), rollout_of(2, (0, -1, 0, 0)))
@@ -180,6 +196,12 @@ def test_what_an_end_of_a_game_separates_from_the_score_did_not_lead_to_it() -> 
     assert kept.returns.tolist() == [0.5**k for k in range(8, -1, -1)]
 
 
+def test_a_score_of_the_game_before_is_not_read_again() -> None:
+    memory = memory_of(reach=5)
+    play(memory, rollout_of(1, SCORE, starts=True), rollout_of(2, ends=[1]), rollout_of(3, SCORE))
+    assert [names_of(kept) for kept in kept_by(memory)] == [[1], [2, 3]]
+
+
 def test_games_that_start_anew_lead_to_nothing() -> None:
     """A worker that died ends no game: its next rollout begins with another."""
     memory = memory_of()
@@ -191,6 +213,9 @@ def test_games_that_start_anew_lead_to_nothing() -> None:
     memory.forget_recent()
     play(memory, rollout_of(3), rollout_of(4, SCORE))
     assert names_of(kept_by(memory)[0]) == [3, 4]
+    memory.forget_recent()
+    play(memory, rollout_of(5, SCORE))
+    assert depths_of(memory) == {1: 2}, "rewards are counted anew, too"
 
 
 def test_columns_are_told_apart_by_their_game_and_one_game_may_come_twice() -> None:
@@ -201,6 +226,17 @@ def test_columns_are_told_apart_by_their_game_and_one_game_may_come_twice() -> N
     memory.watch(second, [5, 5], second.rewards)
     (kept,) = kept_by(memory)
     assert names_of(kept) == [2, 3, 4]
+
+
+def test_a_score_of_one_game_keeps_nothing_of_another() -> None:
+    memory = memory_of()
+    for rollouts in (
+        (rollout_of(1, SCORE, starts=True), rollout_of(2, starts=True)),
+        (rollout_of(3), rollout_of(4, SCORE)),
+    ):
+        batch = side_by_side(*rollouts)
+        memory.watch(batch, [0, 1], batch.rewards)
+    assert [names_of(kept) for kept in kept_by(memory)] == [[1], [2, 4]]
 
 
 def test_rewards_are_those_of_the_loss() -> None:
@@ -227,6 +263,15 @@ def test_depth_is_the_number_of_rewards_of_one_game() -> None:
     for name in range(5, 5 + MAX_DEPTH):
         play(memory, rollout_of(name, (1, 1, 1, 1)))
     assert max(depths_of(memory)) == MAX_DEPTH
+    # A reward counts that comes with the end of its game.
+    play(memory, rollout_of(99, (0, 0, 0, 1), ends=[3], starts=True))
+    assert depths_of(memory)[1] == 3 and 0 not in depths_of(memory)
+
+
+def test_demonstrations_are_listed_by_their_number_of_rewards() -> None:
+    memory = memory_of(reach=1)
+    play(memory, rollout_of(1, (1, 0, 1, 0), starts=True), rollout_of(2, SCORE, starts=True))
+    assert list(memory.demonstrations()) == [1, 2]
 
 
 def test_what_is_kept_is_bounded_by_depth_and_the_oldest_makes_room() -> None:
@@ -275,17 +320,28 @@ def test_a_demonstration_is_read_to_its_end_window_by_window(dtype: torch.dtype)
         memory.carry(state_of(2, turn + 1.0))
 
 
-@pytest.mark.parametrize("rewards", [SCORE, (0,) * T])
+@pytest.mark.parametrize("rewards", [(0, 0, 0, 1), (0,) * T])
 def test_the_batch_may_be_overwritten(rewards: Sequence[float]) -> None:
+    spared, overwritten = memory_of(), memory_of()
+    for memory in (spared, overwritten):
+        rollout = rollout_of(1, rewards, starts=True)
+        play(memory, rollout)
+        if memory is overwritten:
+            for tensor in rollout.tensors():
+                tensor.fill_(0)
+        play(memory, rollout_of(1, SCORE))  # what was overwritten leads to it
+    for one, other in zip(kept_by(spared), kept_by(overwritten), strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_another_number_of_readers_begins_with_other_demonstrations() -> None:
     memory = memory_of()
-    rollout = rollout_of(1, rewards, starts=True)
-    play(memory, rollout)
-    for tensor in rollout.tensors():
-        tensor.fill_(0)
-    if rewards != SCORE:  # it leads to one
-        play(memory, rollout_of(1, SCORE))
-    read = memory.read(T, state_of(10))
-    assert read is not None and (read.obs == 1).all()
+    play(memory, *(rollout_of(n, starts=n == 1) for n in (1, 2)), rollout_of(3, SCORE))
+    for count in (2, 3):
+        read = memory.read(T, state_of(count))
+        assert read is not None and read.obs.shape[1] == count
+        assert read.episode_start[0].all() and not read.lstm_h.any()
+        memory.carry(state_of(count, 5.0))
 
 
 class Blank(gym.Env[np.ndarray, int]):
@@ -360,6 +416,26 @@ def test_a_memory_goes_on_where_it_was_saved(cut: int) -> None:
         one, two = whole.read(T, state_of(count)), other.read(T, state_of(count))
         assert one is not None and two is not None
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_games_that_do_not_go_on_are_saved_without_what_led_there() -> None:
+    memory, other = memory_of(), memory_of()
+    memory.games_go_on = False
+    play(memory, rollout_of(1, SCORE, starts=True))
+    other.load_state_dict(filed(memory.state_dict()))
+    play(other, rollout_of(2, SCORE))
+    assert [names_of(kept) for kept in kept_by(other)] == [[1], [2]]
+    assert depths_of(other) == {1: 2}
+
+
+def test_a_saved_memory_holds_no_more_than_is_kept() -> None:
+    memory = memory_of()
+    play(memory, *scenes())
+    memory.read(T, state_of(3))
+    packed = [each for kept in memory.state_dict()["kept"].values() for each in kept]
+    assert packed
+    for tensor in (tensor for each in packed for tensor in each["others"]):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, "not those of the rollouts"
 
 
 DAMAGES: dict[str, Any] = {

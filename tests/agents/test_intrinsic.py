@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncrl.agents.learning.intrinsic import (
     CLIP,
@@ -78,11 +78,12 @@ def test_standardised_numbers_are_clipped_and_any_change_of_a_constant_counts() 
 # What is seen of an observation.
 
 
-def test_the_newest_frame_of_a_stack_is_seen() -> None:
-    obs = pictures(2)
-    view = ObservationView(image(4))
+@pytest.mark.parametrize("frames", [1, 2, 4, 6])
+def test_the_newest_frame_of_a_stack_is_seen(frames: int) -> None:
+    obs = pictures(2, frames)
+    view = ObservationView(image(frames))
     assert view.shape == (1, 84, 84)
-    assert torch.equal(view(obs), obs[:, 3:].float())
+    assert torch.equal(view(obs), obs[:, -1:].float())
 
 
 def test_three_channels_are_colours() -> None:
@@ -132,6 +133,51 @@ def test_a_repeated_picture_is_no_longer_new_and_an_unseen_one_is() -> None:
     assert other_after > 0.2 * other_before
 
 
+def test_the_score_is_the_mean_squared_error_of_networks_read_literally() -> None:
+    """A fixed network of two layers, and one like it with two more that learns its output."""
+    torch.manual_seed(0)
+    source = RND(VECTOR)
+    source.watch(3 * normal(20, 3, seed=1) + 1)
+    state = {name: value for name, value in source.state_dict().items() if "state" not in name}
+    obs = normal(5, 3)
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        return torch.stack([(row * x).sum() + b for row, b in zip(weight, bias, strict=True)])
+
+    def network(name: str, x: Tensor) -> Tensor:
+        first = layer(f"{name}.0", x)
+        return layer(f"{name}.2", torch.where(first > 0, first, 0.01 * first))
+
+    expected = []
+    for row in obs:
+        x = source.moments.standardise(row)
+        learnt = network("predictor", x)
+        for index in (4, 6):
+            learnt = layer(f"predictor.{index}", learnt.maximum(torch.zeros(())))
+        features = network("target", x)
+        expected.append(sum((learnt - features).square().tolist()) / len(features))
+    assert len([name for name in state if name.endswith("weight")]) == 6
+    assert source.score(obs).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "maps", "features"), [("a3c", [16, 32], 256), ("nature", [32, 64, 64], 512)]
+)
+def test_networks_of_pictures_start_orthogonal_in_the_sizes_of_their_encoder(
+    encoder: str, maps: list[int], features: int
+) -> None:
+    source = RND(image(4), encoder=encoder)
+    for network in (source.target, source.predictor):
+        layers = [part for part in network if isinstance(part, (nn.Conv2d, nn.Linear))]
+        widths = [*maps, *[features] * (1 if network is source.target else 3)]
+        assert [len(layer.weight) for layer in layers] == widths
+        for layer in layers:
+            rows = layer.weight.flatten(1)
+            torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(len(rows)), rtol=0, atol=1e-4)
+            assert layer.bias is not None and not layer.bias.any()
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_scoring_changes_nothing_and_has_no_gradient(name: str) -> None:
     torch.manual_seed(0)
@@ -153,6 +199,11 @@ def test_scoring_changes_nothing_and_has_no_gradient(name: str) -> None:
     torch.testing.assert_close(source.score(obs[3:4]), first[3:4])
 
 
+def test_sources_by_their_names() -> None:
+    kinds = {name: type(make_source(name, VECTOR)) for name in SOURCES}
+    assert kinds == {"rnd": RND, "snd": SND, "count": PseudoCount}
+
+
 @pytest.mark.parametrize("kind", [RND, SND])
 def test_only_snd_trains_its_target(kind: type[RND]) -> None:
     torch.manual_seed(0)
@@ -163,6 +214,8 @@ def test_only_snd_trains_its_target(kind: type[RND]) -> None:
         [weight.clone() for weight in part.parameters()]
         for part in (source.target, source.predictor)
     )
+    trained = {id(weight) for group in source.optimizer.param_groups for weight in group["params"]}
+    assert trained.isdisjoint(map(id, source.target.parameters())) == (kind is RND)
     losses = source.learn(obs[:-1], obs[1:])
     assert set(losses) == {"predictor_loss", *(["target_loss"] if kind is SND else [])}
     moved = [not w.equal(v) for w, v in zip(source.target.parameters(), target, strict=True)]
@@ -207,8 +260,15 @@ def test_update_proportion_takes_every_nth_transition_and_begins_at_the_next() -
 def test_a_batch_smaller_than_the_stride_is_learnt_from_once() -> None:
     torch.manual_seed(0)
     source = RND(VECTOR, update_proportion=0.01)
-    for _ in range(3):
+    for _ in range(8):
         assert torch.isfinite(source.learn(normal(5, 3), normal(5, 3))["predictor_loss"])
+
+
+@pytest.mark.parametrize(
+    ("proportion", "stride"), [(1, 1), (0.6, 2), (0.4, 2), (0.3, 3), (0.1, 10)]
+)
+def test_the_stride_is_the_nearest_to_the_proportion(proportion: float, stride: int) -> None:
+    assert RND(VECTOR, update_proportion=proportion).stride == stride
 
 
 def vicreg_reference(a: list[list[float]], b: list[list[float]]) -> float:
@@ -230,6 +290,16 @@ def test_vicreg_loss_is_the_sum_of_its_definition() -> None:
     a, b = 0.7 * normal(6, 4).double(), 1.5 * normal(6, 4, seed=1).double()
     expected = vicreg_reference(a.tolist(), b.tolist())
     assert vicreg_loss(a, b).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_vicreg_loss_of_a_single_pair_is_finite() -> None:
+    a, b = normal(1, 4).requires_grad_(), normal(1, 4, seed=1)
+    loss = vicreg_loss(a, b)
+    loss.backward()
+    # Nothing varies: each of both deviations is that of the floor.
+    expected = (a - b).square().mean().item() + 2 * (1 - math.sqrt(1e-4))
+    assert loss.item() == pytest.approx(expected)
+    assert a.grad is not None and a.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -256,6 +326,31 @@ def test_learning_goes_on_exactly_where_it_was_saved(name: str, space: spaces.Bo
     for key, value in source.state_dict().items():
         if isinstance(value, Tensor):
             assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_the_learning_rate_is_that_of_this_run_and_not_of_the_file() -> None:
+    other = reloaded(RND(VECTOR, learning_rate=1e-3), RND(VECTOR, learning_rate=1e-2))
+    assert isinstance(other, RND) and other.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+STATES: dict[str, Any] = {
+    "another shape": lambda adam: adam["state"][0].update(exp_avg=torch.zeros(2)),
+    "no averages": lambda adam: adam["state"][0].pop("exp_avg_sq"),
+    "more steps than batches": lambda adam: adam["state"][0].update(step=torch.tensor(3.0)),
+    "one group more": lambda adam: adam["param_groups"].append(adam["param_groups"][0]),
+}
+
+
+@pytest.mark.parametrize("damage", STATES)
+def test_the_state_of_another_optimiser_is_refused(damage: str) -> None:
+    torch.manual_seed(0)
+    source = RND(VECTOR)
+    for _ in range(2):
+        source.learn(normal(5, 3), normal(5, 3))
+    state = copy.deepcopy(source.state_dict())
+    STATES[damage](state["_extra_state"]["optimizer"])
+    with pytest.raises(ValueError, match="optimiser"):
+        RND(VECTOR).load_state_dict(state)
 
 
 # Counting.
@@ -298,6 +393,30 @@ def test_what_was_never_seen_has_the_largest_bonus_even_before_anything_was_coun
     assert never == pytest.approx(10.0) and often < 1e-3
 
 
+@pytest.mark.parametrize("count", [1, 3, 10, 49, 1000])
+def test_a_bonus_is_a_number_where_nothing_ever_changed(count: int) -> None:
+    """Before and after, the density of what alone was seen is 1: the pseudo-count is unlimited."""
+    source = PseudoCount(image(1, 42))
+    obs = torch.zeros(count, 1, 42, 42)
+    source.learn(obs, obs)
+    (bonus,) = source.score(obs[:1]).tolist()
+    assert 0 < bonus < 1e-2
+
+
+def test_colours_are_counted_by_their_mean() -> None:
+    obs = torch.zeros(1, 3, 42, 42)
+    obs[0, :, 0, 0] = torch.tensor([0, 60, 240])
+    assert PseudoCount(image(3)).levels(obs)[:2, 0].tolist() == [50, 0]
+
+
+def test_levels_of_pictures_are_equally_wide() -> None:
+    """Half a level is one step of grey: the mean of 4 pixels decides on which side it lies."""
+    obs = torch.zeros(1, 1, 84, 84, dtype=torch.uint8)
+    obs[0, 0, :2, :4] = torch.tensor([[200, 200, 200, 200], [199, 200, 200, 200]])
+    obs[0, 0, :2, 4:6] = 255
+    assert PseudoCount(image(1)).levels(obs)[:3, 0].tolist() == [99, 100, 127]
+
+
 def test_levels_of_pictures_and_of_vectors() -> None:
     source = PseudoCount(image(4))
     obs = torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
@@ -322,6 +441,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "proportion of 0": ("rnd", VECTOR, {"update_proportion": 0}, "update_proportion", "0"),
     "proportion above 1": ("snd", VECTOR, {"update_proportion": 1.5}, "update_proportion", "1.5"),
     "learning rate of 0": ("rnd", VECTOR, {"learning_rate": 0.0}, "learning_rate", "0"),
+    "learning rate inf": ("snd", VECTOR, {"learning_rate": math.inf}, "learning_rate", "inf"),
     "learning rate NaN": ("rnd", VECTOR, {"learning_rate": math.nan}, "learning_rate", "nan"),
     "learning rate a word": ("rnd", VECTOR, {"learning_rate": "fast"}, "'rnd'", "str"),
     "unknown encoder": ("rnd", image(1), {"encoder": "natur"}, "natur", "mean 'nature'"),

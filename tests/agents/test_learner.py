@@ -36,7 +36,9 @@ def trained(head: str, use_rms_prop: bool = True) -> A3C:
         use_rms_prop=use_rms_prop,
         policy_kwargs=options,
     )
-    return model.learn(160)
+    model.learn(160)
+    model.policy.optimizer.param_groups[0]["lr"] = 7e-4  # a training ends at 0
+    return model
 
 
 class Waits(TorchDispatchMode):
@@ -130,6 +132,23 @@ def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
         torch.testing.assert_close(now, then, equal_nan=True, rtol=0, atol=0)
 
 
+def test_a_gradient_too_long_to_be_measured_makes_no_step() -> None:
+    """All its numbers are finite, but the sum of their squares is not."""
+    eager, other = trained("linear"), trained("linear")
+    assert eager._batch is not None
+    batch = eager._batch.rollout._replace(rewards=eager._batch.rollout.rewards * 1e25)
+    before = [p.clone() for p in eager.policy.parameters()]
+    loss = actor_critic_loss(eager.policy, batch, eager._objective())
+    updates = [
+        apply_gradient(eager.policy, eager.policy.optimizer, loss, 40.0),
+        update_device(other, batch).on_host(),
+    ]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in eager.policy.parameters())
+    for model, update in zip((eager, other), updates, strict=True):
+        assert not update.stepped and update.scalars["grad_norm"] == math.inf
+        assert all(map(torch.equal, model.policy.parameters(), before))
+
+
 def test_distributions_elsewhere_are_validated_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch.compile, called by any earlier test, ends validation in the whole process.
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
@@ -177,6 +196,8 @@ def test_an_update_on_the_device_is_the_update(head: str, limit: float, use_rms_
             update.scalars, nan_ok=True, rel=1e-4, abs=1e-5
         )
         torch.testing.assert_close(measured.latent.actor, loss.evaluation.latent.actor)
+        held = (measured.values, measured.latent.actor, measured.latent.critic)
+        assert not any(tensor.requires_grad for tensor in held), "no graph is kept alive"
     for mine, theirs in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
 

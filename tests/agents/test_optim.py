@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from ncrl.agents.learning.optim import SharedRMSProp, can_scale, scaled_step
+from ncrl.agents.learning.optim import (
+    SharedRMSProp,
+    can_scale,
+    optimizer_options,
+    scaled_step,
+)
 from tests.reference import rmsprop_reference
 
 
@@ -56,23 +61,32 @@ def test_epsilon_limits_a_small_gradient_and_the_root_a_large_one() -> None:
     assert parameter.tolist() == pytest.approx([-1e-6 / math.sqrt(0.1), -10.0], rel=1e-6)
 
 
+def test_unless_told_otherwise_it_is_that_of_a3c_with_an_average_from_1() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = SharedRMSProp([parameter])
+    parameter.grad = torch.tensor([2.0])
+    optimizer.step()
+    assert parameter.item() == pytest.approx(-7e-4 * 2 / math.sqrt(0.99 * 1 + 0.01 * 4 + 0.1))
+
+
 def test_several_parameters_groups_and_missing_gradients() -> None:
     torch.manual_seed(1)
     first, second, idle = (torch.nn.Parameter(torch.randn(n).double()) for n in (2, 3, 1))
     before = [p.tolist() for p in (first, second, idle)]
-    groups = [{"params": [first, idle]}, {"params": [second], "lr": 0.3, "eps": 0.7}]
+    own = {"lr": 0.3, "alpha": 0.6, "eps": 0.7, "initial_average": 2.0}
+    groups = [{"params": [first, idle]}, {"params": []}, {"params": [second], **own}]
     optimizer = SharedRMSProp(groups, lr=0.1, alpha=0.8, eps=0.2, initial_average=0.0)
     gradients = [[[0.5, -1.0], [2.0, 0.1]], [[1.0, 2.0, -3.0], [0.0, 1.0, 4.0]]]
     for row in range(2):
         first.grad = torch.tensor(gradients[0][row]).double()
         second.grad = torch.tensor(gradients[1][row]).double()
         optimizer.step()
-    for parameter, start, rows, lr, eps in (
-        (first, before[0], gradients[0], 0.1, 0.2),
-        (second, before[1], gradients[1], 0.3, 0.7),
+    for parameter, start, rows, lr, alpha, eps, initial in (
+        (first, before[0], gradients[0], 0.1, 0.8, 0.2, 0.0),
+        (second, before[1], gradients[1], *own.values()),
     ):
         expected = rmsprop_reference(
-            start, rows, learning_rate=lr, alpha=0.8, eps=eps, initial_square=0.0
+            start, rows, learning_rate=lr, alpha=alpha, eps=eps, initial_square=initial
         )
         assert parameter.tolist() == pytest.approx(expected, rel=1e-6)
     assert idle.tolist() == before[2]
@@ -107,7 +121,10 @@ def test_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
     assert parameter.item() < 3.0
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"alpha": 1.0}, {"alpha": -0.1}, {"eps": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1.0}, {"alpha": 1.0}, {"alpha": -0.1}, {"eps": -1.0}, {"initial_average": -1.0}],
+)
 def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
@@ -155,6 +172,31 @@ def test_a_scaled_step_is_a_step_along_smaller_gradients(make: Make, scale: floa
 
 
 @both
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_after_a_scaled_one_is_not_scaled(make: Make, fails: bool) -> None:
+    """Also where the scaled one was interrupted."""
+    parameters, others = some_parameters(), some_parameters()
+    once_scaled, plain = make(parameters, lr=0.1), make(others, lr=0.1)
+    if fails:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("interrupted")
+
+        handle = once_scaled.register_step_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            scaled_step(once_scaled, torch.tensor(7.0), torch.tensor(1.0))
+        handle.remove()
+    else:
+        give_gradients(parameters, 0)
+        scaled_step(once_scaled, torch.tensor(7.0), torch.tensor(1.0))  # it is left out
+    for each, optimizer in ((parameters, once_scaled), (others, plain)):
+        give_gradients(each, 1)
+        optimizer.step()
+    for one, other in zip(parameters, others, strict=True):
+        assert torch.equal(one, other)
+
+
+@both
 def test_a_step_that_the_device_leaves_out_changes_nothing(make: Make) -> None:
     parameters = some_parameters()
     optimizer = make(parameters, lr=0.1)
@@ -195,3 +237,35 @@ def test_who_can_scale() -> None:
     assert can_scale(rmsprop(parameters, 0.1)) and can_scale(fused_adam(parameters, 0.1))
     assert not can_scale(torch.optim.Adam(parameters))
     assert not can_scale(torch.optim.RMSprop(parameters))
+    groups = [{"params": [one], "fused": i == 0} for i, one in enumerate(parameters)]
+    assert not can_scale(torch.optim.Adam(groups)), "one of its groups cannot"
+
+
+Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("use_rms_prop", "policy_kwargs", "kind", "expected"),
+    [
+        (True, {}, SharedRMSProp, {"alpha": 0.99, "eps": 0.3}),
+        (True, {"optimizer_kwargs": {"eps": 0.2}}, SharedRMSProp, {"alpha": 0.99, "eps": 0.2}),
+        (True, {"optimizer_class": Adam}, Adam, {"eps": 1e-5, "fused": True}),
+        (True, {"optimizer_class": AdamW}, AdamW, {"eps": 1e-8, "fused": None}),
+        (False, {}, Adam, {"eps": 1e-5, "fused": True}),
+        (False, {"optimizer_kwargs": {}}, Adam, {"eps": 1e-8, "fused": True}),
+        (False, {"optimizer_kwargs": {"fused": False}}, Adam, {"fused": False}),
+        (False, {"optimizer_kwargs": {"foreach": True}}, Adam, {"foreach": True, "fused": None}),
+        (
+            *(False, {"optimizer_kwargs": {"differentiable": True}}, Adam),
+            {"differentiable": True, "fused": None},
+        ),
+    ],
+)
+def test_an_optimiser_has_what_it_is_told_and_the_default_else(
+    use_rms_prop: bool, policy_kwargs: dict[str, Any], kind: type, expected: dict[str, Any]
+) -> None:
+    found = optimizer_options(policy_kwargs, use_rms_prop=use_rms_prop, rms_prop_eps=0.3)
+    chosen = {"optimizer_class": Adam, "optimizer_kwargs": {}} | policy_kwargs | found
+    optimizer = chosen["optimizer_class"](some_parameters(), **chosen["optimizer_kwargs"])
+    assert type(optimizer) is kind
+    assert {name: optimizer.defaults[name] for name in expected} == expected

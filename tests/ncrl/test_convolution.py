@@ -134,6 +134,12 @@ def test_the_memory_format_is_that_of_the_input(channels_last: bool) -> None:
     assert relative_error(y, layer(images)) < 1e-12
 
 
+def test_images_that_have_both_memory_formats_give_plain_outputs() -> None:
+    images = random_input(2, 1, 7, 6)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert make(dict(in_channels=1))(images).is_contiguous()
+
+
 class LargestTensor(TorchDispatchMode):
     """The most numbers of any tensor that is made inside."""
 
@@ -153,6 +159,26 @@ def test_no_image_gets_a_kernel_of_its_own() -> None:
     with LargestTensor() as largest, torch.no_grad():
         layer(torch.zeros(16, 64, 4, 4))
     assert largest.numel < 16 * layer.memory.u.shape[1] * 64 / 4
+
+
+@all_cases
+def test_a_layer_made_from_a_convolution_has_its_seat(case: dict[str, Any]) -> None:
+    conv = nn.Conv2d(**seat_of(case), dtype=torch.float64)
+    layer = NeurocoderConv2d.from_conv2d(conv, NeurocoderConfig(**OPTIONS))
+    images = random_input(2, 4, 7, 6)
+    assert layer(images).shape == conv(images).shape
+    for name in ("stride", "padding", "dilation", "groups", "kernel_size", "padding_mode"):
+        assert getattr(layer, name) == getattr(conv, name)
+        assert f"{name}={getattr(conv, name)}" in repr(layer).replace("'", "")
+    assert (layer.bias is None) == (conv.bias is None)
+    assert layer.integration is not None
+    assert not torch.equal(layer._as_kernels(layer.integration.matrix()), conv.weight)
+
+
+def test_a_layer_is_made_on_the_device_of_its_convolution() -> None:
+    conv = nn.Conv2d(4, 6, 3, device="meta")
+    layer = NeurocoderConv2d.from_conv2d(conv, NeurocoderConfig(**OPTIONS))
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
 
 
 def test_slots_grow_and_weights_can_be_kept() -> None:

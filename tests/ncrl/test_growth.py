@@ -14,6 +14,7 @@ from torch import Tensor
 from ncrl import NeurocoderConfig, NeurocoderLinear, orthogonal_loss
 from ncrl.layers import make_layer
 from ncrl.neurocoder.composition import split_head
+from ncrl.neurocoder.growth import replace_parameter
 from ncrl.neurocoder.integration import Attention
 from ncrl.neurocoder.orthogonality import orthogonal_part
 from tests.ncrl.layers import parameters_of, random_input, relative_error
@@ -229,6 +230,31 @@ def test_an_optimiser_goes_on_through_growth(kind: type[torch.optim.Optimizer], 
                 assert grown is value
     assert set(optimizer.state) == set(new.values())
     train(layer, optimizer)
+
+
+@pytest.mark.parametrize("rows", [0, 2, 4])
+def test_what_an_optimiser_keeps_is_changed_with_its_parameter(rows: int) -> None:
+    """`rows` of four are left. Without any, averages begin anew, and so does their counter."""
+    module = torch.nn.Linear(3, 4)
+    old = module.weight
+    optimizer = torch.optim.Adam([{"params": [module.bias]}, {"params": [old], "lr": 0.5}])
+    module(torch.ones(3)).sum().backward()
+    optimizer.step()
+    kept = optimizer.state[old]
+    kept["of another shape"] = torch.ones(4, 1)
+    first = dict(kept)
+    replace_parameter(module, "weight", lambda t: t[:rows], optimizer)
+    cut = module.weight
+    assert torch.equal(cut, old[:rows])
+    assert cut.untyped_storage().nbytes() == cut.nbytes, "nothing of the rest is held"
+    assert [group["params"][0] for group in optimizer.param_groups] == [module.bias, cut]
+    assert old not in optimizer.state
+    for name, value in first.items():
+        expected = value[:rows] if name.startswith("exp") else value
+        assert torch.equal(optimizer.state[cut][name], expected)
+    replace_parameter(module, "weight", lambda t: torch.cat([t, torch.zeros(1, 3)]), optimizer)
+    assert module.weight.shape == (rows + 1, 3) and not module.weight[rows:].any()
+    assert (module.weight in optimizer.state) == (rows > 0)
 
 
 def test_a_checkpoint_of_a_grown_layer_goes_on_exactly() -> None:

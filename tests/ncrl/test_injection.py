@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,15 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from ncrl import NeurocoderConfig, NeurocoderLinear, eject, inject, orthogonal_loss
+from ncrl import (
+    NeurocoderConfig,
+    NeurocoderConv2d,
+    NeurocoderLinear,
+    eject,
+    inject,
+    orthogonal_loss,
+)
+from ncrl.injection import MAX_LISTED
 
 CONFIG = NeurocoderConfig(
     num_slots=4, key_dim=2, num_heads=2, num_least_used=1, controller_size=3, sharpness=5.0
@@ -596,6 +605,15 @@ def test_hundreds_of_candidates_are_shortened() -> None:
     assert len(str(error.value)) < 400
 
 
+@pytest.mark.parametrize("excess", [0, 1])
+def test_as_many_candidates_as_fit_are_listed(excess: int) -> None:
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(MAX_LISTED + excess)])
+    listed = ", ".join(map(str, range(MAX_LISTED)))
+    rest = f", ... ({MAX_LISTED + 1} in all)" if excess else ""
+    with pytest.raises(ValueError, match=re.escape(f"candidates: {listed}{rest}") + "$"):
+        inject(model, CONFIG, "head")
+
+
 def test_nothing_to_replace() -> None:
     with pytest.raises(ValueError, match="none that can be replaced"):
         inject(nn.Sequential(nn.Tanh()), CONFIG, "fc")
@@ -643,6 +661,17 @@ def test_any_config(options: dict[str, Any], keep_weight: bool) -> None:
     assert layer.memory.u.grad is not None and layer.memory.u.grad.any()
     eject(model)
     assert torch.equal(host.output(model, host.input()), output)
+
+
+@pytest.mark.parametrize("keep_weight", [True, False])
+def test_the_weight_of_a_convolution_is_kept_where_that_is_asked(keep_weight: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3))
+    weight = model[0].weight
+    inject(model, CONFIG, "0", keep_weight=keep_weight)
+    layer = model[0]
+    assert isinstance(layer, NeurocoderConv2d) and layer.integration is not None
+    kept = layer.integration.matrix().T.reshape(weight.shape)
+    assert torch.equal(kept, weight) == keep_weight
 
 
 def test_initial_values_do_not_depend_on_the_order_of_targets() -> None:

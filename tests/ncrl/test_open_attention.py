@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,14 +63,43 @@ def test_opened_attention_computes_the_same(
         assert relative_error(apart, host(q, k, v, **call, average_attn_weights=False)[1]) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {},
+        dict(key_padding_mask=torch.arange(7) > 4),
+        dict(attn_mask=torch.ones(LENGTH, 7, dtype=torch.bool).triu(2)),
+        dict(attn_mask=random_input(HEADS, LENGTH, 7)),
+    ],
+    ids=["free", "padding", "bools", "floats"],
+)
 @pytest.mark.parametrize("options", [dict(bias=False), dict(kdim=3, vdim=4), dict()])
-def test_one_sequence_other_widths_no_bias(options: dict[str, Any]) -> None:
+def test_one_sequence_other_widths_no_bias(
+    options: dict[str, Any], mask: dict[str, Tensor]
+) -> None:
     host = attention(**options)
     q = random_input(LENGTH, WIDTH)
     k = random_input(7, options.get("kdim", WIDTH), seed=2)
     v = random_input(7, options.get("vdim", WIDTH), seed=3)
-    for ours, expected in zip(OpenAttention(host)(q, k, v), host(q, k, v), strict=True):
-        assert relative_error(ours, expected) < 1e-12
+    expected = host(q, k, v, **mask)
+    for ours, theirs in zip(OpenAttention(host)(q, k, v, **mask), expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_is_that_of_torch_and_in_training_alone(need_weights: bool) -> None:
+    host = attention(dropout=0.5, batch_first=True)
+    x = random_input(BATCH, LENGTH, WIDTH)
+    found = []
+    for module in (host, OpenAttention(host)):
+        for training in (True, False):
+            torch.manual_seed(3)
+            y, weights = module.train(training)(x, x, x, need_weights=need_weights)
+            found.append((y, y if weights is None else weights))
+    for ours, theirs in zip(found[2:], found[:2], strict=True):
+        assert relative_error(ours[0], theirs[0]) < 1e-12
+        assert relative_error(ours[1], theirs[1]) < 1e-12
+    assert relative_error(found[2][0], found[3][0]) > 0.1
 
 
 def test_coded_projections_are_read_literally() -> None:
@@ -166,6 +196,40 @@ def test_what_the_rest_of_attention_learns_stays() -> None:
     assert not torch.equal(trained, before["attn.in_proj_weight"][2 * WIDTH :])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_rest_of_opened_attention_stays_frozen_and_in_its_mode(training: bool) -> None:
+    model = nn.ModuleDict({"attn": attention()}).requires_grad_(False).train(training)
+    host = model["attn"]
+    inject(model, CONFIG, "k_proj")
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.startswith("attn.k_proj."), name
+    assert {module.training for module in model.modules()} == {training}
+    model.train(not training)
+    eject(model)
+    assert model["attn"] is host
+    assert {module.training for module in model.modules()} == {not training}
+
+
+def test_attention_follows_to_another_type() -> None:
+    model = nn.ModuleDict({"attn": attention()})
+    inject(model, CONFIG, "k_proj")
+    model.float()
+    eject(model)
+    x = torch.randn(LENGTH, WIDTH)
+    assert model["attn"](x, x, x)[0].dtype == torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_shared_attention_stays_shared() -> None:
+    host = attention()
+    model = nn.ModuleDict({"one": host, "other": host})
+    names = inject(model, CONFIG, "one.q_proj")
+    assert names == ["one.q_proj", "other.q_proj"]
+    assert isinstance(model["one"], OpenAttention) and model["one"] is model["other"]
+    assert eject(model) == names
+    assert model["one"] is model["other"] is host
+
+
 def test_encoders_work_with_a_padding_mask_in_eval_mode() -> None:
     model = host().eval()
     x = torch.randn(2, 1, 7, 7)
@@ -176,6 +240,45 @@ def test_encoders_work_with_a_padding_mask_in_eval_mode() -> None:
         masked, free = model(x, padding), model(x)
     assert torch.allclose(masked[1], free[1], atol=1e-6)
     assert not torch.allclose(masked[0], free[0], atol=1e-6)
+
+
+class Doubled(nn.MultiheadAttention):
+    """Not what its weights alone say."""
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        y, weights = super().forward(*arguments, **options)
+        return 2 * y, weights
+
+
+def hooked(part: str) -> nn.Module:
+    host = attention()
+    host.get_submodule(part).register_forward_hook(lambda _module, _inputs, y: y)
+    return host
+
+
+def parametrized() -> nn.Module:
+    host = attention()
+    nn.utils.parametrize.register_parametrization(host.out_proj, "weight", nn.Identity())
+    return host
+
+
+CLOSED: dict[str, Callable[[], nn.Module]] = {
+    "a bias of keys": lambda: attention(add_bias_kv=True),
+    "a key of zeros": lambda: attention(add_zero_attn=True),
+    "another class": lambda: Doubled(WIDTH, HEADS),
+    "a hook": lambda: hooked(""),
+    "a hook of a part": lambda: hooked("out_proj"),
+    "a weight that is computed": parametrized,
+}
+
+
+@pytest.mark.parametrize("kind", CLOSED)
+def test_attention_with_more_than_its_four_projections_is_not_opened(kind: str) -> None:
+    host = CLOSED[kind]()
+    model = nn.ModuleDict({"attn": host})
+    with pytest.raises(ValueError, match="none that can be replaced"):
+        inject(model, CONFIG, "q_proj")
+    assert model["attn"] is host
 
 
 def test_attention_that_cannot_be_opened_is_left_alone() -> None:
