@@ -19,7 +19,7 @@ from ncrl.agents.atari.video import Moment, check_path, view_heads, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
 from ncrl.envs import ROOM_ADDRESS, AtariFactory, AtariPlayer
 from ncrl.sb3 import Latent
-from ncrl.settings import configure, shown
+from ncrl.settings import configure, require_range
 from ncrl.shell.hardware import choose_device
 from ncrl.shell.screen import Screen
 
@@ -44,8 +44,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
             f"(allowed: {', '.join(sorted(allowed))})"
         )
     episodes = 10 if modes["episodes"] is None else modes["episodes"]
-    if not 1 <= episodes <= MOST_EPISODES:
-        raise ValueError(f"episodes must lie in 1 .. {MOST_EPISODES}, got {shown(episodes)}")
+    require_range("episodes", episodes, 1, MOST_EPISODES)
     config = configure(flags, stored_config(path), "the flags")
     choose_device(config.device)
     if modes["video"] is not None:

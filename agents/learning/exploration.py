@@ -43,6 +43,9 @@ that at which the bonus leads on. A batch that is smaller makes one step."""
 GAMES_OF_WHOLE_BATCH = 32
 """Up to so many games the predictor learns from every timestep; with more, from half of them."""
 
+OPTIONS = ("warmup_timesteps", "reach", "capacity")
+"""Options of `Exploration` that users may give; all others go to the source."""
+
 
 class RunningScale(nn.Module):
     """Centres a stream of bonuses and divides it by the deviation of its discounted return.
@@ -316,7 +319,3 @@ def make_exploration(
             f"IntrinsicReward, got {intrinsic_reward!r}"
         )
     return Exploration(source, **arguments, **own)
-
-
-OPTIONS = ("warmup_timesteps", "reach", "capacity")
-"""Options of `Exploration` that users may give; all others go to the source."""

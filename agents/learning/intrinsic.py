@@ -28,6 +28,9 @@ from ncrl.settings import suggest
 CLIP = 5.0
 """Limit on standardised observations (Burda et al. 2018)."""
 
+ENCODERS = ("a3c", "nature")
+"""Those of `ncrl.networks.SIZES` that a distillation can have: they end in a linear layer."""
+
 
 class IntrinsicReward(nn.Module, ABC):
     """A source of intrinsic reward. Its state is its `state_dict`, so that it can be saved.
@@ -351,10 +354,6 @@ def _network(view: ObservationView, encoder: str) -> nn.Sequential:
         ) from error
     layers.append(nn.Linear(flat, features))
     return nn.Sequential(*map(_orthogonal, layers))
-
-
-ENCODERS = ("a3c", "nature")
-"""Those of `ncrl.networks.SIZES` that a distillation can have: they end in a linear layer."""
 
 
 def _orthogonal(layer: nn.Module) -> nn.Module:
