@@ -435,7 +435,7 @@ def test_levels_of_pictures_and_of_vectors() -> None:
 DICT = spaces.Dict({"eye": VECTOR, "ear": VECTOR})
 
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "unknown name": ("rdn", VECTOR, {}, "'rdn'", "mean 'rnd'"),
+    "unknown name": ("rdn", VECTOR, {}, "'rdn'", "nearest: rnd"),
     "unknown option": ("rnd", VECTOR, {"learning_rat": 1}, "'rnd'", "learning_rat"),
     "option of another": ("count", VECTOR, {"encoder": "a3c"}, "'count'", "encoder"),
     "proportion of 0": ("rnd", VECTOR, {"update_proportion": 0}, "update_proportion", "0"),
@@ -444,7 +444,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "learning rate inf": ("snd", VECTOR, {"learning_rate": math.inf}, "learning_rate", "inf"),
     "learning rate NaN": ("rnd", VECTOR, {"learning_rate": math.nan}, "learning_rate", "nan"),
     "learning rate a word": ("rnd", VECTOR, {"learning_rate": "fast"}, "'rnd'", "str"),
-    "unknown encoder": ("rnd", image(1), {"encoder": "natur"}, "natur", "mean 'nature'"),
+    "unknown encoder": ("rnd", image(1), {"encoder": "natur"}, "natur", "nearest: nature"),
     "small images": ("rnd", image(1, 16), {}, "16x16", "84x84"),
     "small images for nature": ("snd", image(1, 30), {"encoder": "nature"}, "30x30", "'nature'"),
     "Dict, rnd": ("rnd", DICT, {}, "Dict", "eye", "intrinsic_reward=None"),
