@@ -127,7 +127,7 @@ def test_a_peer_is_stopped_once_its_reports_gave_a_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    peer = importlib.import_module("sample_factory")
+    peer = importlib.import_module("against_sample_factory")
     reports = "for n in 0 400 800 4000; do echo Total num frames: $n. Lag: 1; sleep 0.1; done"
     python = fake_python(tmp_path, f"echo $$ > {tmp_path}/pid; {reports}; sleep 600")
     assert peer.sample_factory(python, 4, 0.15) > 0
@@ -139,6 +139,6 @@ def test_a_peer_that_ends_without_a_rate_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    peer = importlib.import_module("sample_factory")
+    peer = importlib.import_module("against_sample_factory")
     with pytest.raises(RuntimeError, match="No module named"):
         peer.sample_factory(fake_python(tmp_path, "echo No module named sf_examples"), 4, 0.1)

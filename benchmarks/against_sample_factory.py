@@ -3,7 +3,7 @@
 Sample Factory 2.1.1 needs numpy 1 and gymnasium 0.29, so it lives in an environment of its own:
 
 python3 -m venv sf && sf/bin/pip install 'sample-factory[atari]==2.1.1' torch==2.13.0
-python benchmarks/sample_factory.py --python sf/bin/python
+python benchmarks/against_sample_factory.py --python sf/bin/python
 
 Both learn Pong from single frames with the encoder `nature`, an LSTM of 512, T = 20 and one epoch
 per batch. Each plays it as its own users do: ours with ale-py's vector environment, theirs with
