@@ -2,7 +2,7 @@
 
 python benchmarks/curves.py keep runs/Pong-1 results/atari/pong_linear_10.csv
 python benchmarks/curves.py table results/atari/pong_*.csv --reach 15
-python benchmarks/curves.py scores results/atari/*.csv atari.png
+python benchmarks/curves.py scores results/atari/pong_*.csv pong.png
 python benchmarks/curves.py bonus results/montezuma/*_seed_*.csv montezuma.png
 """
 
