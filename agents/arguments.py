@@ -19,7 +19,7 @@ from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing import sizes
 from ncrl.agents.playing.env_sources import EnvFactory, meaning
 from ncrl.sb3 import EnginePolicy
-from ncrl.settings import check
+from ncrl.settings import check, require_range
 
 ACTION_SPACES = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
 
@@ -28,8 +28,7 @@ def check_numbers(
     objective: Objective, n_steps: int, max_grad_norm: Any, learning_rate: Any
 ) -> None:
     """Raise ValueError for the first number that is out of range."""
-    if n_steps < 1:
-        raise ValueError(f"n_steps must lie in 1 .. inf, got {n_steps}")
+    require_range("n_steps", n_steps, 1, math.inf)
     clip = objective.reward_clip
     if clip is not None and not (isinstance(clip, Real) and 0 < float(clip) < math.inf):
         raise ValueError(f"reward_clip must be a positive number, None or 'env', got {clip!r}")

@@ -208,6 +208,11 @@ def game_options(factory: AtariFactory) -> dict[str, Any]:
     }
 
 
+def life_lost(before: Any, lives: Any) -> Any:
+    """Whether a count of lives, or each of an array, fell, but not to 0: see `AtariVecEnv`."""
+    return (lives > 0) & (lives < before)
+
+
 class AtariVecEnv(VecEnv):
     """Games of one `AtariFactory` as an SB3 vector environment.
 
@@ -300,7 +305,7 @@ class AtariVecEnv(VecEnv):
             self._scores[i] = self._lengths[i] = 0
         if self.factory.rules.life_ends_return:
             lives = info["lives"]
-            lost = ~dones & (lives > 0) & (lives < self._lives)
+            lost = ~dones & life_lost(self._lives, lives)
             self._lives = lives
             dones |= lost
             for i in np.flatnonzero(lost).tolist():

@@ -115,6 +115,13 @@ def test_gpu_says_why_an_update_is_not_captured(monkeypatch: pytest.MonkeyPatch)
         assert row[3] == "none: the learner is on cpu, not on CUDA"
 
 
+@pytest.mark.parametrize("name", ["growing_memory.py", "programs.py"])
+def test_what_goes_wrong_is_told_in_one_line(name: str) -> None:
+    done = run_script(name, "--data-dir", "/no/such/folder")
+    assert done.returncode == 2
+    assert done.stderr == f"{name}: --data-dir must be a folder: /no/such/folder does not exist\n"
+
+
 def fake_python(folder: Path, script: str) -> Path:
     """An executable that does the same whatever it is given."""
     path = folder / "python"

@@ -1,6 +1,5 @@
 """The controls of the growing memory do what their names say."""
 
-import runpy
 import sys
 from pathlib import Path
 
@@ -90,16 +89,3 @@ def test_two_tasks_come_back_with_few_images_and_are_measured_before_and_after()
     found = experiment.evaluate()
     assert (found["before"], found["after"]) == (85, 55)
     assert (found["others_before"], found["others"]) == (70, 65)
-
-
-def test_what_goes_wrong_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["growing_memory.py", "--data-dir", "/no/such/folder"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(study.__file__), run_name="__main__")
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert (
-        error == "growing_memory.py: --data-dir must be a folder: /no/such/folder does not exist\n"
-    )

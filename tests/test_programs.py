@@ -1,7 +1,6 @@
 """The study of programs measures what it says, and its levers do what their names say."""
 
 import math
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,14 +135,3 @@ def test_a_row_of_actions_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(row.curve) == 8 and row.recipe["learning_rate"] == 0.01
     assert row.metrics["accuracy"] == pytest.approx(sum(p["accuracy"] for p in row.curve) / 8)
     assert 0 <= row.metrics["bits"] <= row.metrics["best_bits"] <= math.log2(18) + 1e-6
-
-
-def test_what_goes_wrong_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["programs.py", "--data-dir", "/no/such/folder"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(study.__file__), run_name="__main__")
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert error == "programs.py: --data-dir must be a folder: /no/such/folder does not exist\n"

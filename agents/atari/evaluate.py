@@ -18,6 +18,7 @@ from ncrl.agents.atari.train import build_model
 from ncrl.agents.atari.video import Moment, check_path, view_heads, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
 from ncrl.envs import ROOM_ADDRESS, AtariFactory, AtariPlayer
+from ncrl.envs.atari import life_lost
 from ncrl.sb3 import Latent
 from ncrl.settings import configure, require_range
 from ncrl.shell.hardware import choose_device
@@ -162,9 +163,9 @@ def play(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[De
         action = int(distribution.get_actions(deterministic=deterministic))
         yield Decision(images, latent, distribution, action)
         obs, _, game_over, remaining = player.step(action)
-        # As `AtariVecEnv` does in training, where a lost life starts the LSTM anew.
-        life_lost = player.factory.rules.life_ends_return and 0 < remaining < lives
-        starts = torch.full_like(starts, life_lost)
+        # As in training, where the LSTM starts anew when the return is cut.
+        is_cut = player.factory.rules.life_ends_return and life_lost(lives, remaining)
+        starts = torch.full_like(starts, is_cut)
         lives = remaining
 
 

@@ -159,16 +159,17 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         return failed(f"{type(error).__name__}: {error}")
     assert model.env is not None
     model.env.close()
+    code = failed(str(lost_workers)) if lost_workers else signals.exit_code
     if not model.num_timesteps:
         screen.line("stopped before the first timestep; nothing was kept")
-    elif not saved:
+        return code
+    if not saved:
         return failed(f"the last checkpoint could not be written to {run.path}")
-    else:
-        screen.line(
-            f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
-            f"{resume_line(run.path)}"
-        )
-    return failed(str(lost_workers)) if lost_workers else signals.exit_code
+    screen.line(
+        f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
+        f"{resume_line(run.path)}"
+    )
+    return code
 
 
 def _play_on(

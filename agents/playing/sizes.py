@@ -56,8 +56,8 @@ def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> in
     """4, on a GPU a quarter of all games but at most 24, or what next below divides them.
 
     4 games make four times the updates of 16 in 20 % more time (docs/lab_notes.md), but leave a GPU
-    idle. With an intrinsic reward half of all games but at most 32: it rewards
-    every timestep, and small updates follow its noise (results/montezuma.md).
+    idle. With an intrinsic reward half of all games but at most 32: it rewards every timestep, and
+    small updates follow its noise (results/montezuma.md).
     """
     if explores:
         wanted = min(32, max(SMALL_UPDATE, games // 2))
