@@ -70,10 +70,11 @@ def returns_to_last_score(rewards: Tensor, dones: Tensor, gamma: float) -> Tenso
 
 
 def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstration | None:
-    """What led to the last score of successive rollouts of one game, in whole windows.
+    """What led to the last score of successive rollouts of one environment, in whole windows.
 
-    Windows have the T + 1 observations of a rollout. What an end of the game separates from the
-    score did not lead to it; one window there is at least. None where losses outweigh the score.
+    Windows have the T + 1 observations of a rollout. What an end of a game separates from the
+    score did not lead to it, and has a return of 0 where it fills up the one window that there is
+    at least. None where losses outweigh the score.
     """
     rewards, dones, actions = (
         torch.cat([getattr(rollout, name)[:, 0] for rollout in rollouts])
@@ -88,8 +89,10 @@ def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstratio
     led = (returns > 0).nonzero().flatten()
     if not len(led):
         return None
+    ends = dones[: led[-1]].nonzero().flatten()
+    returns[: int(ends[-1]) + 1 if len(ends) else 0] = 0  # an earlier game has its own
     # Rows of observations; the last is behind the score.
-    first, last = int(led[0]), int(led[-1]) + 1
+    first, last = int((returns > 0).nonzero()[0]), int(led[-1]) + 1
     last = min(len(returns), max(last, first + width - 1))
     first = min(first, last + 1 - width)
     first += (last + 1 - first) % width

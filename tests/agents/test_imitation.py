@@ -119,8 +119,8 @@ def test_what_led_to_a_score_is_kept_and_ends_with_it() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
-    """Against a literal reading: of the timesteps whose rewards to come are positive the last ones,
-    in whole windows; fewer than one window are filled up with what is around them."""
+    """Against a literal reading: of the last game's timesteps whose rewards to come are positive
+    the last ones, in whole windows; fewer than one window are filled up with what is around."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(below: int) -> int:
@@ -138,12 +138,14 @@ def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
     rewards = [r for rollout in rollouts for r in rollout.rewards[:, 0].tolist()]
     dones = [d for rollout in rollouts for d in rollout.dones[:, 0].tolist()]
     returns = returns_reference(rewards, dones, 0.5)
+    last = max(t for t in range(len(returns)) if returns[t] > 0)
+    returns = [0.0 if any(dones[t:last]) else returns[t] for t in range(len(returns))]
     led = [t for t in range(len(returns)) if returns[t] > 0]
     count = max(1, (led[-1] - led[0] + 2) // (T + 1)) * (T + 1) - 1
     assert len(kept.obs) == len(kept.episode_start) == count + 1
     assert len(kept.actions) == len(kept.returns) == count
     first = max(0, min(led[-1] + 1 - count, len(returns) - count))
-    if count == T:
+    if led[-1] - led[0] + 1 < T:
         starts = [
             t for t in range(len(returns) - T + 1) if returns[t : t + T] == kept.returns.tolist()
         ]
@@ -200,6 +202,15 @@ def test_a_score_of_the_game_before_is_not_read_again() -> None:
     memory = memory_of(reach=5)
     play(memory, rollout_of(1, SCORE, starts=True), rollout_of(2, ends=[1]), rollout_of(3, SCORE))
     assert [names_of(kept) for kept in kept_by(memory)] == [[1], [2, 3]]
+
+
+def test_a_score_and_an_end_in_one_rollout_are_no_part_of_the_next_game() -> None:
+    memory = memory_of(reach=5)
+    both = rollout_of(1, (0, 1, 0, 0), ends=[2], starts=True)
+    play(memory, both, rollout_of(2), rollout_of(3), rollout_of(4, SCORE))
+    _, later = kept_by(memory)
+    assert names_of(later) == [2, 3, 4] and len(later.obs) == 2 * (T + 1)
+    assert later.returns.tolist() == [0.5**k for k in range(8, -1, -1)]
 
 
 def test_games_that_start_anew_lead_to_nothing() -> None:
