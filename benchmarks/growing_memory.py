@@ -38,6 +38,9 @@ RECIPES = read_recipes(CONFIGS / "split_mnist.yaml")
 SIZES = (5, 20, 50)
 """Slots for each task, beside the recipe's 100."""
 
+NUM_CHANGES = 10
+"""Tasks of all digits, each changed in its own way."""
+
 STEP = 15.0
 """Degrees by which each of ten tasks of all digits is turned further than the one before."""
 
@@ -154,30 +157,56 @@ def returning(tasks: list[Task]) -> list[Task]:
     return [*tasks, *again]
 
 
-def turned(data: Images, count: int = 10) -> list[Task]:
-    """Tasks of all digits, each time other ones, turned a little further."""
+def ten_tasks(data: Images, change: Callable[[Tensor, int], Tensor]) -> list[Task]:
+    """Tasks of all digits, each time other images, changed by the task's number."""
     tasks = []
-    for number in range(count):
-        angle = math.radians(STEP * number)
-        cos, sin = math.cos(angle), math.sin(angle)
-        turn = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]])
+    for number in range(NUM_CHANGES):
         parts: list[Tensor] = []
         for images, labels in (
             (data.train_images, data.train_labels),
             (data.test_images, data.test_labels),
         ):
-            own = slice(number * len(images) // count, (number + 1) * len(images) // count)
-            some = images[own].float()
-            grid = F.affine_grid(turn.expand(len(some), 2, 3), list(some.shape), False)
-            turned_images = F.grid_sample(some, grid, align_corners=False)
-            parts += [prepare(turned_images), labels[own]]
+            first, behind = (n * len(images) // NUM_CHANGES for n in (number, number + 1))
+            parts += [prepare(change(images[first:behind], number)), labels[first:behind]]
         tasks.append(Task(*parts))
     return tasks
+
+
+def turned(images: Tensor, number: int) -> Tensor:
+    """Images [N, 1, side, side] turned by as many steps."""
+    angle = math.radians(STEP * number)
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False)
+
+
+def permuted(images: Tensor, number: int) -> Tensor:
+    """Images [N, 1, side, side] with their pixels in an order that belongs to the number."""
+    order = torch.randperm(images[0].numel(), generator=torch.Generator().manual_seed(number))
+    return images.flatten(1)[:, order].view_as(images)
 
 
 def at_once(tasks: list[Task]) -> list[Task]:
     """One task of all."""
     return [Task(*(torch.cat(parts) for parts in zip(*tasks, strict=True)))]
+
+
+ARRANGED: dict[str, Callable[[list[Task]], list[Task]]] = {
+    "replay": with_replay,
+    "all at once": at_once,
+    "returning": returning,
+}
+CHANGES = {"turned": turned, "permuted": permuted}
+
+
+def tasks_of(name: str, data: Images, count: int | None = None) -> list[Task]:
+    """Those of a run, of the first `count` images each."""
+    last = name.rpartition(", ")[2]
+    tasks = ten_tasks(data, CHANGES[last]) if last in CHANGES else split_tasks(data)
+    if count is not None:
+        tasks = fewer(tasks, count)
+    return ARRANGED[last](tasks) if last in ARRANGED else tasks
 
 
 def grow(num_slots: int = 100, num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
@@ -200,22 +229,29 @@ def plain(num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
     return replace(recipe, method="adam", network_options=options, **changes)
 
 
-Transform = Callable[[list[Task]], list[Task]]
+ROUTED = "rank 10 for each task, 100 keys"
 
-RUNS: dict[str, tuple[ContinualRecipe, Transform]] = {
-    "grow": (grow(), list),
-    **{f"grow, {size} slots": (grow(size), list) for size in SIZES},
-    "grow, no pull": (grow(penalty_coef=0.0), list),
-    "one memory, 100 slots": (grow(100), list),
-    "routed": (plain(note="rank 10 for each task, 100 keys"), list),
-    "mlp, replay": (plain(note=f"replay of {REPLAYED}"), with_replay),
-    "mlp, all at once": (plain(note="one task"), at_once),
-    "grow, 20 slots, returning": (grow(20), returning),
-    "routed, returning": (plain(note="rank 10 for each task, 100 keys"), returning),
-    "grow, 20 slots, turned": (grow(20, 10), list),
-    "routed, turned": (plain(10, note="rank 10 for each task, 100 keys"), list),
-    "one memory, 40 slots, turned": (grow(40, 10), list),
+RUNS: dict[str, ContinualRecipe] = {
+    "grow": grow(),
+    **{f"grow, {size} slots": grow(size) for size in SIZES},
+    "grow, no pull": grow(penalty_coef=0.0),
+    "one memory, 100 slots": grow(100),
+    "routed": plain(note=ROUTED),
+    "mlp, replay": plain(note=f"replay of {REPLAYED}"),
+    "mlp, all at once": plain(note="one task"),
+    "grow, 20 slots, returning": grow(20),
+    "routed, returning": plain(note=ROUTED),
+    **{
+        f"{run}, {change}": recipe
+        for change in CHANGES
+        for run, recipe in (
+            ("grow, 20 slots", grow(20, 10)),
+            ("routed", plain(10, note=ROUTED)),
+            ("one memory, 40 slots", grow(40, 10)),
+        )
+    },
 }
+"""By name, which ends with what is done to the tasks of two digits, or with a change of ten."""
 
 
 def make(name: str, recipe: ContinualRecipe, tasks: list[Task], seed: int) -> SplitLearning:
@@ -244,24 +280,20 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     data = load_mnist(flags.data_dir, download=False)
-    tasks = split_tasks(data)
     for seed in flags.seeds:
         for name in flags.only:
-            recipe, transform = RUNS[name]
-            is_turned = name.endswith("turned")
+            recipe, title = RUNS[name], name
             if flags.images:
-                name = f"{name}, {flags.images} images"
+                title += f", {flags.images} images"
                 updates = -(-flags.images // recipe.batch_size)
                 recipe = replace(recipe, epochs=-(-FEW_UPDATES // updates))
-            folder = flags.logdir / "growing_memory" / name.replace(", ", "-") / f"seed-{seed}"
+            folder = flags.logdir / "growing_memory" / title.replace(", ", "-") / f"seed-{seed}"
             os.makedirs(folder, exist_ok=True)
-            run = Run("growing_memory", name, recipe, seed, torch.device("cpu"), folder)
+            run = Run("growing_memory", title, recipe, seed, torch.device("cpu"), folder)
             row = run.result
             if row is None:
-                given = turned(data) if is_turned else tasks
-                if flags.images:
-                    given = fewer(given, flags.images)
-                row = train(run, make(name, recipe, transform(given), seed))
+                tasks = tasks_of(name, data, flags.images)
+                row = train(run, make(name, recipe, tasks, seed))
             print(row.line(), flush=True)
 
 

@@ -60,19 +60,51 @@ def test_one_memory_does_not_grow() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def ten_digits() -> Images:
+    pixels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(40)
+    return Images("x", "x", pixels, labels, pixels[:20], labels[:20], 40)
+
+
 def test_turned_tasks_share_no_image_and_the_first_is_upright(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(study, "STEP", 90.0)
-    pixels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8)
-    labels = torch.arange(40)
-    data = Images("x", "x", pixels, labels, pixels[:20], labels[:20], 40)
-    first, second, *_ = study.turned(data, 4)
-    assert torch.equal(first.labels, labels[:10]) and torch.equal(second.labels, labels[10:20])
-    assert torch.equal(second.test_labels, labels[5:10])
-    torch.testing.assert_close(first.images, prepare(pixels[:10]), atol=1e-4, rtol=0)
-    quarter = prepare(pixels[10:20].rot90(1, (2, 3)))
-    torch.testing.assert_close(second.images, quarter, atol=1e-3, rtol=0)
+    data = ten_digits()
+    first, second, *_ = study.tasks_of("routed, turned", data)
+    assert torch.equal(first.labels, data.train_labels[:4])
+    assert torch.equal(second.labels, data.train_labels[4:8])
+    assert torch.equal(second.test_labels, data.test_labels[2:4])
+    upright, quarter = data.train_images[:4], data.train_images[4:8].rot90(1, (2, 3))
+    torch.testing.assert_close(first.images, prepare(upright), atol=1e-4, rtol=0)
+    torch.testing.assert_close(second.images, prepare(quarter), atol=1e-3, rtol=0)
+
+
+def test_permuted_tasks_have_one_order_of_pixels_each() -> None:
+    data = ten_digits()
+    tasks = study.tasks_of("routed, permuted", data)
+    again = study.tasks_of("routed, permuted", data)
+    orders = set()
+    for number, (task, same) in enumerate(zip(tasks, again, strict=True)):
+        assert torch.equal(task.images, same.images)
+        assert torch.equal(task.test_labels, data.test_labels[2 * number : 2 * number + 2])
+        originals = data.train_images[4 * number : 4 * number + 4].flatten(1)
+        shown = task.images.view(-1, 32, 32)[:, 2:-2, 2:-2].flatten(1)
+        values = prepare(originals.view(-1, 1, 28, 28)).view(-1, 32, 32)[:, 2:-2, 2:-2].flatten(1)
+        # Four images tell nearly all pixels apart.
+        where = {tuple(column): i for i, column in enumerate(values.T.tolist())}
+        orders.add(tuple(where[tuple(column)] for column in shown.T.tolist()))
+    assert len(orders) == 10
+    assert all(len(set(order)) > 780 for order in orders)
+
+
+def test_few_images_are_taken_before_tasks_are_arranged() -> None:
+    data = ten_digits()._replace(train_labels=torch.arange(40) % 10, num_classes=10)
+    data = data._replace(test_labels=data.train_labels[:20])
+    few = study.tasks_of("routed", data, 3)
+    assert [len(task.images) for task in few] == [3] * 5
+    returned = study.tasks_of("routed, returning", data, 3)
+    assert [len(task.images) for task in returned] == [3] * 5 + [3 * study.TIMES] * 2
 
 
 def test_two_tasks_come_back_with_few_images_and_are_measured_before_and_after() -> None:
