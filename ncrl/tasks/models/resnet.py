@@ -90,12 +90,13 @@ def resnet_mlp(
     hidden: Sequence[int] = (500, 500, 500),
     num_tasks: int = 1,
     hidden_rank: int | None = None,
+    context: bool = False,
     coded: Coded = PLAIN,
 ) -> nn.Module:
     """The parts of split CIFAR's network, to be counted: a ResNet-18, and the `SplitMlp` that reads
     its 1000 outputs (paper, section 4.4). The command trains the second on features of the first.
     """
     backbone = ResNet18()
-    options: Any = {"num_tasks": num_tasks, "hidden_rank": hidden_rank, "coded": coded}
-    classify = SplitMlp(backbone.num_outputs, hidden, num_outputs, **options)
+    options: Any = {"num_tasks": num_tasks, "hidden_rank": hidden_rank, "context": context}
+    classify = SplitMlp(backbone.num_outputs, hidden, num_outputs, coded=coded, **options)
     return nn.ModuleDict({"backbone": backbone, "classify": classify})

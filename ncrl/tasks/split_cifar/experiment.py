@@ -24,7 +24,7 @@ from ncrl.tasks.command import (
     run_command,
     task_parser,
 )
-from ncrl.tasks.continual.methods import METHODS
+from ncrl.tasks.continual.methods import METHODS, make_method
 from ncrl.tasks.continual.split import class_tasks, method_changes, says_length
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.formats import CIFAR_SIDE
@@ -216,7 +216,8 @@ def classifier_recipe(
     )
     if recipe.epochs is None:
         raise ValueError(f"{base.name}: the recipe has to say how many epochs each task takes")
-    outline_network(recipe)  # what does not fit is said before hours of features
+    # What does not fit is said before hours of features.
+    make_method(method, outline_network(recipe), changes["penalty_coef"])
     return NamedRecipe(name, recipe, base.labels)
 
 

@@ -277,6 +277,18 @@ def test_the_backbone_is_trained_once_and_said(tmp_path: Path, capsys: Any) -> N
     assert output.count("finished before") == 1 and "seed 1" in output
 
 
+def test_a_memory_that_grows_gives_every_task_its_slots(tmp_path: Path) -> None:
+    options = ["num_slots=4", "num_heads=2", "key_dim=8"]
+    words = ["--variant", "grow", *SMALL, "--layer-options", *options, "--logdir", str(tmp_path)]
+    assert main(words) == 0
+    (row,) = read_results(tmp_path)
+    assert row.name.startswith("5x2 grow grow")
+    assert len(row.details["top_slots"]) > 0
+    # u, v and s of 4 slots and their keys of 2 heads, five times, in three layers and five heads.
+    sizes = [(240, 8), (8, 8), (8, 8), *[(8, 2)] * 5]
+    assert row.parameters == 5 * sum(4 * (a + b + 1 + 2 * 8) for a, b in sizes)
+
+
 def write_cifar100(folder: Path) -> None:
     """CIFAR-100's python version, two training images and a test image of every class."""
     place = folder / "cifar-100-python"
@@ -313,6 +325,7 @@ BAD_INPUT = {
     "classes": (["--classes", "20"], "--classes takes 10 or 100, got 20"),
     "no CIFAR-100": (["--classes", "100"], "CIFAR-100 needs --data-dir"),
     "method": (["--method", "sii"], "got 'sii'; nearest: si"),
+    "growth": (["--variant", "tuned", "--method", "grow"], "method grow needs slots in place of"),
     "variant": (["--variant", "tunned"], "nearest: tuned"),
     "backbone as variant": (["--variant", "backbone"], "network resnet18, expected resnet_mlp"),
     "config": (["--config", "cifar_lenet"], "has no variant 'backbone'; give --backbone FILE"),
