@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -321,6 +322,19 @@ def test_files_of_a_run(serial_run: Run) -> None:
     model = A3C.load(serial_run.path / "best_model.zip", device="cpu")
     obs = config_module.make_factory(RunConfig(env="Klax"))(2, 0).reset()
     assert model.predict(obs)[0].shape == (2,)
+
+
+def test_a_game_is_cut_short_where_the_flag_says() -> None:
+    env = config_module.make_factory(RunConfig(env="Klax", game_frames=80))(1, 0)
+    env.reset()
+    ends = []
+    for timestep in range(1, 41):
+        env.step_async(np.zeros(1, dtype=np.int64))
+        _, _, dones, infos = env.step_wait()
+        if dones[0]:
+            assert infos[0]["TimeLimit.truncated"]
+            ends.append(timestep)
+    assert ends == [20, 40]
 
 
 def test_the_configuration_of_a_run(serial_run: Run) -> None:

@@ -61,6 +61,9 @@ class RunConfig:
         "minimal actions, a lost life cuts the return",
         choices=("machado", "classic"),
     )
+    game_frames: int = setting(
+        108_000, "frames after which a game is cut short; 108,000: 30 minutes", low=1, high=10**9
+    )
     frames: int = setting(10_000_000, "emulator frames in all, 4 per timestep", low=1, high=10**12)
     seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
     device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
@@ -231,7 +234,12 @@ def stored_config(run: Path) -> RunConfig:
 
 def make_factory(config: RunConfig) -> AtariFactory:
     """The game under its protocol."""
-    return atari(config.env, protocol=config.protocol, stack=config.stack)
+    return atari(
+        config.env,
+        protocol=config.protocol,
+        stack=config.stack,
+        max_frames=config.game_frames,
+    )
 
 
 def camel_case(game: str) -> str:
