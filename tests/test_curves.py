@@ -88,6 +88,12 @@ def test_the_numbers_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[3] == "| Pong | neurocoder | 7 | 4.0 | 0.0 (one seed) | 0.0 | never |"
 
 
+def test_lengths_of_runs_are_in_the_order_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = {0: Curve([10_000_000], [1.0]), 1: Curve([9_800_000], [1.0])}
+    print_table({("Pong", "linear"): seeds}, None)
+    assert "| 9.8 to 10.0 |" in capsys.readouterr().out
+
+
 def test_a_score_is_reached_when_a_curve_first_has_it() -> None:
     swinging = Curve([1e6, 2e6, 3e6, 4e6], [0, 15, 3, 20])
     assert [*frames_to([swinging], 15)] == ["2.00"]
