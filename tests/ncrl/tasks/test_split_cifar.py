@@ -17,6 +17,7 @@ from ncrl.tasks.experiment import mutual_information
 from ncrl.tasks.models import SplitMlp
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results
+from ncrl.tasks.split_cifar import features
 from ncrl.tasks.split_cifar.experiment import CONFIG, classifier_recipe, main
 from ncrl.tasks.split_cifar.features import (
     SLOT_STEPS,
@@ -171,6 +172,46 @@ def test_top_slots_are_those_of_the_training_steps(tmp_path: Path) -> None:
     diagonal = np.diag(row.details["accuracy"])
     # Three classes: halfway between chance and 100 is 66.7.
     assert row.metrics["failed_tasks"] == (diagonal < 200 / 3).sum()
+
+
+GROWING = {
+    **{"num_slots": 3, "num_heads": 2, "key_dim": 4, "num_least_used": 0, "sharpness": 20.0},
+    **{"controller": "projection", "residual": False, "bias": False},
+}
+
+
+def grown_recipe() -> ContinualRecipe:
+    options = {**small_recipe().network_options, "context": True}
+    changes = {"layer_options": GROWING, "network_options": options, "orth_coef": 0.0}
+    return small_recipe(method="grow", penalty_coef=1.0, **changes)
+
+
+def test_a_memory_that_grows_is_looked_at_before_it_has_slots_of_the_next_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def look(model: SplitMlp, x: torch.Tensor) -> list[torch.Tensor]:
+        found = hidden_attention(model, x)
+        sizes.append([weights.shape[1] for weights in found])
+        return found
+
+    monkeypatch.setattr(features, "hidden_attention", look)
+    run(make(grown_recipe()), tmp_path)
+    # Updates of tasks of 3, 3 and 2 batches, two epochs; what follows are looks at the end.
+    assert sizes[:16] == [[3, 3]] * 6 + [[6, 6]] * 6 + [[9, 9]] * 4
+
+
+def test_the_figure_of_slots_shows_all_that_have_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = run(make(grown_recipe()), tmp_path)
+    figures: list[Any] = []
+    monkeypatch.setattr(features, "save_figure", lambda figure, _path: figures.append(figure))
+    features.draw_slots(tmp_path / "slots.png", [row])
+    for axes in figures[0].axes:
+        low, high = axes.get_ylim()
+        assert low < 0 and high > 8
 
 
 def test_attention_of_hidden_layers_is_the_mean_over_components() -> None:
