@@ -161,6 +161,8 @@ class SplitLearning(Experiment):
         # Per cent, [T trained, T tested].
         self.accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
         self.method = make_method(recipe.method or "adam", model, recipe.penalty_coef or 0.0)
+        if isinstance(self.method, Grow) and recipe.scenario == "task":
+            self.method.heads = list(model.heads)
         self.method.begin_task(images, None)
         if recipe.fisher_orthogonality and isinstance(self.method, OnlineEwc):
             self.method.extra_loss = self.orthogonality

@@ -325,9 +325,10 @@ def test_a_memory_that_grows_gives_every_task_its_slots(tmp_path: Path) -> None:
     (row,) = read_results(tmp_path)
     assert row.name.startswith("5x2 grow grow")
     assert len(row.details["top_slots"]) > 0
-    # u, v and s of 4 slots and their keys of 2 heads, five times, in three layers and five heads.
-    sizes = [(240, 8), (8, 8), (8, 8), *[(8, 2)] * 5]
-    assert row.parameters == 5 * sum(4 * (a + b + 1 + 2 * 8) for a, b in sizes)
+    # u, v and s of 4 slots and their keys of 2 heads: five times in three layers, once in each of
+    # the five output layers.
+    sizes = [*[(240, 8), (8, 8), (8, 8)] * 5, *[(8, 2)] * 5]
+    assert row.parameters == sum(4 * (a + b + 1 + 2 * 8) for a, b in sizes)
 
 
 def write_cifar100(folder: Path) -> None:
