@@ -98,7 +98,7 @@ def write_small(run: Path, out: Path) -> None:
     config = stored_config(run)
     settings = [str(getattr(config, name)) for name in SETTINGS]
     rows = read_rows(run / "progress.csv")
-    every = math.ceil(len(rows) / MOST_ROWS)
+    every = max(1, math.ceil(len(rows) / MOST_ROWS))
     kept = rows[::every] + (rows[-1:] if (len(rows) - 1) % every else [])
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:

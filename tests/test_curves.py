@@ -55,6 +55,10 @@ def test_the_small_file_says_whose_curve_it_is(tmp_path: Path) -> None:
     assert "train/policy_lag" not in rows[0] and rows[0]["int_value"] == ""
 
 
+def test_a_run_that_logged_nothing_has_no_rows(tmp_path: Path) -> None:
+    assert curves.read_rows(kept(tmp_path, 0, "")) == []
+
+
 @pytest.mark.parametrize("length", [1, 299, 300, 301, 899, 1000])
 def test_a_small_file_is_small_and_ends_where_the_run_does(tmp_path: Path, length: int) -> None:
     path = kept(tmp_path, 0, "".join(f"{400 * i},{i},1,1\n" for i in range(1, length + 1)))
