@@ -254,6 +254,7 @@ RUNS: dict[str, ContinualRecipe] = {
             ("grow, 20 slots", grow(20, 10)),
             ("routed", plain(10, note=ROUTED)),
             ("one memory, 40 slots", grow(40, 10)),
+            ("one memory, 200 slots", grow(200, 10)),  # as many as `grow` has in the end
         )
     },
 }

@@ -79,6 +79,15 @@ def test_one_memory_does_not_grow() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_a_memory_that_does_not_grow_is_offered_in_the_size_of_the_one_that_has_grown() -> None:
+    for change in study.CHANGES:
+        grown = study.RUNS[f"grow, 20 slots, {change}"]
+        slots = 20 * study.NUM_CHANGES
+        one = study.RUNS[f"one memory, {slots} slots, {change}"]
+        options = {**grown.layer_options, "num_slots": slots}
+        assert one == replace(grown, layer_options=options)
+
+
 def ten_digits() -> Images:
     pixels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8)
     labels = torch.arange(40)
