@@ -7,7 +7,7 @@ learning rate, and an optimiser that keeps its state from task to task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -51,16 +51,24 @@ def says_length(flags: Mapping[str, Any]) -> bool:
     return "epochs" in flags or "iterations" in flags
 
 
+def check_penalty_coef(flags: Mapping[str, Any], methods: Iterable[str]) -> None:
+    """Raise ValueError for the flag where no method has a penalty."""
+    if "penalty_coef" in flags and not any(method in COEFS["domain"] for method in methods):
+        raise ValueError(
+            f"--penalty-coef needs a method out of {', '.join(COEFS['domain'])}, "
+            f"got {', '.join(dict.fromkeys(methods))}"
+        )
+
+
 def method_changes(
     recipe: Recipe, scenario: str, method: str, flags: Mapping[str, Any], coef: float | None = None
 ) -> tuple[dict[str, Any], str]:
     """What a method changes in a recipe where flags do not, and its penalty's weight in words where
     it is not the usual one. `coef` comes before that of the recipe and Hsu et al.'s."""
     assert isinstance(recipe, ContinualRecipe)
-    usual = COEFS[scenario].get(method, 0.0)
-    if coef is None and method in COEFS[scenario]:
-        coef = recipe.penalty_coef
-    given = usual if coef is None else coef
+    given = usual = COEFS[scenario].get(method, 0.0)
+    if method in COEFS[scenario]:
+        given = next((c for c in (coef, recipe.penalty_coef) if c is not None), usual)
     changes: dict[str, Any] = {"scenario": scenario, "method": method, "penalty_coef": given}
     if method == "adagrad":
         changes |= {name: value for name, value in ADAGRAD.items() if name not in flags}

@@ -25,7 +25,12 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.continual.methods import METHODS, make_method
-from ncrl.tasks.continual.split import class_tasks, method_changes, says_length
+from ncrl.tasks.continual.split import (
+    check_penalty_coef,
+    class_tasks,
+    method_changes,
+    says_length,
+)
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.formats import CIFAR_SIDE
 from ncrl.tasks.models.resnet import ResNet18
@@ -94,6 +99,7 @@ def work(session: Session) -> None:
     source = backbone_source(flags)
     bases = session.recipes(CONFIG, default_variants=DEFAULT_VARIANTS)
     pairs = [(base, method) for base in bases for method in methods_of(base, flags)]
+    check_penalty_coef(flags, [method for _, method in pairs])
     num_classes = flags.get("classes", 10)
     if num_classes not in CLASSES_PER_TASK:
         raise ValueError(f"--classes takes 10 or 100, got {num_classes}")

@@ -266,6 +266,8 @@ def test_classifiers_have_the_heads_of_their_tasks() -> None:
     )
     assert named.name == "5x2 si printed penalty_coef=5"
     assert vars(named.recipe)["penalty_coef"] == 5
+    plain = classifier_recipe(base, "adam", {"penalty_coef": 5.0}, 10, 8)  # which has no penalty
+    assert plain == classifier_recipe(base, "adam", {}, 10, 8)
     static = classifier_recipe(
         NamedRecipe("split_cifar rank1", recipes["rank1"]), "adam", {}, 10, 8
     ).recipe
@@ -372,6 +374,7 @@ BAD_INPUT = {
     "backbone as variant": (["--variant", "backbone"], "network resnet18, expected resnet_mlp"),
     "config": (["--config", "cifar_lenet"], "has no variant 'backbone'; give --backbone FILE"),
     "coef": (["--method", "si", "--penalty-coef", "-1"], "penalty_coef must lie in 0 .. inf"),
+    "coef of what": (["--method", "adam", "--penalty-coef", "1"], "--penalty-coef needs a method"),
     "no file": (["--backbone", "/no/such.pth"], "/no/such.pth does not exist"),
     "folder": (["--backbone", "/"], "--backbone must be a file of weights: / is a folder"),
     "no weights": (["--backbone", __file__], "--backbone: cannot read"),
