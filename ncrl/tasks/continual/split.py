@@ -66,9 +66,10 @@ def method_changes(
     """What a method changes in a recipe where flags do not, and its penalty's weight in words where
     it is not the usual one. `coef` comes before that of the recipe and Hsu et al.'s."""
     assert isinstance(recipe, ContinualRecipe)
-    given = usual = COEFS[scenario].get(method, 0.0)
-    if method in COEFS[scenario]:
-        given = next((c for c in (coef, recipe.penalty_coef) if c is not None), usual)
+    usual = COEFS[scenario].get(method, 0.0)
+    if coef is None and method in COEFS[scenario]:
+        coef = recipe.penalty_coef
+    given = usual if coef is None else coef
     changes: dict[str, Any] = {"scenario": scenario, "method": method, "penalty_coef": given}
     if method == "adagrad":
         changes |= {name: value for name, value in ADAGRAD.items() if name not in flags}

@@ -26,6 +26,7 @@ from ncrl.tasks.command import (
 )
 from ncrl.tasks.continual.methods import METHODS, make_method
 from ncrl.tasks.continual.split import (
+    COEFS,
     check_penalty_coef,
     class_tasks,
     method_changes,
@@ -203,7 +204,7 @@ def classifier_recipe(
     epochs: int | None = None,
 ) -> NamedRecipe:
     """The recipe of the classifier behind a backbone, with a method."""
-    coef = flags.get("penalty_coef")
+    coef = flags.get("penalty_coef") if method in COEFS["task"] else None
     changes, coef_said = method_changes(base.recipe, "task", method, flags, coef)
     if epochs is not None:
         changes["epochs"] = epochs
