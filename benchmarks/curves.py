@@ -98,7 +98,7 @@ def write_small(run: Path, out: Path) -> None:
     config = stored_config(run)
     settings = [str(getattr(config, name)) for name in SETTINGS]
     rows = read_rows(run / "progress.csv")
-    every = math.ceil(len(rows) / MOST_ROWS)
+    every = max(1, math.ceil(len(rows) / MOST_ROWS))
     kept = rows[::every] + (rows[-1:] if (len(rows) - 1) % every else [])
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
@@ -136,13 +136,13 @@ def print_table(curves: Curves, reach: float | None) -> None:
     for (game, layer), seeds in curves.items():
         ends = [curve.scores[-1] for curve in seeds.values()]
         spread = f" ± {statistics.stdev(ends):.1f}" if len(ends) > 1 else " (one seed)"
-        frames = sorted({f"{curve.frames[-1] / 1e6:.1f}" for curve in seeds.values()})
+        frames = sorted(curve.frames[-1] / 1e6 for curve in seeds.values())
         reached = "" if reach is None else ", ".join(frames_to(seeds.values(), reach))
         print_row(
             game,
             layer,
             ", ".join(map(str, seeds)),
-            " to ".join(dict.fromkeys((frames[0], frames[-1]))),
+            " to ".join(dict.fromkeys(f"{frames[i]:.1f}" for i in (0, -1))),
             f"{statistics.fmean(ends):.1f}{spread}",
             ", ".join(f"{end:.1f}" for end in ends),
             *([reached] if more else []),

@@ -12,7 +12,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,12 @@ class Route(Method):
             sums.scatter_add_(1, nearest[..., None].expand_as(queries), queries)
             keys = torch.where(sums.any(2, keepdim=True), F.normalize(sums, dim=2), keys)
         model.keys[model.task, :, : keys.shape[1]] = keys
+
+    def state(self) -> dict[str, Any]:
+        return {"task": self.model.task}
+
+    def restore(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
+        self.model.task = state["task"]
 
 
 def fewer(tasks: list[Task], count: int) -> list[Task]:
@@ -248,6 +254,7 @@ RUNS: dict[str, ContinualRecipe] = {
             ("grow, 20 slots", grow(20, 10)),
             ("routed", plain(10, note=ROUTED)),
             ("one memory, 40 slots", grow(40, 10)),
+            ("one memory, 200 slots", grow(200, 10)),  # as many as `grow` has in the end
         )
     },
 }

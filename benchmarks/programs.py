@@ -199,6 +199,10 @@ class Digits(Classification):
         self.head = Head(setting, 784, 10)
         self.model = nn.Sequential(nn.Flatten(), self.head)
 
+    def loss(self, update: int) -> Tensor:
+        self.head.sharpen(update / self.num_updates)  # a resumed run has only its start
+        return super().loss(update)
+
     def after_update(self, update: int) -> None:
         self.head.sharpen((update + 1) / self.num_updates)
 

@@ -30,14 +30,14 @@ from ncrl.shell.hardware import keep_freed_memory
 from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import named_recipes
-from ncrl.tasks.continual.methods import METHODS, OnlineEwc
+from ncrl.tasks.continual.methods import OnlineEwc
 from ncrl.tasks.continual.split import SplitLearning, Task
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment
 from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.split_mnist.experiment import recipe_of
-from ncrl.tasks.split_mnist.tables import COLUMNS, Cell, Column
+from ncrl.tasks.split_mnist.tables import COLUMNS, METHODS, Cell, Column
 from ncrl.tasks.training import Run, Training, train
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ncrl.agents.playing.sizes import available_cores
+from ncrl.tasks.split_mnist.tables import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +68,17 @@ def test_tasks_prints_steps_and_targets() -> None:
     assert len(table_rows(done.stdout, "step of ")) == 2 and "nan" not in done.stdout
     done = run_script("tasks.py", "--only", "resnet")
     assert done.returncode == 2 and "CIFAR LeNet" in done.stderr
+
+
+def test_tasks_prints_runs_of_all_methods_of_the_tables() -> None:
+    tiny = ("--seconds", "0", "--epochs", "1", "--scale", "0.002", "--columns", "mlp", "rank 1")
+    done = run_script("tasks.py", "--only", "split", *tiny, "--runs")
+    assert done.returncode == 0, done.stderr
+    (header,) = table_rows(done.stdout, "whole run, s")
+    assert header.strip("| ").split(" | ")[1:] == list(METHODS)
+    for name in ("mlp", "rank 1"):
+        (row,) = table_rows(done.stdout, name)
+        assert len(row.strip("| ").split(" | ")) == 1 + len(METHODS)
 
 
 def test_layer_prints_ratios() -> None:

@@ -55,6 +55,10 @@ def test_the_small_file_says_whose_curve_it_is(tmp_path: Path) -> None:
     assert "train/policy_lag" not in rows[0] and rows[0]["int_value"] == ""
 
 
+def test_a_run_that_logged_nothing_has_no_rows(tmp_path: Path) -> None:
+    assert curves.read_rows(kept(tmp_path, 0, "")) == []
+
+
 @pytest.mark.parametrize("length", [1, 299, 300, 301, 899, 1000])
 def test_a_small_file_is_small_and_ends_where_the_run_does(tmp_path: Path, length: int) -> None:
     path = kept(tmp_path, 0, "".join(f"{400 * i},{i},1,1\n" for i in range(1, length + 1)))
@@ -86,6 +90,12 @@ def test_the_numbers_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         "| never, 0.80, 0.40 |"
     )
     assert lines[3] == "| Pong | neurocoder | 7 | 4.0 | 0.0 (one seed) | 0.0 | never |"
+
+
+def test_lengths_of_runs_are_in_the_order_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = {0: Curve([10_000_000], [1.0]), 1: Curve([9_800_000], [1.0])}
+    print_table({("Pong", "linear"): seeds}, None)
+    assert "| 9.8 to 10.0 |" in capsys.readouterr().out
 
 
 def test_a_score_is_reached_when_a_curve_first_has_it() -> None:

@@ -1,6 +1,7 @@
 """The controls of the growing memory do what their names say."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import growing_memory as study
 
 from ncrl.tasks.continual.split import Task, prepare
 from ncrl.tasks.data import Images
-from ncrl.tasks.training import make_optimizer
+from ncrl.tasks.training import Run, make_optimizer, train
+from tests.ncrl.tasks.continual.test_split import stop_after
 
 
 def tasks(count: int = 3, images: int = 250) -> list[Task]:
@@ -52,12 +54,38 @@ def test_an_image_gets_the_network_of_its_task() -> None:
     assert not any(p is model.keys for group in optimizer.param_groups for p in group["params"])
 
 
+def test_a_routed_run_that_was_killed_goes_on_with_the_network_of_its_task(tmp_path: Path) -> None:
+    recipe = replace(study.plain(), epochs=1)
+    given = [t._replace(labels=(t.images[:, 0] > t.images[:, 1]).long()) for t in tasks()]
+    rows = []
+    for stop in (None, 3):  # two updates for each of three tasks
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        run = Run("growing_memory", "routed", recipe, 0, torch.device("cpu"), folder)
+        if stop is not None:
+            experiment = study.make("routed", recipe, given, 0)
+            stop_after(experiment, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(run, experiment)
+        rows.append(train(run, study.make("routed", recipe, given, 0)))
+    assert rows[0].metrics == rows[1].metrics and rows[0].details == rows[1].details
+
+
 def test_one_memory_does_not_grow() -> None:
     experiment = study.make("one memory, 100 slots", study.grow(20), tasks(), 0)
     before = [p.clone() for p in experiment.model.parameters()]
     experiment.method.begin_task(tasks()[1].images, None)
     after = list(experiment.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_memory_that_does_not_grow_is_offered_in_the_size_of_the_one_that_has_grown() -> None:
+    for change in study.CHANGES:
+        grown = study.RUNS[f"grow, 20 slots, {change}"]
+        slots = 20 * study.NUM_CHANGES
+        one = study.RUNS[f"one memory, {slots} slots, {change}"]
+        options = {**grown.layer_options, "num_slots": slots}
+        assert one == replace(grown, layer_options=options)
 
 
 def ten_digits() -> Images:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import programs as study
 
 from ncrl import NeurocoderLinear
+from ncrl.tasks.data import Images
 from ncrl.tasks.recipes import count_parameters
 from ncrl.tasks.results import read_result
-from ncrl.tasks.training import Run
+from ncrl.tasks.training import Run, train
+from tests.ncrl.tasks.continual.test_split import stop_after
 
 
 def head(**levers: Any) -> study.Head:
@@ -123,6 +126,31 @@ def test_the_mlp_has_as_many_numbers() -> None:
             count_parameters(study.Head(study.SETTINGS[name], *sizes)) for name in ("chosen", "mlp")
         )
         assert abs(coded - mlp) <= (sum(sizes) + 1) / 2
+
+
+def test_a_run_that_was_killed_goes_on_with_the_sharpness_of_then(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(40, 1, 28, 28), torch.arange(40) % 10
+    data = Images("x", "x", images, labels, images, labels, 10)
+    setting = study.SETTINGS["chosen, rising"]
+    recipe = replace(study.recipe_of(setting, 0.01), batch_size=10, epochs=2)
+
+    def digits() -> study.Digits:
+        torch.manual_seed(0)
+        return study.Digits(setting, recipe, data, 0)
+
+    rows = []
+    for stop in (None, 5):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        run = Run("programs", "digits", recipe, 0, torch.device("cpu"), folder)
+        if stop is not None:
+            experiment: Any = digits()
+            stop_after(experiment, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(run, experiment)
+        rows.append(train(run, digits()))
+    assert rows[0].metrics == rows[1].metrics
 
 
 def test_a_row_of_actions_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
 from ncrl.agents import A3C
+from ncrl.agents.atari.config import RunConfig, head_options
 
 gymnasium.register_envs(ale_py)
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,9 @@ def test_an_entry_makes_a_model_that_learns(entry: str) -> None:
     model = model_of(entry)
     if entry == "atari":
         assert type(model.policy).__name__ == "NeurocoderCnnLstmPolicy"
+        config = model.policy.action_net.config  # as the page says, that of run_atari.py
+        for name, value in head_options(RunConfig()).items():
+            assert getattr(config, name) == value, name
         return
     model.learn(model.n_envs * model.n_steps, log_interval=None)
     assert model._n_updates > 0 and model._skipped_updates == 0

@@ -7,7 +7,7 @@ before. They differ in what a weight's importance Omega is, and in what theta* i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -232,6 +232,10 @@ class Grow(Method):
         coef: weight of the pull, summed over layers.
     """
 
+    heads: Sequence[nn.Module] = ()
+    """Layers that serve one task each, in the order of tasks: their first slots are all they get.
+    Slots of other tasks, never trained there, would answer whatever is taken for those tasks."""
+
     def __init__(self, model: nn.Module, coef: float) -> None:
         super().__init__(model, coef)
         self.layers = [m for m in model.modules() if isinstance(m, NeurocoderLinear)]
@@ -248,25 +252,33 @@ class Grow(Method):
     def begin_task(self, inputs: Tensor, optimizer: Optimizer | None) -> None:
         if self.num_tasks:
             self._grow(optimizer)
+        else:
+            for layer in self.layers:
+                layer.composition.get_buffer("center").copy_(inputs.mean(0))
         self.num_tasks += 1
-        for layer in self.layers:
+        for layer, _ in self._at_work():
             network = layer.composition
             assert isinstance(network, ProjectionNetwork)
-            if self.num_tasks == 1:
-                network.center.copy_(inputs.mean(0))
             key = layer.memory.get_parameter("key")  # [slots, H * K]
             for head, keys in enumerate(key.view(len(key), layer.config.num_heads, -1).unbind(1)):
                 some = torch.randint(len(inputs), (len(key),)).to(inputs.device)
                 keys.copy_(F.normalize(network.queries(inputs[some])[:, head], dim=1))
 
+    def _at_work(self) -> list[tuple[NeurocoderLinear, int]]:
+        """The layers that serve the task at hand, and how many slots a task gets in each."""
+        idle = [head for task, head in enumerate(self.heads, start=1) if task != self.num_tasks]
+        every = zip(self.layers, self.num_slots, strict=True)
+        return [(layer, num_slots) for layer, num_slots in every if layer not in idle]
+
     def _grow(self, optimizer: Optimizer | None) -> None:
-        for layer, num_slots in zip(self.layers, self.num_slots, strict=True):
+        for layer, num_slots in self._at_work():
             layer.freeze_slots(optimizer)
-            layer.grow(num_slots, optimizer)
+            if layer not in self.heads:
+                layer.grow(num_slots, optimizer)
 
     def loss(self, task_loss: Tensor, inputs: Tensor | None = None) -> Tensor:
         assert inputs is not None
-        for layer, num_slots in zip(self.layers, self.num_slots, strict=True):
+        for layer, num_slots in self._at_work():
             assert isinstance(layer.composition, ProjectionNetwork)
             queries = F.normalize(layer.composition.queries(inputs), dim=2).transpose(0, 1)
             keys = F.normalize(layer.memory.keys()[:, -num_slots:], dim=2)  # [H, slots, K]
@@ -275,10 +287,12 @@ class Grow(Method):
         return task_loss
 
     def shares(self, inputs: Tensor) -> list[list[float]]:
-        """For each layer, the shares of the attention by inputs that the tasks' slots get."""
+        """For each layer that all tasks share, the shares of the attention by inputs that the
+        tasks' slots get."""
         return [
             layer.attend(inputs).u.mean((0, 1)).view(-1, num_slots).sum(1).tolist()
             for layer, num_slots in zip(self.layers, self.num_slots, strict=True)
+            if layer not in self.heads
         ]
 
     def state(self) -> dict[str, Any]:

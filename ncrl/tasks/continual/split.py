@@ -7,7 +7,7 @@ learning rate, and an optimiser that keeps its state from task to task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -49,6 +49,15 @@ DESCRIBED_IMAGES = 50
 def says_length(flags: Mapping[str, Any]) -> bool:
     """Whether flags say how long to train, so that no number of epochs is to be chosen for them."""
     return "epochs" in flags or "iterations" in flags
+
+
+def check_penalty_coef(flags: Mapping[str, Any], methods: Iterable[str]) -> None:
+    """Raise ValueError for the flag where no method has a penalty."""
+    if "penalty_coef" in flags and not any(method in COEFS["domain"] for method in methods):
+        raise ValueError(
+            f"--penalty-coef needs a method out of {', '.join(COEFS['domain'])}, "
+            f"got {', '.join(dict.fromkeys(methods))}"
+        )
 
 
 def method_changes(
@@ -161,6 +170,8 @@ class SplitLearning(Experiment):
         # Per cent, [T trained, T tested].
         self.accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
         self.method = make_method(recipe.method or "adam", model, recipe.penalty_coef or 0.0)
+        if isinstance(self.method, Grow) and recipe.scenario == "task":
+            self.method.heads = list(model.heads)
         self.method.begin_task(images, None)
         if recipe.fisher_orthogonality and isinstance(self.method, OnlineEwc):
             self.method.extra_loss = self.orthogonality

@@ -96,6 +96,9 @@ class SplitMlp(nn.Module):
         context: whether all layers, which are Neurocoder layers then, compose their programs from
             the network's input.
         coded: kind of all layers.
+
+    Raises:
+        ValueError: for a rank and a context.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class SplitMlp(nn.Module):
         widths = [in_features, *hidden]
         self.context = context
         if context:
+            if hidden_rank is not None:
+                raise ValueError(f"{hidden_rank=} makes static layers, which read no context")
             coded = coded._replace(options={**coded.options, "context_features": in_features})
         if hidden_rank is None:
             self.hidden = dense_layers(widths, coded, bias=False)

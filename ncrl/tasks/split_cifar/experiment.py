@@ -25,7 +25,13 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.continual.methods import METHODS, make_method
-from ncrl.tasks.continual.split import class_tasks, method_changes, says_length
+from ncrl.tasks.continual.split import (
+    COEFS,
+    check_penalty_coef,
+    class_tasks,
+    method_changes,
+    says_length,
+)
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.formats import CIFAR_SIDE
 from ncrl.tasks.models.resnet import ResNet18
@@ -94,6 +100,7 @@ def work(session: Session) -> None:
     source = backbone_source(flags)
     bases = session.recipes(CONFIG, default_variants=DEFAULT_VARIANTS)
     pairs = [(base, method) for base in bases for method in methods_of(base, flags)]
+    check_penalty_coef(flags, [method for _, method in pairs])
     num_classes = flags.get("classes", 10)
     if num_classes not in CLASSES_PER_TASK:
         raise ValueError(f"--classes takes 10 or 100, got {num_classes}")
@@ -197,7 +204,7 @@ def classifier_recipe(
     epochs: int | None = None,
 ) -> NamedRecipe:
     """The recipe of the classifier behind a backbone, with a method."""
-    coef = flags.get("penalty_coef")
+    coef = flags.get("penalty_coef") if method in COEFS["task"] else None
     changes, coef_said = method_changes(base.recipe, "task", method, flags, coef)
     if epochs is not None:
         changes["epochs"] = epochs

@@ -40,7 +40,7 @@ class SplitFeatures(SplitLearning):
         steps."""
 
     def after_update(self, update: int) -> None:
-        super().after_update(update)
+        # Before the end of a task changes the memory for the next one.
         if update in self.watched:
             task, step = self.watched[update]
             _, x, _ = self.batch(update)
@@ -48,6 +48,7 @@ class SplitFeatures(SplitLearning):
                 attention = hidden_attention(self.model, x[:SLOT_IMAGES])
             for layer, weights in enumerate(attention):
                 self.top_slots[task, step, layer] = weights.mean(0).argmax()
+        super().after_update(update)
 
     def evaluate(self) -> dict[str, float]:
         """Beside what `SplitLearning` measures: `slot_information`, in bits how much the top slot
@@ -150,7 +151,7 @@ def draw_slots(path: Path, rows: Sequence[Result]) -> None:
             axes.plot(slots[:, :, layer][seen], "k.", markersize=1.5)
             for border in borders[:-1]:
                 axes.axvline(border - 0.5, color="red", linewidth=0.8)
-            axes.set_ylim(-2, row.recipe["layer_options"].get("num_slots", 100) + 1)
+            axes.set_ylim(-2, len(row.details["slot_counts"][layer][0]) + 1)
             axes.set_ylabel(f"layer {layer + 1}: top slot", fontsize=7)
             axes.tick_params(labelsize=6)
         grid[0][column].set_title(f"{row.name}, seed {row.seed}", fontsize=7)

@@ -30,6 +30,7 @@ from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import (
     COEFS,
     SplitLearning,
+    check_penalty_coef,
     method_changes,
     says_length,
     split_tasks,
@@ -167,11 +168,7 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
     for name in QUIRKS:
         if name in flags and ("official" not in variants or "neurocoder" not in layers):
             raise ValueError(f"--{name.replace('_', '-')} needs --variant official")
-    if "penalty_coef" in flags and not any(method in COEFS["domain"] for method in methods):
-        raise ValueError(
-            f"--penalty-coef needs a method out of {', '.join(COEFS['domain'])}, "
-            f"got {', '.join(methods)}"
-        )
+    check_penalty_coef(flags, methods)
     columns = {layer: [Column(layer)] for layer in layers}
     if "neurocoder" in columns:
         residual = flags.get("residual", False)

@@ -17,6 +17,7 @@ from ncrl.tasks.experiment import mutual_information
 from ncrl.tasks.models import SplitMlp
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, read_results
+from ncrl.tasks.split_cifar import features
 from ncrl.tasks.split_cifar.experiment import CONFIG, classifier_recipe, main
 from ncrl.tasks.split_cifar.features import (
     SLOT_STEPS,
@@ -173,6 +174,46 @@ def test_top_slots_are_those_of_the_training_steps(tmp_path: Path) -> None:
     assert row.metrics["failed_tasks"] == (diagonal < 200 / 3).sum()
 
 
+GROWING = {
+    **{"num_slots": 3, "num_heads": 2, "key_dim": 4, "num_least_used": 0, "sharpness": 20.0},
+    **{"controller": "projection", "residual": False, "bias": False},
+}
+
+
+def grown_recipe() -> ContinualRecipe:
+    options = {**small_recipe().network_options, "context": True}
+    changes = {"layer_options": GROWING, "network_options": options, "orth_coef": 0.0}
+    return small_recipe(method="grow", penalty_coef=1.0, **changes)
+
+
+def test_a_memory_that_grows_is_looked_at_before_it_has_slots_of_the_next_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def look(model: SplitMlp, x: torch.Tensor) -> list[torch.Tensor]:
+        found = hidden_attention(model, x)
+        sizes.append([weights.shape[1] for weights in found])
+        return found
+
+    monkeypatch.setattr(features, "hidden_attention", look)
+    run(make(grown_recipe()), tmp_path)
+    # Updates of tasks of 3, 3 and 2 batches, two epochs; what follows are looks at the end.
+    assert sizes[:16] == [[3, 3]] * 6 + [[6, 6]] * 6 + [[9, 9]] * 4
+
+
+def test_the_figure_of_slots_shows_all_that_have_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = run(make(grown_recipe()), tmp_path)
+    figures: list[Any] = []
+    monkeypatch.setattr(features, "save_figure", lambda figure, _path: figures.append(figure))
+    features.draw_slots(tmp_path / "slots.png", [row])
+    for axes in figures[0].axes:
+        low, high = axes.get_ylim()
+        assert low < 0 and high > 8
+
+
 def test_attention_of_hidden_layers_is_the_mean_over_components() -> None:
     model = make(small_recipe()).model
     x = torch.randn(7, 5)
@@ -225,6 +266,8 @@ def test_classifiers_have_the_heads_of_their_tasks() -> None:
     )
     assert named.name == "5x2 si printed penalty_coef=5"
     assert vars(named.recipe)["penalty_coef"] == 5
+    plain = classifier_recipe(base, "adam", {"penalty_coef": 5.0}, 10, 8)  # which has no penalty
+    assert plain == classifier_recipe(base, "adam", {}, 10, 8)
     static = classifier_recipe(
         NamedRecipe("split_cifar rank1", recipes["rank1"]), "adam", {}, 10, 8
     ).recipe
@@ -284,9 +327,10 @@ def test_a_memory_that_grows_gives_every_task_its_slots(tmp_path: Path) -> None:
     (row,) = read_results(tmp_path)
     assert row.name.startswith("5x2 grow grow")
     assert len(row.details["top_slots"]) > 0
-    # u, v and s of 4 slots and their keys of 2 heads, five times, in three layers and five heads.
-    sizes = [(240, 8), (8, 8), (8, 8), *[(8, 2)] * 5]
-    assert row.parameters == 5 * sum(4 * (a + b + 1 + 2 * 8) for a, b in sizes)
+    # u, v and s of 4 slots and their keys of 2 heads: five times in three layers, once in each of
+    # the five output layers.
+    sizes = [*[(240, 8), (8, 8), (8, 8)] * 5, *[(8, 2)] * 5]
+    assert row.parameters == sum(4 * (a + b + 1 + 2 * 8) for a, b in sizes)
 
 
 def write_cifar100(folder: Path) -> None:
@@ -330,6 +374,7 @@ BAD_INPUT = {
     "backbone as variant": (["--variant", "backbone"], "network resnet18, expected resnet_mlp"),
     "config": (["--config", "cifar_lenet"], "has no variant 'backbone'; give --backbone FILE"),
     "coef": (["--method", "si", "--penalty-coef", "-1"], "penalty_coef must lie in 0 .. inf"),
+    "coef of what": (["--method", "adam", "--penalty-coef", "1"], "--penalty-coef needs a method"),
     "no file": (["--backbone", "/no/such.pth"], "/no/such.pth does not exist"),
     "folder": (["--backbone", "/"], "--backbone must be a file of weights: / is a folder"),
     "no weights": (["--backbone", __file__], "--backbone: cannot read"),

@@ -174,6 +174,10 @@ BAD_INPUT = {
     "both seeds": (["--repeats", "2", "--seeds", "1"], "exclude each other"),
     "rank": (["--layer", "lowrank", "--rank", "0"], "rank must be an integer of at least 1"),
     "rank of what": (["--layer", "linear", "--rank", "2"], "--rank needs --layer lowrank"),
+    "rank and context": (
+        ["--network-options", "context=true", "hidden_rank=2"],
+        "hidden_rank=2 makes static layers, which read no context",
+    ),
     "sharpness": (["--sharpness", "0"], "sharpness must be a positive number, got 0.0"),
     "of what": (["--layer", "nsm", "--sharpness", "2"], "--sharpness needs --layer neurocoder"),
     "quirk": (["--double-orth-coef"], "--double-orth-coef needs --variant official"),

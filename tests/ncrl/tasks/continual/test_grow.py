@@ -1,5 +1,7 @@
 """`grow`: where keys start, what pulls them, what stays, and that it remembers."""
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ def network(**changes: Any) -> SplitMlp:
     return SplitMlp(6, [5], 2, context=True, coded=Coded("neurocoder", LAYER | changes))
 
 
-def growing(**changes: Any) -> Any:
-    options = {"in_features": 6, "hidden": [5], "num_outputs": 2, "context": True}
-    return recipe(
-        network_options=options, layer="neurocoder", layer_options=LAYER, method="grow", **changes
+def growing(scenario: str = "domain") -> Any:
+    plain = recipe(scenario)
+    options = {**plain.network_options, "context": True}
+    return replace(
+        plain, network_options=options, layer="neurocoder", layer_options=LAYER, method="grow"
     )
 
 
@@ -105,13 +108,37 @@ def test_two_tasks_in_different_places_are_both_known_at_the_end() -> None:
     assert right["grow"] > 0.8 and right["adam"] < 0.6, right
 
 
+def test_an_output_layer_of_one_task_has_the_slots_of_that_task_alone(tmp_path: Path) -> None:
+    experiment = make(growing("task"))
+    heads: list[Any] = list(experiment.model.heads)
+    ended: list[dict[str, Tensor]] = []
+    after = experiment.after_update
+
+    def noting(update: int) -> None:
+        after(update)
+        if update + 1 in experiment.ends:
+            ended.append(deepcopy(heads[len(ended)].state_dict()))
+
+    experiment.after_update = noting  # type: ignore[method-assign]
+    row = run(experiment, tmp_path)
+    assert [head.config.num_slots for head in heads] == [4, 4, 4]
+    assert [layer.config.num_slots for layer in experiment.model.hidden] == [12]  # type: ignore[attr-defined]
+    for head, then in zip(heads, ended, strict=True):
+        for name, tensor in head.state_dict().items():
+            assert torch.equal(tensor, then[name]), name
+    assert row.parameters == 12 * (6 + 5 + 7) + 3 * 4 * (5 + 2 + 7)
+    assert torch.tensor(row.details["slots"]).shape == (3, 1, 3)
+
+
+@pytest.mark.parametrize("scenario", ["domain", "task"])
 @pytest.mark.parametrize("update", [5, 10, 13, 17], ids=["first", "border", "second", "third"])
-def test_a_run_that_was_killed_goes_on_exactly(update: int, tmp_path: Path) -> None:
-    changed = growing()
+def test_a_run_that_was_killed_goes_on_exactly(update: int, scenario: str, tmp_path: Path) -> None:
+    changed = growing(scenario)
     whole = make(changed)
     expected = run(whole, tmp_path / "whole")
-    assert expected.parameters == count_parameters(whole.model) == 12 * (6 + 5 + 7 + 5 + 2 + 7)
-    assert torch.tensor(expected.details["slots"]).shape == (3, 2, 3)
+    if scenario == "domain":
+        assert expected.parameters == count_parameters(whole.model) == 12 * (6 + 5 + 7 + 5 + 2 + 7)
+        assert torch.tensor(expected.details["slots"]).shape == (3, 2, 3)
     stopped = make(changed)
     stop_after(stopped, update)
     with pytest.raises(KeyboardInterrupt):
