@@ -242,18 +242,19 @@ def test_what_an_optimiser_keeps_is_changed_with_its_parameter(rows: int) -> Non
     optimizer.step()
     kept = optimizer.state[old]
     kept["of another shape"] = torch.ones(4, 1)
-    first = dict(kept)
+    first, before = dict(kept), old.detach().clone()
     replace_parameter(module, "weight", lambda t: t[:rows], optimizer)
     cut = module.weight
-    assert torch.equal(cut, old[:rows])
+    assert cut is old, "optimisers that are not given have it too"
+    assert torch.equal(cut, before[:rows])
     assert cut.untyped_storage().nbytes() == cut.nbytes, "nothing of the rest is held"
     assert [group["params"][0] for group in optimizer.param_groups] == [module.bias, cut]
-    assert old not in optimizer.state
     for name, value in first.items():
         expected = value[:rows] if name.startswith("exp") else value
         assert torch.equal(optimizer.state[cut][name], expected)
     replace_parameter(module, "weight", lambda t: torch.cat([t, torch.zeros(1, 3)]), optimizer)
     assert module.weight.shape == (rows + 1, 3) and not module.weight[rows:].any()
+    assert old not in optimizer.state
     assert (module.weight in optimizer.state) == (rows > 0)
 
 
@@ -281,6 +282,26 @@ def test_a_checkpoint_of_a_grown_layer_goes_on_exactly() -> None:
         copied.load_state_dict(layer.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch"):
         fresh(6)[0].load_state_dict(layer.state_dict())
+
+
+def test_an_optimiser_built_before_loading_goes_on_exactly() -> None:
+    """The usual order: model, optimiser, then the weights of the one and the state of the other."""
+    layer = make()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    train(layer, optimizer)
+    layer.freeze_slots(optimizer)
+    layer.grow(3, optimizer)
+    train(layer, optimizer)
+    other = make(seed=1, num_slots=7)
+    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.05)
+    other.load_state_dict(layer.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = other.memory.u.detach().clone()
+    for each, its in ((layer, optimizer), (other, other_optimizer)):
+        train(each, its)
+    assert not torch.equal(other.memory.u, before)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 def test_groups_of_slots_are_loaded() -> None:
