@@ -303,11 +303,12 @@ class NeurocoderLinear(LinearSeat):
 def _hold_as_stored(
     layer: NeurocoderLinear, state: Mapping[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Freeze as many slots as a state_dict that is to be loaded has frozen."""
+    """Freeze as many slots, in as many groups, as a state_dict that is to be loaded has frozen."""
     groups = state.get(f"{prefix}memory.frozen_groups")
     if groups is not None:
-        for count in groups.cumsum(0).tolist():
-            layer._growing_memory().hold(count)
+        memory = layer._growing_memory()
+        memory.hold(int(groups.sum()))
+        memory.group(groups.tolist())
 
 
 def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:

@@ -140,8 +140,11 @@ class ProgramMemory(SlotMemory):
                 setattr(self, f"frozen_{name}", self.stored(name)[:count].clone())
             replace_parameter(self, name, lambda rows: rows[fresh:], optimizer)
         self.frozen_keys = keys.clone()
-        self._groups.append(fresh)
-        self.frozen_groups = torch.tensor(self._groups, device=keys.device)
+        self.group([*self._groups, fresh])
+
+    def group(self, counts: list[int]) -> None:
+        """Count the frozen slots as frozen at these times."""
+        self._groups, self.frozen_groups = counts, torch.tensor(counts, device=self.s.device)
 
     @torch.no_grad()
     def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:

@@ -316,6 +316,23 @@ def test_groups_of_slots_are_loaded() -> None:
     assert torch.equal(other(x), layer(x))
 
 
+@pytest.mark.parametrize("counts", [(3, 1, 3), (4, 3)])
+def test_groups_of_slots_are_loaded_in_place_of_others(counts: tuple[int, ...]) -> None:
+    """Into a layer that has frozen as many slots, but not at the same times."""
+
+    def grown(*counts: int) -> NeurocoderLinear:
+        layer = make(seed=counts[0], **PROJECTION | dict(num_slots=counts[0]))
+        for count in counts[1:]:
+            layer.freeze_slots()
+            layer.grow(count)
+        return layer
+
+    layer, other = grown(*counts), grown(1, 3, 3)
+    other.load_state_dict(layer.state_dict())
+    assert other.memory.groups() == layer.memory.groups() == list(counts)
+    assert torch.equal(other(random_input(3, 7)), layer(random_input(3, 7)))
+
+
 def test_names_in_the_state_dict_of_a_layer_that_never_froze() -> None:
     assert not [name for name in make().state_dict() if "frozen" in name]
 
