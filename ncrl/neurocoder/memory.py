@@ -106,9 +106,12 @@ class ProgramMemory(SlotMemory):
     def _initialise(self, name: str, rows: Tensor) -> None:
         if name == "key":
             nn.init.normal_(rows)
+        elif name == "s" or self.config.memory_init == "xavier":
+            nn.init.xavier_uniform_(rows)
         else:
-            orthogonal = self.config.memory_init == "orthogonal" and name != "s"
-            (nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_)(rows)
+            rows = rows.detach()
+            exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            rows.copy_(nn.init.orthogonal_(exact))  # which has no half precision
 
     def controller_parameters(self) -> Iterator[nn.Parameter]:
         if "key" not in self.parts:

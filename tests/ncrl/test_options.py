@@ -292,6 +292,22 @@ def test_orthogonal_memories_in_float32() -> None:
         assert float(memory.grad.norm()) < 2.01
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_orthogonal_memories_in_half_precision(dtype: torch.dtype) -> None:
+    """Where there is no QR: built as the default type, reset, and grown."""
+    torch.set_default_dtype(dtype)
+    try:
+        layer = NeurocoderLinear(12, 9, num_slots=4, memory_init="orthogonal")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    layer.reset_parameters()
+    layer.grow(2)
+    for memory in (layer.memory.u, layer.memory.v):
+        assert memory.dtype == dtype
+        rows = memory.detach().float()
+        torch.testing.assert_close(rows @ rows[:4].T, torch.eye(6, 4), rtol=0, atol=0.02)
+
+
 # learned_sharpness
 
 
