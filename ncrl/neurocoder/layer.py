@@ -25,7 +25,7 @@ from ncrl.neurocoder.integration import (
     mix_slots,
 )
 from ncrl.neurocoder.memory import ProgramMemory, SlotMemory
-from ncrl.seat import LinearSeat, flatten, require_positive, without_autocast
+from ncrl.seat import LinearSeat, flatten, require_positive, total, without_autocast
 
 Layer = TypeVar("Layer", bound="NeurocoderLinear")
 
@@ -328,4 +328,4 @@ def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:
         for module in model.modules()
         if isinstance(module, NeurocoderLinear)
     ]
-    return torch.stack(losses).sum() if losses else torch.zeros(())
+    return total(losses)
