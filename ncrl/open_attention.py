@@ -47,7 +47,10 @@ class OpenAttention(nn.Module):
                 device=weight.device,
                 dtype=weight.dtype,
             )
-            self.add_module(name, linear.requires_grad_(weight.requires_grad))
+            for ours, theirs in zip((linear.weight, linear.bias), (weight, bias), strict=True):
+                if theirs is not None:
+                    ours.requires_grad_(theirs.requires_grad)
+            self.add_module(name, linear)
         self._exchange(to_host=False)
         self.train(host.training)
 
