@@ -104,7 +104,8 @@ class OpenAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = q @ k.mT / math.sqrt(q.shape[-1])
+            # Divided first, as torch does: products may exceed what half precision holds.
+            scores = q / math.sqrt(q.shape[-1]) @ k.mT
             scores = scores if mask is None else scores + mask
             weights = F.dropout(scores.softmax(-1), dropout)  # [B, H, L, S]
             y = weights @ v
