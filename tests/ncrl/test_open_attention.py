@@ -102,6 +102,14 @@ def test_dropout_is_that_of_torch_and_in_training_alone(need_weights: bool) -> N
     assert relative_error(found[2][0], found[3][0]) > 0.1
 
 
+def test_a_hint_of_causality_needs_a_mask() -> None:
+    """As in torch; without a word, queries would attend to what comes later."""
+    host, x = attention(batch_first=True), random_input(BATCH, LENGTH, WIDTH)
+    for module, kind in ((host, RuntimeError), (OpenAttention(host), ValueError)):
+        with pytest.raises(kind, match="attn_mask"):
+            module(x, x, x, need_weights=False, is_causal=True)
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_large_scores_in_half_precision(need_weights: bool) -> None:
     """Products that exceed what float16 holds, but not once they are divided by sqrt(width)."""
