@@ -155,8 +155,9 @@ class NeurocoderConv2d(NeurocoderLinear):
             y = y + (composed.residual_scale[:, :, None, None] * residual).to(y.dtype)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
-        is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return y.contiguous(memory_format=torch.channels_last) if is_last else y
+        # Channels last, in words that vmap knows.
+        is_last = x.stride(1) == 1 and not x.is_contiguous()
+        return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_last else y
 
     def _as_kernels(self, matrices: Tensor) -> Tensor:
         """[..., patch, channels] -> [..., channels, C / G, *kernel_size]."""
