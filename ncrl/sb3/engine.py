@@ -251,7 +251,7 @@ def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
 
 def _check_values(what: str, value: Any, space: spaces.Space[Any]) -> None:
     array, line = as_numbers(what, value), _line(space)
-    if array.dtype.kind == "f" and isinstance(space, spaces.Box) and space.dtype.kind in "iu":
+    if array.dtype.kind == "f" and is_image_space(space):  # which SB3 would divide by 255
         raise ValueError(f"{what} has dtype {array.dtype}, expected {space.dtype} of {line}")
     if isinstance(space, spaces.Box) and array.ndim - len(space.shape) not in (0, 1):
         raise ValueError(f"{what} has shape {array.shape}, expected {space.shape} or a batch of it")
