@@ -53,11 +53,7 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
     policy = getattr(policy, "_orig_mod", policy)  # of a compiled one
     if not isinstance(policy, ActorCriticPolicy):
         raise ValueError(f"only actor-critic policies can be exported, got {type(policy).__name__}")
-    if isinstance(model, BaseAlgorithm) and model.get_vec_normalize_env() is not None:
-        logger.warning(
-            "the policy reads normalised observations, and the statistics of VecNormalize are not "
-            "exported: save them with model.get_vec_normalize_env().save(...)"
-        )
+    mention_statistics(model)
     tensors = unique_tensors(policy)
     weights = save({name: part.detach().cpu().contiguous() for name, part in tensors.items()})
     is_algorithm = isinstance(model, BaseAlgorithm)
@@ -82,6 +78,15 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
     write_atomically(folder / WEIGHTS, weights)
     write_atomically(folder / DESCRIPTION, f"{text}\n".encode())
     return folder
+
+
+def mention_statistics(model: Any) -> None:
+    """Warn of what an algorithm normalises observations by, which no exported policy contains."""
+    if isinstance(model, BaseAlgorithm) and model.get_vec_normalize_env() is not None:
+        logger.warning(
+            "the policy reads normalised observations, and the statistics of VecNormalize are not "
+            "exported: save them with model.get_vec_normalize_env().save(...)"
+        )
 
 
 def load_policy(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ncrl.networks import static_unroll
 from ncrl.sb3.engine import EnginePolicy
+from ncrl.sb3.export import mention_statistics
 
 EXAMPLES = 97
 """Environments that the tracer is shown."""
@@ -44,6 +45,7 @@ def export_onnx(model: BaseAlgorithm | EnginePolicy, path: str | PathLike[str]) 
         )
     if policy.use_sde:
         raise ValueError("a policy with use_sde=True has no ONNX form: its noise has a state")
+    mention_statistics(model)
     step = _Step(policy)
     was_training = policy.training
     try:
