@@ -6,6 +6,7 @@ Shape letters: B batch, P slots, K key, H heads, J steps, h controller width.
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -369,6 +370,14 @@ def test_impossible_options_are_refused(options: dict[str, Any], words: list[str
             build(**options)
         for word in words:
             assert word in str(error.value)
+
+
+@pytest.mark.parametrize("integer", [int, np.int64])
+def test_every_integer_is_a_size(integer: Any) -> None:
+    """Those of numpy, too, which searches for hyper-parameters draw."""
+    sizes = {name: integer(2) for name in ("key_dim", "num_heads", "num_steps", "num_least_used")}
+    layer = NeurocoderLinear(5, 4, num_slots=integer(6), controller_size=integer(3), **sizes)
+    assert layer(torch.zeros(3, 5)).shape == (3, 4)
 
 
 def test_each_option_of_the_paper_alone_is_tried_with_the_official_preset() -> None:
