@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ncrl import NeurocoderConfig, NeurocoderLinear, orthogonal_loss
 from ncrl.layers import make_layer
@@ -205,6 +206,22 @@ def test_growth_does_not_thaw_a_frozen_controller() -> None:
     assert not any(p.requires_grad for p in layer.composition.parameters())
 
 
+def test_an_optimiser_that_keeps_rows_and_columns_goes_on_through_growth() -> None:
+    layer = make()
+    optimizer = torch.optim.Adafactor(layer.parameters(), lr=0.05)
+    train(layer, optimizer)
+    kept = dict(optimizer.state[layer.memory.u])
+    layer.grow(2, optimizer)
+    state = optimizer.state[layer.memory.u]
+    assert torch.equal(state["row_var"][:4], kept["row_var"]) and not state["row_var"][4:].any()
+    assert torch.equal(state["col_var"], kept["col_var"])
+    train(layer, optimizer)
+    layer.freeze_slots(optimizer)
+    layer.grow(1, optimizer)
+    train(layer, optimizer)
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
 @pytest.mark.parametrize("gate", GATES)
 def test_an_optimiser_goes_on_through_growth(kind: type[torch.optim.Optimizer], gate: str) -> None:
@@ -241,7 +258,7 @@ def test_what_an_optimiser_keeps_is_changed_with_its_parameter(rows: int) -> Non
     module(torch.ones(3)).sum().backward()
     optimizer.step()
     kept = optimizer.state[old]
-    kept["of another shape"] = torch.ones(4, 1)
+    kept["exp of rows"], kept["of columns"] = torch.ones(4, 1), torch.ones(1, 3)
     first, before = dict(kept), old.detach().clone()
     replace_parameter(module, "weight", lambda t: t[:rows], optimizer)
     cut = module.weight
@@ -252,7 +269,7 @@ def test_what_an_optimiser_keeps_is_changed_with_its_parameter(rows: int) -> Non
     for name, value in first.items():
         expected = value[:rows] if name.startswith("exp") else value
         assert torch.equal(optimizer.state[cut][name], expected)
-    replace_parameter(module, "weight", lambda t: torch.cat([t, torch.zeros(1, 3)]), optimizer)
+    replace_parameter(module, "weight", lambda t: F.pad(t, (0, 0, 0, 1)), optimizer)
     assert module.weight.shape == (rows + 1, 3) and not module.weight[rows:].any()
     assert old not in optimizer.state
     assert (module.weight in optimizer.state) == (rows > 0)
