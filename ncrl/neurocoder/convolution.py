@@ -143,8 +143,8 @@ class NeurocoderConv2d(NeurocoderLinear):
         in_groups = x.reshape(x.shape[0] * self.groups, channels, *x.shape[2:])
         filters = self._as_kernels(self.memory.stored("u").T)  # [P, C / G, *kernel_size]
         maps = self._convolve(in_groups, filters, 1)  # [B * G, P, ...]
-        size = maps.shape[2:]
-        maps = maps.flatten(2).unflatten(0, (x.shape[0], self.groups))  # [B, G, P, N]
+        size, maps = maps.shape[2:], maps.flatten(2)
+        maps = maps.view(x.shape[0], self.groups, *maps.shape[1:])  # [B, G, P, N]
         read = weight_u.unsqueeze(1) @ maps  # [B, G, R, N]
         write = (composed.sigma.unsqueeze(2) * weight_v) @ self.memory.stored("v")  # [B, R, out]
         per_group = self.out_channels // self.groups
