@@ -49,11 +49,9 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
     Raises:
         ValueError: for other policies, and for arguments that no file can describe.
     """
-    policy: Any = model.policy if isinstance(model, BaseAlgorithm) else model
-    policy = getattr(policy, "_orig_mod", policy)  # of a compiled one
+    policy = policy_to_export(model)
     if not isinstance(policy, ActorCriticPolicy):
         raise ValueError(f"only actor-critic policies can be exported, got {type(policy).__name__}")
-    mention_statistics(model)
     tensors, arguments = unique_tensors(policy), _arguments(policy)
     weights = save({name: part.detach().cpu().contiguous() for name, part in tensors.items()})
     is_algorithm = isinstance(model, BaseAlgorithm)
@@ -87,13 +85,19 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
     return folder
 
 
-def mention_statistics(model: Any) -> None:
-    """Warn of what an algorithm normalises observations by, which no exported policy contains."""
-    if isinstance(model, BaseAlgorithm) and model.get_vec_normalize_env() is not None:
+def policy_to_export(model: Any) -> Any:
+    """The policy that an algorithm has, or that is given itself; of a compiled one the original.
+
+    Warns of what an algorithm normalises observations by, which no exported policy contains.
+    """
+    is_algorithm = isinstance(model, BaseAlgorithm)
+    if is_algorithm and model.get_vec_normalize_env() is not None:
         logger.warning(
             "the policy reads normalised observations, and the statistics of VecNormalize are not "
             "exported: save them with model.get_vec_normalize_env().save(...)"
         )
+    policy = model.policy if is_algorithm else model
+    return getattr(policy, "_orig_mod", policy)
 
 
 def load_policy(
