@@ -14,9 +14,7 @@ def replace_parameter(
     """Put `change` of a parameter in its place, in the module and in the optimiser.
 
     What the optimiser keeps for each row of the parameter is changed alike; what it keeps for a
-    parameter without any number is dropped. A parameter that is cut stays the same object, for
-    optimisers that are not given. One that grows is another: kernels would write past the end of
-    what such an optimiser keeps.
+    parameter without any number is dropped.
 
     Args:
         module: that has the parameter.
@@ -25,19 +23,15 @@ def replace_parameter(
         optimizer: that trains it, if any.
     """
     old = module.get_parameter(name)
-    shape, rows = old.shape, change(old.detach()).clone()
-    if len(rows) > len(old):
-        new = nn.Parameter(rows, requires_grad=old.requires_grad)
-        setattr(module, name, new)
-    else:
-        new, old.data, old.grad = old, rows, None
+    new = nn.Parameter(change(old.detach()).clone(), requires_grad=old.requires_grad)
+    setattr(module, name, new)
     if optimizer is None:
         return
     for group in optimizer.param_groups:
         group["params"] = [new if one is old else one for one in group["params"]]
     state = optimizer.state.pop(old, {})
-    if state and shape.numel():
+    if state and old.numel():
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape[:1] == shape[:1]:
+            if isinstance(value, Tensor) and value.shape[:1] == old.shape[:1]:
                 state[key] = change(value)
         optimizer.state[new] = state

@@ -303,12 +303,22 @@ class NeurocoderLinear(LinearSeat):
 def _hold_as_stored(
     layer: NeurocoderLinear, state: Mapping[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Freeze as many slots, in as many groups, as a state_dict that is to be loaded has frozen."""
+    """Freeze as many slots, in as many groups, as a state_dict that is to be loaded has frozen.
+
+    Parameters stay the same objects, for an optimiser that was built before.
+    """
     groups = state.get(f"{prefix}memory.frozen_groups")
-    if groups is not None:
-        memory = layer._growing_memory()
-        memory.hold(int(groups.sum()))
-        memory.group(groups.tolist())
+    if groups is None:
+        return
+    memory = layer._growing_memory()
+    before = [(name, memory.get_parameter(name)) for name in memory.parts]
+    memory.hold(int(groups.sum()))
+    memory.group(groups.tolist())
+    for name, parameter in before:
+        cut = memory.get_parameter(name)
+        if cut is not parameter:
+            parameter.data, parameter.grad = cut.data, None
+            setattr(memory, name, parameter)
 
 
 def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:
