@@ -91,14 +91,16 @@ class OpenAttention(nn.Module):
         elif not batched:
             streams = [each.unsqueeze(0) for each in streams]
         layers = self.q_proj, self.k_proj, self.v_proj
+        # Not unflatten: the older ONNX exporter would take the number of inputs for constant.
+        heads = self.num_heads, self.embed_dim // self.num_heads
         q, k, v = (
-            layer(each).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L or S, ...]
+            layer(each).view(*each.shape[:2], *heads).transpose(1, 2)  # [B, H, L or S, ...]
             for layer, each in zip(layers, streams, strict=True)
         )
         if attn_mask is not None and attn_mask.dim() == 3:  # [B * H, L, S]
-            attn_mask = attn_mask.view(len(q), self.num_heads, *attn_mask.shape[1:])
+            attn_mask = attn_mask.view(q.shape[0], self.num_heads, *attn_mask.shape[1:])
         if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.view(len(q), 1, 1, -1)
+            key_padding_mask = key_padding_mask.view(q.shape[0], 1, 1, -1)
         masks = [
             additive(mask, q.dtype) for mask in (attn_mask, key_padding_mask) if mask is not None
         ]
@@ -107,7 +109,7 @@ class OpenAttention(nn.Module):
         weights = None
         if need_weights:
             # Divided first, as torch does: products may exceed what half precision holds.
-            scores = q / math.sqrt(q.shape[-1]) @ k.mT
+            scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)
             scores = scores if mask is None else scores + mask
             weights = F.dropout(scores.softmax(-1), dropout)  # [B, H, L, S]
             y = weights @ v
