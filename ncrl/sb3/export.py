@@ -47,7 +47,8 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
         folder: made if need be; a policy that is there already is replaced. It is returned.
 
     Raises:
-        ValueError: for other policies, and for arguments that no file can describe.
+        ValueError: for other policies, for arguments that no file can describe, and for a policy
+            that its arguments do not make, such as one with injected layers.
     """
     policy = policy_to_export(model)
     if not isinstance(policy, ActorCriticPolicy):
