@@ -92,7 +92,8 @@ def policy_to_export(model: Any) -> Any:
     Warns of what an algorithm normalises observations by, which no exported policy contains.
     """
     is_algorithm = isinstance(model, BaseAlgorithm)
-    if is_algorithm and model.get_vec_normalize_env() is not None:
+    normalizer = model.get_vec_normalize_env() if is_algorithm else None
+    if normalizer is not None and normalizer.norm_obs:
         logger.warning(
             "the policy reads normalised observations, and the statistics of VecNormalize are not "
             "exported: save them with model.get_vec_normalize_env().save(...)"

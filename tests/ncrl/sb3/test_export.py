@@ -220,10 +220,13 @@ def test_a_policy_that_its_arguments_do_not_make_is_refused(how: str, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_statistics_that_stay_behind_are_mentioned(tmp_path: Path, caplog: Any) -> None:
-    env = VecNormalize(make_vec_env("CartPole-v1"))
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_statistics_that_stay_behind_are_mentioned(
+    norm_obs: bool, tmp_path: Path, caplog: Any
+) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1"), norm_obs=norm_obs)
     export_policy(A2C("MlpPolicy", env, device="cpu"), tmp_path)
-    assert "VecNormalize are not exported" in caplog.text
+    assert ("VecNormalize are not exported" in caplog.text) == norm_obs
 
 
 @pytest.mark.parametrize(
