@@ -39,8 +39,8 @@ def inject(
     This changes the outputs of the model: a new layer starts from scratch but for its bias.
 
     New layers have the sizes, bias, device, type and training mode of those they replace, and are
-    trainable even where the host is frozen. Nothing else in the model changes. An optimiser built
-    before knows only the old parameters: build it anew.
+    trainable even where the host is frozen. Nothing else in the model changes. An optimiser or
+    `DistributedDataParallel` built before knows only the old parameters: build it anew.
 
     Attention of which projections are replaced becomes a module that calls all four; those that are
     not replaced are `nn.Linear` there.

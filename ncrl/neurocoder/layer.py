@@ -183,8 +183,9 @@ class NeurocoderLinear(LinearSeat):
         `config.frozen_controller`.
 
         Args:
-            optimizer: that trains the layer; it goes on with the parameters as they are then. One
-                that is not given here has to be built anew.
+            optimizer: that trains the layer; it goes on with the parameters as they are then. What
+                else knows the old ones has to be built anew: an optimiser that is not given here,
+                and `DistributedDataParallel`, which would exchange no gradients of new ones.
 
         Raises:
             ValueError: for the preset `official`.
