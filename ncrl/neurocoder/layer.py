@@ -232,10 +232,11 @@ class NeurocoderLinear(LinearSeat):
 
         Args:
             x: [..., in].
-            context: [..., context_features], given exactly if the layer has `context_features`.
+            context: [..., context_features], given exactly if the layer has `context_features`: as
+                many as there are inputs.
 
         Raises:
-            ValueError: for other widths, or a context too many or missing.
+            ValueError: for other widths, or contexts too many or missing.
         """
         if (context is None) != (self.context_features is None):
             raise ValueError(
@@ -291,6 +292,11 @@ class NeurocoderLinear(LinearSeat):
             read, rows = self._flatten(read), self.memory.stored("u")
         else:
             read = flatten(read, context_features=self.context_features)
+            if x is not None and x.shape[0] != read.shape[0]:
+                raise ValueError(
+                    f"{x.shape[0]} inputs need as many contexts, got {read.shape[0]}: every input "
+                    "has its own"
+                )
         with without_autocast(read):
             composed: Composed = self.composition(read.to(dtype), self.memory, gate, rows)
             if x is not None:

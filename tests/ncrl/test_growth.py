@@ -402,5 +402,7 @@ def test_refusals() -> None:
         make()(random_input(2, 7), random_input(2, 7))
     with pytest.raises(ValueError, match="context_features=3, got shape"):
         make(context_features=3)(random_input(2, 7), random_input(2, 4))
+    with pytest.raises(ValueError, match="10 inputs need as many contexts, got 2"):
+        make(context_features=4)(random_input(2, 5, 7), random_input(2, 4))
     with pytest.raises(ValueError, match="needs num_least_used=0, got 2"):
         NeurocoderConfig(controller="projection")
