@@ -20,6 +20,7 @@ from ncrl.neurocoder import (
     layer_class,
 )
 from ncrl.open_attention import ORIGINAL, OpenAttention
+from ncrl.seat import has_hooks
 from ncrl.settings import nearest, shown
 
 MAX_LISTED = 30
@@ -212,7 +213,7 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _meddled(module: nn.Module) -> str | None:
-    if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
+    if has_hooks(module):
         return "it has hooks (weight norm, pruning), which would be lost"
     if "forward" in vars(module):
         return "its forward has been replaced"
