@@ -28,6 +28,7 @@ class LayerReport(NamedTuple):
 def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
     """Measure `layer` on inputs x [B, in], B >= 1."""
     weights = torch.stack(layer.attend(x))  # [3, B, R, P]
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))  # 1e-12 is 0 in float16
     shares = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1).mean()
     uniform = torch.tensor(max(layer.config.num_slots, 2)).log()

@@ -20,6 +20,7 @@ from ncrl.neurocoder import (
     layer_class,
 )
 from ncrl.open_attention import ORIGINAL, OpenAttention
+from ncrl.seat import has_hooks
 from ncrl.settings import nearest, shown
 
 MAX_LISTED = 30
@@ -39,8 +40,8 @@ def inject(
     This changes the outputs of the model: a new layer starts from scratch but for its bias.
 
     New layers have the sizes, bias, device, type and training mode of those they replace, and are
-    trainable even where the host is frozen. Nothing else in the model changes. An optimiser built
-    before knows only the old parameters: build it anew.
+    trainable even where the host is frozen. Nothing else in the model changes. An optimiser or
+    `DistributedDataParallel` built before knows only the old parameters: build it anew.
 
     Attention of which projections are replaced becomes a module that calls all four; those that are
     not replaced are `nn.Linear` there.
@@ -212,7 +213,7 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _meddled(module: nn.Module) -> str | None:
-    if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
+    if has_hooks(module):
         return "it has hooks (weight norm, pruning), which would be lost"
     if "forward" in vars(module):
         return "its forward has been replaced"

@@ -19,6 +19,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.seat import has_hooks
 from ncrl.settings import suggest
 
 LstmState = tuple[Tensor, Tensor]
@@ -192,8 +193,9 @@ def unroll_lstm(
         Outputs [T, B, h] and the state after row T - 1.
     """
     is_static = _is_static.get()
-    # A stack of cells with nothing between or behind them.
-    is_plain = not (lstm.bidirectional or lstm.proj_size or (lstm.dropout and lstm.training))
+    # A stack of cells with nothing between or behind them, and nothing that its calls set off.
+    is_more = lstm.bidirectional or lstm.proj_size or (lstm.dropout and lstm.training)
+    is_plain = type(lstm) is nn.LSTM and not (is_more or has_hooks(lstm))
     if is_static and is_plain:
         return _unroll_cells(lstm, inputs, state, episode_start)
     steps = len(inputs)

@@ -47,7 +47,10 @@ class OpenAttention(nn.Module):
                 device=weight.device,
                 dtype=weight.dtype,
             )
-            self.add_module(name, linear.requires_grad_(weight.requires_grad))
+            for ours, theirs in zip((linear.weight, linear.bias), (weight, bias), strict=True):
+                if theirs is not None:
+                    ours.requires_grad_(theirs.requires_grad)
+            self.add_module(name, linear)
         self._exchange(to_host=False)
         self.train(host.training)
 
@@ -77,7 +80,9 @@ class OpenAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`. `is_causal` is a hint there, and not needed here."""
+        """As `nn.MultiheadAttention`; `is_causal` is a hint about `attn_mask`, and needs one."""
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True says what attn_mask is like, got no attn_mask")
         batched = query.dim() == 3
         swapped = batched and not self.batch_first
         streams = [query, key, value]
@@ -86,14 +91,16 @@ class OpenAttention(nn.Module):
         elif not batched:
             streams = [each.unsqueeze(0) for each in streams]
         layers = self.q_proj, self.k_proj, self.v_proj
+        # Not unflatten: the older ONNX exporter would take the number of inputs for constant.
+        heads = self.num_heads, self.embed_dim // self.num_heads
         q, k, v = (
-            layer(each).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L or S, ...]
+            layer(each).view(*each.shape[:2], *heads).transpose(1, 2)  # [B, H, L or S, ...]
             for layer, each in zip(layers, streams, strict=True)
         )
         if attn_mask is not None and attn_mask.dim() == 3:  # [B * H, L, S]
-            attn_mask = attn_mask.view(len(q), self.num_heads, *attn_mask.shape[1:])
+            attn_mask = attn_mask.view(q.shape[0], self.num_heads, *attn_mask.shape[1:])
         if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.view(len(q), 1, 1, -1)
+            key_padding_mask = key_padding_mask.view(q.shape[0], 1, 1, -1)
         masks = [
             additive(mask, q.dtype) for mask in (attn_mask, key_padding_mask) if mask is not None
         ]
@@ -101,7 +108,8 @@ class OpenAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = q @ k.mT / math.sqrt(q.shape[-1])
+            # Divided first, as torch does: products may exceed what half precision holds.
+            scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)
             scores = scores if mask is None else scores + mask
             weights = F.dropout(scores.softmax(-1), dropout)  # [B, H, L, S]
             y = weights @ v

@@ -124,6 +124,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of the module set something off: hooks, weight norm, pruning."""
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
+
+
+def total(losses: list[Tensor]) -> Tensor:
+    """Sum of scalars from any devices, on that of the first of them; 0 if there are none."""
+    return torch.stack([loss.to(losses[0].device) for loss in losses] or [torch.zeros(())]).sum()
+
+
 def require_positive(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.seat import LinearSeat, reset_linear, without_autocast
+from ncrl.seat import LinearSeat, reset_linear, total, without_autocast
 
 NOISE_FLOOR = 1e-2
 """Least standard deviation of the gate's noise: without it the noise could be learned away."""
@@ -208,7 +208,7 @@ def balance_loss(gates: Mapping[str, list[Gating]]) -> Tensor:
         importance = torch.stack([gating.importance() for gating in layer]).sum(0)
         load = torch.stack([gating.load() for gating in layer]).sum(0)
         losses.append(cv_squared(importance) + cv_squared(load))
-    return torch.stack(losses).sum(0) if losses else torch.zeros(())
+    return total(losses)
 
 
 def cv_squared(amounts: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from ncrl.seat import require_choice, require_positive, require_switch
@@ -115,7 +115,11 @@ class NeurocoderConfig:
         if self.residual_rank is not None:
             require_positive("residual_rank", self.residual_rank)
         least = self.num_least_used
-        if isinstance(least, bool) or not isinstance(least, int) or not 0 <= least < self.num_slots:
+        if (
+            isinstance(least, bool)
+            or not isinstance(least, Integral)
+            or not 0 <= least < self.num_slots
+        ):
             raise ValueError(
                 f"num_least_used must be an integer in 0 .. num_slots - 1, got "
                 f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"

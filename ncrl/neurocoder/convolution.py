@@ -143,8 +143,8 @@ class NeurocoderConv2d(NeurocoderLinear):
         in_groups = x.reshape(x.shape[0] * self.groups, channels, *x.shape[2:])
         filters = self._as_kernels(self.memory.stored("u").T)  # [P, C / G, *kernel_size]
         maps = self._convolve(in_groups, filters, 1)  # [B * G, P, ...]
-        size = maps.shape[2:]
-        maps = maps.view(x.shape[0], self.groups, maps.shape[1], size.numel())  # [B, G, P, N]
+        size, maps = maps.shape[2:], maps.flatten(2)
+        maps = maps.view(x.shape[0], self.groups, *maps.shape[1:])  # [B, G, P, N]
         read = weight_u.unsqueeze(1) @ maps  # [B, G, R, N]
         write = (composed.sigma.unsqueeze(2) * weight_v) @ self.memory.stored("v")  # [B, R, out]
         per_group = self.out_channels // self.groups
@@ -155,8 +155,9 @@ class NeurocoderConv2d(NeurocoderLinear):
             y = y + (composed.residual_scale[:, :, None, None] * residual).to(y.dtype)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
-        is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return y.contiguous(memory_format=torch.channels_last) if is_last else y
+        # Channels last, in words that vmap knows.
+        is_last = x.stride(1) == 1 and not x.is_contiguous()
+        return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_last else y
 
     def _as_kernels(self, matrices: Tensor) -> Tensor:
         """[..., patch, channels] -> [..., channels, C / G, *kernel_size]."""

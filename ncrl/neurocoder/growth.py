@@ -13,13 +13,13 @@ def replace_parameter(
 ) -> None:
     """Put `change` of a parameter in its place, in the module and in the optimiser.
 
-    What the optimiser keeps for each number of the parameter is changed alike; what it keeps for a
+    What the optimiser keeps for each row of the parameter is changed alike; what it keeps for a
     parameter without any number is dropped.
 
     Args:
         module: that has the parameter.
         name: of the parameter.
-        change: cuts off or adds zeros, on any tensor of the parameter's shape.
+        change: cuts off or adds rows of zeros, on any tensor of as many rows.
         optimizer: that trains it, if any.
     """
     old = module.get_parameter(name)
@@ -31,7 +31,7 @@ def replace_parameter(
         group["params"] = [new if one is old else one for one in group["params"]]
     state = optimizer.state.pop(old, {})
     if state and old.numel():
-        optimizer.state[new] = {
-            key: change(value) if isinstance(value, Tensor) and value.shape == old.shape else value
-            for key, value in state.items()
-        }
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape[:1] == old.shape[:1]:
+                state[key] = change(value)
+        optimizer.state[new] = state

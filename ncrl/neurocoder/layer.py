@@ -25,7 +25,7 @@ from ncrl.neurocoder.integration import (
     mix_slots,
 )
 from ncrl.neurocoder.memory import ProgramMemory, SlotMemory
-from ncrl.seat import LinearSeat, flatten, require_positive, without_autocast
+from ncrl.seat import LinearSeat, flatten, require_positive, total, without_autocast
 
 Layer = TypeVar("Layer", bound="NeurocoderLinear")
 
@@ -183,8 +183,9 @@ class NeurocoderLinear(LinearSeat):
         `config.frozen_controller`.
 
         Args:
-            optimizer: that trains the layer; it goes on with the parameters as they are then. One
-                that is not given here has to be built anew.
+            optimizer: that trains the layer; it goes on with the parameters as they are then. What
+                else knows the old ones has to be built anew: an optimiser that is not given here,
+                and `DistributedDataParallel`, which would exchange no gradients of new ones.
 
         Raises:
             ValueError: for the preset `official`.
@@ -231,10 +232,11 @@ class NeurocoderLinear(LinearSeat):
 
         Args:
             x: [..., in].
-            context: [..., context_features], given exactly if the layer has `context_features`.
+            context: [..., context_features], given exactly if the layer has `context_features`: as
+                many as there are inputs.
 
         Raises:
-            ValueError: for other widths, or a context too many or missing.
+            ValueError: for other widths, or contexts too many or missing.
         """
         if (context is None) != (self.context_features is None):
             raise ValueError(
@@ -290,6 +292,11 @@ class NeurocoderLinear(LinearSeat):
             read, rows = self._flatten(read), self.memory.stored("u")
         else:
             read = flatten(read, context_features=self.context_features)
+            if x is not None and x.shape[0] != read.shape[0]:
+                raise ValueError(
+                    f"{x.shape[0]} inputs need as many contexts, got {read.shape[0]}: every input "
+                    "has its own"
+                )
         with without_autocast(read):
             composed: Composed = self.composition(read.to(dtype), self.memory, gate, rows)
             if x is not None:
@@ -303,11 +310,22 @@ class NeurocoderLinear(LinearSeat):
 def _hold_as_stored(
     layer: NeurocoderLinear, state: Mapping[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Freeze as many slots as a state_dict that is to be loaded has frozen."""
+    """Freeze as many slots, in as many groups, as a state_dict that is to be loaded has frozen.
+
+    Parameters stay the same objects, for an optimiser that was built before.
+    """
     groups = state.get(f"{prefix}memory.frozen_groups")
-    if groups is not None:
-        for count in groups.cumsum(0).tolist():
-            layer._growing_memory().hold(count)
+    if groups is None:
+        return
+    memory = layer._growing_memory()
+    before = [(name, memory.get_parameter(name)) for name in memory.parts]
+    memory.hold(int(groups.sum()))
+    memory.group(groups.tolist())
+    for name, parameter in before:
+        cut = memory.get_parameter(name)
+        if cut is not parameter:
+            parameter.data, parameter.grad = cut.data, None
+            setattr(memory, name, parameter)
 
 
 def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:
@@ -327,4 +345,4 @@ def orthogonal_loss(model: nn.Module, *, squared: bool = False) -> Tensor:
         for module in model.modules()
         if isinstance(module, NeurocoderLinear)
     ]
-    return torch.stack(losses).sum() if losses else torch.zeros(())
+    return total(losses)

@@ -106,9 +106,12 @@ class ProgramMemory(SlotMemory):
     def _initialise(self, name: str, rows: Tensor) -> None:
         if name == "key":
             nn.init.normal_(rows)
+        elif name == "s" or self.config.memory_init == "xavier":
+            nn.init.xavier_uniform_(rows)
         else:
-            orthogonal = self.config.memory_init == "orthogonal" and name != "s"
-            (nn.init.orthogonal_ if orthogonal else nn.init.xavier_uniform_)(rows)
+            rows = rows.detach()
+            exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            rows.copy_(nn.init.orthogonal_(exact))  # which has no half precision
 
     def controller_parameters(self) -> Iterator[nn.Parameter]:
         if "key" not in self.parts:
@@ -140,8 +143,11 @@ class ProgramMemory(SlotMemory):
                 setattr(self, f"frozen_{name}", self.stored(name)[:count].clone())
             replace_parameter(self, name, lambda rows: rows[fresh:], optimizer)
         self.frozen_keys = keys.clone()
-        self._groups.append(fresh)
-        self.frozen_groups = torch.tensor(self._groups, device=keys.device)
+        self.group([*self._groups, fresh])
+
+    def group(self, counts: list[int]) -> None:
+        """Count the frozen slots as frozen at these times."""
+        self._groups, self.frozen_groups = counts, torch.tensor(counts, device=self.s.device)
 
     @torch.no_grad()
     def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:

@@ -293,7 +293,8 @@ class OfficialRecurrent(Composition):
     ) -> Composed:
         config = self.config
         states = self.lstm(F.linear(x, self.lstm.weight_ih), config.num_steps)  # [B, J, 3HK + 1]
-        queries = states[..., :-1].unflatten(-1, (3, config.num_heads, config.key_dim))
+        # Not unflatten: the older ONNX exporter would take the number of inputs for constant.
+        queries = states[..., :-1].view(*states.shape[:2], 3, config.num_heads, config.key_dim)
         queries = queries.permute(2, 0, 1, 3, 4)  # [3, B, J, H, K]
         sharpness = RECURRENT_SHARPNESS * config.sharpness
         logits = scaled_cosine(queries.flatten(1, 3), memory.keys(), sharpness)
@@ -301,7 +302,7 @@ class OfficialRecurrent(Composition):
         if self.gate is None:
             weights = logits.softmax(dim=-1)
         else:
-            gates = self.gate(x).sigmoid().unflatten(1, (3, 1, config.num_slots))
+            gates = self.gate(x).sigmoid().view(x.shape[0], 3, 1, config.num_slots)
             weights = gated_attention(logits, gates.transpose(0, 1), config.num_least_used)
         attention = Attention(*weights.flatten(2, 3).unbind())
         s = increments(attention.s, memory.s)  # [B, R]

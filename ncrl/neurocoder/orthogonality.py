@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncrl.seat import without_autocast
+
 
 def distances_from_orthonormal(matrices: Sequence[Tensor]) -> Tensor:
     """|M M^T - I_P| in the Frobenius norm for every M of the same P, [number of matrices].
 
-    The gradient at exactly 0 is 0.
+    The gradient at exactly 0 is 0. Always in the matrices' own precision: under autocast what is
+    left of nearly orthonormal rows would be rounding.
     """
-    grams = torch.stack([rows @ rows.T for rows in matrices])
+    with without_autocast(matrices[0]):
+        grams = torch.stack([rows @ rows.T for rows in matrices])
     eye = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
     distances: Tensor = torch.linalg.vector_norm(grams - eye, dim=(1, 2))
     return distances

@@ -127,16 +127,18 @@ class EnginePolicy(ActorCriticPolicy):
         actor, critic = features if isinstance(features, tuple) else (features, features)
         return Latent(actor, critic).map(lambda x: x.view(*leading, -1))
 
-    def watch(self, obs: PyTorchObs) -> None:
+    def watch(self, obs: PyTorchObs, *, padded: bool = False) -> None:
         """Show observations [B, ...] that were trained on to the encoders that keep a mean of them.
 
-        A3C calls this once for every batch of rollouts; see also `ncrl.sb3.regularise`.
+        A3C calls this once for every batch of rollouts; see also `ncrl.sb3.regularise`. With
+        `padded`, images of zeros are left out: RecurrentPPO fills short sequences up with them.
         """
         means = [part for part in self.modules() if isinstance(part, MeanImage)]
         if means:
             images = preprocess_obs(obs, self.observation_space, self.normalize_images)
             assert isinstance(images, Tensor)  # an AtariEncoder reads no dicts
-            for mean in means:
+            images = images[images.flatten(1).any(1)] if padded else images
+            for mean in means if len(images) else ():
                 mean.watch(images)
 
     def encode(
@@ -251,7 +253,7 @@ def check_observation(observation: Any, space: spaces.Space[Any]) -> None:
 
 def _check_values(what: str, value: Any, space: spaces.Space[Any]) -> None:
     array, line = as_numbers(what, value), _line(space)
-    if array.dtype.kind == "f" and isinstance(space, spaces.Box) and space.dtype.kind in "iu":
+    if array.dtype.kind == "f" and is_image_space(space):  # which SB3 would divide by 255
         raise ValueError(f"{what} has dtype {array.dtype}, expected {space.dtype} of {line}")
     if isinstance(space, spaces.Box) and array.ndim - len(space.shape) not in (0, 1):
         raise ValueError(f"{what} has shape {array.shape}, expected {space.shape} or a batch of it")

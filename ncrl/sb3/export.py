@@ -47,18 +47,13 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
         folder: made if need be; a policy that is there already is replaced. It is returned.
 
     Raises:
-        ValueError: for other policies, and for arguments that no file can describe.
+        ValueError: for other policies, for arguments that no file can describe, and for a policy
+            that its arguments do not make, such as one with injected layers.
     """
-    policy: Any = model.policy if isinstance(model, BaseAlgorithm) else model
-    policy = getattr(policy, "_orig_mod", policy)  # of a compiled one
+    policy = policy_to_export(model)
     if not isinstance(policy, ActorCriticPolicy):
         raise ValueError(f"only actor-critic policies can be exported, got {type(policy).__name__}")
-    if isinstance(model, BaseAlgorithm) and model.get_vec_normalize_env() is not None:
-        logger.warning(
-            "the policy reads normalised observations, and the statistics of VecNormalize are not "
-            "exported: save them with model.get_vec_normalize_env().save(...)"
-        )
-    tensors = unique_tensors(policy)
+    tensors, arguments = unique_tensors(policy), _arguments(policy)
     weights = save({name: part.detach().cpu().contiguous() for name, part in tensors.items()})
     is_algorithm = isinstance(model, BaseAlgorithm)
     description = {
@@ -71,17 +66,40 @@ def export_policy(model: BaseAlgorithm | ActorCriticPolicy, folder: str | Path) 
         "action_space": to_plain(policy.action_space, "the action space"),
         "arguments": {
             name: to_plain(value, f"the policy's argument {name!r}")
-            for name, value in _arguments(policy).items()
+            for name, value in arguments.items()
         },
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
         "versions": {"torch": torch.__version__, "sb3": stable_baselines3.__version__},
     }
     text = json.dumps(description, indent=2, allow_nan=False)
+    build = _builder(type(policy), policy.observation_space, policy.action_space, arguments)
+    try:
+        compare_tensors(unique_tensors(build()), tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"a policy that was changed after it was made cannot be exported: {error}"
+        ) from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, weights)
     write_atomically(folder / DESCRIPTION, f"{text}\n".encode())
     return folder
+
+
+def policy_to_export(model: Any) -> Any:
+    """The policy that an algorithm has, or that is given itself; of a compiled one the original.
+
+    Warns of what an algorithm normalises observations by, which no exported policy contains.
+    """
+    is_algorithm = isinstance(model, BaseAlgorithm)
+    normalizer = model.get_vec_normalize_env() if is_algorithm else None
+    if normalizer is not None and normalizer.norm_obs:
+        logger.warning(
+            "the policy reads normalised observations, and the statistics of VecNormalize are not "
+            "exported: save them with model.get_vec_normalize_env().save(...)"
+        )
+    policy = model.policy if is_algorithm else model
+    return getattr(policy, "_orig_mod", policy)
 
 
 def load_policy(
@@ -102,11 +120,10 @@ def load_policy(
     description = read_description(folder)
     tensors = read_weights(folder, description)
     try:
-        build = _builder(description, classes)
+        build = _builder(*_made_from(description, classes))
         if not classes:
             compare_tensors(unique_tensors(without_memory(build)), tensors)
-        with torch.random.fork_rng(devices=[]):
-            policy: ActorCriticPolicy = build()
+        policy = build()
         put_tensors(policy, tensors)
     except ValueError as error:
         raise ValueError(f"cannot load {folder / DESCRIPTION}: {error}") from error
@@ -153,21 +170,27 @@ def _content(path: Path) -> bytes:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _builder(description: Mapping[str, Any], classes: tuple[type, ...]) -> Callable[[], Any]:
-    """What makes the policy with fresh weights."""
+def _made_from(description: Mapping[str, Any], classes: tuple[type, ...]) -> Any:
+    """What `_builder` takes."""
     names = ("policy_class", "observation_space", "action_space", "arguments")
     try:
-        kind, observation_space, action_space, arguments = (
-            from_plain(description.get(name), f"its {name}", classes) for name in names
-        )
+        made_from = [from_plain(description.get(name), f"its {name}", classes) for name in names]
     except UnknownClassError as error:
         raise ValueError(f"{error}; give classes of your own: classes=[...]") from error
-    if not (isinstance(kind, type) and issubclass(kind, ActorCriticPolicy)):
+    if not (isinstance(made_from[0], type) and issubclass(made_from[0], ActorCriticPolicy)):
         raise ValueError("its policy_class is none of an actor-critic policy")
+    return made_from
+
+
+def _builder(
+    kind: type[ActorCriticPolicy], observation_space: Any, action_space: Any, arguments: Any
+) -> Callable[[], ActorCriticPolicy]:
+    """What makes the policy with fresh weights."""
 
     def build() -> ActorCriticPolicy:
         try:
-            return kind(observation_space, action_space, ConstantSchedule(0.0), **arguments)
+            with torch.random.fork_rng(devices=[]):
+                return kind(observation_space, action_space, ConstantSchedule(0.0), **arguments)
         except ValueError:
             raise
         except Exception as error:  # of arguments that do not belong to this policy

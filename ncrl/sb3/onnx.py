@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ncrl.networks import static_unroll
 from ncrl.sb3.engine import EnginePolicy
+from ncrl.sb3.export import policy_to_export
 
 EXAMPLES = 97
 """Environments that the tracer is shown."""
@@ -37,7 +38,7 @@ def export_onnx(model: BaseAlgorithm | EnginePolicy, path: str | PathLike[str]) 
         ValueError: for a policy that is not one of `ncrl.sb3`, and for state-dependent exploration.
         ImportError: without `onnx` and `onnxscript`.
     """
-    policy = model.policy if isinstance(model, BaseAlgorithm) else model
+    policy = policy_to_export(model)
     if not isinstance(policy, EnginePolicy):
         raise ValueError(
             f"expected a policy of ncrl.sb3, or a model with one, got {type(policy).__name__}"

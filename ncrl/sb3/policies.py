@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.policies import (
@@ -182,6 +183,8 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         self, obs: Tensor, actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
     ) -> Evaluation:
         """Values, log-probabilities and entropy, as in sb3-contrib."""
+        if isinstance(self.action_space, spaces.MultiBinary):
+            actions = actions.float()  # from int8, which its distribution does not take
         latent, _ = self._latent(obs, lstm_states, episode_starts)
         distribution = self.distribution(latent)
         return self.values(latent), distribution.log_prob(actions), distribution.entropy()

@@ -41,7 +41,7 @@ def regularised(evaluate_actions: Callable[..., Evaluation]) -> Callable[..., Ev
         with record_gates(policy) as gates:
             values, log_prob, entropy = evaluate_actions(policy, obs, *args, **kwargs)
         if policy.training and torch.is_grad_enabled():
-            policy.watch(obs)
+            policy.watch(obs, padded=True)
         loss = regularisation_loss(policy, gates, policy.orth_coef, policy.balance_coef)
         return values, with_gradient_of(loss, log_prob), entropy
 

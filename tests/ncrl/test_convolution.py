@@ -140,6 +140,15 @@ def test_images_that_have_both_memory_formats_give_plain_outputs() -> None:
     assert make(dict(in_channels=1))(images).is_contiguous()
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_one_by_one_in_vmap(channels_last: bool) -> None:
+    layer, images = make(CASES["groups"]), random_input(3, 2, 4, 7, 6)
+    if channels_last:
+        images = images.movedim(2, -1).contiguous().movedim(-1, 2)
+    found = torch.vmap(layer)(images)
+    assert relative_error(found, layer(images.flatten(0, 1)).unflatten(0, (3, 2))) < 1e-12
+
+
 class LargestTensor(TorchDispatchMode):
     """The most numbers of any tensor that is made inside."""
 
@@ -232,11 +241,16 @@ def test_no_images_give_no_outputs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "groups"])
-def test_exported_with_a_free_batch(name: str, tmp_path: Path) -> None:
+def test_exported_with_free_sizes(name: str, tmp_path: Path) -> None:
     layer, x = make(CASES[name]).float().eval(), torch.randn(5, 4, 6, 6)
     shapes = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(layer, (x,), dynamic_shapes=shapes).module()
     torch.testing.assert_close(exported(x[:3]), layer(x[:3]))
+    free = ({axis: torch.export.Dim(f"size{axis}", min=4) for axis in (0, 2, 3)},)
+    example = torch.randn(5, 4, 6, 7)
+    exported = torch.export.export(layer, (example,), dynamic_shapes=free).module()
+    larger = torch.randn(4, 4, 9, 8)
+    torch.testing.assert_close(exported(larger), layer(larger))
     file = tmp_path / "layer.onnx"
     torch.onnx.export(layer, (x,), file, dynamo=False)
     assert file.stat().st_size > 0

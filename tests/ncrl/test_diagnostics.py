@@ -1,5 +1,6 @@
 """`ncrl.diagnostics.describe` against the formulas, written out one number at a time."""
 
+import copy
 import math
 
 import pytest
@@ -126,3 +127,14 @@ def test_participation_ratio_by_hand(values: list[float], ratio: float) -> None:
 
 def test_participation_ratio_of_zero_is_finite() -> None:
     assert float(participation_ratio(torch.zeros(3, 3))) == 0
+
+
+def test_half_precision() -> None:
+    """Slots that get nothing have a share of 0, and no logarithm of it."""
+    torch.manual_seed(0)
+    layer = NeurocoderLinear(16, 14, sharpness=20.0)
+    half, x = copy.deepcopy(layer).half(), torch.randn(64, 16)
+    assert not torch.stack(half.attend(x.half())).all()
+    found, expected = describe(half, x.half()), describe(layer, x)
+    assert found.attention_entropy == pytest.approx(expected.attention_entropy, abs=0.01)
+    torch.testing.assert_close(found.slot_usage, expected.slot_usage, rtol=0.05, atol=1e-3)

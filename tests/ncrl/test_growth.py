@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ncrl import NeurocoderConfig, NeurocoderLinear, orthogonal_loss
 from ncrl.layers import make_layer
@@ -160,6 +161,25 @@ def test_frozen_slots_stay_bit_for_bit_whatever_is_trained(options: dict[str, An
     assert attention.u.shape[-1] == 7 and (attention.u[..., :4] > 0).all()
 
 
+def test_slots_freeze_and_grow_while_an_old_loss_is_kept() -> None:
+    """As by a loop that has not left it behind: its graph knows the parameters' old shapes."""
+    layer = make()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    changes = (
+        lambda: None,
+        lambda: layer.freeze_slots(optimizer),
+        lambda: layer.grow(2, optimizer),
+    )
+    for change in changes:
+        change()
+        before = layer.memory.u.detach().clone()
+        optimizer.zero_grad()
+        loss = layer(random_input(5, 7)).square().mean()
+        loss.backward()
+        optimizer.step()
+        assert len(before) == 0 or not torch.equal(layer.memory.u, before)
+
+
 def test_freezing_again_holds_the_slots_that_came_since() -> None:
     layer = make()
     layer.freeze_slots()
@@ -205,6 +225,22 @@ def test_growth_does_not_thaw_a_frozen_controller() -> None:
     assert not any(p.requires_grad for p in layer.composition.parameters())
 
 
+def test_an_optimiser_that_keeps_rows_and_columns_goes_on_through_growth() -> None:
+    layer = make()
+    optimizer = torch.optim.Adafactor(layer.parameters(), lr=0.05)
+    train(layer, optimizer)
+    kept = dict(optimizer.state[layer.memory.u])
+    layer.grow(2, optimizer)
+    state = optimizer.state[layer.memory.u]
+    assert torch.equal(state["row_var"][:4], kept["row_var"]) and not state["row_var"][4:].any()
+    assert torch.equal(state["col_var"], kept["col_var"])
+    train(layer, optimizer)
+    layer.freeze_slots(optimizer)
+    layer.grow(1, optimizer)
+    train(layer, optimizer)
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
 @pytest.mark.parametrize("gate", GATES)
 def test_an_optimiser_goes_on_through_growth(kind: type[torch.optim.Optimizer], gate: str) -> None:
@@ -241,7 +277,7 @@ def test_what_an_optimiser_keeps_is_changed_with_its_parameter(rows: int) -> Non
     module(torch.ones(3)).sum().backward()
     optimizer.step()
     kept = optimizer.state[old]
-    kept["of another shape"] = torch.ones(4, 1)
+    kept["exp of rows"], kept["of columns"] = torch.ones(4, 1), torch.ones(1, 3)
     first = dict(kept)
     replace_parameter(module, "weight", lambda t: t[:rows], optimizer)
     cut = module.weight
@@ -252,7 +288,7 @@ def test_what_an_optimiser_keeps_is_changed_with_its_parameter(rows: int) -> Non
     for name, value in first.items():
         expected = value[:rows] if name.startswith("exp") else value
         assert torch.equal(optimizer.state[cut][name], expected)
-    replace_parameter(module, "weight", lambda t: torch.cat([t, torch.zeros(1, 3)]), optimizer)
+    replace_parameter(module, "weight", lambda t: F.pad(t, (0, 0, 0, 1)), optimizer)
     assert module.weight.shape == (rows + 1, 3) and not module.weight[rows:].any()
     assert (module.weight in optimizer.state) == (rows > 0)
 
@@ -283,6 +319,26 @@ def test_a_checkpoint_of_a_grown_layer_goes_on_exactly() -> None:
         fresh(6)[0].load_state_dict(layer.state_dict())
 
 
+def test_an_optimiser_built_before_loading_goes_on_exactly() -> None:
+    """The usual order: model, optimiser, then the weights of the one and the state of the other."""
+    layer = make()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    train(layer, optimizer)
+    layer.freeze_slots(optimizer)
+    layer.grow(3, optimizer)
+    train(layer, optimizer)
+    other = make(seed=1, num_slots=7)
+    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.05)
+    other.load_state_dict(layer.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = other.memory.u.detach().clone()
+    for each, its in ((layer, optimizer), (other, other_optimizer)):
+        train(each, its)
+    assert not torch.equal(other.memory.u, before)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
 def test_groups_of_slots_are_loaded() -> None:
     layer = make(**PROJECTION)
     for count in (2, 1):
@@ -293,6 +349,23 @@ def test_groups_of_slots_are_loaded() -> None:
     assert other.memory.groups() == layer.memory.groups() == [4, 2, 1]
     x = random_input(3, 7)
     assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("counts", [(3, 1, 3), (4, 3)])
+def test_groups_of_slots_are_loaded_in_place_of_others(counts: tuple[int, ...]) -> None:
+    """Into a layer that has frozen as many slots, but not at the same times."""
+
+    def grown(*counts: int) -> NeurocoderLinear:
+        layer = make(seed=counts[0], **PROJECTION | dict(num_slots=counts[0]))
+        for count in counts[1:]:
+            layer.freeze_slots()
+            layer.grow(count)
+        return layer
+
+    layer, other = grown(*counts), grown(1, 3, 3)
+    other.load_state_dict(layer.state_dict())
+    assert other.memory.groups() == layer.memory.groups() == list(counts)
+    assert torch.equal(other(random_input(3, 7)), layer(random_input(3, 7)))
 
 
 def test_names_in_the_state_dict_of_a_layer_that_never_froze() -> None:
@@ -329,5 +402,7 @@ def test_refusals() -> None:
         make()(random_input(2, 7), random_input(2, 7))
     with pytest.raises(ValueError, match="context_features=3, got shape"):
         make(context_features=3)(random_input(2, 7), random_input(2, 4))
+    with pytest.raises(ValueError, match="10 inputs need as many contexts, got 2"):
+        make(context_features=4)(random_input(2, 5, 7), random_input(2, 4))
     with pytest.raises(ValueError, match="needs num_least_used=0, got 2"):
         NeurocoderConfig(controller="projection")

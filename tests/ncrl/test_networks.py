@@ -9,6 +9,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from ncrl.networks import (
     CONTRAST_FLOOR,
@@ -153,6 +154,30 @@ def test_the_lstm_is_called_once_per_stretch(monkeypatch: pytest.MonkeyPatch) ->
     zero = (torch.zeros(1, 3, HIDDEN), torch.zeros(1, 3, HIDDEN))
     unroll_lstm(nn.LSTM(INPUTS, HIDDEN), torch.zeros(10, 3, INPUTS), zero, starts)
     assert lengths == [4, 3, 3]
+
+
+class Doubled(nn.LSTM):
+    def forward(self, inputs: Tensor, state: Any = None) -> Any:  # type: ignore[override]
+        outputs, state = super().forward(inputs, state)
+        return 2 * outputs, state
+
+
+@pytest.mark.parametrize("kind", ["hooked", "subclass", "pruned"])
+def test_a_single_timestep_meets_all_that_is_done_to_an_lstm(kind: str) -> None:
+    """Though on the CPU the cells of a plain one are called past the module."""
+    torch.manual_seed(0)
+    lstm = (Doubled if kind == "subclass" else nn.LSTM)(INPUTS, HIDDEN)
+    if kind == "hooked":
+        lstm.register_forward_hook(lambda _, __, found: (2 * found[0], found[1]))
+    if kind == "pruned":
+        prune.l1_unstructured(lstm, "weight_ih_l0", 0.5)
+        with torch.no_grad():
+            lstm.weight_ih_l0_orig.add_(1)  # as an optimiser's step would
+    inputs, zero = torch.randn(1, 3, INPUTS), (torch.zeros(1, 3, HIDDEN),) * 2
+    starts = torch.zeros(1, 3, dtype=torch.bool)
+    for unroll in (unroll_lstm, unroll_by_steps):
+        found, _ = unroll(lstm, inputs, zero, starts)
+        torch.testing.assert_close(found, lstm(inputs, zero)[0])
 
 
 @pytest.mark.parametrize(

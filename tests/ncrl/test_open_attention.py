@@ -102,6 +102,28 @@ def test_dropout_is_that_of_torch_and_in_training_alone(need_weights: bool) -> N
     assert relative_error(found[2][0], found[3][0]) > 0.1
 
 
+def test_a_hint_of_causality_needs_a_mask() -> None:
+    """As in torch; without a word, queries would attend to what comes later."""
+    host, x = attention(batch_first=True), random_input(BATCH, LENGTH, WIDTH)
+    for module, kind in ((host, RuntimeError), (OpenAttention(host), ValueError)):
+        with pytest.raises(kind, match="attn_mask"):
+            module(x, x, x, need_weights=False, is_causal=True)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_large_scores_in_half_precision(need_weights: bool) -> None:
+    """Products that exceed what float16 holds, but not once they are divided by sqrt(width)."""
+    host = nn.MultiheadAttention(64, 1, batch_first=True, dtype=torch.float16)
+    with torch.no_grad():
+        host.in_proj_weight.copy_(torch.eye(64).repeat(3, 1))
+    x = torch.full((1, 3, 64), 40.0).half() * torch.tensor([1, -1, 0.5]).half().view(1, 3, 1)
+    ours, theirs = (
+        module(x, x, x, need_weights=need_weights)[0] for module in (OpenAttention(host), host)
+    )
+    assert theirs.isfinite().all()
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_coded_projections_are_read_literally() -> None:
     model = nn.ModuleDict({"attn": attention(batch_first=True)})
     names = inject(model, CONFIG, "attn.*")
@@ -208,6 +230,17 @@ def test_the_rest_of_opened_attention_stays_frozen_and_in_its_mode(training: boo
     eject(model)
     assert model["attn"] is host
     assert {module.training for module in model.modules()} == {not training}
+
+
+def test_biases_and_weights_are_frozen_apart() -> None:
+    """As where only biases are trained (BitFit)."""
+    model = nn.ModuleDict({"attn": attention()})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    inject(model, CONFIG, "k_proj")
+    for name, parameter in model.named_parameters():
+        is_trained = name.endswith("bias") or name.startswith("attn.k_proj.")
+        assert parameter.requires_grad == is_trained, name
 
 
 def test_attention_follows_to_another_type() -> None:

@@ -6,6 +6,7 @@ Shape letters: B batch, P slots, K key, H heads, J steps, h controller width.
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -292,6 +293,22 @@ def test_orthogonal_memories_in_float32() -> None:
         assert float(memory.grad.norm()) < 2.01
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_orthogonal_memories_in_half_precision(dtype: torch.dtype) -> None:
+    """Where there is no QR: built as the default type, reset, and grown."""
+    torch.set_default_dtype(dtype)
+    try:
+        layer = NeurocoderLinear(12, 9, num_slots=4, memory_init="orthogonal")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    layer.reset_parameters()
+    layer.grow(2)
+    for memory in (layer.memory.u, layer.memory.v):
+        assert memory.dtype == dtype
+        rows = memory.detach().float()
+        torch.testing.assert_close(rows @ rows[:4].T, torch.eye(6, 4), rtol=0, atol=0.02)
+
+
 # learned_sharpness
 
 
@@ -353,6 +370,14 @@ def test_impossible_options_are_refused(options: dict[str, Any], words: list[str
             build(**options)
         for word in words:
             assert word in str(error.value)
+
+
+@pytest.mark.parametrize("integer", [int, np.int64])
+def test_every_integer_is_a_size(integer: Any) -> None:
+    """Those of numpy, too, which searches for hyper-parameters draw."""
+    sizes = {name: integer(2) for name in ("key_dim", "num_heads", "num_steps", "num_least_used")}
+    layer = NeurocoderLinear(5, 4, num_slots=integer(6), controller_size=integer(3), **sizes)
+    assert layer(torch.zeros(3, 5)).shape == (3, 4)
 
 
 def test_each_option_of_the_paper_alone_is_tried_with_the_official_preset() -> None:

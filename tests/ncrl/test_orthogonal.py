@@ -141,3 +141,24 @@ def test_nearly_orthonormal_rows_have_a_finite_gradient() -> None:
         assert memory.grad is not None
         assert memory.grad.isfinite().all()
         assert float(memory.grad.norm()) < 2 + 1e-6
+
+
+def test_autocast_changes_neither_the_loss_nor_its_gradient() -> None:
+    """In half precision, rows that are nearly orthonormal would look as far off as its rounding."""
+    layer = make_layer(16, 12, 8).float()
+    with torch.no_grad():
+        layer.memory.u.copy_(orthonormal(8, 16))
+        layer.memory.v.copy_(orthonormal(8, 12, seed=1))
+        layer.memory.u[0, 0] += 0.01
+    loss = orthogonal_loss(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same = orthogonal_loss(layer)
+    assert torch.equal(same, loss)
+    (gradient,) = torch.autograd.grad(loss, layer.memory.u)
+    assert torch.equal(torch.autograd.grad(same, layer.memory.u)[0], gradient)
+
+
+def test_layers_on_two_devices() -> None:
+    """As of a model whose parts lie on several GPUs: the sum is where the first layer is."""
+    model = nn.ModuleList([make_layer(6, 5, 4).to("meta"), make_layer(6, 5, 4)])
+    assert orthogonal_loss(model).is_meta

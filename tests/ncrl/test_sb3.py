@@ -20,6 +20,7 @@ from ncrl.sb3 import (
     NeurocoderCnnLstmPolicy,
     NeurocoderMlpLstmPolicy,
 )
+from tests.ncrl.sb3.environments import Still
 
 VECTORS = spaces.Box(-1, 1, (3,), np.float32)
 IMAGES = spaces.Box(0, 255, (1, 84, 84), np.uint8)
@@ -251,6 +252,24 @@ class Toy(gym.Env):
     def step(self, action: int) -> tuple:
         self.time += 1
         return self.observation_space.sample(), float(action), self.time == 5, False, {}
+
+
+@pytest.mark.parametrize(
+    "actions", [spaces.MultiBinary(2), spaces.MultiDiscrete([2, 3]), spaces.Box(-1, 1, (2, 2))]
+)
+def test_every_action_space_trains_inside_recurrent_ppo(actions: spaces.Space) -> None:
+    """Binary actions come back from its buffer as int8."""
+    model = RecurrentPPO(
+        NeurocoderMlpLstmPolicy,
+        Still(observations_of(NeurocoderMlpLstmPolicy), actions),
+        n_steps=8,
+        batch_size=8,
+        n_epochs=1,
+        policy_kwargs={"lstm_hidden_size": 8, "head_kwargs": SMALL_HEADS},
+    )
+    before = model.policy.action_net.memory.u.detach().clone()
+    model.learn(8)
+    assert not torch.equal(model.policy.action_net.memory.u, before)
 
 
 @pytest.mark.parametrize("policy_class", POLICIES)

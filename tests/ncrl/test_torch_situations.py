@@ -1,9 +1,11 @@
 """Whatever works for `nn.Linear` works for every layer in its seat."""
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
+from ncrl import NeurocoderConfig, inject
 from ncrl.layers import make_layer
 from ncrl.seat import LinearSeat
 
@@ -100,6 +103,41 @@ def test_exported_with_a_free_batch(name: str) -> None:
     exported = torch.export.export(layer, (inputs(5, 4),), dynamic_shapes=shapes).module()
     for batch in (2, 9):
         torch.testing.assert_close(exported(inputs(batch, 4)), layer(inputs(batch, 4)))
+
+
+@pytest.mark.parametrize("name", ["neurocoder-steps", "neurocoder-official"])
+@pytest.mark.filterwarnings("ignore")
+def test_exported_with_a_free_batch_by_the_older_onnx_exporter(name: str) -> None:
+    layer = make(name)
+    check_older_onnx(layer, inputs(5, 4), inputs(3, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_attention_exported_with_a_free_batch_by_the_older_onnx_exporter() -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.attention(x, x, x, padding)[0]
+
+    host = Host().eval()
+    inject(host, NeurocoderConfig(num_slots=6), "*_proj")
+    paddings = (torch.arange(7).expand(batch, 7) > 4 for batch in (2, 3))
+    check_older_onnx(host, *zip((inputs(2, 7, 4), inputs(3, 7, 4)), paddings, strict=True))
+
+
+def check_older_onnx(module: nn.Module, example: Any, other: Any) -> None:
+    """Numbers of an exported file for other inputs than those that the exporter was shown."""
+    example, other = (x if isinstance(x, tuple) else (x,) for x in (example, other))
+    names = [f"x{index}" for index in range(len(example))]
+    axes = {name: {0: "batch"} for name in names}
+    file = io.BytesIO()
+    torch.onnx.export(module, example, file, input_names=names, dynamic_axes=axes, dynamo=False)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    (found,) = session.run(None, {n: x.numpy() for n, x in zip(names, other, strict=True)})
+    torch.testing.assert_close(torch.as_tensor(found), module(*other), rtol=1e-4, atol=1e-5)
 
 
 @every_layer

@@ -255,6 +255,14 @@ def test_edge_cases_of_the_balance_loss() -> None:
     assert layer.gate.weight.grad.isfinite().all()
 
 
+def test_the_balance_loss_of_layers_on_two_devices() -> None:
+    first, second = make(4, 2), make(4, 2).to("meta")
+    with record_gates(nn.ModuleList([second, first])) as gates:
+        first(random_input(4, 5))
+        second(random_input(4, 5).to("meta"))
+    assert balance_loss(gates).is_meta
+
+
 def test_a_model_that_was_not_called_is_no_balanced_model(model: Deep) -> None:
     with record_gates(model) as gates:
         pass

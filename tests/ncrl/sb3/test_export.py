@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
 import ncrl.sb3
+from ncrl import NeurocoderConfig, inject
 from ncrl.sb3 import (
     LstmPolicy,
     NeurocoderMlpLstmPolicy,
@@ -200,10 +201,32 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_statistics_that_stay_behind_are_mentioned(tmp_path: Path, caplog: Any) -> None:
-    env = VecNormalize(make_vec_env("CartPole-v1"))
+def changed(how: str) -> A2C:
+    model = A2C(NeurocoderMlpPolicy, "CartPole-v1", device="cpu")
+    head = model.policy.action_net
+    if how == "injected":
+        inject(model.policy, NeurocoderConfig(num_slots=5), "policy_net.0")
+    elif how == "grown":
+        head.grow(2)
+    else:
+        head.freeze_slots()
+    return model
+
+
+@pytest.mark.parametrize("how", ["injected", "grown", "frozen"])
+def test_a_policy_that_its_arguments_do_not_make_is_refused(how: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="changed after it was made"):
+        export_policy(changed(how), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_statistics_that_stay_behind_are_mentioned(
+    norm_obs: bool, tmp_path: Path, caplog: Any
+) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1"), norm_obs=norm_obs)
     export_policy(A2C("MlpPolicy", env, device="cpu"), tmp_path)
-    assert "VecNormalize are not exported" in caplog.text
+    assert ("VecNormalize are not exported" in caplog.text) == norm_obs
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from ncrl.agents import A3C
 from ncrl.sb3 import MlpPolicy, MultiInputPolicy, NeurocoderCnnPolicy, NeurocoderMlpPolicy
@@ -55,6 +56,18 @@ WRONG = {
     "P7 extra": ("dict", {"a": np.zeros(3), "b": 1, "c": 1}, "unknown entry 'c'"),
     "P7 rows": ("dict", {"a": np.zeros((2, 3)), "b": np.zeros(3, int)}, "'a': 2, 'b': 3"),
 }
+
+
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_normalised_observations_of_integers(is_dict: bool) -> None:
+    """VecNormalize makes floats of them, and leaves the space as it is."""
+    numbers = spaces.Box(0, 255, (3,), np.uint8)
+    space = spaces.Dict(a=numbers, b=VECTOR) if is_dict else numbers
+    env = VecNormalize(DummyVecEnv([lambda: Still(space)] * 2))
+    policy = MultiInputPolicy if is_dict else MlpPolicy
+    model = PPO(policy, env, n_steps=4, batch_size=4, device="cpu", seed=0)
+    model.learn(8)
+    assert model.predict(env.reset())[0].shape == (2,)
 
 
 @pytest.fixture(scope="module")

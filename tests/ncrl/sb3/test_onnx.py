@@ -9,10 +9,12 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3 import A2C
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from ncrl.agents import A3C
-from ncrl.sb3 import export_onnx
+from ncrl.sb3 import NeurocoderMlpPolicy, export_onnx
 from tests.ncrl.sb3.environments import Still
 
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
@@ -72,6 +74,16 @@ def test_numbers_are_those_of_torch(name: str, tmp_path: Path) -> None:
         assert found.keys() == wanted.keys()
         for output, value in wanted.items():
             np.testing.assert_allclose(found[output], value, atol=1e-5, rtol=1e-4)
+
+
+def test_of_a_compiled_policy_statistics_that_stay_behind_are_mentioned(
+    tmp_path: Path, caplog: Any
+) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1"))
+    model = A2C(NeurocoderMlpPolicy, env, policy_kwargs={"head": "linear"}, device="cpu")
+    model.policy = torch.compile(model.policy)  # type: ignore[assignment]  # which changes nothing
+    export_onnx(model, tmp_path / "policy.onnx")
+    assert "VecNormalize are not exported" in caplog.text
 
 
 def test_other_policies_are_refused(tmp_path: Path) -> None:

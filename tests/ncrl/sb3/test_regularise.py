@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
 from ncrl.baselines import balance_loss, record_gates
-from ncrl.sb3 import MlpLstmPolicy, NeurocoderMlpLstmPolicy, NeurocoderMlpPolicy
+from ncrl.sb3 import CnnLstmPolicy, MlpLstmPolicy, NeurocoderMlpLstmPolicy, NeurocoderMlpPolicy
 from ncrl.sb3.regularise import with_gradient_of
 
 HEAD = {"num_slots": 6, "num_heads": 2}
@@ -142,6 +143,35 @@ def test_values_and_log_probabilities_are_what_they_were() -> None:
     torch.testing.assert_close(loss.grad, 2 * loss.detach())  # once, whatever the factor of y
     with torch.no_grad():
         assert with_gradient_of(loss.square().sum(), x) is x
+
+
+class White(gym.Env[Any, Any]):
+    """White pictures, in games of five timesteps."""
+
+    observation_space = spaces.Box(0, 255, (1, 20, 20), np.uint8)
+    action_space = spaces.Discrete(2)
+    picture = np.full((1, 20, 20), 255, np.uint8)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.picture, {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return self.picture, 1.0, self.steps == 5, False, {}
+
+
+def test_no_padding_is_in_the_mean_image() -> None:
+    """RecurrentPPO fills sequences up to the length of the longest with zeros."""
+    model = RecurrentPPO(
+        CnnLstmPolicy, White(), n_steps=16, batch_size=8, n_epochs=1, device="cpu", seed=0,
+        policy_kwargs={"lstm_hidden_size": 8},
+    )  # fmt: skip
+    background = model.policy.features_extractor.background
+    model.learn(16)
+    assert background.num_images == 16
+    torch.testing.assert_close(background.mean, torch.ones(1, 20, 20))
 
 
 @pytest.mark.parametrize("recurrent", [False, True])
