@@ -42,8 +42,8 @@ HARD_GAMES = {
 """What plain actor-critics without an exploration bonus are known to reach."""
 
 EXPLORED = {
-    "montezuma_revenge": "0 for 2 to 6 million frames; three runs on two cores then took the key "
-    "more and more often, and had 222, 400 and 475 points a game at 10 to 12 million; one, resumed "
+    "montezuma_revenge": "0 for 2 to 6 million frames; four runs on two cores then took the key "
+    "more and more often, and had 222 to 475 points a game at 10 to 12 million; one, resumed "
     "with --int-coef 1, had 410 to 690 at 25 to 30 million (results/montezuma.md)",
 }
 """What our own runs with a bonus reached."""
