@@ -159,13 +159,15 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
         An environment object is played in this process from now on, unless it is the model's own.
         """
+        factory, n_workers = self.env_factory, self.n_workers
         if is_factory(env):
-            self.env_factory = as_factory(env)  # type: ignore[arg-type]
-            env = self._played_by(self.env_factory, self.n_envs)
+            factory = as_factory(env)  # type: ignore[arg-type]
+            env = self._played_by(factory, self.n_envs)
         elif env is not self.env:
             check_object(env)
-            self.env_factory, self.n_workers = None, 0
+            factory, n_workers = None, 0
         super().set_env(env, force_reset)  # type: ignore[arg-type]
+        self.env_factory, self.n_workers = factory, n_workers
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in SB3, and seed the games that workers start from now on."""

@@ -331,6 +331,15 @@ def test_another_environment_goes_on_without_a_reset() -> None:
     assert first.get_attr("_tick") == second.get_attr("_tick") == [10, 10]
 
 
+@pytest.mark.parametrize("is_object", [True, False])
+def test_an_environment_that_is_refused_leaves_the_model_as_it_was(is_object: bool) -> None:
+    model = make_model(n_workers=2)
+    env, factory = model.env, model.env_factory
+    with pytest.raises((AssertionError, ValueError), match=r"to be the same|spaces do not match"):
+        model.set_env(masked_cartpole()(3, 0) if is_object else light())
+    assert (model.env, model.env_factory, model.n_workers) == (env, factory, 2)
+
+
 # Wrong arguments.
 
 
