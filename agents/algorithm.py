@@ -305,10 +305,15 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
     def _collect(self, player: Player, n_steps: int, callback: BaseCallback) -> Batch | None:
         """A batch of `n_steps` timesteps in every environment; None if a callback said stop."""
-        batch = player.collect(n_steps, lambda outcome: self._after_row(callback, outcome))
-        if self.collector is not None and not self.n_workers:
-            self._last_obs = self.collector.obs
-            self._last_episode_starts = self.collector.episode_start
+        batch = None
+        try:
+            batch = player.collect(n_steps, lambda outcome: self._after_row(callback, outcome))
+        finally:  # after Ctrl-C in a notebook too, training goes on where the games stand
+            if self.collector is not None and not self.n_workers:
+                self._last_obs = self.collector.obs
+                self._last_episode_starts = self.collector.episode_start
+            if batch is None and self.exploration is not None:
+                self.exploration.miss_rollout()
         if batch is not None:
             self.policy_lag = curves.record_lag(self.logger, batch.lags)
         return batch

@@ -181,6 +181,30 @@ def test_learning_goes_on_where_it_stopped() -> None:
     assert again.num_timesteps == 60
 
 
+@pytest.mark.parametrize("where", ["callback", "environment"])
+def test_an_interrupted_training_goes_on_where_its_games_stand(where: str) -> None:
+    class Interrupt(BaseCallback):
+        def _interrupt(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+        def _on_step(self) -> bool:
+            if self.n_calls == 7:
+                if where == "callback":
+                    self._interrupt()
+                monkeypatch.setattr(self.training_env, "step_wait", self._interrupt)
+            return True
+
+    stopped = make_model(masked_cartpole()(2, 0)).learn(1000, callback=Stop(after=7))
+    interrupted = make_model(masked_cartpole()(2, 0))
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        interrupted.learn(1000, callback=Interrupt())
+    for model in (stopped, interrupted):
+        torch.manual_seed(0)
+        model.learn(20, reset_num_timesteps=False)
+    assert interrupted.num_timesteps == 34
+    assert_bit_equal(stopped, interrupted)
+
+
 class ClippingFactory(TickingFactory):
     """Ticking whose rewards are clipped by the environment."""
 
