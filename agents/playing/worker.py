@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -129,7 +130,8 @@ def check_script() -> None:
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
-    """Entry point of the process. Receives slot numbers, answers with `Message`s, ends on None."""
+    """Entry point of the process. Receives slot numbers, answers with `Message`s; on None it plays
+    no more of them, and ends."""
     keep_freed_memory()
     # Ctrl-C reaches everybody, but the parent decides. It was blocked while this process started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -160,10 +162,13 @@ def _die_with_parent() -> None:
 
 
 def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> None:
+    asked: deque[int | None] = deque()
+
     def next_slot() -> int | None:
         with stopwatch.phase("wait"):
-            slot: int | None = connection.recv()
-        return slot
+            while not asked or connection.poll():
+                asked.append(connection.recv())
+        return None if asked[-1] is None else asked.popleft()
 
     heartbeat = spec.heartbeats[spec.index]
     games: Games = spec.make_games.var(
@@ -187,6 +192,7 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
             connection.send(part)
         connection.send(played._replace(phases=stopwatch.take()))
         slot = next_slot()
+    games.close()
 
 
 class Games:
@@ -217,9 +223,7 @@ class Games:
 
     def start(self) -> None:
         """Build the environments, anew if there are any; they do not repeat their games."""
-        if self._collector is not None:
-            with contextlib.suppress(Exception):  # it may be broken in any way
-                self._collector.env.close()
+        self.close()
         with self._stopwatch.phase("setup"):
             seed = int(self._seeds.spawn(1)[0].generate_state(1)[0] >> 1)
             env = build(self._factory, self._n_envs, seed)
@@ -230,6 +234,12 @@ class Games:
                 sde_sample_freq=self._sde_sample_freq,
                 stopwatch=self._stopwatch,
             )
+
+    def close(self) -> None:
+        """Close the environments, which may be broken in any way."""
+        if self._collector is not None:
+            with contextlib.suppress(Exception):
+                self._collector.env.close()
 
     def play(self, rollout: Rollout, slot: int, version: int) -> tuple[Played, list[Info]]:
         """Play a rollout with the policy as it is; also what environments reported.

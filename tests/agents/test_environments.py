@@ -1,5 +1,6 @@
 """What `A3C(env=...)` makes of ids, and what it says and does where SB3's users expect another."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -225,6 +226,27 @@ def test_the_environment_that_spaces_are_read_off_is_closed() -> None:
     with pytest.raises(ValueError, match="VecNormalize"):
         RemoteEnvs(factory, 3)
     assert factory.built[0].closed == 1
+
+
+class NotedEnds(TickingFactory):
+    """Slow environments of workers, which leave a file in `log` when they are closed."""
+
+    def __call__(self, n_envs: int, seed: int) -> VecEnv:
+        factory = self
+
+        class Noted(DummyVecEnv):
+            def close(self) -> None:
+                super().close()
+                Path(str(factory.log), f"closed-{os.getpid()}").touch()
+
+        return Noted([lambda: self.make(seed)] * n_envs)
+
+
+def test_workers_close_their_environments(tmp_path: Path) -> None:
+    """At once, and not after the rollouts that they were asked for, for which nobody waits."""
+    make_model(NotedEnds(log=str(tmp_path), pause=0.1), n_workers=2).learn(8)
+    here = f"closed-{os.getpid()}"
+    assert sum(file.name != here for file in tmp_path.glob("closed-*")) == 2
 
 
 def test_environments_in_this_process_have_their_seed_or_one_of_the_system() -> None:

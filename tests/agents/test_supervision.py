@@ -111,6 +111,10 @@ class Pipe:
         self.tasks: list[int | None] = [0, None]
         self.sent: list[Any] = []
 
+    def poll(self) -> bool:
+        """What comes next has not come yet."""
+        return False
+
     def recv(self) -> int | None:
         return self.tasks.pop(0)
 
@@ -132,6 +136,9 @@ def test_every_worker_counts_its_own_timesteps() -> None:
                 self.beat()
             return Played(slot, version, {}), []
 
+        def close(self) -> None:
+            pipe.send("closed")
+
     pipe: Any = Pipe()
     beats = torch.zeros(3, dtype=torch.int64)
     weights: Any = SimpleNamespace(read_into=lambda policy: 5)
@@ -139,4 +146,4 @@ def test_every_worker_counts_its_own_timesteps() -> None:
     games: Any = SimpleNamespace(var=FakeGames)
     _work(pipe, WorkerSpec(0, games, slots, weights, beats, False, index=1), OFF)
     assert beats.tolist() == [0, 7, 0]
-    assert pipe.sent == [Ready(), Played(0, 5, {})]
+    assert pipe.sent == [Ready(), Played(0, 5, {}), "closed"]
