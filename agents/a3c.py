@@ -284,6 +284,8 @@ class A3C(EngineAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if reset_num_timesteps:
+            self.best_score, self.first_scored_at = -math.inf, -1
         self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
         self._started = time.monotonic_ns()
         stopwatch = self._stopwatch

@@ -151,7 +151,9 @@ class RunConfig:
         100_000, "bonus: timesteps to gather statistics", low=0, high=10**12
     )
     # What is written.
-    log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)
+    log_every: int = setting(
+        10, "rollouts of all games between points of the curves", low=1, high=10**9
+    )
     checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1, high=10**12)
     keep_checkpoints: int = setting(3, "checkpoints to keep", low=1, high=10**6)
     stop_on_save_error: bool = setting(False, "whether a full disk ends the run")

@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor
 
@@ -31,6 +32,7 @@ from ncrl.agents.playing.env_sources import RemoteEnvs
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import PoolSpec
 from ncrl.agents.playing.weights import SharedWeights, layout
+from ncrl.agents.runs.curves import record_lag
 from ncrl.envs import light, masked_cartpole
 from tests.agents.conftest import assert_bit_equal, weights
 from tests.agents.environments import TickingFactory
@@ -179,6 +181,15 @@ def test_learning_goes_on_where_it_stopped() -> None:
     again = make_model(learning_rate=0.01).learn(40)
     again.learn(60)
     assert again.num_timesteps == 60
+
+
+def test_scores_of_a_training_that_begins_anew_are_those_of_its_own_games() -> None:
+    model = make_model(env=masked_cartpole(max_steps=2), n_steps=10).learn(20)
+    assert (model.best_score, model.first_scored_at) == (2, 4)
+    model.learn(20, reset_num_timesteps=False)
+    assert (model.best_score, model.first_scored_at) == (2, 4)
+    model.learn(2)
+    assert (model.best_score, model.first_scored_at) == (-math.inf, -1)
 
 
 @pytest.mark.parametrize("where", ["callback", "environment"])
@@ -518,6 +529,17 @@ def test_policy_lag_is_recorded(healthy_run: tuple[A3C, Record]) -> None:
         assert 0 <= largest <= update
         assert 0 <= mean <= max(most for _, most in record.lags)
     assert any(mean > 0 for mean, _ in record.lags), "workers play while the learner learns"
+
+
+def test_the_largest_lag_is_that_of_all_batches_since_the_last_point() -> None:
+    logger = Logger(None, [])
+    for lags in ([0, 1], [5, 0], [2, 1]):
+        record_lag(logger, lags)
+    assert logger.name_to_value["train/policy_lag_max"] == 5
+    assert logger.name_to_value["train/policy_lag"] == pytest.approx(1.5)
+    logger.dump()
+    record_lag(logger, [1, 0])
+    assert logger.name_to_value["train/policy_lag_max"] == 1
 
 
 def test_the_lag_of_one_worker_is_bounded_by_its_slots() -> None:
