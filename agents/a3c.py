@@ -190,8 +190,8 @@ class A3C(EngineAlgorithm):
             arguments.tell_meaning(env, self.env_factory, verbose)
             played = self._played_by(self.env_factory, n_envs)
         else:
-            arguments.check_serial(n_workers or 0, env)
             check_object(env)
+            arguments.check_serial(n_workers or 0, n_envs, env)
             played = env  # type: ignore[assignment]
         source = self.env_factory or env
         own_clip = getattr(source, "reward_clip", None)

@@ -440,6 +440,17 @@ def test_workers_cannot_play_an_environment_object() -> None:
             make_model(env, n_workers=2)
 
 
+def test_an_environment_object_is_not_several(tmp_path: Path) -> None:
+    one, two = gym.make("CartPole-v1"), make_vec_env("CartPole-v1", 2)
+    for env, n_envs, count in ((one, 16, 1), (two, 4, 2)):
+        with pytest.raises(ValueError, match=f"n_envs={n_envs} .*factory.* which has {count};"):
+            make_model(env, n_envs=n_envs)
+    model = make_model(two, n_envs=2)
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"n_envs=16 .*factory"):
+        A3C.load(tmp_path / "model", env=one, n_envs=16)
+
+
 @pytest.mark.parametrize(
     ("policy", "instead"),
     [

@@ -419,7 +419,7 @@ def test_clipped_actions_are_those_of_the_environment() -> None:
             return np.zeros(1, np.float32), float(action[0]), False, False, {}
 
     seen = Locals()
-    make_model(Bounded()).learn(16, callback=seen)
+    make_model(Bounded(), n_envs=1).learn(16, callback=seen)
     for row in seen.rows:
         np.testing.assert_array_equal(row["clipped_actions"][:, 0], row["rewards"])
     assert any((row["clipped_actions"] != row["actions"]).any() for row in seen.rows)
