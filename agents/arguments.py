@@ -78,6 +78,8 @@ def check_policy(policy: Any, policy_kwargs: Mapping[str, Any], use_sde: bool) -
 
 def check_workers(n_workers: int, n_envs: int) -> None:
     """Raise ValueError for environments that workers cannot share out equally."""
+    whole_number("n_workers", n_workers)
+    whole_number("n_envs", n_envs)
     if n_envs < 1 or n_workers < 0:
         raise ValueError(
             f"n_envs must be at least 1 and n_workers at least 0, "

@@ -395,6 +395,8 @@ def test_an_environment_that_is_refused_leaves_the_model_as_it_was(is_object: bo
         ({"n_envs": 5, "n_workers": 2}, r"n_envs=5 .*n_workers=2"),
         ({"n_envs": 0}, r"n_envs=0"),
         ({"n_workers": -1}, r"n_workers=-1"),
+        ({"n_workers": 2.0}, r"n_workers must be an integer, got 2.0"),
+        ({"n_envs": 2.0, "n_workers": None}, r"n_envs must be an integer, got 2.0"),
         ({"correction": "vtrac"}, r"got 'vtrac'; nearest: vtrace"),
         ({"policy": "MlpLstmPolcy"}, r"'MlpLstmPolcy'; nearest: MlpLstmPolicy"),
         ({"use_sde": True}, r"gSDE.* can only be used with continuous actions"),
