@@ -1,10 +1,12 @@
 """`A3C`: exact where it is serial, honest where workers play, and clear about wrong arguments."""
 
+import gc
 import math
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -713,6 +715,19 @@ def test_workers_leave_callbacks_evaluation_and_files_alone(tmp_path: Path) -> N
     loaded = A3C.load(tmp_path / "model", device="cpu")
     assert_bit_equal(model, loaded)
     loaded.predict(np.zeros((2, 2), np.float32))
+
+
+def test_the_memory_that_workers_play_into_is_freed_though_the_callback_is_kept() -> None:
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            self.pool = weakref.ref(self.model._pool)
+            return True
+
+    watch = Watch()
+    model = make_model(TickingFactory(), n_workers=1).learn(20, callback=watch)
+    gc.collect()
+    assert watch.pool() is None and watch.model is model
+    assert watch.locals["total_timesteps"] == 20 and watch.locals["iteration"] == 1
 
 
 def test_a_model_of_workers_is_trained_on_in_this_process(tmp_path: Path) -> None:
