@@ -242,6 +242,7 @@ def _restore_games(model: A3C, games: dict[str, Any]) -> None:
     recorded = unwrap_vec_wrapper(model.env, RecordedEnv)
     if recorded is None:
         raise ValueError("its games are those of a factory, and the model plays an object")
+    model.env.seed(model.games_seed)  # of the saved model; one without a seed has drawn its own
     obs = recorded.replay([actions.numpy() for actions in games["history"]])
     shown_now = _as_tensors(obs)
     if not all(torch.equal(shown_now[name], entry) for name, entry in games["obs"].items()):
