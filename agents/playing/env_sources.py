@@ -167,7 +167,7 @@ class RemoteEnvs(VecEnv):
             if unwrap_vec_normalize(probe) is not None:
                 raise ValueError(
                     "the environment factory returns a VecNormalize, which workers cannot share; "
-                    "use n_workers=0, or normalise in a wrapper without statistics"
+                    "give the environment itself, or normalise in a wrapper without statistics"
                 )
             if isinstance(probe.unwrapped, SubprocVecEnv):
                 raise ValueError(

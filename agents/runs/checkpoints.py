@@ -167,7 +167,7 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
     """Bring a newly built model to the state in which `save_checkpoint` saw the old one.
 
     Without workers everything goes on bit for bit, the games included: their actions are played
-    again. With workers the games start anew, seeded by the run's seed and the timesteps played;
+    again. With workers the games start anew, seeded by the run's seed and the updates made;
     everything else is as it was. CheckpointError for what cannot be read, or does not replay.
     """
     load_weights(model, checkpoint.path)
