@@ -191,6 +191,7 @@ class RemoteEnvs(VecEnv):
     step_wait = _forwarded("step_wait")
     env_is_wrapped = _forwarded("env_is_wrapped")
     set_attr = _forwarded("set_attr")
+    set_options = _forwarded("set_options")
     env_method = _forwarded("env_method")
     get_images = _forwarded("get_images")
 

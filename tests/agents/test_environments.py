@@ -261,6 +261,16 @@ def test_environments_in_this_process_have_their_seed_or_one_of_the_system() -> 
     assert factory.calls[3][1] != factory.calls[5][1]
 
 
+def test_options_of_a_reset_reach_the_environments_of_this_process() -> None:
+    class Optional(Plain):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            return np.full(1, (options or {}).get("level", 0.0)), {}
+
+    envs = RemoteEnvs(lambda n_envs, seed: DummyVecEnv([Optional] * n_envs), 2)
+    envs.set_options({"level": 3.0})
+    assert envs.reset().tolist() == [[3], [3]] and envs.reset().tolist() == [[0], [0]]
+
+
 def test_a_reset_does_nothing_while_workers_reset_theirs() -> None:
     factory = PlainFactory()
     envs = RemoteEnvs(factory, 2)
