@@ -20,7 +20,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 import torch
-from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
 from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.supervision import Delivery, Incarnation, Pool, PoolSpec, WorkerError
@@ -34,6 +33,7 @@ from ncrl.agents.playing.worker import (
     Played,
     Ready,
     WorkerSpec,
+    in_shared_memory,
     worker_main,
 )
 
@@ -79,7 +79,7 @@ class WorkerPool(Pool[_Worker]):
             tensor.share_memory_()
         self._worker_spec = WorkerSpec(
             seed=spec.seed,
-            make_games=CloudpickleWrapper(spec.make_games()),
+            make_games=in_shared_memory(spec.make_games()),
             slots=slots,
             weights=weights,
             heartbeats=torch.zeros(spec.n_workers, dtype=torch.int64).share_memory_(),

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -71,12 +72,23 @@ class WorkerSpec:
     """Everything a worker process is given at its start."""
 
     seed: int  # of this incarnation; no other worker and no earlier incarnation had it
-    make_games: CloudpickleWrapper  # of `PoolSpec.make_games()`: it may come from a notebook
+    make_games: Tensor  # `in_shared_memory(PoolSpec.make_games())`: it may come from a notebook
     slots: Rollout  # rollouts in shared memory
     weights: SharedWeights
     heartbeats: Tensor  # [n_workers] in shared memory: steps played, each counts up its own
     profile: bool  # whether it measures where its time goes
     index: int = 0
+
+
+def in_shared_memory(value: Any) -> Tensor:
+    """Anything as a pickle, also a function, uint8 in shared memory.
+
+    What is handed to a process is piped to it when it starts. More than the pipe holds, such as the
+    bounds of an image space, would keep the parent until the process has imported its script, and
+    for ever if it ends before.
+    """
+    pickled = pickle.dumps(CloudpickleWrapper(value))
+    return torch.frombuffer(bytearray(pickled), dtype=torch.uint8).clone().share_memory_()
 
 
 class Ready(NamedTuple):
@@ -171,9 +183,8 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
         return None if asked[-1] is None else asked.popleft()
 
     heartbeat = spec.heartbeats[spec.index]
-    games: Games = spec.make_games.var(
-        seed=spec.seed, stopwatch=stopwatch, beat=lambda: heartbeat.add_(1)
-    )
+    make_games: Callable[..., Games] = pickle.loads(spec.make_games.numpy().tobytes()).var
+    games = make_games(seed=spec.seed, stopwatch=stopwatch, beat=lambda: heartbeat.add_(1))
     connection.send(Ready())
     slot = next_slot()
     while slot is not None:

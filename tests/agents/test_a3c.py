@@ -648,7 +648,10 @@ def test_environments_that_workers_cannot_build() -> None:
 
 UNGUARDED = """
 from ncrl.agents import A3C
-A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_envs=1, device="cpu").learn(100)
+from ncrl.envs import masked_cartpole
+large = bytes(1 << 20)  # more than the pipe takes through which a process is told what to do
+env = lambda n_envs, seed: large and masked_cartpole()(n_envs, seed)
+A3C("MlpPolicy", env, n_workers=1, n_envs=1, device="cpu").learn(100)
 """
 
 
@@ -662,7 +665,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=60,
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]

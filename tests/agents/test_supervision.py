@@ -12,7 +12,7 @@ from ncrl.agents.playing import supervision
 from ncrl.agents.playing.buffers import RolloutShape
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import Delivery, Failures, Incarnation, Limits, Pool, PoolSpec
-from ncrl.agents.playing.worker import Played, Ready, WorkerSpec, _work
+from ncrl.agents.playing.worker import Played, Ready, WorkerSpec, _work, in_shared_memory
 from ncrl.agents.runs.profiling import OFF
 
 SHAPE = RolloutShape(1, 1, spaces.Discrete(2), spaces.Discrete(2), 0, 0)
@@ -137,13 +137,13 @@ def test_every_worker_counts_its_own_timesteps() -> None:
             return Played(slot, version, {}), []
 
         def close(self) -> None:
-            pipe.send("closed")
+            pass
 
     pipe: Any = Pipe()
     beats = torch.zeros(3, dtype=torch.int64)
     weights: Any = SimpleNamespace(read_into=lambda policy: 5)
     slots: Any = SimpleNamespace(slot=lambda number: None)
-    games: Any = SimpleNamespace(var=FakeGames)
+    games = in_shared_memory(FakeGames)
     _work(pipe, WorkerSpec(0, games, slots, weights, beats, False, index=1), OFF)
     assert beats.tolist() == [0, 7, 0]
-    assert pipe.sent == [Ready(), Played(0, 5, {}), "closed"]
+    assert pipe.sent == [Ready(), Played(0, 5, {})]
