@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
 from ncrl.agents.playing.buffers import Rollout
@@ -72,23 +71,12 @@ class WorkerSpec:
     """Everything a worker process is given at its start."""
 
     seed: int  # of this incarnation; no other worker and no earlier incarnation had it
-    make_games: Tensor  # `in_shared_memory(PoolSpec.make_games())`: it may come from a notebook
+    make_games: Tensor  # `pool.in_shared_memory(PoolSpec.make_games())`
     slots: Rollout  # rollouts in shared memory
     weights: SharedWeights
     heartbeats: Tensor  # [n_workers] in shared memory: steps played, each counts up its own
     profile: bool  # whether it measures where its time goes
     index: int = 0
-
-
-def in_shared_memory(value: Any) -> Tensor:
-    """Anything as a pickle, also a function, uint8 in shared memory.
-
-    What is handed to a process is piped to it when it starts. More than the pipe holds, such as the
-    bounds of an image space, would keep the parent until the process has imported its script, and
-    for ever if it ends before.
-    """
-    pickled = pickle.dumps(CloudpickleWrapper(value))
-    return torch.frombuffer(bytearray(pickled), dtype=torch.uint8).clone().share_memory_()
 
 
 class Ready(NamedTuple):

@@ -10,9 +10,9 @@ from gymnasium import spaces
 
 from ncrl.agents.playing import supervision
 from ncrl.agents.playing.buffers import RolloutShape
-from ncrl.agents.playing.pool import WorkerPool
+from ncrl.agents.playing.pool import WorkerPool, in_shared_memory
 from ncrl.agents.playing.supervision import Delivery, Failures, Incarnation, Limits, Pool, PoolSpec
-from ncrl.agents.playing.worker import Played, Ready, WorkerSpec, _work, in_shared_memory
+from ncrl.agents.playing.worker import Played, Ready, WorkerSpec, _work
 from ncrl.agents.runs.profiling import OFF
 
 SHAPE = RolloutShape(1, 1, spaces.Discrete(2), spaces.Discrete(2), 0, 0)
