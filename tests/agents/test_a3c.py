@@ -665,7 +665,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=80,
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
