@@ -190,8 +190,8 @@ class A3C(EngineAlgorithm):
             arguments.tell_meaning(env, self.env_factory, verbose)
             played = self._played_by(self.env_factory, n_envs)
         else:
-            arguments.check_serial(n_workers or 0, env)
             check_object(env)
+            arguments.check_serial(n_workers or 0, n_envs, env)
             played = env  # type: ignore[assignment]
         source = self.env_factory or env
         own_clip = getattr(source, "reward_clip", None)
@@ -284,8 +284,12 @@ class A3C(EngineAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if reset_num_timesteps:
+            self.best_score, self.first_scored_at = -math.inf, -1
         self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
         self._started = time.monotonic_ns()
+        iteration = 0
+        seen = dict(locals())  # without the player: a callback that is kept would keep its memory
         stopwatch = self._stopwatch
         with (
             self._no_stop_remains(),
@@ -295,8 +299,7 @@ class A3C(EngineAlgorithm):
             stopwatch.phase("other"),
         ):
             with stopwatch.phase("callbacks"):
-                callback.on_training_start(locals(), globals())
-            iteration = 0
+                callback.on_training_start(seen, globals())
             while self.num_timesteps < total_timesteps and not self._stop_requested:
                 rows = math.ceil((total_timesteps - self.num_timesteps) / self.n_envs)
                 with stopwatch.phase("callbacks"):
@@ -305,8 +308,8 @@ class A3C(EngineAlgorithm):
                 if self._batch is None:
                     break
                 with stopwatch.phase("callbacks"):
-                    rollout_buffer = RolloutView(self._batch, self.policy)
-                    callback.update_locals(locals())
+                    shown = {"rollout_buffer": RolloutView(self._batch, self.policy)}
+                    callback.update_locals(shown | {"iteration": iteration})
                     callback.on_rollout_end()
                 iteration += 1
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)

@@ -159,13 +159,15 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
         An environment object is played in this process from now on, unless it is the model's own.
         """
+        factory, n_workers = self.env_factory, self.n_workers
         if is_factory(env):
-            self.env_factory = as_factory(env)  # type: ignore[arg-type]
-            env = self._played_by(self.env_factory, self.n_envs)
+            factory = as_factory(env)  # type: ignore[arg-type]
+            env = self._played_by(factory, self.n_envs)
         elif env is not self.env:
             check_object(env)
-            self.env_factory, self.n_workers = None, 0
+            factory, n_workers = None, 0
         super().set_env(env, force_reset)  # type: ignore[arg-type]
+        self.env_factory, self.n_workers = factory, n_workers
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in SB3, and seed the games that workers start from now on."""
@@ -303,10 +305,15 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
     def _collect(self, player: Player, n_steps: int, callback: BaseCallback) -> Batch | None:
         """A batch of `n_steps` timesteps in every environment; None if a callback said stop."""
-        batch = player.collect(n_steps, lambda outcome: self._after_row(callback, outcome))
-        if self.collector is not None and not self.n_workers:
-            self._last_obs = self.collector.obs
-            self._last_episode_starts = self.collector.episode_start
+        batch = None
+        try:
+            batch = player.collect(n_steps, lambda outcome: self._after_row(callback, outcome))
+        finally:  # after Ctrl-C in a notebook too, training goes on where the games stand
+            if self.collector is not None and not self.n_workers:
+                self._last_obs = self.collector.obs
+                self._last_episode_starts = self.collector.episode_start
+            if batch is None and self.exploration is not None:
+                self.exploration.miss_rollout()
         if batch is not None:
             self.policy_lag = curves.record_lag(self.logger, batch.lags)
         return batch

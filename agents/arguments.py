@@ -78,6 +78,8 @@ def check_policy(policy: Any, policy_kwargs: Mapping[str, Any], use_sde: bool) -
 
 def check_workers(n_workers: int, n_envs: int) -> None:
     """Raise ValueError for environments that workers cannot share out equally."""
+    whole_number("n_workers", n_workers)
+    whole_number("n_envs", n_envs)
     if n_envs < 1 or n_workers < 0:
         raise ValueError(
             f"n_envs must be at least 1 and n_workers at least 0, "
@@ -103,12 +105,17 @@ def check_cluster(cluster: str | None, n_workers: int) -> None:
         )
 
 
-def check_serial(n_workers: int, env: object) -> None:
-    """Raise ValueError for an environment object that workers should play."""
+def check_serial(n_workers: int, n_envs: int | None, env: object) -> None:
+    """Raise ValueError for an environment object that workers should play, or several of it."""
     if n_workers:
         raise ValueError(
             f"n_workers={n_workers} needs an env that workers can build: a Gymnasium id or a "
             f"factory, got {type(env).__name__}; with an environment object use n_workers=0"
+        )
+    if env is not None and n_envs not in (None, count := getattr(env, "num_envs", 1)):
+        raise ValueError(
+            f"n_envs={n_envs} needs an env that can be built so often: a Gymnasium id or a "
+            f"factory, got {type(env).__name__}, which has {count}; leave n_envs out"
         )
 
 

@@ -178,6 +178,7 @@ REFUSED = {
     ],
     "--resume empty_run --optimizer rmsprop": ["optimizer 'adam' -> 'rmsprop'"],
     "--resume empty_run --seed 4": ["seed 0 -> 4"],
+    "--resume empty_run --logdir elsewhere": ["logdir 'runs' -> 'elsewhere'"],
     "--resume empty_run --protocol classic": ["protocol", "machado", "classic"],
     "--resume empty_run --gamma 2": ["gamma", "2", "0 .. 1"],
     "--evaluate absent": ["absent"],

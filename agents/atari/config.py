@@ -151,7 +151,9 @@ class RunConfig:
         100_000, "bonus: timesteps to gather statistics", low=0, high=10**12
     )
     # What is written.
-    log_every: int = setting(10, "updates between points of the curves", low=1, high=10**9)
+    log_every: int = setting(
+        10, "rollouts of all games between points of the curves", low=1, high=10**9
+    )
     checkpoint_every: int = setting(1_000_000, "frames between checkpoints", low=1, high=10**12)
     keep_checkpoints: int = setting(3, "checkpoints to keep", low=1, high=10**6)
     stop_on_save_error: bool = setting(False, "whether a full disk ends the run")
@@ -179,10 +181,10 @@ that makes 3.65 million parameters with the encoder `paper`, where the paper pri
 FIXED_FIELDS = (
     *("env", "protocol", "stack", "layer", "encoder", "lstm_hidden_size", "num_slots", "key_dim"),
     *("num_heads", "num_steps", "num_least_used", "controller_size", "sharpness", "residual"),
-    *("optimizer", "seed", "intrinsic_reward", "bonus_encoder"),
+    *("optimizer", "seed", "intrinsic_reward", "bonus_encoder", "logdir"),
 )
-"""What a resumed run cannot change: weights or optimiser would not fit or mean something else, and
-random numbers go on where they were."""
+"""What a resumed run cannot change: weights or optimiser would not fit or mean something else,
+random numbers go on where they were, and so does the run in its directory."""
 
 EXPLORING: dict[str, Any] = {
     "frames": 200_000_000,
@@ -328,7 +330,7 @@ def _check_unchanged(before: RunConfig, after: RunConfig) -> None:
         changed.append(f"int_coef {before.int_coef!r} -> {after.int_coef!r}")
     if changed:
         raise ValueError(
-            "a resumed run keeps its game, network, optimiser and seed; "
+            "a resumed run keeps its directory, game, network, optimiser and seed; "
             f"changed: {', '.join(changed)}"
         )
 

@@ -232,14 +232,16 @@ class Exploration(nn.Module):
     def remember(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
         """Keep what led to a score; see `DemonstrationMemory.watch`.
 
-        The last batch of a training can be shorter. It is left out, and what is played after it
-        does not follow what was played before.
+        The last batch of a training can be shorter. It is left out.
         """
-        if self.memory is None:
-            return
-        if len(batch.rewards) == self.n_steps:
+        if len(batch.rewards) < self.n_steps:
+            self.miss_rollout()
+        elif self.memory is not None:
             self.memory.watch(batch, games, rewards)
-        else:
+
+    def miss_rollout(self) -> None:
+        """What is played from now on does not follow what was remembered."""
+        if self.memory is not None:
             self.memory.forget_recent()
 
     def read(self, policy: EnginePolicy, count: int) -> Kept | None:

@@ -162,15 +162,15 @@ class DemonstrationMemory:
             kept.append(_pack(demonstration))
 
     def _count_rewards(self, game: int, rollout: Rollout) -> int:
-        """Go on counting the rewards of a game; returns the most that one had in the rollout."""
-        count = most = self._num_rewards.get(game, 0)
+        """Go on counting the rewards of a game; returns how many the rollout's last one makes."""
+        count = last = self._num_rewards.get(game, 0)
         found, dones = (rollout.rewards[:, 0] > 0).tolist(), rollout.dones[:, 0].tolist()
         for is_reward, is_end in zip(found, dones, strict=True):
-            count += is_reward
-            most = max(most, count)
+            if is_reward:
+                last = count = count + 1
             count = 0 if is_end else count
         self._num_rewards[game] = count
-        return most
+        return last
 
     def read(self, n_steps: int, initial_state: LstmState) -> Kept | None:
         """The next window of every demonstration that is being read; None if nothing is kept.

@@ -110,13 +110,13 @@ class Collector:
                     "or max_grad_norm may help"
                 ) from error
             values = self.policy.values(step.latent) if self.with_values else None
-        self.lstm_state = step.lstm_state
         with self.stopwatch.phase("copy"):
             rollout.actions[t] = step.actions
             rollout.log_prob[t] = step.log_prob
         with self.stopwatch.phase("environment"):
             for_env = actions_for_env(self.policy, step.actions)
             new_obs, rewards, dones, infos = self.env.step(for_env)
+        self.lstm_state = step.lstm_state
         rewards = np.asarray(rewards, dtype=np.float32)
         _check_finite("reward", rewards, t)
         _check_finite("observation", new_obs, t)

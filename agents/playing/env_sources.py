@@ -167,7 +167,7 @@ class RemoteEnvs(VecEnv):
             if unwrap_vec_normalize(probe) is not None:
                 raise ValueError(
                     "the environment factory returns a VecNormalize, which workers cannot share; "
-                    "use n_workers=0, or normalise in a wrapper without statistics"
+                    "give the environment itself, or normalise in a wrapper without statistics"
                 )
             if isinstance(probe.unwrapped, SubprocVecEnv):
                 raise ValueError(
@@ -191,6 +191,7 @@ class RemoteEnvs(VecEnv):
     step_wait = _forwarded("step_wait")
     env_is_wrapped = _forwarded("env_is_wrapped")
     set_attr = _forwarded("set_attr")
+    set_options = _forwarded("set_options")
     env_method = _forwarded("env_method")
     get_images = _forwarded("get_images")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections import deque
@@ -18,11 +19,14 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
+from torch import Tensor
 
 from ncrl.agents.playing.collector import NonFiniteError
+from ncrl.agents.playing.sizes import SLOTS_PER_WORKER, check_shared_memory
 from ncrl.agents.playing.supervision import Delivery, Incarnation, Pool, PoolSpec, WorkerError
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import (
@@ -36,10 +40,6 @@ from ncrl.agents.playing.worker import (
     WorkerSpec,
     worker_main,
 )
-
-SLOTS_PER_WORKER = 3
-"""The rollout that a worker plays, the one that it goes on with, so that it never waits for a
-learner in the middle of an update, and the one that the learner copies."""
 
 # What a worker finds before it imports torch: processes, not threads, share out the cores.
 ONE_THREAD = dict.fromkeys(
@@ -79,7 +79,7 @@ class WorkerPool(Pool[_Worker]):
             tensor.share_memory_()
         self._worker_spec = WorkerSpec(
             seed=spec.seed,
-            make_games=CloudpickleWrapper(spec.make_games()),
+            make_games=in_shared_memory(spec.make_games()),
             slots=slots,
             weights=weights,
             heartbeats=torch.zeros(spec.n_workers, dtype=torch.int64).share_memory_(),
@@ -207,6 +207,18 @@ class WorkerPool(Pool[_Worker]):
                 worker.slots.append(free.popleft())
                 with contextlib.suppress(OSError):  # the next look finds the end of its pipe
                     worker.connection.send(worker.slots[-1])
+
+
+def in_shared_memory(value: Any) -> Tensor:
+    """Anything as a pickle, uint8 in shared memory; also a function that comes from a notebook.
+
+    What is handed to a process is piped to it when it starts. More than the pipe holds, such as the
+    bounds of an image space, would keep the parent until the process has imported its script, and
+    for ever if it ends before. ValueError where there is less shared memory.
+    """
+    pickled = pickle.dumps(CloudpickleWrapper(value))
+    check_shared_memory(len(pickled))
+    return torch.frombuffer(bytearray(pickled), dtype=torch.uint8).clone().share_memory_()
 
 
 @contextlib.contextmanager

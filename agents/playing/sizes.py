@@ -17,7 +17,10 @@ from typing import NamedTuple
 import torch
 
 from ncrl.agents.playing.buffers import RolloutShape
-from ncrl.agents.playing.pool import SLOTS_PER_WORKER
+
+SLOTS_PER_WORKER = 3
+"""The rollout that a worker plays, the one that it goes on with, so that it never waits for a
+learner in the middle of an update, and the one that the learner copies."""
 
 FEW_CORES = 3  # up to so many, every core gets a worker, and the learner computes between them
 SMALL_UPDATE = 4  # games whose rollouts make one update on the CPU

@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
 from ncrl.agents.playing.buffers import Rollout
@@ -70,7 +71,7 @@ class WorkerSpec:
     """Everything a worker process is given at its start."""
 
     seed: int  # of this incarnation; no other worker and no earlier incarnation had it
-    make_games: CloudpickleWrapper  # of `PoolSpec.make_games()`: it may come from a notebook
+    make_games: Tensor  # `pool.in_shared_memory(PoolSpec.make_games())`
     slots: Rollout  # rollouts in shared memory
     weights: SharedWeights
     heartbeats: Tensor  # [n_workers] in shared memory: steps played, each counts up its own
@@ -129,7 +130,8 @@ def check_script() -> None:
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
-    """Entry point of the process. Receives slot numbers, answers with `Message`s, ends on None."""
+    """Entry point of the process. Receives slot numbers, answers with `Message`s; on None it plays
+    no more of them, and ends."""
     keep_freed_memory()
     # Ctrl-C reaches everybody, but the parent decides. It was blocked while this process started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -160,15 +162,17 @@ def _die_with_parent() -> None:
 
 
 def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> None:
+    asked: deque[int | None] = deque()
+
     def next_slot() -> int | None:
         with stopwatch.phase("wait"):
-            slot: int | None = connection.recv()
-        return slot
+            while not asked or connection.poll():
+                asked.append(connection.recv())
+        return None if asked[-1] is None else asked.popleft()
 
     heartbeat = spec.heartbeats[spec.index]
-    games: Games = spec.make_games.var(
-        seed=spec.seed, stopwatch=stopwatch, beat=lambda: heartbeat.add_(1)
-    )
+    make_games: Callable[..., Games] = pickle.loads(spec.make_games.numpy().tobytes()).var
+    games = make_games(seed=spec.seed, stopwatch=stopwatch, beat=lambda: heartbeat.add_(1))
     connection.send(Ready())
     slot = next_slot()
     while slot is not None:
@@ -187,6 +191,7 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
             connection.send(part)
         connection.send(played._replace(phases=stopwatch.take()))
         slot = next_slot()
+    games.close()
 
 
 class Games:
@@ -217,9 +222,7 @@ class Games:
 
     def start(self) -> None:
         """Build the environments, anew if there are any; they do not repeat their games."""
-        if self._collector is not None:
-            with contextlib.suppress(Exception):  # it may be broken in any way
-                self._collector.env.close()
+        self.close()
         with self._stopwatch.phase("setup"):
             seed = int(self._seeds.spawn(1)[0].generate_state(1)[0] >> 1)
             env = build(self._factory, self._n_envs, seed)
@@ -230,6 +233,12 @@ class Games:
                 sde_sample_freq=self._sde_sample_freq,
                 stopwatch=self._stopwatch,
             )
+
+    def close(self) -> None:
+        """Close the environments, which may be broken in any way."""
+        if self._collector is not None:
+            with contextlib.suppress(Exception):
+                self._collector.env.close()
 
     def play(self, rollout: Rollout, slot: int, version: int) -> tuple[Played, list[Info]]:
         """Play a rollout with the policy as it is; also what environments reported.

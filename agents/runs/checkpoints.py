@@ -167,7 +167,7 @@ def resume(model: A3C, checkpoint: Checkpoint) -> None:
     """Bring a newly built model to the state in which `save_checkpoint` saw the old one.
 
     Without workers everything goes on bit for bit, the games included: their actions are played
-    again. With workers the games start anew, seeded by the run's seed and the timesteps played;
+    again. With workers the games start anew, seeded by the run's seed and the updates made;
     everything else is as it was. CheckpointError for what cannot be read, or does not replay.
     """
     load_weights(model, checkpoint.path)
@@ -242,6 +242,7 @@ def _restore_games(model: A3C, games: dict[str, Any]) -> None:
     recorded = unwrap_vec_wrapper(model.env, RecordedEnv)
     if recorded is None:
         raise ValueError("its games are those of a factory, and the model plays an object")
+    model.env.seed(model.games_seed)  # of the saved model; one without a seed has drawn its own
     obs = recorded.replay([actions.numpy() for actions in games["history"]])
     shown_now = _as_tensors(obs)
     if not all(torch.equal(shown_now[name], entry) for name, entry in games["obs"].items()):

@@ -34,7 +34,8 @@ def record_lag(logger: Logger, lags: list[int]) -> float:
     """By how many published versions the weights behind rollouts were too old; returns the mean."""
     mean = sum(lags) / len(lags)
     logger.record_mean("train/policy_lag", mean)
-    logger.record("train/policy_lag_max", max(lags))
+    largest = "train/policy_lag_max"  # since the last dump
+    logger.record(largest, max(*lags, logger.name_to_value[largest]))
     return mean
 
 

@@ -117,7 +117,7 @@ def load_model(
     is_object = env is not None and not is_factory(env)
     if is_object:
         check_object(env)
-        check_serial(options.setdefault("n_workers", 0) or 0, env)
+        check_serial(options.setdefault("n_workers", 0) or 0, options.get("n_envs"), env)
     content = _read(path)
     objects = dict(custom_objects or {})
     with one_line(path), zipfile.ZipFile(io.BytesIO(content)) as archive:

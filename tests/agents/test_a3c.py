@@ -1,10 +1,12 @@
 """`A3C`: exact where it is serial, honest where workers play, and clear about wrong arguments."""
 
+import gc
 import math
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor
 
@@ -31,6 +34,7 @@ from ncrl.agents.playing.env_sources import RemoteEnvs
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import PoolSpec
 from ncrl.agents.playing.weights import SharedWeights, layout
+from ncrl.agents.runs.curves import record_lag
 from ncrl.envs import light, masked_cartpole
 from tests.agents.conftest import assert_bit_equal, weights
 from tests.agents.environments import TickingFactory
@@ -179,6 +183,39 @@ def test_learning_goes_on_where_it_stopped() -> None:
     again = make_model(learning_rate=0.01).learn(40)
     again.learn(60)
     assert again.num_timesteps == 60
+
+
+def test_scores_of_a_training_that_begins_anew_are_those_of_its_own_games() -> None:
+    model = make_model(env=masked_cartpole(max_steps=2), n_steps=10).learn(20)
+    assert (model.best_score, model.first_scored_at) == (2, 4)
+    model.learn(20, reset_num_timesteps=False)
+    assert (model.best_score, model.first_scored_at) == (2, 4)
+    model.learn(2)
+    assert (model.best_score, model.first_scored_at) == (-math.inf, -1)
+
+
+@pytest.mark.parametrize("where", ["callback", "environment"])
+def test_an_interrupted_training_goes_on_where_its_games_stand(where: str) -> None:
+    class Interrupt(BaseCallback):
+        def _interrupt(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+        def _on_step(self) -> bool:
+            if self.n_calls == 7:
+                if where == "callback":
+                    self._interrupt()
+                monkeypatch.setattr(self.training_env, "step_wait", self._interrupt)
+            return True
+
+    stopped = make_model(masked_cartpole()(2, 0)).learn(1000, callback=Stop(after=7))
+    interrupted = make_model(masked_cartpole()(2, 0))
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        interrupted.learn(1000, callback=Interrupt())
+    for model in (stopped, interrupted):
+        torch.manual_seed(0)
+        model.learn(20, reset_num_timesteps=False)
+    assert interrupted.num_timesteps == 34
+    assert_bit_equal(stopped, interrupted)
 
 
 class ClippingFactory(TickingFactory):
@@ -331,6 +368,15 @@ def test_another_environment_goes_on_without_a_reset() -> None:
     assert first.get_attr("_tick") == second.get_attr("_tick") == [10, 10]
 
 
+@pytest.mark.parametrize("is_object", [True, False])
+def test_an_environment_that_is_refused_leaves_the_model_as_it_was(is_object: bool) -> None:
+    model = make_model(n_workers=2)
+    env, factory = model.env, model.env_factory
+    with pytest.raises((AssertionError, ValueError), match=r"to be the same|spaces do not match"):
+        model.set_env(masked_cartpole()(3, 0) if is_object else light())
+    assert (model.env, model.env_factory, model.n_workers) == (env, factory, 2)
+
+
 # Wrong arguments.
 
 
@@ -351,6 +397,8 @@ def test_another_environment_goes_on_without_a_reset() -> None:
         ({"n_envs": 5, "n_workers": 2}, r"n_envs=5 .*n_workers=2"),
         ({"n_envs": 0}, r"n_envs=0"),
         ({"n_workers": -1}, r"n_workers=-1"),
+        ({"n_workers": 2.0}, r"n_workers must be an integer, got 2.0"),
+        ({"n_envs": 2.0, "n_workers": None}, r"n_envs must be an integer, got 2.0"),
         ({"correction": "vtrac"}, r"got 'vtrac'; nearest: vtrace"),
         ({"policy": "MlpLstmPolcy"}, r"'MlpLstmPolcy'; nearest: MlpLstmPolicy"),
         ({"use_sde": True}, r"gSDE.* can only be used with continuous actions"),
@@ -394,6 +442,17 @@ def test_workers_cannot_play_an_environment_object() -> None:
     for env in (gym.make("CartPole-v1"), make_vec_env("CartPole-v1", 2)):
         with pytest.raises(ValueError, match=r"n_workers=2 .*factory.*n_workers=0"):
             make_model(env, n_workers=2)
+
+
+def test_an_environment_object_is_not_several(tmp_path: Path) -> None:
+    one, two = gym.make("CartPole-v1"), make_vec_env("CartPole-v1", 2)
+    for env, n_envs, count in ((one, 16, 1), (two, 4, 2)):
+        with pytest.raises(ValueError, match=f"n_envs={n_envs} .*factory.* which has {count};"):
+            make_model(env, n_envs=n_envs)
+    model = make_model(two, n_envs=2)
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"n_envs=16 .*factory"):
+        A3C.load(tmp_path / "model", env=one, n_envs=16)
 
 
 @pytest.mark.parametrize(
@@ -487,6 +546,17 @@ def test_policy_lag_is_recorded(healthy_run: tuple[A3C, Record]) -> None:
     assert any(mean > 0 for mean, _ in record.lags), "workers play while the learner learns"
 
 
+def test_the_largest_lag_is_that_of_all_batches_since_the_last_point() -> None:
+    logger = Logger(None, [])
+    for lags in ([0, 1], [5, 0], [2, 1]):
+        record_lag(logger, lags)
+    assert logger.name_to_value["train/policy_lag_max"] == 5
+    assert logger.name_to_value["train/policy_lag"] == pytest.approx(1.5)
+    logger.dump()
+    record_lag(logger, [1, 0])
+    assert logger.name_to_value["train/policy_lag_max"] == 1
+
+
 def test_the_lag_of_one_worker_is_bounded_by_its_slots() -> None:
     """Three slots: when it reads weights, at most two rollouts lie before its own, and the one
     that is being learnt from has given its slot back."""
@@ -578,7 +648,10 @@ def test_environments_that_workers_cannot_build() -> None:
 
 UNGUARDED = """
 from ncrl.agents import A3C
-A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_envs=1, device="cpu").learn(100)
+from ncrl.envs import masked_cartpole
+large = bytes(1 << 20)  # more than the pipe takes through which a process is told what to do
+env = lambda n_envs, seed: large and masked_cartpole()(n_envs, seed)
+A3C("MlpPolicy", env, n_workers=1, n_envs=1, device="cpu").learn(100)
 """
 
 
@@ -592,7 +665,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=80,
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
@@ -645,6 +718,19 @@ def test_workers_leave_callbacks_evaluation_and_files_alone(tmp_path: Path) -> N
     loaded = A3C.load(tmp_path / "model", device="cpu")
     assert_bit_equal(model, loaded)
     loaded.predict(np.zeros((2, 2), np.float32))
+
+
+def test_the_memory_that_workers_play_into_is_freed_though_the_callback_is_kept() -> None:
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            self.pool = weakref.ref(self.model._pool)
+            return True
+
+    watch = Watch()
+    model = make_model(TickingFactory(), n_workers=1).learn(20, callback=watch)
+    gc.collect()
+    assert watch.pool() is None and watch.model is model
+    assert watch.locals["total_timesteps"] == 20 and watch.locals["iteration"] == 1
 
 
 def test_a_model_of_workers_is_trained_on_in_this_process(tmp_path: Path) -> None:

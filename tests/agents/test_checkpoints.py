@@ -151,7 +151,7 @@ def test_what_is_saved_is_what_is_resumed(tmp_path: Path) -> None:
     model = make_model()
     model.learn(100)
     # None of this is as in a new model.
-    model._skipped_updates, model._episode_num, model.games_seed = 3, 7, 11
+    model._skipped_updates, model._episode_num = 3, 7
     random.random(), np.random.random()
     checkpoint = save_checkpoint(model, tmp_path)
     before = everything(model)
@@ -220,6 +220,20 @@ def test_f16_a_run_is_resumed_twice(tmp_path: Path) -> None:
     assert third.num_timesteps == 60
     third.learn(30, reset_num_timesteps=False)
     assert difference(everything(second), everything(third)) == []
+
+
+@pytest.mark.parametrize("later", [None, 7])
+def test_f16_a_model_without_a_seed_goes_on_with_the_games_that_were_saved(
+    later: int | None, tmp_path: Path
+) -> None:
+    whole = make_model(seed=None)
+    whole.set_random_seed(later)
+    whole.learn(90, callback=SaveAt(60, tmp_path))
+    again = make_model(seed=None)
+    resume(again, newest_checkpoint(tmp_path))
+    again.learn(30, reset_num_timesteps=False)
+    assert again.games_seed == whole.games_seed
+    assert difference(everything(whole), everything(again)) == []
 
 
 @pytest.mark.parametrize("n_envs", [2, 4])

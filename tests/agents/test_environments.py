@@ -1,5 +1,6 @@
 """What `A3C(env=...)` makes of ids, and what it says and does where SB3's users expect another."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -227,6 +228,27 @@ def test_the_environment_that_spaces_are_read_off_is_closed() -> None:
     assert factory.built[0].closed == 1
 
 
+class NotedEnds(TickingFactory):
+    """Slow environments of workers, which leave a file in `log` when they are closed."""
+
+    def __call__(self, n_envs: int, seed: int) -> VecEnv:
+        factory = self
+
+        class Noted(DummyVecEnv):
+            def close(self) -> None:
+                super().close()
+                Path(str(factory.log), f"closed-{os.getpid()}").touch()
+
+        return Noted([lambda: self.make(seed)] * n_envs)
+
+
+def test_workers_close_their_environments(tmp_path: Path) -> None:
+    """At once, and not after the rollouts that they were asked for, for which nobody waits."""
+    make_model(NotedEnds(log=str(tmp_path), pause=0.1), n_workers=2).learn(8)
+    here = f"closed-{os.getpid()}"
+    assert sum(file.name != here for file in tmp_path.glob("closed-*")) == 2
+
+
 def test_environments_in_this_process_have_their_seed_or_one_of_the_system() -> None:
     factory = PlainFactory()
     envs = RemoteEnvs(factory, 2)
@@ -237,6 +259,16 @@ def test_environments_in_this_process_have_their_seed_or_one_of_the_system() -> 
     for _ in range(2):
         RemoteEnvs(factory, 2).reset()
     assert factory.calls[3][1] != factory.calls[5][1]
+
+
+def test_options_of_a_reset_reach_the_environments_of_this_process() -> None:
+    class Optional(Plain):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            return np.full(1, (options or {}).get("level", 0.0)), {}
+
+    envs = RemoteEnvs(lambda n_envs, seed: DummyVecEnv([Optional] * n_envs), 2)
+    envs.set_options({"level": 3.0})
+    assert envs.reset().tolist() == [[3], [3]] and envs.reset().tolist() == [[0], [0]]
 
 
 def test_a_reset_does_nothing_while_workers_reset_theirs() -> None:
@@ -397,7 +429,7 @@ def test_clipped_actions_are_those_of_the_environment() -> None:
             return np.zeros(1, np.float32), float(action[0]), False, False, {}
 
     seen = Locals()
-    make_model(Bounded()).learn(16, callback=seen)
+    make_model(Bounded(), n_envs=1).learn(16, callback=seen)
     for row in seen.rows:
         np.testing.assert_array_equal(row["clipped_actions"][:, 0], row["rewards"])
     assert any((row["clipped_actions"] != row["actions"]).any() for row in seen.rows)

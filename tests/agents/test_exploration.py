@@ -608,6 +608,18 @@ def test_a_last_batch_that_is_shorter(tmp_path: Path) -> None:
     assert memory.state_dict()["recent"]
 
 
+def test_a_rollout_that_is_broken_off_is_missing_from_what_led_to_a_score() -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 42
+
+    model = make_model()
+    memory = model.exploration and model.exploration.memory
+    assert memory is not None
+    model.learn(400, callback=Stop())
+    assert len(memory) and not memory.state_dict()["recent"]
+
+
 @pytest.mark.parametrize("name", ["rnd", "count"])
 def test_save_and_load(name: str, tmp_path: Path) -> None:
     model = make_model(intrinsic_reward=name).learn(200)

@@ -555,6 +555,15 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == ["/dev/shm"] and started == []
 
 
+def test_f25_games_that_do_not_fit_into_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(64 << 20, 60 << 20, 4_000_000))
+    large = bytes(5_000_000)
+    model = make_model(lambda n, seed: large and TickingFactory()(n, seed))
+    with pytest.raises(ValueError, match=r"need 5 MB .*/dev/shm has 4 MB"):
+        model.learn(100)
+
+
 def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots and weights, to within the pages that the system adds."""
     asked: list[int] = []

@@ -7,7 +7,8 @@ import pytest
 from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import RolloutShape
-from ncrl.agents.playing.pool import SLOTS_PER_WORKER, WorkerPool
+from ncrl.agents.playing.pool import WorkerPool
+from ncrl.agents.playing.sizes import SLOTS_PER_WORKER
 from ncrl.agents.playing.supervision import Limits, PoolSpec
 from ncrl.agents.playing.worker import Played
 

@@ -271,12 +271,17 @@ def test_depth_is_the_number_of_rewards_of_one_game() -> None:
     assert depths_of(memory) == {1: 2, 3: 1}
     play(memory, rollout_of(4, SCORE))  # the second of the game that goes on
     assert depths_of(memory) == {1: 2, 2: 1, 3: 1}
+    # What is kept is of the last game, whatever those before it had.
+    play(memory, rollout_of(5, (1, 1, 0, 1), ends=[2], starts=True))
+    assert depths_of(memory) == {1: 3, 2: 1, 3: 1}
+    play(memory, rollout_of(6, (1, 0, 1, 0)), rollout_of(7, SCORE, ends=[1]))
+    assert depths_of(memory) == {1: 4, 2: 1, 3: 2}
     for name in range(5, 5 + MAX_DEPTH):
         play(memory, rollout_of(name, (1, 1, 1, 1)))
     assert max(depths_of(memory)) == MAX_DEPTH
     # A reward counts that comes with the end of its game.
     play(memory, rollout_of(99, (0, 0, 0, 1), ends=[3], starts=True))
-    assert depths_of(memory)[1] == 3 and 0 not in depths_of(memory)
+    assert depths_of(memory)[1] == 5 and 0 not in depths_of(memory)
 
 
 def test_demonstrations_are_listed_by_their_number_of_rewards() -> None:

@@ -95,7 +95,7 @@ MODELS: dict[str, Callable[[], A3C]] = {
         "MlpPolicy", policy_kwargs={"net_arch": [4], "optimizer_class": torch.optim.Adafactor},
     ),
     "dict": lambda: make_model(
-        "MultiInputPolicy", make_vec_env(SimpleMultiObsEnv), policy_kwargs={}, verbose=0,
+        "MultiInputPolicy", make_vec_env(SimpleMultiObsEnv, 2), policy_kwargs={}, verbose=0,
     ),
     "gsde": lambda: make_model("MlpPolicy", "Pendulum-v1", policy_kwargs={}, use_sde=True),
     "box": lambda: make_model("MlpPolicy", "Pendulum-v1", policy_kwargs={"log_std_init": -1.0}),

@@ -650,7 +650,7 @@ def test_workers_cannot_share_running_statistics() -> None:
     def factory(n_envs: int, seed: int) -> VecEnv:
         return VecNormalize(sampled(VECTORS, n_envs=n_envs))
 
-    with pytest.raises(ValueError, match=r"VecNormalize.*use n_workers=0"):
+    with pytest.raises(ValueError, match=r"VecNormalize.*give the environment itself"):
         make_model("MlpPolicy", factory, n_workers=1, n_envs=2)
     assert make_model("MlpPolicy", factory, n_envs=2).learn(12).num_timesteps == 12
 

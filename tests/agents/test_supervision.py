@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from ncrl.agents.playing import supervision
 from ncrl.agents.playing.buffers import RolloutShape
-from ncrl.agents.playing.pool import WorkerPool
+from ncrl.agents.playing.pool import WorkerPool, in_shared_memory
 from ncrl.agents.playing.supervision import Delivery, Failures, Incarnation, Limits, Pool, PoolSpec
 from ncrl.agents.playing.worker import Played, Ready, WorkerSpec, _work
 from ncrl.agents.runs.profiling import OFF
@@ -111,6 +111,10 @@ class Pipe:
         self.tasks: list[int | None] = [0, None]
         self.sent: list[Any] = []
 
+    def poll(self) -> bool:
+        """What comes next has not come yet."""
+        return False
+
     def recv(self) -> int | None:
         return self.tasks.pop(0)
 
@@ -132,11 +136,14 @@ def test_every_worker_counts_its_own_timesteps() -> None:
                 self.beat()
             return Played(slot, version, {}), []
 
+        def close(self) -> None:
+            pass
+
     pipe: Any = Pipe()
     beats = torch.zeros(3, dtype=torch.int64)
     weights: Any = SimpleNamespace(read_into=lambda policy: 5)
     slots: Any = SimpleNamespace(slot=lambda number: None)
-    games: Any = SimpleNamespace(var=FakeGames)
+    games = in_shared_memory(FakeGames)
     _work(pipe, WorkerSpec(0, games, slots, weights, beats, False, index=1), OFF)
     assert beats.tolist() == [0, 7, 0]
     assert pipe.sent == [Ready(), Played(0, 5, {})]
