@@ -60,7 +60,10 @@ def test_without_ray_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         make_model(cluster="auto")
 
 
-@pytest.mark.parametrize("options", [{"n_workers": 0}, {"env": gymnasium.make("CartPole-v1")}])
+@pytest.mark.parametrize(
+    "options",
+    [{"n_workers": 0}, {"env": gymnasium.make("CartPole-v1"), "n_envs": None}],
+)
 def test_a_cluster_needs_workers(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, installed=True)
     with pytest.raises(ValueError, match="needs workers: n_workers of at least 1, and an env"):
