@@ -71,7 +71,7 @@ class A3C(EngineAlgorithm):
         n_steps: T, timesteps per rollout; by default 5 for few environments, else 20.
         batch_size: timesteps per update, a multiple of `n_steps` that divides `n_steps * n_envs`:
             whole rollouts of some environments. None takes all; with images, those of 4
-            environments, on a GPU of up to 24, with an intrinsic reward of up to 32.
+            environments, on a GPU of up to 8, with an intrinsic reward of up to 32.
         gamma: discount.
         gae_lambda: 1 gives n-step returns; by default 0.95 with images, else 1.
         ent_coef, vf_coef: weights of the entropy and of the value loss.

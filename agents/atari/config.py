@@ -107,7 +107,7 @@ class RunConfig:
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
         None,
-        "timesteps per update; rollouts of 4 games, up to 24 on a GPU, up to 32 with a bonus",
+        "timesteps per update; rollouts of 4 games, up to 8 on a GPU, up to 32 with a bonus",
         low=1,
         high=10**9,
     )

@@ -24,6 +24,7 @@ learner in the middle of an update, and the one that the learner copies."""
 
 FEW_CORES = 3  # up to so many, every core gets a worker, and the learner computes between them
 SMALL_UPDATE = 4  # games whose rollouts make one update on the CPU
+GPU_UPDATE = 8  # and on a GPU, where there are many games
 SHM = "/dev/shm"
 FILES_PER_WORKER = 4  # open files: its pipe, what tells of its end, and two to spare
 FILES_FOR_SHARING = 64  # open files for shared memory, checkpoints, curves, a worker that starts
@@ -56,16 +57,17 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
 
 
 def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> int:
-    """4, on a GPU a quarter of all games but at most 24, or what next below divides them.
+    """4, on a GPU a quarter of all games but at most 8, or what next below divides them.
 
-    4 games make four times the updates of 16 in 20 % more time (docs/lab_notes.md), but leave a GPU
-    idle. With an intrinsic reward half of all games but at most 32: it rewards every timestep, and
-    small updates follow its noise (results/montezuma.md).
+    4 games make four times the updates of 16 in 20 % more time (docs/lab_notes.md), and larger
+    updates learn less from the same frames (results/atari.md); with 8 a GPU keeps up with 15
+    workers (results/speed.md). With an intrinsic reward half of all games but at most 32: it
+    rewards every timestep, and small updates follow its noise (results/montezuma.md).
     """
     if explores:
         wanted = min(32, max(SMALL_UPDATE, games // 2))
     else:
-        wanted = min(24, max(SMALL_UPDATE, games // 4)) if has_gpu else SMALL_UPDATE
+        wanted = min(GPU_UPDATE, max(SMALL_UPDATE, games // 4)) if has_gpu else SMALL_UPDATE
     return max(n for n in range(1, wanted + 1) if games % n == 0)
 
 
