@@ -79,7 +79,7 @@ class WorkerPool(Pool[_Worker]):
             tensor.share_memory_()
         self._worker_spec = WorkerSpec(
             seed=spec.seed,
-            make_games=in_shared_memory(spec.make_games()),
+            make_games=handed_over(spec.make_games()),
             slots=slots,
             weights=weights,
             heartbeats=torch.zeros(spec.n_workers, dtype=torch.int64).share_memory_(),
@@ -209,14 +209,18 @@ class WorkerPool(Pool[_Worker]):
                     worker.connection.send(worker.slots[-1])
 
 
-def in_shared_memory(value: Any) -> Tensor:
-    """Anything as a pickle, uint8 in shared memory; also a function that comes from a notebook.
+def handed_over(value: Any) -> Tensor | CloudpickleWrapper:
+    """Anything for a process to start with: a pickle, uint8 in shared memory, also of a function
+    that comes from a notebook. What holds a lock of `multiprocessing` goes as it is.
 
     What is handed to a process is piped to it when it starts. More than the pipe holds, such as the
     bounds of an image space, would keep the parent until the process has imported its script, and
     for ever if it ends before. ValueError where there is less shared memory.
     """
-    pickled = pickle.dumps(CloudpickleWrapper(value))
+    try:
+        pickled = pickle.dumps(CloudpickleWrapper(value))
+    except RuntimeError:  # locks are inherited only
+        return CloudpickleWrapper(value)
     check_shared_memory(len(pickled))
     return torch.frombuffer(bytearray(pickled), dtype=torch.uint8).clone().share_memory_()
 

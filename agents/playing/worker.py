@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 from torch import Tensor
 
 from ncrl.agents.playing.buffers import Rollout
@@ -71,7 +72,7 @@ class WorkerSpec:
     """Everything a worker process is given at its start."""
 
     seed: int  # of this incarnation; no other worker and no earlier incarnation had it
-    make_games: Tensor  # `pool.in_shared_memory(PoolSpec.make_games())`
+    make_games: Tensor | CloudpickleWrapper  # `pool.handed_over(PoolSpec.make_games())`
     slots: Rollout  # rollouts in shared memory
     weights: SharedWeights
     heartbeats: Tensor  # [n_workers] in shared memory: steps played, each counts up its own
@@ -171,8 +172,10 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
         return None if asked[-1] is None else asked.popleft()
 
     heartbeat = spec.heartbeats[spec.index]
-    make_games: Callable[..., Games] = pickle.loads(spec.make_games.numpy().tobytes()).var
-    games = make_games(seed=spec.seed, stopwatch=stopwatch, beat=lambda: heartbeat.add_(1))
+    given = spec.make_games
+    if isinstance(given, Tensor):
+        given = pickle.loads(given.numpy().tobytes())
+    games: Games = given.var(seed=spec.seed, stopwatch=stopwatch, beat=lambda: heartbeat.add_(1))
     connection.send(Ready())
     slot = next_slot()
     while slot is not None:

@@ -32,6 +32,8 @@ def replace_parameter(
     state = optimizer.state.pop(old, {})
     if state and old.numel():
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape[:1] == old.shape[:1]:
+            is_tensor = isinstance(value, Tensor) and value.dim() == old.dim()
+            # Adafactor's columns stay as they are; of a single row they would look like rows.
+            if is_tensor and len(value) == len(old) and key != "col_var":
                 state[key] = change(value)
         optimizer.state[new] = state

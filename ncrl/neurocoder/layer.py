@@ -319,7 +319,10 @@ def _hold_as_stored(
         return
     memory = layer._growing_memory()
     before = [(name, memory.get_parameter(name)) for name in memory.parts]
-    memory.hold(int(groups.sum()))
+    count = int(groups.sum())
+    if count < len(memory.stored("s")) - len(memory.s):
+        return  # fewer than are frozen here, which loading refuses
+    memory.hold(count)
     memory.group(groups.tolist())
     for name, parameter in before:
         cut = memory.get_parameter(name)

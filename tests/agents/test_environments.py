@@ -1,5 +1,6 @@
 """What `A3C(env=...)` makes of ids, and what it says and does where SB3's users expect another."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -247,6 +248,24 @@ def test_workers_close_their_environments(tmp_path: Path) -> None:
     make_model(NotedEnds(log=str(tmp_path), pause=0.1), n_workers=2).learn(8)
     here = f"closed-{os.getpid()}"
     assert sum(file.name != here for file in tmp_path.glob("closed-*")) == 2
+
+
+class LockedFactory(PlainFactory):
+    """Its environments take turns, in whatever process they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = multiprocessing.get_context("spawn").Lock()
+
+    def __call__(self, n_envs: int, seed: int) -> VecEnv:
+        with self.lock:
+            return DummyVecEnv([lambda: gym.make("CartPole-v1")] * n_envs)
+
+
+def test_a_factory_may_hold_a_lock_that_workers_share() -> None:
+    model = make_model(LockedFactory(), n_workers=2)
+    model.learn(8)
+    assert model.num_timesteps >= 8
 
 
 def test_environments_in_this_process_have_their_seed_or_one_of_the_system() -> None:

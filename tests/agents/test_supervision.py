@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from ncrl.agents.playing import supervision
 from ncrl.agents.playing.buffers import RolloutShape
-from ncrl.agents.playing.pool import WorkerPool, in_shared_memory
+from ncrl.agents.playing.pool import WorkerPool, handed_over
 from ncrl.agents.playing.supervision import Delivery, Failures, Incarnation, Limits, Pool, PoolSpec
 from ncrl.agents.playing.worker import Played, Ready, WorkerSpec, _work
 from ncrl.agents.runs.profiling import OFF
@@ -143,7 +143,7 @@ def test_every_worker_counts_its_own_timesteps() -> None:
     beats = torch.zeros(3, dtype=torch.int64)
     weights: Any = SimpleNamespace(read_into=lambda policy: 5)
     slots: Any = SimpleNamespace(slot=lambda number: None)
-    games = in_shared_memory(FakeGames)
+    games = handed_over(FakeGames)
     _work(pipe, WorkerSpec(0, games, slots, weights, beats, False, index=1), OFF)
     assert beats.tolist() == [0, 7, 0]
     assert pipe.sent == [Ready(), Played(0, 5, {})]

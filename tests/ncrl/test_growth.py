@@ -241,6 +241,31 @@ def test_an_optimiser_that_keeps_rows_and_columns_goes_on_through_growth() -> No
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
 
 
+def test_one_that_keeps_columns_goes_on_from_a_single_slot() -> None:
+    layer = make()
+    optimizer = torch.optim.Adafactor(layer.parameters(), lr=0.05)
+    layer.freeze_slots(optimizer)
+    layer.grow(1, optimizer)
+    train(layer, optimizer)
+    layer.grow(3, optimizer)
+    train(layer, optimizer)
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
+def test_a_load_that_is_refused_leaves_the_frozen_slots_as_they_were() -> None:
+    few = make()
+    few.freeze_slots()
+    few.grow(2)
+    more = make()
+    for _ in range(2):
+        more.freeze_slots()
+        more.grow(2)
+    groups, x = more.memory.groups(), torch.randn(3, more.in_features, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="frozen"):
+        more.load_state_dict(few.state_dict())
+    assert more.memory.groups() == groups and more(x).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
 @pytest.mark.parametrize("gate", GATES)
 def test_an_optimiser_goes_on_through_growth(kind: type[torch.optim.Optimizer], gate: str) -> None:
