@@ -21,22 +21,11 @@ from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.learning.update import Update
+from ncrl.agents.playing import env_sources, sizes
 from ncrl.agents.playing.buffers import Batch, RolloutView
 from ncrl.agents.playing.collector import NonFiniteError
-from ncrl.agents.playing.env_sources import (
-    EnvFactory,
-    as_factory,
-    check_object,
-    fresh_seed,
-    is_factory,
-)
+from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.players import Player, SerialPlayer, played_by_workers
-from ncrl.agents.playing.sizes import (
-    check_memory,
-    default_workers,
-    games_per_update,
-    learner_threads,
-)
 from ncrl.agents.playing.supervision import Limits, PoolSpec
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.profiling import Profile, stopwatch_for
@@ -179,18 +168,20 @@ class A3C(EngineAlgorithm):
         self.intrinsic_kwargs = intrinsic_kwargs or {}
         self.info_keywords = arguments.names("info_keywords", info_keywords)
         self.best_score, self.first_scored_at = -math.inf, -1
-        self.games_seed = fresh_seed() if seed is None else seed
+        self.games_seed = env_sources.fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
         self._counts_are_news = n_envs is None  # to a user who has named one environment
         played: GymEnv | None
-        if is_factory(env):
+        if env_sources.is_factory(env):
             n_envs = DEFAULT_ENVS if n_envs is None else n_envs
-            self.n_workers = default_workers(n_envs, cluster) if n_workers is None else n_workers
-            self.env_factory = as_factory(env)  # type: ignore[arg-type]
+            if n_workers is None:
+                n_workers = sizes.default_workers(n_envs, cluster)
+            self.n_workers = n_workers
+            self.env_factory = env_sources.as_factory(env)  # type: ignore[arg-type]
             arguments.tell_meaning(env, self.env_factory, verbose)
             played = self._played_by(self.env_factory, n_envs)
         else:
-            check_object(env)
+            env_sources.check_object(env)
             arguments.check_serial(n_workers or 0, n_envs, env)
             played = env  # type: ignore[assignment]
         source = self.env_factory or env
@@ -242,7 +233,7 @@ class A3C(EngineAlgorithm):
             stopwatch=self._stopwatch,
         )
         # The rollout that is played and the batch that is learned from.
-        check_memory(2 * self._rollout_shape(self.n_envs).nbytes)
+        sizes.check_memory(2 * self._rollout_shape(self.n_envs).nbytes)
         self._batch: Batch | None = None
         self._start_anew()
         self.policy_lag = 0.0
@@ -293,7 +284,7 @@ class A3C(EngineAlgorithm):
         stopwatch = self._stopwatch
         with (
             self._no_stop_remains(),
-            learner_threads(self.n_workers if self.cluster is None else 0),
+            sizes.learner_threads(self.n_workers if self.cluster is None else 0),
             stopwatch.phase("setup"),
             self._player() as player,
             stopwatch.phase("other"),
@@ -331,7 +322,7 @@ class A3C(EngineAlgorithm):
             return self.batch_size // self.n_steps
         if self._small_updates:
             has_gpu, explores = self.device.type == "cuda", self.exploration is not None
-            return games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
+            return sizes.games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
         return self.n_envs
 
     def train(self) -> None:
