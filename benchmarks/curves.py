@@ -2,7 +2,7 @@
 
 python benchmarks/curves.py keep runs/Pong-1 results/atari/pong_linear_10.csv
 python benchmarks/curves.py table results/atari/pong_*.csv --reach 15
-python benchmarks/curves.py scores results/atari/pong_*.csv pong.png
+python benchmarks/curves.py scores results/atari/pong_*.csv pong.png [--over minutes]
 python benchmarks/curves.py bonus results/montezuma/*_seed_*.csv montezuma.png
 """
 
@@ -57,11 +57,15 @@ SHOWN = {
 
 Row = Mapping[str, str]
 
+UNITS = {"frames": ("frames", 1.0), "minutes": ("seconds", 60.0)}
+"""What scores can be shown over: the column, and what it is divided by."""
+
 
 class Curve(NamedTuple):
     """Mean raw score of the last 100 games, of one run."""
 
     frames: Sequence[float]
+    """Or what else the scores are over."""
     scores: Sequence[float]
 
 
@@ -82,13 +86,15 @@ def main() -> None:
         figure = commands.add_parser(name, help=f"draw small files: {text}")
         figure.add_argument("files", type=Path, nargs="+")
         figure.add_argument("out", type=Path)
+        if name == "scores":
+            figure.add_argument("--over", choices=UNITS, default="frames")
     options = parser.parse_args()
     if options.command == "keep":
         write_small(options.run, options.out)
     elif options.command == "table":
         print_table(by_game(options.files), options.reach)
     elif options.command == "scores":
-        draw_scores(by_game(options.files), options.out)
+        draw_scores(by_game(options.files, options.over), options.out, options.over)
     else:
         draw_bonus(options.files, options.out)
 
@@ -114,14 +120,15 @@ def read_rows(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def by_game(files: Sequence[Path]) -> Curves:
-    """What small files hold, those of a seed in the order of their frames."""
+def by_game(files: Sequence[Path], over: str = "frames") -> Curves:
+    """What small files hold, those of a seed in the order of their frames, or of `over`."""
+    column, unit = UNITS[over]
     curves: Curves = {}
     for path in files:
         rows = [row for row in read_rows(path) if row["score"]]
         if not rows:
             continue
-        points = sorted((float(row["frames"]), float(row["score"])) for row in rows)
+        points = sorted((float(row[column]) / unit, float(row["score"])) for row in rows)
         frames, scores = zip(*points, strict=True)
         seeds = curves.setdefault((rows[0]["env"], rows[0]["layer"]), {})
         seeds[int(rows[0]["seed"])] = Curve(frames, scores)
@@ -168,9 +175,12 @@ def on_one_grid(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.stack([np.interp(grid, curve.frames, curve.scores) for curve in curves])
 
 
-def draw_scores(curves: Curves, out: Path) -> None:
+def draw_scores(curves: Curves, out: Path, over: str = "frames") -> None:
     """A panel for each game: mean over seeds between the standard deviations, by layer."""
     games = list(dict.fromkeys(game for game, _ in curves))
+    scale, name = (1e6, "million frames") if over == "frames" else (1.0, over)
+    others = sorted({layer for _, layer in curves} - {"neurocoder"})
+    colors = {"neurocoder": "C1"} | dict(zip(others, ("C0", "C2", "C3", "C4", "C5"), strict=False))
     figure = Figure(figsize=(5.5 * len(games), 3.6), layout="constrained")
     for axes, game in zip(figure.subplots(1, len(games), squeeze=False).flat, games, strict=True):
         for (of, layer), seeds in sorted(curves.items()):
@@ -178,9 +188,9 @@ def draw_scores(curves: Curves, out: Path) -> None:
                 continue
             grid, scores = on_one_grid(list(seeds.values()))
             label = f"{layer}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-            color = "C1" if layer == "neurocoder" else None
-            draw_band(axes, (grid / 1e6).tolist(), scores.tolist(), label, color=color)
-        axes.set(title=game, xlabel="million frames", ylabel="raw score, last 100 games")
+            color = colors.get(layer)
+            draw_band(axes, (grid / scale).tolist(), scores.tolist(), label, color=color)
+        axes.set(title=game, xlabel=name, ylabel="raw score, last 100 games")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(out, dpi=110)

@@ -77,6 +77,11 @@ def test_scores_of_a_game_and_its_heads_are_put_together(tmp_path: Path) -> None
     }
 
 
+def test_scores_over_minutes(tmp_path: Path) -> None:
+    files = [kept(tmp_path, 2, "400,5,60,1\n800,6,90,1\n")]
+    assert by_game(files, "minutes") == {("Pong", "neurocoder"): {2: Curve((1.0, 1.5), (5, 6))}}
+
+
 def test_the_numbers_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ends = {0: (800_000, 100.0), 1: (800_000, 200.0), 2: (400_000, 600.0)}
     seeds = {seed: Curve([200_000, frames], [9.0, score]) for seed, (frames, score) in ends.items()}

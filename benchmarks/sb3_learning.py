@@ -1,0 +1,135 @@
+"""Learning curves of Stable-Baselines3's agents with rl-zoo's settings, beside those of A3C.
+
+python benchmarks/sb3_learning.py A2C results/atari/sb3/pong_a2c_10.csv --seed 10
+
+The games are SB3's `make_atari_env`, four frames stacked: no sticky actions, minimal actions, up to
+30 no-ops, clipped rewards, a lost life ends an episode. A3C plays by these rules with
+`--protocol classic`. Settings are those that rl-zoo3 has for Atari games (`hyperparams/a2c.yml`,
+`ppo.yml` and `ppo_lstm.yml`), where learning rate and clip range fall over the frames that are
+asked for, as A3C's learning rate does. `curves.py` compares and draws the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ale_py
+import gymnasium
+from curves import COLUMNS, SETTINGS
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.utils import LinearSchedule, safe_mean
+from stable_baselines3.common.vec_env import VecFrameStack
+
+from ncrl.envs import atari
+
+FRAMES_PER_TIMESTEP = 4
+STACK = 4
+ROW_SECONDS = 10.0
+"""Between two rows of a curve."""
+
+
+class Agent(NamedTuple):
+    """An algorithm as rl-zoo3 plays Atari games with it."""
+
+    algorithm: type[OnPolicyAlgorithm]
+    policy: str
+    n_envs: int
+    settings: dict[str, Any]
+
+
+_PPO: dict[str, Any] = {
+    "n_steps": 128,
+    "n_epochs": 4,
+    "batch_size": 256,
+    "learning_rate": LinearSchedule(2.5e-4, 0.0, 1.0),
+    "clip_range": LinearSchedule(0.1, 0.0, 1.0),
+    "vf_coef": 0.5,
+    "ent_coef": 0.01,
+}
+
+AGENTS = {
+    "A2C": Agent(
+        A2C,
+        "CnnPolicy",
+        16,
+        {
+            "ent_coef": 0.01,
+            "vf_coef": 0.25,
+            "policy_kwargs": {
+                "optimizer_class": RMSpropTFLike,
+                "optimizer_kwargs": {"eps": 1e-5},
+            },
+        },
+    ),
+    "PPO": Agent(PPO, "CnnPolicy", 8, _PPO),
+    "RecurrentPPO": Agent(RecurrentPPO, "CnnLstmPolicy", 8, _PPO),
+}
+
+
+class CurveWriter(BaseCallback):
+    """Writes a row of `curves.COLUMNS` every `ROW_SECONDS`: a run that is stopped has its curve."""
+
+    def __init__(self, out: Path, settings: list[object]) -> None:
+        super().__init__()
+        self.out, self.settings = out, settings
+
+    def _on_training_start(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with self.out.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([*SETTINGS, *COLUMNS])
+        self._began = self._written = time.monotonic()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if time.monotonic() - self._written >= ROW_SECONDS:
+            self._write()
+
+    def _on_training_end(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        games = self.model.ep_info_buffer
+        row = {
+            "frames": FRAMES_PER_TIMESTEP * self.num_timesteps,
+            "seconds": f"{self._written - self._began:.6g}",
+            "score": f"{safe_mean([game['r'] for game in games]):.6g}" if games else "",
+        }
+        with self.out.open("a", newline="") as file:
+            cells = [*self.settings, *(row.get(name, "") for name in COLUMNS)]
+            csv.writer(file, lineterminator="\n").writerow(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("agent", choices=AGENTS)
+    parser.add_argument("out", type=Path, help="small file of the curve")
+    parser.add_argument("--env", default="Pong")
+    parser.add_argument("--frames", type=int, default=4_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    agent = AGENTS[options.agent]
+    gymnasium.register_envs(ale_py)
+    game = atari(options.env).game.title().replace("_", "")
+    make = partial(make_atari_env, f"{game}NoFrameskip-v4", agent.n_envs, seed=options.seed)
+    model = agent.algorithm(
+        agent.policy, VecFrameStack(make(), STACK), seed=options.seed, **agent.settings
+    )
+    writer = CurveWriter(options.out, [game, options.agent, agent.n_envs, options.seed])
+    model.learn(options.frames // FRAMES_PER_TIMESTEP, callback=writer)
+
+
+if __name__ == "__main__":
+    main()
