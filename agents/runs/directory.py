@@ -6,9 +6,7 @@ config.yaml  progress.csv  events.out.tfevents...  best_model.zip  best_model.js
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from itertools import count
@@ -18,19 +16,17 @@ from typing import Any
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
-from stable_baselines3.common.utils import safe_mean
 from torch.utils.tensorboard import SummaryWriter
 
 from ncrl.agents.a3c import A3C
-from ncrl.agents.runs.checkpoints import CheckpointError, model_bytes, save_checkpoint
-from ncrl.files import read_bytes, write_atomically
+from ncrl.agents.runs.best import BestModel
+from ncrl.agents.runs.checkpoints import CheckpointError, save_checkpoint
+from ncrl.files import write_atomically
 from ncrl.shell.lock import locked
 
 logger = logging.getLogger(__name__)
 
-BEST_NOTE = "best_model.json"  # beside `best_model.zip`: the mean score that it was saved for
 STEP_KEY = "time/total_timesteps"
-MIN_GAMES_FOR_BEST = 10  # that a mean score must be taken over before it can be the best
 
 
 class RunDirectory(contextlib.ExitStack):
@@ -116,9 +112,11 @@ class SaveCheckpoints(BaseCallback):
         super().__init__()
         self.run, self.every, self.keep = run, every, keep
         self.stop_on_error, self.config = stop_on_error, config
+        self.best = BestModel(run.path)
 
     def _on_training_start(self) -> None:
         self._saved_at = self._compared_at = self.num_timesteps
+        self._guard(self._save_best)
 
     def _on_rollout_start(self) -> None:
         if self.num_timesteps - self._saved_at >= self.every:
@@ -128,6 +126,7 @@ class SaveCheckpoints(BaseCallback):
             self._guard(self._save_best)
 
     def _on_step(self) -> bool:
+        self.best.watch(self.locals["infos"])
         return True
 
     def save(self) -> bool:
@@ -142,20 +141,7 @@ class SaveCheckpoints(BaseCallback):
             self.config = None
 
     def _save_best(self) -> None:
-        games = self.model.ep_info_buffer or ()
-        score = float(safe_mean([game["r"] for game in games]))
-        if len(games) >= MIN_GAMES_FOR_BEST and score > self._best_score():
-            note = {"score": score, "games": len(games), "timesteps": self.num_timesteps}
-            write_atomically(self.run.path / "best_model.zip", model_bytes(self.model))
-            write_atomically(self.run.path / BEST_NOTE, json.dumps(note).encode())
-
-    def _best_score(self) -> float:
-        """Of the best model so far, also before the run was resumed."""
-        try:
-            score = float(json.loads(read_bytes(self.run.path / BEST_NOTE))["score"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            return -math.inf
-        return score if math.isfinite(score) else -math.inf
+        self.best.compare(self.model)
 
     def _guard(self, save: Callable[[], object]) -> bool:
         try:

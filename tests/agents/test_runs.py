@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import logging
 import os
 import re
@@ -18,10 +19,12 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ncrl.agents.runs.best
 import ncrl.agents.runs.directory
 from ncrl.agents import A3C
+from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, BestModel
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
-from ncrl.agents.runs.directory import MIN_GAMES_FOR_BEST, RunDirectory, SaveCheckpoints
+from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints
 from ncrl.envs import masked_cartpole
 from ncrl.yaml_files import read_yaml
 
@@ -347,8 +350,8 @@ def test_f19_weights_that_are_not_finite_are_saved_nowhere(stop: bool, tmp_path:
     model = make_model()
     callback = saver(run, stop=stop)
     model.learn(400)
-    assert len(model.ep_info_buffer or ()) >= MIN_GAMES_FOR_BEST
     callback.init_callback(model)
+    play(callback.best, model, 1.0)
     with torch.no_grad():
         model.policy.value_net.bias[0] = torch.nan
     if stop:
@@ -356,6 +359,8 @@ def test_f19_weights_that_are_not_finite_are_saved_nowhere(stop: bool, tmp_path:
             callback.save()
     else:
         callback.save()
+    with pytest.raises(CheckpointError, match="finite"):
+        BestModel(run.path).compare(model)
     assert not list(run.path.rglob("*.zip"))
 
 
@@ -366,7 +371,7 @@ class Enough(BaseCallback):
     """Ends the training soon after enough games have ended."""
 
     def _on_step(self) -> bool:
-        return len(self.model.ep_info_buffer or ()) < MIN_GAMES_FOR_BEST + 5
+        return len(self.model.ep_info_buffer or ()) < 2 * FEWEST_GAMES + 5
 
 
 def test_the_best_model_is_kept_and_a3c_loads_it(tmp_path: Path) -> None:
@@ -382,42 +387,91 @@ def test_the_best_model_is_kept_and_a3c_loads_it(tmp_path: Path) -> None:
     assert list(loaded.policy.state_dict()) == list(model.policy.state_dict())
 
 
-def set_scores(model: A3C, score: float, games: int = MIN_GAMES_FOR_BEST) -> None:
-    assert model.ep_info_buffer is not None
-    model.ep_info_buffer.clear()
-    model.ep_info_buffer.extend({"r": score, "l": 1, "t": 0.0} for _ in range(games))
+def ended(*scores: float | None) -> list[dict[str, Any]]:
+    """Infos of a timestep: in each environment a game with that score has ended, or none."""
+    return [{} if score is None else {"episode": {"r": score}} for score in scores]
+
+
+def play(best: BestModel, model: A3C, score: float, games: int = GAMES) -> None:
+    """So many games that begin after the model's weights, in its first environment."""
+    model.num_timesteps = model.num_timesteps or 1
+    best.compare(model)
+    for _ in range(games + 1):  # the first one began before
+        best.watch(ended(score))
+
+
+def written(best: BestModel) -> A3C:
+    return A3C.load(best.path, device="cpu")
+
+
+def test_weights_are_judged_by_games_that_began_after_them(tmp_path: Path) -> None:
+    model, best = make_model(), BestModel(tmp_path)
+    model.num_timesteps = 30  # at 0 all games begin
+    best.compare(model)
+    best.watch(ended(None, 400.0))
+    for _ in range(FEWEST_GAMES):
+        best.watch(ended(None, 7.0))
+    best.watch(ended(400.0, None))  # that of the first environment began before, too
+    best.compare(model)
+    assert json.loads(best.note.read_text()) == {"score": 7.0, "games": 10, "timesteps": 30}
+
+
+def test_what_is_written_are_the_weights_that_were_judged(tmp_path: Path) -> None:
+    model, best = make_model(), BestModel(tmp_path)
+    for timesteps in (10, 15):
+        before = {name: w.clone() for name, w in model.policy.state_dict().items()}
+        model.num_timesteps = timesteps
+        play(best, model, float(timesteps))
+        with torch.no_grad():
+            for weight in model.policy.parameters():
+                weight.add_(1.0)
+        model.num_timesteps = timesteps + 5
+        best.compare(model)
+        kept = written(best)
+        assert kept.num_timesteps == timesteps
+        torch.testing.assert_close(kept.policy.state_dict(), before, rtol=0, atol=0)
 
 
 def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, "CartPole")
-    model, best = make_model(), run.path / "best_model.zip"
-    model.learn(4)
-
-    def is_replaced() -> bool:
-        callback = saver(run)  # as in a run that was resumed
-        callback.init_callback(model)
-        before = best.stat().st_ino if best.exists() else None
-        callback.save()
-        return best.exists() and best.stat().st_ino != before
-
-    set_scores(model, 99.0, games=MIN_GAMES_FOR_BEST - 1)
-    assert not is_replaced()
+    model = make_model()
+    best = BestModel(tmp_path)
+    play(best, model, 99.0, games=FEWEST_GAMES - 1)
+    best.compare(model)
+    assert not best.path.exists()
+    games = FEWEST_GAMES
     for score, better in ((1.0, True), (0.5, False), (1.0, False), (-3.0, False), (1.5, True)):
-        set_scores(model, score)
-        assert is_replaced() == better, score
+        before = best.path.stat().st_ino if best.path.exists() else None
+        best = BestModel(tmp_path)  # as in a run that was resumed
+        play(best, model, score, games - 1)
+        best.compare(model)
+        assert (best.path.exists() and best.path.stat().st_ino != before) is False
+        best.watch(ended(score))
+        best.compare(model)
+        assert (best.path.stat().st_ino != before) == better, score
+        games = GAMES
 
 
 @pytest.mark.parametrize("note", ['{"score": NaN}', '{"score": "best"}', "[", ""])
 def test_a_note_that_says_no_score_holds_no_model_back(note: str, tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, "CartPole")
-    (run.path / "best_model.json").write_text(note)
+    best = BestModel(tmp_path)
+    best.note.write_text(note)
     model = make_model()
-    model.learn(4)
-    set_scores(model, -3.0)
-    callback = saver(run)
-    callback.init_callback(model)
-    assert callback.save()
-    assert (run.path / "best_model.zip").exists()
+    play(best, model, -3.0, games=FEWEST_GAMES)
+    best.compare(model)
+    assert best.path.exists()
+
+
+def test_weights_are_written_later_where_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, best = make_model(), BestModel(tmp_path)
+    play(best, model, 1.0)
+    with monkeypatch.context() as broken:
+        broken.setattr(ncrl.agents.runs.best, "write_atomically", lambda *_: full_disk(0))
+        with pytest.raises(OSError, match="space"):
+            best.compare(model)
+    best.compare(model)
+    assert best.path.exists()
 
 
 def test_the_best_is_looked_for_ten_times_between_checkpoints(tmp_path: Path) -> None:
@@ -433,7 +487,7 @@ def test_the_best_is_looked_for_ten_times_between_checkpoints(tmp_path: Path) ->
     make_model().learn(1000, callback=callback)
     assert (run.path / "best_model.zip").exists()
     assert not list(run.checkpoints.iterdir())
-    assert callback.looks == 4  # after 200, 400, 600 and 800 timesteps
+    assert callback.looks == 5  # at the beginning, after 200, 400, 600 and 800 timesteps
 
 
 def test_no_best_model_without_its_checkpoint(
@@ -442,9 +496,9 @@ def test_no_best_model_without_its_checkpoint(
     run = RunDirectory.create(tmp_path, "CartPole")
     model = make_model()
     model.learn(4)
-    set_scores(model, 1.0)
     callback = saver(run)
     callback.init_callback(model)
+    play(callback.best, model, 1.0)
     with monkeypatch.context() as broken:
         broken.setattr(ncrl.agents.runs.directory, "save_checkpoint", lambda *_, **__: full_disk(0))
         assert not callback.save()
