@@ -504,6 +504,17 @@ def test_the_bonus_is_chosen_by_the_game_and_brings_its_defaults(
     assert config.games == (16 if bonus == "none" else 64)
 
 
+@pytest.mark.parametrize(
+    ("workers", "games"), [(0, 64), (1, 64), (2, 64), (7, 63), (12, 60), (15, 60), (31, 124)]
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_bonus_is_played_by_about_64_games_on_every_machine(
+    workers: int, games: int, device: str
+) -> None:
+    config = RunConfig(env="Venture", workers=workers, device=device, intrinsic_reward="snd")
+    assert config_module.with_sizes(config).games == games
+
+
 def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\ngamma: 0.9\nframes: 8000\n")
     config = chosen(
@@ -559,7 +570,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     arguments = ["--env", "montezuma_revenge", "--frames", "640", "--workers", "0", *SMALL]
     arguments += ["--bonus-warmup", "40", "--envs-per-worker", "2"]
     output = run_here(*arguments, "--logdir", str(tmp_path))
-    assert "four runs on two cores then took the key" in " ".join(output.split())
+    assert "six runs then took the key" in " ".join(output.split())
     assert re.search(
         r"^bonus +snd, weight 0\.5 beside 10 .* after 40 timesteps$", output, re.MULTILINE
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,11 @@ from ncrl.yaml_files import read_yaml
 FRAMES_PER_TIMESTEP = 4
 
 EXPLORING_ENVS = 64
-"""The least with an intrinsic reward: more games find more, and are faster by the timestep."""
+"""Games with an intrinsic reward, or close to it: more than 16 find more, and far more learn less
+from the same frames (results/atari.md, results/montezuma.md)."""
+
+LEAST_PER_WORKER = 4
+"""Of them: with fewer, most of a worker's time goes into the calls that choose actions."""
 
 HARD_GAMES = {
     "montezuma_revenge": "0 to 14 points after 200 million frames",
@@ -42,9 +45,9 @@ HARD_GAMES = {
 """What plain actor-critics without an exploration bonus are known to reach."""
 
 EXPLORED = {
-    "montezuma_revenge": "0 for 2 to 6 million frames; four runs on two cores then took the key "
-    "more and more often, and had 222 to 475 points a game at 10 to 12 million; one, resumed "
-    "with --int-coef 1, had 410 to 690 at 25 to 30 million (results/montezuma.md)",
+    "montezuma_revenge": "0 for 2 to 6 million frames; six runs then took the key more and more "
+    "often, and had 143 to 475 points a game at 10 to 12 million; one, resumed with --int-coef 1, "
+    "had 410 to 690 at 25 to 30 million (results/montezuma.md)",
 }
 """What our own runs with a bonus reached."""
 
@@ -302,11 +305,10 @@ def default_games(config: RunConfig, workers: int) -> int:
     """Games of all workers together, where their number is not given."""
     if config.envs_per_worker is not None:
         return max(1, workers) * config.envs_per_worker
+    if config.intrinsic_reward != "none":
+        return max(LEAST_PER_WORKER, round(EXPLORING_ENVS / max(1, workers))) * max(1, workers)
     is_chosen = config.workers is None or (workers > 0 and uses_gpu(config))
-    games = machine_sizes(config).games * workers if is_chosen else DEFAULT_ENVS
-    if config.intrinsic_reward == "none":
-        return games
-    return max(games, math.ceil(EXPLORING_ENVS / max(1, workers)) * max(1, workers))
+    return machine_sizes(config).games * workers if is_chosen else DEFAULT_ENVS
 
 
 def machine_sizes(config: RunConfig) -> Sizes:
