@@ -41,16 +41,17 @@ class Sizes(NamedTuple):
 def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
     """Workers and games per worker for a machine, whose learner may have a GPU.
 
-    Measured with a GPU on 16 cores: 15 workers of 16 games play as fast as 15 of 32, and 4 times as
-    fast as 16 workers of one game.
+    With 16 games a worker plays a sixth more frames than with 8, but what is learnt from a frame
+    falls faster with the number of all games (results/speed.md, results/atari.md).
     """
     if has_gpu:
-        learner, games, why = 1, 16, "the learner is on the GPU"
+        learner, why = 1, "the learner is on the GPU"
     elif cores <= FEW_CORES:
-        learner, games, why = 0, max(8, 16 // cores), "the learner computes between them"
+        learner, why = 0, "the learner computes between them"
     else:
-        learner, games, why = cores // 4, 8, "the learner computes on the CPU"
+        learner, why = cores // 4, "the learner computes on the CPU"
     workers = max(1, cores - learner)
+    games = max(8, 16 // workers)
     left = f", {cores - workers} left for the learner" if cores > workers else ""
     reason = f"{cores} core{'s' * (cores > 1)}{left}: {why}"
     return Sizes(workers, games, reason)
