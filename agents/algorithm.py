@@ -385,12 +385,11 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
     def _note_scores(self, infos: list[dict[str, Any]]) -> None:
         """Keep the best score of all games, and when the first of them had any."""
-        for info in infos:
-            if "episode" in info:
-                score = float(info["episode"]["r"])
-                self.best_score = max(self.best_score, score)
-                if score > 0 and self.first_scored_at < 0:
-                    self.first_scored_at = self.num_timesteps
+        for episode in filter(None, (info.get("episode") for info in infos)):
+            score = float(episode["r"])
+            self.best_score = max(self.best_score, score)
+            if score > 0 and self.first_scored_at < 0:
+                self.first_scored_at = self.num_timesteps
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write SB3's log keys, and those that only this toolkit has, once per timestep."""

@@ -1,7 +1,7 @@
 """The best model of a run: weights that are judged by games which began after them.
 
-The mean score of the last games says how weights played that are gone by the time it peaks. Where
-games are long, it peaks after the policy has forgotten how a game begins.
+The mean score of the last games tells of earlier weights. Where games are long it peaks when the
+policy has already forgotten how a game begins.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stable_baselines3.common.utils import safe_mean
 
@@ -18,54 +18,65 @@ from ncrl.agents.a3c import A3C
 from ncrl.agents.runs.checkpoints import model_bytes
 from ncrl.files import read_bytes, write_atomically
 
-GAMES = 100
+GAMES = 40
 """Whose mean score judges the weights that they began after."""
 
 FEWEST_GAMES = 10
-"""As many where there is no best model yet."""
+"""How many are enough while there is no best model."""
+
+GAMES_BETWEEN = 10
+"""How many the newest weights must have before others are kept to be judged."""
+
+
+class Candidate(NamedTuple):
+    """Weights that wait to be judged."""
+
+    model: bytes  # as SB3 saves it
+    timesteps: int
+    scores: list[float]  # of games that began after them
 
 
 class BestModel:
-    """Keeps weights in memory until they are judged, and the best of them in `folder`:
-    `best_model.zip`, and `best_model.json` with the score that it was kept for."""
+    """Keeps weights in memory until they are judged, five times a model at most, and the best of
+    them in `folder`: `best_model.zip`, and `best_model.json` with the score that it was kept for.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path, self.note = folder / "best_model.zip", folder / "best_model.json"
-        self._judged: bytes | None = None
-        self._timesteps = 0
-        self._scores: list[float] = []
-        self._under_way: set[int] = set()
-        """Environments whose game began before the weights."""
+        self._candidates: list[Candidate] = []  # the oldest first
 
-    def watch(self, infos: Sequence[dict[str, Any]]) -> None:
-        """Take in the infos of one timestep of every environment."""
-        for i, info in enumerate(infos):
-            if "episode" in info:
-                if i not in self._under_way:
-                    self._scores.append(float(info["episode"]["r"]))
-                self._under_way.discard(i)
+    def watch(self, model: A3C, infos: Sequence[dict[str, Any]]) -> None:
+        """Take in the infos of one timestep of every environment.
+
+        When a game began is reckoned from its length. Workers that play faster than others, or
+        whose rollouts wait, blur it by some timesteps.
+        """
+        for episode in filter(None, (info.get("episode") for info in infos)):
+            began = model.num_timesteps - model.n_envs * int(episode["l"])
+            for candidate in self._candidates:
+                if began >= candidate.timesteps:
+                    candidate.scores.append(float(episode["r"]))
 
     def compare(self, model: A3C) -> None:
-        """Write the weights that were judged if they are the best, and judge those of now next.
-
-        Nothing happens while too few games have ended.
+        """Judge weights that enough games began after, and keep those of now to be judged.
 
         Raises:
             CheckpointError: if a number of the model is not finite.
             OSError: if the file cannot be written; the next call tries again.
         """
-        if self._judged is not None:
-            best = self.best_score()
-            if len(self._scores) < (GAMES if math.isfinite(best) else FEWEST_GAMES):
-                return
-            score = float(safe_mean(self._scores))
+        while self._candidates:
+            oldest, best = self._candidates[0], self.best_score()
+            if len(oldest.scores) < (GAMES if math.isfinite(best) else FEWEST_GAMES):
+                break
+            score = float(safe_mean(oldest.scores))
             if score > best:
-                note = {"score": score, "games": len(self._scores), "timesteps": self._timesteps}
-                write_atomically(self.path, self._judged)
+                games = len(oldest.scores)
+                note = {"score": score, "games": games, "timesteps": oldest.timesteps}
+                write_atomically(self.path, oldest.model)
                 write_atomically(self.note, json.dumps(note).encode())
-        self._judged, self._timesteps = model_bytes(model), model.num_timesteps
-        self._scores = []
-        self._under_way = set(range(model.n_envs)) if model.num_timesteps else set()
+            del self._candidates[0]
+        if not self._candidates or len(self._candidates[-1].scores) >= GAMES_BETWEEN:
+            self._candidates.append(Candidate(model_bytes(model), model.num_timesteps, []))
 
     def best_score(self) -> float:
         """Of the best model so far, also before the run was resumed; -inf if there is none."""

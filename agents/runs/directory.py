@@ -92,7 +92,7 @@ class RunDirectory(contextlib.ExitStack):
 
 
 class SaveCheckpoints(BaseCallback):
-    """Saves between updates, every so many timesteps, and keeps the best model by mean score.
+    """Saves between updates, every so many timesteps, and keeps the best model (`BestModel`).
 
     `config` is stored after the first checkpoint: a resumed run whose new settings do not work
     keeps those with which it can go on.
@@ -126,7 +126,7 @@ class SaveCheckpoints(BaseCallback):
             self._guard(self._save_best)
 
     def _on_step(self) -> bool:
-        self.best.watch(self.locals["infos"])
+        self.best.watch(self.model, self.locals["infos"])
         return True
 
     def save(self) -> bool:

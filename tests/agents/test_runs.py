@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ncrl.agents.runs.best
 import ncrl.agents.runs.directory
 from ncrl.agents import A3C
-from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, BestModel
+from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, GAMES_BETWEEN, BestModel
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints
 from ncrl.envs import masked_cartpole
@@ -351,7 +351,6 @@ def test_f19_weights_that_are_not_finite_are_saved_nowhere(stop: bool, tmp_path:
     callback = saver(run, stop=stop)
     model.learn(400)
     callback.init_callback(model)
-    play(callback.best, model, 1.0)
     with torch.no_grad():
         model.policy.value_net.bias[0] = torch.nan
     if stop:
@@ -371,7 +370,7 @@ class Enough(BaseCallback):
     """Ends the training soon after enough games have ended."""
 
     def _on_step(self) -> bool:
-        return len(self.model.ep_info_buffer or ()) < 2 * FEWEST_GAMES + 5
+        return len(self.model.ep_info_buffer or ()) < FEWEST_GAMES + 5
 
 
 def test_the_best_model_is_kept_and_a3c_loads_it(tmp_path: Path) -> None:
@@ -387,65 +386,85 @@ def test_the_best_model_is_kept_and_a3c_loads_it(tmp_path: Path) -> None:
     assert list(loaded.policy.state_dict()) == list(model.policy.state_dict())
 
 
-def ended(*scores: float | None) -> list[dict[str, Any]]:
-    """Infos of a timestep: in each environment a game with that score has ended, or none."""
-    return [{} if score is None else {"episode": {"r": score}} for score in scores]
+def end_game(best: BestModel, model: A3C, score: float, length: int) -> None:
+    """A timestep of all environments, in which the last one's game ends after that many."""
+    model.num_timesteps += model.n_envs
+    infos: list[dict[str, Any]] = [{} for _ in range(model.n_envs)]
+    infos[0]["episode"] = None  # as some environments say it of a game that goes on
+    infos[-1]["episode"] = {"r": score, "l": length}
+    best.watch(model, infos)
 
 
 def play(best: BestModel, model: A3C, score: float, games: int = GAMES) -> None:
-    """So many games that begin after the model's weights, in its first environment."""
-    model.num_timesteps = model.num_timesteps or 1
+    """So many games that begin after the model's weights."""
     best.compare(model)
-    for _ in range(games + 1):  # the first one began before
-        best.watch(ended(score))
+    for _ in range(games):
+        end_game(best, model, score, length=1)
 
 
-def written(best: BestModel) -> A3C:
-    return A3C.load(best.path, device="cpu")
+def judged(best: BestModel) -> dict[str, Any]:
+    return dict(json.loads(best.note.read_text()))
 
 
 def test_weights_are_judged_by_games_that_began_after_them(tmp_path: Path) -> None:
     model, best = make_model(), BestModel(tmp_path)
-    model.num_timesteps = 30  # at 0 all games begin
+    model.num_timesteps = 30
     best.compare(model)
-    best.watch(ended(None, 400.0))
+    for rows in range(1, FEWEST_GAMES + 1):
+        end_game(best, model, 400.0, length=rows + 1)
+        best.compare(model)
+        assert not best.path.exists(), "games that began before"
     for _ in range(FEWEST_GAMES):
-        best.watch(ended(None, 7.0))
-    best.watch(ended(400.0, None))  # that of the first environment began before, too
+        end_game(best, model, 7.0, length=FEWEST_GAMES)
     best.compare(model)
-    assert json.loads(best.note.read_text()) == {"score": 7.0, "games": 10, "timesteps": 30}
+    assert judged(best) == {"score": 7.0, "games": 10, "timesteps": 30}
 
 
 def test_what_is_written_are_the_weights_that_were_judged(tmp_path: Path) -> None:
     model, best = make_model(), BestModel(tmp_path)
-    for timesteps in (10, 15):
-        before = {name: w.clone() for name, w in model.policy.state_dict().items()}
-        model.num_timesteps = timesteps
-        play(best, model, float(timesteps))
-        with torch.no_grad():
-            for weight in model.policy.parameters():
-                weight.add_(1.0)
-        model.num_timesteps = timesteps + 5
+    before = {name: weight.clone() for name, weight in model.policy.state_dict().items()}
+    play(best, model, 1.0)
+    with torch.no_grad():
+        for weight in model.policy.parameters():
+            weight.add_(1.0)
+    best.compare(model)
+    kept = A3C.load(best.path, device="cpu")
+    assert kept.num_timesteps == 0
+    torch.testing.assert_close(kept.policy.state_dict(), before, rtol=0, atol=0)
+
+
+def test_several_weights_wait_to_be_judged(tmp_path: Path) -> None:
+    """Each by `GAMES` games of its own, so that the best is not that much older than it could be.
+
+    Scores rise by 1 a game; weights are looked at after every game.
+    """
+    model, best = make_model(), BestModel(tmp_path)
+    best.note.write_text('{"score": -1}')
+    best.compare(model)
+    for game in range(100):
+        end_game(best, model, float(game), length=1)
         best.compare(model)
-        kept = written(best)
-        assert kept.num_timesteps == timesteps
-        torch.testing.assert_close(kept.policy.state_dict(), before, rtol=0, atol=0)
+        assert len(best._candidates) <= GAMES // GAMES_BETWEEN
+    first = 100 - GAMES  # game after the weights that were judged last
+    score = first + (GAMES - 1) / 2
+    assert judged(best) == {
+        "score": score,
+        "games": GAMES,
+        "timesteps": first * model.n_envs,
+    }
 
 
 def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
     model = make_model()
-    best = BestModel(tmp_path)
-    play(best, model, 99.0, games=FEWEST_GAMES - 1)
-    best.compare(model)
-    assert not best.path.exists()
     games = FEWEST_GAMES
     for score, better in ((1.0, True), (0.5, False), (1.0, False), (-3.0, False), (1.5, True)):
-        before = best.path.stat().st_ino if best.path.exists() else None
         best = BestModel(tmp_path)  # as in a run that was resumed
+        before = best.path.stat().st_ino if best.path.exists() else None
         play(best, model, score, games - 1)
         best.compare(model)
-        assert (best.path.exists() and best.path.stat().st_ino != before) is False
-        best.watch(ended(score))
+        after = best.path.stat().st_ino if best.path.exists() else None
+        assert after == before, "not enough games"
+        end_game(best, model, score, length=1)
         best.compare(model)
         assert (best.path.stat().st_ino != before) == better, score
         games = GAMES
