@@ -57,8 +57,8 @@ SHOWN = {
 
 Row = Mapping[str, str]
 
-UNITS = {"frames": ("frames", 1.0), "minutes": ("seconds", 60.0)}
-"""What scores can be shown over: the column, and what it is divided by."""
+UNITS = ("frames", "minutes")
+"""What scores can be shown over."""
 
 
 class Curve(NamedTuple):
@@ -122,17 +122,27 @@ def read_rows(path: Path) -> list[Row]:
 
 def by_game(files: Sequence[Path], over: str = "frames") -> Curves:
     """What small files hold, those of a seed in the order of their frames, or of `over`."""
-    column, unit = UNITS[over]
     curves: Curves = {}
     for path in files:
         rows = [row for row in read_rows(path) if row["score"]]
         if not rows:
             continue
-        points = sorted((float(row[column]) / unit, float(row["score"])) for row in rows)
-        frames, scores = zip(*points, strict=True)
+        rows.sort(key=lambda row: float(row["frames"]))
+        along = list(minutes(rows)) if over == "minutes" else [float(row["frames"]) for row in rows]
+        scores = [float(row["score"]) for row in rows]
         seeds = curves.setdefault((rows[0]["env"], rows[0]["layer"]), {})
-        seeds[int(rows[0]["seed"])] = Curve(frames, scores)
+        seeds[int(rows[0]["seed"])] = Curve(along, scores)
     return curves
+
+
+def minutes(rows: Iterable[Row]) -> Iterator[float]:
+    """Minutes of play at each row; those of a run that was resumed go on."""
+    before = last = 0.0
+    for row in rows:
+        seconds = float(row["seconds"])
+        before += last if seconds < last else 0.0
+        last = seconds
+        yield (before + seconds) / 60
 
 
 def print_table(curves: Curves, reach: float | None) -> None:
@@ -179,8 +189,8 @@ def draw_scores(curves: Curves, out: Path, over: str = "frames") -> None:
     """A panel for each game: mean over seeds between the standard deviations, by layer."""
     games = list(dict.fromkeys(game for game, _ in curves))
     scale, name = (1e6, "million frames") if over == "frames" else (1.0, over)
-    others = sorted({layer for _, layer in curves} - {"neurocoder"})
-    colors = {"neurocoder": "C1"} | dict(zip(others, ("C0", "C2", "C3", "C4", "C5"), strict=False))
+    others = sorted({layer for _, layer in curves} - {"linear", "neurocoder"})
+    colors = {layer: f"C{i}" for i, layer in enumerate(("linear", "neurocoder", *others))}
     figure = Figure(figsize=(5.5 * len(games), 3.6), layout="constrained")
     for axes, game in zip(figure.subplots(1, len(games), squeeze=False).flat, games, strict=True):
         for (of, layer), seeds in sorted(curves.items()):
@@ -188,8 +198,8 @@ def draw_scores(curves: Curves, out: Path, over: str = "frames") -> None:
                 continue
             grid, scores = on_one_grid(list(seeds.values()))
             label = f"{layer}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-            color = colors.get(layer)
-            draw_band(axes, (grid / scale).tolist(), scores.tolist(), label, color=color)
+            along = (grid / scale).tolist()
+            draw_band(axes, along, scores.tolist(), label, color=colors[layer])
         axes.set(title=game, xlabel=name, ylabel="raw score, last 100 games")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

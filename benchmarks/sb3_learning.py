@@ -3,10 +3,11 @@
 python benchmarks/sb3_learning.py A2C results/atari/sb3/pong_a2c_10.csv --seed 10
 
 The games are SB3's `make_atari_env`, four frames stacked: no sticky actions, minimal actions, up to
-30 no-ops, clipped rewards, a lost life ends an episode. A3C plays by these rules with
-`--protocol classic`. Settings are those that rl-zoo3 has for Atari games (`hyperparams/a2c.yml`,
-`ppo.yml` and `ppo_lstm.yml`), where learning rate and clip range fall over the frames that are
-asked for, as A3C's learning rate does. `curves.py` compares and draws the files.
+30 no-ops, clipped rewards, a lost life ends an episode (not with RecurrentPPO). A3C plays by these
+rules with `--protocol classic`. Settings are those that rl-zoo3 has for Atari games
+(`hyperparams/a2c.yml`, `ppo.yml` and `ppo_lstm.yml`). PPO's learning rate and clip range fall over
+the frames that are asked for, as A3C's learning rate does; A2C's learning rate is constant.
+`curves.py` compares and draws the files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class Agent(NamedTuple):
     policy: str
     n_envs: int
     settings: dict[str, Any]
+    terminal_on_life_loss: bool = True
 
 
 _PPO: dict[str, Any] = {
@@ -72,7 +73,7 @@ AGENTS = {
         },
     ),
     "PPO": Agent(PPO, "CnnPolicy", 8, _PPO),
-    "RecurrentPPO": Agent(RecurrentPPO, "CnnLstmPolicy", 8, _PPO),
+    "RecurrentPPO": Agent(RecurrentPPO, "CnnLstmPolicy", 8, _PPO, terminal_on_life_loss=False),
 }
 
 
@@ -120,12 +121,19 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=4_000_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} exists; give another name")
     agent = AGENTS[options.agent]
     gymnasium.register_envs(ale_py)
     game = atari(options.env).game.title().replace("_", "")
-    make = partial(make_atari_env, f"{game}NoFrameskip-v4", agent.n_envs, seed=options.seed)
+    games = make_atari_env(
+        f"{game}NoFrameskip-v4",
+        agent.n_envs,
+        seed=options.seed,
+        wrapper_kwargs={"terminal_on_life_loss": agent.terminal_on_life_loss},
+    )
     model = agent.algorithm(
-        agent.policy, VecFrameStack(make(), STACK), seed=options.seed, **agent.settings
+        agent.policy, VecFrameStack(games, STACK), seed=options.seed, **agent.settings
     )
     writer = CurveWriter(options.out, [game, options.agent, agent.n_envs, options.seed])
     model.learn(options.frames // FRAMES_PER_TIMESTEP, callback=writer)

@@ -13,6 +13,8 @@ from ncrl.agents.playing.sizes import available_cores
 from ncrl.tasks.split_mnist.tables import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from curves import COLUMNS, SETTINGS, read_rows  # noqa: E402
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,6 +25,19 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=600,
     )
+
+
+@pytest.mark.parametrize("agent", ["A2C", pytest.param("RecurrentPPO", marks=pytest.mark.slow)])
+def test_curves_of_sb3_have_the_columns_of_ours(agent: str, tmp_path: Path) -> None:
+    out = tmp_path / "curve.csv"
+    done = run_script("sb3_learning.py", agent, str(out), "--frames", "640", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(out)
+    settings = {"env": "Pong", "layer": agent, "games": "16", "seed": "3", "frames": "640"}
+    assert agent != "A2C" or {name: row[name] for name in settings} == settings
+    assert float(row["seconds"]) > 0 and set(row) == {*SETTINGS, *COLUMNS}
+    again = run_script("sb3_learning.py", agent, str(out))
+    assert again.returncode == 2 and f"{out} exists" in again.stderr
 
 
 def table_rows(output: str, first_cell: str) -> list[str]:

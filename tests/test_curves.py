@@ -72,14 +72,16 @@ def test_scores_of_a_game_and_its_heads_are_put_together(tmp_path: Path) -> None
     files.append(kept(tmp_path, 1, "400,9,1,1\n", layer="linear"))
     files.append(kept(tmp_path, 3, "400,,1,1\n"))  # no game was finished
     assert by_game(files) == {
-        ("Pong", "neurocoder"): {2: Curve((800,), (2,)), 1: Curve((800,), (1,))},
-        ("Pong", "linear"): {1: Curve((400,), (9,))},
+        ("Pong", "neurocoder"): {2: Curve([800], [2]), 1: Curve([800], [1])},
+        ("Pong", "linear"): {1: Curve([400], [9])},
     }
 
 
 def test_scores_over_minutes(tmp_path: Path) -> None:
-    files = [kept(tmp_path, 2, "400,5,60,1\n800,6,90,1\n")]
-    assert by_game(files, "minutes") == {("Pong", "neurocoder"): {2: Curve((1.0, 1.5), (5, 6))}}
+    """Of a run that was resumed after a minute and a half."""
+    files = [kept(tmp_path, 2, "400,5,60,1\n800,6,90,1\n1200,7,30,1\n1600,8,60,1\n")]
+    curve = by_game(files, "minutes")["Pong", "neurocoder"][2]
+    assert curve == Curve([1.0, 1.5, 2.0, 2.5], [5, 6, 7, 8])
 
 
 def test_the_numbers_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:

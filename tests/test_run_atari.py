@@ -508,7 +508,7 @@ def test_the_bonus_is_chosen_by_the_game_and_brings_its_defaults(
     ("workers", "games"), [(0, 64), (1, 64), (2, 64), (7, 63), (12, 60), (15, 60), (31, 124)]
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_bonus_is_played_by_about_64_games_on_every_machine(
+def test_a_bonus_is_played_by_about_64_games_or_4_a_worker(
     workers: int, games: int, device: str
 ) -> None:
     config = RunConfig(env="Venture", workers=workers, device=device, intrinsic_reward="snd")

@@ -29,11 +29,12 @@ from ncrl.yaml_files import read_yaml
 FRAMES_PER_TIMESTEP = 4
 
 EXPLORING_ENVS = 64
-"""Games with an intrinsic reward, or close to it: more than 16 find more, and far more learn less
+"""About so many games with an intrinsic reward: more than 16 find more, and far more learn less
 from the same frames (results/atari.md, results/montezuma.md)."""
 
 LEAST_PER_WORKER = 4
-"""Of them: with fewer, most of a worker's time goes into the calls that choose actions."""
+"""The fewest games of a worker then: with fewer, most of its time goes into the calls that choose
+actions."""
 
 HARD_GAMES = {
     "montezuma_revenge": "0 to 14 points after 200 million frames",

@@ -41,8 +41,8 @@ class Sizes(NamedTuple):
 def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
     """Workers and games per worker for a machine, whose learner may have a GPU.
 
-    With 16 games a worker plays a sixth more frames than with 8, but what is learnt from a frame
-    falls faster with the number of all games (results/speed.md, results/atari.md).
+    With 16 games a worker plays more frames than with 8, but what is learnt from a frame falls
+    faster with the number of all games (results/speed.md, results/atari.md).
     """
     if has_gpu:
         learner, why = 1, "the learner is on the GPU"
