@@ -152,7 +152,7 @@ def print_table(curves: Curves, reach: float | None) -> None:
     print_header("game", *columns)
     for (game, layer), seeds in curves.items():
         ends = [curve.scores[-1] for curve in seeds.values()]
-        spread = f" ± {statistics.stdev(ends):.1f}" if len(ends) > 1 else " (one seed)"
+        spread = f" ± {statistics.pstdev(ends):.1f}" if len(ends) > 1 else " (one seed)"
         frames = sorted(curve.frames[-1] / 1e6 for curve in seeds.values())
         reached = "" if reach is None else ", ".join(frames_to(seeds.values(), reach))
         print_row(

@@ -91,9 +91,9 @@ def test_the_numbers_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(found, 150)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split(" | ")[-1] == "million frames to 150, by seed |"
-    # Mean 300; deviations -200, -100, 300; 140,000 / 2; root 264.6
+    # Mean 300; deviations -200, -100, 300; 140,000 / 3; root 216.0
     assert lines[2] == (
-        "| Pong | linear | 0, 1, 2 | 0.4 to 0.8 | 300.0 ± 264.6 | 100.0, 200.0, 600.0 "
+        "| Pong | linear | 0, 1, 2 | 0.4 to 0.8 | 300.0 ± 216.0 | 100.0, 200.0, 600.0 "
         "| never, 0.80, 0.40 |"
     )
     assert lines[3] == "| Pong | neurocoder | 7 | 4.0 | 0.0 (one seed) | 0.0 | never |"

@@ -505,7 +505,8 @@ def test_the_bonus_is_chosen_by_the_game_and_brings_its_defaults(
 
 
 @pytest.mark.parametrize(
-    ("workers", "games"), [(0, 64), (1, 64), (2, 64), (7, 63), (12, 60), (15, 60), (31, 124)]
+    ("workers", "games"),
+    [(0, 64), (1, 64), (2, 64), (5, 60), (7, 56), (12, 48), (15, 60), (31, 124)],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_bonus_is_played_by_about_64_games_or_4_a_worker(

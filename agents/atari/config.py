@@ -29,12 +29,12 @@ from ncrl.yaml_files import read_yaml
 FRAMES_PER_TIMESTEP = 4
 
 EXPLORING_ENVS = 64
-"""About so many games with an intrinsic reward: more than 16 find more, and far more learn less
-from the same frames (results/atari.md, results/montezuma.md)."""
+"""About so many games with an intrinsic reward. More than 16 find more; many more than 64 learn
+less from the same frames (results/atari.md, results/montezuma.md)."""
 
-LEAST_PER_WORKER = 4
-"""The fewest games of a worker then: with fewer, most of its time goes into the calls that choose
-actions."""
+EXPLORING_PER_WORKER = 4
+"""Each worker has a multiple of so many. With fewer, most of its time goes into the calls that
+choose actions."""
 
 HARD_GAMES = {
     "montezuma_revenge": "0 to 14 points after 200 million frames",
@@ -46,8 +46,8 @@ HARD_GAMES = {
 """What plain actor-critics without an exploration bonus are known to reach."""
 
 EXPLORED = {
-    "montezuma_revenge": "0 for 2 to 6 million frames; six runs then took the key more and more "
-    "often, and had 143 to 475 points a game at 10 to 12 million; one, resumed with --int-coef 1, "
+    "montezuma_revenge": "0 for 2 to 6 million frames; six runs then took the key in most "
+    "games, and had 143 to 475 points a game at 10 to 12 million; one, resumed with --int-coef 1, "
     "had 410 to 690 at 25 to 30 million (results/montezuma.md)",
 }
 """What our own runs with a bonus reached."""
@@ -307,7 +307,8 @@ def default_games(config: RunConfig, workers: int) -> int:
     if config.envs_per_worker is not None:
         return max(1, workers) * config.envs_per_worker
     if config.intrinsic_reward != "none":
-        return max(LEAST_PER_WORKER, round(EXPLORING_ENVS / max(1, workers))) * max(1, workers)
+        count, least = max(1, workers), EXPLORING_PER_WORKER
+        return count * least * max(1, round(EXPLORING_ENVS / (count * least)))
     is_chosen = config.workers is None or (workers > 0 and uses_gpu(config))
     return machine_sizes(config).games * workers if is_chosen else DEFAULT_ENVS
 

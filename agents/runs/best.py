@@ -1,7 +1,7 @@
 """The best model of a run: weights that are judged by games which began after them.
 
-The mean score of the last games tells of earlier weights. Where games are long it peaks when the
-policy has already forgotten how a game begins.
+The mean score of the last games was earned by earlier weights. Where games are long it peaks when
+the policy has already forgotten how a game begins.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from ncrl.agents.runs.checkpoints import model_bytes
 from ncrl.files import read_bytes, write_atomically
 
 GAMES = 40
-"""Whose mean score judges the weights that they began after."""
+"""Whose mean score judges the weights that they began after; two of every environment if those are
+more, since short games end first."""
 
 FEWEST_GAMES = 10
 """How many are enough while there is no best model."""
 
-GAMES_BETWEEN = 10
-"""How many the newest weights must have before others are kept to be judged."""
+WAITING = 4
+"""How many weights wait to be judged at a time, so that the best are not much older than needed."""
 
 
 class Candidate(NamedTuple):
@@ -37,8 +38,10 @@ class Candidate(NamedTuple):
 
 
 class BestModel:
-    """Keeps weights in memory until they are judged, five times a model at most, and the best of
-    them in `folder`: `best_model.zip`, and `best_model.json` with the score that it was kept for.
+    """Keeps weights in memory until they are judged, and the best of them in `folder`:
+    `best_model.zip`, and `best_model.json` with the score that it was kept for.
+
+    In memory are up to five models, each with its optimiser and what it explores with.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,11 +51,10 @@ class BestModel:
     def watch(self, model: A3C, infos: Sequence[dict[str, Any]]) -> None:
         """Take in the infos of one timestep of every environment.
 
-        When a game began is reckoned from its length. Workers that play faster than others, or
-        whose rollouts wait, blur it by some timesteps.
+        When a game began is reckoned from its length, as if all environments were equally fast.
         """
         for episode in filter(None, (info.get("episode") for info in infos)):
-            began = model.num_timesteps - model.n_envs * int(episode["l"])
+            began = model.num_timesteps - model.n_envs * int(episode.get("l", 0))
             for candidate in self._candidates:
                 if began >= candidate.timesteps:
                     candidate.scores.append(float(episode["r"]))
@@ -64,19 +66,22 @@ class BestModel:
             CheckpointError: if a number of the model is not finite.
             OSError: if the file cannot be written; the next call tries again.
         """
+        now, usual = model.num_timesteps, max(GAMES, 2 * model.n_envs)
+        # A training that begins anew counts from 0 again.
+        self._candidates = [waiting for waiting in self._candidates if waiting.timesteps <= now]
         while self._candidates:
             oldest, best = self._candidates[0], self.best_score()
-            if len(oldest.scores) < (GAMES if math.isfinite(best) else FEWEST_GAMES):
+            enough = usual if math.isfinite(best) else FEWEST_GAMES
+            if len(oldest.scores) < enough:
                 break
-            score = float(safe_mean(oldest.scores))
-            if score > best:
-                games = len(oldest.scores)
-                note = {"score": score, "games": games, "timesteps": oldest.timesteps}
+            score = float(safe_mean(oldest.scores[:enough]))
+            if math.isfinite(score) and score > best:
+                note = {"score": score, "games": enough, "timesteps": oldest.timesteps}
                 write_atomically(self.path, oldest.model)
                 write_atomically(self.note, json.dumps(note).encode())
             del self._candidates[0]
-        if not self._candidates or len(self._candidates[-1].scores) >= GAMES_BETWEEN:
-            self._candidates.append(Candidate(model_bytes(model), model.num_timesteps, []))
+        if not self._candidates or len(self._candidates[-1].scores) >= usual // WAITING:
+            self._candidates.append(Candidate(model_bytes(model), now, []))
 
     def best_score(self) -> float:
         """Of the best model so far, also before the run was resumed; -inf if there is none."""

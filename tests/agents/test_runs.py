@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ncrl.agents.runs.best
 import ncrl.agents.runs.directory
 from ncrl.agents import A3C
-from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, GAMES_BETWEEN, BestModel
+from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, WAITING, BestModel
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints
 from ncrl.envs import masked_cartpole
@@ -434,7 +434,7 @@ def test_what_is_written_are_the_weights_that_were_judged(tmp_path: Path) -> Non
 
 
 def test_several_weights_wait_to_be_judged(tmp_path: Path) -> None:
-    """Each by `GAMES` games of its own, so that the best is not that much older than it could be.
+    """Each is judged by the games after it, which the others share.
 
     Scores rise by 1 a game; weights are looked at after every game.
     """
@@ -444,7 +444,7 @@ def test_several_weights_wait_to_be_judged(tmp_path: Path) -> None:
     for game in range(100):
         end_game(best, model, float(game), length=1)
         best.compare(model)
-        assert len(best._candidates) <= GAMES // GAMES_BETWEEN
+        assert len(best._candidates) <= WAITING
     first = 100 - GAMES  # game after the weights that were judged last
     score = first + (GAMES - 1) / 2
     assert judged(best) == {
@@ -470,6 +470,28 @@ def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
         games = GAMES
 
 
+def test_many_environments_play_two_games_each(tmp_path: Path) -> None:
+    model, best = make_model(), BestModel(tmp_path)
+    best.note.write_text('{"score": -1}')
+    model.n_envs = GAMES
+    play(best, model, 1.0, games=2 * GAMES - 1)
+    best.compare(model)
+    assert not best.path.exists()
+    end_game(best, model, 1.0, length=1)
+    best.compare(model)
+    assert judged(best)["games"] == 2 * GAMES
+
+
+def test_a_training_that_begins_anew_keeps_its_best_model_too(tmp_path: Path) -> None:
+    model, best = make_model(), BestModel(tmp_path)
+    model.num_timesteps = 1000
+    best.compare(model)
+    model.num_timesteps = 0
+    play(best, model, 2.0)
+    best.compare(model)
+    assert judged(best) == {"score": 2.0, "games": FEWEST_GAMES, "timesteps": 0}
+
+
 @pytest.mark.parametrize("note", ['{"score": NaN}', '{"score": "best"}', "[", ""])
 def test_a_note_that_says_no_score_holds_no_model_back(note: str, tmp_path: Path) -> None:
     best = BestModel(tmp_path)
@@ -489,8 +511,9 @@ def test_weights_are_written_later_where_the_disk_was_full(
         broken.setattr(ncrl.agents.runs.best, "write_atomically", lambda *_: full_disk(0))
         with pytest.raises(OSError, match="space"):
             best.compare(model)
-    best.compare(model)
+    play(best, model, 3.0)  # which do not count
     assert best.path.exists()
+    assert judged(best) == {"score": 1.0, "games": FEWEST_GAMES, "timesteps": 0}
 
 
 def test_the_best_is_looked_for_ten_times_between_checkpoints(tmp_path: Path) -> None:
