@@ -385,8 +385,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
     def _note_scores(self, infos: list[dict[str, Any]]) -> None:
         """Keep the best score of all games, and when the first of them had any."""
-        for episode in filter(None, (info.get("episode") for info in infos)):
-            score = float(episode["r"])
+        for game in curves.ended_games(infos):
+            score = float(game["r"])
             self.best_score = max(self.best_score, score)
             if score > 0 and self.first_scored_at < 0:
                 self.first_scored_at = self.num_timesteps

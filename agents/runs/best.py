@@ -16,6 +16,7 @@ from stable_baselines3.common.utils import safe_mean
 
 from ncrl.agents.a3c import A3C
 from ncrl.agents.runs.checkpoints import model_bytes
+from ncrl.agents.runs.curves import ended_games
 from ncrl.files import read_bytes, write_atomically
 
 GAMES = 40
@@ -53,11 +54,11 @@ class BestModel:
 
         When a game began is reckoned from its length, as if all environments were equally fast.
         """
-        for episode in filter(None, (info.get("episode") for info in infos)):
-            began = model.num_timesteps - model.n_envs * int(episode.get("l", 0))
+        for game in ended_games(infos):
+            began = model.num_timesteps - model.n_envs * int(game.get("l", 0))
             for candidate in self._candidates:
                 if began >= candidate.timesteps:
-                    candidate.scores.append(float(episode["r"]))
+                    candidate.scores.append(float(game["r"]))
 
     def compare(self, model: A3C) -> None:
         """Judge weights that enough games began after, and keep those of now to be judged.

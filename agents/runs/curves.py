@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,14 @@ from ncrl.diagnostics import describe
 from ncrl.sb3 import EnginePolicy, Latent
 
 DIAGNOSTIC_SAMPLES = 256  # latents of the latest batch on which the heads are described
+
+
+def ended_games(infos: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Score and length of the games that ended in a timestep: `r` and `l`, as SB3's Monitor says.
+
+    Some environments say None of games that go on.
+    """
+    return filter(None, (info.get("episode") for info in infos))
 
 
 def record_means(logger: Logger, scalars: Mapping[str, float]) -> None:
