@@ -6,7 +6,6 @@ Shapes: B inputs, P slots, H heads, J steps, R = J * H components, K key width, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -35,10 +34,6 @@ class Composition(nn.Module):
 
     def reset_parameters(self) -> None:
         raise NotImplementedError
-
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        """What `frozen_controller` freezes: everything."""
-        return self.parameters()
 
     def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:
         """Make room for more slots; `config` still has the old number."""

@@ -7,7 +7,6 @@ of x M_U^T over slots, so two matrix products with the memories and two sums ove
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,28 +44,27 @@ class Composed(NamedTuple):
 class Integration(nn.Module):
     """What adds the residual program Rho: of the paper's layer and of the authors'."""
 
+    residual: nn.Parameter
+    """Rho, [in, out]."""
+
     gate: LinearWeights | None
     """Of the residual, where it is linear in the input."""
 
     def reset_parameters(self) -> None:
         raise NotImplementedError
 
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        """What `frozen_controller` freezes: the gate."""
-        if self.gate is not None:
-            yield from self.gate.parameters()
-
+    @torch.no_grad()
     def start_from(self, matrix: Tensor) -> None:
         """Set Rho to `matrix` [in, out]."""
-        raise NotImplementedError
+        self.residual.copy_(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         """x Rho, [B, out], for x [B, in]."""
-        return x @ self.matrix()
+        return x @ self.residual
 
     def matrix(self) -> Tensor:
         """Rho, [in, out]."""
-        raise NotImplementedError
+        return self.residual
 
 
 class IntegrationNetwork(Integration):
@@ -78,7 +76,7 @@ class IntegrationNetwork(Integration):
         super().__init__()
         self.rank = config.residual_rank
         if self.rank is None:
-            self.residual = nn.Parameter(torch.empty(in_features, out_features))  # [in, out]
+            self.residual = nn.Parameter(torch.empty(in_features, out_features))
         else:
             self.left = nn.Parameter(torch.empty(in_features, self.rank))  # [in, r]
             self.right = nn.Parameter(torch.empty(self.rank, out_features))  # [r, out]
@@ -100,9 +98,16 @@ class IntegrationNetwork(Integration):
         they are and the rows of `right` that they meet are zero, so that they can still learn.
         """
         if self.rank is None:
-            self.residual.copy_(matrix)
-        else:
-            set_product(self.left, self.right, matrix)
+            super().start_from(matrix)
+            return
+        # There is no SVD in half precision.
+        exact = torch.promote_types(matrix.dtype, torch.float32)
+        u, s, vh = torch.linalg.svd(matrix.to(exact), full_matrices=False)
+        rank = min(self.rank, len(s))
+        root = s[:rank].sqrt()
+        self.left[:, :rank] = u[:, :rank] * root
+        self.right[:rank] = root.unsqueeze(1) * vh[:rank]
+        self.right[rank:] = 0
 
     def forward(self, x: Tensor) -> Tensor:
         for matrix in self._factors():
@@ -115,19 +120,6 @@ class IntegrationNetwork(Integration):
 
     def _factors(self) -> tuple[Tensor, ...]:
         return (self.residual,) if self.rank is None else (self.left, self.right)
-
-
-def set_product(left: Tensor, right: Tensor, matrix: Tensor) -> None:
-    """Make left @ right the best approximation of `matrix` in place; left [n, r], right [r, m]."""
-    exact = torch.promote_types(matrix.dtype, torch.float32)  # there is no SVD in half precision
-    u, s, vh = torch.linalg.svd(matrix.to(exact), full_matrices=False)
-    rank = min(left.shape[1], len(s))
-    root = s[:rank].sqrt()
-    left[:, :rank] = u[:, :rank] * root
-    right[:rank] = root.unsqueeze(1) * vh[:rank]
-    # Columns of `left` beyond the rank of any matrix of this shape keep their values, so that the
-    # rows that cancel them here can learn.
-    right[rank:] = 0
 
 
 def increments(weight_s: Tensor, memory_s: Tensor) -> Tensor:

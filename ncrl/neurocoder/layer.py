@@ -88,9 +88,8 @@ class NeurocoderLinear(LinearSeat):
         self._build()
         self._reset_bias()
         if self.config.frozen_controller:
-            for part in self._parts():
-                for parameter in part.controller_parameters():
-                    parameter.requires_grad_(False)
+            for network in self._controller():
+                network.requires_grad_(False)
         self.register_load_state_dict_pre_hook(_hold_as_stored)  # type: ignore[no-untyped-call]
         if device is not None or dtype is not None:  # fake tensors could not be exchanged
             self.to(device=device, dtype=dtype)
@@ -172,6 +171,13 @@ class NeurocoderLinear(LinearSeat):
         yield self.composition
         if self.integration is not None:
             yield self.integration
+
+    def _controller(self) -> Iterator[nn.Module]:
+        """What decides about attention: composition network, key networks and residual gate."""
+        yield self.composition
+        yield from (part for part in self.memory.children() if isinstance(part, nn.Linear))
+        if self.integration is not None and self.integration.gate is not None:
+            yield self.integration.gate
 
     def freeze_slots(self, optimizer: Optimizer | None = None) -> None:
         """Hold all slots that there are, values and keys, whatever is trained from now on.

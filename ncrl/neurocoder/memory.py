@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,10 +50,6 @@ class SlotMemory(nn.Module):
         return [count for count in (*self._groups, len(self.s)) if count]
 
     def reset_parameters(self) -> None:
-        raise NotImplementedError
-
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        """What `frozen_controller` freezes: the key networks."""
         raise NotImplementedError
 
     def keys(self) -> Tensor:
@@ -112,10 +106,6 @@ class ProgramMemory(SlotMemory):
             rows = rows.detach()
             exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
             rows.copy_(nn.init.orthogonal_(exact))  # which has no half precision
-
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        if "key" not in self.parts:
-            yield from self.key_net.parameters()
 
     def keys(self) -> Tensor:
         """Keys of the three memories, [3, P, K], whose gradient reaches `key_net` only; or stored

@@ -10,7 +10,7 @@ leading 3 stands for the memories u, v, s. Slots come last.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -161,15 +161,9 @@ class OfficialMemory(SlotMemory):
             bound = math.sqrt(6 / (content.shape[0] + content.shape[1] + columns.shape[1]))
             nn.init.uniform_(content, -bound, bound)
             nn.init.uniform_(columns, -bound, bound)
-        for network in self._networks():
-            network.reset_parameters()
-
-    def controller_parameters(self) -> Iterator[nn.Parameter]:
-        for network in self._networks():
-            yield from network.parameters()
-
-    def _networks(self) -> list[nn.Linear]:
-        return [net for net in (self.key_net_u, self.key_net_v) if net is not None]
+        for network in (self.key_net_u, self.key_net_v):
+            if network is not None:
+                network.reset_parameters()
 
     def keys(self) -> Tensor:
         u, v, s = (self.key_columns[name] for name in MEMORIES)
@@ -199,13 +193,6 @@ class OfficialIntegration(Integration):
             nn.init.xavier_uniform_(self.residual)
         if self.gate is not None:
             _reset_linear(self.gate)
-
-    @torch.no_grad()
-    def start_from(self, matrix: Tensor) -> None:
-        self.residual.copy_(matrix)
-
-    def matrix(self) -> Tensor:
-        return self.residual
 
 
 class OfficialSingleStep(Composition):
