@@ -1,66 +1,33 @@
-"""Timesteps per second of A3C and of Sample Factory's APPO with an LSTM, in turn on one machine.
+"""Timesteps per second of Sample Factory's APPO with an LSTM: a row of `throughput.py`.
 
 Sample Factory 2.1.1 needs numpy 1 and gymnasium 0.29, so it lives in an environment of its own:
 
 python3 -m venv sf && sf/bin/pip install 'sample-factory[atari]==2.1.1' torch==2.13.0
-python benchmarks/against_sample_factory.py --python sf/bin/python
+python benchmarks/throughput.py --encoder nature --sample-factory sf/bin/python
 
-Both learn Pong from single frames with the encoder `nature`, an LSTM of 512, T = 20 and one epoch
-per batch. Each plays it as its own users do: ours with ale-py's vector environment, theirs with
-gymnasium's wrappers, four emulator frames per timestep. The machine has to be idle otherwise.
+It learns Pong from single frames with the encoder `nature`, an LSTM of 512, T = 20 and one epoch
+per batch, as A3C does there, and plays it as its own users do: with gymnasium's wrappers, four
+emulator frames per timestep.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
-import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from common import N_STEPS, build_a3c, machine, print_header, print_row
-from throughput import measure
+from common import N_STEPS
 
 from ncrl.agents.playing.sizes import available_cores
-from ncrl.envs import atari
 
 FRAMES = re.compile(r"Total num frames: (\d+)\.")  # printed every five seconds
 FRAMES_PER_TIMESTEP = 4
 LONGEST_START = 180.0  # seconds to its first batch
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    rates: dict[str, list[float]] = {}
-    for _ in range(arguments.rounds):
-        for n_envs in arguments.n_envs:
-            build = partial(build_a3c, atari("Pong"), "plain", "nature", n_envs=n_envs)
-            rates.setdefault(f"A3C, {n_envs} games, plain heads", []).append(
-                measure(build, arguments.seconds)
-            )
-            rates.setdefault(f"Sample Factory APPO, {n_envs} games", []).append(
-                sample_factory(arguments.python, n_envs, arguments.seconds)
-            )
-    print(f"Pong, T = {N_STEPS}, {machine()}, {arguments.rounds} rounds of {arguments.seconds:g} s")
-    print_header("", "timesteps/s, median", "rounds")
-    for name, found in rates.items():
-        rounds = ", ".join(f"{rate:,.0f}" for rate in found)
-        print_row(name, f"{statistics.median(found):,.0f}", rounds)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--python", type=Path, required=True, help="that has sample-factory")
-    parser.add_argument("--n-envs", type=int, nargs="+", default=[16, 32])
-    parser.add_argument("--seconds", type=float, default=30.0, help="counted, for each row")
-    parser.add_argument("--rounds", type=int, default=3)
-    return parser.parse_args()
 
 
 def sample_factory(python: Path, n_envs: int, seconds: float) -> float:
@@ -124,7 +91,3 @@ def options(n_envs: int, folder: str) -> Sequence[str]:
         "seed": 0,
     }
     return [f"--{name}={value}" for name, value in settings.items()]
-
-
-if __name__ == "__main__":
-    main()

@@ -168,26 +168,22 @@ def kernels_of(model: A3C) -> tuple[str, int]:
 
 def acting(arguments: argparse.Namespace) -> None:
     """One step of a whole policy, on the learner's device and on one core."""
-    columns = (f"on {arguments.device}, ms", "on one core, ms", "there in bfloat16, ms")
-    print_header("heads", "games", *columns)
+    print_header("heads", "games", f"on {arguments.device}, ms", "on one core, ms")
     for head in HEADS:
         build = partial(build_a3c, atari("Pong"), head, "a3c", n_envs=4, n_workers=0)
         policies = [build(device=device).policy for device in (arguments.device, "cpu")]
         for games in (8, 16, 256):
-            steps = [partial(act, policy, games) for policy in policies]
-            steps.append(partial(act, policies[1], games, in_bfloat16=True))
-            times = medians(arguments.seconds, *steps)
+            times = medians(arguments.seconds, *(partial(act, p, games) for p in policies))
             print_row(head, games, *(f"{milliseconds:.2f}" for milliseconds in times))
 
 
 @torch.no_grad()
-def act(policy: Any, games: int, *, in_bfloat16: bool = False) -> None:
+def act(policy: Any, games: int) -> None:
     """From images on the host to actions there, as workers and serial play need it."""
     policy.set_training_mode(False)
     obs = torch.zeros(games, 1, 84, 84, dtype=torch.uint8).to(policy.device)
     starts = torch.zeros(games, dtype=torch.bool)
-    with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
-        policy.act(obs, policy.initial_state(games), starts).actions.cpu()
+    policy.act(obs, policy.initial_state(games), starts).actions.cpu()
 
 
 def layer(arguments: argparse.Namespace) -> None:

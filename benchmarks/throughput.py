@@ -6,6 +6,7 @@ give the ceiling: the slower of both on a GPU; on the CPU learning takes its tim
 Peers are sb3-contrib's RecurrentPPO on the same network, and Stable-Baselines3's A2C, which has no
 LSTM and sees four stacked frames instead. At equal work they use T = 20 and our environments and
 encoder; both are also run as their users have them, with SB3's make_atari_env and NatureCNN.
+Sample Factory is one more where it is installed: see `against_sample_factory.py`.
 
 Rounds go through all rows in turn, and ratios are taken within a round, since the speed of a
 machine drifts; the table shows medians over the rounds. The machine has to be idle otherwise: other
@@ -28,10 +29,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ale_py
 import gymnasium
+from against_sample_factory import sample_factory
 from common import (
     HEADS,
     N_STEPS,
@@ -91,6 +94,10 @@ def main() -> None:
         rows = [*our_rows(arguments, encoder)]
         if arguments.peers:
             rows += peer_rows(arguments, encoder)
+        if arguments.sample_factory:
+            for n in arguments.n_envs:
+                rate = partial(sample_factory, arguments.sample_factory, n)
+                rows.append(Row(f"Sample Factory APPO, encoder nature, {n} games", rate))
         rates: dict[str, list[float]] = {row.name: [] for row in rows}
         for i in range(arguments.rounds):
             for row in rows:
@@ -113,6 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help="counted, for each row")
     parser.add_argument("--rounds", type=int, default=3, help="that the seconds are divided over")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--sample-factory", type=Path, help="the python that has it, as a peer")
     return parser.parse_args()
 
 
