@@ -6,14 +6,19 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
+import ale_py
+import gymnasium
 import torch
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecEnv
 
 from ncrl.agents import A3C
 from ncrl.agents.playing.sizes import available_cores
-from ncrl.envs import AtariFactory
+from ncrl.envs import AtariFactory, atari
 from ncrl.shell.hardware import cpu_name
 
 NEUROCODER = {"num_slots": 80, "num_heads": 15, "num_least_used": 5, "controller_size": 8}
@@ -35,6 +40,17 @@ def build_a3c(factory: AtariFactory, head: str, encoder: str, **options: Any) ->
     return A3C("CnnLstmPolicy", factory, **options)
 
 
+def name_in_gymnasium(game: str) -> str:
+    """Such as MontezumaRevenge, however the game is written."""
+    return atari(game).game.title().replace("_", "")
+
+
+def games_of_sb3(game: str, n_envs: int, **options: Any) -> VecEnv:
+    """Games as users of SB3 have them; `options` are those of its `make_atari_env`."""
+    gymnasium.register_envs(ale_py)
+    return make_atari_env(f"{name_in_gymnasium(game)}NoFrameskip-v4", n_envs, **options)
+
+
 def played_alone(
     factory: AtariFactory, head: str, encoder: str, *, games: int, seconds: float
 ) -> float:
@@ -42,26 +58,15 @@ def played_alone(
 
     A process per core plays `games` games in one thread; `seconds` count when all have started.
     """
-    context = multiprocessing.get_context("spawn")
-    barrier, rates = context.Barrier(available_cores()), context.SimpleQueue()
+    context, cores = multiprocessing.get_context("spawn"), available_cores()
     build = partial(build_a3c, factory, head, encoder, n_envs=games, n_workers=0, device="cpu")
-    players = [
-        context.Process(target=_play_alone, args=(build, seed, seconds, barrier, rates))
-        for seed in range(available_cores())
-    ]
-    for player in players:
-        player.start()
-    for player in players:
-        player.join()
-    if any(player.exitcode for player in players):
-        raise RuntimeError("a process that plays alone failed; it said why above")
-    return sum(rates.get() for _ in players)
+    with context.Manager() as manager, ProcessPoolExecutor(cores, context) as pool:
+        play = partial(_play_alone, build, seconds, manager.Barrier(cores))
+        return sum(pool.map(play, range(cores)))
 
 
 @torch.no_grad()
-def _play_alone(
-    build: Callable[..., A3C], seed: int, seconds: float, barrier: Any, rates: Any
-) -> None:
+def _play_alone(build: Callable[..., A3C], seconds: float, barrier: Any, seed: int) -> float:
     torch.set_num_threads(1)
     model = build(seed=seed)
     env, policy = model.env, model.policy
@@ -77,7 +82,7 @@ def _play_alone(
         obs, _, dones, _ = env.step(step.actions.numpy())
         state, starts = step.lstm_state, torch.from_numpy(dones)
         timesteps += env.num_envs
-    rates.put(timesteps / (time.monotonic() - began))
+    return timesteps / (time.monotonic() - began)
 
 
 def machine() -> str:

@@ -8,6 +8,7 @@ python benchmarks/gpu.py --device cpu           # what there is without a GPU
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import signal
 import subprocess
@@ -104,8 +105,7 @@ def difference(
     x, direction = torch.randn(batch, 64, dtype=dtype), torch.randn(batch, 18, dtype=dtype)
     results = []
     for place in ("cpu", device):
-        moved = make_layer(kind, 64, 18, **options).to(place, dtype)
-        moved.load_state_dict(layer.state_dict())
+        moved = copy.deepcopy(layer).to(place)
         given = x.to(place, copy=True).requires_grad_()
         y = moved(given)
         sources = [given, *(p for p in moved.parameters() if p.requires_grad)]

@@ -18,19 +18,15 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ale_py
-import gymnasium
+from common import games_of_sb3, name_in_gymnasium
 from curves import COLUMNS, SETTINGS
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.utils import LinearSchedule, safe_mean
 from stable_baselines3.common.vec_env import VecFrameStack
-
-from ncrl.envs import atari
 
 FRAMES_PER_TIMESTEP = 4
 STACK = 4
@@ -124,10 +120,9 @@ def main() -> None:
     if options.out.exists():
         parser.error(f"{options.out} exists; give another name")
     agent = AGENTS[options.agent]
-    gymnasium.register_envs(ale_py)
-    game = atari(options.env).game.title().replace("_", "")
-    games = make_atari_env(
-        f"{game}NoFrameskip-v4",
+    game = name_in_gymnasium(options.env)
+    games = games_of_sb3(
+        game,
         agent.n_envs,
         seed=options.seed,
         wrapper_kwargs={"terminal_on_life_loss": agent.terminal_on_life_loss},

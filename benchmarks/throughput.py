@@ -32,13 +32,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ale_py
-import gymnasium
 from against_sample_factory import sample_factory
 from common import (
     HEADS,
     N_STEPS,
     build_a3c,
+    games_of_sb3,
     machine,
     medians,
     played_alone,
@@ -48,7 +47,6 @@ from common import (
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
@@ -163,13 +161,8 @@ def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
     lstm = dict(net_arch=[], lstm_hidden_size=512, shared_lstm=True, enable_critic_lstm=False)
     one_epoch = {"n_steps": N_STEPS, "batch_size": N_STEPS * n_envs, "n_epochs": 1}
 
-    def usual_env() -> VecEnv:
-        gymnasium.register_envs(ale_py)
-        env_id = game.game.title().replace("_", "") + "NoFrameskip-v4"
-        return make_atari_env(env_id, n_envs, seed=0)
-
     def usual_stacked() -> VecEnv:
-        return VecFrameStack(usual_env(), STACK)
+        return VecFrameStack(usual(), STACK)
 
     def build(make_env: Callable[[], VecEnv], policy: Options, settings: Options) -> Any:
         options = {"device": arguments.device, "policy_kwargs": policy, **settings}
@@ -177,6 +170,7 @@ def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
             return RecurrentPPO("CnnLstmPolicy", make_env(), **options)
         return A2C("CnnPolicy", make_env(), **options)
 
+    usual = partial(games_of_sb3, arguments.game, n_envs, seed=0)
     ours = partial(game, n_envs, 0)
     stacked = partial(atari(game.game, stack=STACK), n_envs, 0)
     peers: dict[str, tuple[Callable[[], VecEnv], Options, Options]] = {
@@ -184,7 +178,7 @@ def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
         "RecurrentPPO, its usual settings": (ours, features | lstm, {}),
         EQUAL_A2C: (stacked, features, {"n_steps": N_STEPS}),
         f"A2C {USUAL}, T = 5": (usual_stacked, {}, {}),
-        f"RecurrentPPO {USUAL}, one epoch over T = {N_STEPS}": (usual_env, lstm, one_epoch),
+        f"RecurrentPPO {USUAL}, one epoch over T = {N_STEPS}": (usual, lstm, one_epoch),
     }
     for name, how in peers.items():
         yield Row(name, partial(measure, partial(build, *how)))

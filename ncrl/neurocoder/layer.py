@@ -134,7 +134,6 @@ class NeurocoderLinear(LinearSeat):
         Raises:
             ValueError: for `keep_weight` without a residual program, and as the constructor does.
         """
-        config = configured(config, cls.PRESET, options)
         layer = cls(
             int(linear.in_features),
             int(linear.out_features),
@@ -142,6 +141,7 @@ class NeurocoderLinear(LinearSeat):
             bias=linear.bias is not None,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
+            **options,
         )
         layer._take_over(linear, keep_weight)
         return layer
