@@ -5,10 +5,9 @@ Shapes: T timesteps, B environments, L LSTM layers, h LSTM width. Rollouts are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,36 +25,29 @@ LstmState = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each [L, B, h]."""
 
 
-def convolutions(
-    sizes: Sequence[Sequence[Any]], width: int, channels: int, features: int | None = None
-) -> list[nn.Module]:
-    """Convolutions (maps, kernel, stride) with ReLU, then a linear layer of `features`, or `width`.
-
-    Where `width` is 0 there is no linear layer, and sizes are (maps, kernel, stride, padding) of
-    convolutions with max-pooling.
-    """
-    layers: list[nn.Module] = []
-    for maps, *size in sizes:
-        layers += [nn.Conv2d(channels, maps, *size), *[nn.MaxPool2d(2)] * (not width), nn.ReLU()]
-        channels = maps
-    layers.append(nn.Flatten())
-    return [*layers, nn.LazyLinear(features or width), nn.ReLU()] if width else layers
-
-
-SIZES: dict[str, tuple[Sequence[Sequence[Any]], int]] = {
+ENCODERS: dict[str, tuple[Sequence[Sequence[Any]], int]] = {
     # A3C (Mnih et al. 2016), DQN (Mnih et al. 2015)
     "a3c": ([(16, 8, 4), (32, 4, 2)], 256),
     "nature": ([(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512),
     # Has the parameter count of the Neurocoder paper (Table 9): 64 maps of 4x4 from 80x80 or 84x84.
     "paper": ([(32, 5, 1, 2), (32, 5, 1, 1), (64, 4, 1, 1), (64, 3, 1, 1)], 0),
 }
-"""First arguments of `convolutions` by the name of the encoder."""
+"""Convolutions (maps, kernel, stride) and the width of the linear layer behind them, by name. With
+width 0 there is none, and convolutions (maps, kernel, stride, padding) are followed by pooling."""
 
-ENCODERS: dict[str, Callable[..., list[nn.Module]]] = {
-    name: partial(convolutions, *sizes) for name, sizes in SIZES.items()
-}
-"""Convolutional trunks by name; each takes the number of input channels, and those that end in a
-linear layer its width."""
+
+def trunk(
+    encoder: str, channels: int, width: int | None = None, activation: type[nn.Module] = nn.ReLU
+) -> list[nn.Module]:
+    """The layers of one of `ENCODERS`, its linear layer of another width if one is given."""
+    sizes, usual = ENCODERS[encoder]
+    layers: list[nn.Module] = []
+    for maps, *size in sizes:
+        layers += [nn.Conv2d(channels, maps, *size), *[nn.MaxPool2d(2)] * (not usual), activation()]
+        channels = maps
+    layers.append(nn.Flatten())
+    return [*layers, nn.LazyLinear(width or usual), activation()] if usual else layers
+
 
 CONTRAST_FLOOR = 1e-4
 """Added to the variance of an image or of its features, so that empty ones stay empty."""
@@ -117,10 +109,9 @@ class AtariEncoder(BaseFeaturesExtractor):
         shape = observation_space.shape or ()
         if len(shape) != 3:
             raise ValueError(f"expected images (channels, height, width), got {observation_space}")
-        options = {} if features_dim is None else {"features": features_dim}
-        if options and encoder == "paper":
+        if features_dim is not None and encoder == "paper":
             raise ValueError(f"the encoder 'paper' has no layer for features_dim={features_dim}")
-        network = nn.Sequential(*ENCODERS[encoder](shape[0], **options))
+        network = nn.Sequential(*trunk(encoder, shape[0], features_dim))
         try:
             with torch.no_grad():
                 features = int(network(torch.zeros(1, *shape)).shape[1])

@@ -21,7 +21,7 @@ from stable_baselines3.common.preprocessing import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.networks import SIZES
+from ncrl.networks import trunk
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.settings import suggest
 
@@ -29,7 +29,7 @@ CLIP = 5.0
 """Limit on standardised observations (Burda et al. 2018)."""
 
 ENCODERS = ("a3c", "nature")
-"""Those of `ncrl.networks.SIZES` that a distillation can have: they end in a linear layer."""
+"""Those of `ncrl.networks.ENCODERS` that a distillation can have: they end in a linear layer."""
 
 
 class IntrinsicReward(nn.Module, ABC):
@@ -338,21 +338,15 @@ def _network(view: ObservationView, encoder: str) -> nn.Sequential:
         return nn.Sequential(*map(_orthogonal, layers))
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder!r} of the bonus; {suggest(encoder, ENCODERS)}")
-    sizes, features = SIZES[encoder]
-    layers, channels = [], view.shape[0]
-    for width, kernel, stride in sizes:
-        layers += [nn.Conv2d(channels, width, kernel, stride), nn.LeakyReLU()]
-        channels = width
-    layers.append(nn.Flatten())
+    layers = trunk(encoder, view.shape[0], activation=nn.LeakyReLU)[:-1]
     try:
         with torch.no_grad():
-            flat = nn.Sequential(*layers)(torch.zeros(1, *view.shape)).shape[1]
+            nn.Sequential(*layers)(torch.zeros(1, *view.shape))  # which sizes the linear layer
     except RuntimeError as error:
         raise ValueError(
             f"images of {view.shape[1]}x{view.shape[2]} are too small for the bonus's encoder "
             f"{encoder!r}, which is made for 84x84; use intrinsic_reward='count'"
         ) from error
-    layers.append(nn.Linear(flat, features))
     return nn.Sequential(*map(_orthogonal, layers))
 
 
