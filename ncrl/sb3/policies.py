@@ -152,7 +152,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
         critic = actor if self.critic is None else self.critic(features.critic)
         return Latent(actor, critic), (pi, pi)
 
-    # sb3-contrib's interface, batch-major, with the critic's gradient kept.
+    # sb3-contrib's interface, batch-major.
 
     def forward(  # type: ignore[override]
         self,
@@ -171,38 +171,22 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
                 "cannot train it; use sb3_contrib.RecurrentPPO or ncrl.agents.A3C, or a policy "
                 "without Lstm in its name"
             )
-        latent, states = self._latent(obs, lstm_states, episode_starts)
-        distribution = self.distribution(latent)
-        actions = distribution.get_actions(deterministic=deterministic)
-        log_prob = distribution.log_prob(actions)
-        actions = actions.reshape((-1, *self.action_space.shape))  # type: ignore[misc]
-        return actions, self.values(latent), log_prob, RNNStates(*states)
+        return super().forward(obs, lstm_states, episode_starts, deterministic)  # type: ignore[arg-type]
 
     @regularised
     def evaluate_actions(  # type: ignore[override]
         self, obs: Tensor, actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
     ) -> Evaluation:
-        """Values, log-probabilities and entropy, as in sb3-contrib."""
+        """Values, log-probabilities and entropy, as in sb3-contrib, with the critic's gradient."""
         if isinstance(self.action_space, spaces.MultiBinary):
             actions = actions.float()  # from int8, which its distribution does not take
-        latent, _ = self._latent(obs, lstm_states, episode_starts)
-        distribution = self.distribution(latent)
-        return self.values(latent), distribution.log_prob(actions), distribution.entropy()
 
-    def predict_values(  # type: ignore[override]
-        self, obs: PyTorchObs, lstm_states: LstmState, episode_starts: Tensor
-    ) -> Tensor:
-        """Values [B, 1], as in sb3-contrib."""
-        states = RNNStates(lstm_states, lstm_states)
-        return self.values(self._latent(obs, states, episode_starts)[0])
-
-    def _latent(
-        self, obs: PyTorchObs, states: RNNStates, episode_starts: Tensor
-    ) -> tuple[Latent, tuple[LstmState, LstmState]]:
         def run(lstm: nn.LSTM, features: Tensor, state: LstmState) -> tuple[Tensor, LstmState]:
             return self._process_sequence(features, state, episode_starts, lstm)
 
-        return self._remember(self.features(obs, episode_starts.shape), states, run)
+        latent, _ = self._remember(self.features(obs, episode_starts.shape), lstm_states, run)
+        distribution = self.distribution(latent)
+        return self.values(latent), distribution.log_prob(actions), distribution.entropy()
 
     @staticmethod
     def _process_sequence(  # type: ignore[override]
