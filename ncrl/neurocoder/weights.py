@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ncrl.seat import reset_linear
+
 
 class LinearWeights(nn.Module):
     """`weight` [out, in] and `bias` [out] of a linear map, initialised as in `nn.Linear`."""
@@ -23,9 +25,7 @@ class LinearWeights(nn.Module):
 
     def reset_parameters(self) -> None:
         """As `nn.Linear` does, with the same random numbers."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.bias, -bound, bound)
+        reset_linear(self.weight, self.bias)
 
 
 class LstmWeights(nn.Module):
