@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,20 +20,18 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
     try:
-        while not (is_ours := _try_lock(descriptor)) and wait:
-            time.sleep(0.5)
-        yield is_ours
+        yield _lock(descriptor, wait)
     finally:
         os.close(descriptor)  # which gives the lock back
 
 
-def _try_lock(descriptor: int) -> bool:
+def _lock(descriptor: int, wait: bool) -> bool:
     try:
         import fcntl
     except ImportError:  # not on Windows
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return False
     return True
