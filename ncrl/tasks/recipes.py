@@ -7,10 +7,7 @@ another network or layer: that one starts without options.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import inspect
-import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -49,23 +46,8 @@ Options = Mapping[str, Any]
 
 OWN_OPTIONS: Options = setting(None, "options of its own, see docs/layers.md").metadata
 
-# Where `pip install` puts configs/tasks/, below the prefix (see pyproject.toml).
-INSTALLED_CONFIGS = "share/ncrl/configs/tasks"
-
-
-def configs_folder() -> Path:
-    """The recipes of this repository, or those that were installed with the package."""
-    candidates = [Path(__file__).resolve().parents[2] / "configs" / "tasks"]
-    candidates.append(Path(sysconfig.get_path("data")) / INSTALLED_CONFIGS)
-    # Schemes with a prefix of their own, such as --user: the installer's list of files.
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for file in importlib.metadata.files("ncrl") or []:
-            if file.match(f"{INSTALLED_CONFIGS}/*.yaml"):
-                candidates.append(Path(str(file.locate())).resolve().parent)
-    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
-
-
-CONFIGS = configs_folder()
+CONFIGS = (Path(__file__).parent / "configs").resolve()
+"""The recipes of this package: a link to `configs/tasks/` in a clone, a folder once installed."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ncrl.settings import parse
-from ncrl.tasks import recipes
 from ncrl.tasks.command import (
     NamedRecipe,
     Session,
@@ -34,7 +32,7 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.experiment import Experiment, random_stream
-from ncrl.tasks.recipes import CONFIGS, INSTALLED_CONFIGS, Recipe
+from ncrl.tasks.recipes import CONFIGS, Recipe
 from tests.ncrl.tasks.files import read_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -361,17 +359,14 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert "python -m ncrl.tasks.cifar" in text
 
 
-def test_configs_are_installed_where_they_are_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configs_belong_to_the_package_and_are_those_of_the_repository() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'"{INSTALLED_CONFIGS}" = ["configs/tasks/*.yaml"]' in project
-    installed = tmp_path / "prefix" / INSTALLED_CONFIGS
-    installed.mkdir(parents=True)
-    # As from a wheel: no configs/ beside the package, data files below the prefix.
-    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "a" / "b" / "c" / "recipes.py"))
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "prefix"))
-    assert recipes.configs_folder() == installed
+    assert '"ncrl.tasks" = ["configs/*.yaml"]' in project
+    ours, theirs = (
+        {path.name: path.read_text("utf-8") for path in folder.glob("*.yaml")}
+        for folder in (CONFIGS, ROOT / "configs" / "tasks")
+    )
+    assert ours == theirs and "mnist.yaml" in ours
 
 
 KEEPING = """
