@@ -30,7 +30,7 @@ from ncrl.shell.hardware import keep_freed_memory
 from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import named_recipes
-from ncrl.tasks.continual.methods import OnlineEwc
+from ncrl.tasks.continual.methods import OnlineEwc, own_label_loss
 from ncrl.tasks.continual.split import SplitLearning, Task
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment
@@ -163,8 +163,8 @@ def measure_fisher(arguments: argparse.Namespace) -> None:
         recipe = recipe_of(Cell("domain", "online-ewc", column), {}).recipe
         experiment = split_mnist(recipe, 0, CPU, arguments.scale)
         assert isinstance(experiment.method, OnlineEwc)
-        images, loss = torch.randn(FISHER_IMAGES, 1024), experiment.sample_losses[0]
-        (ms,) = medians(0, partial(experiment.method.fisher, images, loss))
+        images = torch.randn(FISHER_IMAGES, 1024)
+        (ms,) = medians(0, partial(experiment.method.fisher, images, own_label_loss))
         print_row(column.name, f"{ms / 1000:.2f}")
 
 

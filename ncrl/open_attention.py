@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from ncrl.seat import NO_WEIGHT
 
@@ -39,35 +38,24 @@ class OpenAttention(nn.Module):
         self.embed_dim, self.num_heads = host.embed_dim, host.num_heads
         self.batch_first, self.dropout = host.batch_first, host.dropout
         for name, (weight, bias) in parts_of(host).items():
-            linear = skip_init(  # type: ignore[no-untyped-call]
-                nn.Linear,
-                weight.shape[1],
-                weight.shape[0],
-                bias=bias is not None,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
-            for ours, theirs in zip((linear.weight, linear.bias), (weight, bias), strict=True):
-                if theirs is not None:
-                    ours.requires_grad_(theirs.requires_grad)
+            out_features, in_features = weight.shape
+            linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+            linear.weight = copy_of(weight)
+            if bias is not None:
+                linear.bias = copy_of(bias)
             self.add_module(name, linear)
-        self._exchange(to_host=False)
         self.train(host.training)
 
+    @torch.no_grad()
     def close(self) -> nn.Module:
         """The original where this is, with what the linear layers have learned."""
-        host: nn.Module = vars(self)[ORIGINAL].to(self.out_proj.weight)
-        self._exchange(to_host=True)
-        return host.train(self.training)
-
-    @torch.no_grad()
-    def _exchange(self, to_host: bool) -> None:
-        for name, theirs in parts_of(vars(self)[ORIGINAL]).items():
+        host: nn.MultiheadAttention = vars(self)[ORIGINAL].to(self.out_proj.weight)
+        for name, theirs in parts_of(host).items():
             linear = self.get_submodule(name)
-            for ours, other in zip((linear.weight, linear.bias), theirs, strict=True):
-                if isinstance(ours, Tensor) and other is not None:
-                    target, source = (other, ours) if to_host else (ours, other)
-                    target.copy_(source)
+            for ours, part in zip((linear.weight, linear.bias), theirs, strict=True):
+                if isinstance(ours, Tensor) and part is not None:
+                    part.copy_(ours)
+        return host.train(self.training)
 
     def forward(
         self,
@@ -121,6 +109,11 @@ class OpenAttention(nn.Module):
         if not batched:
             return y[0], weights
         return y.transpose(0, 1) if swapped else y, weights
+
+
+def copy_of(part: Tensor) -> nn.Parameter:
+    """A parameter of its own, trained where the part is."""
+    return nn.Parameter(part.detach().clone(), requires_grad=part.requires_grad)
 
 
 def parts_of(host: nn.MultiheadAttention) -> dict[str, tuple[Tensor, Tensor | None]]:

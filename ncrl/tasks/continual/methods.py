@@ -167,7 +167,6 @@ class OnlineEwc(Quadratic):
     def __init__(self, model: nn.Module, coef: float) -> None:
         super().__init__(model, coef)
         self.extra_loss: Callable[[], Tensor] | None = None
-        self._traced: tuple[SampleLoss, SampleGradients] | None = None
 
     def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
         for name, fisher in self.fisher(inputs, sample_loss).items():
@@ -180,9 +179,7 @@ class OnlineEwc(Quadratic):
         was_training = self.model.training
         self.model.eval()
         try:
-            if self._traced is None or self._traced[0] is not sample_loss:
-                self._traced = sample_loss, SampleGradients(self.model, sample_loss, inputs[0])
-            sums = self._traced[1].sums(inputs)
+            sums = SampleGradients(self.model, sample_loss, inputs[0]).sums(inputs)
         finally:
             self.model.train(was_training)
         count = len(inputs)

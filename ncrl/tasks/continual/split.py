@@ -21,13 +21,7 @@ from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual import metrics
 from ncrl.tasks.continual.methods import Grow, OnlineEwc, Quadratic, make_method, own_label_loss
 from ncrl.tasks.data import Images
-from ncrl.tasks.experiment import (
-    Batches,
-    Experiment,
-    evaluating,
-    logits_of,
-    try_network,
-)
+from ncrl.tasks.experiment import Batches, Experiment, evaluating, logits_of, try_network
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import ContinualRecipe, Recipe, build_network
 
@@ -176,7 +170,6 @@ class SplitLearning(Experiment):
         if recipe.fisher_orthogonality and isinstance(self.method, OnlineEwc):
             self.method.extra_loss = self.orthogonality
         self.doubles = recipe.double_orth_coef and isinstance(self.method, Quadratic)
-        self.sample_losses = [partial(own_label_loss, task=head) for head in range(heads)]
 
     def orthogonality(self) -> Tensor:
         """The orthogonality loss with its coefficient, as the training loop adds it."""
@@ -215,7 +208,8 @@ class SplitLearning(Experiment):
         if update + 1 < self.ends[task]:
             return
         if task + 1 < len(self.tasks):  # after the last one nothing can be forgotten
-            self.method.end_task(self.tasks[task].images, self.sample_losses[self._head(task)])
+            own_loss = partial(own_label_loss, task=self._head(task))
+            self.method.end_task(self.tasks[task].images, own_loss)
         with evaluating(self.model):
             for tested, (_, _, images, labels) in enumerate(self.tasks):
                 said = logits_of(self.model, images, self._head(tested)).argmax(1)
