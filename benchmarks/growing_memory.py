@@ -137,30 +137,25 @@ def fewer(tasks: list[Task], count: int) -> list[Task]:
     return [t._replace(images=t.images[:count], labels=t.labels[:count]) for t in tasks]
 
 
+def repeated(task: Task, times: int) -> Task:
+    """With its training images several times."""
+    return task._replace(images=task.images.repeat(times, 1), labels=task.labels.repeat(times))
+
+
 def with_replay(tasks: list[Task]) -> list[Task]:
     """Each task with as many images of earlier tasks as of its own, all out of `REPLAYED`."""
     mixed = tasks[:1]
     for number, task in enumerate(tasks[1:], start=1):
-        kept = REPLAYED // number
-        images = torch.cat([t.images[:kept] for t in tasks[:number]])
-        labels = torch.cat([t.labels[:kept] for t in tasks[:number]])
-        times = -(-len(task.images) // len(images))
-        mixed.append(
-            task._replace(
-                images=torch.cat([task.images, images.repeat(times, 1)]),
-                labels=torch.cat([task.labels, labels.repeat(times)]),
-            )
-        )
+        (kept,) = at_once(fewer(tasks[:number], REPLAYED // number))
+        kept = repeated(kept, -(-len(task.images) // len(kept.images)))
+        (both,) = at_once([task, kept])
+        mixed.append(task._replace(images=both.images, labels=both.labels))
     return mixed
 
 
 def returning(tasks: list[Task]) -> list[Task]:
     """All tasks, and then few images of the first two."""
-    few = fewer(tasks[:2], RETURNED)
-    again = [
-        t._replace(images=t.images.repeat(TIMES, 1), labels=t.labels.repeat(TIMES)) for t in few
-    ]
-    return [*tasks, *again]
+    return [*tasks, *(repeated(few, TIMES) for few in fewer(tasks[:2], RETURNED))]
 
 
 def ten_tasks(data: Images, change: Callable[[Tensor, int], Tensor]) -> list[Task]:

@@ -164,12 +164,11 @@ class Session:
         seeds = self.seeds if seeds is None else seeds
         pending = [(index, seed) for seed in seeds for index in range(len(wanted))]
         found: dict[tuple[int, int], Result] = {}
-        patience = False
-        while pending:
+        for wait in (False, True):
             elsewhere = []
             for index, seed in pending:
                 try:
-                    result = self._run_one(wanted[index], seed, make, wait=patience)
+                    result = self._run_one(wanted[index], seed, make, wait=wait)
                 except NonFiniteError as error:
                     say(f"diverged: {error}", sys.stderr)
                     self.num_diverged += 1
@@ -178,7 +177,7 @@ class Session:
                     found[index, seed] = result
                 elif not self.only_finished:
                     elsewhere.append((index, seed))
-            pending, patience = elsewhere, True
+            pending = elsewhere
         return [found[which] for which in sorted(found, key=lambda w: (w[0], seeds.index(w[1])))]
 
     def _run_one(self, named: NamedRecipe, seed: int, make: Make, *, wait: bool) -> Result | None:

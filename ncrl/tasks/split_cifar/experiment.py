@@ -10,20 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ncrl.settings import require_range
 from ncrl.shell.screen import say
-from ncrl.tasks.command import (
-    NamedRecipe,
-    Session,
-    chosen,
-    find_config,
-    run_command,
-    task_parser,
-)
+from ncrl.tasks.command import NamedRecipe, Session, chosen, find_config, run_command, task_parser
 from ncrl.tasks.continual.methods import METHODS, make_method
 from ncrl.tasks.continual.split import (
     COEFS,
@@ -47,12 +40,7 @@ from ncrl.tasks.split_cifar.backbone import (
     load_backbone,
     pixel_statistics,
 )
-from ncrl.tasks.split_cifar.features import (
-    SplitFeatures,
-    draw_accuracy,
-    draw_slots,
-    slots_figure,
-)
+from ncrl.tasks.split_cifar.features import SplitFeatures, draw_accuracy, draw_slots, slots_figure
 
 CONFIG = "split_cifar.yaml"
 
@@ -97,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(session: Session) -> None:
     """Train what the flags name; print the table and draw the figures."""
     flags = session.flags
-    source = backbone_source(flags)
+    side = flags.get("image_side", IMAGENET_SIDE if "backbone" in flags else TRAINED_SIDE)
+    require_range("--image-side", side, CIFAR_SIDE, IMAGENET_SIDE)
+    of_backbone = backbone_recipe(flags)
     bases = session.recipes(CONFIG, default_variants=DEFAULT_VARIANTS)
     pairs = [(base, method) for base in bases for method in methods_of(base, flags)]
     check_penalty_coef(flags, [method for _, method in pairs])
@@ -106,12 +96,11 @@ def work(session: Session) -> None:
         raise ValueError(f"--classes takes 10 or 100, got {num_classes}")
     data = load_cifar(session.data_dir, num_classes, download=session.download)
     epochs = DIGITS_EPOCHS if data.is_embedded and not says_length(flags) else None
-    wanted = [
-        classifier_recipe(*pair, flags, num_classes, source.num_features, epochs) for pair in pairs
-    ]
+    num_features = num_features_of(of_backbone)
+    wanted = [classifier_recipe(*pair, flags, num_classes, num_features, epochs) for pair in pairs]
     say(f"data: {data.source}")
     data = data.to(session.device)
-    backbone = make_backbone(session, source, data)
+    backbone = make_backbone(session, of_backbone, side, data)
     say(f"backbone: {backbone.title}")
     features = features_of(backbone, data)
     if flags.get("validate"):
@@ -141,27 +130,8 @@ def work(session: Session) -> None:
 # From flags to recipes
 
 
-class BackboneSource(NamedTuple):
-    """Where the frozen network comes from: a file with ImageNet's weights, or training by a recipe,
-    with `epochs` in place of the recipe's."""
-
-    side: int  # images are enlarged to this
-    file: Path | None = None
-    recipe: Recipe | None = None
-    epochs: int | None = None
-
-    @property
-    def num_features(self) -> int:
-        """Numbers for each image."""
-        if self.recipe is None:
-            return ResNet18.IMAGENET_CLASSES
-        return ResNet18.STAGE_WIDTHS * int(self.recipe.network_options.get("width", 64))
-
-
-def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
-    """What the flags say about the backbone."""
-    side = flags.get("image_side", IMAGENET_SIDE if "backbone" in flags else TRAINED_SIDE)
-    require_range("--image-side", side, CIFAR_SIDE, IMAGENET_SIDE)
+def backbone_recipe(flags: Mapping[str, Any]) -> Recipe | None:
+    """How the frozen network is trained; None if a file has its weights."""
     epochs = flags.get("backbone_epochs")
     if "backbone" in flags:
         if epochs is not None:
@@ -170,7 +140,7 @@ def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
         if not path.is_file():
             reason = "is a folder" if path.is_dir() else "does not exist"
             raise ValueError(f"--backbone must be a file of weights: {path} {reason}")
-        return BackboneSource(side, path)
+        return None
     if epochs is not None:
         require_range("--backbone-epochs", epochs, 0, MOST_EPOCHS)
     config = find_config(flags.get("config", CONFIG))
@@ -183,7 +153,14 @@ def backbone_source(flags: Mapping[str, Any]) -> BackboneSource:
             f"the backbone needs epochs and network resnet18 with num_outputs={TURNS}, "
             f"got {recipe.network} with {outputs}"
         )
-    return BackboneSource(side, None, recipe, epochs)
+    return recipe
+
+
+def num_features_of(backbone: Recipe | None) -> int:
+    """Numbers for each image that a backbone will give; see `Backbone.pooled`."""
+    if backbone is None:
+        return ResNet18.IMAGENET_CLASSES
+    return ResNet18.STAGE_WIDTHS * int(backbone.network_options.get("width", 64))
 
 
 def methods_of(base: NamedRecipe, flags: Mapping[str, Any]) -> list[str]:
@@ -231,36 +208,34 @@ def classifier_recipe(
 # The backbone
 
 
-def make_backbone(session: Session, source: BackboneSource, data: Images) -> Backbone:
+def make_backbone(session: Session, recipe: Recipe | None, side: int, data: Images) -> Backbone:
     """The frozen network: loaded, or trained to the end if it is not yet."""
-    if source.file is not None:
-        return load_backbone(source.file, source.side, session.device)
-    recipe, epochs = source.recipe, source.epochs
-    assert recipe is not None
-    if epochs is None and data.is_embedded:
-        epochs = DIGITS_BACKBONE_EPOCHS
+    if recipe is None:
+        return load_backbone(Path(session.flags["backbone"]), side, session.device)
+    usual = DIGITS_BACKBONE_EPOCHS if data.is_embedded else recipe.epochs
+    epochs = session.flags.get("backbone_epochs", usual)
     if epochs:
-        recipe = dataclasses.replace(recipe, epochs=epochs, iterations=None)
+        recipe = dataclasses.replace(recipe, epochs=epochs)
     wanted = NamedRecipe(f"{BACKBONE} {recipe.epochs} epochs", recipe)
 
     def make(recipe: Recipe, seed: int, _device: torch.device) -> Rotations:
-        return Rotations(recipe, data, source.side, seed)
+        return Rotations(recipe, data, side, seed)
 
-    title = f"no ImageNet weights: frozen ResNet-18 of width {recipe.network_options['width']}"
     if epochs == 0:
         torch.manual_seed(BACKBONE_SEED)
         network = make(recipe, BACKBONE_SEED, session.device).model
-        title += " with random weights"
+        said = " with random weights"
     else:
         rows = session.run([wanted], make, seeds=[BACKBONE_SEED])
         if not rows:
             raise ValueError(f"there is no finished run {wanted.name!r}, which features come from")
         network = session.experiment(wanted, BACKBONE_SEED, make).model
-        title += (
+        said = (
             f", trained here for {recipe.epochs} epochs to tell rotations of the training images "
             f"apart, without labels (test accuracy {rows[0].metrics['rotation_accuracy']:.1f} %, "
             "chance 25 %)"
         )
     assert isinstance(network, ResNet18)
+    title = f"no ImageNet weights: frozen ResNet-18 of width {network.width}{said}"
     mean, std = pixel_statistics(data.train_images)
-    return Backbone(frozen(network, session.device), title, source.side, mean, std, pooled=True)
+    return Backbone(frozen(network, session.device), title, side, mean, std, pooled=True)

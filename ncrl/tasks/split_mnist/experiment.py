@@ -111,10 +111,13 @@ def work(session: Session) -> None:
     groups = table_cells(flags) if "tables" in flags else [(cells(flags), None)]
     coefs: list[float] = list(dict.fromkeys(flags.get("penalty_coef", [])))
     data = load_mnist(session.data_dir, download=session.download)
-    wanted = [
-        ([one for cell in group for one in sweep(cell, flags, coefs, data.is_embedded)], repeats)
-        for group, repeats in groups
-    ]
+
+    def recipes(cell: Cell) -> list[NamedRecipe]:
+        """One for each coefficient, where the method has a penalty."""
+        own = coefs if cell.method in COEFS[cell.scenario] else []
+        return [recipe_of(cell, flags, data.is_embedded, coef) for coef in own or [None]]
+
+    wanted = [([one for cell in own for one in recipes(cell)], repeats) for own, repeats in groups]
     say(f"data: {data.source}")
     if data.is_embedded and not says_length(flags):
         say(f"{DIGITS_EPOCHS} epochs for each task: the protocol's 4 are for MNIST's size")
@@ -202,15 +205,6 @@ def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
         if number not in tables.SCENARIO:
             raise ValueError(f"--tables takes 1, 6 and 7, got {number}")
     return list(dict.fromkeys(numbers))
-
-
-def sweep(
-    cell: Cell, flags: Mapping[str, Any], coefs: Sequence[float], is_digits: bool
-) -> list[NamedRecipe]:
-    """The recipes of a cell, one for each coefficient where its method has a penalty."""
-    if not coefs or cell.method not in COEFS[cell.scenario]:
-        return [recipe_of(cell, flags, is_digits)]
-    return [recipe_of(cell, flags, is_digits, coef) for coef in coefs]
 
 
 def recipe_of(
