@@ -101,6 +101,12 @@ def test_figures_are_of_the_rows_and_names_of_the_table() -> None:
     ]
 
 
+@pytest.mark.parametrize("task", ["polynomial", "algorithms", "split_cifar"])
+def test_kept_rows_are_rows_of_the_task(task: str) -> None:
+    rows = results_figures.results_of(task)
+    assert rows and all(row.task == task and row.curve for row in rows)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(

@@ -249,23 +249,22 @@ def cached(path: Path, check: Callable[[Arrays], None], make: Callable[[], Array
 def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
     """Decoded archives are kept: decoding takes half a minute, reading the arrays a second."""
     key = hashlib.sha256(read_bytes(path)).hexdigest()
-    names = [(f"{part}_images", f"{part}_labels") for part in PARTS]
+    names = [f"{part}_{field}" for part in PARTS for field in Labelled._fields]
+
+    def parts_of(arrays: Arrays) -> tuple[Labelled, Labelled]:
+        found = [arrays[name] for name in names]
+        return Labelled(*found[:2]), Labelled(*found[2:])
 
     def check(arrays: Arrays) -> None:
-        for images, labels in names:
-            check_labelled(Labelled(arrays[images], arrays[labels]), path, num_classes)
+        for part in parts_of(arrays):
+            check_labelled(part, path, num_classes)
 
     def decode() -> Arrays:
-        parts = read_image_archive(path, num_classes)
-        return {
-            n: a
-            for pair, part in zip(names, parts, strict=True)
-            for n, a in zip(pair, part, strict=True)
-        }
+        train, test = read_image_archive(path, num_classes)
+        return dict(zip(names, [*train, *test], strict=True))
 
     file = cache_folder() / f"{path.name.split('.')[0]}-{key[:16]}.npz"
-    arrays = cached(file, check, decode)
-    train, test = (Labelled(arrays[images], arrays[labels]) for images, labels in names)
+    train, test = parts_of(cached(file, check, decode))
     return _images(name + JPEG, path, train, test, num_classes)
 
 

@@ -109,13 +109,13 @@ def work(session: Session) -> None:
     """Train and show what the flags say."""
     flags = session.flags
     groups = table_cells(flags) if "tables" in flags else [(cells(flags), None)]
-    coefs: list[float] = list(dict.fromkeys(flags.get("penalty_coef", [])))
+    coefs: list[float | None] = list(dict.fromkeys(flags.get("penalty_coef", [])))
     data = load_mnist(session.data_dir, download=session.download)
 
     def recipes(cell: Cell) -> list[NamedRecipe]:
         """One for each coefficient, where the method has a penalty."""
-        own = coefs if cell.method in COEFS[cell.scenario] else []
-        return [recipe_of(cell, flags, data.is_embedded, coef) for coef in own or [None]]
+        own = coefs if coefs and cell.method in COEFS[cell.scenario] else [None]
+        return [recipe_of(cell, flags, data.is_embedded, coef) for coef in own]
 
     wanted = [([one for cell in own for one in recipes(cell)], repeats) for own, repeats in groups]
     say(f"data: {data.source}")
