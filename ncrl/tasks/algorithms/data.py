@@ -111,6 +111,7 @@ def _answer(bits: Tensor) -> Tensor:
 
 
 def _from_one_to(most: int, count: int, generator: torch.Generator) -> list[int]:
+    """Numbers from 1 to `most`, each as likely as the others, m of them."""
     return (1 + torch.randint(most, (count,), generator=generator)).tolist()
 
 
