@@ -19,10 +19,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,16 +70,11 @@ class Setting(NamedTuple):
     """A kind of layer (`mlp`: with as many numbers as `CHOSEN`), and levers beside its options."""
 
     layer: str
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: dict[str, Any]
     final_sharpness: float | None = None  # what it rises to, by the same factor each update
     balance: float = 0.0  # weight of `balance_loss`
     orthogonal_keys: float = 0.0  # weight of how far keys are from orthonormal
     standardise: bool = False  # compose from each input's numbers at mean 0 and variance 1
-
-
-def plain(setting: Setting) -> dict[str, Any]:
-    """Plain values, as rows have them."""
-    return setting._asdict() | {"options": dict(setting.options)}
 
 
 def levers(name: str, base: dict[str, Any], low: float, high: float) -> dict[str, Setting]:
@@ -103,7 +96,7 @@ PROJECTION = {"controller": "projection", "key_dim": 16, "sharpness": 10.0}
 SETTINGS = {
     "linear": Setting("linear", {"bias": True}),
     "rank 4": Setting("lowrank", {"rank": 4}),
-    **{name: Setting(name) for name in ("mlp", "film", "hypernet")},
+    **{name: Setting(name, {}) for name in ("mlp", "film", "hypernet")},
     **{f"lstm {b:g}": Setting("neurocoder", BASE | {"sharpness": b}) for b in (1.0, 20.0)},
     **levers("lstm 10", BASE | {"sharpness": 10.0}, 1, 20),
     "random projection": Setting("neurocoder", BASE | PROJECTION),
@@ -195,7 +188,7 @@ class Digits(Classification):
     """MNIST classified by a head."""
 
     def __init__(self, setting: Setting, recipe: Recipe, images: Images, seed: int) -> None:
-        super().__init__(recipe, images, seed, readings={"setting": plain(setting)})
+        super().__init__(recipe, images, seed, readings={"setting": setting._asdict()})
         self.head = Head(setting, 784, 10)
         self.model = nn.Sequential(nn.Flatten(), self.head)
 
@@ -214,7 +207,7 @@ class Digits(Classification):
 def recipe_of(setting: Setting, rate: float) -> Recipe:
     """How a head learns digits."""
     known = setting.layer in LAYERS
-    layer, options = (setting.layer, dict(setting.options)) if known else ("linear", {})
+    layer, options = (setting.layer, setting.options) if known else ("linear", {})
     network = {"in_features": 784, "hidden": [], "num_outputs": 10}
     return Recipe("mnist", "mlp", network, layer, options, "adam", rate, "steps", epochs=3)
 
@@ -271,7 +264,7 @@ def learn_actions(run: Run, setting: Setting) -> Result:
         run.task, run.name, run.seed, setting.layer, count_parameters(head),
         {"accuracy": float(parts.mean()), "last": float(parts[-1]), **measured}, "18 observations",
         model._n_updates, round(time.monotonic() - began, 2),
-        {"timesteps": TIMESTEPS, "learning_rate": rate}, {"setting": plain(setting)},
+        {"timesteps": TIMESTEPS, "learning_rate": rate}, {"setting": setting._asdict()},
         curve=curve, command=command_line(), hardware=hardware(run.device), versions=versions(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip
