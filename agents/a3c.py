@@ -334,7 +334,7 @@ class A3C(EngineAlgorithm):
         for update in learn(self._batch, self._objective(), self.max_grad_norm, num_parts=parts):
             self._count(update)
         curves.record_means(self.logger, curves.on_host(self.learner.explored))
-        if self.exploration is not None and self.exploration.memory is not None:
+        if self.exploration is not None and self.imitation_coef:
             self.logger.record("train/kept_demonstrations", len(self.exploration.memory))
 
     def _count(self, update: Update) -> None:

@@ -124,7 +124,6 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             n_steps=self.n_steps,
             int_gamma=self.int_gamma,
             gamma=self.gamma,
-            imitation_coef=self.imitation_coef,
             seed=self.games_seed,
             options=self.intrinsic_kwargs,
         ).to(self.device)
@@ -261,7 +260,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             UserWarning: for what `load` will need `known`, `custom_objects` or `trust` for.
         """
         zipped = io.BytesIO()
-        if self.exploration is not None and self.exploration.memory is not None:
+        if self.exploration is not None:
             self.exploration.memory.games_go_on = not self.n_workers
         super().save(zipped, exclude, include)
         write_model(self, zipped.getvalue(), path)
@@ -313,7 +312,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
                 self._last_obs = self.collector.obs
                 self._last_episode_starts = self.collector.episode_start
             if batch is None and self.exploration is not None:
-                self.exploration.miss_rollout()
+                self.exploration.memory.forget_recent()
         if batch is not None:
             self.policy_lag = curves.record_lag(self.logger, batch.lags)
         return batch

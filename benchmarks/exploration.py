@@ -78,14 +78,13 @@ def print_kept(run: Path) -> None:
     """How likely kept actions are to the policy of the newest checkpoint, where the LSTM's state is
     what that policy itself makes of their pictures, as in play."""
     model = A3C.load(newest_checkpoint(run / "checkpoints").path, device="cpu")
-    memory = None if model.exploration is None else model.exploration.memory
-    if memory is None or not len(memory):
+    if model.exploration is None or not len(model.exploration.memory):
         print("no demonstration is kept")
         return
     print_header(
         "rewards", "demonstrations", "timesteps", "mean log-probability", "value", "return"
     )
-    for depth, demonstrations in memory.demonstrations().items():
+    for depth, demonstrations in model.exploration.memory.demonstrations().items():
         rows = []
         for demonstration in demonstrations:
             with torch.no_grad():

@@ -219,7 +219,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 
 
 def test_f23_a_run_in_use_is_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    run = RunDirectory.open(folder / "empty_run")
+    run = RunDirectory(folder / "empty_run")
     with pytest.raises(SystemExit) as error:
         main(["--resume", "empty_run"])
     assert error.value.code == 2 and run.path
@@ -534,7 +534,7 @@ def test_flags_of_the_bonus_reach_the_model() -> None:
     rnd = "--intrinsic-reward rnd --bonus-encoder nature --bonus-learning-rate 0.01 "
     model = make_model(chosen(flags + rnd + "--update-proportion 0.5 " + " ".join(SMALL)))
     assert (model.int_coef, model.ext_coef, model.int_gamma) == (0.25, 1, 0.9)
-    assert model.exploration is not None and model.exploration.memory is None
+    assert model.imitation_coef == 0 and model.exploration is not None
     assert model.exploration.warmup_timesteps == 40
     source = model.exploration.source
     assert isinstance(source, RND) and source.stride == 2

@@ -226,7 +226,7 @@ def choose_config(
     base = replace(before, games=None) if "envs_per_worker" in flags else before
     config = with_sizes(with_game(configure(flags, base, "the flags")))
     _check_unchanged(before, config)
-    return config, RunDirectory.open(path)
+    return config, RunDirectory(path)
 
 
 def stored_config(run: Path) -> RunConfig:

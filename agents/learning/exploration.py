@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -18,11 +17,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ncrl.agents.learning.imitation import DemonstrationMemory, Kept
+from ncrl.agents.learning.imitation import DemonstrationMemory
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 from ncrl.agents.playing.buffers import Rollout
-from ncrl.networks import LstmState
-from ncrl.sb3 import EnginePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +120,6 @@ class Exploration(nn.Module):
         source: scores observations.
         int_gamma: discount of the intrinsic return.
         gamma: of the extrinsic one, by which kept demonstrations are judged.
-        imitation_coef: weight of the kept demonstrations; 0 keeps none.
         warmup_timesteps: timesteps of play before the bonus begins, in which statistics are
             gathered. The policy has learnt little by then: it plays like chance.
         reach: timesteps before a score that are kept with it.
@@ -148,7 +144,6 @@ class Exploration(nn.Module):
         int_gamma: float,
         gamma: float,
         n_steps: int,
-        imitation_coef: float,
         seed: int,
         warmup_timesteps: int = 100_000,
         reach: int = 320,
@@ -172,14 +167,12 @@ class Exploration(nn.Module):
         self.num_timesteps = 0
         self.advantage_deviation = 0.0
         self.num_updates = 0
-        self.memory: DemonstrationMemory | None = None
-        if imitation_coef:
-            self.memory = DemonstrationMemory(
-                gamma=gamma,
-                reach=math.ceil(reach / n_steps),
-                capacity=math.ceil(capacity / reach),
-                seed=seed,
-            )
+        self.memory = DemonstrationMemory(
+            gamma=gamma,
+            reach=math.ceil(reach / n_steps),
+            capacity=math.ceil(capacity / reach),
+            seed=seed,
+        )
 
     def intrinsic_rewards(self, batch: Rollout) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Normalised bonuses of a batch on the learner's device, [T, B], and what to log.
@@ -229,40 +222,13 @@ class Exploration(nn.Module):
         square += (deviation**2 - square) / self.num_updates
         self.advantage_deviation = math.sqrt(square)
 
-    def remember(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
-        """Keep what led to a score; see `DemonstrationMemory.watch`.
-
-        The last batch of a training can be shorter. It is left out.
-        """
-        if len(batch.rewards) < self.n_steps:
-            self.miss_rollout()
-        elif self.memory is not None:
-            self.memory.watch(batch, games, rewards)
-
-    def miss_rollout(self) -> None:
-        """What is played from now on does not follow what was remembered."""
-        if self.memory is not None:
-            self.memory.forget_recent()
-
-    def read(self, policy: EnginePolicy, count: int) -> Kept | None:
-        """Windows of `count` demonstrations, if any are kept; see `DemonstrationMemory.read`."""
-        if self.memory is None or not len(self.memory):
-            return None
-        return self.memory.read(self.n_steps, policy.initial_state(count))
-
-    def carry(self, lstm_state: LstmState) -> None:
-        """The state behind those windows."""
-        if self.memory is not None:
-            self.memory.carry(lstm_state)
-
     def get_extra_state(self) -> dict[str, Any]:
-        memory = None if self.memory is None else self.memory.state_dict()
         return {
             "num_timesteps": self.num_timesteps,
             "advantage_deviation": self.advantage_deviation,
             "num_updates": self.num_updates,
             "n_steps": self.n_steps,
-            "memory": memory,
+            "memory": self.memory.state_dict(),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -270,8 +236,8 @@ class Exploration(nn.Module):
         self.advantage_deviation = float(state["advantage_deviation"])
         self.num_updates = int(state["num_updates"])
         kept = state["memory"]
-        # Demonstrations are cut for rollouts of this length.
-        if self.memory is None or not kept or state["n_steps"] != self.n_steps:
+        # Demonstrations are cut for rollouts of this length. Earlier releases could have no memory.
+        if not kept or state["n_steps"] != self.n_steps:
             return
         if "readers" not in kept:
             logger.warning("what led to scores was kept by an earlier release, and is left out")

@@ -150,16 +150,14 @@ class DemonstrationMemory:
                 self._num_rewards[game] = 0
             recent.append(rollout)
             depth = min(self._count_rewards(game, rollout), MAX_DEPTH)
+            found = None
             if bool((rollout.rewards > 0).any()):
-                self._keep(depth, cut_demonstration(list(recent), self.gamma))
+                found = cut_demonstration(list(recent), self.gamma)
+            if found is not None:
+                self._kept.setdefault(depth, deque(maxlen=self.capacity)).append(_pack(found))
             if bool(rollout.dones.any()):
                 recent.clear()
                 recent.append(rollout)
-
-    def _keep(self, depth: int, demonstration: Demonstration | None) -> None:
-        if demonstration is not None:
-            kept = self._kept.setdefault(depth, deque(maxlen=self.capacity))
-            kept.append(_pack(demonstration))
 
     def _count_rewards(self, game: int, rollout: Rollout) -> int:
         """Go on counting the rewards of a game; returns how many the rollout's last one makes."""

@@ -175,8 +175,8 @@ class RND(IntrinsicReward):
         assert isinstance(width, int)
         self.predictor = nn.Sequential(
             *_network(self.view, encoder),
-            *(nn.ReLU(), _orthogonal(nn.Linear(width, width))),
-            *(nn.ReLU(), _orthogonal(nn.Linear(width, width))),
+            *(nn.ReLU(), nn.Linear(width, width).apply(_orthogonal)),
+            *(nn.ReLU(), nn.Linear(width, width).apply(_orthogonal)),
         )
         self.target.requires_grad_(self.trains_target)
         self.stride = max(1, round(1 / update_proportion))
@@ -334,25 +334,24 @@ def make_source(name: str, space: spaces.Space[Any], **options: Any) -> Intrinsi
 def _network(view: ObservationView, encoder: str) -> nn.Sequential:
     """The network that both sides of a distillation begin with; its last layer is linear."""
     if not view.is_image:
-        layers: list[nn.Module] = [nn.Linear(view.shape[0], 64), nn.LeakyReLU(), nn.Linear(64, 64)]
-        return nn.Sequential(*map(_orthogonal, layers))
+        network = nn.Sequential(nn.Linear(view.shape[0], 64), nn.LeakyReLU(), nn.Linear(64, 64))
+        return network.apply(_orthogonal)
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder!r} of the bonus; {suggest(encoder, ENCODERS)}")
-    layers = trunk(encoder, view.shape[0], activation=nn.LeakyReLU)[:-1]
+    network = nn.Sequential(*trunk(encoder, view.shape[0], activation=nn.LeakyReLU)[:-1])
     try:
         with torch.no_grad():
-            nn.Sequential(*layers)(torch.zeros(1, *view.shape))  # which sizes the linear layer
+            network(torch.zeros(1, *view.shape))  # which sizes the linear layer
     except RuntimeError as error:
         raise ValueError(
             f"images of {view.shape[1]}x{view.shape[2]} are too small for the bonus's encoder "
             f"{encoder!r}, which is made for 84x84; use intrinsic_reward='count'"
         ) from error
-    return nn.Sequential(*map(_orthogonal, layers))
+    return network.apply(_orthogonal)
 
 
-def _orthogonal(layer: nn.Module) -> nn.Module:
+def _orthogonal(layer: nn.Module) -> None:
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
         assert layer.bias is not None
         nn.init.zeros_(layer.bias)
-    return layer

@@ -19,7 +19,6 @@ from ncrl.agents.learning.objective import (
 from ncrl.agents.learning.update import Update, apply_gradient
 from ncrl.agents.playing.buffers import Batch, Rollout, split_envs
 from ncrl.agents.runs.profiling import OFF, Stopwatch
-from ncrl.networks import LstmState
 from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_obs
 
@@ -52,7 +51,6 @@ class Learner:
         self.graphed = GraphedUpdates(policy.device)
         self.latent: Latent | None = None
         """What actor and critic read in the latest update, [T + 1, B, ...]."""
-        self._kept_state: LstmState | None = None
         self.explored: dict[str, Tensor] = {}
         """Scalars of exploration in the latest batch, by the curve's name."""
 
@@ -68,7 +66,8 @@ class Learner:
             rollout = rollout._replace(episode_start=batch.host.episode_start)
         rewards = self._score(batch, objective)
         for i, part in enumerate(split_envs(rollout, num_parts)):
-            yield self.update(self._lesson(part, rewards, i), objective, max_grad_norm)
+            lesson = self._lesson(part, rewards, i, imitates=objective.imitation_coef > 0)
+            yield self.update(lesson, objective, max_grad_norm)
         if self.exploration is not None:
             with self.stopwatch.phase("exploration"):
                 self.explored |= self.exploration.learn(batch.rollout)
@@ -80,23 +79,21 @@ class Learner:
         update = self._replayed(lesson, objective, max_grad_norm)
         if update is None:
             update = self._eager(lesson, objective, max_grad_norm)
+        self.latent = update.latent
         if self.exploration is not None and update.stepped:
             if lesson.novelty is not None:
                 self.exploration.observe_advantages(update.scalars["int_advantage_std"])
-            if self._kept_state is not None:
-                self.exploration.carry(self._kept_state)
+            if update.kept_state is not None:
+                self.exploration.memory.carry(update.kept_state)
         return update
 
     def _eager(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
         with self.stopwatch.phase("evaluation"):
             rollout, novelty, kept = lesson
             loss = actor_critic_loss(self.policy, rollout, objective, novelty, kept)
-        update = apply_gradient(
+        return apply_gradient(
             self.policy, self.policy.optimizer, loss, max_grad_norm, stopwatch=self.stopwatch
         )
-        self.latent = loss.evaluation.latent.map(Tensor.detach)
-        self._kept_state = loss.kept_state
-        return update
 
     def _replayed(
         self, lesson: Lesson, objective: Objective, max_grad_norm: float
@@ -106,35 +103,33 @@ class Learner:
             return None
         with self.stopwatch.phase("graph"):
             measured = self.graphed.update(self.policy, lesson, objective, max_grad_norm)
-            if measured is None:
-                return None
-            self.latent = measured.latent
-            self._kept_state = None
-            if measured.kept_state is not None:  # the next launch overwrites it
-                hidden, cells = measured.kept_state
-                self._kept_state = hidden.clone(), cells.clone()
-            return measured.on_host()
+            return None if measured is None else measured.on_host()
 
     def _score(self, batch: Batch, objective: Objective) -> Tensor | None:
         """Intrinsic rewards of a batch, [T, B], if there are any; what led to a score is kept."""
         if self.exploration is None:
             return None
         with self.stopwatch.phase("exploration"):
-            clipped = rewards_in_loss(batch.host.rewards, objective)
-            self.exploration.remember(batch.host, batch.games, clipped)
+            if objective.imitation_coef and len(batch.host.rewards) == self.n_steps:
+                clipped = rewards_in_loss(batch.host.rewards, objective)
+                self.exploration.memory.watch(batch.host, batch.games, clipped)
+            else:  # such as the last batch of a training, which can be shorter
+                self.exploration.memory.forget_recent()
             rewards, self.explored = self.exploration.intrinsic_rewards(batch.rollout)
         return rewards if objective.int_coef else None
 
-    def _lesson(self, part: Rollout, rewards: Tensor | None, index: int) -> Lesson:
+    def _lesson(
+        self, part: Rollout, rewards: Tensor | None, index: int, *, imitates: bool
+    ) -> Lesson:
         """One of the parts of a batch, with what exploration adds to it."""
         if self.exploration is None:
             return Lesson(part)
         steps, width = part.rewards.shape
         kept = None
-        if steps == self.n_steps:  # what is kept is cut for it
+        if imitates and steps == self.n_steps:  # what is kept is cut for it
             with self.stopwatch.phase("exploration"):
-                count = max(1, round(IMITATED_SHARE * width))
-                kept = self.exploration.read(self.policy, count)
+                nothing = self.policy.initial_state(max(1, round(IMITATED_SHARE * width)))
+                kept = self.exploration.memory.read(steps, nothing)
         if rewards is None:
             return Lesson(part, kept=kept)
         deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)

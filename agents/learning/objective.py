@@ -105,31 +105,15 @@ class Lesson(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The total to minimise and the terms it is made of, all scalars."""
+    """What is minimised, and what became known on the way."""
 
     total: Tensor
-    policy: Tensor
-    value: Tensor
-    entropy: Tensor
-    orthogonality: Tensor
-    balance: Tensor
-    explained_variance: Tensor
+    """A scalar."""
+    scalars: dict[str, Tensor]
+    """What is worth a curve, by its name: the terms of the total, and how good the values are."""
     evaluation: RolloutEvaluation
-    exploration: dict[str, Tensor]
-    """What exploration adds to the curves."""
     kept_state: LstmState | None
     """Behind the windows of kept demonstrations, [L, K, h] twice, without gradient."""
-
-    def scalars(self) -> dict[str, Tensor]:
-        """What is worth a curve, by the curve's name."""
-        return self.exploration | {
-            "policy_loss": self.policy,
-            "value_loss": self.value,
-            "entropy_loss": self.entropy,
-            "orthogonality_loss": self.orthogonality,
-            "balance_loss": self.balance,
-            "explained_variance": self.explained_variance,
-        }
 
 
 def actor_critic_loss(
@@ -175,34 +159,28 @@ def actor_critic_loss(
         kept_state = remembered.lstm_state[0].detach(), remembered.lstm_state[1].detach()
     none = values.new_zeros(())
     terms = {
-        "policy": policy_gradient_loss(evaluation.log_prob, advantages),
-        "value": value_loss(values, returns.returns),
-        "entropy": entropy_loss(evaluation.entropy),
-        "orthogonality": _beside(values, orthogonal_loss(policy)),
-        "balance": _beside(values, balance_loss(gates)),
+        "policy_loss": policy_gradient_loss(evaluation.log_prob, advantages),
+        "value_loss": value_loss(values, returns.returns),
+        "entropy_loss": entropy_loss(evaluation.entropy),
+        "orthogonality_loss": _beside(values, orthogonal_loss(policy)),
+        "balance_loss": _beside(values, balance_loss(gates)),
     }
     # The balance loss is about the batch, and its usual coefficient is made for a mean.
     total = (
         values.numel()
         * (
-            terms["policy"]
-            + objective.vf_coef * terms["value"]
-            + objective.ent_coef * terms["entropy"]
-            + FLOOR_COEF * below_floor(terms["entropy"], objective.entropy_floor)
-            + objective.balance_coef * terms["balance"]
+            terms["policy_loss"]
+            + objective.vf_coef * terms["value_loss"]
+            + objective.ent_coef * terms["entropy_loss"]
+            + FLOOR_COEF * below_floor(terms["entropy_loss"], objective.entropy_floor)
+            + objective.balance_coef * terms["balance_loss"]
             + objective.vf_coef * exploration.get("int_value_loss", none)
             + objective.imitation_coef * again * exploration.get("imitation_loss", none)
         )
-        + objective.orth_coef * terms["orthogonality"]
+        + objective.orth_coef * terms["orthogonality_loss"]
     )
-    return Loss(
-        total=total,
-        **terms,
-        explained_variance=explained_variance(values.detach(), returns.returns),
-        evaluation=evaluation,
-        exploration=exploration,
-        kept_state=kept_state,
-    )
+    explained = {"explained_variance": explained_variance(values.detach(), returns.returns)}
+    return Loss(total, exploration | terms | explained, evaluation, kept_state)
 
 
 def _evaluate(policy: EnginePolicy, batch: Rollout, kept: Kept | None) -> RolloutEvaluation:

@@ -22,7 +22,13 @@ class Update(NamedTuple):
     """Whether there was a step: none is made along a gradient that is not finite."""
 
     scalars: dict[str, float]
-    """`policy_loss` and the other terms, `explained_variance`, and `grad_norm` before its limit."""
+    """Those of the loss, and `grad_norm` before its limit."""
+
+    latent: Latent
+    """What actor and critic read, [T + 1, B, ...]."""
+
+    kept_state: LstmState | None
+    """As of `Loss`."""
 
 
 def apply_gradient(
@@ -43,8 +49,7 @@ def apply_gradient(
     with stopwatch.phase("optimiser"):
         gradients = [p.grad for p in policy.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        measured = _measured(loss, norm)
-        update = measured.on_host()
+        update = _measured(loss, norm).on_host()
         if update.stepped:
             if update.scalars["grad_norm"] > max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
@@ -59,14 +64,15 @@ class Measured(NamedTuple):
     values: Tensor
     """Scalars of these names, on the device of the weights, [n]."""
     latent: Latent
-    """What actor and critic read, [T + 1, B, ...]."""
     kept_state: LstmState | None
-    """As of `Loss`."""
 
     def on_host(self) -> Update:
         """Wait for the values."""
         scalars = dict(zip(self.names, self.values.tolist(), strict=True))
-        return Update(math.isfinite(scalars["grad_norm"]), scalars)
+        kept = self.kept_state
+        if kept is not None:  # the next launch of a graph overwrites it
+            kept = kept[0].clone(), kept[1].clone()
+        return Update(math.isfinite(scalars["grad_norm"]), scalars, self.latent, kept)
 
 
 def update_on_device(
@@ -102,7 +108,7 @@ def update_on_device(
 
 
 def _measured(loss: Loss, norm: Tensor) -> Measured:
-    scalars = loss.scalars() | {"grad_norm": norm}
+    scalars = loss.scalars | {"grad_norm": norm}
     values = torch.stack([value.detach() for value in scalars.values()])
     latent = loss.evaluation.latent.map(Tensor.detach)
     return Measured(tuple(scalars), values, latent, loss.kept_state)

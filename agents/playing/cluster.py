@@ -39,7 +39,7 @@ from ncrl.agents.playing.supervision import (
     WorkerError,
 )
 from ncrl.agents.playing.weights import fill, flatten
-from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played, tail_of_traceback
+from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played
 from ncrl.agents.runs.profiling import OFF, Stopwatch
 from ncrl.shell.hardware import keep_freed_memory
 
@@ -151,14 +151,12 @@ class Actor:
                     fill(games.policy, torch.tensor(flat))
                     self._version = version
                 block, rollout = packed(self._like, torch.device("cpu"))
-            try:
-                played, infos = games.play(rollout, -1, version)
-            except NonFiniteError:
-                raise
-            except Exception:
-                self._is_broken = True
-                return EnvFailed(tail_of_traceback())
-        return played._replace(phases=stopwatch.take()), infos, block.numpy()
+            result = games.play(rollout, -1, version)
+        if isinstance(result, EnvFailed):
+            self._is_broken = True
+            return result
+        played, infos = result
+        return played, infos, block.numpy()
 
 
 @dataclass

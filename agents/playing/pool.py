@@ -230,15 +230,12 @@ def _for_children() -> Iterator[None]:
     """Processes started inside have one thread, and SIGINT blocked until they are set up."""
     before = {name: value for name, value in os.environ.items() if name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
-    mask: set[signal.Signals] | None = None
-    if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # the first start would do it, and unblock SIGINT
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # type: ignore[assignment]
+    resource_tracker.ensure_running()  # the first start would do it, and unblock SIGINT
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for name in ONE_THREAD:
             del os.environ[name]
         os.environ.update(before)

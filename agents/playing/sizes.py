@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,10 +150,6 @@ def check_memory(needed: int) -> None:
 
 def check_open_files(n_workers: int) -> None:
     """Raise this process's limit of open files for the workers; ValueError where it cannot be."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
     needed = FILES_PER_WORKER * n_workers + FILES_FOR_SHARING
     with contextlib.suppress(OSError):
         needed += len(os.listdir("/proc/self/fd"))

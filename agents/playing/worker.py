@@ -136,8 +136,7 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     keep_freed_memory()
     # Ctrl-C reaches everybody, but the parent decides. It was blocked while this process started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent()
     stopwatch = Stopwatch() if spec.profile else OFF
@@ -181,18 +180,16 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
     while slot is not None:
         with stopwatch.phase("copy"):
             version = spec.weights.read_into(games.policy)
-        try:
-            played, infos = games.play(spec.slots.slot(slot), slot, version)
-        except NonFiniteError:
-            raise
-        except Exception:
-            connection.send(EnvFailed(tail_of_traceback()))
+        result = games.play(spec.slots.slot(slot), slot, version)
+        if isinstance(result, EnvFailed):
+            connection.send(result)
             games.start()
             connection.send(Ready())
             continue
+        played, infos = result
         for part in _in_small_parts(infos):
             connection.send(part)
-        connection.send(played._replace(phases=stopwatch.take()))
+        connection.send(played)
         slot = next_slot()
     games.close()
 
@@ -243,10 +240,12 @@ class Games:
             with contextlib.suppress(Exception):
                 self._collector.env.close()
 
-    def play(self, rollout: Rollout, slot: int, version: int) -> tuple[Played, list[Info]]:
+    def play(
+        self, rollout: Rollout, slot: int, version: int
+    ) -> tuple[Played, list[Info]] | EnvFailed:
         """Play a rollout with the policy as it is; also what environments reported.
 
-        What environments raise is passed on; they need a `start` then.
+        Environments that raise need a `start` then. NonFiniteError is of the policy.
         """
         assert self._collector is not None
         infos: list[Info] = []
@@ -261,8 +260,13 @@ class Games:
                     infos.append((outcome.row, i, wanted))
             return True
 
-        self._collector.collect(rollout, len(rollout.rewards), after_step)
-        return Played(slot, version, {}), infos
+        try:
+            self._collector.collect(rollout, len(rollout.rewards), after_step)
+        except NonFiniteError:
+            raise
+        except Exception:
+            return EnvFailed(tail_of_traceback())
+        return Played(slot, version, self._stopwatch.take()), infos
 
 
 def tail_of_traceback() -> str:

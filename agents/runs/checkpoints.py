@@ -214,7 +214,7 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
     model.ep_success_buffer = deque(successes, maxlen=model._stats_window_size)
     if games is not None and not model.n_workers and games["n_envs"] == model.n_envs:
         _restore_games(model, games)
-    elif model.n_workers and model.exploration is not None and model.exploration.memory is not None:
+    elif model.n_workers and model.exploration is not None:
         model.exploration.memory.forget_recent()
     # Last, so that building and replaying draws from none of the restored streams.
     set_random_state(state["random"])

@@ -62,13 +62,6 @@ class RunDirectory(contextlib.ExitStack):
             raise cannot_write(logdir, error) from error
         return cls(logdir / f"{name}-{number}")
 
-    @classmethod
-    def open(cls, path: Path) -> RunDirectory:
-        """An existing run, to go on with; ValueError if there is none, or a process works on it."""
-        if not (path / "config.yaml").is_file():
-            raise ValueError(f"{path} is no run directory: it has no config.yaml")
-        return cls(path)
-
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Store the run's configuration."""
         text = yaml.safe_dump(dict(config), sort_keys=False)

@@ -131,7 +131,7 @@ def test_a_constant_bonus_is_none(constant: float) -> None:
 def explored(
     source: str | IntrinsicReward = "rnd", *, seed: int = 0, **options: Any
 ) -> Exploration:
-    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0.1, "seed": seed}
+    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "seed": seed}
     return make_exploration(source, SHORT.observation_space, n_envs=4, options=options, **arguments)
 
 
@@ -222,15 +222,13 @@ def test_a_timestep_is_rewarded_for_what_it_led_to() -> None:
 def test_demonstrations_are_as_long_and_as_many_as_asked() -> None:
     """12 timesteps take three rollouts of 5, and 100 timesteps are nine demonstrations of 12."""
     memory = explored(reach=12, capacity=100).memory
-    assert memory is not None
     assert (memory.reach, memory.capacity) == (3, 9)
     assert memory.gamma == 0.9, "the discount of the game's own rewards"
     assert explored().scale.gamma == 0.99, "that of the bonus"
     draws = set()
     for seed in (0, 0, 1):
-        other = explored(seed=seed).memory
-        assert other is not None
-        draws.add(float(torch.rand((), generator=other.generator)))
+        generator = explored(seed=seed).memory.generator
+        draws.add(float(torch.rand((), generator=generator)))
     assert len(draws) == 2
 
 
@@ -268,12 +266,12 @@ def test_advantages_are_divided_by_the_deviation_of_all_updates() -> None:
 def test_the_predictor_learns_from_half_of_the_timesteps_of_many_games(
     n_envs: int, stride: int
 ) -> None:
-    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "imitation_coef": 0, "seed": 0}
+    arguments = {"n_steps": 5, "int_gamma": 0.99, "gamma": 0.9, "seed": 0}
     for options, expected in (({}, stride), ({"update_proportion": 1.0}, 1)):
         exploration = make_exploration(
             "rnd", SHORT.observation_space, n_envs=n_envs, options=options, **arguments
         )
-        assert isinstance(exploration.source, RND) and exploration.memory is None
+        assert isinstance(exploration.source, RND)
         assert exploration.source.stride == expected
 
 
@@ -348,10 +346,10 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     policy = -(evaluation.log_prob.double() * total).mean().item()
     value = (evaluation.values[:-1] - returns).square().mean().item()
     int_value = (evaluation.int_values[:-1] - int_returns).square().mean().item()
-    assert loss.policy.item() == pytest.approx(policy, rel=1e-4)
-    assert loss.value.item() == pytest.approx(value, rel=1e-4)
-    assert loss.exploration["int_value_loss"].item() == pytest.approx(int_value, rel=1e-4)
-    assert loss.exploration["int_advantage_std"].item() == pytest.approx(deviation, rel=1e-4)
+    assert loss.scalars["policy_loss"].item() == pytest.approx(policy, rel=1e-4)
+    assert loss.scalars["value_loss"].item() == pytest.approx(value, rel=1e-4)
+    assert loss.scalars["int_value_loss"].item() == pytest.approx(int_value, rel=1e-4)
+    assert loss.scalars["int_advantage_std"].item() == pytest.approx(deviation, rel=1e-4)
     entropy = evaluation.entropy.mean().item()
     expected = 32 * (policy + 0.5 * (value + int_value) - scene.objective.ent_coef * entropy)
     assert loss.total.item() == pytest.approx(expected, rel=1e-4)
@@ -366,8 +364,8 @@ def test_the_games_advantages_are_standardised_before_the_bonus_is_added() -> No
     total = 1.5 * (advantages - advantages.mean()) / advantages.std()
     total += 0.7 * (bonus - bonus.mean()) / bonus.std(correction=0)
     policy = -(loss.evaluation.log_prob.double() * total).mean().item()
-    assert loss.policy.item() == pytest.approx(policy, rel=1e-4)
-    logged = [found.exploration["ext_advantage_std"].item() for found in (plain, loss)]
+    assert loss.scalars["policy_loss"].item() == pytest.approx(policy, rel=1e-4)
+    logged = [found.scalars["ext_advantage_std"].item() for found in (plain, loss)]
     assert logged == pytest.approx([advantages.std(correction=0).item()] * 2, rel=1e-4)
 
 
@@ -375,9 +373,9 @@ def test_the_orthogonality_loss_does_not_grow_with_the_batch() -> None:
     scene = Scene("neurocoder")
     loss = scene.loss()
     scene.objective = replace(scene.objective, orth_coef=0.0)
-    assert loss.orthogonality.item() > 0.01
+    assert loss.scalars["orthogonality_loss"].item() > 0.01
     added = loss.total.item() - scene.loss().total.item()
-    assert added == pytest.approx(0.1 * loss.orthogonality.item(), rel=1e-2)
+    assert added == pytest.approx(0.1 * loss.scalars["orthogonality_loss"].item(), rel=1e-2)
 
 
 def test_a_floor_adds_the_squared_distance_below_it() -> None:
@@ -393,7 +391,8 @@ def test_a_floor_adds_the_squared_distance_below_it() -> None:
 def test_without_correction_nothing_depends_on_what_the_other_weights_thought() -> None:
     scene = Scene()
     younger = scene.batch._replace(log_prob=scene.batch.log_prob - 0.5)
-    assert scene.loss(younger).value.item() != pytest.approx(scene.loss().value.item(), rel=1e-3)
+    first, other = (scene.loss(b).scalars["value_loss"].item() for b in (scene.batch, younger))
+    assert first != pytest.approx(other, rel=1e-3)
     scene.objective = replace(scene.objective, correction="none")
     assert torch.equal(scene.loss(younger).total, scene.loss().total)
 
@@ -404,9 +403,10 @@ def test_the_intrinsic_return_crosses_the_end_of_a_game_and_the_other_does_not()
         scene.loss(scene.batch._replace(dones=torch.full((8, 4), dones))) for dones in (True, False)
     )
     for name in ("int_value_loss", "int_advantage_std"):
-        assert torch.equal(cut.exploration[name], uncut.exploration[name])
-    assert cut.value.item() != pytest.approx(uncut.value.item(), rel=1e-3)
-    assert cut.policy.item() != pytest.approx(uncut.policy.item(), rel=1e-3)
+        assert torch.equal(cut.scalars[name], uncut.scalars[name])
+    for name in ("value_loss", "policy_loss"):
+        expected = pytest.approx(uncut.scalars[name].item(), rel=1e-3)
+        assert cut.scalars[name].item() != expected
 
 
 def test_no_gradient_reaches_the_source_of_the_bonus() -> None:
@@ -431,10 +431,8 @@ def test_kept_demonstrations_change_none_of_the_terms_of_the_batch(head: str) ->
         again.lstm_h, again.lstm_c,
     )  # fmt: skip
     alone, beside = scene.loss(), scene.loss(kept=kept)
-    for name in ("policy", "value", "entropy", "orthogonality", "explained_variance"):
-        torch.testing.assert_close(getattr(alone, name), getattr(beside, name))
-    for name, value in alone.exploration.items():
-        torch.testing.assert_close(beside.exploration[name], value)
+    for name, value in alone.scalars.items():
+        torch.testing.assert_close(beside.scalars[name], value)
     torch.testing.assert_close(alone.evaluation.values, beside.evaluation.values)
     assert beside.evaluation.latent.actor.shape == alone.evaluation.latent.actor.shape
 
@@ -540,13 +538,13 @@ def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
 
     whole = make()
     whole.learn(320, callback=SaveAt(160, tmp_path))
-    assert whole.exploration is not None and whole.exploration.memory is not None
+    assert whole.exploration is not None
     assert len(whole.exploration.memory) > 0 and whole.exploration.advantage_deviation > 0
     expected = state_of(whole)
     again = make()
     resume(again, newest_checkpoint(tmp_path))
     assert again.num_timesteps == 160 and again.best_score == 1
-    assert again.exploration is not None and again.exploration.memory is not None
+    assert again.exploration is not None
     readers = again.exploration.memory._readers
     assert any(0 < row < len(kept.obs) for kept, row in readers), "in the middle of one"
     again.learn(160, reset_num_timesteps=False)
@@ -569,7 +567,10 @@ def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> 
         model = make_model(**options)
         resume(model, newest_checkpoint(tmp_path))
         assert model.exploration is not None and model.exploration.num_timesteps == 160
+        kept = len(model.exploration.memory)
         model.learn(160, reset_num_timesteps=False)
+        if not model.imitation_coef:
+            assert len(model.exploration.memory) == kept, "nothing is added"
 
 
 def test_what_an_earlier_release_kept_is_left_out_and_said(
@@ -591,7 +592,7 @@ def test_only_games_that_go_on_keep_what_led_there(n_workers: int, tmp_path: Pat
     make_model().learn(200, callback=SaveAt(160, tmp_path))
     model = make_model(n_workers=n_workers)
     resume(model, newest_checkpoint(tmp_path))
-    assert model.exploration is not None and model.exploration.memory is not None
+    assert model.exploration is not None
     assert bool(model.exploration.memory._recent) == (n_workers == 0)
 
 

@@ -103,20 +103,26 @@ def loss_of(model: A3C, **objective: Any) -> Loss:
     return actor_critic_loss(model.policy, model._batch.rollout, objective_)
 
 
+def mean_of_terms(loss: Loss) -> torch.Tensor:
+    """With the default coefficients, but for the balance loss."""
+    terms = loss.scalars
+    return terms["policy_loss"] + 0.5 * terms["value_loss"] + 0.01 * terms["entropy_loss"]
+
+
 def test_the_total_is_the_sum_of_its_terms() -> None:
     model = trained("moe")
     for coefficient in (0.0, 0.5):
         loss = loss_of(model, balance_coef=coefficient)
-        assert loss.balance > 0
-        mean = loss.policy + 0.5 * loss.value + 0.01 * loss.entropy + coefficient * loss.balance
+        assert loss.scalars["balance_loss"] > 0
+        mean = mean_of_terms(loss) + coefficient * loss.scalars["balance_loss"]
         torch.testing.assert_close(loss.total, 10 * mean)  # a sum over 5 timesteps of 2 games
 
 
 def test_the_orthogonality_loss_is_added_once_and_not_for_every_timestep() -> None:
     loss = loss_of(trained("neurocoder"), orth_coef=0.3)
-    assert loss.orthogonality > 0
-    mean = loss.policy + 0.5 * loss.value + 0.01 * loss.entropy
-    torch.testing.assert_close(loss.total, 10 * mean + 0.3 * loss.orthogonality)
+    assert loss.scalars["orthogonality_loss"] > 0
+    expected = 10 * mean_of_terms(loss) + 0.3 * loss.scalars["orthogonality_loss"]
+    torch.testing.assert_close(loss.total, expected)
 
 
 def test_the_balance_loss_is_that_of_the_evaluated_rollout() -> None:
@@ -132,7 +138,7 @@ def test_the_balance_loss_is_that_of_the_evaluated_rollout() -> None:
         )
     assert torch.equal(again.log_prob, loss.evaluation.log_prob)
     assert set(gates) == {"action_net", "value_net"}
-    assert loss.balance.item() == pytest.approx(balance_loss(gates).item())
+    assert loss.scalars["balance_loss"].item() == pytest.approx(balance_loss(gates).item())
 
 
 def test_the_balance_loss_has_a_gradient_of_its_own() -> None:
@@ -146,7 +152,7 @@ def test_the_balance_loss_has_a_gradient_of_its_own() -> None:
 
 
 def test_other_heads_have_no_balance_loss() -> None:
-    assert loss_of(trained("film")).balance.item() == 0.0
+    assert loss_of(trained("film")).scalars["balance_loss"].item() == 0.0
 
 
 def test_the_coefficient_is_an_argument_and_the_loss_is_logged() -> None:

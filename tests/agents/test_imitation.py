@@ -380,7 +380,7 @@ def test_windows_begin_with_the_state_that_the_present_weights_make(policy: str)
         policy, DummyVecEnv([Blank] * 8), n_steps=T, seed=0, device="cpu", learning_rate=0.0,
         intrinsic_reward="rnd", intrinsic_kwargs={"reach": 4 * T},
     )  # fmt: skip
-    assert model.exploration is not None and model.exploration.memory is not None
+    assert model.exploration is not None
     memory = model.exploration.memory
     names = [rollout_of(n, starts=n == 0, obs_dtype=torch.float32) for n in range(3)]
     play(memory, *names, rollout_of(3, SCORE, ends=[3], obs_dtype=torch.float32))

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ncrl.agents.runs.best
 import ncrl.agents.runs.directory
 from ncrl.agents import A3C
+from ncrl.agents.atari.config import stored_config
 from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, WAITING, BestModel
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints
@@ -89,7 +90,7 @@ def test_f12_a_folder_that_cannot_be_made(where: Callable[[Path], Path], tmp_pat
 def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match=r"config\.yaml"):
-            RunDirectory.open(path)
+            stored_config(path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,11 +123,11 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
 
 def test_f23_two_processes_do_not_share_a_run(holder: subprocess.Popen, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"in use by another process") as error:
-        RunDirectory.open(tmp_path)
+        RunDirectory(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     holder.kill()
     holder.wait(SECONDS)
-    run = RunDirectory.open(tmp_path)
+    run = RunDirectory(tmp_path)
     assert run.path == tmp_path
 
 
@@ -134,16 +135,16 @@ def test_f23_the_lock_holds_inside_one_process_too(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "Pong")
     run.write_config({"env": "Pong"})
     with pytest.raises(ValueError, match="in use"):
-        RunDirectory.open(run.path)
+        RunDirectory(run.path)
 
 
 def test_a_folder_that_cannot_be_used_is_given_back(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("env: Pong")
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(ValueError, match="cannot write") as caught:
-        RunDirectory.open(tmp_path)
+        RunDirectory(tmp_path)
     (tmp_path / "checkpoints").unlink()
-    with RunDirectory.open(tmp_path):  # its lock is free
+    with RunDirectory(tmp_path):  # its lock is free
         assert caught.tb is not None, "which keeps the failed one from being collected"
 
 
