@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import LinearSchedule
 
@@ -272,58 +273,55 @@ class A3C(EngineAlgorithm):
             WorkerError: if the workers cannot be kept running.
             NonFiniteError: if the gradient stays not finite.
         """
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        if reset_num_timesteps:
-            self.best_score, self.first_scored_at = -math.inf, -1
-        self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
-        self._started = time.monotonic_ns()
-        iteration = 0
-        seen = dict(locals())  # without the player: a callback that is kept would keep its memory
-        stopwatch = self._stopwatch
-        with (
-            self._no_stop_remains(),
-            sizes.learner_threads(self.n_workers if self.cluster is None else 0),
-            stopwatch.phase("setup"),
-            self._player() as player,
-            stopwatch.phase("other"),
-        ):
-            with stopwatch.phase("callbacks"):
-                callback.on_training_start(seen, globals())
-            while self.num_timesteps < total_timesteps and not self._stop_requested:
-                rows = math.ceil((total_timesteps - self.num_timesteps) / self.n_envs)
-                with stopwatch.phase("callbacks"):
-                    callback.on_rollout_start()
-                self._batch = self._collect(player, min(rows, self.n_steps), callback)
-                if self._batch is None:
-                    break
-                with stopwatch.phase("callbacks"):
-                    shown = {"rollout_buffer": RolloutView(self._batch, self.policy)}
-                    callback.update_locals(shown | {"iteration": iteration})
-                    callback.on_rollout_end()
-                iteration += 1
-                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                self._current_progress_remaining = max(0.0, self._current_progress_remaining)
-                self.train()
-                with stopwatch.phase("publishing"):
-                    player.publish(self.policy)
-                if log_interval is not None and iteration % log_interval == 0:
-                    with stopwatch.phase("callbacks"):
-                        self.dump_logs(iteration)
-            with stopwatch.phase("callbacks"):
-                callback.on_training_end()
+        try:
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+            if reset_num_timesteps:
+                self.best_score, self.first_scored_at = -math.inf, -1
+            self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
+            self._started = time.monotonic_ns()
+            seen = dict(locals())  # no player: a callback that is kept would keep its memory
+            with (
+                sizes.learner_threads(self.n_workers if self.cluster is None else 0),
+                self._stopwatch.phase("setup"),
+                self._player() as player,
+                self._stopwatch.phase("other"),
+            ):
+                with self._stopwatch.phase("callbacks"):
+                    callback.on_training_start(seen, globals())
+                self._learn_from(player, total_timesteps, callback, log_interval)
+                with self._stopwatch.phase("callbacks"):
+                    callback.on_training_end()
+        finally:  # a stop is for the training that it was asked for in, even if that fails
+            self._stop_requested = False
         return self
 
-    @property
-    def envs_per_update(self) -> int:
-        """Environments whose rollouts make one update."""
-        if self.batch_size is not None:
-            return self.batch_size // self.n_steps
-        if self._small_updates:
-            has_gpu, explores = self.device.type == "cuda", self.exploration is not None
-            return sizes.games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
-        return self.n_envs
+    def _learn_from(
+        self, player: Player, total_timesteps: int, callback: BaseCallback, log_interval: int | None
+    ) -> None:
+        """Collect rollouts and learn from them, in turn, until the total or a stop."""
+        iteration, stopwatch = 0, self._stopwatch
+        while self.num_timesteps < total_timesteps and not self._stop_requested:
+            rows = math.ceil((total_timesteps - self.num_timesteps) / self.n_envs)
+            with stopwatch.phase("callbacks"):
+                callback.on_rollout_start()
+            self._batch = self._collect(player, min(rows, self.n_steps), callback)
+            if self._batch is None:
+                break
+            with stopwatch.phase("callbacks"):
+                shown = {"rollout_buffer": RolloutView(self._batch, self.policy)}
+                callback.update_locals(shown | {"iteration": iteration})
+                callback.on_rollout_end()
+            iteration += 1
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            self._current_progress_remaining = max(0.0, self._current_progress_remaining)
+            self.train()
+            with stopwatch.phase("publishing"):
+                player.publish(self.policy)
+            if log_interval is not None and iteration % log_interval == 0:
+                with stopwatch.phase("callbacks"):
+                    self.dump_logs(iteration)
 
     def train(self) -> None:
         """Learn from the rollouts collected last, `batch_size` timesteps at a time."""

@@ -10,8 +10,8 @@ import io
 import pathlib
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -40,7 +40,7 @@ from ncrl.agents.playing.env_sources import (
     is_factory,
 )
 from ncrl.agents.playing.players import Player
-from ncrl.agents.playing.sizes import check_machine
+from ncrl.agents.playing.sizes import check_machine, games_per_update
 from ncrl.agents.playing.supervision import Pool
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec
@@ -77,6 +77,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     intrinsic_kwargs: dict[str, Any]
     use_rms_prop: bool
     rms_prop_eps: float
+    batch_size: int | None
     n_workers: int
     cluster: str | None
     games_seed: int
@@ -90,6 +91,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     time_spent: Profile | None
     """Where the time of all calls of `learn` went, if it is measured."""
     _counts_are_news: bool
+    _small_updates: bool
     _stateless_predictions: int
     _warned_of_state: bool
 
@@ -111,6 +113,16 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     def _stopwatch(self) -> Stopwatch:
         """The learner's."""
         return OFF if self.time_spent is None else self.time_spent.stopwatch
+
+    @property
+    def envs_per_update(self) -> int:
+        """Environments whose rollouts make one update."""
+        if self.batch_size is not None:
+            return self.batch_size // self.n_steps
+        if self._small_updates:
+            has_gpu, explores = self.device.type == "cuda", self.exploration is not None
+            return games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
+        return self.n_envs
 
     # What it is built from.
 
@@ -337,14 +349,6 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         """
         self._stop_requested = True
 
-    @contextmanager
-    def _no_stop_remains(self) -> Iterator[None]:
-        """A stop is for the training that it was asked for in, whether or not that succeeds."""
-        try:
-            yield
-        finally:
-            self._stop_requested = False
-
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError(
@@ -352,11 +356,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             )
         is_remote = isinstance(self.env, RemoteEnvs) and self.n_workers
         with self.env.resting() if is_remote else nullcontext():  # type: ignore[attr-defined]
-            try:
-                return super()._setup_learn(*args, **kwargs)
-            except BaseException:
-                self._stop_requested = False
-                raise
+            return super()._setup_learn(*args, **kwargs)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if self.env_factory is None:

@@ -17,7 +17,8 @@ from torch import nn
 from ncrl import sb3
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing import sizes
-from ncrl.agents.playing.env_sources import EnvFactory, meaning
+from ncrl.agents.playing.env_sources import EnvFactory
+from ncrl.envs import AtariFactory
 from ncrl.sb3 import EnginePolicy
 from ncrl.settings import check, require_range
 
@@ -135,8 +136,10 @@ def names(argument: str, value: Any) -> list[str]:
 
 def tell_meaning(env: Any, factory: EnvFactory, verbose: int) -> None:
     """Say what an id of a game stands for here; aloud, where SB3's users mean something else."""
-    if not isinstance(env, str) or (line := meaning(env, factory)) is None:
+    if not (isinstance(env, str) and isinstance(factory, AtariFactory)):
         return
+    rules = ", ".join(f"{name}={value!r}" for name, value in factory.describe().items())
+    line = f"{env} is played as {rules}"
     if not env.startswith("ALE/"):
         warnings.warn(f"{line}; for other rules give ncrl.envs.atari(...)", stacklevel=3)
     elif verbose >= 1:

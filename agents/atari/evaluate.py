@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ncrl.agents import A3C
 from ncrl.agents.atari.config import FRAMES_PER_TIMESTEP, camel_case, make_factory, stored_config
-from ncrl.agents.atari.train import build_model
+from ncrl.agents.atari.train import make_model
 from ncrl.agents.atari.video import Moment, check_path, view_heads, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
 from ncrl.envs import ROOM_ADDRESS, AtariFactory, AtariPlayer
@@ -52,7 +52,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
         check_path(Path(modes["video"]))
     weights, after = chosen_weights(path, best=bool(modes["best"]))
     screen.line(f"playing {episodes} whole games with {weights}")
-    model = build_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
+    model = make_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
     factory, seed = make_factory(config), (config.seed + UNPLAYED) % 2**31

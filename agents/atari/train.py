@@ -59,7 +59,7 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
             if checkpoint and checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
                 played = f"{run.path} has played its {config.frames:,} frames"
                 raise ValueError(f"{played}; give a larger --frames to go on")
-            model = build_model(config, profile=bool(modes["profile"]))
+            model = make_model(config, profile=bool(modes["profile"]))
             if checkpoint is not None:
                 resume(model, checkpoint)
             try:
@@ -77,18 +77,6 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
                 run.remove()
 
 
-def build_model(config: RunConfig, **options: Any) -> A3C:
-    """`make_model`; ValueError on a machine that is too small for it."""
-    try:
-        model = make_model(config, **options)
-        model.check_machine()
-    except Exception as error:
-        if not is_lack_of_memory(error):
-            raise
-        raise ValueError(out_of_memory(config)) from error
-    return model
-
-
 def out_of_memory(config: RunConfig) -> str:
     """What to lower, in one line."""
     return (
@@ -98,7 +86,11 @@ def out_of_memory(config: RunConfig) -> str:
 
 
 def make_model(config: RunConfig, **options: Any) -> A3C:
-    """A fresh model; `options` replace arguments of `A3C`."""
+    """A fresh model; `options` replace arguments of `A3C`.
+
+    Raises:
+        ValueError: on a machine that is too small for it, and for impossible arguments.
+    """
     rate = config.learning_rate
     same = {name for name in signature(A3C).parameters if hasattr(config, name)}
     arguments: dict[str, Any] = {name: getattr(config, name) for name in same} | {
@@ -119,7 +111,14 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
     }
     if config.intrinsic_reward != "none":
         arguments["intrinsic_kwargs"] = bonus_options(config)
-    return A3C("CnnLstmPolicy", **(arguments | options))
+    try:
+        model = A3C("CnnLstmPolicy", **(arguments | options))
+        model.check_machine()
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise ValueError(out_of_memory(config)) from error
+    return model
 
 
 def learn(job: Job, screen: Screen, signals: StopSignals) -> int:

@@ -112,14 +112,12 @@ def scaled_step(
         found_inf: likewise; where it is 1, weights and state of the optimiser stay as they are, and
             the host need not know.
     """
-    attributes = {"grad_scale": scale, "found_inf": found_inf}
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = scale, found_inf
     try:
-        for name, value in attributes.items():
-            setattr(optimizer, name, value)
         optimizer.step()
     finally:
-        for name in attributes:
-            delattr(optimizer, name)
+        del fused.grad_scale, fused.found_inf
 
 
 def optimizer_options(

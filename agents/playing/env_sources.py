@@ -97,14 +97,6 @@ def as_factory(env: str | EnvFactory) -> EnvFactory:
     return factory
 
 
-def meaning(env: str, factory: EnvFactory) -> str | None:
-    """What an id stands for, in one line, where it is more than what Gymnasium registers."""
-    describe = getattr(factory, "describe", None)
-    if describe is None:
-        return None
-    return f"{env} is played as {', '.join(f'{k}={v!r}' for k, v in describe().items())}"
-
-
 def is_factory(env: object) -> bool:
     """Whether `env` is an id or a factory, not an environment that exists already."""
     is_object = isinstance(env, (VecEnv, gymnasium.Env, type))

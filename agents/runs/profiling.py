@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -44,14 +43,20 @@ class Stopwatch:
         synchronize: Callable[[], None] | None = None,
     ) -> None:
         self._clock, self._synchronize = clock, synchronize
-        self._laps = {name: _Lap(self, name) for name in PHASES}
         self.running: list[Phase] = []  # the innermost last
         self._since = 0.0
         self._seconds: Seconds = {}
 
-    def phase(self, name: Phase) -> AbstractContextManager[object]:
-        """What runs within is charged to this phase."""
-        return self._laps[name]
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """What runs within is charged to this phase, which interrupts the running one."""
+        self.charge()
+        self.running.append(name)
+        try:
+            yield
+        finally:
+            self.charge()
+            self.running.pop()
 
     def take(self) -> Seconds:
         """Time per phase since the last call; phases may be running."""
@@ -70,29 +75,12 @@ class Stopwatch:
         self._since = now
 
 
-@dataclass(slots=True)
-class _Lap:
-    """Enters and leaves one phase; made once, as phases are entered several times per timestep."""
-
-    stopwatch: Stopwatch
-    name: Phase
-
-    def __enter__(self) -> None:
-        """Interrupt the running phase by this one."""
-        self.stopwatch.charge()
-        self.stopwatch.running.append(self.name)
-
-    def __exit__(self, *_exception: object) -> None:
-        self.stopwatch.charge()
-        self.stopwatch.running.pop()
-
-
 class _Off(Stopwatch):
     """Measures nothing."""
 
     _nothing = nullcontext()
 
-    def phase(self, name: Phase) -> AbstractContextManager[object]:
+    def phase(self, name: Phase) -> AbstractContextManager[None]:  # type: ignore[override]
         return self._nothing
 
     def take(self) -> Seconds:
