@@ -701,7 +701,7 @@ def test_f20_memory_that_runs_out_while_the_model_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     lack = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
-    monkeypatch.setattr(ncrl.agents.atari.train, "make_model", raising(lack))
+    monkeypatch.setattr(ncrl.agents.atari.train, "A3C", raising(lack))
     with pytest.raises(SystemExit) as error:
         main(short(tmp_path))
     assert error.value.code == 2

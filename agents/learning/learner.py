@@ -18,7 +18,7 @@ from ncrl.agents.learning.objective import (
 )
 from ncrl.agents.learning.update import Update, apply_gradient
 from ncrl.agents.playing.buffers import Batch, Rollout, split_envs
-from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.agents.runs.profiling import Stopwatch
 from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_obs
 
@@ -32,8 +32,8 @@ class Learner:
     Args:
         policy: what learns, on the learner's device.
         n_steps: T of whole rollouts; the last batch of a training may be shorter.
-        exploration: the intrinsic reward and what belongs to it.
-        stopwatch: of this process, if its time is measured.
+        exploration: the intrinsic reward and what belongs to it, if there is one.
+        stopwatch: of this process; `OFF` measures nothing.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Learner:
         policy: EnginePolicy,
         *,
         n_steps: int,
-        exploration: Exploration | None = None,
-        stopwatch: Stopwatch = OFF,
+        exploration: Exploration | None,
+        stopwatch: Stopwatch,
     ) -> None:
         self.policy = policy
         self.n_steps = n_steps

@@ -101,9 +101,7 @@ def can_scale(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def scaled_step(
-    optimizer: torch.optim.Optimizer, scale: Tensor, found_inf: Tensor | None = None
-) -> None:
+def scaled_step(optimizer: torch.optim.Optimizer, scale: Tensor, found_inf: Tensor) -> None:
     """One step along the gradients divided by `scale`, in the way of torch's `GradScaler`.
 
     Args:

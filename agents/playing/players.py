@@ -36,11 +36,7 @@ class SerialPlayer:
     """Plays in this process, with the learner's own policy, environments of one `Collector`."""
 
     def __init__(
-        self,
-        collector: Collector,
-        shape: RolloutShape,
-        device: torch.device,
-        stopwatch: Stopwatch = OFF,
+        self, collector: Collector, shape: RolloutShape, device: torch.device, stopwatch: Stopwatch
     ) -> None:
         self.collector, self.stopwatch = collector, stopwatch
         self.rollout, self.stage = shape.allocate(), RolloutBatch(shape, device)
