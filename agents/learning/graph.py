@@ -92,7 +92,7 @@ class GraphedUpdates:
             rates = [rate.to(policy.device) for rate in rates]
 
             def run() -> Measured:
-                return update_on_device(policy, policy.optimizer, static, objective, max_grad_norm)
+                return update_on_device(policy, static, objective, max_grad_norm)
 
             static.rollout.rewards.fill_(float("nan"))
             try:

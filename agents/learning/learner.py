@@ -91,9 +91,7 @@ class Learner:
         with self.stopwatch.phase("evaluation"):
             rollout, novelty, kept = lesson
             loss = actor_critic_loss(self.policy, rollout, objective, novelty, kept)
-        return apply_gradient(
-            self.policy, self.policy.optimizer, loss, max_grad_norm, stopwatch=self.stopwatch
-        )
+        return apply_gradient(self.policy, loss, max_grad_norm, stopwatch=self.stopwatch)
 
     def _replayed(
         self, lesson: Lesson, objective: Objective, max_grad_norm: float

@@ -32,18 +32,13 @@ class Update(NamedTuple):
 
 
 def apply_gradient(
-    policy: EnginePolicy,
-    optimizer: torch.optim.Optimizer,
-    loss: Loss,
-    max_grad_norm: float,
-    *,
-    stopwatch: Stopwatch = OFF,
+    policy: EnginePolicy, loss: Loss, max_grad_norm: float, *, stopwatch: Stopwatch = OFF
 ) -> Update:
-    """One optimiser step, unless the gradient is not finite.
+    """One step of the policy's optimiser, unless the gradient is not finite.
 
     All that the host has to know comes from the device at once, in the only wait of an update.
     """
-    optimizer.zero_grad(set_to_none=True)
+    policy.optimizer.zero_grad(set_to_none=True)
     with stopwatch.phase("backward"):
         loss.total.backward()
     with stopwatch.phase("optimiser"):
@@ -53,7 +48,7 @@ def apply_gradient(
         if update.stepped:
             if update.scalars["grad_norm"] > max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
-            optimizer.step()
+            policy.optimizer.step()
     return update
 
 
@@ -76,26 +71,20 @@ class Measured(NamedTuple):
 
 
 def update_on_device(
-    policy: EnginePolicy,
-    optimizer: torch.optim.Optimizer,
-    lesson: Lesson,
-    objective: Objective,
-    max_grad_norm: float,
+    policy: EnginePolicy, lesson: Lesson, objective: Objective, max_grad_norm: float
 ) -> Measured:
-    """One optimiser step, unless the gradient is not finite, which the device finds out by itself.
+    """`apply_gradient` where the device finds out by itself whether the gradient is finite.
 
     The host waits for nothing, and what it asks for does not depend on data: always the same
-    operations, which can be captured as a CUDA graph. `apply_gradient` gives the same weights to
-    rounding.
+    operations, which can be captured as a CUDA graph. The weights are the same to rounding.
 
     Args:
-        policy: what learns.
-        optimizer: of its parameters, one that `can_scale`.
+        policy: what learns, with an optimiser that `can_scale`.
         lesson: on the policy's device, `episode_start` too.
         objective: what is minimised.
         max_grad_norm: limit on the gradient's norm.
     """
-    optimizer.zero_grad(set_to_none=True)
+    policy.optimizer.zero_grad(set_to_none=True)
     with static_unroll():
         loss = actor_critic_loss(policy, lesson.rollout, objective, lesson.novelty, lesson.kept)
     loss.total.backward()
@@ -103,7 +92,7 @@ def update_on_device(
         [p.grad for p in policy.parameters() if p.grad is not None]
     )
     found_inf = (~norm.isfinite()).to(norm.dtype)
-    scaled_step(optimizer, _excess(norm, max_grad_norm), found_inf)
+    scaled_step(policy.optimizer, _excess(norm, max_grad_norm), found_inf)
     return _measured(loss, norm)
 
 

@@ -461,10 +461,10 @@ def test_an_update_on_the_device_learns_from_the_bonus_and_from_what_was_kept(li
         scene.model.policy.optimizer.param_groups[0]["lr"] = 0.01
     loss = eager.loss(kept=kept)
     policy = eager.model.policy
-    update = apply_gradient(policy, policy.optimizer, loss, limit)
+    update = apply_gradient(policy, loss, limit)
     policy = other.model.policy
     lesson = Lesson(other.batch, other.novelty, kept)
-    measured = update_on_device(policy, policy.optimizer, lesson, other.objective, limit)
+    measured = update_on_device(policy, lesson, other.objective, limit)
     assert measured.on_host().scalars == pytest.approx(update.scalars, rel=1e-4, abs=1e-5)
     assert measured.kept_state is not None and loss.kept_state is not None
     for mine, theirs in zip(measured.kept_state, loss.kept_state, strict=True):

@@ -40,15 +40,16 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(1)
         return record_on_cpu(run)
 
-    def update_at_captured_rates(policy: Any, optimizer: Any, *others: Any) -> Measured:
+    def update_at_captured_rates(policy: Any, *others: Any) -> Measured:
         """A graph knows no learning rates but the tensors that it was captured with."""
+        optimizer = policy.optimizer
         now = [group["lr"] for group in optimizer.param_groups]
         if isinstance(now[0], torch.Tensor):
             rates[:] = now
         try:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            return update_on_device(policy, optimizer, *others)
+            return update_on_device(policy, *others)
         finally:
             for group, rate in zip(optimizer.param_groups, now, strict=True):
                 group["lr"] = rate

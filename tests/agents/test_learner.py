@@ -85,7 +85,7 @@ def test_scalars_are_the_terms_of_the_loss() -> None:
     loss = actor_critic_loss(model.policy, model._batch.rollout, model._objective())
     gradients = torch.autograd.grad(loss.total, list(model.policy.parameters()), retain_graph=True)
     norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
-    update = apply_gradient(model.policy, model.policy.optimizer, loss, 1e-3)
+    update = apply_gradient(model.policy, loss, 1e-3)
     assert update.stepped
     for parameter, gradient in zip(model.policy.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient * 1e-3 / norm, rtol=1e-2, atol=1e-9)
@@ -118,7 +118,7 @@ def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
         next(iter(model.policy.action_net.parameters())).fill_(float("nan"))
     before = [p.clone() for p in model.policy.parameters()]
     loss = actor_critic_loss(model.policy, model._batch.rollout, model._objective())
-    update = apply_gradient(model.policy, model.policy.optimizer, loss, 40.0)
+    update = apply_gradient(model.policy, loss, 40.0)
     assert not update.stepped
     for now, then in zip(model.policy.parameters(), before, strict=True):
         torch.testing.assert_close(now, then, equal_nan=True, rtol=0, atol=0)
@@ -132,7 +132,7 @@ def test_a_gradient_too_long_to_be_measured_makes_no_step() -> None:
     before = [p.clone() for p in eager.policy.parameters()]
     loss = actor_critic_loss(eager.policy, batch, eager._objective())
     updates = [
-        apply_gradient(eager.policy, eager.policy.optimizer, loss, 40.0),
+        apply_gradient(eager.policy, loss, 40.0),
         update_device(other, batch).on_host(),
     ]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in eager.policy.parameters())
@@ -170,7 +170,7 @@ def other_batch(model: A3C) -> Rollout:
 
 def update_device(model: A3C, batch: Rollout, limit: float = 40.0) -> Any:
     policy = model.policy
-    return update_on_device(policy, policy.optimizer, Lesson(batch), model._objective(), limit)
+    return update_on_device(policy, Lesson(batch), model._objective(), limit)
 
 
 @both_optimisers
@@ -181,7 +181,7 @@ def test_an_update_on_the_device_is_the_update(head: str, limit: float, use_rms_
     for batch in (one._batch.rollout, other_batch(one)):
         assert batch is not None
         loss = actor_critic_loss(one.policy, batch, one._objective())
-        update = apply_gradient(one.policy, one.policy.optimizer, loss, limit)
+        update = apply_gradient(one.policy, loss, limit)
         measured = update_device(other, batch, limit)
         assert measured.on_host().stepped and update.stepped
         assert measured.on_host().scalars == pytest.approx(
