@@ -97,19 +97,6 @@ def cluster_cores(address: str) -> int:
         return int(ray.cluster_resources().get("CPU", 0))
 
 
-class ObjectWeights:
-    """Weights as one object per version in the object store, which every node fetches once."""
-
-    version = -1
-    reference: Any = None
-    """Of the newest version. Older ones live as long as a worker is to read them."""
-
-    def publish(self, module: nn.Module, version: int) -> None:
-        """Make the module's present weights version `version`."""
-        self.reference = ray.put(flatten(module).cpu().numpy())
-        self.version = version
-
-
 class Actor:
     """One incarnation of a worker, in a process of the cluster. `make_games` is `Games`, but for
     the seed and what only this process has."""
@@ -183,10 +170,9 @@ class _Worker(Incarnation):
 class ActorPool(Pool[_Worker]):
     """Workers that are actors of the cluster that this process has `joined`."""
 
-    def __init__(self, spec: PoolSpec, weights: ObjectWeights) -> None:
+    def __init__(self, spec: PoolSpec, module: nn.Module) -> None:
         super().__init__(spec, _Worker)
         self._like = spec.shape.allocate()
-        self._weights = weights
         remote = ray.remote(
             num_cpus=1,
             max_restarts=0,
@@ -199,11 +185,18 @@ class ActorPool(Pool[_Worker]):
             shape=spec.shape,
             profile=spec.profile is not None,
         )
+        self.publish(module)
 
     def take(self, give_up: Callable[[], bool]) -> list[Delivery] | None:
         # Now, not when the rollouts before arrived: the weights are those after the update.
         self._ask(self._workers, IN_FLIGHT)
         return super().take(give_up)
+
+    def publish(self, module: nn.Module) -> None:
+        """One object per version in the object store, which every node fetches once."""
+        self.version += 1
+        # Older versions live as long as a worker is to read them.
+        self._weights = ray.put(flatten(module).cpu().numpy())
 
     def release(self, deliveries: list[Delivery]) -> None:
         """Nothing: a rollout from elsewhere has memory of its own."""
@@ -217,7 +210,7 @@ class ActorPool(Pool[_Worker]):
         """Ask those that are ready for rollouts, up to `most` at a time."""
         for worker in workers:
             for _ in range(worker.asked("play"), 0 if worker.building else most):
-                answer = worker.actor.play.remote(self._weights.version, self._weights.reference)
+                answer = worker.actor.play.remote(self.version, self._weights)
                 worker.calls[answer] = "play"
 
     def _ask_for_sign(self, worker: _Worker) -> None:
@@ -320,6 +313,3 @@ def _sentence(error: Exception) -> str:
     text = str(error).strip()
     match = re.search(r"[^.\n]*\bbecause\b[^.\n]*", text)
     return match[0].strip() if match else (text.splitlines() or [type(error).__name__])[0][:200]
-
-
-__all__ = ["Actor", "ActorPool", "ObjectWeights", "cluster_cores", "joined"]

@@ -9,22 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from ncrl.agents.playing.buffers import Batch, RolloutBatch, RolloutShape, first_rows
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import Pool, PoolSpec
-from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import check_script, end_if_importing_main
 from ncrl.agents.runs.profiling import OFF, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
-
-if TYPE_CHECKING:
-    from ncrl.agents.playing.cluster import ObjectWeights
 
 OnRow = Callable[[Outcome], bool]
 """Called for every row of `n_envs` timesteps; returning False ends the rollout early."""
@@ -76,20 +73,14 @@ def played_by_workers(
         check_script()
     spec.policy.check_like(policy)
     with ExitStack() as stack:
-        pool: Pool[Any]
-        weights: SharedWeights | ObjectWeights
-        if cluster is None:
-            weights = SharedWeights(policy)
-            weights.publish(policy, 0)
-            pool = stack.enter_context(WorkerPool(spec, weights))
-        else:
-            from ncrl.agents.playing import cluster as ray_cluster  # only here: it imports ray
+        make_pool: Callable[[PoolSpec, nn.Module], Pool[Any]] = WorkerPool
+        if cluster is not None:
+            from ncrl.agents.playing.cluster import ActorPool, joined  # only here: it imports ray
 
-            stack.enter_context(ray_cluster.joined(cluster))
-            weights = ray_cluster.ObjectWeights()
-            weights.publish(policy, 0)
-            pool = stack.enter_context(ray_cluster.ActorPool(spec, weights))
-        yield WorkersPlayer(pool, weights, policy, device, give_up)
+            stack.enter_context(joined(cluster))
+            make_pool = ActorPool
+        pool = stack.enter_context(make_pool(spec, policy))
+        yield WorkersPlayer(pool, policy, device, give_up)
 
 
 @dataclass
@@ -97,8 +88,7 @@ class WorkersPlayer:
     """Receives what the workers play, and sends them weights."""
 
     pool: Pool[Any]  # started
-    weights: SharedWeights | ObjectWeights  # that the workers play with
-    policy: EnginePolicy  # what those are weights of
+    policy: EnginePolicy  # that learns
     device: torch.device  # of the batches
     give_up: Callable[[], bool]  # asked while waiting
 
@@ -149,9 +139,9 @@ class WorkersPlayer:
             first_rows(batch, n_steps),
             first_rows(played, n_steps),
             games=[d.worker * self.width + i for d in deliveries for i in range(self.width)],
-            lags=[self.weights.version - delivery.played.version for delivery in deliveries],
+            lags=[self.pool.version - delivery.played.version for delivery in deliveries],
         )
 
     def publish(self, policy: EnginePolicy) -> None:
         """The policy has new weights."""
-        self.weights.publish(policy, self.weights.version + 1)
+        self.pool.publish(policy)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.sizes import SLOTS_PER_WORKER, check_shared_memory
@@ -72,7 +72,7 @@ class _Worker(Incarnation):
 class WorkerPool(Pool[_Worker]):
     """Workers that are processes of this machine."""
 
-    def __init__(self, spec: PoolSpec, weights: SharedWeights) -> None:
+    def __init__(self, spec: PoolSpec, module: nn.Module) -> None:
         super().__init__(spec, _Worker)
         slots = spec.shape.allocate(SLOTS_PER_WORKER * spec.n_workers)
         for tensor in slots.tensors():
@@ -81,7 +81,7 @@ class WorkerPool(Pool[_Worker]):
             seed=spec.seed,
             make_games=handed_over(spec.make_games()),
             slots=slots,
-            weights=weights,
+            weights=SharedWeights(module),
             heartbeats=torch.zeros(spec.n_workers, dtype=torch.int64).share_memory_(),
             profile=spec.profile is not None,
         )
@@ -89,6 +89,7 @@ class WorkerPool(Pool[_Worker]):
             deque(range(index, SLOTS_PER_WORKER * spec.n_workers, spec.n_workers))
             for index in range(spec.n_workers)
         ]
+        self.publish(module)
 
     def __exit__(self, *_exception: object) -> None:
         """End every worker: asked first, then killed."""
@@ -101,6 +102,10 @@ class WorkerPool(Pool[_Worker]):
             if worker.process is not None:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
         super().__exit__()
+
+    def publish(self, module: nn.Module) -> None:
+        self.version += 1
+        self._worker_spec.weights.publish(module, self.version)
 
     def release(self, deliveries: list[Delivery]) -> None:
         """Free the slots of rollouts the learner has copied, and hand them out again."""

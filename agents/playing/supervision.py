@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
+from torch import nn
+
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.worker import Games, Info, Played, PolicySpec
@@ -120,6 +122,7 @@ class Pool(ABC, Generic[WorkerT]):
 
     def __init__(self, spec: PoolSpec, new_worker: Callable[..., WorkerT]) -> None:
         self.spec = spec
+        self.version = -1  # of the newest weights that were published
         self.worker_restarts = self.env_restarts = 0
         self.starting = True  # no rollout has been taken yet
         self._played: deque[Delivery] = deque()
@@ -156,6 +159,10 @@ class Pool(ABC, Generic[WorkerT]):
     def _missing(self) -> int:
         """Rollouts that still have to be played for the next batch."""
         return max(0, self.spec.n_workers - len(self._played))
+
+    @abstractmethod
+    def publish(self, module: nn.Module) -> None:
+        """Make the module's present weights the next version, for workers to play with."""
 
     @abstractmethod
     def release(self, deliveries: list[Delivery]) -> None:

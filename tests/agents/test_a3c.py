@@ -33,7 +33,7 @@ from ncrl.agents import A3C
 from ncrl.agents.playing.env_sources import RemoteEnvs
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import PoolSpec
-from ncrl.agents.playing.weights import SharedWeights, layout
+from ncrl.agents.playing.weights import layout
 from ncrl.agents.runs.curves import record_lag
 from ncrl.envs import light, masked_cartpole
 from tests.agents.conftest import assert_bit_equal, weights
@@ -692,9 +692,9 @@ def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.Monke
     seeds = []
 
     class Pool(WorkerPool):
-        def __init__(self, spec: PoolSpec, weights: SharedWeights) -> None:
+        def __init__(self, spec: PoolSpec, module: torch.nn.Module) -> None:
             seeds.append(spec.seed)
-            super().__init__(spec, weights)
+            super().__init__(spec, module)
 
     monkeypatch.setattr("ncrl.agents.playing.players.WorkerPool", Pool)
     model = make_model(TickingFactory(), n_workers=1, n_envs=2)

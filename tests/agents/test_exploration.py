@@ -795,7 +795,7 @@ def test_workers_are_not_sent_the_second_head() -> None:
 class FakePool:
     """Hands out rollouts of the workers 1, 0, and 1 again, whose index is in every reward."""
 
-    starting = False
+    starting, version = False, 0
 
     def __init__(self, spec: PoolSpec, slots: Rollout, workers: list[int]) -> None:
         self.spec = spec
@@ -820,8 +820,7 @@ def test_games_follow_their_worker_also_where_one_delivers_twice() -> None:
     nothing: Any = None
     spec = PoolSpec(nothing, nothing, shape, n_workers=3, seed=0, limits=Limits())
     pool: Any = FakePool(spec, shape.allocate(6), [2, 0, 2, 1, 1, 0])
-    weights = SharedWeights(model.policy)
-    player = WorkersPlayer(pool, weights, model.policy, model.device, lambda: False)
+    player = WorkersPlayer(pool, model.policy, model.device, lambda: False)
     for expected in ([4, 5, 0, 1, 4, 5], [2, 3, 2, 3, 0, 1]):
         batch = player.collect(5, lambda _: True)
         assert batch is not None and batch.games == expected

@@ -4,6 +4,7 @@ from collections import deque
 from typing import Any
 
 import pytest
+import torch
 from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import RolloutShape
@@ -28,7 +29,8 @@ class FakeWorker:
 def make_pool(n_workers: int) -> tuple[WorkerPool, list[FakeWorker]]:
     shape = RolloutShape(1, 1, spaces.Discrete(2), spaces.Discrete(2), 0, 0)
     nothing: Any = None
-    pool = WorkerPool(PoolSpec(nothing, nothing, shape, n_workers, 0, Limits()), nothing)
+    spec = PoolSpec(nothing, nothing, shape, n_workers, 0, Limits())
+    pool = WorkerPool(spec, torch.nn.Linear(1, 1))
     workers = [FakeWorker() for _ in range(n_workers)]
     for worker, fake in zip(pool._workers, workers, strict=True):
         worker.connection, worker.ready = fake, True  # type: ignore[assignment]

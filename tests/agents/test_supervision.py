@@ -32,6 +32,8 @@ class FakePool(Pool[Incarnation]):
         self.started: list[tuple[int, int]] = []
         self.are_ready = False
 
+    def publish(self, module: torch.nn.Module) -> None: ...
+
     def release(self, deliveries: list[Delivery]) -> None: ...
 
     def _all_ready(self) -> bool:
@@ -91,7 +93,7 @@ def test_the_first_batch_waits_for_everybody_and_the_oldest_come_first() -> None
 
 
 def test_a_worker_without_work_owes_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = WorkerPool(make_spec(heartbeat_timeout=5), NOTHING)
+    pool = WorkerPool(make_spec(heartbeat_timeout=5), torch.nn.Linear(1, 1))
     worker = pool._workers[0]
     worker.process, worker.building = SimpleNamespace(), False  # type: ignore[assignment]
     given_up: list[int] = []
