@@ -152,8 +152,6 @@ class _Worker(Incarnation):
     """Its handle, once it is started."""
     calls: dict[Any, str] = field(default_factory=dict)
     """The methods that were called, by the reference of the answer that is still to come."""
-    place: str = ""
-    """Where it runs; empty until it runs."""
     steps: int = 0
     """In its latest sign of life."""
     is_missed: bool = False
@@ -162,9 +160,6 @@ class _Worker(Incarnation):
     def asked(self, call: str) -> int:
         """Answers of a method that are still to come."""
         return list(self.calls.values()).count(call)
-
-    def __str__(self) -> str:
-        return f"worker {self.index} ({self.place or 'without a place'})"
 
 
 class ActorPool(Pool[_Worker]):
@@ -238,11 +233,11 @@ class ActorPool(Pool[_Worker]):
         except RayTaskError as error:  # of our code, or of the environments while they were built
             if isinstance(error.cause, NonFiniteError):
                 raise error.cause from None
-            self._give_up_on(worker, "failed", str(error).strip(), hopeless=self.starting)
+            self._replace(worker, "failed", str(error).strip(), at_start=self.starting)
             return
         except RayError as error:
             never_began = getattr(error, "actor_init_failed", False)
-            self._give_up_on(worker, "died", _sentence(error), hopeless=never_began)
+            self._replace(worker, "died", _sentence(error), at_start=never_began)
             return
         now = time.monotonic()
         if call == "sign":
@@ -274,8 +269,7 @@ class ActorPool(Pool[_Worker]):
                     what = "still waits for a CPU of the cluster, or for its process to start"
                     logger.warning("worker %d %s", worker.index, what)
             elif silence > patience:
-                what = f"gave no sign of life for {patience:g} s"
-                self._give_up_on(worker, what, "no answer")
+                self._replace(worker, f"gave no sign of life for {patience:g} s", "no answer")
             elif silence > patience / 4 and not worker.building and not worker.asked("sign"):
                 self._ask_for_sign(worker)
         startup = self.spec.limits.startup_timeout
@@ -284,14 +278,6 @@ class ActorPool(Pool[_Worker]):
                 f"no worker has had a place in the cluster for {startup:g} s: it has no free CPU, "
                 "or does not get its processes started; see `ray status`"
             )
-
-    def _give_up_on(
-        self, worker: _Worker, what: str, reason: str, *, hopeless: bool = False
-    ) -> None:
-        # What fails at the first start fails at every other one.
-        hopeless = hopeless and worker.number == 0
-        # One without a place was sent to a node that was about to be found dead.
-        self._replace(worker, what, reason, hopeless=hopeless, told=bool(worker.place))
 
     def _bury(self, worker: _Worker) -> None:
         """End the actor; nothing that it answers from now on counts."""

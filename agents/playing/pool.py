@@ -65,9 +65,6 @@ class _Worker(Incarnation):
     last_beat: int = 0
     traceback: str = ""
 
-    def __str__(self) -> str:
-        return f"worker {self.index} (pid {self.process.pid if self.process else None})"
-
 
 class WorkerPool(Pool[_Worker]):
     """Workers that are processes of this machine."""
@@ -171,7 +168,6 @@ class WorkerPool(Pool[_Worker]):
                 self._give_up_on(worker, f"gave no sign of life for {patience:g} s")
 
     def _give_up_on(self, worker: _Worker, what: str) -> None:
-        # What fails at the first start fails at every other one.
         first_start = worker.number == 0 and not worker.ready
         if worker.process is not None and first_start and not worker.traceback:
             worker.process.join(1.0)
@@ -179,8 +175,8 @@ class WorkerPool(Pool[_Worker]):
                 raise WorkerError(NO_GUARD)
             if (worker.process.exitcode or 0) > 0:  # not killed: it ended by itself
                 worker.traceback = NO_START
-        hopeless = first_start and bool(worker.traceback)
-        self._replace(worker, what, worker.traceback, hopeless=hopeless)
+        at_start = not worker.ready and bool(worker.traceback)
+        self._replace(worker, what, worker.traceback, at_start=at_start)
 
     def _bury(self, worker: _Worker) -> None:
         """Kill the process, drop its pipe, and take back its slots."""
@@ -203,7 +199,7 @@ class WorkerPool(Pool[_Worker]):
         with _for_children():
             process.start()
         child_end.close()
-        worker.process, worker.connection = process, connection
+        worker.process, worker.connection, worker.place = process, connection, f"pid {process.pid}"
 
     def _hand_out(self) -> None:
         """Give every worker that plays those of its slots that are free."""

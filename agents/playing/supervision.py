@@ -89,6 +89,10 @@ class Incarnation:
     has_begun: bool = False
     building: bool = True  # its environments, for the first time or again
     last_sign: float = field(default_factory=time.monotonic)  # monotonic time of its last sign
+    place: str = ""  # where it runs; empty until it runs
+
+    def __str__(self) -> str:
+        return f"worker {self.index} ({self.place or 'without a place'})"
 
 
 class PoolSpec(NamedTuple):
@@ -217,24 +221,23 @@ class Pool(ABC, Generic[WorkerT]):
         limits = self.spec.limits
         return limits.startup_timeout if worker.building else limits.heartbeat_timeout
 
-    def _replace(
-        self, worker: WorkerT, what: str, reason: str, *, hopeless: bool = False, told: bool = True
-    ) -> None:
+    def _replace(self, worker: WorkerT, what: str, reason: str, *, at_start: bool = False) -> None:
         """Bury a worker and set the time at which its next life begins.
 
         Args:
             worker: that failed.
             what: it did.
             reason: for the message; its last line for a warning.
-            hopeless: whether the next life would end in the same way.
-            told: whether it is counted as a restart, and worth a warning.
+            at_start: whether it is its start that failed.
         """
         who = str(worker)
         self._bury(worker)
+        # What fails at the first start fails at every other one.
+        hopeless = at_start and worker.number == 0
         if too_often := "at its start" if hopeless else worker.failures.count(self.spec.limits):
             raise WorkerError(f"{who} {what} {too_often}" + (f":\n{reason}" if reason else ""))
         pause = worker.failures.pause(self.spec.limits)
-        if told:
+        if worker.place:  # else it was sent to a node that was about to be found dead
             self.worker_restarts += 1
             (last,) = reason.strip().splitlines()[-1:] or ["no traceback"]
             logger.warning("%s %s (%s); a new one starts in %.1f s", who, what, last.strip(), pause)
