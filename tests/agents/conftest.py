@@ -11,8 +11,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 
 import ncrl.agents.learning.learner
+from ncrl.agents import A3C
 
 SECONDS = 90
 """No test waits longer than this, whatever hangs."""
@@ -51,6 +53,44 @@ def worker_pids(model: Any) -> list[int]:
     """Process ids of the living workers of a model."""
     processes = [worker.process for worker in model._pool._workers]
     return [process.pid for process in processes if process is not None and process.is_alive()]
+
+
+class Episodes(BaseCallback):
+    """Keeps the ends of episodes; acts once at a row; goes on until `enough`, at a batch's end."""
+
+    def __init__(
+        self,
+        at: int = -1,
+        act: Callable[[A3C], None] = lambda model: None,
+        enough: Callable[[set[int]], bool] = lambda pids: False,
+    ) -> None:
+        super().__init__()
+        self.at, self.act, self.enough = at, act, enough
+        self.ends: list[tuple[int, int, int, int]] = []
+        self.restarts = (0, 0)
+
+    def _on_step(self) -> bool:
+        model = self.model
+        assert isinstance(model, A3C)
+        if model._pool is not None:
+            self.restarts = (model._pool.worker_restarts, model._pool.env_restarts)
+        for i, info in enumerate(self.locals["infos"]):
+            if "episode" in info:
+                self.ends.append((info["pid"], info["seed"], i % 2, info["tick"]))
+        if self.n_calls == self.at:
+            self.act(model)
+        # Only at the end of a batch, which may hold two rollouts of the same environments.
+        done = self.enough({pid for pid, *_ in self.ends}) and self.n_calls % model.n_steps == 0
+        return not done
+
+    def assert_nothing_was_counted_twice(self) -> None:
+        """Every environment's episodes arrive once and without a gap."""
+        assert len(set(self.ends)) == len(self.ends)
+        ticks: dict[tuple[int, int, int], list[int]] = {}
+        for *who, tick in self.ends:
+            ticks.setdefault((who[0], who[1], who[2]), []).append(tick)
+        for played in ticks.values():
+            assert sorted(played) == [n + 1 for n in range(len(played))]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:

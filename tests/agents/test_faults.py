@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import ncrl.agents.playing.supervision
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
 from ncrl.agents.playing.sizes import check_open_files
 from tests.agents.conftest import (
+    Episodes,
     living_children,
     shared_memory_of,
     wait_until,
@@ -59,41 +59,22 @@ def count_slots(model: A3C) -> list[int]:
     return sorted([*held, *free, *(delivery.played.slot for delivery in pool._played)])
 
 
-class Ends(BaseCallback):
-    """Checks at every row that no slot is lost; keeps the ends of episodes; acts once at a row."""
+class Ends(Episodes):
+    """Also checks at every row that no slot is lost; keeps how many threads workers have."""
 
-    def __init__(self, at: int, act: Callable[[A3C], None] = lambda model: None) -> None:
-        super().__init__()
-        self.at, self.act = at, act
-        self.ends: list[tuple[int, int, int, int]] = []
-        self.restarts = (0, 0)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.threads: set[int] = set()
         self.environ: set[str | None] = set()
 
     def _on_step(self) -> bool:
-        model, infos = self.model, self.locals["infos"]
-        assert isinstance(model, A3C)
-        pool = model._pool
-        if pool is not None:
-            assert count_slots(model) == list(range(3 * model.n_workers))
-            self.restarts = (pool.worker_restarts, pool.env_restarts)
-        for i, info in enumerate(infos):
+        if self.model._pool is not None:
+            assert count_slots(self.model) == list(range(3 * self.model.n_workers))
+        for info in self.locals["infos"]:
             if "episode" in info:
-                self.ends.append((info["pid"], info["seed"], i % 2, info["tick"]))
                 self.threads.add(info["threads"])
                 self.environ |= set(info["environ"].values())
-        if self.n_calls == self.at:
-            self.act(model)
-        return True
-
-    def assert_nothing_was_counted_twice(self) -> None:
-        """Every environment's episodes arrive once and without a gap."""
-        assert len(set(self.ends)) == len(self.ends)
-        ticks: dict[tuple[int, int, int], list[int]] = {}
-        for *who, tick in self.ends:
-            ticks.setdefault(tuple(who), []).append(tick)
-        for played in ticks.values():
-            assert sorted(played) == [n + 1 for n in range(len(played))]
+        return super()._on_step()
 
 
 def kill_first(model: A3C) -> None:
@@ -113,14 +94,8 @@ def test_f1_a_killed_worker_is_replaced(tmp_path: Path, caplog: pytest.LogCaptur
 
     env = TickingFactory(length=1, log=str(tmp_path), together=2, pause=0.002)
     model = make_model(env, n_workers=2, n_envs=4)
-    ends = Ends(at=23, act=kill)
-
-    class UntilReplaced(BaseCallback):
-        def _on_step(self) -> bool:
-            # Only at the end of a batch, which may hold two rollouts of the same environments.
-            return len({pid for pid, *_ in ends.ends}) < 3 or self.n_calls % model.n_steps != 0
-
-    model.learn(10**6, callback=[ends, UntilReplaced()])
+    ends = Ends(at=23, act=kill, enough=lambda pids: len(pids) == 3)
+    model.learn(10**6, callback=ends)
     assert len(ends.ends) == model.num_timesteps
     ends.assert_nothing_was_counted_twice()
     (warning,) = warnings_of(caplog)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 import ncrl.agents.learning.learner as learner
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
-from tests.agents.conftest import wait_until
+from tests.agents.conftest import Episodes, wait_until
 from tests.agents.environments import TickingFactory, Trouble
 
 ray = pytest.importorskip("ray")
@@ -85,42 +85,6 @@ def make_model(env: Any, **options: Any) -> A3C:
     defaults: dict[str, Any] = {"n_workers": 1, "n_envs": 2, "n_steps": 5, "limits": QUICK}
     defaults |= {"seed": 1, "device": "cpu", "policy_kwargs": {"lstm_hidden_size": 8}}
     return A3C("MlpLstmPolicy", env, **({"cluster": "auto"} | defaults | options))
-
-
-class Episodes(BaseCallback):
-    """Keeps the ends of episodes; acts once at a row; goes on until `enough`, at a batch's end."""
-
-    def __init__(
-        self,
-        at: int = -1,
-        act: Callable[[A3C], None] = lambda model: None,
-        enough: Callable[[set[int]], bool] = lambda pids: False,
-    ) -> None:
-        super().__init__()
-        self.at, self.act, self.enough = at, act, enough
-        self.ends: list[tuple[int, int, int, int]] = []
-        self.restarts = (0, 0)
-
-    def _on_step(self) -> bool:
-        model = self.model
-        assert isinstance(model, A3C) and model._pool is not None
-        self.restarts = (model._pool.worker_restarts, model._pool.env_restarts)
-        for i, info in enumerate(self.locals["infos"]):
-            if "episode" in info:
-                self.ends.append((info["pid"], info["seed"], i % 2, info["tick"]))
-        if self.n_calls == self.at:
-            self.act(model)
-        done = self.enough({pid for pid, *_ in self.ends}) and self.n_calls % model.n_steps == 0
-        return not done
-
-    def assert_nothing_was_counted_twice(self) -> None:
-        """Every environment's episodes arrive once and without a gap."""
-        assert len(set(self.ends)) == len(self.ends)
-        ticks: dict[tuple[int, int, int], list[int]] = {}
-        for *who, tick in self.ends:
-            ticks.setdefault((who[0], who[1], who[2]), []).append(tick)
-        for played in ticks.values():
-            assert sorted(played) == [n + 1 for n in range(len(played))]
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

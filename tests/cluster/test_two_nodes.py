@@ -24,8 +24,8 @@ NODES = Path(__file__).parent / "two_nodes.sh"
 SCRIPT = """
 import logging, signal
 from ncrl.agents import A3C, Limits
+from tests.agents.conftest import Episodes
 from tests.agents.environments import TickingFactory
-from tests.cluster.test_actors import Episodes
 
 class Tell(Episodes):
     hosts = None
