@@ -189,9 +189,9 @@ class ActorPool(Pool[_Worker]):
 
     def publish(self, module: nn.Module) -> None:
         """One object per version in the object store, which every node fetches once."""
-        self.version += 1
         # Older versions live as long as a worker is to read them.
         self._weights = ray.put(flatten(module).cpu().numpy())
+        self.version += 1
 
     def release(self, deliveries: list[Delivery]) -> None:
         """Nothing: a rollout from elsewhere has memory of its own."""
