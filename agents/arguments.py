@@ -169,12 +169,14 @@ def sees_images(policy: str | type) -> bool:
 def with_head_options(
     policy: str | type, policy_kwargs: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a policy, whose Neurocoder heads get the default options, or the default
-    sharpness alone beside options that are given. They are saved with the model like any other."""
+    """Arguments of a policy, whose Neurocoder heads get the default options; beside options that
+    are given only those that are no sizes. They are saved with the model like any other."""
     options = dict(policy_kwargs or {})
     kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
     if options.get("head", getattr(kind, "head", None)) == "neurocoder":
-        given = options.get("head_kwargs")
-        own = {"sharpness": defaults["sharpness"], **given} if given else dict(defaults)
-        options["head_kwargs"] = own
+        given = options.get("head_kwargs") or {}
+        official = given.get("preset") == "official"
+        switches = ("sharpness",) if official else ("sharpness", "residual_gate")
+        taken = switches if given else defaults
+        options["head_kwargs"] = {name: defaults[name] for name in taken} | given
     return options

@@ -107,6 +107,9 @@ class RunConfig:
         IMAGE_HEADS["sharpness"], "Neurocoder: softmax temperature; 1 in the paper", low=1e-6
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
+    residual_gate: bool = setting(
+        IMAGE_HEADS["residual_gate"], "Neurocoder: whether a gate weighs that part, as in the paper"
+    )
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
@@ -185,7 +188,7 @@ that makes 3.65 million parameters with the encoder `paper`, where the paper pri
 FIXED_FIELDS = (
     *("env", "protocol", "stack", "layer", "encoder", "lstm_hidden_size", "num_slots", "key_dim"),
     *("num_heads", "num_steps", "num_least_used", "controller_size", "sharpness", "residual"),
-    *("optimizer", "seed", "intrinsic_reward", "bonus_encoder", "logdir"),
+    *("residual_gate", "optimizer", "seed", "intrinsic_reward", "bonus_encoder", "logdir"),
 )
 """What a resumed run cannot change: weights or optimiser would not fit or mean something else,
 random numbers go on where they were, and so does the run in its directory."""
@@ -234,8 +237,10 @@ def stored_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    # A file of an earlier release says nothing of a bonus, because there was none.
-    return configure(read_yaml(path), replace(RunConfig(), intrinsic_reward="none"), str(path))
+    # A file of an earlier release says nothing of a bonus, because there was none, nor of the gate,
+    # which programs always had.
+    earlier = replace(RunConfig(), intrinsic_reward="none", residual_gate=True)
+    return configure(read_yaml(path), earlier, str(path))
 
 
 def make_factory(config: RunConfig) -> AtariFactory:

@@ -46,7 +46,7 @@ class Composition(nn.Module):
         Args:
             x: what the programs are composed from, [B, in].
             memory: where programs are stored.
-            gate: of the residual program, if it is linear in the input.
+            gate: of the residual program, if it has one that is linear in the input.
             rows: M_U, to be multiplied with x as well; None if the program is for another input.
         """
         raise NotImplementedError
@@ -100,7 +100,9 @@ class CompositionNetwork(Composition):
         from_input = read[0 if rows is None else 1]
         attention = self._attend(self._control(from_input), memory.keys())
         sigma = singular_values(attention.s, memory.stored("s"))
-        scale = None if gate is None else residual_scale(read[-1] + gate.bias, sigma)
+        scale = None
+        if self.config.residual:
+            scale = residual_scale(None if gate is None else read[-1] + gate.bias, sigma)
         return Composed(attention, sigma, scale, None if rows is None else read[0])
 
     def _input_weight(self) -> Tensor:
@@ -168,8 +170,9 @@ class ProjectionNetwork(Composition):
         weights = two_level_attention(logits, memory.groups()).transpose(0, 1)  # [B, H, P]
         sigma = singular_values(weights, memory.stored("s"))
         scale = None
-        if gate is not None:
-            scale = residual_scale(F.linear(x, gate.weight, gate.bias), sigma)
+        if self.config.residual:
+            from_input = None if gate is None else F.linear(x, gate.weight, gate.bias)
+            scale = residual_scale(from_input, sigma)
         projection = None if rows is None else x @ rows.T
         return Composed(Attention(weights, weights, weights), sigma, scale, projection)
 

@@ -19,10 +19,13 @@ CHOICES = {
 }
 """The values that the named switches can take; the first is the default."""
 
-SWITCHES = ("learned_sharpness", "residual", "detach_usage", "frozen_controller")
+SWITCHES = ("learned_sharpness", "residual", "residual_gate", "detach_usage", "frozen_controller")
 """What is either on or off."""
 
-PAPER_ONLY = ("gate", "learned_sharpness", "detach_usage", "residual_rank", "memory_init")
+PAPER_ONLY = (
+    *("gate", "learned_sharpness", "detach_usage", "residual_rank", "residual_gate"),
+    "memory_init",
+)
 """Switches of the paper's equations that the authors' published layer has not got."""
 
 PROJECTION_NEEDS = {"num_least_used": 0, "learned_sharpness": False, "preset": "paper"}
@@ -70,6 +73,10 @@ class NeurocoderConfig:
     residual: bool = True
     """Whether the program has the residual part Rho, a plain matrix gated by the input. It carries
     most of the accuracy on images, and costs as much as the linear layer that it is."""
+
+    residual_gate: bool = True
+    """Whether a gate of the input scales the residual part, if there is one (Eq. 7), or the
+    smallest singular value alone. In policies the gate tends to shut: Atari's heads go without."""
 
     residual_rank: int | None = None
     """Rank of the residual: None stores Rho [in, out] whole; r stores two factors [in, r] and

@@ -68,7 +68,7 @@ class Integration(nn.Module):
 
 
 class IntegrationNetwork(Integration):
-    """The residual program, whole or in two factors, and its gate (Eq. 7)."""
+    """The residual program, whole or in two factors, and its gate, if it has one (Eq. 7)."""
 
     def __init__(
         self, in_features: int, out_features: int, config: NeurocoderConfig, gate_features: int
@@ -80,7 +80,7 @@ class IntegrationNetwork(Integration):
         else:
             self.left = nn.Parameter(torch.empty(in_features, self.rank))  # [in, r]
             self.right = nn.Parameter(torch.empty(self.rank, out_features))  # [r, out]
-        self.gate: LinearWeights = LinearWeights(gate_features, 1)
+        self.gate = LinearWeights(gate_features, 1) if config.residual_gate else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,7 +88,8 @@ class IntegrationNetwork(Integration):
         for matrix in self._factors():
             bound = 1 / math.sqrt(matrix.shape[0])
             nn.init.uniform_(matrix, -bound, bound)
-        self.gate.reset_parameters()
+        if self.gate is not None:
+            self.gate.reset_parameters()
 
     @torch.no_grad()
     def start_from(self, matrix: Tensor) -> None:
@@ -142,15 +143,16 @@ def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
     return s @ torch.ones(s.shape[1], s.shape[1], dtype=s.dtype, device=s.device).tril()
 
 
-def residual_scale(gate: Tensor, sigma: Tensor) -> Tensor:
+def residual_scale(gate: Tensor | None, sigma: Tensor) -> Tensor:
     """Factor of the residual program (Eq. 7), [B, 1]: the open part of its gate times the smallest
     singular value.
 
     Args:
-        gate: before the sigmoid, [B, 1].
+        gate: before the sigmoid, [B, 1]; None where there is no gate.
         sigma: [B, R], decreasing.
     """
-    return gate.sigmoid() * sigma[:, -1:]
+    smallest = sigma[:, -1:]
+    return smallest if gate is None else gate.sigmoid() * smallest
 
 
 def mix_slots(composed: Composed) -> Tensor:
