@@ -386,7 +386,7 @@ def test_updates_are_small_unless_asked_for_or_with_a_bonus(
 
 LAYER_SIZES = {
     "linear": 3_255_795,
-    "neurocoder": 3_450_463 + 19,  # and biases
+    "neurocoder": 3_450_463 + 19 - 2 * 513,  # and biases, without gates of the residual programs
     "hypernet": 3_650_419,  # Table 9: 3.6M
     "film": 3_255_795 + 2 * 513 * 64 + 65 * 2 * (18 + 1),
     "moe": 3_255_795 + 9 * 513 * 19 + 2 * 2 * 512 * 10,
@@ -412,6 +412,7 @@ TAGS = {
     *("train/learning_rate", "train/policy_lag", "train/grad_norm", "train/orthogonality_loss"),
     *("neurocoder/attention_entropy", "neurocoder/max_attention", "neurocoder/effective_rank"),
     *("neurocoder/orthogonality", "train/balance_loss"),
+    *("neurocoder/residual_scale/actor", "neurocoder/residual_scale/critic"),
 }
 POINTS = {*range(200, 2001, 200)}
 """Timesteps of the points on the curves: 5 updates of 10 x 4 timesteps."""

@@ -81,6 +81,10 @@ def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) ->
         logger.record(f"neurocoder/{key}", sum(values.values()) / len(values))
         for name, value in values.items():
             logger.record(f"neurocoder/{key}/{name}", value)
+    for name, layer in coded.items():
+        if layer.config.residual:
+            scale = layer.residual_scale(inputs[name]).detach().mean()
+            logger.record(f"neurocoder/residual_scale/{name}", float(scale))
     for name, report in reports.items():
         logger.record(
             f"neurocoder/slot_usage/{name}",

@@ -271,6 +271,11 @@ class NeurocoderLinear(LinearSeat):
         """Singular values sigma_n of the active program for x [..., in]: [..., R], decreasing."""
         return self._compose(x).sigma.reshape(*x.shape[:-1], self.config.num_components)
 
+    def residual_scale(self, x: Tensor) -> Tensor:
+        """Factor of the residual program for x [..., in]: [...]; 0 where there is none."""
+        scale = self._compose(x).residual_scale
+        return x.new_zeros(x.shape[:-1]) if scale is None else scale.reshape(x.shape[:-1])
+
     def program(self, x: Tensor) -> Tensor:
         """The working program W for x [..., in]: [..., in, out]. Costly; for inspection."""
         composed = self._compose(x)

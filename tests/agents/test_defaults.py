@@ -32,7 +32,7 @@ def test_the_readmes_agent_is_the_commands() -> None:
     for mine, theirs in zip(python.policy.modules(), command.policy.modules(), strict=True):
         if isinstance(mine, NeurocoderLinear):
             assert isinstance(theirs, NeurocoderLinear) and mine.config == theirs.config
-            assert mine.config.sharpness == 10
+            assert mine.config.sharpness == 10 and not mine.config.residual_gate
 
 
 def test_the_table_has_a_row_for_everybody() -> None:
@@ -41,16 +41,24 @@ def test_the_table_has_a_row_for_everybody() -> None:
     assert defaults_for(4, 0, False) is MANY
 
 
-@pytest.mark.parametrize("head_kwargs", [{"sharpness": 2.0}, None])
-def test_a_sharpness_that_is_given_is_taken_and_one_that_is_not_is_saved(
-    head_kwargs: dict | None, tmp_path: Path
+@pytest.mark.parametrize(
+    ("head_kwargs", "sharpness", "gate"),
+    [
+        (None, 10.0, False),
+        ({"num_slots": 9}, 10.0, False),
+        ({"sharpness": 2.0, "residual_gate": True}, 2.0, True),
+        ({"preset": "official"}, 10.0, True),
+    ],
+)
+def test_options_that_are_given_are_taken_and_those_that_are_not_are_saved(
+    head_kwargs: dict | None, sharpness: float, gate: bool, tmp_path: Path
 ) -> None:
     model = A3C(
         "NeurocoderCnnPolicy", atari("Pong"), n_workers=0, n_envs=4, device="cpu",
         policy_kwargs=None if head_kwargs is None else {"head_kwargs": head_kwargs},
     )  # fmt: skip
-    expected = 10.0 if head_kwargs is None else 2.0
     model.save(tmp_path / "model")
     for one in (model, A3C.load(tmp_path / "model", device="cpu")):
         head = one.policy.action_net
-        assert isinstance(head, NeurocoderLinear) and head.config.sharpness == expected
+        assert isinstance(head, NeurocoderLinear)
+        assert (head.config.sharpness, head.config.residual_gate) == (sharpness, gate)

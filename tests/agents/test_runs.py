@@ -94,6 +94,13 @@ def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_file_of_an_earlier_release_says_nothing_of_what_there_was_not(tmp_path: Path) -> None:
+    """Those runs had no bonus, and their residual programs a gate."""
+    (tmp_path / "config.yaml").write_text("env: MontezumaRevenge\n")
+    config = stored_config(tmp_path)
+    assert config.intrinsic_reward == "none" and config.residual_gate
+
+
 HOLDER = """
 import sys
 from pathlib import Path

@@ -35,6 +35,7 @@ class Case(NamedTuple):
     detach_usage: bool = False
     frozen_controller: bool = False
     memory_init: str = "xavier"
+    residual_gate: bool = True
 
     @property
     def sizes(self) -> Sizes:

@@ -30,6 +30,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "residual-rank-2": {"residual_rank": 2},
     "residual-rank-surplus": {"residual_rank": 6},
     "without-residual": {"residual": False},
+    "residual-without-gate": {"residual_gate": False},
+    "residual-rank-1-without-gate": {"residual_rank": 1, "residual_gate": False},
+    "linear-residual-without-gate": {"controller": "linear", "residual_gate": False},
     "detach-usage": {"detach_usage": True},
     "detach-usage-gate-head": {"detach_usage": True, "gate": "head"},
     "all": {
@@ -80,6 +83,9 @@ def test_values_and_gradients_equal_the_reference(case: Case) -> None:
     close(layer.singular_values(x), expected["sigma"])
     close(layer.program(x), expected["program"])
     close(layer(x), expected["output"])
+    residual = 0.0 if layer.integration is None else layer.integration.matrix()
+    scaled = layer.residual_scale(x)[:, None, None] * residual
+    close(layer.active_program(x) + scaled, expected["program"])
     with torch.no_grad():  # rows, where there is one step
         close(layer(x), expected["output"])
 
@@ -119,7 +125,8 @@ def test_state_dict_names_and_shapes(case: Case) -> None:
     if case.learned_sharpness:
         expected["composition.log_sharpness"] = ()
     if case.residual:
-        expected |= {"integration.gate.weight": (1, i), "integration.gate.bias": (1,)}
+        if case.residual_gate:
+            expected |= {"integration.gate.weight": (1, i), "integration.gate.bias": (1,)}
         if r is None:
             expected["integration.residual"] = (i, o)
         else:
@@ -139,7 +146,7 @@ def expected_count(case: Case) -> int:
     count += (h + 1) * (3 * H * K + g) + 3 * K * (i + o + 2) + P * (i + o + 1)
     if case.residual:
         rank = case.residual_rank
-        count += (i * o if rank is None else rank * (i + o)) + i + 1
+        count += (i * o if rank is None else rank * (i + o)) + (i + 1) * case.residual_gate
     return count + (o if case.bias else 0) + case.learned_sharpness
 
 
@@ -349,6 +356,7 @@ OFFICIAL_REFUSES: dict[str, Any] = {
     "learned_sharpness": True,
     "detach_usage": True,
     "residual_rank": 2,
+    "residual_gate": False,
     "memory_init": "orthogonal",
 }
 
