@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "replicate-valid": dict(padding="valid", padding_mode="replicate", residual=False),
     "one-by-one": dict(kernel_size=1),
     "residual-rank": dict(residual_rank=2, groups=2),
+    "residual-without-gate": dict(residual_gate=False, padding=1),
 }
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

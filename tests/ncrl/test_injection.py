@@ -642,7 +642,13 @@ def test_a_full_name_in_place_already_does_not_fall_back_to_a_suffix() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"residual_rank": 2}, {"preset": "official"}, {"frozen_controller": True}]
+    "options",
+    [
+        {"residual_rank": 2},
+        {"residual_gate": False},
+        {"preset": "official"},
+        {"frozen_controller": True},
+    ],
 )
 @pytest.mark.parametrize("keep_weight", [True, False])
 def test_any_config(options: dict[str, Any], keep_weight: bool) -> None:

@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"num_slots": 6, "num_heads": 2, "num_steps": 2, "gate": "slot"},
         **{"detach_usage": True, "residual_rank": 2},
     },
+    "neurocoder-without-gate": {"num_slots": 6, "num_heads": 2, "residual_gate": False},
     "neurocoder-projection": {
         **{"num_slots": 6, "num_heads": 2, "controller": "projection", "num_least_used": 0},
     },
