@@ -264,10 +264,9 @@ def program_reference(
         program = program + sigma[n] * u[:, None] * v[None, :]
     residual = residual_reference(state)
     if residual is not None:
-        residual = sigma[R - 1] * residual
         if "integration.gate.bias" in state:
             gate_weight, gate_bias = (state[f"integration.gate.{n}"] for n in ("weight", "bias"))
-            residual = sigmoid(dot(gate_weight[0], x) + gate_bias[0]) * residual
+            residual = sigmoid(dot(gate_weight[0], x) + gate_bias[0]) * sigma[R - 1] * residual
         program = program + residual
     return torch.stack(sigma), program
 

@@ -412,7 +412,6 @@ TAGS = {
     *("train/learning_rate", "train/policy_lag", "train/grad_norm", "train/orthogonality_loss"),
     *("neurocoder/attention_entropy", "neurocoder/max_attention", "neurocoder/effective_rank"),
     *("neurocoder/orthogonality", "train/balance_loss"),
-    *("neurocoder/residual_scale/actor", "neurocoder/residual_scale/critic"),
 }
 POINTS = {*range(200, 2001, 200)}
 """Timesteps of the points on the curves: 5 updates of 10 x 4 timesteps."""

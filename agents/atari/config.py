@@ -108,7 +108,7 @@ class RunConfig:
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     residual_gate: bool = setting(
-        IMAGE_HEADS["residual_gate"], "Neurocoder: whether a gate weighs that part, as in the paper"
+        IMAGE_HEADS["residual_gate"], "Neurocoder: whether a gate scales that part, as in the paper"
     )
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)

@@ -82,7 +82,7 @@ def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) ->
         for name, value in values.items():
             logger.record(f"neurocoder/{key}/{name}", value)
     for name, layer in coded.items():
-        if layer.config.residual:
+        if layer.config.residual and layer.config.residual_gate:  # else it can only be 0 or 1
             scale = layer.residual_scale(inputs[name]).detach().mean()
             logger.record(f"neurocoder/residual_scale/{name}", float(scale))
     for name, report in reports.items():

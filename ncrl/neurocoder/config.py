@@ -75,8 +75,9 @@ class NeurocoderConfig:
     most of the accuracy on images, and costs as much as the linear layer that it is."""
 
     residual_gate: bool = True
-    """Whether a gate of the input scales the residual part, if there is one (Eq. 7), or the
-    smallest singular value alone. In policies the gate tends to shut: Atari's heads go without."""
+    """Whether the residual part, if there is one, is scaled by a gate of the input and the smallest
+    singular value (Eq. 7), or added as it is. In policies both tend to shrink, and the matrix with
+    them learns less: heads on images go without."""
 
     residual_rank: int | None = None
     """Rank of the residual: None stores Rho [in, out] whole; r stores two factors [in, r] and

@@ -145,14 +145,14 @@ def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
 
 def residual_scale(gate: Tensor | None, sigma: Tensor) -> Tensor:
     """Factor of the residual program (Eq. 7), [B, 1]: the open part of its gate times the smallest
-    singular value.
+    singular value; 1 where there is no gate.
 
     Args:
-        gate: before the sigmoid, [B, 1]; None where there is no gate.
+        gate: before the sigmoid, [B, 1], or None.
         sigma: [B, R], decreasing.
     """
     smallest = sigma[:, -1:]
-    return smallest if gate is None else gate.sigmoid() * smallest
+    return torch.ones_like(smallest) if gate is None else gate.sigmoid() * smallest
 
 
 def mix_slots(composed: Composed) -> Tensor:
