@@ -34,8 +34,9 @@ from ncrl.agents.playing.env_sources import RemoteEnvs
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import PoolSpec
 from ncrl.agents.playing.weights import layout
-from ncrl.agents.runs.curves import record_lag
+from ncrl.agents.runs.curves import record_heads, record_lag
 from ncrl.envs import light, masked_cartpole
+from ncrl.sb3 import Latent
 from tests.agents.conftest import assert_bit_equal, weights
 from tests.agents.environments import TickingFactory
 
@@ -557,6 +558,22 @@ def test_the_largest_lag_is_that_of_all_batches_since_the_last_point() -> None:
     assert logger.name_to_value["train/policy_lag_max"] == 1
 
 
+@pytest.mark.parametrize("gate", [True, False])
+def test_the_factor_of_residual_programs_is_recorded_where_it_varies(gate: bool) -> None:
+    model = A3C(
+        "NeurocoderMlpPolicy", "CartPole-v1", n_workers=0, n_envs=1, device="cpu",
+        policy_kwargs={"head_kwargs": {"residual_gate": gate}, "net_arch": []},
+    )  # fmt: skip
+    logger, x = Logger(None, []), torch.randn(3, 2, 4)
+    record_heads(logger, model.policy, Latent(x, x))
+    found = {name: v for name, v in logger.name_to_value.items() if "residual_scale" in name}
+    heads = {"actor": model.policy.action_net, "critic": model.policy.value_net} if gate else {}
+    assert found == {
+        f"neurocoder/residual_scale/{name}": pytest.approx(head.residual_scale(x).mean().item())
+        for name, head in heads.items()
+    }
+
+
 def test_the_lag_of_one_worker_is_bounded_by_its_slots() -> None:
     """Three slots: when it reads weights, at most two rollouts lie before its own, and the one
     that is being learnt from has given its slot back."""
@@ -649,6 +666,7 @@ def test_environments_that_workers_cannot_build() -> None:
 UNGUARDED = """
 from ncrl.agents import A3C
 from ncrl.envs import masked_cartpole
+from ncrl.sb3 import Latent
 large = bytes(1 << 20)  # more than the pipe takes through which a process is told what to do
 env = lambda n_envs, seed: large and masked_cartpole()(n_envs, seed)
 A3C("MlpPolicy", env, n_workers=1, n_envs=1, device="cpu").learn(100)
