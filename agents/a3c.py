@@ -101,7 +101,8 @@ class A3C(EngineAlgorithm):
         limits: time-outs and restarts of the workers.
         stats_window_size: whole games that means of scores are taken over.
         policy_kwargs: further arguments of the policy, such as `head`, `head_kwargs`, `encoder`.
-            Neurocoder heads on images have the sizes and sharpness of `ncrl.agents.defaults`.
+            Neurocoder heads on images have the options of `ncrl.agents.defaults`; beside
+            `head_kwargs` only sharpness and the residual program without gate.
         seed: of everything; serial runs with equal seeds give bit-equal weights.
         device: of the learner.
         profile: measure where the time of each process goes: curves `profile/<process>/<phase>`,
@@ -281,7 +282,8 @@ class A3C(EngineAlgorithm):
                 self.best_score, self.first_scored_at = -math.inf, -1
             self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
             self._started = time.monotonic_ns()
-            seen = dict(locals())  # no player: a callback that is kept would keep its memory
+            # No player: a callback that is kept would keep its memory.
+            seen = dict(locals()) | {"iteration": 0}
             with (
                 sizes.learner_threads(self.n_workers if self.cluster is None else 0),
                 self._stopwatch.phase("setup"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -170,13 +170,15 @@ def with_head_options(
     policy: str | type, policy_kwargs: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Arguments of a policy, whose Neurocoder heads get the default options; beside options that
-    are given only those that are no sizes. They are saved with the model like any other."""
+    are given only those that are no sizes, beside a whole `config` none. They are saved with the
+    model like any other."""
     options = dict(policy_kwargs or {})
     kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
     if options.get("head", getattr(kind, "head", None)) == "neurocoder":
         given = options.get("head_kwargs") or {}
-        official = given.get("preset") == "official"
-        switches = ("sharpness",) if official else ("sharpness", "residual_gate")
-        taken = switches if given else defaults
+        taken: Iterable[str] = () if given else defaults
+        if given and "config" not in given:
+            official = given.get("preset") == "official"
+            taken = ("sharpness",) if official else ("sharpness", "residual_gate")
         options["head_kwargs"] = {name: defaults[name] for name in taken} | given
     return options

@@ -92,7 +92,7 @@ def main() -> None:
         rows = [*our_rows(arguments, encoder)]
         if arguments.peers:
             rows += peer_rows(arguments, encoder)
-        if arguments.sample_factory:
+        if arguments.sample_factory and encoder == "nature":
             for n in arguments.n_envs:
                 rate = partial(sample_factory, arguments.sample_factory, n)
                 rows.append(Row(f"Sample Factory APPO, encoder nature, {n} games", rate))

@@ -71,13 +71,13 @@ class NeurocoderConfig:
     `sharpness` on. Spares a search; costs one parameter."""
 
     residual: bool = True
-    """Whether the program has the residual part Rho, a plain matrix gated by the input. It carries
-    most of the accuracy on images, and costs as much as the linear layer that it is."""
+    """Whether the program has the residual part Rho, a plain matrix. It carries most of the
+    accuracy on images, and costs as much as the linear layer that it is."""
 
     residual_gate: bool = True
     """Whether the residual part, if there is one, is scaled by a gate of the input and the smallest
     singular value (Eq. 7), or added as it is. In policies both tend to shrink, and the matrix with
-    them learns less: heads on images go without."""
+    them learns less: `ncrl.agents.A3C` goes without on images."""
 
     residual_rank: int | None = None
     """Rank of the residual: None stores Rho [in, out] whole; r stores two factors [in, r] and

@@ -127,8 +127,8 @@ class NeurocoderLinear(LinearSeat):
             linear: not changed.
             config: sizes and switches of the layer; `NeurocoderConfig()` if None.
             keep_weight: start the residual program from the weight of `linear`, or from its best
-                approximation of rank `residual_rank`. The gate and the smallest singular value
-                still scale it, and the active program is added to it.
+                approximation of rank `residual_rank`. What scales it still does (see
+                `NeurocoderConfig.residual_gate`), and the active program is added to it.
             options: any field of `NeurocoderConfig`, in place of the one in `config`.
 
         Raises:
@@ -137,11 +137,10 @@ class NeurocoderLinear(LinearSeat):
         layer = cls(
             int(linear.in_features),
             int(linear.out_features),
-            config,
+            configured(config, cls.PRESET, options),
             bias=linear.bias is not None,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
-            **options,
         )
         layer._take_over(linear, keep_weight)
         return layer

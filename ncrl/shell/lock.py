@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Make a run's folder and hold its lock; yields False if another process has it.
 
-    `wait` is until the lock is free. Raises ValueError if the folder cannot be written.
+    `wait` is until the lock is free. Raises ValueError if the folder cannot be written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -20,18 +21,13 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
     try:
-        yield _lock(descriptor, wait)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        except OSError as error:  # of a network's file system, say
+            raise ValueError(f"cannot lock {folder}: {error.strerror}") from error
+        yield held
     finally:
         os.close(descriptor)  # which gives the lock back
-
-
-def _lock(descriptor: int, wait: bool) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True

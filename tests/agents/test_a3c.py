@@ -740,6 +740,9 @@ def test_workers_leave_callbacks_evaluation_and_files_alone(tmp_path: Path) -> N
 
 def test_the_memory_that_workers_play_into_is_freed_though_the_callback_is_kept() -> None:
     class Watch(BaseCallback):
+        def _on_training_start(self) -> None:
+            assert self.locals["iteration"] == 0  # as SB3's
+
         def _on_step(self) -> bool:
             self.pool = weakref.ref(self.model._pool)
             return True

@@ -11,7 +11,7 @@ from ncrl.agents.atari.config import RunConfig, with_game, with_sizes
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.defaults import FEW, IMAGES, MANY, defaults_for
 from ncrl.envs import atari
-from ncrl.neurocoder import NeurocoderLinear
+from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear
 
 
 def test_the_readmes_agent_is_the_commands() -> None:
@@ -48,6 +48,8 @@ def test_the_table_has_a_row_for_everybody() -> None:
         ({"num_slots": 9}, 10.0, False),
         ({"sharpness": 2.0, "residual_gate": True}, 2.0, True),
         ({"preset": "official"}, 10.0, True),
+        ({"config": NeurocoderConfig(num_slots=9)}, 1.0, True),
+        ({"config": NeurocoderConfig(preset="official"), "sharpness": 3.0}, 3.0, True),
     ],
 )
 def test_options_that_are_given_are_taken_and_those_that_are_not_are_saved(

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, WAITING, BestModel
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints
 from ncrl.envs import masked_cartpole
+from ncrl.shell.lock import locked
 from ncrl.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +101,23 @@ def test_the_file_of_an_earlier_release_says_nothing_of_what_there_was_not(tmp_p
     (tmp_path / "config.yaml").write_text("env: MontezumaRevenge\n")
     config = stored_config(tmp_path)
     assert config.intrinsic_reward == "none" and config.residual_gate
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_folder_that_cannot_be_locked(
+    wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network's file system, say; that nobody else has it is no comfort."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(ValueError, match=f"cannot lock {tmp_path}: No locks available"),
+        locked(tmp_path, wait=wait),
+    ):
+        pass
 
 
 HOLDER = """
