@@ -13,6 +13,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ from ncrl.tasks.figures import draw_band
 
 SETTINGS = ("env", "layer", "games", "seed")
 """Of a run, in every row of its small file."""
+
+GATED = "gated neurocoder"
+"""The `layer` of runs with `--residual-gate`, as all Neurocoder heads once were."""
 
 COLUMNS = {
     "frames": "time/frames",
@@ -102,6 +106,8 @@ def main() -> None:
 def write_small(run: Path, out: Path) -> None:
     """At most `MOST_ROWS` rows, and the last, of what a run has logged."""
     config = stored_config(run)
+    if config.layer == "neurocoder" and config.residual_gate:
+        config = replace(config, layer=GATED)
     settings = [str(getattr(config, name)) for name in SETTINGS]
     rows = read_rows(run / "progress.csv")
     every = max(1, math.ceil(len(rows) / MOST_ROWS))
