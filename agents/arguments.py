@@ -176,9 +176,12 @@ def with_head_options(
     kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
     if options.get("head", getattr(kind, "head", None)) == "neurocoder":
         given = options.get("head_kwargs") or {}
-        taken: Iterable[str] = () if given else defaults
-        if given and "config" not in given:
-            official = given.get("preset") == "official"
-            taken = ("sharpness",) if official else ("sharpness", "residual_gate")
+        taken: Iterable[str] = ("sharpness", "residual_gate")
+        if not given:
+            taken = defaults
+        elif "config" in given:
+            taken = ()
+        elif given.get("preset") == "official":
+            taken = ("sharpness",)
         options["head_kwargs"] = {name: defaults[name] for name in taken} | given
     return options

@@ -17,6 +17,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv
 
 from ncrl.agents import A3C
+from ncrl.agents.atari.config import camel_case
 from ncrl.agents.playing.sizes import available_cores
 from ncrl.envs import AtariFactory, atari
 from ncrl.shell.hardware import cpu_name
@@ -40,15 +41,10 @@ def build_a3c(factory: AtariFactory, head: str, encoder: str, **options: Any) ->
     return A3C("CnnLstmPolicy", factory, **options)
 
 
-def name_in_gymnasium(game: str) -> str:
-    """Such as MontezumaRevenge, however the game is written."""
-    return atari(game).game.title().replace("_", "")
-
-
 def games_of_sb3(game: str, n_envs: int, **options: Any) -> VecEnv:
     """Games as users of SB3 have them; `options` are those of its `make_atari_env`."""
     gymnasium.register_envs(ale_py)
-    return make_atari_env(f"{name_in_gymnasium(game)}NoFrameskip-v4", n_envs, **options)
+    return make_atari_env(f"{camel_case(atari(game).game)}NoFrameskip-v4", n_envs, **options)
 
 
 def played_alone(

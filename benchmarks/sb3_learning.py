@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import games_of_sb3, name_in_gymnasium
+from common import games_of_sb3
 from curves import COLUMNS, SETTINGS
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
@@ -27,6 +27,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.utils import LinearSchedule, safe_mean
 from stable_baselines3.common.vec_env import VecFrameStack
+
+from ncrl.agents.atari.config import camel_case
+from ncrl.envs import atari
 
 FRAMES_PER_TIMESTEP = 4
 STACK = 4
@@ -120,7 +123,7 @@ def main() -> None:
     if options.out.exists():
         parser.error(f"{options.out} exists; give another name")
     agent = AGENTS[options.agent]
-    game = name_in_gymnasium(options.env)
+    game = camel_case(atari(options.env).game)
     games = games_of_sb3(
         game,
         agent.n_envs,

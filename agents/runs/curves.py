@@ -59,6 +59,7 @@ def record_scores(
         logger.record("rollout/first_reward_frames", first_frames)
 
 
+@torch.no_grad()
 def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) -> None:
     """What Neurocoder heads attend to in the latest batch, of which `latent` is what they read."""
     heads = {"actor": policy.action_net, "critic": policy.value_net}
@@ -66,11 +67,10 @@ def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) ->
     if not coded or latent is None:
         return
     latent = latent.map(lambda x: x.flatten(0, 1)[:DIAGNOSTIC_SAMPLES])
-    with torch.no_grad():
-        inputs = {
-            "actor": policy.mlp_extractor.forward_actor(latent.actor),
-            "critic": policy.mlp_extractor.forward_critic(latent.critic),
-        }
+    inputs = {
+        "actor": policy.mlp_extractor.forward_actor(latent.actor),
+        "critic": policy.mlp_extractor.forward_critic(latent.critic),
+    }
     reports = {name: describe(layer, inputs[name]) for name, layer in coded.items()}
     for key in ("attention_entropy", "max_attention", "effective_rank", "orthogonality"):
         values = {name: getattr(report, key) for name, report in reports.items()}
@@ -83,7 +83,7 @@ def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) ->
             logger.record(f"neurocoder/{key}/{name}", value)
     for name, layer in coded.items():
         if layer.config.residual and layer.config.residual_gate:  # else it can only be 0 or 1
-            scale = layer.residual_scale(inputs[name]).detach().mean()
+            scale = layer.residual_scale(inputs[name]).mean()
             logger.record(f"neurocoder/residual_scale/{name}", float(scale))
     for name, report in reports.items():
         logger.record(

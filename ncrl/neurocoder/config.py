@@ -23,7 +23,11 @@ SWITCHES = ("learned_sharpness", "residual", "residual_gate", "detach_usage", "f
 """What is either on or off."""
 
 PAPER_ONLY = (
-    *("gate", "learned_sharpness", "detach_usage", "residual_rank", "residual_gate"),
+    "gate",
+    "learned_sharpness",
+    "residual_gate",
+    "residual_rank",
+    "detach_usage",
     "memory_init",
 )
 """Switches of the paper's equations that the authors' published layer has not got."""
