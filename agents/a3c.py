@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import arguments
 from ncrl.agents.algorithm import EngineAlgorithm
-from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, defaults_for
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, MAX_GRAD_NORM, defaults_for
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
@@ -125,7 +125,7 @@ class A3C(EngineAlgorithm):
         gae_lambda: float | None = None,
         ent_coef: float = Objective.ent_coef,
         vf_coef: float = Objective.vf_coef,
-        max_grad_norm: float = 40.0,
+        max_grad_norm: float = MAX_GRAD_NORM,
         rms_prop_eps: float = 0.1,
         use_rms_prop: bool | None = None,
         normalize_advantage: bool = False,

@@ -10,6 +10,9 @@ from typing import NamedTuple
 DEFAULT_ENVS = 16
 """Environments that are built from an id or a factory, unless `n_envs` says otherwise."""
 
+MAX_GRAD_NORM = 40.0
+"""Limit on the gradient's norm."""
+
 FEW_ENVS = 4
 """Number of environments in this process from which on they are many."""
 

@@ -11,7 +11,7 @@ import torch
 
 from ncrl import NeurocoderConfig
 from ncrl.agents.arguments import check_batch
-from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES, MAX_GRAD_NORM
 from ncrl.agents.learning.intrinsic import SOURCES
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing.sizes import (
@@ -20,6 +20,7 @@ from ncrl.agents.playing.sizes import (
     choose_sizes,
     worker_cores,
 )
+from ncrl.agents.playing.supervision import Limits
 from ncrl.agents.runs.directory import RunDirectory
 from ncrl.envs import AtariFactory, atari
 from ncrl.layers import LAYERS
@@ -94,17 +95,26 @@ class RunConfig:
     num_slots: int = setting(
         IMAGE_HEADS["num_slots"], "Neurocoder: slots P of the program memory", low=1, high=65_536
     )
-    key_dim: int = setting(3, "Neurocoder: width K of keys", low=1, high=4096)
+    key_dim: int = setting(
+        NeurocoderConfig.key_dim, "Neurocoder: width K of keys", low=1, high=4096
+    )
     num_heads: int = setting(
         IMAGE_HEADS["num_heads"], "Neurocoder: attention heads H", low=1, high=4096
     )
-    num_steps: int = setting(1, "Neurocoder: steps J of the controller", low=1, high=256)
+    num_steps: int = setting(
+        NeurocoderConfig.num_steps, "Neurocoder: steps J of the controller", low=1, high=256
+    )
     num_least_used: int = setting(
         IMAGE_HEADS["num_least_used"], "Neurocoder: least-used slots l_I", low=0, high=65_536
     )
-    controller_size: int = setting(8, "Neurocoder: width of the controller", low=1, high=4096)
+    controller_size: int = setting(
+        NeurocoderConfig.controller_size,
+        "Neurocoder: width of the controller",
+        low=1,
+        high=4096,
+    )
     sharpness: float = setting(
-        IMAGE_HEADS["sharpness"], "Neurocoder: softmax temperature; 1 in the paper", low=1e-6
+        IMAGE_HEADS["sharpness"], "Neurocoder: factor in the softmax; 1 in the paper", low=1e-6
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     residual_gate: bool = setting(
@@ -128,7 +138,7 @@ class RunConfig:
     ent_coef: float = same_as(Objective, "ent_coef")
     entropy_floor: float = same_as(Objective, "entropy_floor")
     vf_coef: float = same_as(Objective, "vf_coef")
-    max_grad_norm: float = setting(40.0, "limit on the gradient's norm", low=0)
+    max_grad_norm: float = setting(MAX_GRAD_NORM, "limit on the gradient's norm", low=0)
     rms_prop_eps: float = setting(0.1, "rmsprop: epsilon, inside the root", low=0)
     orth_coef: float = same_as(Objective, "orth_coef")
     balance_coef: float = same_as(Objective, "balance_coef")
@@ -166,10 +176,13 @@ class RunConfig:
     stop_on_save_error: bool = setting(False, "whether a full disk ends the run")
     # Workers.
     heartbeat_timeout: float = setting(
-        60.0, "seconds after which a silent worker is replaced", low=0.1, high=10**6
+        Limits.heartbeat_timeout,
+        "seconds after which a silent worker is replaced",
+        low=0.1,
+        high=10**6,
     )
     max_restarts: int = setting(
-        5,
+        Limits.max_restarts,
         "deaths in a row, and a fourth of those in 10 minutes, that a worker is replaced after",
         low=0,
         high=1000,
@@ -237,8 +250,7 @@ def stored_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    # A file of an earlier release says nothing of a bonus, because there was none, nor of the gate,
-    # which programs always had.
+    # A file that says nothing of a bonus means none, and of the gate that there is one.
     earlier = replace(RunConfig(), intrinsic_reward="none", residual_gate=True)
     return configure(read_yaml(path), earlier, str(path))
 

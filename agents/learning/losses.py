@@ -97,7 +97,7 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> Tensor:
-    """-mean(log pi(a_t | x_t) (R_t - V(x_t))+), a scalar: self-imitation (Oh et al. 2018).
+    """-mean(log pi(a_t | x_t) (return - V(x_t))+), a scalar: self-imitation (Oh et al. 2018).
 
     Only where more was reached than the value expects. Values learn nothing from it, other than in
     the paper: those of the few timesteps that are repeated would soon be the returns, and end the
@@ -106,13 +106,13 @@ def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> Tensor
     Args:
         log_probs: of the actions that were taken then, under the policy of now, [T, B].
         values: V(x_t) of now, [T, B]; constants to the gradient.
-        returns: R_t, what was reached then, [T, B]; timesteps with 0 are left out.
+        returns: what was reached then, [T, B]; timesteps with 0 are left out.
 
     Raises:
         ValueError: if shapes differ.
     """
     _check_shapes(values, log_probs=log_probs, returns=returns)
-    surplus = torch.where(returns > 0, (returns - values.detach()).clamp(min=0), 0.0)
+    surplus = torch.where(returns > 0, (returns - values).clamp(min=0), 0.0).detach()
     return -(log_probs * surplus).mean()
 
 
@@ -121,16 +121,11 @@ def entropy_loss(entropy: Tensor) -> Tensor:
     return -entropy.mean()
 
 
-def below_floor(entropy_loss: Tensor, floor: float) -> Tensor:
-    """(floor - H)+^2 for the mean entropy H, a scalar; 0 without a floor (0).
-
-    Args:
-        entropy_loss: -H, a scalar.
-        floor: least mean entropy, in nats.
-    """
+def below_floor(mean_entropy: Tensor, floor: float) -> Tensor:
+    """(floor - H)+^2 for the mean entropy H, a scalar; 0 without a floor (0), in nats."""
     if not floor:
-        return torch.zeros_like(entropy_loss)
-    return (floor + entropy_loss).clamp(min=0).square()
+        return torch.zeros_like(mean_entropy)
+    return (floor - mean_entropy).clamp(min=0).square()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:

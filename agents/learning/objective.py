@@ -172,7 +172,7 @@ def actor_critic_loss(
             terms["policy_loss"]
             + objective.vf_coef * terms["value_loss"]
             + objective.ent_coef * terms["entropy_loss"]
-            + FLOOR_COEF * below_floor(terms["entropy_loss"], objective.entropy_floor)
+            + FLOOR_COEF * below_floor(-terms["entropy_loss"], objective.entropy_floor)
             + objective.balance_coef * terms["balance_loss"]
             + objective.vf_coef * exploration.get("int_value_loss", none)
             + objective.imitation_coef * again * exploration.get("imitation_loss", none)

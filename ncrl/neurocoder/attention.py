@@ -22,15 +22,15 @@ def content_attention(queries: Tensor, keys: Tensor, sharpness: float | Tensor) 
 
 
 def content_logits(queries: Tensor, keys: Tensor, sharpness: float | Tensor) -> Tensor:
-    """Sharpened cosine between query and key.
+    """Cosine between query and key, times the sharpness (the exponent of Eq. 5).
 
     Args:
-        queries: [3, N, K], of any length.
-        keys: [3, P, K], of any length.
+        queries: [3, N, K], of any length; with keys for each head [H, N, K].
+        keys: [3, P, K] or [H, P, K], of any length.
         sharpness: beta.
 
     Returns:
-        [3, N, P].
+        [3, N, P] or [H, N, P].
     """
     # Both are brought to unit length in one go, which costs as much as either alone.
     directions = F.normalize(torch.cat([queries, keys], dim=1), dim=2, eps=NORM_FLOOR)
@@ -40,6 +40,8 @@ def content_logits(queries: Tensor, keys: Tensor, sharpness: float | Tensor) -> 
 
 def two_level_attention(logits: Tensor, sizes: Sequence[int]) -> Tensor:
     """Softmax within groups of slots, times a softmax over groups that all heads decide together.
+
+    Not in the paper: for memories that grow (results/growing_memory.md).
 
     What speaks for a group is its largest logit, summed over heads.
 
@@ -76,7 +78,9 @@ def usage_attention(usage: Tensor, num_least_used: int) -> Tensor:
 def compose_attention(
     content: Tensor, gates: Tensor | None, num_least_used: int, detach_usage: bool
 ) -> Tensor:
-    """Mix of content and usage attention over J steps.
+    """Mix of content and usage attention over J steps: w_j = g c_j + (1 - g) l_j (section 2.2).
+
+    The usage m_j of a slot is the largest weight that it got up to step j.
 
     Args:
         content: [3, B, J, H, P].

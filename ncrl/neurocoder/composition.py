@@ -1,5 +1,7 @@
 """The composition network: a small LSTM that attends to the program memory (paper, section 2.2).
 
+What it hands on has singular values (Eq. 4) and the factor of the residual program (Eq. 7) already.
+
 Shapes: B inputs, P slots, H heads, J steps, R = J * H components, K key width, h LSTM width.
 """
 

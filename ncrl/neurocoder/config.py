@@ -65,10 +65,10 @@ class NeurocoderConfig:
     """Hidden width h of the composition network. The official LSTM has its own width, 3HK + 1."""
 
     sharpness: float = 1.0
-    """Softmax temperature beta. 1 is the paper's equation, under which no weight can exceed
-    e / (e + (P - 1) / e), so that with many slots every input gets nearly the same program; raise
-    it (10 is typical) for attention that can settle on few slots. With `preset="official"` it
-    multiplies the authors' own temperature."""
+    """Factor beta of the cosines in the softmax, an inverse temperature. 1 is the paper's equation,
+    under which no weight can exceed e / (e + (P - 1) / e), so that with many slots every input gets
+    nearly the same program; raise it (10 is typical) for attention that can settle on few slots.
+    With `preset="official"` it multiplies the authors' own factor."""
 
     learned_sharpness: bool = False
     """Whether beta is trained, through its logarithm (`composition.log_sharpness`), from

@@ -1,5 +1,8 @@
 """The integration network: from attention weights to the output y = x W (paper, section 2.1).
 
+Singular values and the factor of the residual program are functions here, which composition calls:
+the authors' layer has others.
+
 Shapes: B inputs, P slots, R components. The working program W is never built here: x u_n^T is a sum
 of x M_U^T over slots, so two matrix products with the memories and two sums over slots suffice.
 """
@@ -129,7 +132,8 @@ def increments(weight_s: Tensor, memory_s: Tensor) -> Tensor:
 
 
 def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
-    """Positive, strictly decreasing singular values sigma_n (Eq. 4).
+    """Positive, strictly decreasing singular values sigma_n (Eq. 4), unless softplus rounds to 0, as
+    it does below -104 in single precision.
 
     Args:
         weight_s: [B, R, P], attention over the stored singular values.
@@ -165,7 +169,7 @@ def mix_slots(composed: Composed) -> Tensor:
 
 
 def active_program(composed: Composed, u: Tensor, v: Tensor) -> Tensor:
-    """sum_n sigma_n u_n^T v_n itself, [B, in, out], from M_U [P, in] and M_V [P, out].
+    """sum_n sigma_n u_n^T v_n itself (Eqs. 1 and 3), [B, in, out], from M_U [P, in], M_V [P, out].
 
     For inspection and tests.
     """

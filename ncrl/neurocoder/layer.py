@@ -267,7 +267,8 @@ class NeurocoderLinear(LinearSeat):
         return Attention(*(w.reshape(*x.shape[:-1], *w.shape[1:]) for w in attention))
 
     def singular_values(self, x: Tensor) -> Tensor:
-        """Singular values sigma_n of the active program for x [..., in]: [..., R], decreasing."""
+        """Singular values sigma_n of the active program for x [..., in]: [..., R], decreasing;
+        in the authors' layer without LSTM increasing."""
         return self._compose(x).sigma.reshape(*x.shape[:-1], self.config.num_components)
 
     def residual_scale(self, x: Tensor) -> Tensor:

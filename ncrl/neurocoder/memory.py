@@ -1,4 +1,7 @@
-"""The program memory: singular vectors and values of stored programs, and their keys."""
+"""The program memory: singular vectors and values of stored programs, and their keys.
+
+Shapes: P slots, F of them frozen, H heads, K key width.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class SlotMemory(nn.Module):
         raise NotImplementedError
 
     def keys(self) -> Tensor:
-        """Keys of the three memories, of any length, [3, P, K]."""
+        """Keys of the three memories, of any length, [3, P, K]; or of each head, [H, P, K]."""
         raise NotImplementedError
 
     def orthogonality(self, squared: bool = False) -> Tensor:

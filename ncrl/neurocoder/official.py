@@ -30,7 +30,7 @@ EPSILON = 1e-6
 """Added to either norm, and once more to their product, in `scaled_cosine`."""
 
 RECURRENT_SHARPNESS = 10.0
-"""Temperature of the authors' LSTM form; their single step has none."""
+"""Factor in the softmax of the authors' LSTM form; their single step has none."""
 
 BIAS_STD, INITIAL_STATE_STD = 0.01, 0.05
 """Standard deviations that biases, and the learned initial state of the LSTM, start with."""
@@ -192,7 +192,7 @@ class OfficialIntegration(Integration):
         if hasattr(self, "residual"):
             nn.init.xavier_uniform_(self.residual)
         if self.gate is not None:
-            _reset_linear(self.gate)
+            _reset_as_authors(self.gate)
 
 
 class OfficialSingleStep(Composition):
@@ -210,7 +210,7 @@ class OfficialSingleStep(Composition):
 
     def reset_parameters(self) -> None:
         for linear in self.query.values():
-            _reset_linear(linear)
+            _reset_as_authors(linear)
 
     def forward(
         self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
@@ -340,7 +340,7 @@ def least_used_attention(usage: Tensor, num_least_used: int) -> Tensor:
     return unused * (unused > threshold)
 
 
-def _reset_linear(linear: nn.Module) -> None:
+def _reset_as_authors(linear: nn.Module) -> None:
     """Xavier-uniform weight, bias near zero, of a module that has both."""
     nn.init.xavier_uniform_(linear.get_parameter("weight"))
     nn.init.normal_(linear.get_parameter("bias"), std=BIAS_STD)

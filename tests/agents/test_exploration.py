@@ -294,9 +294,9 @@ def test_the_source_steps_once_in_1280_timesteps_of_large_batches(rows: int, ste
 class Scene:
     """A batch played by other weights, in which games end, and a model to learn from it."""
 
-    def __init__(self, head: str = "linear", *, vf_coef: float = 0.5) -> None:
+    def __init__(self, head: str = "linear") -> None:
         self.model = make_model(
-            policy_kwargs={"lstm_hidden_size": 8, "head": head}, n_steps=8, vf_coef=vf_coef,
+            policy_kwargs={"lstm_hidden_size": 8, "head": head}, n_steps=8,
             int_coef=0.7, ext_coef=1.5, imitation_coef=0.3, int_gamma=0.8, gamma=0.95,
             gae_lambda=0.9,
         ).learn(32 * 4)  # fmt: skip
@@ -353,6 +353,21 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     entropy = evaluation.entropy.mean().item()
     expected = 32 * (policy + 0.5 * (value + int_value) - scene.objective.ent_coef * entropy)
     assert loss.total.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_values_learn_from_the_value_losses_alone() -> None:
+    """No gradient reaches the critic through advantages, those of the bonus included."""
+    scene = Scene()
+    scene.objective = replace(scene.objective, vf_coef=0.0)
+    policy = scene.model.policy
+    policy.optimizer.zero_grad()
+    scene.loss().total.backward()
+    heads = {"value": policy.value_net, "bonus": policy.value_net_int, "actor": policy.action_net}
+    reached = {
+        name: any(p.grad is not None and p.grad.any() for p in head.parameters())
+        for name, head in heads.items()
+    }
+    assert reached == {"value": False, "bonus": False, "actor": True}
 
 
 def test_the_games_advantages_are_standardised_before_the_bonus_is_added() -> None:

@@ -490,7 +490,7 @@ def test_a_damaged_state_is_refused_in_one_line(damage: str) -> None:
 
 
 def test_imitation_loss_value_and_gradient_by_hand() -> None:
-    """R - V = (1, -1, 0 left out, 3); d/dlog p = -(R - V)+ / N, and values are constants."""
+    """R - V = (1, -1, 0 left out, 3); d/dlog p = -(R - V)+ / N; no other gradient."""
     log_probs = torch.tensor([[-0.5], [-1.0], [-2.0], [-0.1]], requires_grad=True)
     values = torch.tensor([[1.0], [2.0], [-7.0], [1.0]], requires_grad=True)
     returns = torch.tensor([[2.0], [1.0], [0.0], [4.0]], requires_grad=True)
@@ -499,7 +499,7 @@ def test_imitation_loss_value_and_gradient_by_hand() -> None:
     loss.backward()
     assert log_probs.grad is not None
     assert log_probs.grad[:, 0].tolist() == pytest.approx([-0.25, 0, 0, -0.75])
-    assert values.grad is None
+    assert values.grad is None and returns.grad is None
 
 
 def test_imitation_loss_refuses_shapes_that_would_broadcast() -> None:

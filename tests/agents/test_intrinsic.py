@@ -292,6 +292,11 @@ def test_vicreg_loss_is_the_sum_of_its_definition() -> None:
     assert vicreg_loss(a, b).item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_vicreg_loss_has_the_gradient_of_its_value() -> None:
+    pair = [scale * normal(6, 4, seed=seed).double() for scale, seed in ((0.7, 0), (1.5, 1))]
+    assert torch.autograd.gradcheck(vicreg_loss, [each.requires_grad_() for each in pair])
+
+
 def test_vicreg_loss_of_a_single_pair_is_finite() -> None:
     a, b = normal(1, 4).requires_grad_(), normal(1, 4, seed=1)
     loss = vicreg_loss(a, b)

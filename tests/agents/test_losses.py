@@ -243,7 +243,7 @@ def test_value_loss_value_and_gradient() -> None:
 def test_below_floor(entropy: float, floor: float, expected: float, gradient: float) -> None:
     """(floor - H)^2 below it, with the derivative -2 (floor - H); 0 above it, and without one."""
     mean = torch.tensor(entropy, requires_grad=True)
-    loss = below_floor(-mean, floor)
+    loss = below_floor(mean, floor)
     assert loss.item() == pytest.approx(expected)
     slope = torch.autograd.grad(loss, mean, allow_unused=True)[0] if loss.requires_grad else None
     assert (0.0 if slope is None else slope.item()) == pytest.approx(gradient)
