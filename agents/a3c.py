@@ -28,8 +28,8 @@ from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.players import Player, SerialPlayer, played_by_workers
 from ncrl.agents.playing.supervision import Limits, PoolSpec
+from ncrl.agents.profiling import Profile, stopwatch_for
 from ncrl.agents.runs import curves
-from ncrl.agents.runs.profiling import Profile, stopwatch_for
 from ncrl.sb3 import EnginePolicy
 
 logger = logging.getLogger(__name__)

@@ -44,9 +44,9 @@ from ncrl.agents.playing.sizes import check_machine, games_per_update
 from ncrl.agents.playing.supervision import Pool
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec
+from ncrl.agents.profiling import OFF, Profile, Stopwatch
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.loading import load_model, write_model
-from ncrl.agents.runs.profiling import OFF, Profile, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.registry import POLICIES
 from ncrl.settings import suggest

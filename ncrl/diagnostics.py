@@ -26,7 +26,7 @@ class LayerReport(NamedTuple):
 
 @torch.no_grad()
 def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
-    """Measure `layer` on inputs x [B, in], B >= 1."""
+    """Measure `layer` on inputs x [B, in], B >= 1; a convolution on `description(images)`."""
     weights = torch.stack(layer.attend(x))  # [3, B, R, P]
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))  # 1e-12 is 0 in float16
     shares = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)

@@ -37,9 +37,9 @@ from ncrl.agents import A3C, NonFiniteError, WorkerError
 from ncrl.agents.atari.config import RunConfig, with_game, with_sizes
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.learning.intrinsic import RND, PseudoCount
+from ncrl.agents.profiling import PHASES
 from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory
-from ncrl.agents.runs.profiling import PHASES
 from ncrl.layers import LAYERS, make_layer
 from ncrl.settings import configure, parse
 from run_atari import main

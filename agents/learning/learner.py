@@ -18,7 +18,7 @@ from ncrl.agents.learning.objective import (
 )
 from ncrl.agents.learning.update import Update, apply_gradient
 from ncrl.agents.playing.buffers import Batch, Rollout, split_envs
-from ncrl.agents.runs.profiling import Stopwatch
+from ncrl.agents.profiling import Stopwatch
 from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_obs
 

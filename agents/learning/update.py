@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ncrl.agents.learning.objective import Lesson, Loss, Objective, actor_critic_loss
 from ncrl.agents.learning.optim import scaled_step
-from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.networks import LstmState, static_unroll
 from ncrl.sb3 import EnginePolicy, Latent
 

@@ -40,7 +40,7 @@ from ncrl.agents.playing.supervision import (
 )
 from ncrl.agents.playing.weights import fill, flatten
 from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played
-from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.shell.hardware import keep_freed_memory
 
 logger = logging.getLogger(__name__)

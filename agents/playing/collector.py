@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ncrl.agents.playing.buffers import Rollout
-from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.networks import LstmState
 from ncrl.sb3.engine import EnginePolicy, map_obs
 

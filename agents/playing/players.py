@@ -19,7 +19,7 @@ from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import Pool, PoolSpec
 from ncrl.agents.playing.worker import check_script, end_if_importing_main
-from ncrl.agents.runs.profiling import OFF, Stopwatch
+from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
 

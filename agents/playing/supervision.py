@@ -20,7 +20,7 @@ from torch import nn
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.worker import Games, Info, Played, PolicySpec
-from ncrl.agents.runs.profiling import Profile
+from ncrl.agents.profiling import Profile
 
 logger = logging.getLogger(__name__)
 

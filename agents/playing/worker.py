@@ -27,7 +27,7 @@ from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
 from ncrl.agents.playing.env_sources import EnvFactory, build
 from ncrl.agents.playing.weights import SharedWeights, layout
-from ncrl.agents.runs.profiling import OFF, Seconds, Stopwatch
+from ncrl.agents.profiling import OFF, Seconds, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.shell.hardware import keep_freed_memory
 

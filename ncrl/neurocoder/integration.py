@@ -132,8 +132,8 @@ def increments(weight_s: Tensor, memory_s: Tensor) -> Tensor:
 
 
 def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
-    """Positive, strictly decreasing singular values sigma_n (Eq. 4), unless softplus rounds to 0, as
-    it does below -104 in single precision.
+    """Positive, strictly decreasing singular values sigma_n (Eq. 4). In single precision softplus is 0
+    below -104, and so are they then.
 
     Args:
         weight_s: [B, R, P], attention over the stored singular values.

@@ -1,4 +1,4 @@
-"""`ncrl.agents.runs.profiling`: each moment is charged once, to its phase; no worker's is lost."""
+"""`ncrl.agents.profiling`: each moment is charged once, to its phase; no worker's is lost."""
 
 import os
 import signal
@@ -15,8 +15,8 @@ from stable_baselines3.common.logger import Logger
 import ncrl.agents.a3c
 import ncrl.agents.playing.pool
 from ncrl.agents import A3C, Limits
+from ncrl.agents.profiling import OFF, PHASES, Profile, Seconds, Stopwatch, stopwatch_for
 from ncrl.agents.runs.checkpoints import resume, save_checkpoint
-from ncrl.agents.runs.profiling import OFF, PHASES, Profile, Seconds, Stopwatch, stopwatch_for
 from tests.agents.conftest import worker_pids
 from tests.agents.environments import TickingFactory, Trouble
 

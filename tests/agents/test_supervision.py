@@ -13,7 +13,7 @@ from ncrl.agents.playing.buffers import RolloutShape
 from ncrl.agents.playing.pool import WorkerPool, handed_over
 from ncrl.agents.playing.supervision import Delivery, Failures, Incarnation, Limits, Pool, PoolSpec
 from ncrl.agents.playing.worker import Played, Ready, WorkerSpec, _work
-from ncrl.agents.runs.profiling import OFF
+from ncrl.agents.profiling import OFF
 
 SHAPE = RolloutShape(1, 1, spaces.Discrete(2), spaces.Discrete(2), 0, 0)
 NOTHING: Any = None

@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
 from ncrl.agents.playing.worker import Games, PolicySpec
-from ncrl.agents.runs.profiling import OFF
+from ncrl.agents.profiling import OFF
 from ncrl.sb3 import MlpLstmPolicy
 from tests.agents.environments import Scripted
 
