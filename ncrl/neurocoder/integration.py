@@ -132,8 +132,9 @@ def increments(weight_s: Tensor, memory_s: Tensor) -> Tensor:
 
 
 def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
-    """Positive, strictly decreasing singular values sigma_n (Eq. 4). In single precision softplus is 0
-    below -104, and so are they then.
+    """Positive, strictly decreasing singular values sigma_n (Eq. 4).
+
+    In single precision softplus is 0 below -104, and they can be equal or 0 then.
 
     Args:
         weight_s: [B, R, P], attention over the stored singular values.
