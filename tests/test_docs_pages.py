@@ -11,10 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WITH_EXAMPLES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "neurocoder")))
 WITH_EXAMPLES += ("docs/exploration.md",)
 TIDY = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "results").glob("*.md"))]
-TIDY += [
-    ROOT / "docs" / f"{name}.md"
-    for name in ("api", "exploration", "glossary", "gpu", "lab_notes", "neurocoder", "quickstart")
-]
+TIDY += sorted((ROOT / "docs").glob("*.md"))
 PROGRAMS = [
     pytest.param(program, id=f"{page}-{number}")
     for page in WITH_EXAMPLES
