@@ -364,6 +364,19 @@ def test_an_optimiser_built_before_loading_goes_on_exactly() -> None:
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+def test_gradients_from_before_loading_are_not_those_of_the_slots_that_are_left() -> None:
+    layer = make()
+    layer.freeze_slots()
+    layer.grow(3)
+    other = make(seed=1, num_slots=7)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(random_input(5, 7)).square().mean().backward()
+    other.load_state_dict(layer.state_dict())
+    optimizer.step()
+    for name in "uvs":
+        assert torch.equal(other.memory.stored(name), layer.memory.stored(name)), name
+
+
 def test_groups_of_slots_are_loaded() -> None:
     layer = make(**PROJECTION)
     for count in (2, 1):
@@ -410,6 +423,17 @@ def test_programs_for_one_input_from_another() -> None:
     sigma, program = program_reference(state, sizes, context[0, 0], expected)
     assert relative_error(layer.singular_values(context)[0, 0], sigma) < 1e-9
     assert relative_error(layer.program(context)[0, 0], program) < 1e-9
+
+
+def test_autocast_leaves_what_slots_read_of_another_input_in_float32() -> None:
+    """A mean that no slot reads would cost all eight bits."""
+    layer = make(context_features=3, residual=False).float()
+    with torch.no_grad():
+        layer.memory.u -= layer.memory.u.mean(1, keepdim=True)
+    x, context = 1000 + random_input(4, 7).float(), random_input(4, 3, seed=2).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x, context)
+    assert relative_error(y.float(), layer(x, context)) < 0.1
 
 
 def test_refusals() -> None:
