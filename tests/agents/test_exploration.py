@@ -488,7 +488,59 @@ def test_an_update_on_the_device_learns_from_the_bonus_and_from_what_was_kept(li
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
 
 
+def test_an_update_that_was_not_made_leaves_exploration_as_it_was() -> None:
+    scene = Scene()
+    learner, exploration = scene.model.learner, scene.model.exploration
+    assert exploration is not None
+    kept = Kept(
+        *(part[:, :1] for part in (scene.batch.obs, scene.batch.episode_start)),  # type: ignore[index]
+        scene.batch.actions[:, :1], normal(8, 1).abs(), *(s[:, :1] for s in scene.batch.lstm_state),
+    )  # fmt: skip
+
+    def known() -> tuple[float, int, bool]:
+        carried = exploration.memory.state_dict()["lstm_state"] is not None
+        return exploration.advantage_deviation, exploration.num_updates, carried
+
+    before = known()
+    for value in (float("nan"), 1.0):
+        novelty = scene.novelty._replace(rewards=value * scene.novelty.rewards)
+        update = learner.update(Lesson(scene.batch, novelty, kept), scene.objective, 1.0)
+        assert update.stepped == math.isfinite(value)
+        assert (known() == before) == (not update.stepped)
+
+
 # A3C.
+
+
+def test_each_part_of_a_batch_is_learnt_from_with_the_bonus_of_its_own_games(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(batch_size=10)
+    assert model.exploration is not None
+    scored, learnt = [], []
+    score, update = model.exploration.intrinsic_rewards, model.learner.update
+
+    def watched_score(batch: Rollout) -> Any:
+        scored.append(score(batch))
+        return scored[-1]
+
+    def watched_update(lesson: Lesson, *others: Any) -> Any:
+        assert lesson.novelty is not None
+        learnt.append(lesson.novelty.rewards)
+        return update(lesson, *others)
+
+    monkeypatch.setattr(model.exploration, "intrinsic_rewards", watched_score)
+    monkeypatch.setattr(model.learner, "update", watched_update)
+    model.learn(20)
+    assert [part.shape for part in learnt] == [(5, 2), (5, 2)]
+    assert torch.equal(torch.cat(learnt, 1), scored[0][0])
+
+
+def test_demonstrations_are_worth_what_the_loss_makes_of_their_rewards() -> None:
+    model = make_model(reward_scale=3.0, reward_clip=2.0).learn(1000)
+    assert model.exploration is not None
+    kept = model.exploration.memory.demonstrations()
+    assert kept and {one.returns.max().item() for all_of in kept.values() for one in all_of} == {2}
 
 
 def test_none_is_no_bonus_and_without_coefficients_a_bonus_changes_nothing() -> None:
