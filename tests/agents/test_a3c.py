@@ -34,7 +34,7 @@ from ncrl.agents.playing.env_sources import RemoteEnvs
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import PoolSpec
 from ncrl.agents.playing.weights import layout
-from ncrl.agents.runs.curves import record_heads, record_lag
+from ncrl.agents.runs.curves import record_heads, record_lag, record_means
 from ncrl.envs import light, masked_cartpole
 from ncrl.sb3 import Latent
 from tests.agents.conftest import assert_bit_equal, weights
@@ -556,6 +556,13 @@ def test_the_largest_lag_is_that_of_all_batches_since_the_last_point() -> None:
     logger.dump()
     record_lag(logger, [1, 0])
     assert logger.name_to_value["train/policy_lag_max"] == 1
+
+
+def test_what_is_no_number_does_not_spoil_the_mean_of_other_updates() -> None:
+    logger = Logger(None, [])
+    for value in (1.0, math.nan, 3.0, math.inf):
+        record_means(logger, {"value_loss": value})
+    assert logger.name_to_value["train/value_loss"] == 2
 
 
 @pytest.mark.parametrize("gate", [True, False])

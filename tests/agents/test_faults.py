@@ -501,6 +501,21 @@ def test_f19_ten_skipped_updates_in_a_row_end_the_training(
         assert torch.equal(value, before[name]), name
 
 
+def test_f19_skipped_updates_with_others_between_them_do_not_end_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(TickingFactory(), n_workers=0)
+    loss = ncrl.agents.learning.learner.actor_critic_loss
+
+    def poisoned(*arguments: Any) -> Any:
+        result = loss(*arguments)
+        return result._replace(total=result.total / (model._n_updates % 4 == 0))
+
+    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", poisoned)
+    model.learn(200)
+    assert (model._n_updates, model._skipped_updates) == (20, 15)
+
+
 @pytest.mark.parametrize("n_workers", [0, 1])
 def test_f19_weights_that_nobody_can_play_with(n_workers: int) -> None:
     """They may be finite: what comes out of them is not."""
