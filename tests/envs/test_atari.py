@@ -219,6 +219,20 @@ def test_score_is_the_raw_sum_over_whole_games(protocol):
     assert {lost for _, lost in games} == ({2} if protocol == "classic" else {0})
 
 
+def test_a_reset_in_the_middle_of_a_game_begins_its_score_anew():
+    env = atari(QUICK)(1, 0)
+    policy = RandomPolicy(env)
+    env.reset()
+    before = sum(env.step(policy.predict(None)[0])[1].item() for _ in range(100))
+    assert before > 0
+    env.reset()
+    score, length, info = 0.0, 0, {}
+    while "episode" not in info:
+        _, rewards, _, (info,) = env.step(policy.predict(None)[0])
+        score, length = score + rewards.item(), length + 1
+    assert (info["episode"]["r"], info["episode"]["l"]) == (score, length)
+
+
 def test_lost_life_goes_on_without_a_reset():
     env = atari(QUICK, protocol="classic", stack=4)(1, 0)
     policy = RandomPolicy(env)
@@ -275,6 +289,19 @@ def test_truncation_reports_the_last_frame_of_the_old_game():
                 assert not after[i, :3].any()  # the new game: zeros before its first frame
                 assert after[i, 3].any()
         before = after
+
+
+def test_a_game_that_is_over_at_the_time_limit_was_not_cut(monkeypatch):
+    env = atari("Pong")(2, 0)
+    env.reset()
+    observations, both = np.zeros((2, 1, 84, 84), np.uint8), np.ones(2, bool)
+    over, info = np.array([True, False]), {"lives": np.zeros(2), "final_obs": observations}
+    monkeypatch.setattr(env._games, "send", lambda _: None)
+    received = (observations, np.zeros(2, np.int32), over, both, info)
+    monkeypatch.setattr(env._games, "recv", lambda: received)
+    _, _, dones, infos = env.step(np.zeros(2, np.int64))
+    assert dones.all()
+    assert [info["TimeLimit.truncated"] for info in infos] == [False, True]
 
 
 @pytest.mark.parametrize(
