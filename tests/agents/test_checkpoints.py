@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnvWrapper
 
 import ncrl.agents.runs.checkpoints
 from ncrl.agents import A3C
@@ -97,8 +98,10 @@ def everything(model: A3C) -> dict[str, Any]:
             "counters": {name: getattr(model, name) for name in COUNTED},
             "obs": model._last_obs,
             "episode_start": collector.episode_start,
+            "last_episode_starts": model._last_episode_starts,
             # `t` is the time on the clock
             "episodes": [(game["r"], game["l"]) for game in model.ep_info_buffer or ()],
+            "windows": [getattr(model, f"ep_{of}_buffer").maxlen for of in ("info", "success")],
         }
     )
 
@@ -220,6 +223,30 @@ def test_f16_a_run_is_resumed_twice(tmp_path: Path) -> None:
     assert third.num_timesteps == 60
     third.learn(30, reset_num_timesteps=False)
     assert difference(everything(second), everything(third)) == []
+
+
+class Noise(VecEnvWrapper):
+    """Adds numbers of the program's own random streams to the rewards."""
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        drawn = random.random() + np.random.random() + torch.rand(()).item()
+        return obs, rewards + drawn, dones, infos
+
+
+def test_f16_playing_again_draws_nothing_from_the_streams_that_go_on(tmp_path: Path) -> None:
+    def factory(n_envs: int, seed: int) -> Noise:
+        return Noise(masked_cartpole()(n_envs, seed))
+
+    whole = make_model(factory)
+    whole.learn(90, callback=SaveAt(60, tmp_path))
+    again = make_model(factory)
+    resume(again, newest_checkpoint(tmp_path))
+    again.learn(30, reset_num_timesteps=False)
+    assert difference(everything(whole), everything(again)) == []
 
 
 @pytest.mark.parametrize("later", [None, 7])
