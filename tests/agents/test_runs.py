@@ -339,6 +339,13 @@ def test_checkpoints_come_between_updates_and_the_newest_are_kept(tmp_path: Path
     assert names == ["step_000000000120", "step_000000000160"]
 
 
+def test_a_run_that_goes_on_is_saved_as_often_as_any_other(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    model = make_model().learn(60)
+    model.learn(60, callback=saver(run), reset_num_timesteps=False)
+    assert [path.stem for path in run.checkpoints.glob("*.zip")] == ["step_000000000100"]
+
+
 def test_f11_a_full_disk_is_reported_and_play_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
