@@ -195,6 +195,18 @@ def test_scores_of_a_training_that_begins_anew_are_those_of_its_own_games() -> N
     assert (model.best_score, model.first_scored_at) == (-math.inf, -1)
 
 
+def test_games_without_a_reward_have_no_first_score() -> None:
+    def factory(n_envs: int, seed: int) -> VecEnv:
+        cartpole = gym.make("CartPole-v1")
+        return make_vec_env(
+            lambda: gym.wrappers.TransformReward(cartpole, lambda _: 0.0), n_envs, seed=seed
+        )
+
+    model = make_model(env=factory, n_envs=1).learn(100)
+    assert model.ep_info_buffer
+    assert (model.best_score, model.first_scored_at) == (0, -1)
+
+
 @pytest.mark.parametrize("where", ["callback", "environment"])
 def test_an_interrupted_training_goes_on_where_its_games_stand(where: str) -> None:
     class Interrupt(BaseCallback):
@@ -571,13 +583,16 @@ def test_the_factor_of_residual_programs_is_recorded_where_it_varies(gate: bool)
         "NeurocoderMlpPolicy", "CartPole-v1", n_workers=0, n_envs=1, device="cpu",
         policy_kwargs={"head_kwargs": {"residual_gate": gate}, "net_arch": []},
     )  # fmt: skip
-    logger, x = Logger(None, []), torch.randn(3, 2, 4)
-    record_heads(logger, model.policy, Latent(x, x))
+    logger, latent = Logger(None, []), Latent(torch.randn(3, 2, 4), torch.randn(3, 2, 4))
+    record_heads(logger, model.policy, latent)
     found = {name: v for name, v in logger.name_to_value.items() if "residual_scale" in name}
     heads = {"actor": model.policy.action_net, "critic": model.policy.value_net} if gate else {}
+    scales = {
+        name: head.residual_scale(getattr(latent, name)).mean() for name, head in heads.items()
+    }
     assert found == {
-        f"neurocoder/residual_scale/{name}": pytest.approx(head.residual_scale(x).mean().item())
-        for name, head in heads.items()
+        f"neurocoder/residual_scale/{name}": pytest.approx(scale.item())
+        for name, scale in scales.items()
     }
 
 
