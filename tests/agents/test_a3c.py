@@ -195,6 +195,18 @@ def test_scores_of_a_training_that_begins_anew_are_those_of_its_own_games() -> N
     assert (model.best_score, model.first_scored_at) == (-math.inf, -1)
 
 
+def test_logs_are_written_once_per_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model().learn(20, log_interval=1)
+    dumps: list[int] = []
+    monkeypatch.setattr(model.logger, "dump", lambda step: dumps.append(step))
+    model.dump_logs()
+    assert dumps == []
+    model.num_timesteps += 10
+    model.dump_logs()
+    model.dump_logs()
+    assert dumps == [30]
+
+
 def test_games_without_a_reward_have_no_first_score() -> None:
     def factory(n_envs: int, seed: int) -> VecEnv:
         cartpole = gym.make("CartPole-v1")

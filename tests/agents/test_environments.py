@@ -397,6 +397,8 @@ class Locals(BaseCallback):
             np.testing.assert_array_equal(getattr(buffer, name), seen)
         np.testing.assert_array_equal(buffer.rewards, np.stack([row["rewards"] for row in rows]))
         np.testing.assert_array_equal(buffer.actions, np.stack([row["actions"] for row in rows]))
+        dones = np.stack([row["dones"] for row in rows])
+        np.testing.assert_array_equal(buffer.episode_starts[1:], dones[:-1])
         if rows[0]["values"] is not None:
             values = torch.stack([row["values"] for row in rows]).squeeze(-1)
             np.testing.assert_allclose(buffer.values, values, atol=1e-5)

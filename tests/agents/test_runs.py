@@ -540,9 +540,14 @@ def test_weights_are_written_later_where_the_disk_was_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, best = make_model(), BestModel(tmp_path)
+    write = ncrl.agents.runs.best.write_atomically
+
+    def write_what_is_small(path: Path, data: bytes) -> None:
+        write(path, data) if path == best.note else full_disk(0)
+
     play(best, model, 1.0)
     with monkeypatch.context() as broken:
-        broken.setattr(ncrl.agents.runs.best, "write_atomically", lambda *_: full_disk(0))
+        broken.setattr(ncrl.agents.runs.best, "write_atomically", write_what_is_small)
         with pytest.raises(OSError, match="space"):
             best.compare(model)
     play(best, model, 3.0)  # which do not count
