@@ -272,6 +272,21 @@ def test_which_drops_in_lives_end_the_return(monkeypatch):
     assert infos == [{}, {}, {"life_lost": True}]
 
 
+def test_a_reset_forgets_the_lives_of_the_game_before(monkeypatch):
+    """It had bonus lives, more than the three that a new game begins with."""
+    env = atari(QUICK, protocol="classic")(1, 0)
+    before, no = env.reset(), np.zeros(1, bool)
+    with monkeypatch.context() as patch:
+        patch.setattr(env._games, "send", lambda _: None)
+        received = (before, np.zeros(1, np.int32), no, no, {"lives": np.array([5])})
+        patch.setattr(env._games, "recv", lambda: received)
+        env.step(np.zeros(1, np.int64))
+    env.reset()
+    _, _, dones, infos = env.step(np.zeros(1, np.int64))
+    assert not dones.any()
+    assert infos == [{}]
+
+
 def test_truncation_reports_the_last_frame_of_the_old_game():
     env = atari("Pong", stack=4, max_frames=80)(2, 0)
     before = env.reset()
