@@ -207,6 +207,16 @@ def test_logs_are_written_once_per_timestep(monkeypatch: pytest.MonkeyPatch) -> 
     assert dumps == [30]
 
 
+def test_curves_count_frames_where_a_timestep_has_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(env=masked_cartpole(max_steps=2), n_steps=10)
+    model.frames_per_timestep = 4
+    model.learn(20, log_interval=None)
+    monkeypatch.setattr(model.logger, "dump", lambda step: None)
+    model.dump_logs()
+    found = model.logger.name_to_value
+    assert (found["time/frames"], found["rollout/first_reward_frames"]) == (80, 16)
+
+
 def test_games_without_a_reward_have_no_first_score() -> None:
     def factory(n_envs: int, seed: int) -> VecEnv:
         cartpole = gym.make("CartPole-v1")
