@@ -47,9 +47,9 @@ from ncrl.agents.playing.worker import PolicySpec
 from ncrl.agents.profiling import OFF, Profile, Stopwatch
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.loading import load_model, write_model
+from ncrl.checks import suggest
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.registry import POLICIES
-from ncrl.settings import suggest
 
 FORGOTTEN_AFTER = 10
 """Predictions in a row without a state after which a policy with memory warns."""

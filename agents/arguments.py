@@ -18,9 +18,10 @@ from ncrl import sb3
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing import sizes
 from ncrl.agents.playing.env_sources import EnvFactory
+from ncrl.checks import require_range
 from ncrl.envs import AtariFactory
 from ncrl.sb3 import EnginePolicy
-from ncrl.settings import check, require_range
+from ncrl.settings import check
 
 ACTION_SPACES = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
 

@@ -17,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 
 from ncrl import __version__
-from ncrl.settings import EXIT_SIGINT, suggest, usage_error
+from ncrl.checks import suggest
+from ncrl.settings import EXIT_SIGINT, usage_error
 
 PAPER_TASKS = ("mnist", "cifar", "polynomial", "algorithms", "split_mnist", "split_cifar")
 TASKS = {

@@ -13,6 +13,7 @@ from typing import TypeGuard
 
 from torch import nn
 
+from ncrl.checks import nearest, shown
 from ncrl.neurocoder import (
     NeurocoderConfig,
     NeurocoderConv2d,
@@ -21,7 +22,6 @@ from ncrl.neurocoder import (
 )
 from ncrl.open_attention import ORIGINAL, OpenAttention
 from ncrl.seat import has_hooks
-from ncrl.settings import nearest, shown
 
 MAX_LISTED = 30
 """Candidates that an error message lists; a transformer can have hundreds."""

@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from ncrl.baselines import FiLMLinear, HyperNetLinear, MoELinear, NSMLinear
+from ncrl.checks import require_switch, suggest
 from ncrl.neurocoder import NeurocoderConfig, NeurocoderLinear, layer_class
-from ncrl.seat import require_switch
-from ncrl.settings import suggest
 
 LayerFactory = Callable[..., nn.Module]
 """Called like `nn.Linear`: input width, output width, then options of its own by name."""

@@ -18,8 +18,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.checks import suggest
 from ncrl.seat import has_hooks
-from ncrl.settings import suggest
 
 LstmState = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each [L, B, h]."""

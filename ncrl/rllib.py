@@ -32,13 +32,13 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor, distributed
 
 from ncrl.baselines import record_gates
+from ncrl.checks import suggest
 from ncrl.networks import MeanImage
 from ncrl.sb3 import EnginePolicy, Latent, export_policy, load_policy
 from ncrl.sb3.engine import map_obs
 from ncrl.sb3.export import put_tensors, unique_tensors
 from ncrl.sb3.registry import POLICIES
 from ncrl.sb3.regularise import regularisation_loss
-from ncrl.settings import suggest
 
 _swapped = partial(torch.transpose, dim0=0, dim1=1)  # [B, T, ...] <-> [T, B, ...]
 

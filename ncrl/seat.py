@@ -1,4 +1,4 @@
-"""What all layers share: the seat of a linear layer, and checks of sizes.
+"""What all layers share: the seat of a linear layer.
 
 `...` stands for any leading dimensions, B for their product.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from ncrl.checks import require_choice, require_positive
 
 
 class NoWeight:
@@ -132,24 +133,6 @@ def has_hooks(module: nn.Module) -> bool:
 def total(losses: list[Tensor]) -> Tensor:
     """Sum of scalars from any devices, on that of the first of them; 0 if there are none."""
     return torch.stack([loss.to(losses[0].device) for loss in losses] or [torch.zeros(())]).sum()
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
-def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def require_switch(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def reset_linear(weight: Tensor, bias: Tensor | None) -> None:

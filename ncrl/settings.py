@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import math
-import reprlib
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, fields, replace
 from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
+from ncrl.checks import LONGEST_VALUE, nearest, require_choice, require_range, shortened, shown
+
 EXIT_USAGE, EXIT_SIGINT = 2, 130
 
-LONGEST_VALUE, LONGEST_MESSAGE = 80, 600
-"""Characters of a value that a message shows, and of a message."""
+LONGEST_MESSAGE = 600
+"""Characters of a message."""
 
 Config = TypeVar("Config")
 
@@ -55,21 +55,6 @@ def check(config: Any) -> None:
             require_range(entry.name, value, rules["low"], rules["high"])
         if isinstance(value, Real) and not isinstance(value, int) and not math.isfinite(value):
             raise ValueError(f"{entry.name} must be a finite number, got {value}")
-
-
-def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(choices)}, got {shown(value)}; "
-            f"nearest: {nearest(shown(value), choices)}"
-        )
-
-
-def require_range(name: str, value: Any, low: float, high: float) -> None:
-    """Raise ValueError unless a number lies between two others."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low:.12g} .. {high:.12g}, got {shown(value)}")
 
 
 def configure(values: dict[str, Any], base: Config, source: str) -> Config:
@@ -142,39 +127,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str
 
 def usage_error(program: str, message: str) -> NoReturn:
     """One line on stderr and exit code 2."""
-    print(f"{program}: {_shortened(' '.join(message.split()), LONGEST_MESSAGE)}", file=sys.stderr)
+    print(f"{program}: {shortened(' '.join(message.split()), LONGEST_MESSAGE)}", file=sys.stderr)
     raise SystemExit(EXIT_USAGE)
-
-
-def shown(value: Any) -> str:
-    """A value for a message: `repr`, cut off where it is long, whatever it is made of.
-
-    YAML can name one list many times, so that 300 bytes are a list of millions of words.
-    """
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 3, LONGEST_VALUE, LONGEST_VALUE
-    # It would turn the whole number into text before it cuts.
-    if isinstance(value, int) and value.bit_length() > 4 * LONGEST_VALUE:
-        return f"a number of about {int(value.bit_length() * math.log10(2)):,} digits"
-    return _shortened(short.repr(value), LONGEST_VALUE)
-
-
-def _shortened(text: str, longest: int) -> str:
-    if len(text) <= longest:
-        return text
-    kept = (longest - 5) // 2
-    return f"{text[:kept]} ... {text[-kept:]}"
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """The choice that looks most like `name`; "none" if there is no choice."""
-    return (difflib.get_close_matches(name, list(choices), n=1, cutoff=0) or ["none"])[0]
-
-
-def suggest(name: str, choices: Collection[str]) -> str:
-    """A hint for a message: the nearest choice, or all of them where none looks like `name`."""
-    close = difflib.get_close_matches(name, list(choices), n=1)
-    return f"nearest: {close[0]}" if close else f"choose one of {', '.join(choices)}"
 
 
 def _as_type(name: str, value: Any, expected: str, source: str) -> Any:

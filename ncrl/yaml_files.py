@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from ncrl.checks import shown
 from ncrl.files import read_bytes
-from ncrl.settings import shown
 
 LARGEST_YAML = 1 << 17
 """Bytes of a file of settings."""

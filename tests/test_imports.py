@@ -35,9 +35,10 @@ RULES = [
     Rule("envs", ("ncrl.envs",)),
     Rule("ncrl", ("ncrl",), but=("ncrl.agents", "ncrl.envs")),
     Rule("ncrl/cli.py", ("ncrl",), but=("ncrl.envs",)),
-    Rule("ncrl/neurocoder", ("ncrl.neurocoder", "ncrl.seat"), only=CORE),
+    Rule("ncrl/neurocoder", ("ncrl.neurocoder", "ncrl.seat", "ncrl.checks"), only=CORE),
     Rule("ncrl/baselines", ("ncrl.baselines", "ncrl.seat"), only=CORE),
-    Rule("ncrl/seat.py", (), only=CORE),
+    Rule("ncrl/seat.py", ("ncrl.checks",), only=CORE),
+    Rule("ncrl/checks.py", (), only=frozenset(sys.stdlib_module_names)),
 ]
 
 

@@ -17,10 +17,11 @@ from ncrl.agents.atari.config import FRAMES_PER_TIMESTEP, camel_case, make_facto
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.atari.video import Moment, check_path, view_heads, write_video
 from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
+from ncrl.checks import require_range
 from ncrl.envs import ROOM_ADDRESS, AtariFactory, AtariPlayer
 from ncrl.envs.atari import life_lost
 from ncrl.sb3 import Latent
-from ncrl.settings import configure, require_range
+from ncrl.settings import configure
 from ncrl.shell.hardware import choose_device
 from ncrl.shell.screen import Screen
 

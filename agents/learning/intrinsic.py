@@ -21,9 +21,9 @@ from stable_baselines3.common.preprocessing import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.checks import suggest
 from ncrl.networks import trunk
 from ncrl.optimizer_state import check_optimizer_state
-from ncrl.settings import suggest
 
 CLIP = 5.0
 """Limit on standardised observations (Burda et al. 2018)."""

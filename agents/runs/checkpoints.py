@@ -24,9 +24,9 @@ from ncrl.agents.a3c import A3C
 from ncrl.agents.playing.collector import Collector
 from ncrl.agents.playing.env_sources import RecordedEnv
 from ncrl.agents.runs.loading import SMALL_BYTES, read_member
+from ncrl.checks import shown
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
-from ncrl.settings import shown
 from ncrl.shell.hardware import random_state, set_random_state
 from ncrl.shell.tensors import check_sums, reason_of, size_of, tensors_in, with_checksum
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from ncrl.seat import require_choice, require_positive, require_switch
+from ncrl.checks import require_choice, require_positive, require_switch
 
 CHOICES = {
     "preset": ("paper", "official"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ncrl.checks import require_positive
 from ncrl.neurocoder.composition import Composition, CompositionNetwork, ProjectionNetwork
 from ncrl.neurocoder.config import NeurocoderConfig, configured
 from ncrl.neurocoder.integration import (
@@ -25,7 +26,7 @@ from ncrl.neurocoder.integration import (
     mix_slots,
 )
 from ncrl.neurocoder.memory import ProgramMemory, SlotMemory
-from ncrl.seat import LinearSeat, flatten, require_positive, total, without_autocast
+from ncrl.seat import LinearSeat, flatten, total, without_autocast
 
 Layer = TypeVar("Layer", bound="NeurocoderLinear")
 

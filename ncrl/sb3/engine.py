@@ -27,8 +27,8 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
+from ncrl.checks import suggest
 from ncrl.networks import AtariEncoder, LstmState, MeanImage, VectorEncoder
-from ncrl.settings import suggest
 
 SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """Spaces of actions, of observations, and of entries of Dict observations."""

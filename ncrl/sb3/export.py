@@ -20,10 +20,10 @@ from stable_baselines3.common.utils import ConstantSchedule, get_device
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ncrl.checks import nearest
 from ncrl.files import write_atomically
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
 from ncrl.sb3.policies import lstm_arguments
-from ncrl.settings import nearest
 from ncrl.shell.tensors import check_like
 
 logger = logging.getLogger(__name__)

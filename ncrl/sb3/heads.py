@@ -9,9 +9,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from ncrl.checks import suggest
 from ncrl.layers import LAYERS, make_layer
 from ncrl.sb3.regularise import check_coefficient
-from ncrl.settings import suggest
 
 
 class ChosenHeads(ActorCriticPolicy):

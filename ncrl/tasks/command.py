@@ -19,18 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ncrl.checks import require_choice, require_range, suggest
 from ncrl.files import read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
-from ncrl.settings import (
-    EXIT_SIGINT,
-    add_flags,
-    make_parser,
-    parse,
-    require_choice,
-    require_range,
-    suggest,
-    usage_error,
-)
+from ncrl.settings import EXIT_SIGINT, add_flags, make_parser, parse, usage_error
 from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
 from ncrl.shell.lock import locked
 from ncrl.shell.screen import say

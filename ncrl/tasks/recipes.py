@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ncrl.checks import require_positive, require_switch, suggest
 from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
 from ncrl.neurocoder.memory import SlotMemory
-from ncrl.seat import require_positive, require_switch
-from ncrl.settings import check, setting, suggest, typed_values
+from ncrl.settings import check, setting, typed_values
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.models import NETWORKS
 from ncrl.tasks.models.mlp import Coded

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from ncrl.checks import suggest
 from ncrl.neurocoder import NeurocoderLinear
 from ncrl.neurocoder.composition import ProjectionNetwork
-from ncrl.settings import suggest
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
 

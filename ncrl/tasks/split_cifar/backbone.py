@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncrl.settings import nearest
+from ncrl.checks import nearest
 from ncrl.shell.screen import LINE_SECONDS, say
 from ncrl.shell.tensors import read_tensors
 from ncrl.tasks.data import Arrays, Images, cache_folder, cached

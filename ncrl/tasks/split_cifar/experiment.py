@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ncrl.settings import require_range
+from ncrl.checks import require_range
 from ncrl.shell.screen import say
 from ncrl.tasks.command import NamedRecipe, Session, chosen, find_config, run_command, task_parser
 from ncrl.tasks.continual.methods import METHODS, make_method

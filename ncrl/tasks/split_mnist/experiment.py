@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ncrl.settings import require_range
+from ncrl.checks import require_range
 from ncrl.shell.screen import say
 from ncrl.tasks.command import (
     NamedRecipe,
