@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import arguments
 from ncrl.agents.algorithm import EngineAlgorithm
-from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, MAX_GRAD_NORM, defaults_for
+from ncrl.agents.defaults import DEFAULT_ENVS, MAX_GRAD_NORM, defaults_for, image_heads
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
@@ -102,7 +102,7 @@ class A3C(EngineAlgorithm):
         stats_window_size: whole games that means of scores are taken over.
         policy_kwargs: further arguments of the policy, such as `head`, `head_kwargs`, `encoder`.
             Neurocoder heads on images have the options of `ncrl.agents.defaults`; beside
-            `head_kwargs` only sharpness and the residual program without gate.
+            `head_kwargs` only sharpness and whether the residual program has a gate.
         seed: of everything; serial runs with equal seeds give bit-equal weights.
         device: of the learner.
         profile: measure where the time of each process goes: curves `profile/<process>/<phase>`,
@@ -193,7 +193,8 @@ class A3C(EngineAlgorithm):
         num_envs, sees_images = getattr(played, "num_envs", 1), arguments.sees_images(policy)
         defaults = defaults_for(num_envs, self.n_workers, sees_images)
         if _init_setup_model and defaults.small_updates:
-            policy_kwargs = arguments.with_head_options(policy, policy_kwargs, IMAGE_HEADS)
+            heads = image_heads(self.intrinsic_reward is not None)
+            policy_kwargs = arguments.with_head_options(policy, policy_kwargs, heads)
         self._small_updates = defaults.small_updates
         self.use_rms_prop = defaults.use_rms_prop if use_rms_prop is None else use_rms_prop
         if learning_rate is None:

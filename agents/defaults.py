@@ -5,7 +5,7 @@ The loss's are fields of `ncrl.agents.learning.objective.Objective`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DEFAULT_ENVS = 16
 """Environments that are built from an id or a factory, unless `n_envs` says otherwise."""
@@ -21,10 +21,16 @@ IMAGE_HEADS = {
     "num_heads": 15,
     "num_least_used": 5,
     "sharpness": 10.0,
-    "residual_gate": False,
 }
 """Options of Neurocoder heads on images: the paper's sizes on Atari. With the paper's sharpness 1
-they hardly attend, and with its gate the residual program is shut off (results/atari.md)."""
+they hardly attend."""
+
+
+def image_heads(explores: bool) -> dict[str, Any]:
+    """`IMAGE_HEADS`, and whether their residual program has the paper's gate: with an intrinsic
+    reward, as all runs had it that held what they found (results/montezuma.md). Without one the
+    gate shuts that program off before anything is learnt (results/atari.md)."""
+    return {**IMAGE_HEADS, "residual_gate": explores}
 
 
 class Defaults(NamedTuple):

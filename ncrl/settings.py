@@ -94,7 +94,7 @@ def add_flags(
         names = [f"--{entry.name.replace('_', '-')}"]
         if "_" in entry.name:
             names.append(f"--{entry.name}")
-        if entry.type == "bool":
+        if str(entry.type).startswith("bool"):
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
             continue
         kind = {"float": float, "str": str}.get(str(entry.type).split(" ")[0], int)

@@ -11,7 +11,7 @@ import torch
 
 from ncrl import NeurocoderConfig
 from ncrl.agents.arguments import check_batch
-from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES, MAX_GRAD_NORM
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES, MAX_GRAD_NORM, image_heads
 from ncrl.agents.learning.intrinsic import SOURCES
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing.sizes import (
@@ -117,8 +117,9 @@ class RunConfig:
         IMAGE_HEADS["sharpness"], "Neurocoder: factor in the softmax; 1 in the paper", low=1e-6
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
-    residual_gate: bool = setting(
-        IMAGE_HEADS["residual_gate"], "Neurocoder: whether a gate scales that part, as in the paper"
+    residual_gate: bool | None = setting(
+        None,
+        "Neurocoder: whether a gate scales that part, as in the paper; else with a bonus alone",
     )
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
@@ -271,8 +272,9 @@ def camel_case(game: str) -> str:
 
 
 def with_game(config: RunConfig) -> RunConfig:
-    """With the game's name in one form, so that `Pong` and `pong` are the same game, and with an
-    intrinsic reward chosen by the game, unless one was asked for; no cluster is None.
+    """With the game's name in one form, so that `Pong` and `pong` are the same game, with an
+    intrinsic reward chosen by the game, and the gate of heads by that, unless they were asked for;
+    no cluster is None.
 
     Raises:
         ValueError: without a game, or for one that does not exist.
@@ -283,8 +285,12 @@ def with_game(config: RunConfig) -> RunConfig:
     bonus = config.intrinsic_reward
     if bonus == "auto":
         bonus = "snd" if game in HARD_GAMES else "none"
+    gate = config.residual_gate
+    if gate is None:
+        gate = image_heads(explores=bonus != "none")["residual_gate"]
     cluster = None if config.cluster == "none" else config.cluster
-    return replace(config, env=camel_case(game), intrinsic_reward=bonus, cluster=cluster)
+    config = replace(config, env=camel_case(game), cluster=cluster)
+    return replace(config, intrinsic_reward=bonus, residual_gate=gate)
 
 
 def with_sizes(config: RunConfig) -> RunConfig:

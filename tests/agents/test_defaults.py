@@ -35,6 +35,29 @@ def test_the_readmes_agent_is_the_commands() -> None:
             assert mine.config.sharpness == 10 and not mine.config.residual_gate
 
 
+@pytest.mark.parametrize(
+    ("settings", "gate"),
+    [
+        ({}, False),
+        ({"env": "MontezumaRevenge"}, True),
+        ({"intrinsic_reward": "count"}, True),
+        ({"env": "MontezumaRevenge", "residual_gate": False}, False),
+        ({"residual_gate": True}, True),
+    ],
+)
+def test_heads_have_the_gate_where_there_is_a_bonus(settings: dict, gate: bool) -> None:
+    assert with_game(RunConfig(**{"env": "Pong", **settings})).residual_gate is gate
+
+
+def test_the_gate_of_heads_in_python_is_that_of_the_command() -> None:
+    model = A3C(
+        "NeurocoderCnnPolicy", atari("Pong"), n_workers=0, n_envs=4, device="cpu",
+        intrinsic_reward="count",
+    )  # fmt: skip
+    assert isinstance(model.policy.action_net, NeurocoderLinear)
+    assert model.policy.action_net.config.residual_gate
+
+
 def test_the_table_has_a_row_for_everybody() -> None:
     assert defaults_for(3, 0, True) is defaults_for(1, 0, False) is FEW
     assert defaults_for(4, 0, True) is defaults_for(2, 1, True) is IMAGES
