@@ -119,7 +119,7 @@ class RunConfig:
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     residual_gate: bool | None = setting(
         None,
-        "Neurocoder: whether a gate scales that part, as in the paper; else with a bonus alone",
+        "Neurocoder: whether a gate scales that part, as in the paper; by default with a bonus",
     )
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
