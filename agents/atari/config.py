@@ -376,5 +376,5 @@ def head_options(config: RunConfig) -> dict[str, Any]:
     """Options of the output layers, for `ncrl.layers.make_layer`."""
     if config.layer != "neurocoder":
         return BASELINE_OPTIONS.get(config.layer, {})
-    names = (entry.name for entry in fields(NeurocoderConfig))
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+    values = {entry.name: getattr(config, entry.name, None) for entry in fields(NeurocoderConfig)}
+    return {name: value for name, value in values.items() if value is not None}
