@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ncrl.agents.atari.config import RunConfig, head_options
+from ncrl.agents.atari.config import RunConfig, head_options, with_game
 from ncrl.layers import LAYERS, make_layer
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "layers.md"
@@ -41,5 +41,5 @@ def test_the_sizes_of_heads_are_right(name: str) -> None:
     names, _, sizes = re.search(r"512 -> 18.*?\n\n(.*?)\n\n", TEXT, re.DOTALL)[1].splitlines()
     stated = dict(zip(names.split(" | "), sizes.split(" | "), strict=True))
     stated = {key.strip("| "): value.strip("| ") for key, value in stated.items()}
-    layer = make_layer(name, 512, 18, **head_options(RunConfig(layer=name)))
+    layer = make_layer(name, 512, 18, **head_options(with_game(RunConfig(env="Pong", layer=name))))
     assert stated[name] == f"{sum(p.numel() for p in layer.parameters()):,}"

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
 from ncrl.agents import A3C
-from ncrl.agents.atari.config import RunConfig, head_options
+from ncrl.agents.atari.config import RunConfig, head_options, with_game
 
 gymnasium.register_envs(ale_py)
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_an_entry_makes_a_model_that_learns(entry: str) -> None:
     if entry == "atari":
         assert type(model.policy).__name__ == "NeurocoderCnnLstmPolicy"
         config = model.policy.action_net.config  # as the page says, that of run_atari.py
-        for name, value in head_options(RunConfig()).items():
+        for name, value in head_options(with_game(RunConfig(env="Pong"))).items():
             assert getattr(config, name) == value, name
         return
     model.learn(model.n_envs * model.n_steps, log_interval=None)
