@@ -69,6 +69,21 @@ def test_throughput_prints_rates(peers: bool) -> None:
     assert "nan" not in done.stdout
 
 
+def test_the_ceiling_shares_the_cores_between_play_and_learning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two cores play 100 timesteps in a second, one learns from 50: 100 take a second of both cores
+    and two of one, which both share."""
+    throughput = importlib.import_module("throughput")
+    monkeypatch.setattr(throughput, "available_cores", lambda: 2)
+    assert throughput.ceiling("cpu", 100.0, 50.0) == pytest.approx(100 / (1 + 2 / 2))
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    throughput = importlib.import_module("throughput")
+    assert throughput.median_ratio([2.0, 9.0, 40.0], [1.0, 3.0, 10.0]) == 3.0
+
+
 def test_soak_prints_samples_and_a_verdict() -> None:
     tiny = ("--minutes", "0.05", "--interval", "0.5", "--n-envs", "2", "--workers", "1")
     done = run_script("soak.py", *tiny, "--device", "cpu")
