@@ -239,7 +239,7 @@ def choose_config(
     if modes["config"] is not None:
         raise ValueError("--resume takes the run's own config.yaml; leave --config out")
     path = Path(modes["resume"])
-    before = stored_config(path)
+    before = with_game(stored_config(path))
     base = replace(before, games=None) if "envs_per_worker" in flags else before
     config = with_sizes(with_game(configure(flags, base, "the flags")))
     _check_unchanged(before, config)
