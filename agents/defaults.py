@@ -27,9 +27,12 @@ they hardly attend."""
 
 
 def image_heads(explores: bool) -> dict[str, Any]:
-    """`IMAGE_HEADS`, and whether their residual program has the paper's gate: with an intrinsic
-    reward, as all runs had it that held what they found (results/montezuma.md). Without one the
-    gate shuts that program off before anything is learnt (results/atari.md)."""
+    """`IMAGE_HEADS`, and whether their residual program has the paper's gate.
+
+    With an intrinsic reward it has: five runs so held what they had found, the only one without
+    lost it (results/montezuma.md). Without a reward of that kind the gate shuts the program off
+    before anything is learnt (results/atari.md).
+    """
     return {**IMAGE_HEADS, "residual_gate": explores}
 
 

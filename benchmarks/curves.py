@@ -29,7 +29,8 @@ SETTINGS = ("env", "layer", "games", "seed")
 """Of a run, in every row of its small file."""
 
 GATED = "gated neurocoder"
-"""The `layer` of runs with `--residual-gate`, as all Neurocoder heads once were."""
+"""The `layer` of runs with a gate: those with a bonus, and with `--residual-gate`. Rows that were
+kept before d9130f9 call them `neurocoder`, those of MontezumaRevenge among them."""
 
 COLUMNS = {
     "frames": "time/frames",

@@ -49,13 +49,14 @@ def test_heads_have_the_gate_where_there_is_a_bonus(settings: dict, gate: bool) 
     assert with_game(RunConfig(**{"env": "Pong", **settings})).residual_gate is gate
 
 
-def test_the_gate_of_heads_in_python_is_that_of_the_command() -> None:
+@pytest.mark.parametrize(("bonus", "gate"), [("count", True), ("none", False), (None, False)])
+def test_heads_in_python_are_those_of_the_command(bonus: str | None, gate: bool) -> None:
     model = A3C(
         "NeurocoderCnnPolicy", atari("Pong"), n_workers=0, n_envs=4, device="cpu",
-        intrinsic_reward="count",
+        intrinsic_reward=bonus,
     )  # fmt: skip
-    assert isinstance(model.policy.action_net, NeurocoderLinear)
-    assert model.policy.action_net.config.residual_gate
+    config = model.policy.action_net.config
+    assert (config.sharpness, config.num_slots, config.residual_gate) == (10, 80, gate)
 
 
 def test_the_table_has_a_row_for_everybody() -> None:

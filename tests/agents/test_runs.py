@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ncrl.agents.runs.best
 import ncrl.agents.runs.directory
 from ncrl.agents import A3C
-from ncrl.agents.atari.config import stored_config
+from ncrl.agents.atari.config import choose_config, stored_config
 from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, WAITING, BestModel
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints
@@ -101,6 +101,13 @@ def test_the_file_of_an_earlier_release_says_nothing_of_what_there_was_not(tmp_p
     (tmp_path / "config.yaml").write_text("env: MontezumaRevenge\n")
     config = stored_config(tmp_path)
     assert config.intrinsic_reward == "none" and config.residual_gate
+
+
+def test_a_run_with_a_bonus_and_no_gate_goes_on_so(tmp_path: Path) -> None:
+    text = "env: MontezumaRevenge\nintrinsic_reward: snd\nresidual_gate: false\n"
+    (tmp_path / "config.yaml").write_text(text)
+    resumed, _ = choose_config({}, {"resume": str(tmp_path), "config": None})
+    assert resumed.residual_gate is False
 
 
 @pytest.mark.parametrize("wait", [False, True])
