@@ -11,11 +11,15 @@ from torch import nn
 
 from ncrl.checks import suggest
 from ncrl.layers import LAYERS, make_layer
+from ncrl.neurocoder import NeurocoderLinear
 from ncrl.sb3.regularise import check_coefficient
 
 
 class ChosenHeads(ActorCriticPolicy):
     """Mixin: the last layer of actor and critic comes from `ncrl.layers.LAYERS`.
+
+    The residual program of a Neurocoder layer without gate starts as the layer of SB3 that it
+    replaces: begun as torch begins a layer, Pong is learnt late with some seeds (results/atari.md).
 
     Args:
         head: name of the output layers; the class attribute `head` if None.
@@ -74,7 +78,14 @@ class ChosenHeads(ActorCriticPolicy):
         assert isinstance(linear, nn.Linear)  # SB3's output layer for every supported space
         # SB3 sizes some output layers with numpy integers.
         sizes = int(linear.in_features), int(linear.out_features)
-        return make_layer(self.head, *sizes, **self.head_kwargs)
+        layer = make_layer(self.head, *sizes, **self.head_kwargs)
+        if (
+            isinstance(layer, NeurocoderLinear)
+            and layer.integration is not None
+            and not layer.config.residual_gate
+        ):
+            layer.integration.start_from(linear.weight.T)
+        return layer
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = ("head", "head_kwargs", "orth_coef", "balance_coef", "int_value")

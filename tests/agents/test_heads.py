@@ -34,13 +34,8 @@ def policy_kwargs(head: str) -> dict[str, Any]:
 
 def make_model(head: str, **options: Any) -> A3C:
     options = {"n_envs": 2, "n_steps": 5, "seed": 1, "device": "cpu"} | options
-    return A3C(
-        "MlpLstmPolicy",
-        masked_cartpole(),
-        n_workers=0,
-        policy_kwargs=policy_kwargs(head),
-        **options,
-    )
+    options = {"policy_kwargs": policy_kwargs(head)} | options
+    return A3C("MlpLstmPolicy", masked_cartpole(), n_workers=0, **options)
 
 
 def trained(head: str, **options: Any) -> A3C:
@@ -177,3 +172,15 @@ def test_workers_play_without_noise() -> None:
     assert torch.equal(policy.values(latent), policy.values(latent))
     policy.set_training_mode(True)
     assert not torch.equal(policy.values(latent), policy.values(latent))
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_residual_program_without_gate_starts_as_sb3s_layer(gate: bool) -> None:
+    def made(head: str, **options: Any) -> Any:
+        kwargs = {"head": head, "head_kwargs": options, "net_arch": []}
+        return make_model(head, policy_kwargs=kwargs).policy
+
+    plain, coded = made("linear"), made("neurocoder", residual_gate=gate)
+    for name in ("action_net", "value_net"):
+        started = getattr(coded, name).integration.residual
+        assert torch.equal(started, getattr(plain, name).weight.T) == (not gate)
