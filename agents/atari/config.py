@@ -289,8 +289,13 @@ def with_game(config: RunConfig) -> RunConfig:
     if gate is None:
         gate = image_heads(explores=bonus != "none")["residual_gate"]
     cluster = None if config.cluster == "none" else config.cluster
-    config = replace(config, env=camel_case(game), cluster=cluster)
-    return replace(config, intrinsic_reward=bonus, residual_gate=gate)
+    return replace(
+        config,
+        env=camel_case(game),
+        intrinsic_reward=bonus,
+        residual_gate=gate,
+        cluster=cluster,
+    )
 
 
 def with_sizes(config: RunConfig) -> RunConfig:
