@@ -38,12 +38,9 @@ def apply_gradient(
 
     All that the host has to know comes from the device at once, in the only wait of an update.
     """
-    policy.optimizer.zero_grad(set_to_none=True)
     with stopwatch.phase("backward"):
-        loss.total.backward()
+        norm = _backward(policy, loss)
     with stopwatch.phase("optimiser"):
-        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
         update = _measured(loss, norm).on_host()
         if update.stepped:
             if update.scalars["grad_norm"] > max_grad_norm:
@@ -84,16 +81,21 @@ def update_on_device(
         objective: what is minimised.
         max_grad_norm: limit on the gradient's norm.
     """
-    policy.optimizer.zero_grad(set_to_none=True)
     with static_unroll():
         loss = actor_critic_loss(policy, lesson.rollout, objective, lesson.novelty, lesson.kept)
-    loss.total.backward()
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in policy.parameters() if p.grad is not None]
-    )
+    norm = _backward(policy, loss)
     found_inf = (~norm.isfinite()).to(norm.dtype)
     scaled_step(policy.optimizer, _excess(norm, max_grad_norm), found_inf)
     return _measured(loss, norm)
+
+
+def _backward(policy: EnginePolicy, loss: Loss) -> Tensor:
+    """Give every parameter its gradient; their norm, a scalar."""
+    policy.optimizer.zero_grad(set_to_none=True)
+    loss.total.backward()
+    return torch.nn.utils.get_total_norm(
+        [p.grad for p in policy.parameters() if p.grad is not None]
+    )
 
 
 def _measured(loss: Loss, norm: Tensor) -> Measured:
