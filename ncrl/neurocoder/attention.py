@@ -96,14 +96,15 @@ def compose_attention(
     if gates is None:
         return content
     gates = gates.sigmoid()
-    num_steps = content.shape[2]
-    if num_steps == 1:
+    if content.shape[2] == 1:
         return content * gates
-    weights = [content[:, :, 0] * gates[:, :, 0]]
+    # Not indexed step by step: the gradient of each index would be as large as that of all steps.
+    (first, *later), (first_gate, *later_gates) = content.unbind(2), gates.unbind(2)
+    weights = [first * first_gate]
     usage = weights[0]
-    for step in range(1, num_steps):
+    for step_content, gate in zip(later, later_gates, strict=True):
         least_used = usage_attention(usage.detach() if detach_usage else usage, num_least_used)
-        weights.append(torch.lerp(least_used, content[:, :, step], gates[:, :, step]))
+        weights.append(torch.lerp(least_used, step_content, gate))
         usage = torch.where(weights[-1] >= usage, weights[-1], usage)
     return torch.stack(weights, dim=2)
 
