@@ -293,6 +293,37 @@ def test_an_optimiser_goes_on_through_growth(kind: type[torch.optim.Optimizer], 
     train(layer, optimizer)
 
 
+def test_fused_momentum_goes_on_beside_slots_that_are_new() -> None:
+    """Its kernel needs a buffer for every parameter, or for none; zeros are what none begins as."""
+    layers = [make(), make()]
+    for layer, fused in zip(layers, (True, False), strict=True):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9, fused=fused)
+        train(layer, optimizer)
+        layer.freeze_slots(optimizer)
+        torch.manual_seed(1)
+        layer.grow(2, optimizer)
+        train(layer, optimizer)
+    for ours, plain in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_an_optimiser_that_keeps_the_list_of_its_parameters_knows_the_new_ones() -> None:
+    layer = make()
+    optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.1)
+    layer.freeze_slots(optimizer)
+    layer.grow(2, optimizer)
+    new = layer.memory.u.detach().clone()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = layer(random_input(5, 7)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert not torch.equal(layer.memory.u, new)
+
+
 @pytest.mark.parametrize("rows", [0, 2, 4])
 def test_what_an_optimiser_keeps_is_changed_with_its_parameter(rows: int) -> None:
     """`rows` of four are left. Without any, averages begin anew, and so does their counter."""

@@ -10,7 +10,7 @@ Shapes: N samples, B of them in a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,15 @@ class SampleGradients:
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         two, three = (sample.expand(size, *sample.shape) for size in (2, 3))
         self._splits: dict[str, Split] = {}
-        self._splits = self._watch(two).splits
+        self._generated: set[int] = set()
+        first, other = self._watch(two), self._watch(three)
+        self._splits = first.splits
+        # What follows from samples has an axis for them, and is no weight.
+        self._generated = {
+            index
+            for index, pair in enumerate(zip(first.products, other.products, strict=True))
+            if pair[0].weight.shape != pair[1].weight.shape
+        }
         whole = self._watch(two)
         cut = {name for name in self._splits if not whole.reaches(self._parameters[name])}
         self._splits = {name: self._splits[name] for name in self._splits if name in cut}
@@ -110,7 +118,7 @@ class SampleGradients:
     @torch.enable_grad()
     def _watch(self, samples: Tensor) -> _Watch:
         """A forward pass whose products are kept and have their weights cut off."""
-        watch = _Watch(self._parameters, self._leaves(), cut=True)
+        watch = _Watch(self._parameters, self._leaves(), cut=True, generated=self._generated)
         with watch:
             watch.loss = self._loss(self._model, samples)
         return watch
@@ -157,7 +165,7 @@ class SampleGradients:
 
 
 class _Product(NamedTuple):
-    """y = x W, where no gradient reaches W through y."""
+    """y = x W, where no gradient reaches W through y, unless W follows from samples."""
 
     x: Tensor
     weight: Tensor
@@ -166,15 +174,20 @@ class _Product(NamedTuple):
 
 class _Watch(TorchFunctionMode):
     """Hands out the pieces of split parameters in a forward pass, and if it is to cut weights off,
-    keeps the products that they were in."""
+    keeps the products that they were in; not cut off are those of the products `generated`."""
 
     loss: Tensor
 
     def __init__(
-        self, wholes: Mapping[str, Tensor], leaves: Mapping[Leaf, Tensor], *, cut: bool
+        self,
+        wholes: Mapping[str, Tensor],
+        leaves: Mapping[Leaf, Tensor],
+        *,
+        cut: bool,
+        generated: Collection[int] = (),
     ) -> None:
         super().__init__()
-        self.wholes, self.leaves, self.cut = wholes, leaves, cut
+        self.wholes, self.leaves, self.cut, self.generated = wholes, leaves, cut, generated
         self.products: list[_Product] = []
         self.splits: dict[str, Split] = {}
 
@@ -200,7 +213,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        y = x @ weight.detach()
+        y = x @ (weight if len(self.products) in self.generated else weight.detach())
         if not y.requires_grad:
             y.requires_grad_()
         self.products.append(_Product(x, weight, y))

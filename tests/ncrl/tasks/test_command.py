@@ -385,6 +385,17 @@ print(faults())
 """
 
 
+def test_the_task_that_the_page_writes_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = ROOT / "docs" / "tasks.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(example, str(page), "exec"), names)
+    assert names["main"](["--logdir", str(tmp_path), "--device", "cpu"]) == 0
+    assert "mse" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept() -> None:
     """What is allocated again comes from the process itself, not page by page from the kernel."""

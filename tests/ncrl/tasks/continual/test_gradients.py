@@ -83,6 +83,20 @@ class Split(nn.Module):
         return y * self.pieces.mean() if self.whole else y
 
 
+class Generated(nn.Module):
+    """A matrix that follows from the sample, on the right of a product, as of a hypernetwork."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(IN, IN), nn.Linear(IN, IN * OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        generated = self.second(x)
+        y = x.unsqueeze(1) @ generated.view(-1, IN, OUT)  # [B, 1, OUT]
+        return y.squeeze(1) + generated[:, :OUT]
+
+
 NEUROCODER = {"num_slots": 7, "num_heads": 2, "key_dim": 3, "controller_size": 4}
 
 
@@ -94,6 +108,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "odd": Odd,
     "split": lambda: Split(whole=False),
     "split and whole": lambda: Split(whole=True),
+    "generated": Generated,
     "mlp": lambda: SplitMlp(IN, [9, 8], OUT),
     "low rank": lambda: SplitMlp(IN, [9, 8], OUT, hidden_rank=2),
     "neurocoder": lambda: split("neurocoder", residual=False, **NEUROCODER),
