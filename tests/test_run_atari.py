@@ -634,6 +634,20 @@ def test_resume_goes_on_to_the_new_total(run: Run) -> None:
     assert run.config["frames"] == 8960 and run.config["seed"] == 3
 
 
+def test_a_resumed_run_that_is_stopped_before_it_plays_adds_no_point(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, setup = run.rows, A3C._setup_learn
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return setup(*arguments, **options)
+
+    monkeypatch.setattr(A3C, "_setup_learn", interrupted)
+    assert main(["--resume", str(run.path), "--frames", "9000"]) == 130
+    assert run.rows == before
+
+
 def test_resume_from_an_earlier_checkpoint_replaces_what_came_after(run: Run) -> None:
     """As after a kill: the curves were ahead of the checkpoint."""
     checkpoint = newest_checkpoint(run.path / "checkpoints")
