@@ -528,6 +528,19 @@ def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path)
     assert settings(chosen(f"--config {tmp_path / 'run.yaml'}")) == ORDINARY
 
 
+@pytest.mark.parametrize(
+    ("flag", "file", "games"),
+    [("--envs-per-worker 4", "games: 16", 8), ("--games 32", "envs_per_worker: 8", 32)],
+)
+def test_a_flag_for_the_number_of_games_replaces_either_setting_of_a_file(
+    flag: str, file: str, games: int, tmp_path: Path
+) -> None:
+    """Such as the configuration of another run, in which it is always said."""
+    (tmp_path / "config.yaml").write_text(f"env: Pong\nworkers: 2\n{file}\n")
+    assert chosen(f"--config {tmp_path / 'config.yaml'} {flag}").games == games
+    assert chosen(f"--resume {tmp_path} {flag}").games == games
+
+
 def test_flags_of_the_bonus_reach_the_model() -> None:
     flags = "--env Pong --workers 0 --envs-per-worker 2 --int-coef 0.25 --ext-coef 1 "
     flags += "--int-gamma 0.9 --imitation-coef 0 --bonus-warmup 40 "
