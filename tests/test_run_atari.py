@@ -359,7 +359,8 @@ def test_the_summary_of_a_run(serial_run: Run) -> None:
         r"^run +runs/Klax-1$",
         r"^curves +\S*python\S* -m tensorboard.main --logdir runs$",
         r"^8,000 / 8,000 frames, [\d,]+ frames/s, score -?[\d.]+ \(\d+ games\), policy lag 0\.0",
-        r"^8,000 frames played; go on with: \S*python\S* \S*run_atari\.py --resume runs/Klax-1$",
+        r"^8,000 frames played; go on with: \S*python\S* \S*run_atari\.py "
+        r"--resume runs/Klax-1 --frames 16000$",
     ):
         assert re.search(pattern, output, re.MULTILINE), (pattern, output)
     assert "expect" not in output

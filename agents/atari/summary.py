@@ -87,11 +87,11 @@ def wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 11, break_long_words=False)
 
 
-def resume_line(run: Path) -> str:
+def resume_line(run: Path, *flags: str) -> str:
     """What goes on with a run, to be pasted."""
     if SCRIPT.is_file():
-        return command_line(shown_path(str(SCRIPT)), "--resume", str(run))
-    return command_line("-m", "ncrl", "resume", str(run))
+        return command_line(shown_path(str(SCRIPT)), "--resume", str(run), *flags)
+    return command_line("-m", "ncrl", "resume", str(run), *flags)
 
 
 def command_line(*words: str) -> str:
