@@ -35,6 +35,7 @@ import ncrl.agents.runs.directory
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
 from ncrl.agents.atari.config import RunConfig, with_game, with_sizes
+from ncrl.agents.atari.summary import summary
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.learning.intrinsic import RND, PseudoCount
 from ncrl.agents.profiling import PHASES
@@ -367,6 +368,16 @@ def test_the_summary_of_a_run(serial_run: Run) -> None:
     assert not CONTROL.search(output) and output.isascii()
     start = output[: output.index("\ncurves")].splitlines()
     assert max(map(len, start)) < 80 and len(start) > 6
+
+
+@pytest.mark.parametrize(("flags", "said"), [("", True), ("--batch-size 40", False)])
+def test_sizes_are_said_to_be_chosen_where_nobody_asked_for_one(
+    flags: str, said: bool, tmp_path: Path
+) -> None:
+    config = chosen(f"--env Klax {flags} {' '.join(SMALL)}")
+    with RunDirectory(tmp_path / "Klax-1") as folder:
+        lines = summary(make_model(config), config, folder)
+    assert any(line.startswith("chosen") for line in lines) == said
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
         )
     if config.cluster is None:
         usual = with_sizes(replace(config, workers=None, games=None, batch_size=None))
-        if (config.workers, config.games) == (usual.workers, usual.games):
+        if config == usual:
             lines.insert(
                 3,
                 f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and "
