@@ -834,6 +834,16 @@ def test_evaluate_films_a_game(run: Run, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["out.mp4"]
 
 
+def test_a_film_that_cannot_be_written_is_said_in_one_line(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "out.mp4").symlink_to(tmp_path / "absent" / "out.mp4")
+    film = ["--episodes", "1", "--video", str(tmp_path / "out.mp4")]
+    assert main(["--evaluate", str(run.path), *film]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"\S+: OpenCV cannot write the video .*out.mp4'", last)
+
+
 # What goes wrong while it runs.
 
 
