@@ -950,6 +950,16 @@ def test_f11_a_full_disk(
         assert "No space left on device" in caplog.text
 
 
+def test_f11_a_disk_without_room_for_the_best_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = raising(OSError(28, "No space left on device"))
+    monkeypatch.setattr(ncrl.agents.runs.directory.BestModel, "compare", full)
+    assert "go on with" in run_here(*short(tmp_path))
+    assert "No space left on device" in caplog.text
+    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 50
+
+
 def rows_of_profile(output: str) -> dict[str, list[str]]:
     """The table that `--profile` prints, by phase."""
     lines = [line.split() for line in output.splitlines()]
