@@ -281,7 +281,7 @@ class A3C(EngineAlgorithm):
             )
             if reset_num_timesteps:
                 self.best_score, self.first_scored_at = -math.inf, -1
-            self._dumped_at = -1  # of this training; an earlier one may have ended at any timestep
+            self._dumped_at = self.num_timesteps  # before it has played there is nothing to log
             self._started = time.monotonic_ns()
             # No player: a callback that is kept would keep its memory.
             seen = dict(locals()) | {"iteration": 0}

@@ -35,6 +35,7 @@ import ncrl.agents.runs.directory
 import run_atari
 from ncrl.agents import A3C, NonFiniteError, WorkerError
 from ncrl.agents.atari.config import RunConfig, with_game, with_sizes
+from ncrl.agents.atari.summary import summary
 from ncrl.agents.atari.train import make_model
 from ncrl.agents.learning.intrinsic import RND, PseudoCount
 from ncrl.agents.profiling import PHASES
@@ -359,13 +360,24 @@ def test_the_summary_of_a_run(serial_run: Run) -> None:
         r"^run +runs/Klax-1$",
         r"^curves +\S*python\S* -m tensorboard.main --logdir runs$",
         r"^8,000 / 8,000 frames, [\d,]+ frames/s, score -?[\d.]+ \(\d+ games\), policy lag 0\.0",
-        r"^8,000 frames played; go on with: \S*python\S* \S*run_atari\.py --resume runs/Klax-1$",
+        r"^8,000 frames played; go on with: \S*python\S* \S*run_atari\.py "
+        r"--resume runs/Klax-1 --frames 16000$",
     ):
         assert re.search(pattern, output, re.MULTILINE), (pattern, output)
     assert "expect" not in output
     assert not CONTROL.search(output) and output.isascii()
     start = output[: output.index("\ncurves")].splitlines()
     assert max(map(len, start)) < 80 and len(start) > 6
+
+
+@pytest.mark.parametrize(("flags", "said"), [("", True), ("--batch-size 40", False)])
+def test_sizes_are_said_to_be_chosen_where_nobody_asked_for_one(
+    flags: str, said: bool, tmp_path: Path
+) -> None:
+    config = chosen(f"--env Klax {flags} {' '.join(SMALL)}")
+    with RunDirectory(tmp_path / "Klax-1") as folder:
+        lines = summary(make_model(config), config, folder)
+    assert any(line.startswith("chosen") for line in lines) == said
 
 
 @pytest.mark.parametrize(
@@ -528,6 +540,19 @@ def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path)
     assert settings(chosen(f"--config {tmp_path / 'run.yaml'}")) == ORDINARY
 
 
+@pytest.mark.parametrize(
+    ("flag", "file", "games"),
+    [("--envs-per-worker 4", "games: 16", 8), ("--games 32", "envs_per_worker: 8", 32)],
+)
+def test_a_flag_for_the_number_of_games_replaces_either_setting_of_a_file(
+    flag: str, file: str, games: int, tmp_path: Path
+) -> None:
+    """Such as the configuration of another run, in which it is always said."""
+    (tmp_path / "config.yaml").write_text(f"env: Pong\nworkers: 2\n{file}\n")
+    assert chosen(f"--config {tmp_path / 'config.yaml'} {flag}").games == games
+    assert chosen(f"--resume {tmp_path} {flag}").games == games
+
+
 def test_flags_of_the_bonus_reach_the_model() -> None:
     flags = "--env Pong --workers 0 --envs-per-worker 2 --int-coef 0.25 --ext-coef 1 "
     flags += "--int-gamma 0.9 --imitation-coef 0 --bonus-warmup 40 "
@@ -632,6 +657,20 @@ def test_resume_goes_on_to_the_new_total(run: Run) -> None:
     steps = [event.step for event in run.events.Scalars("train/learning_rate")]
     assert steps == sorted(steps) and set(steps) == POINTS | {2200, 2240}
     assert run.config["frames"] == 8960 and run.config["seed"] == 3
+
+
+def test_a_resumed_run_that_is_stopped_before_it_plays_adds_no_point(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, setup = run.rows, A3C._setup_learn
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return setup(*arguments, **options)
+
+    monkeypatch.setattr(A3C, "_setup_learn", interrupted)
+    assert main(["--resume", str(run.path), "--frames", "9000"]) == 130
+    assert run.rows == before
 
 
 def test_resume_from_an_earlier_checkpoint_replaces_what_came_after(run: Run) -> None:
@@ -795,6 +834,16 @@ def test_evaluate_films_a_game(run: Run, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["out.mp4"]
 
 
+def test_a_film_that_cannot_be_written_is_said_in_one_line(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "out.mp4").symlink_to(tmp_path / "absent" / "out.mp4")
+    film = ["--episodes", "1", "--video", str(tmp_path / "out.mp4")]
+    assert main(["--evaluate", str(run.path), *film]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"\S+: OpenCV cannot write the video .*out.mp4'", last)
+
+
 # What goes wrong while it runs.
 
 
@@ -899,6 +948,16 @@ def test_f11_a_full_disk(
     else:
         assert code in (0, 1) and "200 / 200 frames" in output.out
         assert "No space left on device" in caplog.text
+
+
+def test_f11_a_disk_without_room_for_the_best_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = raising(OSError(28, "No space left on device"))
+    monkeypatch.setattr(ncrl.agents.runs.directory.BestModel, "compare", full)
+    assert "go on with" in run_here(*short(tmp_path))
+    assert "No space left on device" in caplog.text
+    assert newest_checkpoint(tmp_path / "Klax-1" / "checkpoints").timesteps == 50
 
 
 def rows_of_profile(output: str) -> dict[str, list[str]]:

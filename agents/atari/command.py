@@ -11,7 +11,7 @@ from pathlib import Path
 from ncrl.agents.atari.config import RunConfig
 from ncrl.agents.atari.evaluate import evaluate
 from ncrl.agents.atari.summary import PROGRAM
-from ncrl.agents.atari.train import learn, prepare
+from ncrl.agents.atari.train import failed, learn, prepare
 from ncrl.agents.playing.sizes import available_cores, learner_threads
 from ncrl.settings import EXIT_SIGINT, add_flags, make_parser, parse, usage_error
 from ncrl.shell.hardware import keep_freed_memory
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return signals.exit_code or EXIT_SIGINT
         except ValueError as error:
             usage_error(PROGRAM, str(error))
+        except OSError as error:  # such as of a film that cannot be written
+            return failed(str(error))
 
 
 def build_parser() -> argparse.ArgumentParser:

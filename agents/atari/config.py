@@ -228,7 +228,7 @@ def choose_config(
         values = {} if file is None else read_yaml(Path(file))
 
         def chosen(base: RunConfig) -> RunConfig:
-            return with_game(configure(flags, configure(values, base, str(file)), "the flags"))
+            return with_game(with_flags(configure(values, base, str(file)), flags))
 
         config = chosen(RunConfig())
         if config.intrinsic_reward != "none":
@@ -240,10 +240,17 @@ def choose_config(
         raise ValueError("--resume takes the run's own config.yaml; leave --config out")
     path = Path(modes["resume"])
     before = with_game(stored_config(path))
-    base = replace(before, games=None) if "envs_per_worker" in flags else before
-    config = with_sizes(with_game(configure(flags, base, "the flags")))
+    config = with_sizes(with_game(with_flags(before, flags)))
     _check_unchanged(before, config)
     return config, RunDirectory(path)
+
+
+def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:
+    """The settings of a file under flags, of which one for the number of games, in all or per
+    worker, replaces whichever of the two the file has."""
+    if "games" in flags or "envs_per_worker" in flags:
+        config = replace(config, games=None, envs_per_worker=None)
+    return configure(flags, config, "the flags")
 
 
 def stored_config(run: Path) -> RunConfig:

@@ -65,7 +65,7 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
         )
     if config.cluster is None:
         usual = with_sizes(replace(config, workers=None, games=None, batch_size=None))
-        if (config.workers, config.games) == (usual.workers, usual.games):
+        if config == usual:
             lines.insert(
                 3,
                 f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and "
@@ -87,11 +87,11 @@ def wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 11, break_long_words=False)
 
 
-def resume_line(run: Path) -> str:
+def resume_line(run: Path, *flags: str) -> str:
     """What goes on with a run, to be pasted."""
     if SCRIPT.is_file():
-        return command_line(shown_path(str(SCRIPT)), "--resume", str(run))
-    return command_line("-m", "ncrl", "resume", str(run))
+        return command_line(shown_path(str(SCRIPT)), "--resume", str(run), *flags)
+    return command_line("-m", "ncrl", "resume", str(run), *flags)
 
 
 def command_line(*words: str) -> str:

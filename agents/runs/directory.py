@@ -125,7 +125,9 @@ class SaveCheckpoints(BaseCallback):
     def save(self) -> bool:
         """Write a checkpoint now, between updates; whether it was. Raises if `stop_on_error`."""
         self._saved_at = self._compared_at = self.num_timesteps
-        return self._guard(self._save_all) and self._guard(self._save_best)
+        if saved := self._guard(self._save_all):
+            self._guard(self._save_best)
+        return saved
 
     def _save_all(self) -> None:
         save_checkpoint(self.model, self.run.checkpoints, keep=self.keep)

@@ -221,7 +221,7 @@ class Session:
 def task_parser(task: str, description: str | None, validate: str = "") -> argparse.ArgumentParser:
     """A parser with the flags that all task commands have, the first line of a description, and
     --validate, if it is said which training images that holds out."""
-    parser = make_parser((description or "").splitlines()[0])
+    parser = make_parser((description or "").partition("\n")[0])
     parser.prog = f"python -m ncrl.tasks.{task}"
     add = parser.add_argument
     add("--config", metavar="FILE", help=f"recipes: a YAML file, or the name of one in {CONFIGS}")

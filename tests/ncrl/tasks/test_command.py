@@ -69,6 +69,11 @@ def test_without_flags_it_is_the_recipe_at_the_top() -> None:
     assert named() == {"cifar_mlp": read_recipe(CONFIGS / "cifar_mlp.yaml")}
 
 
+def test_a_command_needs_no_description() -> None:
+    """`python -OO` takes them away."""
+    assert "--layer" in task_parser("mnist", None).format_help()
+
+
 def test_variants_and_layers_are_looked_up() -> None:
     path = CONFIGS / "cifar_mlp.yaml"
     assert named("--variant", "base", "moe") == {
