@@ -90,7 +90,7 @@ ROWS = [
     Row("NTM", "algorithms", MultiAlgorithm, 1.5),
     Row("polynomial GRU, J = 1", "polynomial", Polynomials, 2.0, variant="j1"),
     Row("polynomial GRU, J = 5", "polynomial", Polynomials, 4.0),
-    Row(SPLIT_MNIST, "split_mnist", partial(split_mnist, scale=0.1), 2.0),
+    Row(SPLIT_MNIST, "split_mnist", split_mnist, 2.0),
 ]
 
 
