@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -667,6 +668,25 @@ def test_infos_that_are_asked_for_come_with_every_timestep() -> None:
     model = make_model(TickingFactory(), n_workers=1, n_envs=2, info_keywords=["tick", "none"])
     model.learn(40, callback=Ticks())
     assert Ticks.ticks == [tick for tick in range(1, 21) for _ in range(2)]
+
+
+def test_infos_may_hold_what_only_the_users_script_knows() -> None:
+    """Its classes travel to the workers by value, and back."""
+
+    class Ending(Enum):
+        LOST = 1
+
+    class Telling(gym.Wrapper):
+        def step(self, action: Any) -> Any:
+            *result, info = self.env.step(action)
+            return *result, info | {"ending": Ending.LOST}
+
+    def make(n_envs: int, seed: int) -> VecEnv:
+        return make_vec_env(lambda: Telling(gym.make("CartPole-v1")), n_envs, seed=seed)
+
+    record = Record()
+    make_model(make, n_workers=1, info_keywords=["ending"]).learn(20, callback=record)
+    assert {info["ending"] for row in record.infos for info in row} == {Ending.LOST}
 
 
 def test_get_env_plays_and_leaves_the_workers_theirs() -> None:
