@@ -633,3 +633,24 @@ def test_f31_workers_compute_with_one_thread() -> None:
     assert ends.threads == {1} and ends.environ == {"1"}
     assert counts == [1], "no pool of BLAS or OpenCV beside it"
     assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before
+
+
+def test_f31_trainings_in_threads_leave_the_environment_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = ncrl.agents.playing.pool.resource_tracker.ensure_running
+
+    def slowly() -> None:
+        time.sleep(0.5)  # so that the other thread starts its worker meanwhile
+        started()
+
+    monkeypatch.setattr(ncrl.agents.playing.pool.resource_tracker, "ensure_running", slowly)
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    models = [make_model(TickingFactory()) for _ in range(2)]
+    threads = [threading.Thread(target=model.learn, args=(20,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [model.num_timesteps for model in models] == [20, 20]
+    assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before
