@@ -404,6 +404,12 @@ def test_another_environment_goes_on_without_a_reset() -> None:
     assert first.get_attr("_tick") == second.get_attr("_tick") == [10, 10]
 
 
+def test_an_environment_that_is_built_anew_is_reset() -> None:
+    model = make_model().learn(20)
+    model.set_env(masked_cartpole(), force_reset=False)
+    assert model.learn(20, reset_num_timesteps=False).num_timesteps == 40
+
+
 @pytest.mark.parametrize("is_object", [True, False])
 def test_an_environment_that_is_refused_leaves_the_model_as_it_was(is_object: bool) -> None:
     model = make_model(n_workers=2)

@@ -370,7 +370,9 @@ def test_frequencies_that_count_calls_are_told_to_users_of_ids(tmp_path: Path) -
         model.learn(64, callback=CallbackList([CallbackList([callback])]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make_model("CartPole-v1", n_envs=16).learn(64, callback=callback)  # who says 16 knows
+        model = make_model("CartPole-v1", n_envs=16)  # who says 16 knows
+        model.learn(64, callback=callback).save(tmp_path / "model")
+        A3C.load(tmp_path / "model", env="CartPole-v1").learn(64, callback=callback)
 
 
 class Locals(BaseCallback):
