@@ -172,7 +172,7 @@ class A3C(EngineAlgorithm):
         self.best_score, self.first_scored_at = -math.inf, -1
         self.games_seed = env_sources.fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
-        self._counts_are_news = n_envs is None  # to a user who has named one environment
+        self._counts_are_news = n_envs is None and _init_setup_model
         played: GymEnv | None
         if env_sources.is_factory(env):
             n_envs = DEFAULT_ENVS if n_envs is None else n_envs

@@ -91,6 +91,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     time_spent: Profile | None
     """Where the time of all calls of `learn` went, if it is measured."""
     _counts_are_news: bool
+    """To a user who has named one environment; not of a model that is loaded."""
     _small_updates: bool
     _stateless_predictions: int
     _warned_of_state: bool
@@ -174,6 +175,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         if is_factory(env):
             factory = as_factory(env)  # type: ignore[arg-type]
             env = self._played_by(factory, self.n_envs)
+            force_reset = True  # it was never reset
         elif env is not self.env:
             check_object(env)
             factory, n_workers = None, 0

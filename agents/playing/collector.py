@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
     rewards: np.ndarray
     dones: np.ndarray
     infos: list[dict[str, Any]]
-    obs_tensor: PyTorchObs  # what they showed before, [B, ...]
+    obs_tensor: PyTorchObs  # what they showed before, [B, ...]; likewise valid until then
     log_probs: Tensor  # of the actions, [B]
     clipped_actions: np.ndarray  # the actions as the environments took them
     values: Tensor | None  # V(obs_tensor), [B, 1], where this process plays
@@ -131,7 +131,8 @@ class Collector:
                 with self.stopwatch.phase("forward"):
                     rollout.truncation_value[t, i] = self._value_after(terminal, i)
         self.obs, self.episode_start = new_obs, dones
-        actions, log_prob = rollout.actions[t].numpy(), rollout.log_prob[t]
+        # Callbacks may keep them, and the next rollout is played into the same memory.
+        actions, log_prob = rollout.actions[t].numpy().copy(), rollout.log_prob[t].clone()
         return Outcome(t, actions, new_obs, rewards, dones, infos, obs, log_prob, for_env, values)
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:

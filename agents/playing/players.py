@@ -108,10 +108,11 @@ class WorkersPlayer:
         with self.stopwatch.phase("copy"):
             batch = self.stage.gather([delivery.rollout for delivery in deliveries])
             played = self.stage.host
-            actions, rewards, dones = (
-                tensor.numpy().copy() for tensor in (played.actions, played.rewards, played.dones)
+            actions, rewards, dones, log_probs = (
+                tensor.clone()
+                for tensor in (played.actions, played.rewards, played.dones, played.log_prob)
             )
-            for_env = actions_for_env(self.policy, played.actions)
+            for_env = actions_for_env(self.policy, actions)
         with self.stopwatch.phase("wait"):
             self.pool.release(deliveries)
         infos: list[list[dict[str, Any]]] = [
@@ -123,13 +124,13 @@ class WorkersPlayer:
         for row in range(n_steps):
             outcome = Outcome(
                 row=row,
-                actions=actions[row],
+                actions=actions[row].numpy(),
                 new_obs=map_obs(lambda x, t=row + 1: x[t].numpy(), played.obs),  # type: ignore[misc]
-                rewards=rewards[row],
-                dones=dones[row],
+                rewards=rewards[row].numpy(),
+                dones=dones[row].numpy(),
                 infos=infos[row],
                 obs_tensor=map_obs(lambda x, t=row: x[t], played.obs),  # type: ignore[misc]
-                log_probs=played.log_prob[row],
+                log_probs=log_probs[row],
                 clipped_actions=for_env[row],
                 values=None,
             )

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ from ncrl.agents.playing.worker import (
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
 )
+STARTING = threading.Lock()  # the environment is shared by the trainings of several threads
 
 NO_GUARD = (
     "a worker process imports your file again, which must not start another training: put what "
@@ -196,7 +198,7 @@ class WorkerPool(Pool[_Worker]):
         connection, child_end = context.Pipe()
         spec = replace(self._worker_spec, index=worker.index, seed=self._seed(worker))
         process = context.Process(target=worker_main, args=(child_end, spec), daemon=True)
-        with _for_children():
+        with STARTING, _for_children():
             process.start()
         child_end.close()
         worker.process, worker.connection, worker.place = process, connection, f"pid {process.pid}"

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
+import cloudpickle
 import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import Schedule
@@ -143,11 +143,10 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     try:
         with stopwatch.phase("other"):
             _work(connection, spec, stopwatch)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent is gone
     except Exception as error:
         not_finite = str(error) if isinstance(error, NonFiniteError) else ""
-        connection.send(Failed(tail_of_traceback(), not_finite))
+        with contextlib.suppress(OSError):  # where the error is that the parent is gone
+            connection.send(Failed(tail_of_traceback(), not_finite))
         sys.exit(1)
 
 
@@ -188,7 +187,8 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
             continue
         played, infos = result
         for part in _in_small_parts(infos):
-            connection.send(part)
+            # By value, where a class is defined in the user's script or notebook.
+            connection.send_bytes(cloudpickle.dumps(part))
         connection.send(played)
         slot = next_slot()
     games.close()
@@ -280,10 +280,10 @@ def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
     part: list[Info] = []
     size = 0
     for row, i, info in infos:
-        length = len(ForkingPickler.dumps(info))
+        length = len(cloudpickle.dumps(info))
         if length > MESSAGE_BYTES:
-            info = {k: v for k, v in info.items() if len(ForkingPickler.dumps(v)) <= ENTRY_BYTES}
-            length = len(ForkingPickler.dumps(info))
+            info = {k: v for k, v in info.items() if len(cloudpickle.dumps(v)) <= ENTRY_BYTES}
+            length = len(cloudpickle.dumps(info))
         if part and size + length > MESSAGE_BYTES:
             yield part
             part, size = [], 0

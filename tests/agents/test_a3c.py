@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -403,6 +404,12 @@ def test_another_environment_goes_on_without_a_reset() -> None:
     assert first.get_attr("_tick") == second.get_attr("_tick") == [10, 10]
 
 
+def test_an_environment_that_is_built_anew_is_reset() -> None:
+    model = make_model().learn(20)
+    model.set_env(masked_cartpole(), force_reset=False)
+    assert model.learn(20, reset_num_timesteps=False).num_timesteps == 40
+
+
 @pytest.mark.parametrize("is_object", [True, False])
 def test_an_environment_that_is_refused_leaves_the_model_as_it_was(is_object: bool) -> None:
     model = make_model(n_workers=2)
@@ -667,6 +674,25 @@ def test_infos_that_are_asked_for_come_with_every_timestep() -> None:
     model = make_model(TickingFactory(), n_workers=1, n_envs=2, info_keywords=["tick", "none"])
     model.learn(40, callback=Ticks())
     assert Ticks.ticks == [tick for tick in range(1, 21) for _ in range(2)]
+
+
+def test_infos_may_hold_what_only_the_users_script_knows() -> None:
+    """Its classes travel to the workers by value, and back."""
+
+    class Ending(Enum):
+        LOST = 1
+
+    class Telling(gym.Wrapper):
+        def step(self, action: Any) -> Any:
+            *result, info = self.env.step(action)
+            return *result, info | {"ending": Ending.LOST}
+
+    def make(n_envs: int, seed: int) -> VecEnv:
+        return make_vec_env(lambda: Telling(gym.make("CartPole-v1")), n_envs, seed=seed)
+
+    record = Record()
+    make_model(make, n_workers=1, info_keywords=["ending"]).learn(20, callback=record)
+    assert {info["ending"] for row in record.infos for info in row} == {Ending.LOST}
 
 
 def test_get_env_plays_and_leaves_the_workers_theirs() -> None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy as copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -370,7 +370,9 @@ def test_frequencies_that_count_calls_are_told_to_users_of_ids(tmp_path: Path) -
         model.learn(64, callback=CallbackList([CallbackList([callback])]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make_model("CartPole-v1", n_envs=16).learn(64, callback=callback)  # who says 16 knows
+        model = make_model("CartPole-v1", n_envs=16)  # who says 16 knows
+        model.learn(64, callback=callback).save(tmp_path / "model")
+        A3C.load(tmp_path / "model", env="CartPole-v1").learn(64, callback=callback)
 
 
 class Locals(BaseCallback):
@@ -421,22 +423,22 @@ def test_callbacks_see_what_a2cs_see(n_workers: int) -> None:
         np.testing.assert_array_equal(row["clipped_actions"], row["actions"])
 
 
-def test_what_a_callback_keeps_stays_as_it_was() -> None:
-    """Of workers, whose next batch is gathered into the same memory."""
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_what_a_callback_keeps_stays_as_it_was(n_workers: int) -> None:
+    """The next rollout is played, or gathered, into the same memory."""
+    names = ("rewards", "dones", "actions", "clipped_actions", "log_probs")
+    kept: list[tuple[str, Any, Any]] = []
 
     class Keeping(BaseCallback):
-        kept: ClassVar[list[tuple[Any, Any]]] = []
-
         def _on_step(self) -> bool:
-            for name in ("rewards", "dones", "actions"):
-                self.kept.append((self.locals[name], np.array(self.locals[name])))
+            kept.extend((k, self.locals[k], copy(self.locals[k])) for k in names)
             return True
 
-    model = make_model(TickingFactory(length=3), n_workers=1, n_envs=2, n_steps=5)
+    model = make_model(TickingFactory(length=3), n_workers=n_workers, n_envs=2, n_steps=5)
     model.learn(60, callback=Keeping())
-    assert len(Keeping.kept) == 3 * 30
-    for now, then in Keeping.kept:
-        np.testing.assert_array_equal(now, then)
+    assert len(kept) == len(names) * 30
+    for name, now, then in kept:
+        np.testing.assert_array_equal(now, then, err_msg=name)
 
 
 def test_clipped_actions_are_those_of_the_environment() -> None:

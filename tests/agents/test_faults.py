@@ -34,7 +34,7 @@ from tests.agents.conftest import (
     warnings_of,
     worker_pids,
 )
-from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble
+from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble, in_worker
 
 ROOT = Path(__file__).parents[2]
 QUICK = Limits(heartbeat_timeout=60, startup_timeout=60, max_restarts=2, first_pause=0.2)
@@ -174,6 +174,17 @@ def test_f3_an_environment_that_cannot_be_built(caplog: pytest.LogCaptureFixture
     assert str(error.value).count("Traceback") == 1
     assert "OSError: no such game" in str(error.value)
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, BrokenPipeError, EOFError])
+def test_f3_a_simulator_that_hangs_up_is_not_taken_for_the_parent(error: type[Exception]) -> None:
+    def connect(n_envs: int, seed: int) -> Any:
+        if in_worker():
+            raise error("the simulator hung up")
+        return TickingFactory()(n_envs, seed)
+
+    with pytest.raises(WorkerError, match=r"at its start[^$]*the simulator hung up"):
+        make_model(connect).learn(1000)
 
 
 def test_f4_a_worker_that_dies_again_and_again(
@@ -621,4 +632,25 @@ def test_f31_workers_compute_with_one_thread() -> None:
     make_model(TickingFactory(length=1)).learn(40, callback=ends)
     assert ends.threads == {1} and ends.environ == {"1"}
     assert counts == [1], "no pool of BLAS or OpenCV beside it"
+    assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before
+
+
+def test_f31_trainings_in_threads_leave_the_environment_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = ncrl.agents.playing.pool.resource_tracker.ensure_running
+
+    def slowly() -> None:
+        time.sleep(0.5)  # so that the other thread starts its worker meanwhile
+        started()
+
+    monkeypatch.setattr(ncrl.agents.playing.pool.resource_tracker, "ensure_running", slowly)
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    models = [make_model(TickingFactory()) for _ in range(2)]
+    threads = [threading.Thread(target=model.learn, args=(20,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [model.num_timesteps for model in models] == [20, 20]
     assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == before
