@@ -1110,7 +1110,7 @@ def test_a_run_with_workers(workers_run: Run) -> None:
     path, output = workers_run
     assert "playing    2 workers of 2 games, 10 timesteps per rollout\n" in output
     assert f" -m tensorboard.main --logdir {path.parent}\n" in output
-    assert "1,616 / 1,616 frames" in output and f"--resume {path}\n" in output
+    assert "1,616 / 1,616 frames" in output and f"--resume {path} --frames 3232\n" in output
     assert not CONTROL.search(output)
     assert newest_checkpoint(path / "checkpoints").timesteps == 404
     tags = workers_run.events.Tags()
