@@ -97,7 +97,7 @@ class Session:
         self.data_dir: str | None = flags.get("data_dir")
         self.download: bool = flags.get("download", False)
         self.only_finished: bool = flags.get("finished", False)
-        self.logdir = Path(flags.get("logdir", "runs"))
+        self.logdir = Path(flags.get("logdir", "runs")).expanduser()
         self.figure = Path(flags["figure"]) if "figure" in flags else None
         if self.figure is not None:
             check_figure(self.figure)

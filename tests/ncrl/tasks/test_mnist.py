@@ -138,6 +138,14 @@ def test_other_images_of_the_same_name_are_another_run(
     assert len({row.readings["images"] for row in rows}) == 2
 
 
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files.write_mnist(tmp_path / "data", count=20)
+    words = ["--layer", "linear", "--epochs", "1", "--batch-size", "4", "--device", "cpu"]
+    assert main([*words, "--logdir=~/runs", "--data-dir=~/data"]) == 0
+    assert len(read_results(tmp_path / "runs")) == 1
+
+
 def test_the_same_number_of_steps_twice_is_one_run(tmp_path: Path) -> None:
     words = ["--num-steps", "2", "2", "--layer", "neurocoder", "--iterations", "1"]
     assert main([*words, "--device", "cpu", "--logdir", str(tmp_path)]) == 0
