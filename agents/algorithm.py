@@ -91,7 +91,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     time_spent: Profile | None
     """Where the time of all calls of `learn` went, if it is measured."""
     _counts_are_news: bool
-    """To a user who has named one environment; not of a model that is loaded."""
+    """Whether to warn that callbacks count calls: a user who named one environment, not one who
+    loads a model."""
     _small_updates: bool
     _stateless_predictions: int
     _warned_of_state: bool

@@ -14,6 +14,12 @@ UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 """Names that `write_atomically` gives to files until they are whole."""
 
 
+def given_path(text: str) -> Path:
+    """A path as a user gives it: a tilde is the home folder, which no shell sees in
+    `--logdir=~/runs`, nor in a file."""
+    return Path(os.path.expanduser(text))
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that, whatever happens, it is there whole or as it was before.
 

@@ -6,13 +6,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ncrl.agents.atari.config import RunConfig
 from ncrl.agents.atari.evaluate import evaluate
 from ncrl.agents.atari.summary import PROGRAM
 from ncrl.agents.atari.train import failed, learn, prepare
 from ncrl.agents.playing.sizes import available_cores, learner_threads
+from ncrl.files import given_path
 from ncrl.settings import EXIT_SIGINT, add_flags, make_parser, parse, usage_error
 from ncrl.shell.hardware import keep_freed_memory
 from ncrl.shell.screen import Screen
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # A few images at a time: threads would only wait for each other, beside a training
                 # six times as long.
                 with learner_threads(available_cores()):
-                    return evaluate(Path(modes["evaluate"]), flags, modes, screen)
+                    return evaluate(given_path(modes["evaluate"]), flags, modes, screen)
             with prepare(flags, modes) as job:
                 return learn(job, screen, signals)
         except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return signals.exit_code or EXIT_SIGINT
         except ValueError as error:
             usage_error(PROGRAM, str(error))
-        except OSError as error:  # such as of a film that cannot be written
+        except OSError as error:  # for example, a film cannot be written
             return failed(str(error))
 
 

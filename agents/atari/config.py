@@ -23,6 +23,7 @@ from ncrl.agents.playing.sizes import (
 from ncrl.agents.playing.supervision import Limits
 from ncrl.agents.runs.directory import RunDirectory
 from ncrl.envs import AtariFactory, atari
+from ncrl.files import given_path
 from ncrl.layers import LAYERS
 from ncrl.settings import configure, same_as, setting
 from ncrl.yaml_files import read_yaml
@@ -225,7 +226,7 @@ def choose_config(
     """The configuration of the run, and its directory if it exists already."""
     if modes["resume"] is None:
         file = modes["config"]
-        values = {} if file is None else read_yaml(Path(file))
+        values = {} if file is None else read_yaml(given_path(file))
 
         def chosen(base: RunConfig) -> RunConfig:
             return with_game(with_flags(configure(values, base, str(file)), flags))
@@ -238,7 +239,7 @@ def choose_config(
         return with_sizes(config), None
     if modes["config"] is not None:
         raise ValueError("--resume takes the run's own config.yaml; leave --config out")
-    path = Path(modes["resume"])
+    path = given_path(modes["resume"])
     before = with_game(stored_config(path))
     config = with_sizes(with_game(with_flags(before, flags)))
     _check_unchanged(before, config)
@@ -246,8 +247,8 @@ def choose_config(
 
 
 def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:
-    """The settings of a file under flags, of which one for the number of games, in all or per
-    worker, replaces whichever of the two the file has."""
+    """The settings of a file with the flags on top. A flag for the number of games (`games` or
+    `envs_per_worker`) replaces either setting of the file."""
     if "games" in flags or "envs_per_worker" in flags:
         config = replace(config, games=None, envs_per_worker=None)
     return configure(flags, config, "the flags")

@@ -20,6 +20,7 @@ from ncrl.agents.runs.checkpoints import load_weights, newest_checkpoint
 from ncrl.checks import require_range
 from ncrl.envs import ROOM_ADDRESS, AtariFactory, AtariPlayer
 from ncrl.envs.atari import life_lost
+from ncrl.files import given_path
 from ncrl.sb3 import Latent
 from ncrl.settings import configure
 from ncrl.shell.hardware import choose_device
@@ -50,7 +51,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     config = configure(flags, stored_config(path), "the flags")
     choose_device(config.device)
     if modes["video"] is not None:
-        check_path(Path(modes["video"]))
+        check_path(given_path(modes["video"]))
     weights, after = chosen_weights(path, best=bool(modes["best"]))
     screen.line(f"playing {episodes} whole games with {weights}")
     model = make_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
@@ -75,7 +76,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     if modes["video"] is not None:
         screen.line("filming one more game")
         player = AtariPlayer(factory, seed)
-        write_video(Path(modes["video"]), moments(model, player, deterministic=deterministic))
+        write_video(given_path(modes["video"]), moments(model, player, deterministic=deterministic))
         screen.line(f"video of one game (score {player.score:g}): {modes['video']}")
     return 0
 

@@ -64,8 +64,8 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
             f"{config.ext_coef:g} of the game's rewards, after {config.bonus_warmup:,} timesteps"
         )
     if config.cluster is None:
-        usual = with_sizes(replace(config, workers=None, games=None, batch_size=None))
-        if config == usual:
+        asked_for_none = replace(config, workers=None, games=None, batch_size=None)
+        if config == with_sizes(replace(asked_for_none, n_steps=RunConfig.n_steps)):
             lines.insert(
                 3,
                 f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and "

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,6 +28,7 @@ from ncrl.agents.atari.summary import PROGRAM, resume_line, summary
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint, resume
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.runs.progress import Progress
+from ncrl.files import given_path
 from ncrl.shell.hardware import choose_device, is_lack_of_memory
 from ncrl.shell.screen import Screen
 from ncrl.shell.signals import StopSignals
@@ -52,7 +52,7 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
             raise ValueError(f"--{name} goes with --evaluate RUN_DIR")
     config, resumed = choose_config(flags, modes)
     choose_device(config.device)
-    with resumed or RunDirectory.create(Path(config.logdir), config.env) as run:
+    with resumed or RunDirectory.create(given_path(config.logdir), config.env) as run:
         model: A3C | None = None
         try:
             checkpoint = None if resumed is None else newest_checkpoint(run.checkpoints)

@@ -52,7 +52,6 @@ class RunDirectory(contextlib.ExitStack):
     @classmethod
     def create(cls, logdir: Path, name: str) -> RunDirectory:
         """A new folder `logdir/name-1`, or the first higher number that nobody has taken."""
-        logdir = logdir.expanduser()  # no shell does it for --logdir=~/runs, nor for a file
         try:
             logdir.mkdir(parents=True, exist_ok=True)
             for number in count(1):

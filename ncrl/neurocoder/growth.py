@@ -14,7 +14,7 @@ def replace_parameter(
     """Put `change` of a parameter in its place, in the module and in the optimiser.
 
     What the optimiser keeps for each row of the parameter is changed alike; what it keeps for a
-    parameter without any number is dropped, but for momentum.
+    parameter without any number is dropped, except momentum.
 
     Args:
         module: that has the parameter.
@@ -31,7 +31,7 @@ def replace_parameter(
         # In the list itself, which LBFGS holds.
         group["params"][:] = [new if one is old else one for one in group["params"]]
     state = optimizer.state.pop(old, {})
-    # Momentum alone begins as zeros, and SGD's fused kernel begins it for all parameters or none.
+    # Without dampening, momentum of zeros is as none; SGD's fused kernel wants all or none.
     if state and (old.numel() or list(state) == ["momentum_buffer"]):
         for key, value in state.items():
             is_tensor = isinstance(value, Tensor) and value.dim() == old.dim()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ncrl.checks import require_choice, require_range, suggest
-from ncrl.files import read_bytes, remove_unfinished, write_atomically
+from ncrl.files import given_path, read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
 from ncrl.settings import EXIT_SIGINT, add_flags, make_parser, parse, usage_error
 from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
@@ -97,8 +97,8 @@ class Session:
         self.data_dir: str | None = flags.get("data_dir")
         self.download: bool = flags.get("download", False)
         self.only_finished: bool = flags.get("finished", False)
-        self.logdir = Path(flags.get("logdir", "runs")).expanduser()
-        self.figure = Path(flags["figure"]) if "figure" in flags else None
+        self.logdir = given_path(flags.get("logdir", "runs"))
+        self.figure = given_path(flags["figure"]) if "figure" in flags else None
         if self.figure is not None:
             check_figure(self.figure)
         if "threads" in flags:
@@ -380,7 +380,7 @@ def chosen(
 
 def find_config(name: str) -> Path:
     """A file of recipes, by its path or by its name in `CONFIGS`."""
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+    for path in (given_path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
     known = [path.stem for path in CONFIGS.glob("*.yaml")]

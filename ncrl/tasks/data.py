@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncrl.files import write_atomically
+from ncrl.files import given_path, write_atomically
 from ncrl.shell.screen import say
 from ncrl.tasks.formats import (
     CIFAR_SIDE,
@@ -273,7 +273,7 @@ def data_folder(data_dir: str | Path | None = None) -> Path | None:
     named = data_dir or os.environ.get("NCRL_DATA")
     if not named:
         return None
-    folder = Path(named).expanduser()
+    folder = given_path(str(named))
     if not folder.is_dir():
         origin = "--data-dir" if data_dir else "NCRL_DATA"
         reason = "is a file" if folder.exists() else "does not exist"

@@ -54,11 +54,6 @@ def test_folders_are_numbered(tmp_path: Path) -> None:
     assert RunDirectory.create(logdir, "Qbert").path == logdir / "Qbert-1"
 
 
-def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert RunDirectory.create(Path("~/runs"), "Pong").path == tmp_path / "runs" / "Pong-1"
-
-
 def is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 

@@ -165,7 +165,8 @@ class SampleGradients:
 
 
 class _Product(NamedTuple):
-    """y = x W, where no gradient reaches W through y, unless W follows from samples."""
+    """y = x W. W is cut off, so that no gradient reaches it through y, unless it depends on the
+    samples."""
 
     x: Tensor
     weight: Tensor
@@ -174,7 +175,8 @@ class _Product(NamedTuple):
 
 class _Watch(TorchFunctionMode):
     """Hands out the pieces of split parameters in a forward pass, and if it is to cut weights off,
-    keeps the products that they were in; not cut off are those of the products `generated`."""
+    keeps the products that they were in; those whose numbers are in `generated` keep theirs
+    attached."""
 
     loss: Tensor
 
@@ -240,7 +242,7 @@ def _uses(two: _Watch, three: _Watch) -> dict[Leaf, list[int]]:
     for index, (one, other) in enumerate(zip(two.products, three.products, strict=True)):
         rows = one.x.shape[:-1].numel(), other.x.shape[:-1].numel()
         is_batch = rows == (2, 3) and (one.x.ndim == 2 or one.weight.ndim == 2)
-        is_shared = one.weight.shape == other.weight.shape
+        is_shared = index not in two.generated
         mark = torch.rand(one.weight.shape, generator=torch.Generator().manual_seed(0))
         mark = mark.to(one.weight)
         for leaf, tensor in two.leaves.items():
