@@ -14,10 +14,10 @@ UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 """Names that `write_atomically` gives to files until they are whole."""
 
 
-def given_path(text: str) -> Path:
+def given_path(path: str | Path) -> Path:
     """A path as a user gives it: a tilde is the home folder, which no shell sees in
     `--logdir=~/runs`, nor in a file."""
-    return Path(os.path.expanduser(text))
+    return Path(os.path.expanduser(path))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -50,8 +50,9 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     require_range("episodes", episodes, 1, MOST_EPISODES)
     config = configure(flags, stored_config(path), "the flags")
     choose_device(config.device)
-    if modes["video"] is not None:
-        check_path(given_path(modes["video"]))
+    film = None if modes["video"] is None else given_path(modes["video"])
+    if film is not None:
+        check_path(film)
     weights, after = chosen_weights(path, best=bool(modes["best"]))
     screen.line(f"playing {episodes} whole games with {weights}")
     model = make_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
@@ -73,11 +74,11 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
         f"{'likeliest' if deterministic else 'sampled'} actions, "
         f"{'best model' if modes['best'] else 'last checkpoint'}, seed {config.seed}"
     )
-    if modes["video"] is not None:
+    if film is not None:
         screen.line("filming one more game")
         player = AtariPlayer(factory, seed)
-        write_video(given_path(modes["video"]), moments(model, player, deterministic=deterministic))
-        screen.line(f"video of one game (score {player.score:g}): {modes['video']}")
+        write_video(film, moments(model, player, deterministic=deterministic))
+        screen.line(f"video of one game (score {player.score:g}): {film}")
     return 0
 
 

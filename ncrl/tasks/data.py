@@ -273,7 +273,7 @@ def data_folder(data_dir: str | Path | None = None) -> Path | None:
     named = data_dir or os.environ.get("NCRL_DATA")
     if not named:
         return None
-    folder = given_path(str(named))
+    folder = given_path(named)
     if not folder.is_dir():
         origin = "--data-dir" if data_dir else "NCRL_DATA"
         reason = "is a file" if folder.exists() else "does not exist"
