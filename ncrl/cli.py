@@ -77,8 +77,10 @@ def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
     if command == "evaluate":
         return ["--evaluate", run, *rest]
     film = f"{Path(run).resolve().name}.mp4"
-    if rest and not rest[0].startswith("-"):
-        film, *rest = rest
+    for i, word in enumerate(rest):  # it may stand behind flags; none of them takes a file
+        if not word.startswith("-") and (i == 0 or Path(word).suffix):
+            film = rest.pop(i)
+            break
     return ["--evaluate", run, "--episodes", "1", "--video", film, *rest]
 
 

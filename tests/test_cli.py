@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
         ("evaluate runs/Pong-1 --episodes 3", "--evaluate runs/Pong-1 --episodes 3"),
         ("watch runs/Pong-1", "--evaluate runs/Pong-1 --episodes 1 --video Pong-1.mp4"),
         ("watch r a.webm --best", "--evaluate r --episodes 1 --video a.webm --best"),
+        ("watch r --best a.mp4", "--evaluate r --episodes 1 --video a.mp4 --best"),
+        ("watch r --seed 3 a.gif", "--evaluate r --episodes 1 --video a.gif --seed 3"),
         ("evaluate --help", "--help"),
     ],
 )

@@ -1155,8 +1155,11 @@ class Process:
         self.children = psutil.Process(self.popen.pid).children(recursive=True)
 
     def press_ctrl_c(self) -> None:
-        """The terminal sends the signal to the whole group."""
-        os.killpg(self.popen.pid, signal.SIGINT)
+        self.signal_from_terminal(signal.SIGINT)
+
+    def signal_from_terminal(self, number: signal.Signals) -> None:
+        """The terminal sends it to the whole group."""
+        os.killpg(self.popen.pid, number)
 
     def end(self) -> tuple[int, str]:
         """Exit code and stderr; nobody may be left."""
@@ -1196,8 +1199,8 @@ def has_curves(path: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("workers", "number", "code"),
-    [("2", signal.SIGINT, 130), ("0", signal.SIGTERM, 143)],
-    ids=["F8 SIGINT, workers", "F9 SIGTERM, serial"],
+    [("2", signal.SIGINT, 130), ("0", signal.SIGTERM, 143), ("2", signal.SIGHUP, 129)],
+    ids=["F8 SIGINT, workers", "F9 SIGTERM, serial", "closed terminal, workers"],
 )
 def test_a_signal_ends_the_run_with_a_checkpoint(
     workers: str,
@@ -1211,10 +1214,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     process.wait_for(lambda: has_curves(path / "progress.csv"))
     assert list((path / "checkpoints").iterdir()) == []
     assert len(process.children) >= int(workers)
-    if number == signal.SIGINT:
-        process.press_ctrl_c()
-    else:
+    if number == signal.SIGTERM:
         process.popen.send_signal(number)
+    else:
+        process.signal_from_terminal(number)
     assert process.end() == (code, "")
     checkpoint = newest_checkpoint(path / "checkpoints")
     rows = Run(path, "").rows

@@ -181,6 +181,9 @@ def write_video(path: Path, moments: Iterable[Moment], fps: float = FPS) -> None
             picture = compose(moment, traces, bonuses)
             writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         writer.release()
+        # The writer says nothing of a full disk; then there is no index, and so no length.
+        if cv2.VideoCapture(str(growing)).get(cv2.CAP_PROP_FRAME_COUNT) < 1:
+            raise OSError(f"cannot write the video {str(path)!r} whole; is the disk full?")
         os.replace(growing, target)
     finally:
         writer.release()

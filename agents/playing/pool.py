@@ -32,6 +32,7 @@ from ncrl.agents.playing.supervision import Delivery, Incarnation, Pool, PoolSpe
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import (
     EXIT_NO_GUARD,
+    FROM_TERMINAL,
     EnvFailed,
     Failed,
     Info,
@@ -230,12 +231,14 @@ def handed_over(value: Any) -> Tensor | CloudpickleWrapper:
 
 @contextlib.contextmanager
 def _for_children() -> Iterator[None]:
-    """Processes started inside have one thread, and SIGINT blocked until they are set up."""
+    """Processes started inside have one thread, and a terminal's signals blocked until they are
+    set up."""
     before = {name: value for name, value in os.environ.items() if name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
-    resource_tracker.ensure_running()  # the first start would do it, and unblock SIGINT
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_TERMINAL)
     try:
+        resource_tracker.ensure_running()  # the first start would do it, and unblock SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, FROM_TERMINAL)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

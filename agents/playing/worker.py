@@ -32,6 +32,7 @@ from ncrl.sb3 import EnginePolicy
 from ncrl.shell.hardware import keep_freed_memory
 
 EXIT_NO_GUARD = 78  # of a process about to start a training while it imports its parent's script
+FROM_TERMINAL = {signal.SIGINT, signal.SIGHUP}  # Ctrl-C, and that it is closed
 MESSAGE_BYTES = 8_000  # most infos in one message; a pipe takes twice that in one write
 ENTRY_BYTES = 400  # largest entry of an info over `MESSAGE_BYTES`; SB3 reads smaller ones only
 
@@ -134,9 +135,10 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     """Entry point of the process. Receives slot numbers, answers with `Message`s; on None it plays
     no more of them, and ends."""
     keep_freed_memory()
-    # Ctrl-C reaches everybody, but the parent decides. It was blocked while this process started.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # They reach everybody, but the parent decides. They were blocked while this process started.
+    for number in FROM_TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_TERMINAL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent()
     stopwatch = Stopwatch() if spec.profile else OFF

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop where it can go on later."""
+"""Ctrl-C, SIGTERM and a terminal that is closed ask a run to stop where it can go on later."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def stop_signals(on_stop: Callable[[], None] | None = None) -> Iterator[StopSign
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = signal.SIGINT, signal.SIGTERM
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else `nohup` lets it go on
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, stop.stop) for number in numbers}
     try:
         yield stop

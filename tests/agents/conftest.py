@@ -2,9 +2,11 @@
 
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -101,6 +103,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails with EFBIG, as a full disk does with ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

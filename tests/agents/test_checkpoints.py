@@ -9,15 +9,13 @@ import os
 import pickle
 import random
 import re
-import resource
 import stat
 import subprocess
 import sys
 import textwrap
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,7 @@ from ncrl.agents.runs.checkpoints import (
 )
 from ncrl.envs import atari, masked_cartpole
 from ncrl.shell.tensors import with_checksum
-from tests.agents.conftest import warnings_of
+from tests.agents.conftest import file_size_limit, warnings_of
 from tests.agents.environments import TickingFactory
 from tests.agents.test_loading import Malicious, torch_bytes
 
@@ -621,17 +619,6 @@ def test_f19_an_optimiser_that_is_not_finite_is_never_saved(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="optimiser"):
         save_checkpoint(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes of a file fails with EFBIG, as a full disk does with ENOSPC."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def content(folder: Path) -> dict[str, bytes]:

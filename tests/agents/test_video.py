@@ -35,6 +35,7 @@ from ncrl.agents.atari.video import (
 )
 from ncrl.envs import AtariPlayer, atari
 from ncrl.sb3 import CnnLstmPolicy, Latent, LstmPolicy, NeurocoderCnnLstmPolicy
+from tests.agents.conftest import file_size_limit
 
 SLOTS, COMPONENTS, ACTION_NAMES = 12, 6, ("NOOP", "FIRE", "UP", "DOWNRIGHTFIRE")
 SPACE = spaces.Box(0, 255, (1, 84, 84), np.uint8)
@@ -256,6 +257,18 @@ def test_a_video_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old"
     write_video(path, until(None))
     assert len(read(path)) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_video_that_does_not_fit_on_the_disk_is_an_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"game{suffix}"
+    path.write_bytes(b"old")
+    noise = np.random.default_rng(0)
+    frames = (noise.integers(0, 255, (210, 160, 3), dtype=np.uint8) for _ in range(3))
+    with file_size_limit(60_000), pytest.raises(OSError, match="disk full"):
+        write_video(path, (moment()._replace(frame=frame) for frame in frames))
+    assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
