@@ -110,7 +110,8 @@ def check_object(env: object) -> None:
     if not isinstance(env, (VecEnv, gymnasium.Env)):
         raise ValueError(
             "env must be an environment, a Gymnasium id or a factory(n_envs, seed) -> VecEnv, got "
-            f"{env!r}; lists of functions make a DummyVecEnv"
+            f"{env!r}; make_vec_env(id, n_envs) makes a VecEnv, and DummyVecEnv one of a list of "
+            "functions"
         )
     check_spaces(env.observation_space, env.action_space)
 

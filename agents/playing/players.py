@@ -18,7 +18,7 @@ from ncrl.agents.playing.buffers import Batch, RolloutBatch, RolloutShape, first
 from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import Pool, PoolSpec
-from ncrl.agents.playing.worker import check_script, end_if_importing_main
+from ncrl.agents.playing.worker import check_parent, end_if_importing_main
 from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_obs
@@ -64,13 +64,13 @@ def played_by_workers(
     """Workers that play inside the block: processes, or actors of the cluster at an address.
 
     Raises:
-        RuntimeError: for a program that processes cannot import again.
+        RuntimeError: for a program that processes cannot import again, or a daemonic process.
         ValueError: for a policy that they cannot build, or a cluster that cannot be joined.
         WorkerError: if they cannot be kept running.
     """
     if cluster is None:
         end_if_importing_main()
-        check_script()
+        check_parent()
     spec.policy.check_like(policy)
     with ExitStack() as stack:
         make_pool: Callable[[PoolSpec, nn.Module], Pool[Any]] = WorkerPool

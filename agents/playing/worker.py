@@ -119,8 +119,14 @@ def end_if_importing_main() -> None:
         raise SystemExit(EXIT_NO_GUARD)
 
 
-def check_script() -> None:
-    """Raise RuntimeError for a program that workers cannot import again: standard input."""
+def check_parent() -> None:
+    """Raise RuntimeError for a process that may not start others, and for a program that workers
+    cannot import again: standard input."""
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError(
+            "this process is daemonic, and Python lets such start no worker processes: use "
+            "n_workers=0, or start it with daemon=False"
+        )
     main = sys.modules["__main__"]
     file: str | None = getattr(main, "__file__", None)
     if file and getattr(main, "__spec__", None) is None and not os.path.exists(file):

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -451,7 +452,7 @@ def test_an_environment_that_is_refused_leaves_the_model_as_it_was(is_object: bo
         ({"batch_size": 7}, r"got batch_size=7 with n_steps=.*; nearest: "),
         ({"env": lambda: None}, r"factory\(n_envs, seed\), which .*lambda"),
         ({"env": gym.Env}, r"env must be an environment, .*got <class"),
-        ({"env": [lambda: None]}, r"lists of functions make a DummyVecEnv"),
+        ({"env": [lambda: None]}, r"DummyVecEnv one of a list of functions"),
         ({"env": "no.such.module:CartPole-v1"}, r"unknown environment 'no.such.*No module"),
     ],
     # Without addresses: names of tests must be the same in every process.
@@ -774,6 +775,16 @@ def test_a_script_on_standard_input_is_told_so(tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and done.stderr.count("Traceback") == 1
     assert "standard input" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_daemonic_process_is_told_that_it_starts_no_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as a worker of a pool of `multiprocessing`, in a search for hyper-parameters."""
+    model = A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_envs=1, device="cpu")
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with pytest.raises(RuntimeError, match=r"daemonic.*n_workers=0"):
+        model.learn(20)
 
 
 def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
