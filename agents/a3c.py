@@ -46,6 +46,7 @@ class A3C(EngineAlgorithm):
     Mnih et al. 2016 ("Asynchronous methods for deep reinforcement learning") for the algorithm and
     its hyper-parameters; Espeholt et al. 2018 ("IMPALA") for the learner and V-trace. Workers play
     on the CPU with weights that are whole versions of the learner's, at most a few updates old.
+    Arguments that are not explained here are SB3's.
 
     Args:
         policy: a name in `policy_aliases` or a subclass of `ncrl.sb3.EnginePolicy`. `Lstm` in a
@@ -64,7 +65,8 @@ class A3C(EngineAlgorithm):
             environments, on a GPU of up to 8, with an intrinsic reward of up to 32.
         gamma: discount.
         gae_lambda: 1 gives n-step returns; by default 0.95 with images, else 1.
-        ent_coef, vf_coef: weights of the entropy and of the value loss.
+        ent_coef: weight of the entropy.
+        vf_coef: weight of the value loss.
         entropy_floor: mean entropy (nats) below which it is drawn up again; 0 for none.
         max_grad_norm: limit on the gradient's norm.
         use_rms_prop: RMSProp as in A3C; False takes Adam, the default with images. Any other
@@ -81,8 +83,8 @@ class A3C(EngineAlgorithm):
         intrinsic_reward: a bonus for what is new, for games whose rewards are rare: `rnd`, `snd`,
             `count`, or an `ncrl.agents.IntrinsicReward` of your own; None for no bonus. It has a
             value head and a discount of its own, and no end of a game cuts its return.
-        int_coef, ext_coef: weights of intrinsic advantages, which have deviation 1, and of the
-            others beside them.
+        int_coef: weight of intrinsic advantages, which have deviation 1.
+        ext_coef: weight of the others beside them.
         int_gamma: discount of the intrinsic return.
         imitation_coef: weight of what led to a reward, which is learnt from again beside an
             intrinsic reward; 0 keeps none.
@@ -99,7 +101,6 @@ class A3C(EngineAlgorithm):
         n_envs: environments that are built from an id or a factory, of all workers together; a
             multiple of `n_workers`. None takes 16.
         limits: time-outs and restarts of the workers.
-        stats_window_size: whole games that means of scores are taken over.
         policy_kwargs: further arguments of the policy, such as `head`, `head_kwargs`, `encoder`.
             Neurocoder heads on images have the options of `ncrl.agents.defaults`; beside
             `head_kwargs` only sharpness and whether the residual program has a gate.
@@ -107,7 +108,6 @@ class A3C(EngineAlgorithm):
         device: of the learner.
         profile: measure where the time of each process goes: curves `profile/<process>/<phase>`,
             and `time_spent.table()`. On CUDA the learner waits for the device at each phase.
-        tensorboard_log, verbose, use_sde, sde_sample_freq: as in SB3.
 
     Raises:
         ValueError: for impossible arguments.
@@ -376,9 +376,7 @@ class A3C(EngineAlgorithm):
             self._policy_spec(),
             self._rollout_shape(self.n_envs // self.n_workers),
             self.n_workers,
-            # Games after an earlier `learn` do not repeat those played before; `num_timesteps` may
-            # have been set back to 0.
-            seed=self.games_seed + 7_919 * self._n_updates,
+            seed=self.next_games_seed,
             limits=self.limits,
             profile=self.time_spent,
             info_keywords=self.info_keywords,

@@ -126,6 +126,12 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             return games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
         return self.n_envs
 
+    @property
+    def next_games_seed(self) -> int:
+        """Of games that start now: they do not repeat those played before. `num_timesteps` may have
+        been set back to 0."""
+        return self.games_seed + 7_919 * self._n_updates
+
     # What it is built from.
 
     def _make_exploration(self) -> Exploration | None:
@@ -165,7 +171,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         check_workers(self.n_workers, n_envs)
         if self.n_workers:
             return RemoteEnvs(factory, n_envs)
-        return RecordedEnv(build(factory, n_envs, self.games_seed))
+        return RecordedEnv(build(factory, n_envs, self.games_seed), self.games_seed)
 
     def set_env(self, env: GymEnv | str | EnvFactory, force_reset: bool = True) -> None:
         """As in SB3; also takes an id or a factory, which is played as before, by workers or not.

@@ -21,7 +21,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     outside = {"index.md": ROOT / "README.md"}
     outside |= {f"results/{path.name}": path for path in sorted((ROOT / "results").glob("*.md"))}
     outside["results/claims.yaml"] = ROOT / "results" / "claims.yaml"
-    outside |= {f"results/{path.name}": path for path in sorted((ROOT / "results").glob("*.csv"))}
+    rows = sorted((ROOT / "results").rglob("*.csv"))
+    outside |= {path.relative_to(ROOT).as_posix(): path for path in rows}
     for place, path in outside.items():
         files.append(File.generated(config, place, abs_src_path=str(path)))
     return files

@@ -81,7 +81,7 @@ def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
         if not word.startswith("-") and (i == 0 or Path(word).suffix):
             film = rest.pop(i)
             break
-    return ["--evaluate", run, "--episodes", "1", "--video", film, *rest]
+    return ["--evaluate", run, "--episodes", "0", "--video", film, *rest]
 
 
 def run_task(words: Sequence[str]) -> int:

@@ -698,6 +698,22 @@ def test_f17_resume_with_another_number_of_games(envs: str, run: Run) -> None:
     assert run.config["games"] == int(envs)
 
 
+def test_a_resume_that_plays_nothing_changes_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that is there holds the games, by which a serial run goes on bit for bit."""
+
+    def no_workers(*_arguments: Any, **_options: Any) -> Any:
+        raise WorkerError("they cannot start")
+
+    files = [*(run.path / "checkpoints").iterdir(), run.path / "config.yaml"]
+    before = [path.read_bytes() for path in files]
+    monkeypatch.setattr("ncrl.agents.a3c.played_by_workers", no_workers)
+    changed = ["--workers", "2", "--learning-rate", "0.5", "--frames", "8640"]
+    assert main(["--resume", str(run.path), *changed]) == 1
+    assert [path.read_bytes() for path in files] == before
+
+
 @pytest.mark.parametrize("workers", range(7))
 def test_f17_the_games_of_a_run_are_kept_by_any_number_of_workers(
     workers: int, tmp_path: Path
@@ -820,11 +836,13 @@ def test_evaluate_prints_raw_scores(run: Run) -> None:
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
 
-def test_evaluate_films_a_game(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("episodes", ["0", "1"])
+def test_evaluate_films_a_game(episodes: str, run: Run, tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
-    arguments = ["--evaluate", str(run.path), "--episodes", "1", "--video", str(path)]
+    arguments = ["--evaluate", str(run.path), "--episodes", episodes, "--video", str(path)]
     output = run_here(*arguments, "--deterministic", "--seed", "5")
     assert re.search(rf"^video of one game \(score \d+\): {path}$", output, re.MULTILINE)
+    assert output.count("game 1 of 1") == int(episodes)
     assert "likeliest actions" in output and "seed 5" in output
     video = cv2.VideoCapture(str(path))
     frames = int(video.get(cv2.CAP_PROP_FRAME_COUNT))

@@ -26,7 +26,7 @@ MODES: dict[str, tuple[type, str]] = {
         "measure where the time of each process goes; a table at the end, and curves",
     ),
     "evaluate": (str, "play whole games with a trained run"),
-    "episodes": (int, "games to evaluate (default: 10)"),
+    "episodes": (int, "games to evaluate (default: 10); 0 with --video: film alone"),
     "video": (str, "with --evaluate: an .mp4 or .webm of one game"),
     "best": (bool, "with --evaluate: best_model.zip, not the last checkpoint"),
     "deterministic": (bool, "with --evaluate: the likeliest action, not a sampled one"),

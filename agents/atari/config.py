@@ -185,7 +185,7 @@ class RunConfig:
     )
     max_restarts: int = setting(
         Limits.max_restarts,
-        "deaths in a row, and a fourth of those in 10 minutes, that a worker is replaced after",
+        "failures in a row that a worker may have; four times as many in 10 minutes",
         low=0,
         high=1000,
     )
@@ -322,10 +322,11 @@ def with_sizes(config: RunConfig) -> RunConfig:
             "many games there are; leave one out"
         )
     asked = config.workers
+    if config.cluster is not None and asked != 0:
+        cores = worker_cores(config.cluster)  # asked for in any case: there may be no such cluster
+        asked = cores if asked is None else asked
     if asked is None:
-        # One per core of a cluster, on this machine as many as fit.
-        cluster = config.cluster
-        asked = machine_sizes(config).workers if cluster is None else worker_cores(cluster)
+        asked = machine_sizes(config).workers
     games = config.games or default_games(config, asked)
     divisors = [n for n in range(1, games + 1) if games % n == 0]
     workers = min(divisors, key=lambda n: abs(n - asked)) if asked else 0

@@ -47,27 +47,28 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
             f"(allowed: {', '.join(sorted(allowed))})"
         )
     episodes = 10 if modes["episodes"] is None else modes["episodes"]
-    require_range("episodes", episodes, 1, MOST_EPISODES)
+    require_range("episodes", episodes, 1 if modes["video"] is None else 0, MOST_EPISODES)
     config = configure(flags, stored_config(path), "the flags")
     choose_device(config.device)
     film = None if modes["video"] is None else given_path(modes["video"])
     if film is not None:
         check_path(film)
     weights, after = chosen_weights(path, best=bool(modes["best"]))
-    screen.line(f"playing {episodes} whole games with {weights}")
+    screen.line(f"playing {f'{episodes} whole games ' if episodes else ''}with {weights}")
     model = make_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
     factory, seed = make_factory(config), (config.seed + UNPLAYED) % 2**31
-    play_all = visit_rooms if factory.game in ROOM_ADDRESS else play_games
-    scores, lengths = play_all(model, factory, seed, episodes, deterministic, screen)
+    if episodes:
+        play_all = visit_rooms if factory.game in ROOM_ADDRESS else play_games
+        scores, lengths = play_all(model, factory, seed, episodes, deterministic, screen)
+        screen.line(
+            f"{camel_case(factory.game)} {after}raw score of {episodes} whole "
+            f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
+            f"min {min(scores):g}, max {max(scores):g}; mean length "
+            f"{statistics.fmean(lengths):.0f} timesteps"
+        )
     rules = factory.describe()
-    screen.line(
-        f"{camel_case(factory.game)} {after}raw score of {episodes} whole "
-        f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
-        f"min {min(scores):g}, max {max(scores):g}; mean length {statistics.fmean(lengths):.0f} "
-        "timesteps"
-    )
     screen.line(
         f"protocol {config.protocol} (sticky actions {rules['sticky_actions']:g}, "
         f"{rules['action_set']} actions, no-ops {rules['no_ops']}), "
@@ -75,7 +76,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
         f"{'best model' if modes['best'] else 'last checkpoint'}, seed {config.seed}"
     )
     if film is not None:
-        screen.line("filming one more game")
+        screen.line(f"filming one {'more ' if episodes else ''}game")
         player = AtariPlayer(factory, seed)
         write_video(film, moments(model, player, deterministic=deterministic))
         screen.line(f"video of one game (score {player.score:g}): {film}")

@@ -144,9 +144,12 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
 
     signals.on_stop = stop
     callbacks = [checkpoints, Progress(config.frames, screen)]
+    before, saved = model.num_timesteps, True
     try:
         lost_workers = _play_on(model, config, total, callbacks, screen)
-        if model.num_timesteps:
+        if (
+            model.num_timesteps > before
+        ):  # else what there is may be more than is here, such as games
             saved = checkpoints.save()
             model.dump_logs()
     except (NonFiniteError, CheckpointError, OSError) as error:

@@ -167,11 +167,11 @@ def write_video(path: Path, moments: Iterable[Moment], fps: float = FPS) -> None
     # OpenCV asks for hundreds of megabits a second, and takes other wishes from here alone.
     os.environ.setdefault("OPENCV_FFMPEG_WRITER_OPTIONS", WRITER_OPTIONS)
     writer = cv2.VideoWriter(str(growing), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT))
-    if not writer.isOpened():
-        raise OSError(f"OpenCV cannot write the video {str(path)!r}")
     traces: dict[str, Trace] = {}
     bonuses: deque[float] = deque(maxlen=HISTORY)
     try:
+        if not writer.isOpened():
+            raise OSError(f"OpenCV cannot write the video {str(path)!r}")
         for moment in moments:
             for name, attention in moment.heads.items():
                 if attention is not None:

@@ -147,7 +147,8 @@ class RND(IntrinsicReward):
         encoder: `a3c` (16 and 32 maps, 256 features) or `nature` (32, 64 and 64 maps, 512
             features); for images only.
         learning_rate: of Adam.
-        update_proportion: share of the transitions that the predictor learns from.
+        update_proportion: share of the transitions that the predictor learns from, rounded to 1,
+            1/2, 1/3 and so on.
 
     Raises:
         ValueError: for Dict observations, images that are too small, or impossible numbers.

@@ -187,7 +187,7 @@ class Batch(NamedTuple):
     host: Rollout  # the same on the host
     games: list[int]
     """Which game each column is: those of a worker follow each other, but the order of workers
-    differs from batch to batch, and one worker may have two rollouts in it."""
+    differs from batch to batch, and one worker may have several rollouts in it."""
     lags: list[int]  # by how many versions the weights behind each rollout were too old
 
 

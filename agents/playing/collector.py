@@ -104,7 +104,9 @@ class Collector:
             obs = map_obs(lambda tensor: tensor[t].to(device), rollout.obs)
             try:
                 step = self.policy.act(obs, self.lstm_state, rollout.episode_start[t])
-            except ValueError as error:  # a distribution refuses its parameters
+            except ValueError as error:
+                if "satisfy the constraint" not in str(error):  # as distributions say of parameters
+                    raise
                 raise NonFiniteError(
                     "the policy computes no finite probabilities any more; a lower learning rate "
                     "or max_grad_norm may help"
@@ -145,12 +147,12 @@ class Collector:
 
 
 def actions_for_env(policy: EnginePolicy, actions: Tensor) -> np.ndarray:
-    """Actions as the environment takes them: Gaussian samples are clipped to the bounds, and those
-    squashed into -1 .. 1 are scaled to them."""
+    """Actions as the environment takes them, in the type of its space: Gaussian samples are clipped
+    to the bounds, and those squashed into -1 .. 1 are scaled to them."""
     array: np.ndarray = actions.cpu().numpy()
     space = policy.action_space
     if not isinstance(space, spaces.Box):
-        return array
+        return array.astype(space.dtype, copy=False)  # policies draw MultiBinary as floats
     return (
         policy.unscale_action(array) if policy.squash_output else array.clip(space.low, space.high)
     )

@@ -224,40 +224,59 @@ class RemoteEnvs(VecEnv):
 
 
 class RecordedEnv(VecEnvWrapper):
-    """Remembers every reset and action, so that a fresh copy can be brought to the same state.
+    """Remembers seeds, resets and actions, so that a fresh copy can be brought to the same state.
 
     Most environments cannot be cloned, but ours play the same game again from the same seed and
     actions. Costs memory (a byte for one of few discrete actions) and time to replay.
+
+    Args:
+        venv: was never reset.
+        seed: that it was built with.
     """
 
-    def __init__(self, venv: VecEnv) -> None:
+    def __init__(self, venv: VecEnv, seed: int) -> None:
         super().__init__(venv)
         space = self.action_space
         few = isinstance(space, spaces.Discrete) and space.n <= 256  # they count from 0
         self._dtype = np.dtype(np.uint8 if few else space.dtype)
-        self._episodes: list[bytearray] = []  # the actions since each reset
+        self._seed: int | None = seed
+        """Set since the last reset."""
+        self._episodes: list[tuple[int | None, bytearray]] = []
+        """For each reset the seed set before it, and the actions since."""
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        self._seed = fresh_seed() if seed is None else seed
+        return self.venv.seed(self._seed)
 
     def reset(self) -> Any:
-        self._episodes.append(bytearray())
+        self._episodes.append((self._seed, bytearray()))
+        self._seed = None
         return self.venv.reset()
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._episodes[-1] += np.asarray(actions).astype(self._dtype).tobytes()
+        _, played = self._episodes[-1]
+        played += np.asarray(actions).astype(self._dtype).tobytes()
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
         return self.venv.step_wait()
 
-    def history(self) -> list[np.ndarray]:
-        """Actions [N, n_envs, ...] after each reset."""
+    def history(self) -> list[tuple[int | None, np.ndarray]]:
+        """For each reset the seed set before it, None for none, and the actions since,
+        [N, n_envs, ...]."""
         shape = (-1, self.num_envs, *(self.action_space.shape or ()))
-        return [np.frombuffer(rows.copy(), self._dtype).reshape(shape) for rows in self._episodes]
+        return [
+            (seed, np.frombuffer(played.copy(), self._dtype).reshape(shape))
+            for seed, played in self._episodes
+        ]
 
-    def replay(self, history: Sequence[np.ndarray]) -> Any:
+    def replay(self, history: Sequence[tuple[int | None, np.ndarray]]) -> Any:
         """Repeat a recorded history on a fresh copy; returns the observations it ends in."""
         assert not self._episodes, "only an environment that was never reset can replay"
         obs = None
-        for actions in history:
+        for seed, actions in history:
+            if seed is not None:
+                self.seed(seed)
             obs = self.reset()
             for action in actions.astype(self.action_space.dtype):
                 obs = self.step(action)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import pickle
@@ -284,18 +285,27 @@ def tail_of_traceback() -> str:
 
 def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
     """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe: who is stopped
-    between two writes would leave the parent waiting. A larger info loses its large entries."""
+    between two writes would leave the parent waiting. A larger info loses its large entries, and
+    one that cannot be pickled those that cannot."""
     part: list[Info] = []
-    size = 0
+    size = 0.0
     for row, i, info in infos:
-        length = len(cloudpickle.dumps(info))
+        length = _pickled_bytes(info)
         if length > MESSAGE_BYTES:
-            info = {k: v for k, v in info.items() if len(cloudpickle.dumps(v)) <= ENTRY_BYTES}
-            length = len(cloudpickle.dumps(info))
+            info = {k: v for k, v in info.items() if _pickled_bytes(v) <= ENTRY_BYTES}
+            length = _pickled_bytes(info)
         if part and size + length > MESSAGE_BYTES:
             yield part
-            part, size = [], 0
+            part, size = [], 0.0
         part.append((row, i, info))
         size += length
     if part:
         yield part
+
+
+def _pickled_bytes(value: Any) -> float:
+    """Infinity for what cannot be pickled, such as a lock or the handle of a simulator."""
+    try:
+        return len(cloudpickle.dumps(value))
+    except Exception:  # whatever the class of a user raises
+        return math.inf

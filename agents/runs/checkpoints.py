@@ -214,8 +214,12 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
     model.ep_success_buffer = deque(successes, maxlen=model._stats_window_size)
     if games is not None and not model.n_workers and games["n_envs"] == model.n_envs:
         _restore_games(model, games)
-    elif model.n_workers and model.exploration is not None:
-        model.exploration.memory.forget_recent()
+    else:
+        if model.env_factory is not None and not model.n_workers:  # else workers seed theirs
+            assert model.env is not None
+            model.env.seed(model.next_games_seed)
+        if model.exploration is not None:
+            model.exploration.memory.forget_recent()
     # Last, so that building and replaying draws from none of the restored streams.
     set_random_state(state["random"])
     algorithm, keys, *others = state["numpy"]
@@ -230,7 +234,8 @@ def _games_state(model: A3C) -> dict[str, Any] | None:
         return None
     return {
         "n_envs": model.n_envs,
-        "history": [torch.from_numpy(actions) for actions in recorded.history()],
+        "history": [torch.from_numpy(actions) for _, actions in recorded.history()],
+        "seeds": [seed for seed, _ in recorded.history()],
         "obs": _as_tensors(collector.obs),
         "episode_start": torch.from_numpy(np.array(collector.episode_start)),
         "lstm_state": tuple(tensor.cpu() for tensor in collector.lstm_state),
@@ -242,8 +247,10 @@ def _restore_games(model: A3C, games: dict[str, Any]) -> None:
     recorded = unwrap_vec_wrapper(model.env, RecordedEnv)
     if recorded is None:
         raise ValueError("its games are those of a factory, and the model plays an object")
-    model.env.seed(model.games_seed)  # of the saved model; one without a seed has drawn its own
-    obs = recorded.replay([actions.numpy() for actions in games["history"]])
+    history = [actions.numpy() for actions in games["history"]]
+    # Earlier releases knew one seed, that of the first reset.
+    seeds = games.get("seeds", [model.games_seed, *[None] * (len(history) - 1)])
+    obs = recorded.replay(list(zip(seeds, history, strict=True)))
     shown_now = _as_tensors(obs)
     if not all(torch.equal(shown_now[name], entry) for name, entry in games["obs"].items()):
         raise ValueError("the games do not replay to the state in which they were saved")

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ncrl.agents.a3c import A3C
 from ncrl.agents.runs.best import BestModel
 from ncrl.agents.runs.checkpoints import CheckpointError, save_checkpoint
-from ncrl.files import write_atomically
+from ncrl.files import remove_unfinished, write_atomically
 from ncrl.shell.lock import locked
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class RunDirectory(contextlib.ExitStack):
             if not self.enter_context(locked(path)):
                 raise ValueError(f"{path} is in use by another process")
             self.checkpoints.mkdir(exist_ok=True)
+            for folder in (path, self.checkpoints):
+                remove_unfinished(folder)
         except (OSError, ValueError) as error:
             self.close()
             if isinstance(error, OSError):

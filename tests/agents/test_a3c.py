@@ -375,7 +375,7 @@ def test_an_environment_of_a_factory_can_be_stepped_like_any_other(lists: bool) 
     for _ in range(40):
         observations = env.step(actions)[0]
     assert observations.shape == (2, 4)
-    (history,) = env.history()  # type: ignore[attr-defined]
+    ((_, history),) = env.history()  # type: ignore[attr-defined]
     assert history.tolist() == [[0, 1]] * 40 and history.nbytes == 80
 
 

@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnvWrapper, unwrap_vec_wrapper
 
 import ncrl.agents.runs.checkpoints
 from ncrl.agents import A3C
+from ncrl.agents.playing.env_sources import RecordedEnv
 from ncrl.agents.runs.checkpoints import (
     COUNTERS,
     STATE,
@@ -272,6 +273,42 @@ def test_f17_counters_survive_another_number_of_environments(n_envs: int, tmp_pa
     resume(serial, newest_checkpoint(tmp_path))
     serial.learn(n_envs + 1, reset_num_timesteps=False)
     assert serial.num_timesteps == 40 + n_envs + 1
+
+
+def test_games_that_start_anew_do_not_repeat_those_of_the_beginning(tmp_path: Path) -> None:
+    """After a resume with another number of games; and that goes on bit for bit, too."""
+    first = make_model(n_envs=2)
+    assert first.env is not None
+    begin = first.env.reset()
+    model = make_model(n_envs=4, batch_size=10)
+    model.learn(40)
+    (tmp_path / "one").mkdir()
+    save_checkpoint(model, tmp_path / "one")
+    other = make_model(n_envs=2)
+    resume(other, newest_checkpoint(tmp_path / "one"))
+    other.learn(20, callback=SaveAt(50, tmp_path), reset_num_timesteps=False)
+    recorded = unwrap_vec_wrapper(other.env, RecordedEnv)
+    assert recorded is not None
+    [(seed, _)] = recorded.history()
+    assert seed == model.games_seed + 7_919 * model._n_updates and model._n_updates
+    again = make_model(n_envs=2)
+    resume(again, newest_checkpoint(tmp_path))
+    again.learn(10, reset_num_timesteps=False)
+    assert difference(everything(other), everything(again)) == []
+    assert not np.array_equal(begin, masked_cartpole()(2, seed).reset())
+
+
+def test_f16_a_model_that_was_seeded_between_two_trainings(tmp_path: Path) -> None:
+    whole = make_model()
+    whole.learn(20)
+    whole.set_random_seed(99)
+    whole.learn(20)
+    whole.set_random_seed(98)
+    whole.learn(60, callback=SaveAt(30, tmp_path))
+    again = make_model()
+    resume(again, newest_checkpoint(tmp_path))
+    again.learn(30, reset_num_timesteps=False)
+    assert difference(everything(whole), everything(again)) == []
 
 
 def test_games_that_do_not_replay_are_reported(tmp_path: Path) -> None:

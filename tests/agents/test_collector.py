@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
-from ncrl.agents.playing.collector import Collector, Outcome
+from ncrl.agents.playing.collector import Collector, NonFiniteError, Outcome
 from ncrl.sb3 import (
     CnnLstmPolicy,
     LstmPolicy,
@@ -143,6 +143,26 @@ def test_actions_are_clipped_for_the_environment_only() -> None:
             rollout.obs, rollout.actions, (rollout.lstm_h, rollout.lstm_c), rollout.episode_start
         )
     torch.testing.assert_close(rollout.log_prob, evaluation.log_prob, rtol=1e-4, atol=1e-5)
+
+
+def test_actions_have_the_type_of_their_space() -> None:
+    """Those of a MultiBinary are drawn as floating-point numbers."""
+    env = make_env(action_space=spaces.MultiBinary(3))
+    collect(env, make_policy(MlpLstmPolicy, env), [4])
+    assert {actions.dtype for actions in env.actions} == {np.dtype(np.int8)}
+
+
+def test_an_error_of_the_policy_itself_is_not_taken_for_divergence() -> None:
+    env = make_env()
+    policy = make_policy(MlpLstmPolicy, env)
+
+    def refuse(*_: Any) -> Any:
+        raise ValueError("my extractor expects 3 channels")
+
+    policy.features_extractor.register_forward_pre_hook(refuse)
+    with pytest.raises(ValueError, match="my extractor") as raised:
+        collect(env, policy, [4])
+    assert not isinstance(raised.value, NonFiniteError)
 
 
 def test_returning_false_ends_the_rollout_early() -> None:

@@ -334,13 +334,15 @@ def test_a_history_brings_a_fresh_copy_to_the_same_state(space: spaces.Space, si
     """Also of the largest action, and recording goes on after the history was looked at."""
 
     def fresh() -> RecordedEnv:
-        return RecordedEnv(DummyVecEnv([lambda: Plain(space)] * 2))
+        return RecordedEnv(DummyVecEnv([lambda: Plain(space)] * 2), 5)
 
     space.seed(0)
     largest = space.n - 1 if isinstance(space, spaces.Discrete) else space.sample()
     played: list[list[np.ndarray]] = []
     env = fresh()
     for steps in (2, 0, 3):
+        if steps == 3:
+            env.seed(6)
         env.reset()
         played.append([])
         for _ in range(steps):
@@ -348,15 +350,16 @@ def test_a_history_brings_a_fresh_copy_to_the_same_state(space: spaces.Space, si
             obs, *_ = env.step(actions)
             played[-1].append(actions)
             history = env.history()
-    assert [len(actions) for actions in history] == [2, 0, 3]
-    for actions, expected in zip(history, played, strict=True):
+    assert [(seed, len(actions)) for seed, actions in history] == [(5, 2), (None, 0), (6, 3)]
+    for (_, actions), expected in zip(history, played, strict=True):
         assert actions.shape[1:] == (2, *(space.shape or ()))
         assert not expected or np.array_equal(actions, np.stack(expected))
-    assert sum(actions.nbytes for actions in history) == 5 * 2 * size
+    assert sum(actions.nbytes for _, actions in history) == 5 * 2 * size
     again = fresh()
     np.testing.assert_array_equal(again.replay(history), obs)
-    for one, other in zip(again.history(), history, strict=True):
+    for (seed, one), (before, other) in zip(again.history(), history, strict=True):
         np.testing.assert_array_equal(one, other)
+        assert seed == before
 
 
 # Callbacks.

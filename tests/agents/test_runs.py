@@ -54,6 +54,24 @@ def test_folders_are_numbered(tmp_path: Path) -> None:
     assert RunDirectory.create(logdir, "Qbert").path == logdir / "Qbert-1"
 
 
+def test_what_killed_processes_left_half_written_goes(tmp_path: Path) -> None:
+    """Of any file of the run, a best model of many megabytes for example."""
+    RunDirectory.create(tmp_path, "Pong").close()
+    path = tmp_path / "Pong-1"
+    for name in (
+        ".best_model.zip.a1b2c3d_",
+        ".config.yaml.12345678",
+        "checkpoints/.step_1.zip.abcdefgh",
+    ):
+        (path / name).write_bytes(b"half")
+    kept = [path / "best_model.zip", path / "checkpoints" / "step_1.zip"]
+    for file in kept:
+        file.write_bytes(b"whole")
+    with RunDirectory(path):
+        files = {file for file in path.rglob("*") if file.is_file()}
+        assert files - set(kept) <= {path / ".lock", path / "lock"}
+
+
 def is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 

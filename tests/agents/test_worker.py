@@ -1,5 +1,6 @@
 """A worker's games, played in this process: its random numbers, its reports, what it closes."""
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
-from ncrl.agents.playing.worker import Games, PolicySpec
+from ncrl.agents.playing.worker import Games, PolicySpec, _in_small_parts
 from ncrl.agents.profiling import OFF
 from ncrl.sb3 import MlpLstmPolicy
 from tests.agents.environments import Scripted
@@ -103,3 +104,10 @@ def test_environments_are_closed_before_they_are_built_anew() -> None:
     first = factory.made[-1]
     games.start()
     assert factory.closed == [first] and factory.made[-1] is not first
+
+
+def test_what_cannot_be_pickled_stays_in_the_worker() -> None:
+    """Such as a lock, or the handle of a simulator, in an info at the end of a game."""
+    info = {"episode": {"r": 1.0, "l": 3}, "lock": threading.Lock(), "name": "x"}
+    [part] = _in_small_parts([(0, 1, info), (2, 0, {"plain": 1})])
+    assert part == [(0, 1, {"episode": {"r": 1.0, "l": 3}, "name": "x"}), (2, 0, {"plain": 1})]

@@ -77,12 +77,17 @@ def test_where_workers_run_is_not_saved(tmp_path: Path, monkeypatch: pytest.Monk
     assert A3C.load(tmp_path / "model", cluster="auto").cluster == "auto"
 
 
-def test_a_cluster_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--workers", "2"]])
+def test_a_cluster_that_is_not_there(
+    more: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """One line, exit code 2, no run folder; and the handlers of signals are who they were."""
     pytest.importorskip("ray")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
-        run_atari.main(["--env", "Pong", "--cluster", FREE_PORT, "--logdir", str(tmp_path / "x")])
+        run_atari.main(
+            ["--env", "Pong", "--cluster", FREE_PORT, "--logdir", str(tmp_path / "x"), *more]
+        )
     assert left.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"cannot join the Ray cluster '{FREE_PORT}'" in error and "ray start --head" in error

@@ -346,6 +346,26 @@ def test_reset_drops_a_step_in_flight():
     np.testing.assert_array_equal(play(env, 30), play(factory(2, 3), 30))
 
 
+def test_ctrl_c_while_the_emulator_plays_loses_one_step_alone(monkeypatch):
+    """As in a notebook, where another call follows. Python raises it when ale-py returns."""
+    env = atari("Breakout")(2, 3)
+    env.reset()
+    receive = env._games.recv
+
+    def interrupted():
+        receive()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env._games, "recv", interrupted)
+    env.step_async(np.ones(2, np.int64))
+    with pytest.raises(KeyboardInterrupt):
+        env.step_wait()
+    monkeypatch.setattr(env._games, "recv", receive)
+    env.step(np.ones(2, np.int64))
+    env.seed(3)
+    np.testing.assert_array_equal(play(env, 30), play(atari("Breakout")(2, 3), 30))
+
+
 def test_steps_begin_and_end_in_turn():
     env = atari("Pong")(1, 0)
     env.reset()
