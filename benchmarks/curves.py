@@ -128,7 +128,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def by_game(files: Sequence[Path], over: str = "frames") -> Curves:
-    """What small files hold, those of a seed in the order of their frames, or of `over`."""
+    """What small files hold, a curve for each seed; ValueError for two of the same."""
     curves: Curves = {}
     for path in files:
         rows = [row for row in read_rows(path) if row["score"]]
@@ -138,7 +138,9 @@ def by_game(files: Sequence[Path], over: str = "frames") -> Curves:
         along = list(minutes(rows)) if over == "minutes" else [float(row["frames"]) for row in rows]
         scores = [float(row["score"]) for row in rows]
         seeds = curves.setdefault((rows[0]["env"], rows[0]["layer"]), {})
-        seeds[int(rows[0]["seed"])] = Curve(along, scores)
+        if (seed := int(rows[0]["seed"])) in seeds:
+            raise ValueError(f"{path} has the game, heads and seed of another file")
+        seeds[seed] = Curve(along, scores)
     return curves
 
 

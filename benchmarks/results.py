@@ -133,7 +133,8 @@ def read_csv(task: str, folder: Path = RESULTS) -> list[Row]:
 
 
 def pack(logdir: Path, folder: Path = RESULTS) -> None:
-    """Add finished runs to the CSVs; a run that is there already takes the place of its row."""
+    """Add finished runs to the CSVs; a run of the same settings and seed takes the place of its
+    row."""
     by_task: dict[str, list[Row]] = {}
     for row in read_runs(logdir):
         by_task.setdefault(row["task"], []).append(row)
@@ -187,6 +188,8 @@ def chosen(rows: Sequence[Row], name: str, spec: Mapping[str, Any]) -> list[Row]
     group = [r for r in rows if r["name"] == name and r["seed"] in spec.get("seeds", [r["seed"]])]
     if not group:
         raise ValueError(f"no row of {spec['task']} is called {name!r}")
+    if len({r["folder"] for r in group}) > 1:
+        raise ValueError(f"rows called {name!r} of {spec['task']} differ in their settings")
     return group
 
 

@@ -45,11 +45,15 @@ def describe(layer: NeurocoderLinear, x: Tensor) -> LayerReport:
 
 
 def participation_ratio(matrices: Tensor) -> Tensor:
-    """(sum s^2)^2 / sum s^4 over the singular values s of matrices [..., m, n]: [...], 1 to n.
+    """(sum s^2)^2 / sum s^4 over the singular values s of matrices [..., m, n]: [...], 1 to n; 0
+    for a matrix of zeros.
 
     The sums are |W|^2 and |W W^T|^2 (Frobenius), so that no singular value has to be computed.
     """
     matrices = matrices.float()
+    # Fourth powers of numbers far from 1 would leave single precision.
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    matrices = matrices / largest.clamp_min(torch.finfo(torch.float32).tiny)
     if matrices.shape[-2] > matrices.shape[-1]:
         matrices = matrices.mT
     squares = matrices.square().sum((-2, -1))

@@ -72,6 +72,8 @@ class MeanImage(nn.Module):
     @torch.no_grad()
     def add(self, mean: Tensor, count: int) -> None:
         """Take `count` images into the mean, of which theirs is `mean`."""
+        if not count:
+            return
         self.num_images += count
         self.mean.lerp_(mean, count / self.num_images.to(self.mean.dtype))
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -60,7 +60,7 @@ class LinearSeat(nn.Module):
     in_features: int
     out_features: int
     bias: Any
-    """Parameter or None, as in `nn.Linear`, which hosts may ask for."""
+    """None or False where there is none, which hosts may ask for; else a Parameter or True."""
 
     def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
         super().__init__()
@@ -123,6 +123,19 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; then every part has the mode that it had, such as a frozen
+    backbone in a model that is trained."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -77,6 +77,13 @@ def test_scores_of_a_game_and_its_heads_are_put_together(tmp_path: Path) -> None
     }
 
 
+def test_two_curves_of_one_seed_are_not_put_together(tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    files = [kept(folder, 2, "400,1,1,1\n") for folder in (tmp_path, tmp_path / "again")]
+    with pytest.raises(ValueError, match=r"again.*seed of another file"):
+        by_game(files)
+
+
 def test_scores_over_minutes(tmp_path: Path) -> None:
     """Of a run that was resumed after a minute and a half."""
     files = [kept(tmp_path, 2, "400,5,60,1\n800,6,90,1\n1200,7,30,1\n1600,8,60,1\n")]

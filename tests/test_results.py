@@ -73,6 +73,8 @@ def test_a_table_has_means_spreads_and_the_chosen_seeds() -> None:
         results.runs_table([*rows, other], {**both, "metrics": {"rnak": ["r", ".1f"]}})
     with pytest.raises(ValueError, match="no row of t is called 'b'"):
         results.runs_table(rows, {**spec, "runs": {"b": "B"}})
+    with pytest.raises(ValueError, match="called 'a' of t differ in their settings"):
+        results.runs_table([*rows, {**rows[0], "folder": "other"}], spec)
 
 
 def test_the_tables_of_all_pages_are_what_the_rows_say() -> None:

@@ -48,7 +48,7 @@ class Integration(nn.Module):
     """What adds the residual program Rho: of the paper's layer and of the authors'."""
 
     residual: nn.Parameter
-    """Rho, [in, out]."""
+    """Rho, [in, out]; not there where it has two factors, or none."""
 
     gate: LinearWeights | None
     """Of the residual, where it is linear in the input."""

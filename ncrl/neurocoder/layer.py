@@ -83,7 +83,8 @@ class NeurocoderLinear(LinearSeat):
         if self.config.preset != self.PRESET:
             raise ValueError(
                 f"{type(self).__name__} is the layer of preset={self.PRESET!r}, got preset="
-                f"{self.config.preset!r}; ncrl.layers.make_layer('neurocoder', ...) takes either"
+                f"{self.config.preset!r}; ncrl.layers.make_layer('neurocoder', ...) makes linear "
+                "layers of either, and convolutions have the paper's alone"
             )
         self.adds_bias = bias
         self._build()

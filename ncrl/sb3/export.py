@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ncrl.checks import nearest
-from ncrl.files import write_atomically
+from ncrl.files import read_bytes, write_atomically
 from ncrl.sb3.plain import UnknownClassError, from_plain, to_plain
 from ncrl.sb3.policies import lstm_arguments
 from ncrl.shell.tensors import check_like
@@ -32,6 +32,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
 FORMAT, VERSION = "ncrl policy", 2
+MAX_BYTES = 4 << 30  # of either file
 
 NOT_EXPORTED = (
     *("observation_space", "action_space"),  # which have their own places
@@ -135,7 +136,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The content of `policy.json`; ValueError unless it is one of ours."""
     path = folder / DESCRIPTION
     try:
-        description = json.loads(_content(path))
+        description = json.loads(read_bytes(path, MAX_BYTES))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or no JSON ({error})") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -154,20 +155,13 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """The content of `policy.safetensors`; ValueError unless it is what the description is of."""
     path = folder / WEIGHTS  # whatever the description calls it: it cannot lead elsewhere
-    data = _content(path)
+    data = read_bytes(path, MAX_BYTES)
     if hashlib.sha256(data).hexdigest() != description["weights"].get("sha256"):
         raise ValueError(f"{path} is damaged, or of another policy (its checksum differs)")
     try:
         return load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file ({error})") from error
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _made_from(description: Mapping[str, Any], classes: tuple[type, ...]) -> Any:

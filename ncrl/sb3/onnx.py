@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ncrl.networks import static_unroll
 from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import policy_to_export
+from ncrl.seat import eval_mode
 
 EXAMPLES = 97
 """Environments that the tracer is shown."""
@@ -46,23 +47,19 @@ def export_onnx(model: BaseAlgorithm | EnginePolicy, path: str | PathLike[str]) 
     if policy.use_sde:
         raise ValueError("a policy with use_sde=True has no ONNX form: its noise has a state")
     step = _Step(policy)
-    was_training = policy.training
-    try:
-        # A tracer takes a number of environments for constant that could be another size.
-        with torch.no_grad(), static_unroll():
-            torch.onnx.export(
-                step.eval(),
-                step.example(EXAMPLES),
-                str(path),
-                input_names=step.inputs,
-                output_names=step.outputs,
-                dynamic_shapes=(step.free_axes(),),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-    finally:
-        policy.train(was_training)
+    # A tracer takes a number of environments for constant that could be another size.
+    with eval_mode(step), torch.no_grad(), static_unroll():
+        torch.onnx.export(
+            step,
+            step.example(EXAMPLES),
+            str(path),
+            input_names=step.inputs,
+            output_names=step.outputs,
+            dynamic_shapes=(step.free_axes(),),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
 
 
 class _Step(nn.Module):

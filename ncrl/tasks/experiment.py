@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ncrl import NeurocoderLinear
+from ncrl import NeurocoderConv2d, NeurocoderLinear
 from ncrl.diagnostics import describe
+from ncrl.seat import eval_mode
 from ncrl.tasks.recipes import Recipe, build_network, count_parameters
 
 EVALUATION_BATCH = 1000
@@ -139,18 +140,14 @@ def logits_of(model: nn.Module, inputs: Tensor, *more: Any) -> Tensor:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient inside the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 def layer_inputs(model: nn.Module, kinds: Any, *inputs: Any) -> dict[str, tuple[Any, Tensor]]:
     """The outermost layers of some kinds that a model calls, by name, each with what it reads in
-    all its calls, [N, in_features]; in eval mode without gradient."""
+    all its calls, [N, in_features], or the context or description of images; in eval mode without
+    gradient."""
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, kinds) and not any(name.startswith(f"{n}.") for n in names.values()):
@@ -159,6 +156,8 @@ def layer_inputs(model: nn.Module, kinds: Any, *inputs: Any) -> dict[str, tuple[
 
     def keep(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
         read = given[-1]  # the context, where there is one
+        if isinstance(layer, NeurocoderConv2d) and len(given) == 1:
+            read = layer.description(read)
         seen.setdefault(layer, []).append(read.reshape(-1, read.shape[-1]))
 
     with contextlib.ExitStack() as hooks, evaluating(model):
@@ -184,10 +183,11 @@ def describe_layers(
         for values in ("slot_usage", "singular_values"):
             report[values] = [round(value, 4) for value in report[values].tolist()]
         report["parameters"] = count_parameters(layer)
-        has_bias = layer.bias is not None
+        has_bias = layer.adds_bias
         report["parameters_of_plain"] = (layer.in_features + has_bias) * layer.out_features
         config = layer.config
-        if config.preset == "paper" and not config.learned_sharpness:
+        is_softmax = config.preset == "paper" and len(layer.memory.groups()) == 1
+        if is_softmax and not config.learned_sharpness:
             report["attention_bound"] = attention_bound(config.num_slots, config.sharpness)
         reports[name] = report
     return reports

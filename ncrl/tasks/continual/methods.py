@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ncrl.checks import suggest
 from ncrl.neurocoder import NeurocoderLinear
 from ncrl.neurocoder.composition import ProjectionNetwork
+from ncrl.seat import eval_mode
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.gradients import Parameters, SampleGradients, SampleLoss
 
@@ -176,12 +177,8 @@ class OnlineEwc(Quadratic):
     def fisher(self, inputs: Tensor, sample_loss: SampleLoss) -> Parameters:
         """Mean square of the gradients by all samples alone, in eval mode: the diagonal of the
         Fisher information, at the label that the model itself finds likeliest."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with eval_mode(self.model):
             sums = SampleGradients(self.model, sample_loss, inputs[0]).sums(inputs)
-        finally:
-            self.model.train(was_training)
         count = len(inputs)
         if self.extra_loss is None:
             return {name: squares / count for name, squares in sums.squares.items()}
@@ -325,7 +322,7 @@ def make_method(name: str, model: nn.Module, coef: float) -> Method:
 def own_label_loss(call: Callable[..., Tensor], samples: Tensor, **options: Any) -> Tensor:
     """Cross-entropies at the labels that the model itself finds likeliest, summed over inputs."""
     logits = call(samples, **options)
-    return torch.nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
+    return F.cross_entropy(logits, logits.argmax(1), reduction="sum")
 
 
 class _QuadraticPenalty(torch.autograd.Function):

@@ -14,10 +14,10 @@ from ncrl.baselines import NSMLinear
 from ncrl.baselines.lowrank import LowRankLinear
 from ncrl.diagnostics import participation_ratio, spread
 from ncrl.neurocoder import NeurocoderLinear
+from ncrl.seat import LinearSeat
 from ncrl.tasks.experiment import layer_inputs
 
 RANK_SAMPLES = 8  # inputs whose weights are composed in full, from everywhere in the batch
-LAYERS = (nn.Linear, LowRankLinear, NSMLinear, NeurocoderLinear)
 
 
 def final_accuracy(accuracy: Tensor) -> float:
@@ -52,7 +52,9 @@ def backward_transfer(accuracy: Tensor) -> float:
 class Weights(NamedTuple):
     """The weight matrices that one layer applies to inputs."""
 
-    rank: float  # participation ratio of their singular values: 1 for rank 1, at most min(in, out)
+    rank: float | None
+    """Participation ratio of their singular values: 1 for rank 1, at most min(in, out). None for
+    layers that are no sum of stored matrices: HyperNet, FiLM, mixtures of experts."""
     attention: float | None  # largest attention weight; None for layers that do not attend
 
 
@@ -62,16 +64,16 @@ def describe_weights(model: nn.Module, *inputs: Tensor | int) -> dict[str, Weigh
 
     Composed weights are measured on a few inputs, attention on all.
     """
-    found = layer_inputs(model, LAYERS, *inputs)
+    found = layer_inputs(model, (nn.Linear, LinearSeat), *inputs)
     return {name: _describe(layer, x) for name, (layer, x) in found.items()}
 
 
 def _describe(layer: Any, x: Tensor) -> Weights:
-    if isinstance(layer, nn.Linear):
-        return Weights(float(participation_ratio(layer.weight).mean()), None)
-    if isinstance(layer, LowRankLinear):
-        return Weights(float(participation_ratio(layer.matrix()).mean()), None)
+    if isinstance(layer, (nn.Linear, LowRankLinear)):
+        matrix = layer.weight if isinstance(layer, nn.Linear) else layer.matrix()
+        return Weights(float(participation_ratio(matrix)), None)
+    if not isinstance(layer, (NSMLinear, NeurocoderLinear)):
+        return Weights(None, None)
     rank = float(participation_ratio(layer.program(spread(x, RANK_SAMPLES))).mean())
-    attention = layer.attend(x)
-    parts = [attention] if isinstance(layer, NSMLinear) else attention
+    parts = [layer.attend(x)] if isinstance(layer, NSMLinear) else [*layer.attend(x)]
     return Weights(rank, max(float(weights.max()) for weights in parts))

@@ -231,8 +231,9 @@ class SplitLearning(Experiment):
         }
         layers = self._describe()
         hidden = [weights.rank for name, weights in layers.items() if name.startswith("hidden")]
-        if hidden:
-            found["rank"] = sum(hidden) / len(hidden)
+        ranks = [rank for rank in hidden if rank is not None]
+        if ranks:
+            found["rank"] = sum(ranks) / len(ranks)
         attention = [w.attention for w in layers.values() if w.attention is not None]
         if attention:
             found["attention"] = max(attention)

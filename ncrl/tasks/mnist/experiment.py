@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ncrl import NeurocoderLinear
+from ncrl import NeurocoderConfig, NeurocoderLinear
 from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import BASE, NamedRecipe, Session, run_command, task_parser
@@ -128,9 +128,10 @@ def work(session: Session) -> None:
     def make(recipe: Recipe, seed: int, _device: torch.device) -> DigitClassifier:
         return DigitClassifier(recipe, images, seed)
 
+    shown = maps_of(session, wanted) if session.figure is not None else []  # refused at once
     rows = session.run(wanted, make)
     if session.figure is not None and rows:
-        maps = session.run(variants(session, MAPS), make, seeds=session.seeds[:1])
+        maps = session.run(shown, make, seeds=session.seeds[:1])
         if maps:
             firsts = [int((data.test_labels == d).nonzero()[0]) for d in range(data.num_classes)]
             draw(session.figure, rows, maps, data.test_images[firsts, 0])
@@ -151,6 +152,14 @@ def wanted_recipes(session: Session) -> list[NamedRecipe]:
         coded = bool(steps) and named.recipe.layer == "neurocoder"
         wanted += [named.changed(num_steps=j) for j in steps] if coded else [named]
     return wanted
+
+
+def maps_of(session: Session, wanted: Sequence[NamedRecipe]) -> list[NamedRecipe]:
+    """The recipes whose attention is drawn. Options of the flags are theirs too, unless they are
+    meant for other layers."""
+    others = session.names_recipes and any(one.recipe.layer != "neurocoder" for one in wanted)
+    instead = dict.fromkeys(("layer_options", "network_options")) if others else {}
+    return variants(session, MAPS, **instead)
 
 
 def variants(session: Session, names: Sequence[str], **instead: Any) -> list[NamedRecipe]:
@@ -184,7 +193,7 @@ def draw(path: Path, rows: Sequence[Result], maps: Sequence[Result], images: Ten
 
 def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
     """Test error against J, with every seed as a point, and the linear classifier as a line."""
-    coded: dict[int, Summary] = {}
+    coded: list[tuple[int, Summary]] = []
     sizes = set()
     for group in by_name(rows).values():
         summary = summarise(group, "error")
@@ -192,20 +201,22 @@ def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
             continue
         mean, std = summary.mean, summary.std
         if group[0].layer == "neurocoder":
-            coded[int(group[0].recipe["layer_options"]["num_steps"])] = summary
+            options = group[0].recipe["layer_options"]
+            coded.append((int(options.get("num_steps", NeurocoderConfig.num_steps)), summary))
             sizes.add(group[0].parameters)
         else:
             label = f"{group[0].layer}, {group[0].parameters:,} parameters"
             axes.axhline(mean, linestyle="--", color="gray", label=label)
             axes.axhspan(mean - std, mean + std, color="gray", alpha=0.2)
     if coded:
-        steps = sorted(coded)
+        coded.sort(key=lambda entry: entry[0])
+        steps = [j for j, _ in coded]
         label = f"Neurocoder, {' to '.join(f'{size:,}' for size in sorted(sizes))} parameters"
-        means, stds = [coded[j].mean for j in steps], [coded[j].std for j in steps]
+        means, stds = [errors.mean for _, errors in coded], [errors.std for _, errors in coded]
         axes.errorbar(steps, means, stds, marker="o", capsize=3, label=label)
-        for j, errors in coded.items():
+        for j, errors in coded:
             axes.plot([j] * len(errors.values), errors.values, ".", color="black", markersize=3)
-        axes.set_xticks(steps)
+        axes.set_xticks(sorted(set(steps)))
     seeds = len({row.seed for row in rows})
     axes.set(xlabel="composition steps J", ylabel=f"test error, % (seeds: {seeds})")
     axes.set_title(rows[0].data, fontsize=9)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ncrl.checks import require_range
+from ncrl.files import given_path
 from ncrl.shell.screen import say
 from ncrl.tasks.command import NamedRecipe, Session, chosen, find_config, run_command, task_parser
 from ncrl.tasks.continual.methods import METHODS, make_method
@@ -136,7 +136,7 @@ def backbone_recipe(flags: Mapping[str, Any]) -> Recipe | None:
     if "backbone" in flags:
         if epochs is not None:
             raise ValueError("--backbone-epochs is for a backbone trained here, not --backbone")
-        path = Path(flags["backbone"])
+        path = given_path(flags["backbone"])
         if not path.is_file():
             reason = "is a folder" if path.is_dir() else "does not exist"
             raise ValueError(f"--backbone must be a file of weights: {path} {reason}")
@@ -211,7 +211,7 @@ def classifier_recipe(
 def make_backbone(session: Session, recipe: Recipe | None, side: int, data: Images) -> Backbone:
     """The frozen network: loaded, or trained to the end if it is not yet."""
     if recipe is None:
-        return load_backbone(Path(session.flags["backbone"]), side, session.device)
+        return load_backbone(given_path(session.flags["backbone"]), side, session.device)
     usual = DIGITS_BACKBONE_EPOCHS if data.is_embedded else recipe.epochs
     epochs = session.flags.get("backbone_epochs", usual)
     if epochs:

@@ -286,7 +286,7 @@ def test_missing_and_truncated_files(folder: Path, name: str) -> None:
     (folder / name).write_bytes(data[: len(data) // 2])
     assert "damaged" in refusal(folder) and name in refusal(folder)
     (folder / name).unlink()
-    assert "No such file" in refusal(folder) and name in refusal(folder)
+    assert "does not exist" in refusal(folder) and name in refusal(folder)
 
 
 def test_a_flipped_bit_is_noticed(folder: Path) -> None:

@@ -69,6 +69,21 @@ def test_the_command_draws_its_figure_from_its_runs(
     assert figure.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--layer", "hypernet", "--layer-options", "hidden=32"],
+        ["--variant", "linear", "--network-options", "hidden=[8]"],
+        ["--variant", "linear", "--layer", "neurocoder"],
+    ],
+)
+def test_the_figure_has_its_maps_whatever_else_is_trained(words: list[str], tmp_path: Path) -> None:
+    figure = tmp_path / "mnist.png"
+    words = [*words, "--epochs", "1", "--device", "cpu", "--logdir", str(tmp_path / "runs")]
+    assert main([*words, "--figure", str(figure)]) == 0
+    assert figure.stat().st_size > 10_000
+
+
 def test_settings_can_be_chosen_on_held_out_training_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ncrl.baselines import balance_loss, record_gates
 from ncrl.diagnostics import describe
 from ncrl.layers import make_layer
-from ncrl.neurocoder import orthogonal_loss
+from ncrl.neurocoder import NeurocoderConv2d, orthogonal_loss
 from ncrl.shell.screen import say
 from ncrl.shell.tensors import write_tensors
 from ncrl.tasks import training
@@ -428,6 +428,27 @@ def test_layers_are_described_by_name_and_left_as_they_were() -> None:
     assert len(reports["0"]["singular_values"]) == 2
 
 
+def test_a_convolution_is_described_on_what_its_programs_are_composed_from() -> None:
+    torch.manual_seed(0)
+    layer = NeurocoderConv2d(3, 4, 3, num_slots=5, num_heads=2)
+    images = torch.randn(6, 3, 8, 8)
+    report = describe_layers(nn.Sequential(layer), images)["0"]
+    expected = describe(layer, layer.description(images))
+    assert report["max_attention"] == pytest.approx(expected.max_attention)
+
+
+def test_what_a_described_layer_does_not_have_is_not_counted() -> None:
+    """The authors' layer stores a bias without adding it; attention within groups of slots is no
+    softmax over all of them."""
+    official = make_layer("neurocoder", 6, 4, bias=False, preset="official", num_slots=5)
+    grown = make_layer("neurocoder", 6, 4, num_slots=4, controller="projection", num_least_used=0)
+    grown.freeze_slots()
+    grown.grow(4)
+    x = torch.randn(3, 6)
+    assert describe_layers(nn.Sequential(official), x)["0"]["parameters_of_plain"] == 24
+    assert "attention_bound" not in describe_layers(nn.Sequential(grown), x)["0"]
+
+
 def test_layers_are_described_on_all_their_calls_that_count() -> None:
     torch.manual_seed(0)
     layer = make_layer("neurocoder", 6, 6, num_slots=5, num_heads=2)
@@ -458,12 +479,14 @@ def test_the_bound_is_that_of_the_most_unequal_cosines() -> None:
         assert attention_bound(slots, sharpness) == pytest.approx(float(scores.softmax(0)[0]))
 
 
-def test_evaluating_restores_the_mode_after_an_error() -> None:
-    model = nn.Dropout()
+def test_evaluating_restores_the_modes_after_an_error() -> None:
+    """Of every part: a frozen backbone stays in eval mode while the model is trained."""
+    model = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Dropout())
     with pytest.raises(RuntimeError), evaluating(model):
         assert not model.training
         raise RuntimeError
-    assert model.training and torch.is_grad_enabled()
+    assert [part.training for part in model.modules()] == [True, False, True]
+    assert torch.is_grad_enabled()
 
 
 def test_a_reader_who_has_gone_is_no_reason_to_stop() -> None:

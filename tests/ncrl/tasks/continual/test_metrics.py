@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ncrl.layers import make_layer
 from ncrl.tasks.continual import metrics
 from ncrl.tasks.models.mlp import Coded, SplitMlp
 from tests.ncrl.tasks.continual.test_gradients import NEUROCODER
@@ -54,6 +55,13 @@ def test_composed_weights_are_those_that_are_applied(layer: str) -> None:
     assert found["hidden.0"].attention == pytest.approx(largest.item())
     # Nothing is left behind.
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["hypernet", "film", "moe"])
+def test_layers_without_a_stored_matrix_have_no_rank(kind: str) -> None:
+    """Nor do the networks inside them count for theirs."""
+    found = metrics.describe_weights(nn.Sequential(make_layer(kind, 6, 4)), torch.randn(3, 6))
+    assert found == {"0": metrics.Weights(None, None)}
 
 
 def test_networks_inside_a_layer_are_not_layers_of_the_model() -> None:
