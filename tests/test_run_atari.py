@@ -481,8 +481,8 @@ def chosen(arguments: str) -> RunConfig:
 
 ORDINARY = {
     "frames": RunConfig.frames,
+    "game_frames": RunConfig.game_frames,
     "gamma": RunConfig.gamma,
-    "anneal": RunConfig.anneal,
     "ent_coef": RunConfig.ent_coef,
     "entropy_floor": RunConfig.entropy_floor,
     "max_grad_norm": RunConfig.max_grad_norm,

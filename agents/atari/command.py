@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ncrl.agents.atari.config import RunConfig
+from ncrl.agents.atari.config import EXPLORING, RunConfig
 from ncrl.agents.atari.evaluate import evaluate
 from ncrl.agents.atari.summary import PROGRAM
 from ncrl.agents.atari.train import failed, learn, prepare
@@ -63,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     """One flag per field of `RunConfig`, and those that choose what to do."""
     parser = make_parser(
         "Train, resume, evaluate and watch A3C with Neurocoder heads on an Atari game.",
-        "Everything can also be given as 'name: value' lines of a YAML file (--config).",
+        "Everything can also be given as 'name: value' lines of a YAML file (--config). With an "
+        "intrinsic reward, which some games have by default, the defaults are "
+        + ", ".join(f"{name} {value}" for name, value in EXPLORING.items())
+        + ".",
     )
     parser.prog = PROGRAM
     add_flags(parser, RunConfig)

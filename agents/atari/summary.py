@@ -52,7 +52,8 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
         f"game       {camel_case(factory.game)}, {config.frames:,} frames{played}",
         f"protocol   {config.protocol}: sticky actions {rules['sticky_actions']:g}, "
         f"{rules['action_set']} actions, no-ops {rules['no_ops']}, a lost life: "
-        f"{rules['life_loss']}; rewards are clipped for learning, scores are raw",
+        f"{rules['life_loss']}; games of at most {config.game_frames:,} frames; rewards are "
+        "clipped for learning, scores are raw",
         f"playing    {workers}, {config.n_steps} timesteps per rollout",
         f"learner    {model.device}, seed {config.seed}",
         f"network    {_parameters(model.policy):,} parameters: encoder {config.encoder}, "
