@@ -77,8 +77,9 @@ def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
     if command == "evaluate":
         return ["--evaluate", run, *rest]
     film = f"{Path(run).resolve().name}.mp4"
-    for i, word in enumerate(rest):  # it may stand behind flags; none of them takes a file
-        if not word.startswith("-") and (i == 0 or Path(word).suffix):
+    for i, word in enumerate(rest):  # it may stand behind flags
+        is_film = i == 0 or (Path(word).suffix != "" and rest[i - 1] != "--video")
+        if is_film and not word.startswith("-"):
             film = rest.pop(i)
             break
     return ["--evaluate", run, "--episodes", "0", "--video", film, *rest]

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("watch runs/Pong-1", "--evaluate runs/Pong-1 --episodes 0 --video Pong-1.mp4"),
         ("watch r a.webm --best", "--evaluate r --episodes 0 --video a.webm --best"),
         ("watch r --best a.mp4", "--evaluate r --episodes 0 --video a.mp4 --best"),
+        ("watch r --video a.mp4", "--evaluate r --episodes 0 --video r.mp4 --video a.mp4"),
         ("watch r --seed 3 a.gif", "--evaluate r --episodes 0 --video a.gif --seed 3"),
         ("evaluate --help", "--help"),
     ],

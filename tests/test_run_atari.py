@@ -43,6 +43,7 @@ from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.agents.runs.directory import RunDirectory
 from ncrl.layers import LAYERS, make_layer
 from ncrl.settings import configure, parse
+from ncrl.shell.signals import stop_signals
 from run_atari import main
 from tests.agents.conftest import (  # noqa: F401 - fixtures for all tests of this file
     nothing_left_behind,
@@ -526,6 +527,15 @@ def test_a_bonus_is_played_by_about_64_games_or_4_a_worker(
 ) -> None:
     config = RunConfig(env="Venture", workers=workers, device=device, intrinsic_reward="snd")
     assert config_module.with_sizes(config).games == games
+
+
+def test_a_bonus_anneals_over_20_million_frames_and_an_older_run_stays(tmp_path: Path) -> None:
+    new = chosen("--env MontezumaRevenge --workers 2")
+    assert (new.anneal, new.frames, new.game_frames) == (True, 20_000_000, 18_000)
+    text = "env: MontezumaRevenge\nintrinsic_reward: snd\nanneal: false\nframes: 200000000\n"
+    (tmp_path / "config.yaml").write_text(text)
+    old = chosen(f"--resume {tmp_path} --workers 2")
+    assert (old.anneal, old.frames, old.game_frames) == (False, 200_000_000, 108_000)
 
 
 def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path) -> None:
@@ -1076,6 +1086,24 @@ def test_f8_an_interrupt_as_training_begins_is_not_lost(
     monkeypatch.setattr(A3C, "_setup_learn", interrupted)
     assert main(short(tmp_path)) == 130
     assert not (tmp_path / "Klax-1").exists(), "nothing was played, nothing is kept"
+
+
+def test_a_terminal_that_is_closed_says_so_twice() -> None:
+    """The shell to its jobs, and then the kernel to whoever is in front."""
+    with stop_signals() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.exit_code == 129
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.exit_code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])

@@ -71,7 +71,8 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     rules = factory.describe()
     screen.line(
         f"protocol {config.protocol} (sticky actions {rules['sticky_actions']:g}, "
-        f"{rules['action_set']} actions, no-ops {rules['no_ops']}), "
+        f"{rules['action_set']} actions, no-ops {rules['no_ops']}), games of at most "
+        f"{config.game_frames:,} frames, "
         f"{'likeliest' if deterministic else 'sampled'} actions, "
         f"{'best model' if modes['best'] else 'last checkpoint'}, seed {config.seed}"
     )

@@ -147,9 +147,8 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
     before, saved = model.num_timesteps, True
     try:
         lost_workers = _play_on(model, config, total, callbacks, screen)
-        if (
-            model.num_timesteps > before
-        ):  # else what there is may be more than is here, such as games
+        # A checkpoint without new play could lose what the old one has, such as the games.
+        if model.num_timesteps > before:
             saved = checkpoints.save()
             model.dump_logs()
     except (NonFiniteError, CheckpointError, OSError) as error:

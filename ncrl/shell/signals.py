@@ -29,6 +29,8 @@ class StopSignals:
 
     def stop(self, number: int, _frame: FrameType | None) -> None:
         if self.exit_code:
+            if number == signal.SIGHUP:  # the shell sends it, and the kernel once more
+                return
             raise KeyboardInterrupt
         self.exit_code = 128 + number
         if self.on_stop is not None:
