@@ -39,6 +39,10 @@ class IntrinsicReward(nn.Module, ABC):
     `A3C(..., intrinsic_reward=...)`.
     """
 
+    learns_beside: ClassVar[bool] = False
+    """Whether `learn` and `watch` may run in a thread beside the policy's updates: they draw no
+    random numbers, and share nothing with it but the observations that they read."""
+
     @abstractmethod
     def score(self, obs: Tensor) -> Tensor:
         """Novelty of observations [N, ...] as the environment shows them: [N], without gradient.
@@ -188,6 +192,7 @@ class RND(IntrinsicReward):
         )
 
     trains_target: ClassVar[bool] = False
+    learns_beside = True
 
     def watch(self, obs: Tensor) -> None:
         self.moments.update(self.view(obs))

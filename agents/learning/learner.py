@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -65,14 +67,29 @@ class Learner:
             # The LSTM looks for the beginnings of episodes, and would wait for the device.
             rollout = rollout._replace(episode_start=batch.host.episode_start)
         rewards = self._score(batch, objective)
-        for i, part in enumerate(split_envs(rollout, num_parts)):
-            lesson = self._lesson(part, rewards, i, imitates=objective.imitation_coef > 0)
-            yield self.update(lesson, objective, max_grad_norm)
-        if self.exploration is not None:
-            with self.stopwatch.phase("exploration"):
-                self.explored |= self.exploration.learn(batch.rollout)
+        with self._exploring(batch.rollout):
+            for i, part in enumerate(split_envs(rollout, num_parts)):
+                lesson = self._lesson(part, rewards, i, imitates=objective.imitation_coef > 0)
+                yield self.update(lesson, objective, max_grad_norm)
         # Not before: the actions were chosen under the mean as it was. The last row comes again.
         self.policy.watch(map_obs(lambda x: x[:-1].flatten(0, 1), batch.rollout.obs))
+
+    @contextmanager
+    def _exploring(self, rollout: Rollout) -> Iterator[None]:
+        """The updates of the policy are made inside; the intrinsic reward learns beside them where
+        it can, on another core, and else behind them."""
+        exploration = self.exploration
+        if exploration is None:
+            yield
+            return
+        cores = torch.get_num_threads()  # which a new thread does not know
+        with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(cores)) as threads:
+            learning: Future[dict[str, Tensor]] | None = None
+            if exploration.source.learns_beside and self.policy.device.type == "cpu":
+                learning = threads.submit(exploration.learn, rollout)
+            yield
+            with self.stopwatch.phase("exploration"):
+                self.explored |= learning.result() if learning else exploration.learn(rollout)
 
     def update(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
         """One step of the optimiser."""

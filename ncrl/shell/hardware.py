@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Names in malloc.h."""
 
 
@@ -76,6 +76,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 1 << 25)  # bytes; the largest that glibc takes
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_ARENA_MAX, 1)  # those of further threads give their memory back
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -590,6 +591,36 @@ def state_of(model: A3C) -> dict[str, Any]:
             "scores": (model.best_score, model.first_scored_at),
         }
     )
+
+
+@pytest.mark.parametrize("name", ["rnd", "snd"])
+def test_learning_beside_the_updates_changes_no_bit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    learn = RND.learn
+
+    def watched(source: RND, *observations: Tensor) -> dict[str, Tensor]:
+        threads.append(threading.current_thread())
+        return learn(source, *observations)
+
+    monkeypatch.setattr(RND, "learn", watched)
+    states = []
+    for beside in (True, False):
+        monkeypatch.setattr(RND, "learns_beside", beside)
+        states.append(state_of(make_model(intrinsic_reward=name).learn(100)))
+        assert {thread is threading.main_thread() for thread in threads} == {not beside}
+        threads.clear()
+    assert difference(*states) == []
+
+
+def test_an_error_beside_the_updates_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(RND, "learn", broken)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        make_model().learn(100)
 
 
 @pytest.mark.parametrize("name", ["rnd", "snd", "count", "own"])
