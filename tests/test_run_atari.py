@@ -1088,22 +1088,28 @@ def test_f8_an_interrupt_as_training_begins_is_not_lost(
     assert not (tmp_path / "Klax-1").exists(), "nothing was played, nothing is kept"
 
 
+@contextlib.contextmanager
+def hang_up_handled_by(handler: Any) -> Iterator[None]:
+    """Also in processes that are started inside; these tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_terminal_that_is_closed_says_so_twice() -> None:
     """The shell to its jobs, and then the kernel to whoever is in front."""
-    with stop_signals() as stop:
+    with hang_up_handled_by(signal.SIG_DFL), stop_signals() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGHUP)
         assert stop.exit_code == 129
 
 
 def test_nohup_is_respected() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stop_signals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.exit_code == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with hang_up_handled_by(signal.SIG_IGN), stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.exit_code == 0
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -1255,7 +1261,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     start: Callable[..., Process],
     tmp_path: Path,
 ) -> None:
-    process = start(*ENDLESS, "--workers", workers, "--envs-per-worker", "2")
+    with hang_up_handled_by(signal.SIG_DFL):
+        process = start(*ENDLESS, "--workers", workers, "--envs-per-worker", "2")
     path = tmp_path / "Pong-1"
     process.wait_for(lambda: has_curves(path / "progress.csv"))
     assert list((path / "checkpoints").iterdir()) == []
