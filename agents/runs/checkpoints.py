@@ -232,10 +232,11 @@ def _games_state(model: A3C) -> dict[str, Any] | None:
     collector = model.collector
     if collector is None or (recorded := unwrap_vec_wrapper(collector.env, RecordedEnv)) is None:
         return None
+    history = recorded.history()
     return {
         "n_envs": model.n_envs,
-        "history": [torch.from_numpy(actions) for _, actions in recorded.history()],
-        "seeds": [seed for seed, _ in recorded.history()],
+        "history": [torch.from_numpy(actions) for _, actions in history],
+        "seeds": [seed for seed, _ in history],
         "obs": _as_tensors(collector.obs),
         "episode_start": torch.from_numpy(np.array(collector.episode_start)),
         "lstm_state": tuple(tensor.cpu() for tensor in collector.lstm_state),

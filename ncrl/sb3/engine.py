@@ -138,7 +138,7 @@ class EnginePolicy(ActorCriticPolicy):
             images = preprocess_obs(obs, self.observation_space, self.normalize_images)
             assert isinstance(images, Tensor)  # an AtariEncoder reads no dicts
             images = images[images.flatten(1).any(1)] if padded else images
-            for mean in means if len(images) else ():
+            for mean in means:
                 mean.watch(images)
 
     def encode(

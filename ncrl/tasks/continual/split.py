@@ -230,9 +230,8 @@ class SplitLearning(Experiment):
             "transfer": metrics.backward_transfer(accuracy),
         }
         layers = self._describe()
-        hidden = [weights.rank for name, weights in layers.items() if name.startswith("hidden")]
-        ranks = [rank for rank in hidden if rank is not None]
-        if ranks:
+        hidden = [weights for name, weights in layers.items() if name.startswith("hidden")]
+        if ranks := [weights.rank for weights in hidden if weights.rank is not None]:
             found["rank"] = sum(ranks) / len(ranks)
         attention = [w.attention for w in layers.values() if w.attention is not None]
         if attention:
