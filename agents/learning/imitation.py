@@ -56,7 +56,7 @@ class Reader(NamedTuple):
     row: int
 
 
-def returns_to_last_score(rewards: Tensor, dones: Tensor, gamma: float) -> Tensor:
+def returns_to_last_score(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     """Discounted rewards of one game's timesteps [T] to the end of what is given: [T].
 
     Nothing is estimated for what comes after, so this is what was reached at least.
@@ -64,7 +64,7 @@ def returns_to_last_score(rewards: Tensor, dones: Tensor, gamma: float) -> Tenso
     returns = torch.zeros_like(rewards)
     following = torch.zeros((), dtype=rewards.dtype)
     for t in range(len(rewards) - 1, -1, -1):
-        following = rewards[t] + gamma * following * (~dones[t]).to(rewards.dtype)
+        following = rewards[t] + gamma * following * (~ends[t]).to(rewards.dtype)
         returns[t] = following
     return returns
 
@@ -76,20 +76,20 @@ def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstratio
     score did not lead to it, and has a return of 0 where it fills up the one window that there is
     at least. None where losses outweigh the score.
     """
-    rewards, dones, actions = (
+    rewards, actions = (
         torch.cat([getattr(rollout, name)[:, 0] for rollout in rollouts])
-        for name in ("rewards", "dones", "actions")
+        for name in ("rewards", "actions")
     )
     obs, starts = (
         torch.cat([*(rows[:-1, 0] for rows in parts), parts[-1][-1:, 0]])
         for parts in ([getattr(r, name) for r in rollouts] for name in ("obs", "episode_start"))
     )
-    returns = returns_to_last_score(rewards, dones, gamma)
+    returns = returns_to_last_score(rewards, starts[1:], gamma)
     width = len(rollouts[0].rewards) + 1
     led = (returns > 0).nonzero().flatten()
     if not len(led):
         return None
-    ends = dones[: led[-1]].nonzero().flatten()
+    ends = starts[1 : 1 + led[-1]].nonzero().flatten()
     returns[: int(ends[-1]) + 1 if len(ends) else 0] = 0  # an earlier game has its own
     # Rows of observations; the last is behind the score.
     first, last = int((returns > 0).nonzero()[0]), int(led[-1]) + 1
@@ -155,15 +155,15 @@ class DemonstrationMemory:
                 found = cut_demonstration(list(recent), self.gamma)
             if found is not None:
                 self._kept.setdefault(depth, deque(maxlen=self.capacity)).append(_pack(found))
-            if bool(rollout.dones.any()):
+            if bool(rollout.episode_start[1:].any()):
                 recent.clear()
                 recent.append(rollout)
 
     def _count_rewards(self, game: int, rollout: Rollout) -> int:
         """Go on counting the rewards of a game; returns how many the rollout's last one makes."""
         count = last = self._num_rewards.get(game, 0)
-        found, dones = (rollout.rewards[:, 0] > 0).tolist(), rollout.dones[:, 0].tolist()
-        for is_reward, is_end in zip(found, dones, strict=True):
+        found, ends = (rollout.rewards[:, 0] > 0).tolist(), rollout.episode_start[1:, 0].tolist()
+        for is_reward, is_end in zip(found, ends, strict=True):
             if is_reward:
                 last = count = count + 1
             count = 0 if is_end else count

@@ -23,11 +23,10 @@ class Rollout(NamedTuple):
     """A rollout of T timesteps in E (or, in a batch, B) environments."""
 
     obs: PyTorchObs  # [T + 1, E, ...] the last row is where the next rollout goes on; or a dict
-    episode_start: Tensor  # [T + 1, E] bool: obs[t] begins an episode, the LSTM starts from zero
+    episode_start: Tensor  # [T + 1, E] bool: obs[t] begins an episode; timestep t - 1 ended one
     actions: Tensor  # [T, E, ...]
     log_prob: Tensor  # [T, E] of the action, under the weights that chose it
     rewards: Tensor  # [T, E] raw
-    dones: Tensor  # [T, E] bool: the episode ended, or the return is cut there
     truncation_value: Tensor  # [T, E] of the observation behind a time limit, 0 where none was
     lstm_h: Tensor  # [L, E, h] hidden state before row 0
     lstm_c: Tensor  # [L, E, h] cell state before row 0
@@ -100,7 +99,6 @@ class RolloutShape(NamedTuple):
             actions=poisoned((steps, envs, *action_shape), action_dtype),
             log_prob=poisoned((steps, envs)),
             rewards=poisoned((steps, envs)),
-            dones=poisoned((steps, envs), torch.bool),
             truncation_value=poisoned((steps, envs)),
             lstm_h=poisoned((self.lstm_layers, envs, self.lstm_size)),
             lstm_c=poisoned((self.lstm_layers, envs, self.lstm_size)),
@@ -217,7 +215,7 @@ class RolloutView:
 
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
     """The first `n_steps` timesteps of a rollout, with the observation that follows them."""
-    names = ("actions", "log_prob", "rewards", "dones", "truncation_value")
+    names = ("actions", "log_prob", "rewards", "truncation_value")
     return rollout._replace(
         obs=map_obs(lambda tensor: tensor[: n_steps + 1], rollout.obs),
         episode_start=rollout.episode_start[: n_steps + 1],

@@ -124,7 +124,6 @@ class Collector:
         _check_finite("observation", new_obs, t)
         with self.stopwatch.phase("copy"):
             rollout.rewards[t] = torch.from_numpy(rewards)
-            rollout.dones[t] = torch.from_numpy(dones)
             rollout.truncation_value[t] = 0.0
         for i in np.flatnonzero(dones).tolist():
             terminal = infos[i].get("terminal_observation")

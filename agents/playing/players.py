@@ -108,10 +108,8 @@ class WorkersPlayer:
         with self.stopwatch.phase("copy"):
             batch = self.stage.gather([delivery.rollout for delivery in deliveries])
             played = self.stage.host
-            actions, rewards, dones, log_probs = (
-                tensor.clone()
-                for tensor in (played.actions, played.rewards, played.dones, played.log_prob)
-            )
+            names = ("actions", "rewards", "episode_start", "log_prob")
+            actions, rewards, starts, log_probs = (getattr(played, n).clone() for n in names)
             for_env = actions_for_env(self.policy, actions)
         with self.stopwatch.phase("wait"):
             self.pool.release(deliveries)
@@ -127,7 +125,7 @@ class WorkersPlayer:
                 actions=actions[row].numpy(),
                 new_obs=map_obs(lambda x, t=row + 1: x[t].numpy(), played.obs),  # type: ignore[misc]
                 rewards=rewards[row].numpy(),
-                dones=dones[row].numpy(),
+                dones=starts[row + 1].numpy(),
                 infos=infos[row],
                 obs_tensor=map_obs(lambda x, t=row: x[t], played.obs),  # type: ignore[misc]
                 log_probs=log_probs[row],

@@ -70,10 +70,10 @@ def test_layout_follows_the_spaces(space: Any, tail: tuple[int, ...], dtype: tor
     # A Gaussian draws float32, whatever the space says; all else is stored as the space has it.
     assert rollout.actions.dtype == (torch.float32 if isinstance(space, spaces.Box) else dtype)
     assert rollout.episode_start.shape == (8, 3)
-    for name in ("log_prob", "rewards", "dones", "truncation_value"):
+    for name in ("log_prob", "rewards", "truncation_value"):
         assert getattr(rollout, name).shape == (7, 3), name
     assert rollout.lstm_h.shape == rollout.lstm_c.shape == (2, 3, 6)
-    assert rollout.dones.dtype == rollout.episode_start.dtype == torch.bool
+    assert rollout.episode_start.dtype == torch.bool
 
 
 def test_what_nobody_wrote_is_conspicuous() -> None:

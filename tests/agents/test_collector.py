@@ -79,7 +79,6 @@ def test_row_t_is_what_was_seen_at_t_and_done_at_t() -> None:
         np.testing.assert_array_equal(rollout.obs, env.observations[t : end + 1])
         np.testing.assert_array_equal(rollout.actions, np.stack(env.actions[t:end]))
         np.testing.assert_array_equal(rollout.rewards, env.rewards[t:end])
-        np.testing.assert_array_equal(rollout.dones, DONES[t:end] > 0)
         np.testing.assert_array_equal(rollout.episode_start, start[t : end + 1] > 0)
         t = end
     assert [outcome.row for outcome in outcomes] == [*range(5), 0, *range(6)]

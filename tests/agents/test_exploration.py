@@ -140,7 +140,7 @@ def random_batch(seed: int, steps: int = 5) -> Rollout:
     zeros, no = torch.zeros(steps, 4), torch.zeros(steps, 4, dtype=torch.bool)
     return Rollout(
         obs=normal(steps + 1, 4, 4, seed=seed), episode_start=torch.cat([no, no[:1]]),
-        actions=zeros.long(), log_prob=zeros, rewards=zeros, dones=no, truncation_value=zeros,
+        actions=zeros.long(), log_prob=zeros, rewards=zeros, truncation_value=zeros,
         lstm_h=torch.zeros(0, 4, 0), lstm_c=torch.zeros(0, 4, 0),
     )  # fmt: skip
 
@@ -295,20 +295,21 @@ def test_the_source_steps_once_in_1280_timesteps_of_large_batches(rows: int, ste
 class Scene:
     """A batch played by other weights, in which games end, and a model to learn from it."""
 
-    def __init__(self, head: str = "linear") -> None:
+    def __init__(self, head: str = "linear", policy: str = "MlpLstmPolicy") -> None:
+        memory = {"lstm_hidden_size": 8} if "Lstm" in policy else {}
         self.model = make_model(
-            policy_kwargs={"lstm_hidden_size": 8, "head": head}, n_steps=8,
+            policy=policy, policy_kwargs={"head": head, **memory}, n_steps=8,
             int_coef=0.7, ext_coef=1.5, imitation_coef=0.3, int_gamma=0.8, gamma=0.95,
             gae_lambda=0.9,
         ).learn(32 * 4)  # fmt: skip
         assert self.model._batch is not None
         batch = self.model._batch.rollout
-        dones = torch.rand(8, 4, generator=torch.Generator().manual_seed(3)) < 0.3
+        ends = torch.rand(8, 4, generator=torch.Generator().manual_seed(3)) < 0.3
         self.batch = batch._replace(
-            dones=dones,
+            episode_start=torch.cat([batch.episode_start[:1], ends]),
             log_prob=batch.log_prob + 0.3 * normal(8, 4),
             rewards=normal(8, 4, seed=1),
-            truncation_value=torch.where(dones, normal(8, 4, seed=4), 0.0),
+            truncation_value=torch.where(ends, normal(8, 4, seed=4), 0.0),
         )
         self.objective = replace(self.model._objective(), reward_scale=2.0, reward_clip=0.9)
         self.novelty = Novelty(normal(8, 4, seed=2), torch.tensor(0.0))
@@ -327,7 +328,7 @@ class Scene:
     def references(self, evaluation: Any) -> tuple[Any, Any]:
         """Returns and advantages of the game's rewards, and of the bonus."""
         rewards = (2 * self.batch.rewards).clamp(-0.9, 0.9) + 0.95 * self.batch.truncation_value
-        discounts = 0.95 * (~self.batch.dones).double()
+        discounts = 0.95 * (~self.batch.episode_start[1:]).double()
         return (
             self.reference(discounts, rewards, evaluation.values),
             self.reference(torch.full((8, 4), 0.8), self.novelty.rewards, evaluation.int_values),
@@ -414,9 +415,11 @@ def test_without_correction_nothing_depends_on_what_the_other_weights_thought() 
 
 
 def test_the_intrinsic_return_crosses_the_end_of_a_game_and_the_other_does_not() -> None:
-    scene = Scene()
+    scene = Scene(policy="MlpPolicy")  # an LSTM would forget where a game ends
+    starts = scene.batch.episode_start
     cut, uncut = (
-        scene.loss(scene.batch._replace(dones=torch.full((8, 4), dones))) for dones in (True, False)
+        scene.loss(scene.batch._replace(episode_start=torch.full_like(starts, ends)))
+        for ends in (True, False)
     )
     for name in ("int_value_loss", "int_advantage_std"):
         assert torch.equal(cut.scalars[name], uncut.scalars[name])

@@ -58,15 +58,14 @@ def rollout_of(
     obs_dtype: torch.dtype = torch.uint8,
 ) -> Rollout:
     """Of one environment; `name` is in every observation, and the actions count."""
-    dones = torch.zeros(T, 1, dtype=torch.bool)
-    dones[list(ends)] = True
+    ended = torch.zeros(T, 1, dtype=torch.bool)
+    ended[list(ends)] = True
     return Rollout(
         obs=torch.full((T + 1, 1, 2), name, dtype=obs_dtype),
-        episode_start=torch.cat([torch.full((1, 1), starts), dones]),
+        episode_start=torch.cat([torch.full((1, 1), starts), ended]),
         actions=torch.arange(T)[:, None],
         log_prob=torch.full((T, 1), -float(name)),
         rewards=torch.tensor(rewards, dtype=torch.float32)[:, None],
-        dones=dones,
         truncation_value=torch.zeros(T, 1),
         lstm_h=torch.full((1, 1, 3), float(name)),
         lstm_c=torch.full((1, 1, 3), -float(name)),
@@ -130,13 +129,13 @@ def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
     for name in range(1 + draw(4)):
         rewards = [float(draw(8) == 0) for _ in range(T)]
         ends = [t for t in range(T) if draw(9) == 0]
-        starts = bool(rollouts and rollouts[-1].dones[-1])
+        starts = bool(rollouts and rollouts[-1].episode_start[-1])
         rollouts.append(rollout_of(name, rewards, ends, starts=starts))
     rollouts[-1].rewards[draw(T)] = 1
     kept = cut_demonstration(rollouts, 0.5)
     assert kept is not None
     rewards = [r for rollout in rollouts for r in rollout.rewards[:, 0].tolist()]
-    dones = [d for rollout in rollouts for d in rollout.dones[:, 0].tolist()]
+    dones = [d for rollout in rollouts for d in rollout.episode_start[1:, 0].tolist()]
     returns = returns_reference(rewards, dones, 0.5)
     last = max(t for t in range(len(returns)) if returns[t] > 0)
     returns = [0.0 if any(dones[t:last]) else returns[t] for t in range(len(returns))]
@@ -163,14 +162,15 @@ def test_a_score_right_after_the_end_of_a_game_lies_in_its_one_window(at: int) -
     rewards = torch.zeros(2 * T)
     rewards[at] = 1
     ends = [[at - 1] if 0 <= at - 1 < T else [], [at - 1 - T] if at > T else []]
+    first, second = rewards[:T].tolist(), rewards[T:].tolist()
     kept = cut_demonstration(
-        [rollout_of(i, rewards[i * T :][:T].tolist(), ends[i]) for i in range(2)], 0.5
+        [rollout_of(0, first, ends[0]), rollout_of(1, second, ends[1], starts=at == T)], 0.5
     )
     assert kept is not None and len(kept.returns) == T
-    first = at - kept.returns.tolist().index(1)
+    row = at - kept.returns.tolist().index(1)
     names = [*torch.arange(2).repeat_interleave(T).tolist(), 1]
-    assert kept.obs[:, 0].tolist() == names[first : first + T + 1]
-    assert kept.actions.tolist() == [t % T for t in range(first, first + T)]
+    assert kept.obs[:, 0].tolist() == names[row : row + T + 1]
+    assert kept.actions.tolist() == [t % T for t in range(row, row + T)]
     assert kept.returns.count_nonzero() == 1
 
 
