@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl.neurocoder.config import NeurocoderConfig
+from ncrl.neurocoder.integration import read_memory, sum_components
 from ncrl.neurocoder.layer import NeurocoderLinear
 
 Size = int | tuple[int, int]
@@ -145,14 +146,14 @@ class NeurocoderConv2d(NeurocoderLinear):
         maps = self._convolve(in_groups, filters, 1)  # [B * G, P, ...]
         size, maps = maps.shape[2:], maps.flatten(2)
         maps = maps.view(x.shape[0], self.groups, *maps.shape[1:])  # [B, G, P, N]
-        read = weight_u.unsqueeze(1) @ maps  # [B, G, R, N]
-        write = (composed.sigma.unsqueeze(2) * weight_v) @ self.memory.stored("v")  # [B, R, out]
-        per_group = self.out_channels // self.groups
-        write = write.transpose(1, 2).reshape(x.shape[0], self.groups, per_group, write.shape[1])
-        y = (write.to(read.dtype) @ read).view(x.shape[0], self.out_channels, *size)
-        if self.integration is not None and composed.residual_scale is not None:
-            residual = self._convolve(x, self._as_kernels(self.integration.matrix()), self.groups)
-            y = y + (composed.residual_scale[:, :, None, None] * residual).to(y.dtype)
+        read = read_memory(weight_u.unsqueeze(1), maps)  # [B, G, R, N]
+        write = read_memory(weight_v, self.memory.stored("v"))  # [B, R, out]
+        write = write.unflatten(2, (self.groups, -1)).transpose(1, 2)  # [B, G, R, out / G]
+        y = sum_components(composed.sigma.unsqueeze(1), write, read)  # [B, G, out / G, N]
+        y = y.view(x.shape[0], self.out_channels, *size)
+        y = self._add_residual(
+            y, composed, lambda rho: self._convolve(x, self._as_kernels(rho.matrix()), self.groups)
+        )
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
         # Channels last, in words that vmap knows.

@@ -126,9 +126,24 @@ class IntegrationNetwork(Integration):
         return (self.residual,) if self.rank is None else (self.left, self.right)
 
 
+def read_memory(weights: Tensor, rows: Tensor) -> Tensor:
+    """u_n = w^u_n M_U and v_n = w^v_n M_V (Eq. 3); so is M_S read for Eq. 4.
+
+    It is linear: where rows are M_U x^T, it gives u_n x^T, and there is no need for u_n.
+
+    Args:
+        weights: attention, [..., R, P].
+        rows: of the memory, [..., P, width].
+
+    Returns:
+        [..., R, width].
+    """
+    return weights @ rows
+
+
 def increments(weight_s: Tensor, memory_s: Tensor) -> Tensor:
     """s_n = softplus(w^s_n M_S), [B, R], for weights [B, R, P] and M_S [P, 1]."""
-    return F.softplus(weight_s @ memory_s).squeeze(2)
+    return F.softplus(read_memory(weight_s, memory_s)).squeeze(2)
 
 
 def singular_values(weight_s: Tensor, memory_s: Tensor) -> Tensor:
@@ -160,19 +175,34 @@ def residual_scale(gate: Tensor | None, sigma: Tensor) -> Tensor:
     return torch.ones_like(smallest) if gate is None else gate.sigmoid() * smallest
 
 
+def sum_components(sigma: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Sum of sigma_n u_n^T v_n over components n (Eq. 1).
+
+    It is linear in u_n and v_n, which may be multiplied with inputs, or not with the memory yet.
+
+    Args:
+        sigma: [..., R].
+        left: in place of u_n, [..., R, N].
+        right: in place of v_n, [..., R, M].
+
+    Returns:
+        [..., N, M].
+    """
+    return (sigma.unsqueeze(-1) * left).transpose(-1, -2) @ right
+
+
 def mix_slots(composed: Composed) -> Tensor:
     """Weight of every stored v in the output: c of y = c M_V, [B, P] (Eqs. 1 and 3, folded)."""
     weight_u, weight_v, _ = composed.attention
     assert composed.projection is not None
-    read = torch.bmm(weight_u, composed.projection.unsqueeze(2))  # x u_n^T, [B, R, 1]
-    strength = composed.sigma.unsqueeze(2) * read
-    return torch.bmm(strength.transpose(1, 2), weight_v).squeeze(1)
+    read = read_memory(weight_u, composed.projection.unsqueeze(2))  # u_n x^T, [B, R, 1]
+    return sum_components(composed.sigma, read, weight_v).squeeze(1)
 
 
 def active_program(composed: Composed, u: Tensor, v: Tensor) -> Tensor:
-    """sum_n sigma_n u_n^T v_n itself (Eqs. 1 and 3), [B, in, out], from M_U [P, in], M_V [P, out].
+    """What mixing slots applies, as a matrix [B, in, out], from M_U [P, in] and M_V [P, out].
 
     For inspection and tests.
     """
     weight_u, weight_v, _ = composed.attention
-    return torch.einsum("br,bri,bro->bio", composed.sigma, weight_u @ u, weight_v @ v)
+    return sum_components(composed.sigma, read_memory(weight_u, u), read_memory(weight_v, v))

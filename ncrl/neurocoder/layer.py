@@ -6,7 +6,7 @@ Shapes: P slots, R = J * H components; `...` stands for any leading dimensions, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -255,8 +255,7 @@ class NeurocoderLinear(LinearSeat):
         composed = self._compose(flat) if context is None else self._compose(context, flat)
         # Only these products, which are as wide as those of nn.Linear, are subject to autocast.
         y = mix_slots(composed) @ self.memory.stored("v")
-        if self.integration is not None and composed.residual_scale is not None:
-            y = y + (composed.residual_scale * self.integration(flat)).to(y.dtype)
+        y = self._add_residual(y, composed, lambda rho: rho(flat))
         if self.bias is not None and self.adds_bias:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -283,8 +282,7 @@ class NeurocoderLinear(LinearSeat):
         """The working program W for x [..., in]: [..., in, out]. Costly; for inspection."""
         composed = self._compose(x)
         program = active_program(composed, self.memory.stored("u"), self.memory.stored("v"))
-        if self.integration is not None and composed.residual_scale is not None:
-            program = program + composed.residual_scale.unsqueeze(2) * self.integration.matrix()
+        program = self._add_residual(program, composed, lambda rho: rho.matrix())
         return program.view(*x.shape[:-1], self.in_features, self.out_features)
 
     def active_program(self, x: Tensor) -> Tensor:
@@ -292,6 +290,16 @@ class NeurocoderLinear(LinearSeat):
         u, v = self.memory.stored("u"), self.memory.stored("v")
         program = active_program(self._compose(x), u, v)
         return program.view(*x.shape[:-1], self.in_features, self.out_features)
+
+    def _add_residual(
+        self, active: Tensor, composed: Composed, read: Callable[[Integration], Tensor]
+    ) -> Tensor:
+        """Active and residual program (Eq. 7), or their outputs, [B, ...]; `read` makes Rho, or its
+        outputs before their factor. The same as `active` in a layer without."""
+        if self.integration is None or composed.residual_scale is None:
+            return active
+        scale = composed.residual_scale.view(-1, *[1] * (active.dim() - 1))
+        return active + (scale * read(self.integration)).to(active.dtype)
 
     def _compose(self, read: Tensor, x: Tensor | None = None) -> Composed:
         """Programs composed from `read` [..., in or context_features] for inputs x [B, in], which
