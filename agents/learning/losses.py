@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LEAST_ENTROPY = 1e-9
+"""Added to a mean entropy whose logarithm is taken: rounding can make it 0."""
+
 
 class Returns(NamedTuple):
     """What the losses need of a rollout."""
@@ -121,11 +124,27 @@ def entropy_loss(entropy: Tensor) -> Tensor:
     return -entropy.mean()
 
 
-def below_floor(mean_entropy: Tensor, floor: float) -> Tensor:
-    """(floor - H)+^2 for the mean entropy H, a scalar; 0 without a floor (0), in nats."""
+def below_floor(mean_entropy: Tensor, floor: float, *, fades: bool) -> Tensor:
+    """Square of how far the mean entropy H lies below a floor, a scalar; 0 without a floor (0).
+
+    Entropies are in nats.
+
+    Args:
+        mean_entropy: H, a scalar.
+        floor: from which H is drawn up.
+        fades: whether the gradient of H fades as H goes to 0, as it does in proportion where
+            actions are discrete. Then the distance is floor log(floor / H), whose slope grows as
+            that gradient fades: a policy that has become certain is still drawn back. Close to the
+            floor this is floor - H, the distance elsewhere: the entropy of a Gaussian can be
+            negative.
+    """
     if not floor:
         return torch.zeros_like(mean_entropy)
-    return (floor - mean_entropy).clamp(min=0).square()
+    if fades:
+        distance = floor * (floor / (mean_entropy.clamp(min=0) + LEAST_ENTROPY)).log()
+    else:
+        distance = floor - mean_entropy
+    return distance.clamp(min=0).square()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:

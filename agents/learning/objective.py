@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from gymnasium import spaces
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -38,7 +39,7 @@ CORRECTIONS = ("vtrace", "none")
 
 
 FLOOR_COEF = 0.1
-"""Weight of the squared distance below `entropy_floor`: half a nat below, it draws ten times as
+"""Weight of the squared distance below `entropy_floor`: at half a nat below 1, it draws 28 times as
 strongly as an entropy coefficient of .01."""
 
 
@@ -53,7 +54,7 @@ class Objective:
     gae_lambda: float = setting(1.0, "1 for n-step returns", low=0, high=1)
     ent_coef: float = setting(0.01, "weight of the entropy", low=0)
     entropy_floor: float = setting(0.0, "mean entropy below which it is drawn up again", low=0)
-    """Near 0 the entropy's own gradient fades, and a policy that got there stays. 0: no floor."""
+    """A policy that is certain before it has met a reward stays so. 0: no floor."""
     vf_coef: float = setting(0.5, "weight of the value loss", low=0)
     orth_coef: float = setting(0.1, "weight of the orthogonality loss", low=0)
     """Paper: a."""
@@ -158,6 +159,7 @@ def actor_critic_loss(
         )
         kept_state = remembered.lstm_state[0].detach(), remembered.lstm_state[1].detach()
     none = values.new_zeros(())
+    fades = not isinstance(policy.action_space, spaces.Box)
     terms = {
         "policy_loss": policy_gradient_loss(evaluation.log_prob, advantages),
         "value_loss": value_loss(values, returns.returns),
@@ -172,7 +174,7 @@ def actor_critic_loss(
             terms["policy_loss"]
             + objective.vf_coef * terms["value_loss"]
             + objective.ent_coef * terms["entropy_loss"]
-            + FLOOR_COEF * below_floor(-terms["entropy_loss"], objective.entropy_floor)
+            + FLOOR_COEF * below_floor(-terms["entropy_loss"], objective.entropy_floor, fades=fades)
             + objective.balance_coef * terms["balance_loss"]
             + objective.vf_coef * exploration.get("int_value_loss", none)
             + objective.imitation_coef * again * exploration.get("imitation_loss", none)

@@ -399,7 +399,8 @@ def test_a_floor_adds_the_squared_distance_below_it() -> None:
     scene = Scene()
     before = scene.loss().total.item()
     entropy = scene.loss().evaluation.entropy.mean().item()
-    for floor, below in ((entropy + 0.5, 0.5), (entropy - 0.01, 0.0)):
+    high = entropy + 0.5
+    for floor, below in ((high, high * math.log(high / entropy)), (entropy - 0.01, 0.0)):
         scene.objective = replace(scene.objective, entropy_floor=floor)
         total = scene.loss().total.item()
         assert total - before == pytest.approx(32 * 0.1 * below**2, abs=1e-4)

@@ -236,17 +236,33 @@ def test_value_loss_value_and_gradient() -> None:
     assert returns.grad is None
 
 
+@pytest.mark.parametrize("fades", [True, False])
 @pytest.mark.parametrize(
-    ("entropy", "floor", "expected", "gradient"),
-    [(0.25, 1.0, 0.5625, -1.5), (1.0, 1.0, 0.0, 0.0), (2.5, 1.0, 0.0, 0.0), (-3.0, 0.0, 0.0, 0.0)],
+    ("entropy", "floor"), [(0.25, 1.0), (0.25, 0.5), (1.0, 1.0), (2.5, 1.0), (-3.0, 0.0)]
 )
-def test_below_floor(entropy: float, floor: float, expected: float, gradient: float) -> None:
-    """(floor - H)^2 below it, with the derivative -2 (floor - H); 0 above it, and without one."""
-    mean = torch.tensor(entropy, requires_grad=True)
-    loss = below_floor(mean, floor)
-    assert loss.item() == pytest.approx(expected)
+def test_below_floor(entropy: float, floor: float, fades: bool) -> None:
+    """d^2 with d = f - H or f log(f / H), and -2 d or -2 d f / H as its derivative; 0 above it, and
+    without one."""
+    mean = torch.tensor(entropy, dtype=torch.float64, requires_grad=True)
+    loss = below_floor(mean, floor, fades=fades)
     slope = torch.autograd.grad(loss, mean, allow_unused=True)[0] if loss.requires_grad else None
-    assert (0.0 if slope is None else slope.item()) == pytest.approx(gradient)
+    distance = slope_of_distance = 0.0
+    if floor and entropy < floor:
+        distance = floor * math.log(floor / entropy) if fades else floor - entropy
+        slope_of_distance = -floor / entropy if fades else -1.0
+    assert loss.item() == pytest.approx(distance**2)
+    expected = pytest.approx(2 * distance * slope_of_distance)
+    assert (0.0 if slope is None else slope.item()) == expected
+
+
+@pytest.mark.parametrize("margin", [4.0, 8.0, 15.0])
+def test_a_policy_that_has_become_certain_is_drawn_back(margin: float) -> None:
+    """The loss falls as fast with the largest logit, however small the chance of all others is;
+    with the distance itself the slope would be that of the entropy, which fades."""
+    logits = torch.tensor([margin, 0.0, 0.0], requires_grad=True)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    (slope,) = torch.autograd.grad(below_floor(entropy, 1.0, fades=True), logits)
+    assert slope[0] > 1 and slope[1] < -0.5
 
 
 def test_entropy_loss_value_and_gradient() -> None:
