@@ -239,7 +239,7 @@ def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective
     rewards = rewards_in_loss(batch.rewards, objective)
     # Behind a time limit the return goes on with the value of what was cut off.
     rewards = rewards + objective.gamma * batch.truncation_value
-    discounts = objective.gamma * (~batch.episode_start[1:]).to(rewards.dtype)
+    discounts = objective.gamma * (~batch.episode_start[1:]).to(rewards)
     values = evaluation.values.detach()
     return vtrace(
         _log_rhos(batch, evaluation, objective),
