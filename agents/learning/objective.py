@@ -205,51 +205,48 @@ def _with_bonus(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Advantages of both rewards together, and scalars of the intrinsic one."""
     assert evaluation.int_values is not None
-    intrinsic = _intrinsic_returns(batch, evaluation, novelty, objective)
+    # No end of a game cuts this return.
+    discounts = torch.full_like(novelty.rewards, objective.int_gamma)
+    values, rewards = evaluation.int_values, novelty.rewards
+    intrinsic = _targets(batch, evaluation, objective, values, rewards, discounts)
     deviation = intrinsic.advantages.std(correction=0)
     known = novelty.advantage_deviation
     divisor = known.maximum(deviation).clamp(min=1e-8)
     # Where the whole batch is newer than its values say, no action is to blame or to praise.
     centred = intrinsic.advantages - intrinsic.advantages.mean()
-    int_values = evaluation.int_values[:-1]
+    values = values[:-1]
     scalars = {
-        "int_value_loss": value_loss(int_values, intrinsic.returns),
-        "int_value": int_values.detach().mean(),
-        "int_explained_variance": explained_variance(int_values.detach(), intrinsic.returns),
+        "int_value_loss": value_loss(values, intrinsic.returns),
+        "int_value": values.detach().mean(),
+        "int_explained_variance": explained_variance(values.detach(), intrinsic.returns),
         "int_advantage_std": deviation,
     }
     return objective.ext_coef * advantages + objective.int_coef * centred / divisor, scalars
-
-
-def _intrinsic_returns(
-    batch: Rollout, evaluation: RolloutEvaluation, novelty: Novelty, objective: Objective
-) -> Returns:
-    """Targets and advantages of the intrinsic reward, whose return no end of a game cuts."""
-    assert evaluation.int_values is not None
-    values = evaluation.int_values.detach()
-    return vtrace(
-        _log_rhos(batch, evaluation, objective),
-        torch.full_like(novelty.rewards, objective.int_gamma),
-        novelty.rewards,
-        values[:-1],
-        values[-1],
-        gae_lambda=objective.gae_lambda,
-    )
 
 
 def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Returns:
     rewards = rewards_in_loss(batch.rewards, objective)
     # Behind a time limit the return goes on with the value of what was cut off.
     rewards = rewards + objective.gamma * batch.truncation_value
-    discounts = objective.gamma * (~batch.episode_start[1:]).to(rewards.dtype)
-    values = evaluation.values.detach()
+    discounts = objective.gamma * (~batch.episode_start[1:]).to(rewards)
+    return _targets(batch, evaluation, objective, evaluation.values, rewards, discounts)
+
+
+def _targets(
+    batch: Rollout,
+    evaluation: RolloutEvaluation,
+    objective: Objective,
+    values: Tensor,
+    rewards: Tensor,
+    discounts: Tensor,
+) -> Returns:
+    """Targets and advantages of the values [T + 1, B] of one of the two rewards [T, B]."""
+    log_rhos = torch.zeros_like(batch.log_prob)
+    if objective.correction == "vtrace":  # log pi(a_t | x_t) - log mu(a_t | x_t)
+        log_rhos = evaluation.log_prob.detach() - batch.log_prob
+    values = values.detach()
     return vtrace(
-        _log_rhos(batch, evaluation, objective),
-        discounts,
-        rewards,
-        values[:-1],
-        values[-1],
-        gae_lambda=objective.gae_lambda,
+        log_rhos, discounts, rewards, values[:-1], values[-1], gae_lambda=objective.gae_lambda
     )
 
 
@@ -259,13 +256,6 @@ def rewards_in_loss(rewards: Tensor, objective: Objective) -> Tensor:
     if objective.reward_clip is not None:
         rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
     return rewards
-
-
-def _log_rhos(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Tensor:
-    """log pi(a_t | x_t) - log mu(a_t | x_t), [T, B]; 0, if age is not corrected for."""
-    if objective.correction == "none":
-        return torch.zeros_like(batch.log_prob)
-    return evaluation.log_prob.detach() - batch.log_prob
 
 
 def _beside(values: Tensor, term: Tensor) -> Tensor:

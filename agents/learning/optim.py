@@ -95,10 +95,13 @@ class SharedRMSProp(torch.optim.Optimizer):
 
 
 def can_scale(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it takes a `scaled_step`: `SharedRMSProp`, and torch's own with `fused=True`."""
-    return isinstance(optimizer, SharedRMSProp) or all(
-        group.get("fused") for group in optimizer.param_groups
-    )
+    """Whether it takes a `scaled_step`: `SharedRMSProp`, and Adam and AdamW with `fused=True`.
+
+    Fused SGD does not: where its first step is left out, its momentum is memory that nobody wrote.
+    """
+    is_adam = isinstance(optimizer, torch.optim.Adam)
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    return isinstance(optimizer, SharedRMSProp) or (is_adam and is_fused)
 
 
 def scaled_step(optimizer: torch.optim.Optimizer, scale: Tensor, found_inf: Tensor) -> None:

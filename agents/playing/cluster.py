@@ -161,6 +161,12 @@ class _Worker(Incarnation):
         """Answers of a method that are still to come."""
         return list(self.calls.values()).count(call)
 
+    def awaited(self) -> list[Any]:
+        """Answers to receive next: of rollouts the first alone, whichever the network brings first,
+        for demonstrations are cut out of successive ones."""
+        later = [answer for answer, call in self.calls.items() if call == "play"][1:]
+        return [answer for answer in self.calls if answer not in later]
+
 
 class ActorPool(Pool[_Worker]):
     """Workers that are actors of the cluster that this process has `joined`."""
@@ -215,7 +221,7 @@ class ActorPool(Pool[_Worker]):
         """Handle all answers that have arrived, then deaths, silence and replacements."""
         if self._missing():  # others may be gone: whoever is idle plays for them
             self._ask(self._workers, 1)
-        owners = {answer: worker for worker in self._workers for answer in worker.calls}
+        owners = {answer: worker for worker in self._workers for answer in worker.awaited()}
         if not owners:
             time.sleep(timeout)
         elif ray.wait(list(owners), num_returns=1, timeout=timeout)[0]:

@@ -221,7 +221,7 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
         if model.exploration is not None:
             model.exploration.memory.forget_recent()
     # Last, so that building and replaying draws from none of the restored streams.
-    set_random_state(state["random"])
+    set_random_state(state["random"], model.device)
     algorithm, keys, *others = state["numpy"]
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *others))
     random.setstate(state["python"])

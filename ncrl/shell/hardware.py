@@ -59,11 +59,11 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Take over what `random_state` returned."""
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Take over what `random_state` returned, on the CPU and, if both have one, on a GPU."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def keep_freed_memory() -> None:

@@ -295,7 +295,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.update, self.seconds, self.curve = update, state["seconds"], state["curve"]
         self._loss_sum, self._loss_count = state["loss"]
-        set_random_state(state["random"])
+        set_random_state(state["random"], self.run.device)
 
     def _mark(self) -> str:
         mark = fingerprint(identity(self.recipe, self.experiment))

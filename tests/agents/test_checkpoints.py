@@ -39,6 +39,7 @@ from ncrl.agents.runs.checkpoints import (
     save_checkpoint,
 )
 from ncrl.envs import atari, masked_cartpole
+from ncrl.shell.hardware import random_state, set_random_state
 from ncrl.shell.tensors import with_checksum
 from tests.agents.conftest import file_size_limit, warnings_of
 from tests.agents.environments import TickingFactory
@@ -222,6 +223,23 @@ def test_f16_a_run_is_resumed_twice(tmp_path: Path) -> None:
     assert third.num_timesteps == 60
     third.learn(30, reset_num_timesteps=False)
     assert difference(everything(second), everything(third)) == []
+
+
+def test_random_numbers_go_on_on_the_gpu_that_drew_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be others; without one, what was drawn on a GPU is left out."""
+    second, kept = torch.device("cuda:1"), torch.tensor([7], dtype=torch.uint8)
+    restored: dict[Any, Any] = {}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", {second: kept}.__getitem__)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_rng_state",
+        lambda state, device="cuda": restored.update({torch.device(device): state}),
+    )
+    state = random_state(second)
+    set_random_state(state, torch.device("cpu"))
+    assert restored == {}
+    set_random_state(state, second)
+    assert restored == {second: kept}
 
 
 class Noise(VecEnvWrapper):

@@ -79,6 +79,19 @@ def test_the_counter_of_waits_counts() -> None:
     assert len(waits.places) == 2
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_episode_starts_may_lie_on_the_host(head: str) -> None:
+    """As those of eager updates on a GPU do. Tensors on `meta` refuse those of the host as well."""
+    model = trained(head)
+    assert model._batch is not None
+    host = model._batch.rollout
+    rollout = host.map(lambda tensor: tensor.to("meta"))._replace(episode_start=host.episode_start)
+    policy = model.policy.to("meta")
+    loss = actor_critic_loss(policy, rollout, model._objective())
+    loss.total.backward()
+    assert all(scalar.is_meta for scalar in loss.scalars.values())
+
+
 def test_scalars_are_the_terms_of_the_loss() -> None:
     model = trained("linear")
     assert model._batch is not None

@@ -237,6 +237,8 @@ def test_who_can_scale() -> None:
     assert can_scale(rmsprop(parameters, 0.1)) and can_scale(fused_adam(parameters, 0.1))
     assert not can_scale(torch.optim.Adam(parameters))
     assert not can_scale(torch.optim.RMSprop(parameters))
+    sgd = torch.optim.SGD(parameters, momentum=0.9, fused=True)
+    assert not can_scale(sgd), "its momentum is not made where a first step is left out"
     groups = [{"params": [one], "fused": i == 0} for i, one in enumerate(parameters)]
     assert not can_scale(torch.optim.Adam(groups)), "one of its groups cannot"
 

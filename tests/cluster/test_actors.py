@@ -229,6 +229,22 @@ def test_an_actor_without_a_place_is_waited_for_no_longer_than_allowed(
     assert "still waits for a CPU of the cluster" in warnings_of(caplog)[-1]
 
 
+def test_rollouts_of_one_worker_come_in_the_order_of_play(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the network brings later ones first: demonstrations are cut out of successive
+    rollouts."""
+    wait = ray.wait
+
+    def newest_first(answers: list[Any], num_returns: int, timeout: float) -> Any:
+        ready, _ = wait(answers, num_returns=len(answers), timeout=timeout)
+        return ready[-1:], [answer for answer in answers if answer not in ready[-1:]]
+
+    monkeypatch.setattr(ray, "wait", newest_first)
+    episodes = Episodes()
+    make_model(TickingFactory(length=1)).learn(100, callback=episodes)
+    ticks = [tick for _, _, i, tick in episodes.ends if i == 0]
+    assert ticks == sorted(ticks) and len(ticks) == 50
+
+
 SCRIPT = """
 import signal, sys
 import ray
