@@ -104,7 +104,7 @@ def inject(
     replaced = [name for name, module in seats.items() if module in chosen]
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in opened and chosen.intersection(opened[module].children()):
-            model.set_submodule(name, opened[module])
+            model.set_submodule(name, opened[module].with_own_weights())
     for name in replaced:
         model.set_submodule(name, layers[seats[name]])
     return replaced

@@ -20,7 +20,8 @@ ORIGINAL = "original"
 class OpenAttention(nn.Module):
     """Called as the `nn.MultiheadAttention` that it is made from, to the same result.
 
-    `q_proj`, `k_proj`, `v_proj` and `out_proj` are linear layers with copies of its weights.
+    `q_proj`, `k_proj`, `v_proj` and `out_proj` are linear layers over its weights, until
+    `with_own_weights` over copies of them.
     """
 
     q_proj: nn.Module
@@ -40,11 +41,17 @@ class OpenAttention(nn.Module):
         for name, (weight, bias) in parts_of(host).items():
             out_features, in_features = weight.shape
             linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-            linear.weight = copy_of(weight)
+            linear.weight = nn.Parameter(weight.detach(), weight.requires_grad)
             if bias is not None:
-                linear.bias = copy_of(bias)
+                linear.bias = nn.Parameter(bias.detach(), bias.requires_grad)
             self.add_module(name, linear)
         self.train(host.training)
+
+    def with_own_weights(self) -> OpenAttention:
+        """Itself, whose training does not change the original any more."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.clone()
+        return self
 
     @torch.no_grad()
     def close(self) -> nn.Module:
@@ -109,11 +116,6 @@ class OpenAttention(nn.Module):
         if not batched:
             return y[0], weights
         return y.transpose(0, 1) if swapped else y, weights
-
-
-def copy_of(part: Tensor) -> nn.Parameter:
-    """A parameter of its own, trained where the part is."""
-    return nn.Parameter(part.detach().clone(), requires_grad=part.requires_grad)
 
 
 def parts_of(host: nn.MultiheadAttention) -> dict[str, tuple[Tensor, Tensor | None]]:

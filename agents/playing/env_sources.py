@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -187,6 +186,7 @@ class RemoteEnvs(VecEnv):
     set_options = _forwarded("set_options")
     env_method = _forwarded("env_method")
     get_images = _forwarded("get_images")
+    render = _forwarded("render")
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -213,14 +213,6 @@ class RemoteEnvs(VecEnv):
         if attr_name == "render_mode":  # which SB3 asks every VecEnv for when it is made
             return [self.render_mode for _ in self._get_indices(indices)]
         return self.envs.get_attr(attr_name, indices)
-
-    def render(self, mode: str | None = None) -> np.ndarray | None:
-        """As in SB3; None, with a warning, where what draws is not installed."""
-        try:
-            return self.envs.render(mode)
-        except gymnasium.error.DependencyNotInstalled as error:
-            warnings.warn(str(error), stacklevel=2)
-            return None
 
 
 class RecordedEnv(VecEnvWrapper):

@@ -46,7 +46,7 @@ TENSORS = ("policy.pth", "policy.optimizer.pth", "exploration.pth", "pytorch_var
 DERIVED = "lr_schedule"  # an attribute that `_setup_model` makes of others
 CLASSES = (SharedRMSProp, Limits)  # that a model refers to, besides those of `ncrl.sb3.plain`
 
-NEVER_SAVED = ("env", "env_factory", "policy", "_logger")
+NEVER_SAVED = ("env", "env_factory", "policy", "policy_aliases", "_logger")
 """Names that a checkpoint cannot give a meaning to: an id of an environment imports modules."""
 
 OF_A3C = "correction"  # a field that every saved A3C has, and no other algorithm
@@ -173,7 +173,7 @@ def _objects(
 ) -> dict[str, Any]:
     """The value of every field that SB3 would read from a pickle."""
     for name in data:
-        if name in NEVER_SAVED or hasattr(kind, name):
+        if name in NEVER_SAVED or callable(getattr(kind, name, None)):
             raise ValueError(f"it gives a value to {name!r}, which no saved A3C does")
     description: dict[str, Any] = {}
     if DESCRIPTION in archive.namelist():

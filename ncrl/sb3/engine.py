@@ -214,6 +214,12 @@ class EnginePolicy(ActorCriticPolicy):
         """As in SB3; ValueError for observations that the extractor cannot read."""
         check_extractor(self)
         extractor = super().make_features_extractor()
+        shape = self.observation_space.shape
+        if any(isinstance(m, MeanImage) and m.mean.shape != shape for m in extractor.modules()):
+            raise ValueError(
+                f"{type(extractor).__name__} shows an AtariEncoder parts of observations, and the "
+                "mean image is that of whole ones: make it with standardize=False"
+            )
         # SB3 counts the features of MultiDiscrete with numpy's integers, which nn.LSTM refuses.
         extractor._features_dim = int(extractor.features_dim)
         return extractor

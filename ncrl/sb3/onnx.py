@@ -36,7 +36,8 @@ def export_onnx(model: BaseAlgorithm | EnginePolicy, path: str | PathLike[str]) 
     and `next_h`, `next_c`.
 
     Raises:
-        ValueError: for a policy that is not one of `ncrl.sb3`, and for state-dependent exploration.
+        ValueError: for a policy that is not one of `ncrl.sb3`, for state-dependent exploration, and
+            where an entry of the observation has the name of an input of the state.
         ImportError: without `onnx` and `onnxscript`.
     """
     policy = policy_to_export(model)
@@ -71,6 +72,11 @@ class _Step(nn.Module):
         space = policy.observation_space
         self.parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
         self.is_recurrent = policy.state_shape[0] > 0
+        if self.is_recurrent and (taken := set(STATE) & set(self.parts)):
+            raise ValueError(
+                f"the entry {min(taken)!r} of the observation has the name of an input of the "
+                f"state, one of {', '.join(STATE)}; give it another name"
+            )
         self.inputs = [*self.parts, *list(STATE) * self.is_recurrent]
         is_box = isinstance(policy.action_space, spaces.Box)
         self.outputs = ["mean", "log_std", "values"] if is_box else ["logits", "values"]
@@ -108,4 +114,5 @@ class _Step(nn.Module):
     def free_axes(self) -> tuple[dict[int, Any], ...]:
         """Which axis of each input is that of the environments."""
         batch = torch.export.Dim("batch")
-        return tuple({1 if name in ("h", "c") else 0: batch} for name in self.inputs)
+        axes = [0] * len(self.parts) + [1, 1, 0] * self.is_recurrent
+        return tuple({axis: batch} for axis in axes)

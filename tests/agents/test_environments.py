@@ -26,7 +26,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     VecEnv,
-    VecEnvWrapper,
     VecMonitor,
     VecNormalize,
 )
@@ -298,21 +297,6 @@ def test_a_reset_does_nothing_while_workers_reset_theirs() -> None:
         raise KeyboardInterrupt
     assert len(factory.built) == 1
     assert envs.reset().shape == (2, 1), "also after an interruption"
-
-
-def test_pictures_that_cannot_be_drawn_are_none_and_a_warning() -> None:
-    class Undrawn(VecEnvWrapper):
-        def reset(self) -> Any:
-            return self.venv.reset()
-
-        def step_wait(self) -> Any:
-            return self.venv.step_wait()
-
-        def render(self, mode: str | None = None) -> Any:
-            raise gym.error.DependencyNotInstalled("pygame is not installed")
-
-    with pytest.warns(UserWarning, match="pygame is not installed"):
-        assert RemoteEnvs(PlainFactory(Undrawn), 2).render() is None
 
 
 # Histories of games.

@@ -211,6 +211,22 @@ def test_own_policies_and_extractors_are_known(tmp_path: Path) -> None:
     assert type(policy) is OwnPolicy and type(policy.features_extractor) is OwnExtractor
 
 
+class Warmed(A3C):
+    """A user's, with an attribute that the class gives a first value."""
+
+    updates_seen = 0
+
+    def train(self) -> None:
+        self.updates_seen += 1
+        super().train()
+
+
+def test_an_own_algorithm_keeps_its_attributes(tmp_path: Path) -> None:
+    model = Warmed("MlpPolicy", masked_cartpole(), n_workers=0, n_envs=2, n_steps=5, device="cpu")
+    model.learn(20).save(tmp_path / "model")
+    assert Warmed.load(tmp_path / "model", device="cpu").updates_seen == 2
+
+
 def test_any_other_class_has_to_be_given(tmp_path: Path) -> None:
     path = tmp_path / "model.zip"
     model = make_model("MlpPolicy", policy_kwargs={"activation_fn": OwnActivation})

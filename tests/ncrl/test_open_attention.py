@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncrl import NeurocoderConfig, NeurocoderConv2d, NeurocoderLinear, eject, inject
 from ncrl.open_attention import OpenAttention
@@ -323,3 +324,28 @@ def test_attention_that_cannot_be_opened_is_left_alone() -> None:
     for itself in (nn.Conv2d(1, 1, 1), nn.MultiheadAttention(6, 2)):
         with pytest.raises(ValueError, match="the model is itself a"):
             inject(itself, CONFIG, "q_proj")
+
+
+class Copies(TorchDispatchMode):
+    """Counts the elements that are copied inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.clone.default:
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_is_copied_only_where_it_is_a_target() -> None:
+    model = nn.ModuleDict({"far": attention(), "near": attention(), "head": nn.Linear(2, 2)})
+    with Copies() as copies:
+        inject(model, CONFIG, "head")
+    assert copies.elements == 0
+    with Copies() as copies:
+        inject(model, CONFIG, "near.q_proj")
+    assert copies.elements == sum(map(torch.numel, attention().parameters()))
+    weight = model["near"].original.in_proj_weight.clone()
+    with torch.no_grad():
+        model["near"].k_proj.weight.add_(1)
+    assert torch.equal(model["near"].original.in_proj_weight, weight)

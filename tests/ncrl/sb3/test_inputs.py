@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from ncrl.agents import A3C
+from ncrl.networks import AtariEncoder
 from ncrl.sb3 import MlpPolicy, MultiInputPolicy, NeurocoderCnnPolicy, NeurocoderMlpPolicy
 from tests.ncrl.sb3.environments import Still
 
@@ -217,6 +220,26 @@ def test_wrong_pairs_of_policy_and_space(policy: Any, space: Any, message: str) 
     with pytest.raises(ValueError, match=message) as raised:
         A3C(policy, Still(space), device="cpu")
     assert "\n" not in str(raised.value)
+
+
+class Both(BaseFeaturesExtractor):
+    """The encoder of Atari frames for the picture of a Dict observation, beside the rest."""
+
+    def __init__(self, space: spaces.Dict, **options: Any) -> None:
+        super().__init__(space, 256 + 3)
+        self.encoder = AtariEncoder(space["picture"], **options)
+
+    def forward(self, obs: Any) -> torch.Tensor:
+        return torch.cat([self.encoder(obs["picture"]), obs["a"]], 1)
+
+
+def test_an_encoder_that_is_shown_parts_of_observations_keeps_no_mean_of_them() -> None:
+    space = spaces.Dict(picture=spaces.Box(0, 255, (1, 84, 84), np.uint8), a=VECTOR)
+    options: dict[str, Any] = {"features_extractor_class": Both}
+    with pytest.raises(ValueError, match=r"Both shows an AtariEncoder.*standardize=False"):
+        model_for(space, "MultiInputLstmPolicy", **options)
+    options["features_extractor_kwargs"] = {"standardize": False}
+    assert model_for(space, "MultiInputLstmPolicy", **options).learn(5).num_timesteps == 5
 
 
 def test_wrong_pairs_in_the_algorithms_of_sb3() -> None:

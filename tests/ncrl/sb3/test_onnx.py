@@ -22,6 +22,7 @@ PAIR = spaces.Dict(a=VECTOR, b=spaces.Discrete(4))
 IMAGE = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 CASES: dict[str, tuple[str, spaces.Space[Any], spaces.Space[Any], dict[str, Any]]] = {
     "dict": ("NeurocoderMultiInputPolicy", PAIR, spaces.MultiDiscrete([2, 3]), {}),
+    "entry-called-c": ("MultiInputPolicy", spaces.Dict(c=VECTOR), spaces.Discrete(2), {}),
     "lstm": ("NeurocoderMlpLstmPolicy", VECTOR, spaces.Box(-1, 1, (2,)), {"n_lstm_layers": 2}),
     "two-lstms": ("MlpLstmPolicy", VECTOR, spaces.MultiBinary(2), {"enable_critic_lstm": True}),
     "images": ("NeurocoderCnnLstmPolicy", IMAGE, spaces.Discrete(6), {}),
@@ -84,6 +85,12 @@ def test_of_a_compiled_policy_statistics_that_stay_behind_are_mentioned(
     model.policy = torch.compile(model.policy)  # type: ignore[assignment]  # which changes nothing
     export_onnx(model, tmp_path / "policy.onnx")
     assert "VecNormalize are not exported" in caplog.text
+
+
+def test_an_entry_with_the_name_of_the_state_is_refused(tmp_path: Path) -> None:
+    model = A3C("MultiInputLstmPolicy", Still(spaces.Dict(a=VECTOR, c=VECTOR)), device="cpu")
+    with pytest.raises(ValueError, match=r"entry 'c' of the observation.*give it another name"):
+        export_onnx(model, tmp_path / "policy.onnx")
 
 
 def test_other_policies_are_refused(tmp_path: Path) -> None:
