@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.pt"  # the member beside those of SB3
 
+FILES = f"step_{12 * '[0-9]'}.zip"
+"""Names of checkpoints. Files with other names, such as copies of checkpoints, are the user's."""
+
 # Attributes of `A3C` that go on where they were.
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "games_seed")
 SCORES = ("best_score", "first_scored_at")
@@ -66,7 +69,7 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
     path = folder / f"step_{model.num_timesteps:012d}.zip"
     write_atomically(path, with_checksum(zipped.getvalue()))
     # Those of more timesteps are damaged: the run went back behind them. They do not count.
-    older = sorted(other for other in folder.glob("step_*.zip") if other < path)
+    older = sorted(other for other in folder.glob(FILES) if other < path)
     for superfluous in [*folder.glob(".step_*"), *older[: max(0, len(older) + 1 - keep)]]:
         superfluous.unlink(missing_ok=True)
     return Checkpoint(path, model.num_timesteps)
@@ -92,7 +95,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
     CheckpointError if there is none, with what is wrong with the newest.
     """
     faults: list[str] = []
-    for path in sorted(folder.glob("step_*.zip"), reverse=True):
+    for path in sorted(folder.glob(FILES), reverse=True):
         try:
             timesteps = _read_state(path)["counters"]["num_timesteps"]
         except ValueError as error:
