@@ -120,6 +120,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str
         usage_error(parser.prog, str(error))
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     for word in unknown:
+        if not word.startswith("-"):
+            rule = "a value follows its flag, and switches are --NAME or --no-NAME"
+            usage_error(parser.prog, f"{shown(word)} stands alone: {rule}")
         hint = nearest(word.split("=")[0][:LONGEST_VALUE], flags)
         usage_error(parser.prog, f"unknown argument {shown(word)}; nearest: {hint}")
     return vars(namespace)

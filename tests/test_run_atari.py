@@ -136,7 +136,9 @@ REFUSED = {
     PONG + "--n-step 5": ["--n-step", "nearest: --n-steps"],
     PONG + "--learningrate=0.1": ["--learningrate", "nearest: --learning"],
     PONG + "--frame 100": ["--frame", "nearest: --frames"],
-    "Pong": ["Pong"],
+    # Words that follow no flag that takes one
+    "Pong": ["'Pong' stands alone", "follows its flag"],
+    PONG + "--anneal false": ["'false' stands alone", "--no-NAME"],
     # YAML
     "--config typo.yaml": ["learning_rat", "typo.yaml", "nearest: learning_rate"],
     "--config text.yaml": ["n_steps", "'many'", "int", "text.yaml"],
