@@ -23,12 +23,12 @@ from stable_baselines3.common.vec_env import unwrap_vec_wrapper
 from ncrl.agents.a3c import A3C
 from ncrl.agents.playing.collector import Collector
 from ncrl.agents.playing.env_sources import RecordedEnv
-from ncrl.agents.runs.loading import SMALL_BYTES, read_member
+from ncrl.agents.runs.loading import MOST_EXPANSION, SMALL_BYTES, read_member
 from ncrl.checks import shown
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.shell.hardware import random_state, set_random_state
-from ncrl.shell.tensors import check_sums, reason_of, size_of, tensors_in, with_checksum
+from ncrl.shell.tensors import check_sums, reason_of, tensors_in, with_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ FILES = f"step_{12 * '[0-9]'}.zip"
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "games_seed")
 SCORES = ("best_score", "first_scored_at")
 
-MAX_KEPT_BYTES = 256 << 20  # a quarter of what an exploring model may keep of games
 MAX_BYTES = 4 << 30  # of a checkpoint, whatever the model's size
 
 
@@ -136,8 +135,7 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
         names.remove("policy.optimizer")
     try:
         with zipfile.ZipFile(path) as archive:
-            # RMSProp and Adam keep one or two numbers for each weight.
-            limit = min(MAX_BYTES, 4 * _size_of(model) + SMALL_BYTES)
+            limit = MOST_EXPANSION * path.stat().st_size + SMALL_BYTES
             stored = {name: read_member(archive, f"{name}.pth", limit) for name in names}
         model.policy.load_state_dict(stored["policy"])
         if optimizer:
@@ -157,13 +155,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) ->
         if not 0 <= group["lr"] < math.inf:
             raise ValueError(f"its learning rate must be a positive number, got {theirs['lr']}")
     optimizer.load_state_dict({**stored, "param_groups": groups})
-
-
-def _size_of(model: A3C) -> int:
-    if model.exploration is None:
-        return size_of(model.policy)
-    parameters = model.exploration.parameters()
-    return size_of(model.policy) + sum(one.nbytes for one in parameters) + MAX_KEPT_BYTES
 
 
 def resume(model: A3C, checkpoint: Checkpoint) -> None:

@@ -604,7 +604,7 @@ def test_f15_nothing_is_written_outside(tmp_path: Path) -> None:
 
 
 def test_f15_a_bomb_costs_little_memory(tmp_path: Path) -> None:
-    """Its own size bounds what a checkpoint may unpack to; and so does that of the model."""
+    """Its own size bounds what a checkpoint may unpack to."""
     save_steps(tmp_path, [20])
     checkpoint = newest_checkpoint(tmp_path)
     rewrite(checkpoint, {"policy.pth": bytes(100 << 20)}, zipfile.ZIP_DEFLATED)
