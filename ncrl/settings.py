@@ -98,7 +98,8 @@ def add_flags(
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
             continue
         kind = {"float": float, "str": str}.get(str(entry.type).split(" ")[0], int)
-        parser.add_argument(*names, type=kind, metavar=kind.__name__.upper(), help=text)
+        metavar = "|".join(entry.metadata["choices"]) or kind.__name__.upper()
+        parser.add_argument(*names, type=kind, metavar=metavar, help=text)
 
 
 def make_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -238,7 +238,8 @@ def test_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture)
     for entry in fields(RunConfig):
         assert f"--{entry.name.replace('_', '-')}" in text
         assert entry.default in (None, "") or f"(default: {entry.default})" in text, entry.name
-    assert ", ".join(LAYERS) in text
+        choices = entry.metadata["choices"]
+        assert not choices or f"--{entry.name.replace('_', '-')} {'|'.join(choices)}" in text
 
 
 # One run, and what can be done with it.
