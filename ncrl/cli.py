@@ -32,7 +32,7 @@ COMMANDS = {
     "resume": ("rl", "go on with a run exactly: ncrl resume RUN_DIR"),
     "evaluate": ("rl", "play whole games with a run: ncrl evaluate RUN_DIR --episodes 10"),
     "watch": ("video", "film one game of a run: ncrl watch RUN_DIR [FILE.mp4]"),
-    "task": ("tasks", f"an experiment of the paper: ncrl task {'|'.join(TASKS)}"),
+    "task": ("tasks", "an experiment of the paper: ncrl task mnist (ncrl task --help)"),
 }
 """Which extra of the package each command needs, and what it does."""
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         lines = [f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()]
-        last = "`ncrl COMMAND --help` lists the flags of a command, `ncrl --version` the version."
+        last = "`ncrl COMMAND --help` lists its flags, `ncrl --version` tells the version."
         print("\n".join(["usage: ncrl COMMAND ...", "", *lines, "", last]))
         return 0
     if command == "--version":

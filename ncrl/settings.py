@@ -98,7 +98,8 @@ def add_flags(
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
             continue
         kind = {"float": float, "str": str}.get(str(entry.type).split(" ")[0], int)
-        parser.add_argument(*names, type=kind, metavar=kind.__name__.upper(), help=text)
+        metavar = "|".join(entry.metadata["choices"]) or kind.__name__.upper()
+        parser.add_argument(*names, type=kind, metavar=metavar, help=text)
 
 
 def make_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -120,6 +121,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str
         usage_error(parser.prog, str(error))
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     for word in unknown:
+        if not word.startswith("-"):
+            rule = "a value follows its flag, and switches are --NAME or --no-NAME"
+            usage_error(parser.prog, f"{shown(word)} stands alone: {rule}")
         hint = nearest(word.split("=")[0][:LONGEST_VALUE], flags)
         usage_error(parser.prog, f"unknown argument {shown(word)}; nearest: {hint}")
     return vars(namespace)

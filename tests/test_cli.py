@@ -52,6 +52,13 @@ def test_errors_are_one_line(words: str, message: str, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == message + "\n"
 
 
+def test_the_help_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 80
+    assert all(any(f"  {name} " in line for line in lines) for name in cli.COMMANDS)
+
+
 def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,9 +86,7 @@ class RunConfig:
     )
     stack: int = setting(1, "timesteps shown in one observation", low=1, high=64)
     # The network.
-    layer: str = setting(
-        "neurocoder", f"heads of actor and critic: {', '.join(LAYERS)}", choices=tuple(LAYERS)
-    )
+    layer: str = setting("neurocoder", "heads of actor and critic", choices=tuple(LAYERS))
     encoder: str = setting(
         "a3c", "convolutional trunk; paper is the slowest", choices=("a3c", "nature", "paper")
     )
@@ -148,8 +146,7 @@ class RunConfig:
     # Exploration.
     intrinsic_reward: str = setting(
         "auto",
-        "bonus for what is new: rnd, snd, count or none; auto: snd for games whose rewards are "
-        "rare, none for all others",
+        "bonus for what is new; auto: snd for games whose rewards are rare, none for all others",
         choices=("auto", "none", *SOURCES),
     )
     int_coef: float = same_as(Objective, "int_coef")

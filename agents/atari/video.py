@@ -148,13 +148,12 @@ def check_path(path: Path) -> None:
         raise ValueError(f"cannot write the video {str(path)!r}")
 
 
-def write_video(path: Path, moments: Iterable[Moment], fps: float = FPS) -> None:
+def write_video(path: Path, moments: Iterable[Moment]) -> None:
     """A video file of one picture per timestep, under another name until it is whole.
 
     Args:
         path: ends in `.mp4` or `.webm`; an existing file is replaced.
         moments: of one game. Whatever they raise, nothing is left behind.
-        fps: pictures, hence timesteps, per second.
 
     Raises:
         ValueError: for another suffix.
@@ -166,7 +165,7 @@ def write_video(path: Path, moments: Iterable[Moment], fps: float = FPS) -> None
     codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
     # OpenCV asks for hundreds of megabits a second, and takes other wishes from here alone.
     os.environ.setdefault("OPENCV_FFMPEG_WRITER_OPTIONS", WRITER_OPTIONS)
-    writer = cv2.VideoWriter(str(growing), cv2.CAP_FFMPEG, codec, fps, (WIDTH, HEIGHT))
+    writer = cv2.VideoWriter(str(growing), cv2.CAP_FFMPEG, codec, FPS, (WIDTH, HEIGHT))
     traces: dict[str, Trace] = {}
     bonuses: deque[float] = deque(maxlen=HISTORY)
     try:

@@ -23,22 +23,24 @@ from stable_baselines3.common.vec_env import unwrap_vec_wrapper
 from ncrl.agents.a3c import A3C
 from ncrl.agents.playing.collector import Collector
 from ncrl.agents.playing.env_sources import RecordedEnv
-from ncrl.agents.runs.loading import SMALL_BYTES, read_member
+from ncrl.agents.runs.loading import MOST_EXPANSION, SMALL_BYTES, read_member
 from ncrl.checks import shown
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.shell.hardware import random_state, set_random_state
-from ncrl.shell.tensors import check_sums, reason_of, size_of, tensors_in, with_checksum
+from ncrl.shell.tensors import check_sums, reason_of, tensors_in, with_checksum
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"  # the member beside those of SB3
 
+FILES = f"step_{12 * '[0-9]'}.zip"
+"""Names of checkpoints. Files with other names, such as copies of checkpoints, are the user's."""
+
 # Attributes of `A3C` that go on where they were.
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_skipped_updates", "games_seed")
 SCORES = ("best_score", "first_scored_at")
 
-MAX_KEPT_BYTES = 256 << 20  # a quarter of what an exploring model may keep of games
 MAX_BYTES = 4 << 30  # of a checkpoint, whatever the model's size
 
 
@@ -66,7 +68,7 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
     path = folder / f"step_{model.num_timesteps:012d}.zip"
     write_atomically(path, with_checksum(zipped.getvalue()))
     # Those of more timesteps are damaged: the run went back behind them. They do not count.
-    older = sorted(other for other in folder.glob("step_*.zip") if other < path)
+    older = sorted(other for other in folder.glob(FILES) if other < path)
     for superfluous in [*folder.glob(".step_*"), *older[: max(0, len(older) + 1 - keep)]]:
         superfluous.unlink(missing_ok=True)
     return Checkpoint(path, model.num_timesteps)
@@ -92,7 +94,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
     CheckpointError if there is none, with what is wrong with the newest.
     """
     faults: list[str] = []
-    for path in sorted(folder.glob("step_*.zip"), reverse=True):
+    for path in sorted(folder.glob(FILES), reverse=True):
         try:
             timesteps = _read_state(path)["counters"]["num_timesteps"]
         except ValueError as error:
@@ -133,8 +135,7 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
         names.remove("policy.optimizer")
     try:
         with zipfile.ZipFile(path) as archive:
-            # RMSProp and Adam keep one or two numbers for each weight.
-            limit = min(MAX_BYTES, 4 * _size_of(model) + SMALL_BYTES)
+            limit = MOST_EXPANSION * path.stat().st_size + SMALL_BYTES
             stored = {name: read_member(archive, f"{name}.pth", limit) for name in names}
         model.policy.load_state_dict(stored["policy"])
         if optimizer:
@@ -154,13 +155,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) ->
         if not 0 <= group["lr"] < math.inf:
             raise ValueError(f"its learning rate must be a positive number, got {theirs['lr']}")
     optimizer.load_state_dict({**stored, "param_groups": groups})
-
-
-def _size_of(model: A3C) -> int:
-    if model.exploration is None:
-        return size_of(model.policy)
-    parameters = model.exploration.parameters()
-    return size_of(model.policy) + sum(one.nbytes for one in parameters) + MAX_KEPT_BYTES
 
 
 def resume(model: A3C, checkpoint: Checkpoint) -> None:

@@ -15,18 +15,23 @@ from typing import Any
 
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
-from torch.utils.tensorboard import SummaryWriter
+from stable_baselines3.common.logger import CSVOutputFormat, KVWriter, Logger
+from torch import Tensor
+from torch.utils.tensorboard import summary
 
 from ncrl.agents.a3c import A3C
 from ncrl.agents.runs.best import BestModel
 from ncrl.agents.runs.checkpoints import CheckpointError, save_checkpoint
 from ncrl.files import remove_unfinished, write_atomically
+from ncrl.shell.events import CurveWriter
 from ncrl.shell.lock import locked
 
 logger = logging.getLogger(__name__)
 
 STEP_KEY = "time/total_timesteps"
+
+BINS = 30
+"""Of histograms in TensorBoard."""
 
 
 class RunDirectory(contextlib.ExitStack):
@@ -172,13 +177,25 @@ class _Logger(Logger):
                 logger.error("could not write curves to %s: %s; going on", self.dir, error)
 
 
-class _TensorBoard(TensorBoardOutputFormat):
-    """SB3's, with the events after `timesteps` withdrawn."""
+class _TensorBoard(KVWriter):
+    """Numbers, texts and histograms, with the events after `timesteps` withdrawn."""
 
     def __init__(self, folder: Path, timesteps: int) -> None:
-        resumed = any(folder.glob("events.out.tfevents.*"))
-        self.writer = SummaryWriter(str(folder), purge_step=timesteps + 1 if resumed else None)
-        self._is_closed = False
+        self._curves = CurveWriter(folder, timesteps + 1)
+
+    def write(self, key_values: Any, key_excluded: Any, step: int = 0) -> None:
+        for key, value in key_values.items():
+            if "tensorboard" in key_excluded[key]:
+                continue
+            if isinstance(value, str):
+                self._curves.write(summary.text(key, value), step)
+            elif isinstance(value, Tensor):
+                self._curves.write(summary.histogram(key, value.numpy(), BINS), step)
+            else:
+                self._curves.add(key, float(value), step)
+
+    def close(self) -> None:
+        self._curves.close()
 
 
 class _Csv(CSVOutputFormat):

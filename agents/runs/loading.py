@@ -282,7 +282,7 @@ def read_member(archive: zipfile.ZipFile, member: str, limit: int) -> Any:
     """Tensors and plain values of a member of a zip; raises what `load_tensors` does."""
     size = archive.getinfo(member).file_size
     if size > limit:
-        raise ValueError(f"{member} would take {size} bytes, for this model at most {limit}")
+        raise ValueError(f"{member} would take {size} bytes, for this file at most {limit}")
     return load_tensors(archive.read(member), limit)
 
 

@@ -26,15 +26,18 @@ class CurveWriter:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}.{next(_numbers)}"
-        self._file = (folder / name).open("wb", buffering=0)
+        self._file = (folder / name).open("wb")
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, name: str, value: float, step: int) -> None:
         """A point of a curve."""
-        point = Summary.Value(tag=name, simple_value=value)
-        self._write(Event(step=step, summary=Summary(value=[point])))
+        self.write(Summary(value=[Summary.Value(tag=name, simple_value=value)]), step)
+
+    def write(self, summary: Summary, step: int) -> None:
+        """What is shown at a step."""
+        self._write(Event(step=step, summary=summary))
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -43,3 +46,4 @@ class CurveWriter:
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
+        self._records.flush()  # what finds no room now is written when there is some

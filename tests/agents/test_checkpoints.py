@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -621,7 +622,7 @@ def test_f15_nothing_is_written_outside(tmp_path: Path) -> None:
 
 
 def test_f15_a_bomb_costs_little_memory(tmp_path: Path) -> None:
-    """Its own size bounds what a checkpoint may unpack to; and so does that of the model."""
+    """Its own size bounds what a checkpoint may unpack to."""
     save_steps(tmp_path, [20])
     checkpoint = newest_checkpoint(tmp_path)
     rewrite(checkpoint, {"policy.pth": bytes(100 << 20)}, zipfile.ZIP_DEFLATED)
@@ -738,6 +739,19 @@ def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.iterdir())
     kept = [10, 20, 30, 40][-keep:]
     assert names == ["notes.txt", *(f"step_{step:012d}.zip" for step in kept)]
+
+
+def test_copies_that_a_user_keeps_are_neither_taken_nor_removed(tmp_path: Path) -> None:
+    """A copy of an old checkpoint would else be what a run goes on from."""
+    model = save_steps(tmp_path, [20])
+    copies = [tmp_path / name for name in ("step_good.zip", f"step_{20:012d} (copy).zip")]
+    for copy in copies:
+        shutil.copy(newest_checkpoint(tmp_path).path, copy)
+    for step in (30, 40):
+        model.num_timesteps = step
+        save_checkpoint(model, tmp_path, keep=1)
+        assert newest_checkpoint(tmp_path).timesteps == step
+    assert {*tmp_path.iterdir()} == {*copies, tmp_path / f"step_{40:012d}.zip"}
 
 
 def test_damaged_checkpoints_are_not_the_ones_that_are_kept(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints
 from ncrl.envs import masked_cartpole
 from ncrl.shell.lock import locked
 from ncrl.yaml_files import read_yaml
+from tests.agents.conftest import file_size_limit
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
@@ -337,6 +338,26 @@ def test_f11_curves_that_cannot_be_written_are_forgotten_and_said_once(
     assert rows(run) == [{"time/total_timesteps": "30"}]
     (error,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
     assert "No space" in error and str(run.path) in error
+
+
+def test_f11_curves_go_on_where_the_disk_has_room_again(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    logger = run.make_logger()
+
+    def dump(step: int) -> None:
+        logger.record("time/total_timesteps", step)
+        logger.record("score", 1.0)
+        logger.record("usage", torch.arange(4.0))
+        logger.dump(step)
+
+    dump(10)
+    (events,) = run.path.glob("events.out.tfevents.*")
+    with file_size_limit(events.stat().st_size + 20):
+        dump(20)
+    dump(30)
+    logger.close()
+    steps = [step for step, _ in scalars(run, "score")]
+    assert {10, 30} <= set(steps) <= {10, 20, 30}
 
 
 def test_curves_that_are_no_curves_do_not_stop_a_run(tmp_path: Path) -> None:

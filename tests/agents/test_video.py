@@ -17,6 +17,7 @@ from ncrl.agents.atari.video import (
     ACTIONS,
     BAR,
     BONUS,
+    FPS,
     GAME,
     HEADS,
     HEIGHT,
@@ -278,10 +279,10 @@ def test_a_video_can_be_read_back(tmp_path, suffix, coded):
     path = tmp_path / f"game{suffix}"
     shown = moment(coded=coded)._replace(frame=smooth_frame())
     heads = [moment(seed, coded=coded).heads for seed in range(4)]
-    write_video(path, (shown._replace(heads=head) for head in heads), fps=10)
+    write_video(path, (shown._replace(heads=head) for head in heads))
     pictures = read(path)
     assert [picture.shape for picture in pictures] == [(HEIGHT, WIDTH, 3)] * 4
-    assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS) == 10
+    assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS) == FPS
     game = cut(pictures[-1], game_box(shown.frame)).astype(int)
     assert np.abs(game - shown.frame.repeat(3, axis=0).repeat(3, axis=1)).mean() < 6
     heads = [cut(picture, HEADS[0]).astype(int) for picture in pictures]
