@@ -115,6 +115,29 @@ def test_flags_change_the_recipe_and_its_name() -> None:
     assert changed.name == "x num_steps=3" and changed.recipe.layer_options["num_steps"] == 3
 
 
+def test_options_change_the_recipes_whose_layer_or_network_has_them() -> None:
+    words = [
+        "--layer",
+        "linear",
+        "neurocoder",
+        "nsm",
+        "--layer-options",
+        "num_slots=7",
+        "gate=head",
+    ]
+    found = named(*words)
+    assert list(found) == [
+        "cifar_mlp linear",
+        "cifar_mlp num_slots=7 gate=head",
+        "cifar_mlp nsm num_slots=7",
+    ]
+    assert found["cifar_mlp linear"] == read_recipe(CONFIGS / "cifar_mlp.yaml", "linear")
+    with pytest.raises(
+        ValueError, match="unknown option 'num_slot' in layer_options; nearest: num_slots"
+    ):
+        named("--layer", "linear", "nsm", "--layer-options", "num_slot=7")
+
+
 def test_configs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     assert find_config("mnist") == find_config("mnist.yaml") == CONFIGS / "mnist.yaml"
     own = tmp_path / "own.yaml"
