@@ -228,10 +228,9 @@ def recipe_of(
     if recipe.layer == "neurocoder" and "sharpness" in flags:
         changes["layer_options"] = {**recipe.layer_options, "sharpness": flags["sharpness"]}
         said += f" sharpness={flags['sharpness']:g}"
-    is_official = cell.layer.startswith("official")
-    for name in QUIRKS:
-        changes[name] = is_official and flags.get(name, True)
-        if is_official and not changes[name]:
+    for name in QUIRKS if cell.layer.startswith("official") else ():
+        changes[name] = flags.get(name, getattr(recipe, name))
+        if not changes[name]:
             said += f" {name}=False"
     labels = {**cell._asdict(), "changes": said.strip(), "coef": coef_said}
     name = " ".join(filter(None, (cell.name, changes_of(labels))))

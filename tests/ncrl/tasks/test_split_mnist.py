@@ -84,6 +84,20 @@ def test_quirks_belong_to_the_official_variant() -> None:
     assert vars(without.recipe)["double_orth_coef"]
 
 
+def test_quirks_can_stand_in_the_file(tmp_path: Path) -> None:
+    text = (CONFIGS / "split_mnist.yaml").read_text()
+    text = text.replace("double_orth_coef: true", "double_orth_coef: false")
+    text = text.replace("  tuned:\n", "  tuned:\n    double_orth_coef: true\n")
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    for layer, doubles in (("official", False), ("paper", True), ("paper residual", False)):
+        cell = Cell("domain", "ewc", layer)
+        assert recipe(cell, config=str(path)).double_orth_coef is doubles
+    assert recipe(
+        cell._replace(layer="official"), config=str(path), double_orth_coef=True
+    ).double_orth_coef
+
+
 def test_method_and_coefficient_can_stand_in_the_file(tmp_path: Path) -> None:
     text = (CONFIGS / "split_mnist.yaml").read_text()
     path = tmp_path / "own.yaml"
