@@ -163,7 +163,8 @@ class Session:
             except ValueError as error:
                 raise ValueError(f"{named.name}: {error}") from error
         seeds = self.seeds if seeds is None else seeds
-        pending = [(index, seed) for seed in seeds for index in range(len(wanted))]
+        numbers = range(len(wanted))
+        pending = [(index, seed) for seed in seeds for index in numbers]
         found: dict[tuple[int, int], Result] = {}
         for wait in (False, True):
             elsewhere = []
@@ -179,7 +180,7 @@ class Session:
                 elif not self.only_finished:
                     elsewhere.append((index, seed))
             pending = elsewhere
-        return [found[which] for which in sorted(found, key=lambda w: (w[0], seeds.index(w[1])))]
+        return [found[which] for which in itertools.product(numbers, seeds) if which in found]
 
     def _run_one(self, named: NamedRecipe, seed: int, make: Make, *, wait: bool) -> Result | None:
         """The row of one run; None if another process is at it, or if it had to be trained first
