@@ -49,6 +49,7 @@ EXIT_FAILED = 1
 DIVERGED_FILE = "diverged.txt"
 LARGEST_SEED = 2**31 - 1
 MOST_THREADS = 1024
+MOST_LETTERS = 200  # of a recipe's name in that of a folder, which file systems limit to 255
 
 # Fields of a recipe that are flags, too.
 OVERRIDES = (
@@ -215,7 +216,7 @@ class Session:
         torch.manual_seed(seed)
         experiment = make(named.recipe, seed, self.device)
         mark = fingerprint(identity(named.recipe, experiment))
-        label = re.sub(r"[^a-z0-9.=]+", "-", named.name.lower()).strip("-")
+        label = re.sub(r"[^a-z0-9.=]+", "-", named.name.lower()).strip("-")[:MOST_LETTERS]
         folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
         run = Run(self.task, named.name, named.recipe, seed, self.device, folder, named.labels)
         return run, experiment

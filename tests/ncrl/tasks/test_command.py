@@ -242,6 +242,13 @@ def test_other_settings_are_other_runs(tmp_path: Path) -> None:
         assert list(folder.glob("events.out.tfevents.*")) and (folder / "model.pt").is_file()
 
 
+def test_a_recipe_with_many_changes_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    name = " ".join(f"setting_{number}={number}" for number in range(30))
+    recipes = [NamedRecipe(f"{name} {rate}", Recipe(learning_rate=rate)) for rate in (0.1, 0.2)]
+    assert len(session(tmp_path).run(recipes, Constant)) == 2
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+
+
 def test_the_trained_network_can_be_had_again(tmp_path: Path) -> None:
     work = session(tmp_path)
     (row,) = work.run([TOY], Constant)
