@@ -153,8 +153,9 @@ def maps_of(session: Session, wanted: Sequence[NamedRecipe]) -> list[NamedRecipe
     """The recipes whose attention is drawn. Options of the flags are theirs too, unless they are
     meant for other layers."""
     others = session.names_recipes and any(one.recipe.layer != "neurocoder" for one in wanted)
-    instead = dict.fromkeys(("layer_options", "network_options")) if others else {}
-    return session.recipes(CONFIG, variant=list(MAPS), layer=None, config=None, **instead)
+    dropped = ("layer_options", "network_options") if others else ()
+    instead: dict[str, Any] = dict.fromkeys((*dropped, "layer", "config"))
+    return session.recipes(CONFIG, variant=list(MAPS), **instead)
 
 
 # The figure
