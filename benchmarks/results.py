@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 RUN_FILE = "result.json"
 LONG = ("curve", "details")  # fields of a row that are kept beside the CSV
+FIRST_SEED_OF_DEVELOPMENT = 100
+"""Rows with this seed and later ones were for choosing settings: no table of results has them."""
 MARKS = {"holds": "✔", "in part": "◐", "not found": "✘", "open": "open"}
 BLOCK = re.compile(r"(<!-- table\n(.*?)-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -154,7 +156,7 @@ def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
     metric `[label, format]` or `[label, format, factor]`; its column is mean and spread. `by_seed`
     and `curve: {metric: [format, factor, *updates]}` make columns with the value of each seed. A
     recipe without a metric that others have leaves its cell empty.
-    `seeds` leaves all other seeds out.
+    `seeds` leaves all other seeds out, and without it those of development are.
     """
     with_paper = any(isinstance(label, list) for label in spec["runs"].values())
     metrics, by_seed = spec.get("metrics", {}), spec.get("by_seed", {})
@@ -185,7 +187,8 @@ def runs_table(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
 
 def chosen(rows: Sequence[Row], name: str, spec: Mapping[str, Any]) -> list[Row]:
     """The rows of a recipe, at least one, with the seeds that a table wants."""
-    group = [r for r in rows if r["name"] == name and r["seed"] in spec.get("seeds", [r["seed"]])]
+    seeds = spec.get("seeds", range(FIRST_SEED_OF_DEVELOPMENT))
+    group = [row for row in rows if row["name"] == name and row["seed"] in seeds]
     if not group:
         raise ValueError(f"no row of {spec['task']} is called {name!r}")
     if len({r["folder"] for r in group}) > 1:

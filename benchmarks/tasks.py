@@ -3,7 +3,7 @@
 python benchmarks/tasks.py                            # every row, one thread, 10 seconds each
 python benchmarks/tasks.py --only mlp lenet           # rows whose name contains one of these
 python benchmarks/tasks.py --all                      # the other layers as well
-python benchmarks/tasks.py --only split --fisher --runs ewc   # and continual learning: many minutes
+python benchmarks/tasks.py --only split --runs ewc    # and whole runs of it: many minutes
 python benchmarks/tasks.py --check                    # exit status 1 if a target is missed
 
 A step is what `ncrl.tasks` does between two evaluations: batch, forward, all losses, backward,
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,20 +29,19 @@ from ncrl.shell.hardware import keep_freed_memory
 from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import named_recipes
-from ncrl.tasks.continual.methods import OnlineEwc, own_label_loss
 from ncrl.tasks.continual.split import SplitLearning, Task
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment
 from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.experiment import recipe_of
-from ncrl.tasks.split_mnist.tables import COLUMNS, METHODS, Cell, Column
+from ncrl.tasks.split_mnist.tables import METHODS, Cell
 from ncrl.tasks.training import Run, Training, train
 
 CPU = torch.device("cpu")
 SPLIT_MNIST = "split MNIST"
 TASK_SIZES = (12665, 12089, 11263, 12183, 11800)  # training images of the five tasks of MNIST
-FISHER_IMAGES = 2048
 MOST_SECONDS = 60.0  # for a whole run of any method
 PLAIN, CODED = ("linear", "mlp"), ("neurocoder", "paper", "official")  # layers that are compared
 
@@ -60,7 +58,8 @@ class Row(NamedTuple):
     def recipes(self) -> dict[str, Recipe]:
         """By the layer's name."""
         if self.name == SPLIT_MNIST:
-            return {c.name: recipe_of(Cell("domain", "adam", c), {}).recipe for c in COLUMNS}
+            cells = [Cell("domain", "adam", layer) for layer in tables.LAYERS]
+            return {cell.layer: recipe_of(cell, {}).recipe for cell in cells}
         variants = {layer: "base" for layer in LAYERS} | {"neurocoder": self.variant}
         flags = {layer: {"layer": [layer], "variant": [v]} for layer, v in variants.items()}
         return {layer: named_recipes(own, self.config)[0].recipe for layer, own in flags.items()}
@@ -103,12 +102,10 @@ def main() -> None:
     add("--only", nargs="+", default=[""], help="parts of names of rows")
     add("--all", action="store_true", help="the other layers as well")
     add("--check", action="store_true", help="exit with 1 if a target is missed")
-    add("--fisher", action="store_true", help="the Fisher information of split MNIST as well")
     add("--runs", nargs="*", choices=METHODS, help="whole runs of split MNIST, of all methods")
-    columns = [column.name for column in COLUMNS]
-    add("--columns", nargs="+", choices=columns, default=columns, help="of both")
+    add("--columns", nargs="+", choices=tables.LAYERS, default=tables.LAYERS, help="of the runs")
     add("--epochs", type=int, help="of the runs, in place of the recipe's 4")
-    add("--scale", type=float, default=1.0, help="share of the images, for both")
+    add("--scale", type=float, default=1.0, help="share of the images, for the runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as the commands do
@@ -122,8 +119,6 @@ def main() -> None:
     print(f"{machine()}, {said}\n")
     print_header("training step", "batch", "layer", "ms", "beside plain")
     targets = [target for row in chosen for target in measure(row, arguments)]
-    if arguments.fisher:
-        measure_fisher(arguments)
     if arguments.runs is not None:
         targets += measure_runs(arguments)
     print()
@@ -151,23 +146,6 @@ def measure(row: Row, arguments: argparse.Namespace) -> list[Target]:
     return [Target(f"step of {row.name}, {x}", times[x] / plain, row.most) for x in coded]
 
 
-def chosen_columns(arguments: argparse.Namespace) -> list[Column]:
-    return [column for column in COLUMNS if column.name in arguments.columns]
-
-
-def measure_fisher(arguments: argparse.Namespace) -> None:
-    """Print the seconds that the Fisher information of some images takes."""
-    print()
-    print_header(f"Fisher information of {FISHER_IMAGES:,} images", "s")
-    for column in chosen_columns(arguments):
-        recipe = recipe_of(Cell("domain", "online-ewc", column), {}).recipe
-        experiment = split_mnist(recipe, 0, CPU, arguments.scale)
-        assert isinstance(experiment.method, OnlineEwc)
-        images = torch.randn(FISHER_IMAGES, 1024)
-        (ms,) = medians(0, partial(experiment.method.fisher, images, own_label_loss))
-        print_row(column.name, f"{ms / 1000:.2f}")
-
-
 def measure_runs(arguments: argparse.Namespace) -> list[Target]:
     """Print the seconds of whole runs, with their evaluations and Fisher information."""
     methods = arguments.runs or list(METHODS)
@@ -175,17 +153,17 @@ def measure_runs(arguments: argparse.Namespace) -> list[Target]:
     print()
     print_header("whole run, s", *methods)
     targets = []
-    for column in chosen_columns(arguments):
+    for layer in arguments.columns:
         seconds = []
         for method in methods:
-            recipe = recipe_of(Cell("domain", method, column), flags).recipe
+            recipe = recipe_of(Cell("domain", method, layer), flags).recipe
             torch.manual_seed(0)
             experiment = split_mnist(recipe, 0, CPU, arguments.scale)
             with tempfile.TemporaryDirectory() as folder:
-                run = Run("split_mnist", column.name, recipe, 0, CPU, Path(folder))
+                run = Run("split_mnist", layer, recipe, 0, CPU, Path(folder))
                 seconds.append(train(run, experiment).seconds)
-        print_row(column.name, *(f"{s:.1f}" for s in seconds))
-        name = f"run of {column.name}, slowest method ({methods[seconds.index(max(seconds))]})"
+        print_row(layer, *(f"{s:.1f}" for s in seconds))
+        name = f"run of {layer}, slowest method ({methods[seconds.index(max(seconds))]})"
         targets.append(Target(name, max(seconds), MOST_SECONDS, unit="s"))
     return targets
 

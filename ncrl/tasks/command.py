@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,15 @@ from ncrl.shell.screen import say
 from ncrl.shell.signals import Stopped
 from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment
-from ncrl.tasks.recipes import CONFIGS, Recipe, make_recipe, outline_network, read_recipes
+from ncrl.tasks.recipes import (
+    CONFIGS,
+    Recipe,
+    check_options,
+    make_recipe,
+    option_types,
+    outline_network,
+    read_recipes,
+)
 from ncrl.tasks.results import Result, fingerprint
 from ncrl.tasks.training import RECIPE_FILE, NonFiniteError, Run, identity, load_weights, train
 from ncrl.yaml_files import parse_yaml
@@ -40,6 +49,7 @@ EXIT_FAILED = 1
 DIVERGED_FILE = "diverged.txt"
 LARGEST_SEED = 2**31 - 1
 MOST_THREADS = 1024
+MOST_LETTERS = 200  # of a recipe's name in that of a folder, which file systems limit to 255
 
 # Fields of a recipe that are flags, too.
 OVERRIDES = (
@@ -154,7 +164,8 @@ class Session:
             except ValueError as error:
                 raise ValueError(f"{named.name}: {error}") from error
         seeds = self.seeds if seeds is None else seeds
-        pending = [(index, seed) for seed in seeds for index in range(len(wanted))]
+        numbers = range(len(wanted))
+        pending = [(index, seed) for seed in seeds for index in numbers]
         found: dict[tuple[int, int], Result] = {}
         for wait in (False, True):
             elsewhere = []
@@ -170,7 +181,7 @@ class Session:
                 elif not self.only_finished:
                     elsewhere.append((index, seed))
             pending = elsewhere
-        return [found[which] for which in sorted(found, key=lambda w: (w[0], seeds.index(w[1])))]
+        return [found[which] for which in itertools.product(numbers, seeds) if which in found]
 
     def _run_one(self, named: NamedRecipe, seed: int, make: Make, *, wait: bool) -> Result | None:
         """The row of one run; None if another process is at it, or if it had to be trained first
@@ -205,7 +216,7 @@ class Session:
         torch.manual_seed(seed)
         experiment = make(named.recipe, seed, self.device)
         mark = fingerprint(identity(named.recipe, experiment))
-        label = re.sub(r"[^a-z0-9.=]+", "-", named.name.lower()).strip("-")
+        label = re.sub(r"[^a-z0-9.=]+", "-", named.name.lower()).strip("-")[:MOST_LETTERS]
         folder = self.logdir / self.task / f"{label}-{mark}" / f"seed-{seed}"
         run = Run(self.task, named.name, named.recipe, seed, self.device, folder, named.labels)
         return run, experiment
@@ -308,7 +319,8 @@ def named_recipes(flags: Mapping[str, Any], default_config: str) -> list[NamedRe
     """The recipes that the shared flags name.
 
     Several variants and layers make all combinations. A layer is the variant of that name where
-    the file has one; else the recipe's own layer is replaced by one with default options.
+    the file has one; else the recipe's own layer is replaced by one with default options. Options
+    change those recipes whose layer or network has them; ValueError for one that none has.
     """
     path = find_config(flags.get("config", default_config))
     recipes = read_recipes(path)
@@ -320,7 +332,27 @@ def named_recipes(flags: Mapping[str, Any], default_config: str) -> list[NamedRe
         for layer in flags.get("layer", [None]):
             named = _with_layer(path, recipes, "" if variant == BASE else variant, layer)
             wanted[named.name] = named
-    return [_override(named, flags) for named in wanted.values()]
+    changes = {name: flags[name] for name in OVERRIDES if name in flags}
+    options = {field: named_values(field, flags) for field in ("layer_options", "network_options")}
+    for field, values in options.items():
+        every = (option_types(named.recipe, field).items() for named in wanted.values())
+        check_options(field, values, dict(itertools.chain(*every)))
+    return [_override(named, changes, options) for named in wanted.values()]
+
+
+def named_values(field: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a flag like --layer-options holds, by name."""
+    flag = f"--{field.replace('_', '-')}"
+    values = {}
+    for word in flags.get(field, []):
+        name, equals, text = word.partition("=")
+        if not (name and equals):
+            raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
+        try:
+            values[name] = parse_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"{flag} {word!r}: {error}") from error
+    return values
 
 
 def _with_layer(
@@ -340,27 +372,21 @@ def _with_layer(
     return NamedRecipe(f"{path.stem} {label}".rstrip(), recipe, {"variant": label, "changes": ""})
 
 
-def _override(named: NamedRecipe, flags: Mapping[str, Any]) -> NamedRecipe:
-    """The recipe with what the flags change; its name says what."""
-    changes = {name: flags[name] for name in OVERRIDES if name in flags}
+def _override(
+    named: NamedRecipe, changes: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]
+) -> NamedRecipe:
+    """The recipe with other settings, and those options that its layer or network has; its name
+    says what."""
+    changes = dict(changes)
     said = dict(changes)
     for length, other in (("epochs", "iterations"), ("iterations", "epochs")):
         if length in changes and other not in changes:
             changes[other] = None
-    for field in ("layer_options", "network_options"):
-        given = {}
-        for word in flags.get(field, []):
-            flag = f"--{field.replace('_', '-')}"
-            name, equals, text = word.partition("=")
-            if not (name and equals):
-                raise ValueError(f"{flag} takes NAME=VALUE, got {word!r}")
-            try:
-                given[name] = parse_yaml(text)
-            except ValueError as error:
-                raise ValueError(f"{flag} {word!r}: {error}") from error
-        if given:
-            said |= given
-            changes[field] = {**getattr(named.recipe, field), **given}
+    for field, values in options.items():
+        known = option_types(named.recipe, field)
+        if own := {name: value for name, value in values.items() if name in known}:
+            said |= own
+            changes[field] = {**getattr(named.recipe, field), **own}
     if not changes:
         return named
     recipe = make_recipe({**vars(named.recipe), **changes}, "the flags")

@@ -88,9 +88,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
-        network, layer = network_option_types(self.network), layer_option_types(self.layer)
-        check_options("network_options", self.network_options, network)
-        check_options("layer_options", self.layer_options, layer)
+        for name in OPTIONS_OF:
+            check_options(name, getattr(self, name), option_types(self, name))
         if self.epochs is not None and self.iterations is not None:
             raise ValueError(
                 f"epochs={self.epochs} and iterations={self.iterations} exclude each other"
@@ -123,16 +122,14 @@ class ContinualRecipe(Recipe):
 CONTINUAL_NETWORKS = ("split_mlp", "resnet_mlp")
 
 
-def network_option_types(network: str) -> dict[str, str]:
-    """What `network_options` may hold for a network of `NETWORKS`, with annotations."""
-    parameters = inspect.signature(NETWORKS[network]).parameters
-    return {name: str(p.annotation) for name, p in parameters.items() if name != "coded"}
-
-
-def layer_option_types(layer: str) -> dict[str, str]:
-    """What `layer_options` may hold for a layer of `LAYERS`, which looks at the values itself."""
-    names = list(inspect.signature(LAYERS[layer]).parameters)
-    if layer == "neurocoder":
+def option_types(recipe: Recipe, field_name: str) -> dict[str, str]:
+    """What `network_options` or `layer_options` of a recipe may hold, with annotations; those of a
+    layer, which looks at the values itself, are empty."""
+    if field_name == "network_options":
+        parameters = inspect.signature(NETWORKS[recipe.network]).parameters
+        return {name: str(p.annotation) for name, p in parameters.items() if name != "coded"}
+    names = list(inspect.signature(LAYERS[recipe.layer]).parameters)
+    if recipe.layer == "neurocoder":
         names = [*(entry.name for entry in fields(NeurocoderConfig)), "bias"]
     elsewhere = ("in_features", "out_features", "device", "dtype")
     return {name: "" for name in names if name not in elsewhere}

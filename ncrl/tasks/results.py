@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -190,10 +191,10 @@ def results_table(
 
 
 def command_line() -> str:
-    """The command that this process was started with."""
+    """The command that this process was started with, to be pasted into a shell."""
     script, *words = sys.argv
     if Path(script).stem == "ncrl":  # the installed command
-        return " ".join(["ncrl", *words])
+        return shlex.join(["ncrl", *words])
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = "" if main is None else main.name.removesuffix(".__main__")
-    return " ".join(["python", f"-m {name}" if name else script, *words])
+    program = [script] if main is None else ["-m", main.name.removesuffix(".__main__")]
+    return shlex.join(["python", *program, *words])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from ncrl import orthogonal_loss
-from ncrl.baselines import MoELinear, balance_loss, record_gates
+from ncrl.baselines import balance_loss, record_gates
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.shell.events import CurveWriter
 from ncrl.shell.hardware import hardware, random_state, set_random_state, versions
@@ -135,7 +135,6 @@ class Training:
         self.run, self.experiment, self.recipe = run, experiment, run.recipe
         self.model = experiment.model
         self.optimizer = experiment.optimizer = make_optimizer(run.recipe, self.model)
-        self.has_gates = any(isinstance(layer, MoELinear) for layer in self.model.modules())
         self.update = 0  # updates done
         self.seconds = 0.0  # spent before `_began`
         self.curve: list[dict[str, float]] = []
@@ -171,9 +170,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with record_gates(self.model) if self.has_gates else contextlib.nullcontext() as gates:
+        with record_gates(self.model) as gates:
             total = loss = self.experiment.loss(self.update)
-        if gates is not None:
+        if gates:
             total = total + self.recipe.balance_coef * balance_loss(gates)
         if self.recipe.orth_coef:
             total = total + self.recipe.orth_coef * orthogonal_loss(self.model)

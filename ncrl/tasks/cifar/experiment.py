@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ncrl.shell.screen import say
 from ncrl.tasks.classification import Classification
-from ncrl.tasks.command import NamedRecipe, Session, run_command, task_parser
+from ncrl.tasks.command import BASE, NamedRecipe, Session, run_command, task_parser
 from ncrl.tasks.data import HELD_OUT, load_cifar
 from ncrl.tasks.figures import draw_curves, save_figure
 from ncrl.tasks.recipes import CONFIGS, Recipe, read_recipes
@@ -103,9 +103,7 @@ def work(session: Session) -> None:
 def wanted_recipes(session: Session) -> list[NamedRecipe]:
     """The recipes that the flags name; the plain MLP and Neurocoder's without any."""
     flags = session.flags
-    wanted = session.recipes(CONFIG)
-    if not session.names_recipes:  # to the plain network options of coded layers mean nothing
-        wanted = [*session.recipes(CONFIG, layer=["linear"], layer_options=None), *wanted]
+    wanted = session.recipes(CONFIG, default_variants=("linear", BASE))
     size = flags.get("classes")
     if size is None and "layer" in flags:
         # The variant that is found for a layer may be of the other data set.

@@ -140,13 +140,8 @@ def work(session: Session) -> None:
 
 def wanted_recipes(session: Session) -> list[NamedRecipe]:
     """The recipes that the flags name; without any, the linear classifier and every J."""
-    is_named = session.names_recipes
-    if is_named:
-        recipes = session.recipes(CONFIG)
-    else:  # to the linear classifier options of coded layers mean nothing
-        plain = variants(session, ["linear"], layer_options=None, network_options=None)
-        recipes = [*plain, *variants(session, [BASE])]
-    steps = dict.fromkeys(session.flags.get("num_steps", () if is_named else STEPS))
+    recipes = session.recipes(CONFIG, default_variants=("linear", BASE))
+    steps = dict.fromkeys(session.flags.get("num_steps", () if session.names_recipes else STEPS))
     wanted: list[NamedRecipe] = []
     for named in recipes:
         coded = bool(steps) and named.recipe.layer == "neurocoder"
@@ -158,13 +153,9 @@ def maps_of(session: Session, wanted: Sequence[NamedRecipe]) -> list[NamedRecipe
     """The recipes whose attention is drawn. Options of the flags are theirs too, unless they are
     meant for other layers."""
     others = session.names_recipes and any(one.recipe.layer != "neurocoder" for one in wanted)
-    instead = dict.fromkeys(("layer_options", "network_options")) if others else {}
-    return variants(session, MAPS, **instead)
-
-
-def variants(session: Session, names: Sequence[str], **instead: Any) -> list[NamedRecipe]:
-    """Variants of the command's own recipe, with the changes that the flags make."""
-    return session.recipes(CONFIG, variant=list(names), layer=None, config=None, **instead)
+    dropped = ("layer_options", "network_options") if others else ()
+    instead: dict[str, Any] = dict.fromkeys((*dropped, "layer", "config"))
+    return session.recipes(CONFIG, variant=list(MAPS), **instead)
 
 
 # The figure

@@ -39,19 +39,18 @@ from ncrl.tasks.data import load_mnist
 from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, results_table
 from ncrl.tasks.split_mnist import tables
-from ncrl.tasks.split_mnist.tables import Cell, Column
+from ncrl.tasks.split_mnist.tables import Cell
 
 CONFIG = "split_mnist.yaml"
 
-# Variant of the recipe for every layer, ranks apart.
+# Variant of the recipe by what a table calls its layers; a static rank changes that of the MLP.
 RECIPES = {
-    Column("linear"): "linear_400",
-    Column("lowrank"): "linear_400",
-    Column("nsm"): "nsm_400",
-    Column("neurocoder"): "tuned",
-    Column("neurocoder", residual=True): "tuned_residual",
-    Column("neurocoder", "official"): "official_logs",
-    Column("neurocoder", "official", residual=True): "official_logs_residual",
+    "mlp": "linear_400",
+    "nsm": "nsm_400",
+    "paper": "tuned",
+    "paper residual": "tuned_residual",
+    "official": "official_logs",
+    "official residual": "official_logs_residual",
 }
 LAYERS = ("linear", "lowrank", "nsm", "neurocoder")
 VARIANTS = ("paper", "official")
@@ -172,15 +171,16 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
         if name in flags and ("official" not in variants or "neurocoder" not in layers):
             raise ValueError(f"--{name.replace('_', '-')} needs --variant official")
     check_penalty_coef(flags, methods)
-    columns = {layer: [Column(layer)] for layer in layers}
-    if "neurocoder" in columns:
-        residual = flags.get("residual", False)
-        columns["neurocoder"] = [Column("neurocoder", v, residual=residual) for v in variants]
-    if "lowrank" in columns:
-        ranks = dict.fromkeys(flags.get("rank", [1]))
-        columns["lowrank"] = [Column("lowrank", rank=rank) for rank in ranks]
-    every = [column for group in columns.values() for column in group]
-    if "grow" in methods and every != [Column("neurocoder")]:
+    every: list[str] = []
+    for layer in layers:
+        if layer == "neurocoder":
+            residual = " residual" if flags.get("residual") else ""
+            every += [f"{variant}{residual}" for variant in variants]
+        elif layer == "lowrank":
+            every += [f"rank {rank}" for rank in dict.fromkeys(flags.get("rank", [1]))]
+        else:
+            every.append("mlp" if layer == "linear" else layer)
+    if "grow" in methods and every != ["paper"]:
         raise ValueError("--method grow needs --layer neurocoder --variant paper --no-residual")
     return [Cell(*which) for which in product(scenarios, methods, every)]
 
@@ -212,8 +212,8 @@ def recipe_of(
 ) -> NamedRecipe:
     """The recipe of a cell of a table, with what the flags change, and a name that says so; `coef`
     is the weight of the penalty, in place of Hsu et al.'s."""
-    column = cell.column
-    variant = "grow" if cell.method == "grow" else RECIPES[column._replace(rank=None)]
+    kind, _, rank = cell.layer.partition("rank ")  # one of them is empty
+    variant = "grow" if cell.method == "grow" else RECIPES[kind or "mlp"]
     shared = {key: value for key, value in flags.items() if key != "layer"}
     (base,) = named_recipes({**shared, "variant": [variant]}, CONFIG)
     said, recipe = base.labels["changes"], base.recipe
@@ -223,16 +223,16 @@ def recipe_of(
     network_options = dict(recipe.network_options)
     if cell.scenario == "task":
         network_options.setdefault("num_tasks", 5)
-    if column.rank is not None:
-        network_options["hidden_rank"] = column.rank
-    if column.layer == "neurocoder" and "sharpness" in flags:
+    if rank:
+        network_options["hidden_rank"] = int(rank)
+    if recipe.layer == "neurocoder" and "sharpness" in flags:
         changes["layer_options"] = {**recipe.layer_options, "sharpness": flags["sharpness"]}
         said += f" sharpness={flags['sharpness']:g}"
-    for name in QUIRKS:
-        changes[name] = column.is_official and flags.get(name, True)
-        if column.is_official and not changes[name]:
+    for name in QUIRKS if cell.layer.startswith("official") else ():
+        changes[name] = flags.get(name, getattr(recipe, name))
+        if not changes[name]:
             said += f" {name}=False"
-    labels = {**cell.labels, "changes": said.strip(), "coef": coef_said}
+    labels = {**cell._asdict(), "changes": said.strip(), "coef": coef_said}
     name = " ".join(filter(None, (cell.name, changes_of(labels))))
     recipe = dataclasses.replace(recipe, network_options=network_options, **changes)
     return NamedRecipe(name, recipe, labels)

@@ -21,67 +21,36 @@ SCENARIO = {1: "domain", 6: "task", 7: "domain"}  # by number of the table
 REPEATS = {"domain": 5, "task": 3}  # of every cell; the paper has 10
 
 
-class Column(NamedTuple):
-    """What all layers of the network are, or for `lowrank` the hidden ones."""
-
-    layer: str
-    variant: str = "paper"
-    residual: bool = False
-    rank: int | None = None
-
-    @property
-    def name(self) -> str:
-        """As tables call it."""
-        if self.layer == "neurocoder":
-            return f"{self.variant}{' residual' if self.residual else ''}"
-        return {"linear": "mlp", "nsm": "nsm"}.get(self.layer, f"rank {self.rank}")
-
-    @property
-    def is_official(self) -> bool:
-        """Whether it is the authors' layer."""
-        return self.variant == "official"
-
-
 class Cell(NamedTuple):
-    """A place in a table."""
+    """A place in a table, and the labels of the rows that fill it."""
 
     scenario: str
     method: str
-    column: Column
+    layer: str  # of `LAYERS`, or `rank N` for any N
 
     @property
     def name(self) -> str:
         """Of the runs that fill it."""
-        return " ".join(self.labels.values())
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Those of the rows that fill it."""
-        return {"scenario": self.scenario, "method": self.method, "layer": self.column.name}
+        return " ".join(self)
 
 
-COLUMNS = (
-    Column("linear"),
-    Column("neurocoder", "official"),
-    Column("neurocoder"),
-    Column("lowrank", rank=1),
-    Column("lowrank", rank=50),
-    Column("neurocoder", residual=True),
-    Column("neurocoder", "official", residual=True),
-    Column("nsm"),
+LAYERS = (
+    *("mlp", "official", "paper", "rank 1", "rank 50"),
+    *("paper residual", "official residual", "nsm"),
 )
-"""The paper's, and the static controls: networks of the same shape, whose hidden layers have low
-rank whatever the input. Table 1 has the first five: without residual, and what explains them."""
+"""What all layers of the network are: the paper's, and the static controls, networks of the same
+shape whose hidden layers have low rank whatever the input. Table 1 has the first five: without
+residual, and what explains them."""
 
 
-def columns(number: int) -> Sequence[Column]:
+def layers_of(number: int) -> Sequence[str]:
     """Those of a table."""
-    return COLUMNS[:5] if number == 1 else COLUMNS
+    return LAYERS[:5] if number == 1 else LAYERS
 
 
 def cells(number: int) -> list[Cell]:
     """All cells of a table, those that say most first."""
-    return [Cell(SCENARIO[number], m, column) for column in columns(number) for m in METHODS]
+    return [Cell(SCENARIO[number], m, layer) for layer in layers_of(number) for m in METHODS]
 
 
 PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -106,12 +75,12 @@ PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
 residual."""
 
 METHODS = tuple(PRINTED["domain"])  # the paper's; there may be others
-# Position in `PRINTED` by column; what the paper calls Neurocoder stands beside both variants.
+# Position in `PRINTED` by layer; what the paper calls Neurocoder stands beside both variants.
 PRINTED_AS = {
     **{"hsu": 0, "mlp": 1, "nsm": 2, "paper residual": 3, "paper": 4},
     **{"official residual": 3, "official": 4},
 }
-# The authors' own logs of the domain scenario, 10 runs, by column and method.
+# The authors' own logs of the domain scenario, 10 runs, by layer and method.
 LOGGED: Mapping[str, Mapping[str, str]] = {
     "mlp": {
         "adam": "53.38±1.39",
@@ -130,9 +99,9 @@ LOGGED: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def printed(scenario: str, method: str, column: str) -> str | None:
+def printed(scenario: str, method: str, layer: str) -> str | None:
     """What the paper prints in a cell."""
-    place = PRINTED_AS.get(column)
+    place = PRINTED_AS.get(layer)
     values = PRINTED[scenario].get(method)
     return None if place is None or values is None else values[place]
 
@@ -154,22 +123,18 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
     repeats = REPEATS[scenario]
     found = by_cell(rows)
     wanted = cells(number)
-    filled = sum(
-        set(range(repeats)) <= {row.seed for row in found[tuple(cell.labels.values())]}
-        for cell in wanted
-    )
+    filled = sum(set(range(repeats)) <= {row.seed for row in found[cell]} for cell in wanted)
     said = [changed.strip()] if changed else []
     if filled < len(wanted):
         said.append(f"{filled} of {len(wanted)} cells have all {repeats} seeds")
     lines = []
     for method in METHODS:
-        for column in columns(number):
-            name = column.name
-            group = found[scenario, method, name]
+        for layer in layers_of(number):
+            group = found[scenario, method, layer]
             ours = _measured(group, repeats) if group else [None] * 9
-            log = LOGGED.get(name, {}).get(method) if scenario == "domain" else None
-            hsu = printed(scenario, method, "hsu") if name == "mlp" else None
-            lines.append([method, name, *ours, printed(scenario, method, name), log, hsu])
+            log = LOGGED.get(layer, {}).get(method) if scenario == "domain" else None
+            hsu = printed(scenario, method, "hsu") if layer == "mlp" else None
+            lines.append([method, layer, *ours, printed(scenario, method, layer), log, hsu])
     header = (
         *("method", "layer", "parameters", "accuracy", "seeds 0, 1, ...", "learn", "failed"),
         *("forgetting", "transfer", "rank", "attention", "paper", "authors' log", "Hsu"),
@@ -216,7 +181,7 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
     scenarios = [s for s in REPEATS if any(scenario == s for scenario, _, _ in found)]
     methods = list(dict.fromkeys([*METHODS, *(method for _, method, _ in found)]))
     present = dict.fromkeys(layer for _, _, layer in found)
-    known = [column.name for column in COLUMNS if column.name in present]
+    known = [layer for layer in LAYERS if layer in present]
     layers = [layer for layer in dict.fromkeys([*known, *present]) if layer != "mlp"]
     with_residual = [layer for layer in layers if "residual" in layer or layer == "nsm"]
     without = [layer for layer in layers if layer not in with_residual]

@@ -115,6 +115,29 @@ def test_flags_change_the_recipe_and_its_name() -> None:
     assert changed.name == "x num_steps=3" and changed.recipe.layer_options["num_steps"] == 3
 
 
+def test_options_change_the_recipes_whose_layer_or_network_has_them() -> None:
+    words = [
+        "--layer",
+        "linear",
+        "neurocoder",
+        "nsm",
+        "--layer-options",
+        "num_slots=7",
+        "gate=head",
+    ]
+    found = named(*words)
+    assert list(found) == [
+        "cifar_mlp linear",
+        "cifar_mlp num_slots=7 gate=head",
+        "cifar_mlp nsm num_slots=7",
+    ]
+    assert found["cifar_mlp linear"] == read_recipe(CONFIGS / "cifar_mlp.yaml", "linear")
+    with pytest.raises(
+        ValueError, match="unknown option 'num_slot' in layer_options; nearest: num_slots"
+    ):
+        named("--layer", "linear", "nsm", "--layer-options", "num_slot=7")
+
+
 def test_configs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     assert find_config("mnist") == find_config("mnist.yaml") == CONFIGS / "mnist.yaml"
     own = tmp_path / "own.yaml"
@@ -217,6 +240,13 @@ def test_other_settings_are_other_runs(tmp_path: Path) -> None:
     for folder in folders:
         assert json.loads((folder / "recipe.json").read_text())["data"] == "generated"
         assert list(folder.glob("events.out.tfevents.*")) and (folder / "model.pt").is_file()
+
+
+def test_a_recipe_with_many_changes_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    name = " ".join(f"setting_{number}={number}" for number in range(30))
+    recipes = [NamedRecipe(f"{name} {rate}", Recipe(learning_rate=rate)) for rate in (0.1, 0.2)]
+    assert len(session(tmp_path).run(recipes, Constant)) == 2
+    assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
 def test_the_trained_network_can_be_had_again(tmp_path: Path) -> None:

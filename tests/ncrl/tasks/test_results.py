@@ -142,3 +142,5 @@ def test_the_command_of_a_row_can_be_repeated(
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", [script, "task", "mnist"])
     assert command_line() == said
+    monkeypatch.setattr(sys, "argv", [script, "task", "mnist", "--only", "rank 4", "hidden=[8]"])
+    assert command_line() == f"{said} --only 'rank 4' 'hidden=[8]'"
