@@ -237,6 +237,7 @@ def work(session: Session) -> None:
         return Polynomials(recipe, seed, device, num_chunks=chunks, noise=noise)
 
     rows = session.run(wanted, make)
+    say(table(rows, chunk_error(noise)))
     if session.figure is not None and rows:
         ended = {row.name for row in rows if row.seed == session.seeds[0]}
         examples = {
@@ -245,7 +246,6 @@ def work(session: Session) -> None:
             if named.recipe.layer == "neurocoder" and named.name in ended
         }
         draw(session.figure, rows, examples, chunk_error(noise))
-    say(table(rows, chunk_error(noise)))
 
 
 def draw(
