@@ -228,7 +228,8 @@ def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective
     rewards = rewards_in_loss(batch.rewards, objective)
     # Behind a time limit the return goes on with the value of what was cut off.
     rewards = rewards + objective.gamma * batch.truncation_value
-    discounts = objective.gamma * (~batch.episode_start[1:]).to(rewards)
+    goes_on = (~batch.episode_start[1:]).to(rewards, non_blocking=True)  # it may lie on the host
+    discounts = objective.gamma * goes_on
     return _targets(batch, evaluation, objective, evaluation.values, rewards, discounts)
 
 

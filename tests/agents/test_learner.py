@@ -42,7 +42,8 @@ def trained(head: str, use_rms_prop: bool = True) -> A3C:
 
 
 class Waits(TorchDispatchMode):
-    """Where the host asked for a value, or for a shape that depends on values."""
+    """Where the host asked for a value, or for a shape that depends on values, or stood by while
+    something was copied to another device."""
 
     ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 
@@ -51,7 +52,10 @@ class Waits(TorchDispatchMode):
         self.places: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in func._schema.name for name in self.ASKING):
+        options = kwargs or {}
+        moves = "_to_copy" in func._schema.name and options.get("device", args[0].device).type
+        stands_by = moves and moves != args[0].device.type and not options.get("non_blocking")
+        if stands_by or any(name in func._schema.name for name in self.ASKING):
             on_host = [a for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.bool]
             mine = [
                 frame for frame in traceback.extract_stack() if "/site-packages/" not in frame[0]
@@ -76,7 +80,9 @@ def test_the_counter_of_waits_counts() -> None:
     with Waits() as waits:
         torch.ones(3).sum().item()
         torch.ones(3).nonzero()
-    assert len(waits.places) == 2
+        torch.ones(3).to("meta", non_blocking=True)
+        torch.ones(3).to("meta")
+    assert len(waits.places) == 3
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -87,9 +93,11 @@ def test_episode_starts_may_lie_on_the_host(head: str) -> None:
     host = model._batch.rollout
     rollout = host.map(lambda tensor: tensor.to("meta"))._replace(episode_start=host.episode_start)
     policy = model.policy.to("meta")
-    loss = actor_critic_loss(policy, rollout, model._objective())
-    loss.total.backward()
+    with Waits() as waits:
+        loss = actor_critic_loss(policy, rollout, model._objective())
+        loss.total.backward()
     assert all(scalar.is_meta for scalar in loss.scalars.values())
+    assert not waits.places
 
 
 def test_scalars_are_the_terms_of_the_loss() -> None:
