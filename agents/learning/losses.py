@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LEAST_ENTROPY = 1e-9
-"""Added to a mean entropy whose logarithm is taken: rounding can make it 0."""
+LEAST_ENTROPY = 1e-16
+"""Added to a mean entropy whose logarithm is taken: rounding can make it 0. Below, its pull fades;
+much smaller, the square of a gradient that rounding leaves beside such a 0 would overflow."""
 
 
 class Returns(NamedTuple):

@@ -255,14 +255,23 @@ def test_below_floor(entropy: float, floor: float, fades: bool) -> None:
     assert (0.0 if slope is None else slope.item()) == expected
 
 
-@pytest.mark.parametrize("margin", [4.0, 8.0, 15.0])
+@pytest.mark.parametrize("margin", [4.0, 8.0, 15.0, 30.0, 38.0])
 def test_a_policy_that_has_become_certain_is_drawn_back(margin: float) -> None:
-    """The loss falls as fast with the largest logit, however small the chance of all others is;
-    with the distance itself the slope would be that of the entropy, which fades."""
+    """The loss falls as fast with the other logits, however small their chance is (here down to
+    entropies of 1e-15); with the distance itself the slope would be the entropy's, which fades."""
     logits = torch.tensor([margin, 0.0, 0.0], requires_grad=True)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     (slope,) = torch.autograd.grad(below_floor(entropy, 1.0, fades=True), logits)
-    assert slope[0] > 1 and slope[1] < -0.5
+    assert slope[0] >= 0 and slope[1:].max() < -0.5
+
+
+@pytest.mark.parametrize("logit", [-16.0, -20.0, -40.0, -110.0, 20.0, 110.0])
+def test_the_pull_is_finite_where_rounding_makes_an_entropy_0(logit: float) -> None:
+    """Its square too, which the norm of the gradient sums up."""
+    logits = torch.full((1000,), logit, requires_grad=True)
+    entropy = torch.distributions.Bernoulli(logits=logits).entropy().mean()
+    (slope,) = torch.autograd.grad(1000 * below_floor(entropy, 2.0, fades=True), logits)
+    assert slope.norm().isfinite()
 
 
 def test_entropy_loss_value_and_gradient() -> None:
