@@ -109,12 +109,13 @@ def work(session: Session) -> None:
     flags = session.flags
     groups = table_cells(flags) if "tables" in flags else [(cells(flags), None)]
     coefs: list[float | None] = list(dict.fromkeys(flags.get("penalty_coef", [])))
+    every = [cell for own, _ in groups for cell in own]
     data = load_mnist(session.data_dir, download=session.download)
 
     def recipes(cell: Cell) -> list[NamedRecipe]:
         """One for each coefficient, where the method has a penalty."""
         own = coefs if coefs and cell.method in COEFS[cell.scenario] else [None]
-        return [recipe_of(cell, flags, data.is_embedded, coef) for coef in own]
+        return [recipe_of(cell, flags, data.is_embedded, coef, every) for coef in own]
 
     wanted = [([one for cell in own for one in recipes(cell)], repeats) for own, repeats in groups]
     say(f"data: {data.source}")
@@ -129,8 +130,8 @@ def work(session: Session) -> None:
     for group, repeats in wanted:
         rows += session.run(group, make, seeds=seeds(session, repeats))
     if "tables" in flags:
-        every = [named for group, _ in wanted for named in group]
-        changed = sorted({changes_of(named.labels) for named in every} - {""})
+        labels = [named.labels for group, _ in wanted for named in group]
+        changed = sorted({*map(changes_of, labels)} - {""})
         for number in chosen_tables(flags):
             say(f"\n{tables.table(number, rows, ','.join(changed))}")
     else:
@@ -207,15 +208,24 @@ def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
+def variant_of(cell: Cell) -> str:
+    """The variant of the recipe that a cell begins with."""
+    return "grow" if cell.method == "grow" else RECIPES.get(cell.layer, RECIPES["mlp"])
+
+
 def recipe_of(
-    cell: Cell, flags: Mapping[str, Any], is_digits: bool = False, coef: float | None = None
+    cell: Cell,
+    flags: Mapping[str, Any],
+    is_digits: bool = False,
+    coef: float | None = None,
+    beside: Sequence[Cell] = (),
 ) -> NamedRecipe:
     """The recipe of a cell of a table, with what the flags change, and a name that says so; `coef`
-    is the weight of the penalty, in place of Hsu et al.'s."""
-    kind, _, rank = cell.layer.partition("rank ")  # one of them is empty
-    variant = "grow" if cell.method == "grow" else RECIPES[kind or "mlp"]
+    is the weight of the penalty, in place of Hsu et al.'s. Options may be those of cells `beside`
+    it."""
+    variants = list(dict.fromkeys(map(variant_of, (cell, *beside))))
     shared = {key: value for key, value in flags.items() if key != "layer"}
-    (base,) = named_recipes({**shared, "variant": [variant]}, CONFIG)
+    base, *_ = named_recipes({**shared, "variant": variants}, CONFIG)
     said, recipe = base.labels["changes"], base.recipe
     changes, coef_said = method_changes(recipe, cell.scenario, cell.method, flags, coef)
     if is_digits and not says_length(flags):
@@ -223,8 +233,8 @@ def recipe_of(
     network_options = dict(recipe.network_options)
     if cell.scenario == "task":
         network_options.setdefault("num_tasks", 5)
-    if rank:
-        network_options["hidden_rank"] = int(rank)
+    if cell.layer not in RECIPES:
+        network_options["hidden_rank"] = int(cell.layer.removeprefix("rank "))
     if recipe.layer == "neurocoder" and "sharpness" in flags:
         changes["layer_options"] = {**recipe.layer_options, "sharpness": flags["sharpness"]}
         said += f" sharpness={flags['sharpness']:g}"

@@ -136,6 +136,16 @@ def test_flags_change_the_recipe_and_its_name() -> None:
     assert {layer for layer in LAYERS if "rank" not in layer} == set(RECIPES)
 
 
+def test_options_change_the_cells_whose_layer_has_them() -> None:
+    every = [Cell("domain", "ewc", layer) for layer in ("mlp", "rank 3", "paper")]
+    flags = {"layer_options": ["num_slots=7"]}
+    plain, low, coded = (recipe_of(cell, flags, beside=every) for cell in every)
+    assert plain == recipe_of(every[0], {}) and low == recipe_of(every[1], {})
+    assert coded.recipe.layer_options["num_slots"] == 7 and coded.name.endswith(" num_slots=7")
+    with pytest.raises(ValueError, match="unknown option 'num_slots'"):
+        recipe_of(every[0], flags, beside=every[:2])
+
+
 def test_rows_and_runs_that_are_finished_already(tmp_path: Path, capsys: Any) -> None:
     words = small(tmp_path, "--layer", "linear", "lowrank", "--method", "ewc", "--repeats", "2")
     words += ["--scenario", "task"]
