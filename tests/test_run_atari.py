@@ -1051,7 +1051,8 @@ def test_f11_a_disk_that_fills_up_while_curves_are_written(tmp_path: Path) -> No
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)); "
     code += "sys.exit(run_atari.main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, *short(tmp_path, "--log-every", "1")],
+        # Files that Python closes itself complain from 3.13 on, and before in this mode.
+        [sys.executable, "-X", "dev", "-c", code, *short(tmp_path, "--log-every", "1")],
         cwd=SCRIPT.parent,
         env=environment(),
         capture_output=True,
@@ -1060,7 +1061,8 @@ def test_f11_a_disk_that_fills_up_while_curves_are_written(tmp_path: Path) -> No
     )
     assert done.returncode in (0, 1), done.stderr
     assert "200 / 200 frames" in done.stdout
-    assert "could not save" in done.stderr and "Traceback" not in done.stderr
+    assert "could not save" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 def test_f8_an_interrupt_before_training_shows_no_traceback(

@@ -81,6 +81,7 @@ class RunDirectory(contextlib.ExitStack):
         """
         csv = _Csv(self.path / "progress.csv", timesteps)
         self._logger = _Logger(str(self.path), [csv, _TensorBoard(self.path, timesteps)])
+        self.callback(self._logger.close)
         return self._logger
 
     def remove(self) -> None:
@@ -175,6 +176,11 @@ class _Logger(Logger):
             if not self._failed:
                 self._failed = True
                 logger.error("could not write curves to %s: %s; going on", self.dir, error)
+
+    def close(self) -> None:
+        for output in self.output_formats:
+            with contextlib.suppress(OSError):  # of what has found no room until the end
+                output.close()
 
 
 class _TensorBoard(KVWriter):
