@@ -18,7 +18,7 @@ _numbers = itertools.count()
 
 
 class CurveWriter:
-    """An event file of numbers over steps.
+    """An event file of what is shown over steps.
 
     What earlier files of the folder hold from `first_step` on is withdrawn. All methods raise
     OSError if the disk refuses.
