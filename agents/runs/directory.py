@@ -195,10 +195,10 @@ class _TensorBoard(KVWriter):
                 continue
             if isinstance(value, str):
                 self._curves.write(summary.text(key, value), step)
-            elif isinstance(value, Tensor):
-                self._curves.write(summary.histogram(key, value.numpy(), BINS), step)
-            else:
+            elif not isinstance(value, Tensor):
                 self._curves.add(key, float(value), step)
+            elif value.isfinite().all():  # bins of anything else have no bounds
+                self._curves.write(summary.histogram(key, value.numpy(), BINS), step)
 
     def close(self) -> None:
         self._curves.close()

@@ -286,6 +286,18 @@ def test_curves_go_on_without_what_is_played_again(
     assert scalars(run, "score") == expected
 
 
+def test_a_histogram_of_what_is_no_number_is_left_out(tmp_path: Path) -> None:
+    """A network that computes none is to end the training with its own message."""
+    logger = RunDirectory.create(tmp_path, "Pong").make_logger()
+    for step, last in ((1, 0.5), (2, float("nan")), (3, 0.7)):
+        logger.record("usage", torch.tensor([0.1, last]), exclude="csv")
+        logger.dump(step)
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "Pong-1"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert [event.step for event in events.Histograms("usage")] == [1, 3]
+
+
 def test_a_column_that_comes_later(tmp_path: Path) -> None:
     """Scores appear when the first game has ended, maybe only after resuming."""
     run = RunDirectory.create(tmp_path, "Pong")
