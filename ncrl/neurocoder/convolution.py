@@ -148,7 +148,9 @@ class NeurocoderConv2d(NeurocoderLinear):
         maps = maps.view(x.shape[0], self.groups, *maps.shape[1:])  # [B, G, P, N]
         read = read_memory(weight_u.unsqueeze(1), maps)  # [B, G, R, N]
         write = read_memory(weight_v, self.memory.stored("v"))  # [B, R, out]
-        write = write.unflatten(2, (self.groups, -1)).transpose(1, 2)  # [B, G, R, out / G]
+        per_group = self.out_channels // self.groups
+        write = write.view(*write.shape[:2], self.groups, per_group)
+        write = write.transpose(1, 2)  # [B, G, R, out / G]
         y = sum_components(composed.sigma.unsqueeze(1), write, read)  # [B, G, out / G, N]
         y = y.view(x.shape[0], self.out_channels, *size)
         y = self._add_residual(
