@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, fields, replace
@@ -91,15 +92,13 @@ def add_flags(
         text = entry.metadata["help"]
         if show_defaults and entry.default is not None and entry.default != "":
             text += f" (default: {entry.default})"
-        names = [f"--{entry.name.replace('_', '-')}"]
-        if "_" in entry.name:
-            names.append(f"--{entry.name}")
+        flag = f"--{entry.name.replace('_', '-')}"
         if str(entry.type).startswith("bool"):
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
         kind = {"float": float, "str": str}.get(str(entry.type).split(" ")[0], int)
         metavar = "|".join(entry.metadata["choices"]) or kind.__name__.upper()
-        parser.add_argument(*names, type=kind, metavar=metavar, help=text)
+        parser.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def make_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -114,9 +113,13 @@ def make_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """The flags that are given, by name; ends the process if they make no sense."""
+    """The flags that are given, by name; ends the process if they make no sense.
+
+    They may be written with underlines, as the settings are in files.
+    """
+    words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), w) for w in arguments]
     try:
-        namespace, unknown = parser.parse_known_args(arguments)
+        namespace, unknown = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         usage_error(parser.prog, str(error))
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]

@@ -230,16 +230,28 @@ def test_f23_a_run_in_use_is_refused(folder: Path, capsys: pytest.CaptureFixture
     assert re.fullmatch(r".*empty_run is in use by another process\n", capsys.readouterr().err)
 
 
-def test_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture) -> None:
+def test_help_names_every_setting_and_its_default(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as error:
         main(["--help"])
     assert error.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    text = " ".join(output.split())
     for entry in fields(RunConfig):
         assert f"--{entry.name.replace('_', '-')}" in text
         assert entry.default in (None, "") or f"(default: {entry.default})" in text, entry.name
         choices = entry.metadata["choices"]
         assert not choices or f"--{entry.name.replace('_', '-')} {'|'.join(choices)}" in text
+
+
+def test_flags_may_be_written_as_settings_are_in_files() -> None:
+    words = ["--learning_rate=1e-3", "--no-residual_gate", "--n_steps", "5", "--env", "ms_pacman"]
+    flags = parse(ncrl.agents.atari.command.build_parser(), words)
+    found = {"learning_rate": 1e-3, "residual_gate": False, "n_steps": 5, "env": "ms_pacman"}
+    assert flags == found
 
 
 # One run, and what can be done with it.

@@ -241,7 +241,7 @@ def task_parser(task: str, description: str | None, validate: str = "") -> argpa
     add("--seeds", nargs="+", type=int, metavar="INT", help="one run for each (default: 0)")
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--threads", type=int, metavar="INT", help="torch's threads on the CPU (default: torch's)")
-    add("--data-dir", "--data_dir", metavar="DIR", help="data sets (default: NCRL_DATA, if set)")
+    add("--data-dir", metavar="DIR", help="data sets (default: NCRL_DATA, if set)")
     add("--download", action="store_true", help="fetch the data set from OpenML if need be")
     add("--logdir", metavar="DIR", help="runs are kept, resumed and found here (default: runs)")
     add("--finished", action="store_true", help="train nothing, show the runs that are finished")
@@ -253,7 +253,7 @@ def task_parser(task: str, description: str | None, validate: str = "") -> argpa
     add_flags(changes, Recipe, only=OVERRIDES, show_defaults=False)
     for name, example in (("layer", "sharpness=5"), ("network", "num_outputs=100")):
         changes.add_argument(
-            *(f"--{name}-options", f"--{name}_options"),
+            f"--{name}-options",
             nargs="+",
             metavar="NAME=VALUE",
             help=f"options of the {name}, such as {example}",

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = task_parser("mnist", __doc__, validate="one of six training images")
     parser.add_argument(
-        *("--num-steps", "--num_steps"),
+        "--num-steps",
         nargs="+",
         type=int,
         metavar="INT",
