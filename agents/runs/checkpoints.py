@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import unwrap_vec_wrapper
 from ncrl.agents.a3c import A3C
 from ncrl.agents.playing.collector import Collector
 from ncrl.agents.playing.env_sources import RecordedEnv
-from ncrl.agents.runs.loading import MOST_EXPANSION, SMALL_BYTES, read_member
+from ncrl.agents.runs.loading import read_member, unpacked_limit
 from ncrl.checks import shown
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state
@@ -135,7 +135,7 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
         names.remove("policy.optimizer")
     try:
         with zipfile.ZipFile(path) as archive:
-            limit = MOST_EXPANSION * path.stat().st_size + SMALL_BYTES
+            limit = unpacked_limit(path.stat().st_size)
             stored = {name: read_member(archive, f"{name}.pth", limit) for name in names}
         model.policy.load_state_dict(stored["policy"])
         if optimizer:

@@ -43,7 +43,6 @@ class RunDirectory(contextlib.ExitStack):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path, self.checkpoints = path, path / "checkpoints"
-        self._logger: Logger | None = None
         try:
             if not self.enter_context(locked(path)):
                 raise ValueError(f"{path} is in use by another process")
@@ -80,14 +79,12 @@ class RunDirectory(contextlib.ExitStack):
         A run that was killed goes on from its last checkpoint, and plays again what came after.
         """
         csv = _Csv(self.path / "progress.csv", timesteps)
-        self._logger = _Logger(str(self.path), [csv, _TensorBoard(self.path, timesteps)])
-        self.callback(self._logger.close)
-        return self._logger
+        curves = _Logger(str(self.path), [csv, _TensorBoard(self.path, timesteps)])
+        self.callback(curves.close)
+        return curves
 
     def remove(self) -> None:
         """Remove the folder of a run that never began."""
-        if self._logger is not None:
-            self._logger.close()
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
 

@@ -121,7 +121,7 @@ def load_model(
     content = _read(path)
     objects = dict(custom_objects or {})
     with one_line(path), zipfile.ZipFile(io.BytesIO(content)) as archive:
-        limit = MOST_EXPANSION * len(content) + SMALL_BYTES
+        limit = unpacked_limit(len(content))
         if not trust:
             _check_members(archive, limit)
         if "data" not in archive.namelist():
@@ -276,6 +276,11 @@ def _fitting_batch(values: Mapping[str, Any], n_envs: int) -> int | None:
             warnings.warn(f"{error}; the default is taken", stacklevel=4)
             return None
     return batch_size
+
+
+def unpacked_limit(size: int) -> int:
+    """Bytes that a file of a size may unpack to."""
+    return MOST_EXPANSION * size + SMALL_BYTES
 
 
 def read_member(archive: zipfile.ZipFile, member: str, limit: int) -> Any:

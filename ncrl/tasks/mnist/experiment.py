@@ -25,7 +25,7 @@ from ncrl.tasks.command import BASE, NamedRecipe, Session, run_command, task_par
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.figures import draw_attention, save_figure
 from ncrl.tasks.models.mlp import ProjectedLinear
-from ncrl.tasks.recipes import Recipe
+from ncrl.tasks.recipes import OPTIONS_OF, Recipe
 from ncrl.tasks.results import Result, Summary, by_name, results_table, summarise
 
 CONFIG = "mnist.yaml"
@@ -153,7 +153,7 @@ def maps_of(session: Session, wanted: Sequence[NamedRecipe]) -> list[NamedRecipe
     """The recipes whose attention is drawn. Options of the flags are theirs too, unless they are
     meant for other layers."""
     others = session.names_recipes and any(one.recipe.layer != "neurocoder" for one in wanted)
-    dropped = ("layer_options", "network_options") if others else ()
+    dropped = OPTIONS_OF if others else ()
     instead: dict[str, Any] = dict.fromkeys((*dropped, "layer", "config"))
     return session.recipes(CONFIG, variant=list(MAPS), **instead)
 
