@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,14 @@ def test_an_example_runs_and_prints_what_it_says(program: str, tmp_path: Path) -
     said = re.search(r"print\(.*\)\s*# (torch.*)", program)
     if said:
         assert done.stdout.strip() == said[1].strip()
+
+
+def test_the_bonus_of_the_example_begins() -> None:
+    page = ROOT / "docs" / "exploration.md"
+    example, *_ = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(example, str(page), "exec"), names)
+    assert "int_reward" in names["model"].learner.explored
 
 
 @pytest.mark.parametrize("page", TIDY, ids=lambda page: str(page.relative_to(ROOT)))
