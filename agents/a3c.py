@@ -94,7 +94,7 @@ class A3C(EngineAlgorithm):
         info_keywords: entries of `info` that callbacks are shown for every timestep of workers; all
             others arrive where a game ends, and everything where this process plays.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
-            per core.
+            per core, or the next smaller number that divides `n_envs`.
         cluster: where the workers run: None for processes of this machine; `auto` for actors of the
             Ray cluster that it belongs to, `host:port` for the one with that head (docs/cluster.md,
             needs `ncrl[ray]`). It is not saved.
