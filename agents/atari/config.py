@@ -45,7 +45,7 @@ HARD_GAMES = {
     "venture": "0 points after 200 million frames",
     "frostbite": "about 300 points (PPO 1,600) after 200 million frames",
 }
-"""What actor-critics without an exploration bonus are known to reach; results/atari.md has two of them."""
+"""What actor-critics without a bonus are known to reach (two of them: results/atari.md)."""
 
 EXPLORED = {
     "montezuma_revenge": "0 for 2 to 9 million frames; nine runs then took the key in most "
@@ -60,7 +60,7 @@ class RunConfig:
     """Everything that fixes a run. Flags, YAML keys and `config.yaml` have these names."""
 
     # The run.
-    env: str = setting("", "game: MontezumaRevenge, montezuma_revenge or ALE/MontezumaRevenge-v5")
+    env: str = setting("", "game, such as Pong, montezuma_revenge or ALE/Pong-v5")
     protocol: str = setting(
         "machado",
         "machado: sticky actions 0.25, 18 actions, a game ends when it is over; classic: no-ops, "
@@ -75,10 +75,16 @@ class RunConfig:
     device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
     logdir: str = setting("runs", "folder in which the run directory is made")
     workers: int | None = setting(
-        None, "worker processes, 0 for none (reproducible); by cores and GPU", low=0, high=1024
+        None,
+        "worker processes, 0: none, reproducible (default: by cores and GPU)",
+        low=0,
+        high=1024,
     )
     games: int | None = setting(
-        None, "games of all workers; by cores and GPU, 16 with --workers", low=1, high=16_384
+        None,
+        "games of all workers (default: 8 each; 16 with --workers but no GPU; 64 with a bonus)",
+        low=1,
+        high=16_384,
     )
     envs_per_worker: int | None = setting(None, "games per worker, not --games", low=1, high=1024)
     cluster: str | None = setting(
@@ -118,13 +124,13 @@ class RunConfig:
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     residual_gate: bool | None = setting(
         None,
-        "Neurocoder: whether a gate scales that part, as in the paper; by default with a bonus",
+        "Neurocoder: whether a gate scales that part, as in the paper (default: with a bonus)",
     )
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
     batch_size: int | None = setting(
         None,
-        "timesteps per update; rollouts of 4 games, up to 8 on a GPU, up to 32 with a bonus",
+        "timesteps per update (default: of 4 games, up to 8 on a GPU, up to 32 with a bonus)",
         low=1,
         high=10**9,
     )
@@ -159,7 +165,7 @@ class RunConfig:
     bonus_learning_rate: float = setting(1e-4, "rnd and snd: learning rate", low=1e-9)
     update_proportion: float | None = setting(
         None,
-        "rnd and snd: share of timesteps learnt from; all or, with many games, half",
+        "rnd and snd: share of timesteps learnt from (default: all; half with over 32 games)",
         low=1e-3,
         high=1,
     )
