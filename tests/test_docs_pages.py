@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_EXAMPLES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "neurocoder")))
-WITH_EXAMPLES += ("docs/exploration.md",)
+WITH_EXAMPLES += ("docs/exploration.md", "docs/injection.md")
 TIDY = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "results").glob("*.md"))]
 TIDY += sorted((ROOT / "docs").glob("*.md"))
 PROGRAMS = [
