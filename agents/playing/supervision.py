@@ -47,12 +47,15 @@ class Delivery(NamedTuple):
 class Limits:
     """When a pool gives up on a worker, and on itself."""
 
-    heartbeat_timeout: float = 60.0  # seconds that a worker with work may go without a timestep
-    startup_timeout: float = 180.0  # seconds that it may take to build its environments
+    heartbeat_timeout: float = 60.0
+    """Seconds that a worker with work may go without a timestep."""
+    startup_timeout: float = 180.0
+    """Seconds that it may take to build its environments."""
     max_restarts: int = 5
     """Deaths, or environment failures, of one worker without a rollout between them. With rollouts
-    between them it may have `FAILURES_PER_WINDOW` times as many in `WINDOW_SECONDS`."""
-    first_pause: float = 0.5  # seconds before a first replacement; doubles with each further death
+    between them it may have four times as many in ten minutes."""
+    first_pause: float = 0.5
+    """Seconds before a first replacement; they double with each further death, up to a minute."""
 
 
 @dataclass
