@@ -97,8 +97,10 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         options["momentum"] = recipe.momentum
     if recipe.optimizer == "rmsprop":
         options["alpha"] = recipe.rmsprop_alpha
-    elif all(parameter.device.type == "cpu" for parameter in parameters):
-        options["fused"] = True  # one pass over the weights; on CUDA torch has such a default
+    elif not options.get("momentum") and all(p.device.type == "cpu" for p in parameters):
+        # One pass over the weights; on CUDA torch has such a default. With momentum it would take
+        # no output layer whose first gradient comes with a later task.
+        options["fused"] = True
     return OPTIMIZERS[recipe.optimizer](parameters, **options)
 
 

@@ -1,6 +1,7 @@
 """The protocol: tasks, order of the images, what happens at a task's end, resuming."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,24 @@ def test_every_epoch_shows_every_image_of_its_task_once() -> None:
     assert not torch.equal(make(recipe(), seed=1).batch(9)[1], seen[9][1])
 
 
+OPTIMIZERS: dict[str, Any] = {
+    "adam": partial(torch.optim.Adam, fused=True),
+    "adagrad": partial(torch.optim.Adagrad, fused=True),
+    "rmsprop": partial(torch.optim.RMSprop, momentum=0.9),
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("scenario", ["domain", "task"])
-def test_accuracy_is_measured_after_every_task_on_all(scenario: str, tmp_path: Path) -> None:
+def test_accuracy_is_measured_after_every_task_on_all(
+    scenario: str, kind: str, tmp_path: Path
+) -> None:
     """Beside training written out."""
-    experiment = make(recipe(scenario))
-    torch.manual_seed(0)
-    other = make(recipe(scenario))
+    changed = recipe(scenario, optimizer=kind, momentum=0.9)
+    experiment, other = make(changed), make(changed)
     model, tasks = other.model, small_tasks()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    optimizer = OPTIMIZERS[kind](model.parameters(), 1e-3)
     expected = []
     for update in range(other.num_updates):
         task, images, labels = other.batch(update)
