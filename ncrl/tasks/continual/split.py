@@ -167,7 +167,8 @@ class SplitLearning(Experiment):
         if isinstance(self.method, Grow) and recipe.scenario == "task":
             self.method.heads = list(model.heads)
         self.method.begin_task(images, None)
-        if recipe.fisher_orthogonality and isinstance(self.method, OnlineEwc):
+        has_memory = self.orthogonality().requires_grad
+        if recipe.fisher_orthogonality and has_memory and isinstance(self.method, OnlineEwc):
             self.method.extra_loss = self.orthogonality
         self.doubles = recipe.double_orth_coef and isinstance(self.method, Quadratic)
 

@@ -221,6 +221,16 @@ def test_fisher_information_with_and_without_orthogonality() -> None:
     assert found[1].any()
 
 
+def test_fisher_information_of_a_network_without_a_memory_has_no_orthogonality() -> None:
+    found = []
+    for quirk in (False, True):
+        experiment = make(recipe(method="online-ewc", orth_coef=0.5, fisher_orthogonality=quirk))
+        experiment.after_update(experiment.ends[0] - 1)
+        assert isinstance(experiment.method, OnlineEwc)
+        found.append(experiment.method.importance["hidden.0.weight"])
+    assert found[0].any() and torch.equal(*found)
+
+
 @pytest.mark.parametrize("method", ["si", "ewc", "l2"])
 def test_a_stopped_run_ends_as_if_it_had_not_been(method: str, tmp_path: Path) -> None:
     changed = recipe("task", method=method, penalty_coef=10.0)
