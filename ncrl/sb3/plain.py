@@ -1,8 +1,8 @@
 """What a policy is made of as JSON, and back, with nothing in between that could run code.
 
 Numbers, strings, lists and dicts are themselves. Everything else is a dict whose entry "$" says
-what it is: a tuple, an array, a class, an object with the arguments that make it. Classes are
-written by name, and read only if the name is one of a given list: nothing is imported.
+what it is: a tuple, an array, a class, a path, an object with the arguments that make it. Classes
+are written by name, and read only if the name is one of a given list: nothing is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,8 @@ def to_plain(value: Any, where: str) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
         return value
-    if kind is float:
-        return {TAG: "float", "value": str(value)}
+    if kind is float or isinstance(value, Path):
+        return {TAG: "float" if kind is float else "path", "value": str(value)}
     if kind in (list, tuple, deque, dict, OrderedDict):
         return _container(value, where)
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in NUMBERS:
@@ -177,6 +178,7 @@ class _Reader:
         tag = plain[TAG]
         readers: dict[str, Callable[[], Any]] = {
             "float": lambda: float(plain["value"]),
+            "path": lambda: Path(plain["value"]),
             "tuple": lambda: tuple(self.read(plain["items"])),
             "deque": lambda: deque(self.read(plain["items"]), plain["maxlen"]),
             "dict": lambda: dict(self.read(plain["items"])),

@@ -236,6 +236,7 @@ def test_statistics_that_stay_behind_are_mentioned(
         np.arange(6).reshape(2, 3), np.array([0.0, -0.0]), math.inf,
         (1, [2, None]), deque([(1, 2.5)], 5),
         {("a", 1): {"$": "x"}}, {"b": {"a": True}}, np.dtype(np.int8).type, nn.ReLU,
+        Path("runs/a b"),
     ],
     ids=repr,
 )  # fmt: skip
