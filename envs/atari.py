@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,8 +132,12 @@ class AtariFactory:
             raise ValueError(f"unknown protocol {self.protocol!r}, nearest: {near!r}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
+            if field.type is int:
+                if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                    raise ValueError(
+                        f"{field.name} must be an integer of at least 1, got {value!r}"
+                    )
+                object.__setattr__(self, field.name, int(value))
 
     def __call__(self, n_envs: int, seed: int) -> "AtariVecEnv":
         """`n_envs` games in this process, at least 1; game i plays from seed `seed + i`."""

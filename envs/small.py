@@ -7,6 +7,7 @@ Each function returns a picklable factory, called like that of `ncrl.envs.atari`
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import gymnasium as gym
@@ -87,16 +88,16 @@ def key_and_door(*, length: int = 21, max_steps: int = 64) -> GymFactory:
 
 def _limited(kind: Callable[..., gym.Env], max_steps: int, *sizes: int) -> GymFactory:
     _check(max_steps=max_steps)
-    return GymFactory(partial(_make_limited, kind, max_steps, *sizes))
+    return GymFactory(partial(_make_limited, kind, int(max_steps), *sizes))
 
 
 def _make_limited(kind: Callable[..., gym.Env], max_steps: int, *sizes: int) -> gym.Env:
     return gym.wrappers.TimeLimit(kind(*sizes), max_steps)
 
 
-def _check(**sizes: int) -> None:
+def _check(**sizes: Any) -> None:
     for name, value in sizes.items():
-        if type(value) is not int or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 

@@ -94,6 +94,12 @@ def test_unusable_options_are_refused_at_construction(options, message):
         atari("Pong", **options)
 
 
+def test_options_may_be_integers_of_numpy():
+    factory = atari("Pong", stack=np.int64(4), image_size=np.int32(64))
+    assert factory == atari("Pong", stack=4, image_size=64)
+    assert {type(value) for value in (factory.stack, factory.image_size)} == {int}
+
+
 def test_importing_envs_does_not_load_ale_py():
     code = "import sys, envs; sys.exit('ale_py' in sys.modules)"
     root = Path(ncrl.envs.__file__).parents[1]

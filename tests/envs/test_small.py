@@ -199,3 +199,8 @@ def test_unusable_options_are_refused(make, options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
         make(**options)
+
+
+def test_options_may_be_integers_of_numpy():
+    for factory in (masked_cartpole(max_steps=np.int64(3)), light(n_actions=np.int64(2))):
+        play(factory(2, 0), 5)
