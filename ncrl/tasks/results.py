@@ -119,9 +119,9 @@ def is_curve(points: object) -> bool:
     )
 
 
-def read_results(folder: Path, task: str | None = None) -> list[Result]:
+def read_results(folder: str | Path, task: str | None = None) -> list[Result]:
     """The rows of all runs below a folder, in order of name and seed."""
-    rows = [read_result(path) for path in sorted(folder.rglob(RESULT_FILE))]
+    rows = [read_result(path) for path in sorted(Path(folder).rglob(RESULT_FILE))]
     wanted = [row for row in rows if task is None or row.task == task]
     return sorted(wanted, key=lambda row: (row.name, row.seed))
 

@@ -60,7 +60,7 @@ def test_rows_are_found_below_a_folder_in_order(tmp_path: Path) -> None:
         ("a", 10),
         ("b", 0),
     ]
-    assert len(read_results(tmp_path)) == 4
+    assert len(read_results(str(tmp_path))) == 4
 
 
 def changed(**fields: Any) -> str:
