@@ -21,7 +21,6 @@ import sb3_contrib.common.recurrent.policies as contrib
 import torch
 from stable_baselines3.common.callbacks import (
     BaseCallback,
-    EvalCallback,
     StopTrainingOnMaxEpisodes,
 )
 from stable_baselines3.common.env_util import make_vec_env
@@ -294,31 +293,6 @@ def test_the_environment_says_how_rewards_are_clipped() -> None:
 # Saving, loading, predicting.
 
 
-@pytest.mark.parametrize("policy", ["MlpLstmPolicy", "NeurocoderMlpLstmPolicy"])
-def test_save_load_predict(policy: str, tmp_path: Path) -> None:
-    head_kwargs = {"head_kwargs": {"num_slots": 7}} if "Neuro" in policy else {}
-    model = make_model(policy=policy, policy_kwargs=SMALL | head_kwargs, gamma=0.9).learn(40)
-    model.save(tmp_path / "model")
-    loaded = A3C.load(tmp_path / "model", device="cpu")
-    assert_bit_equal(model, loaded)
-    for name in ("gamma", "n_steps", "n_envs", "num_timesteps", "_n_updates", "games_seed"):
-        assert getattr(loaded, name) == getattr(model, name), name
-    for name, state in model.policy.optimizer.state_dict()["state"].items():
-        other = loaded.policy.optimizer.state_dict()["state"][name]
-        assert torch.equal(state["square_avg"], other["square_avg"])
-    state = other_state = None
-    obs = np.random.default_rng(0).normal(size=(6, 2, 2)).astype(np.float32)
-    for row in obs:
-        start = np.zeros(2, dtype=bool)
-        action, state = model.predict(row, state, start, deterministic=True)
-        other_action, other_state = loaded.predict(row, other_state, start, deterministic=True)
-        np.testing.assert_array_equal(action, other_action)
-        np.testing.assert_array_equal(state, other_state)
-    loaded.set_env(masked_cartpole()(2, 0))
-    loaded.learn(20, reset_num_timesteps=False)
-    assert loaded.num_timesteps == 60
-
-
 def test_load_with_an_environment_object(tmp_path: Path) -> None:
     make_model("CartPole-v1").learn(20).save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", env=gym.make("CartPole-v1"), device="cpu")
@@ -332,21 +306,6 @@ def test_load_with_a_factory_or_an_id(tmp_path: Path) -> None:
     assert loaded.learn(20).num_timesteps == 20
     loaded = A3C.load(tmp_path / "model", env="CartPole-v1", n_workers=None, device="cpu")
     assert loaded.n_workers >= 1
-
-
-def test_evaluate_policy_carries_the_state() -> None:
-    model = make_model().learn(20)
-    mean, _ = evaluate_policy(model, masked_cartpole(max_steps=20)(2, 0), n_eval_episodes=4)
-    assert 1 <= mean <= 20
-
-
-@pytest.mark.parametrize(
-    "env", ["Pendulum-v1", "FrozenLake-v1"], ids=["continuous actions", "discrete observations"]
-)
-def test_other_spaces(env: str) -> None:
-    model = make_model(env, policy="NeurocoderMlpLstmPolicy").learn(30)
-    assert model.num_timesteps == 30
-    assert all(torch.isfinite(p).all() for p in model.policy.parameters())
 
 
 def test_gymnasium_ids() -> None:
@@ -444,6 +403,11 @@ def test_an_environment_that_is_refused_leaves_the_model_as_it_was(is_object: bo
         ({"n_envs": 2.0, "n_workers": None}, r"n_envs must be an integer, got 2.0"),
         ({"correction": "vtrac"}, r"got 'vtrac'; nearest: vtrace"),
         ({"policy": "MlpLstmPolcy"}, r"'MlpLstmPolcy'; nearest: MlpLstmPolicy"),
+        ({"policy": "DQN"}, r"'DQN'; choose one of MlpPolicy, CnnPolicy"),
+        ({"reward_clip": "sign"}, r"reward_clip.*sign"),
+        ({"reward_clip": -1.0}, r"reward_clip.*-1.0"),
+        ({"reward_clip": math.nan}, r"reward_clip.*nan"),
+        ({"n_steps": 2.5}, r"n_steps.*2.5"),
         ({"use_sde": True}, r"gSDE.* can only be used with continuous actions"),
         ({"env": "CartPol-v1"}, r"'CartPol-v1'.*CartPole"),
         ({"policy_kwargs": {"head": "neurocodr"}}, r"nearest: neurocoder"),
@@ -468,17 +432,6 @@ def test_numbers_of_other_kinds_are_taken() -> None:
     assert model.learn(10).num_timesteps == 10
     model = make_model(max_grad_norm=np.float32(0.5), reward_clip=np.float32(1.0))
     assert model.learn(10).num_timesteps == 10
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"reward_clip": "sign"}, {"reward_clip": -1.0}, {"reward_clip": math.nan}, {"n_steps": 2.5}],
-    ids=str,
-)
-def test_these_are_refused_at_construction_too(wrong: dict) -> None:
-    ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
-        make_model(**wrong)
 
 
 def test_workers_cannot_play_an_environment_object() -> None:
@@ -802,23 +755,6 @@ def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.Monke
     assert len(set(seeds)) == 3
 
 
-@pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type")
-def test_workers_leave_callbacks_evaluation_and_files_alone(tmp_path: Path) -> None:
-    """Evaluation inside the run, a second training, a model that is saved and loaded."""
-    model = make_model(TickingFactory(), n_workers=1, n_envs=2)
-    evaluation = EvalCallback(
-        TickingFactory(length=4)(1, 0), eval_freq=10, n_eval_episodes=1, verbose=0, warn=False
-    )
-    model.learn(60, callback=evaluation)
-    assert evaluation.last_mean_reward > 0
-    model.learn(30, reset_num_timesteps=False)
-    assert model.num_timesteps == 90
-    model.save(tmp_path / "model")
-    loaded = A3C.load(tmp_path / "model", device="cpu")
-    assert_bit_equal(model, loaded)
-    loaded.predict(np.zeros((2, 2), np.float32))
-
-
 def test_the_memory_that_workers_play_into_is_freed_though_the_callback_is_kept() -> None:
     class Watch(BaseCallback):
         def _on_training_start(self) -> None:
@@ -839,12 +775,6 @@ def test_a_model_of_workers_is_trained_on_in_this_process(tmp_path: Path) -> Non
     make_model(TickingFactory(), n_workers=1, n_envs=2).save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", env=TickingFactory()(2, 0), device="cpu")
     assert loaded.learn(20).num_timesteps == 20
-
-
-def test_a_stopping_callback_stops_workers_too() -> None:
-    model = make_model(TickingFactory(), n_workers=1, n_envs=2)
-    model.learn(10_000, callback=Stop(after=7))
-    assert model.num_timesteps == 14 and model._n_updates == 1
 
 
 @pytest.mark.parametrize(

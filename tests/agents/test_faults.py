@@ -623,7 +623,7 @@ def test_f27_a_clock_that_is_set_back(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_f31_workers_compute_with_one_thread() -> None:
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    ends, counts = Ends(at=-1), []
+    counts = []
 
     def count(model: A3C) -> None:
         counts.extend(psutil.Process(pid).num_threads() for pid in worker_pids(model))

@@ -64,18 +64,6 @@ def test_one_seed_gives_bit_equal_weights(head: str) -> None:
     assert all(torch.equal(value, same[name]) for name, value in one.items())
 
 
-@heads
-def test_saved_and_loaded_it_predicts_the_same(head: str, tmp_path: Any) -> None:
-    model = trained(head)
-    model.save(tmp_path / "model")
-    loaded = A3C.load(tmp_path / "model", device="cpu")
-    obs = np.linspace(-1, 1, model.observation_space.shape[0], dtype=np.float32)
-    (action, state), (same, same_state) = (
-        m.predict(obs, deterministic=True) for m in (model, loaded)
-    )
-    assert np.array_equal(action, same) and np.array_equal(state[0], same_state[0])
-
-
 @pytest.mark.parametrize("head", ["moe", "nsm"])
 def test_every_head_trains_in_sb3_contrib(head: str) -> None:
     model = RecurrentPPO(

@@ -186,36 +186,6 @@ def test_advantages_through_limits_ends_and_rollouts(
 # Memory in predict.
 
 
-def test_a_started_episode_forgets_and_no_other_row_does() -> None:
-    model = make_model("MlpLstmPolicy", "Pendulum-v1", n_envs=1)
-    unsettle(model)
-    obs = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
-    state = None
-    for row in obs[:4]:
-        _, state = model.predict(row, state, np.zeros(2, dtype=bool))
-    carried, _ = model.predict(obs[4], state, np.array([False, False]), deterministic=True)
-    half, _ = model.predict(obs[4], state, np.array([True, False]), deterministic=True)
-    fresh, _ = model.predict(obs[4], None, np.array([True, True]), deterministic=True)
-    np.testing.assert_array_equal(half[1], carried[1])
-    np.testing.assert_allclose(half[0], fresh[0], rtol=1e-5)
-    assert not np.allclose(carried[0], fresh[0])
-
-
-@pytest.mark.parametrize(
-    ("state", "start", "message"),
-    [
-        ((1, 3, WIDTH), 2, r"state of shapes \(1, 3, 8\).*2 observations.*two of \(1, 2, 8\)"),
-        ((2, 2, WIDTH), 2, r"\(2, 2, 8\).*hand in the state that the call before returned"),
-        (None, 3, r"episode_start of shape \(3,\) for 2 observations, expected \(2,\)"),
-    ],
-)
-def test_states_of_something_else_are_refused(state: Any, start: int, message: str) -> None:
-    model = make_model("MlpLstmPolicy", "CartPole-v1", n_envs=1)
-    given = None if state is None else (np.zeros(state), np.zeros(state))
-    with pytest.raises(ValueError, match=message):
-        model.predict(np.zeros((2, 4), np.float32), given, np.zeros(start, dtype=bool))
-
-
 def test_forgotten_states_are_noticed_once() -> None:
     model = make_model("MlpLstmPolicy", "CartPole-v1", n_envs=1)
     obs = np.zeros(4, np.float32)

@@ -208,33 +208,6 @@ def test_sb3_contribs_interface_agrees_with_the_time_major_one(policy_class: typ
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy_class", POLICIES)
-def test_predict_restarts_the_rows_whose_episode_starts(policy_class: type) -> None:
-    policy = make_policy(policy_class)
-    obs = random_observations(policy.observation_space, 3).numpy()
-    h, c = (3 * part.numpy() for part in random_state(policy, 3))
-    starts = np.array([False, True, False])
-    _, mixed = policy.predict(obs, (h, c), starts, deterministic=True)
-    _, carried = policy.predict(obs, (h, c), np.zeros(3, dtype=bool), deterministic=True)
-    _, fresh = policy.predict(obs, None, None, deterministic=True)
-    for part in range(2):
-        expected = np.where(starts[None, :, None], fresh[part], carried[part])
-        np.testing.assert_allclose(mixed[part], expected, rtol=1e-5, atol=1e-6)
-        assert not np.allclose(carried[part][:, 1], fresh[part][:, 1])
-    single, state = policy.predict(obs[0], deterministic=True)
-    assert single.shape == () and state[0].shape == (1, 1, 8)
-
-
-def test_predicted_actions_depend_on_the_carried_state() -> None:
-    policy = make_policy(MlpLstmPolicy, spaces.Box(-9, 9, (1,), np.float32))
-    obs = random_observations(VECTORS, 2).numpy()
-    state = tuple(3 * part.numpy() for part in random_state(policy, 2))
-    carried, _ = policy.predict(obs, state, np.array([False, True]), deterministic=True)
-    fresh, _ = policy.predict(obs, deterministic=True)
-    assert abs(carried[0, 0] - fresh[0, 0]) > 1e-3
-    np.testing.assert_allclose(carried[1], fresh[1], rtol=1e-5)
-
-
 class Toy(gym.Env):
     """Random observations of a space; an episode ends after 5 steps."""
 

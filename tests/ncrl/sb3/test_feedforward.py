@@ -1,6 +1,5 @@
 """Policies without memory in A2C and PPO: SB3's own but for the heads, which learn."""
 
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -9,13 +8,12 @@ import pytest
 import torch
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from ncrl import NeurocoderLinear
 from ncrl.envs.small import Light
 from ncrl.layers import LAYERS
-from ncrl.sb3 import NeurocoderCnnPolicy, NeurocoderMlpPolicy, NeurocoderMultiInputPolicy
+from ncrl.sb3 import NeurocoderCnnPolicy, NeurocoderMlpPolicy
 
 SMALL = {"num_slots": 6, "num_heads": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -71,20 +69,6 @@ def test_every_layer_trains(algorithm: Any, head: str) -> None:
     assert held == {id(p) for p in model.policy.parameters()}
 
 
-def test_saved_and_loaded_it_predicts_the_same(tmp_path: Path) -> None:
-    model = PPO(
-        NeurocoderMultiInputPolicy, SimpleMultiObsEnv(), n_steps=16, batch_size=16, device="cpu",
-        policy_kwargs={"head_kwargs": SMALL, "orth_coef": 0.3},
-    ).learn(16)  # fmt: skip
-    model.save(tmp_path / "model")
-    loaded = PPO.load(tmp_path / "model", device="cpu")
-    assert loaded.policy.orth_coef == 0.3
-    obs = model.observation_space.sample()
-    tensors, _ = model.policy.obs_to_tensor(obs)
-    with torch.no_grad():
-        assert torch.equal(*(m.policy.predict_values(tensors) for m in (model, loaded)))
-
-
 def test_gsde_works() -> None:
     """Its noise depends on what the head reads, not on the head."""
     model = A2C(
@@ -116,18 +100,6 @@ def test_images_are_learned() -> None:
     model.learn(1_500)
     mean, _ = evaluate_policy(model, make_vec_env(small_light, 4, seed=9), n_eval_episodes=8)
     assert mean > 15  # chance: 5, best: 20
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"head": "neurocode"}, "unknown head 'neurocode'; nearest: neurocoder"),
-        ({"head_kwargs": {"slots": 3}}, "'neurocoder'.*slots"),
-    ],
-)
-def test_a_wrong_head_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PPO(NeurocoderMlpPolicy, "CartPole-v1", policy_kwargs=options)
 
 
 def test_no_weight_is_left_out_of_the_gradient() -> None:

@@ -49,6 +49,8 @@ WRONG = {
     "P2 nothing": ("vector", None, "dtype object"),
     "P2 floats": ("image", np.zeros((84, 84, 1)), "dtype float64, expected uint8"),
     "P2 reset": ("vector", (np.zeros(3), {}), "is a tuple"),
+    "P2 dict": ("vector", {"a": np.zeros(3)}, "is a dict, but.*Box"),
+    "P2 no dict": ("dict", np.zeros(3), "is a ndarray, but.*Dict"),
     "P3 nan": ("vector", NAN, r"nan at index \(1, 1\)"),
     "P3 entry": ("dict", {"a": np.full(3, np.inf), "b": 1}, r"'a'.*inf at index \(0,\)"),
     "P3 outside": ("discrete", np.array([0, 3]), r"3 at index \(1,\)"),
@@ -212,6 +214,8 @@ PAIRS = {
         "too small",
     ),
     "mlp, dict": (MlpPolicy, DICT, "use MultiInputPolicy"),
+    "lstm, dict": ("MlpLstmPolicy", DICT, "needs vectors.*use MultiInputLstmPolicy"),
+    "cnn lstm, vectors": ("CnnLstmPolicy", VECTOR, r"needs images \(channels.*use MlpLstmPolicy"),
 }
 
 
