@@ -177,11 +177,6 @@ def test_a_rollout_packed_into_one_block_keeps_its_tensors_apart(options: dict[s
     assert block.numel() < sum(t.nbytes for t in rollout.tensors()) + 64 * len(rollout.tensors())
 
 
-def test_a_batch_with_an_environment_missing_is_our_own_mistake() -> None:
-    with pytest.raises(AssertionError):
-        RolloutBatch(make_shape(n_envs=4), CPU).gather([numbered(make_shape(n_envs=2), 0)])
-
-
 @pytest.mark.parametrize("n_steps", [1, 3, 4])
 def test_first_rows_keeps_the_observation_that_follows(n_steps: int) -> None:
     rollout = numbered(make_shape(), 3)

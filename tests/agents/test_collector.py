@@ -207,12 +207,3 @@ def test_f18_what_is_not_finite_is_refused_by_name(spoil: Any, message: str, val
     spoil(env, value)
     with pytest.raises(ValueError, match="environment " + message.format(value)):
         collect(env, make_policy(MlpLstmPolicy, env), [5])
-
-
-def test_a_policy_in_training_mode_plays_in_evaluation_mode() -> None:
-    env = make_env()
-    policy = make_policy(MlpLstmPolicy, env)
-    policy.set_training_mode(True)
-    (rollout,), *_ = collect(env, policy, [3])
-    assert not policy.training
-    assert not any(tensor.requires_grad for tensor in rollout)

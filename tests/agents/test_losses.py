@@ -18,7 +18,7 @@ from ncrl.agents.learning.losses import (
     value_loss,
     vtrace,
 )
-from tests.reference import gae_reference, n_step_return_reference, vtrace_reference
+from tests.reference import gae_reference, vtrace_reference
 
 
 class Rollouts(NamedTuple):
@@ -84,28 +84,8 @@ def test_gae_equals_the_mean_of_n_step_returns(shape: tuple[int, int], gae_lambd
     assert_equal(actual.advantages, advantages)
 
 
-def test_the_default_of_gae_is_the_n_step_return_of_a3c() -> None:
-    _, *rollouts = make_rollouts(5, 3, seed=3)
-    discounts, rewards, values, bootstrap_value = rollouts
-    expected = n_step_return_reference(discounts, rewards, values, bootstrap_value, 5)
-    assert_equal(gae(*rollouts).returns, expected)
-
-
 def column(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)[:, None]
-
-
-def test_gae_by_hand() -> None:
-    """delta = (1 + .5*4 - 2, 3 + .5*8 - 4) = (1, 3); with lambda .5: A_1 = 3, A_0 = 1 + .25*3."""
-    actual = gae(
-        column(0.5, 0.5),
-        column(1.0, 3.0),
-        column(2.0, 4.0),
-        torch.tensor([8.0], dtype=torch.float64),
-        gae_lambda=0.5,
-    )
-    assert_equal(actual.advantages, column(1.75, 3.0))
-    assert_equal(actual.returns, column(3.75, 7.0))
 
 
 def test_vtrace_by_hand() -> None:
@@ -206,19 +186,6 @@ def test_policy_gradient_loss_value_and_gradient() -> None:
     assert log_probs.grad is not None
     assert_equal(log_probs.grad, -advantages.detach() / 6)
     assert advantages.grad is None
-
-
-def test_policy_gradient_of_logits() -> None:
-    """Through a softmax the gradient is A (pi - onehot(a)): the hand derivation of REINFORCE."""
-    logits = normal(4, 3, seed=12).requires_grad_()
-    actions = torch.tensor([0, 2, 1, 2])
-    advantages = normal(4, seed=13)
-    log_probs = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
-    policy_gradient_loss(log_probs[:, None], advantages[:, None]).backward()
-    one_hot = torch.eye(3, dtype=torch.float64)[actions]
-    expected = advantages[:, None] * (logits.detach().softmax(-1) - one_hot) / 4
-    assert logits.grad is not None
-    assert_equal(logits.grad, expected)
 
 
 def test_value_loss_value_and_gradient() -> None:

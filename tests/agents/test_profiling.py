@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
 
 import ncrl.agents.a3c
 import ncrl.agents.playing.pool
@@ -132,12 +131,6 @@ def test_only_the_stopwatch_of_a_cuda_device_synchronizes(monkeypatch: pytest.Mo
     with OFF.phase("copy"):
         pass
     assert len(waited) == 2
-
-
-def test_off_measures_nothing() -> None:
-    with OFF.phase("other"), OFF.phase("copy"):
-        pass
-    assert OFF.take() == {}
 
 
 # The table.
@@ -274,37 +267,6 @@ def test_nothing_is_measured_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -
         assert model.time_spent is None
     phases = [message.phases for message in sent if hasattr(message, "phases")]
     assert phases and not any(phases)
-
-
-class Entries(BaseCallback):
-    """What the curves are given."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.points: list[dict[str, float]] = []
-        dump = Logger.dump
-
-        def keep(logger: Logger, step: int = 0) -> None:
-            values = logger.name_to_value.items()
-            self.points.append({k: v for k, v in values if k.startswith("profile/")})
-            dump(logger, step)
-
-        monkeypatch.setattr(Logger, "dump", keep)
-
-    def _on_step(self) -> bool:
-        return True
-
-
-def test_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = Entries(monkeypatch)
-    make_model(1).learn(60, callback=entries, log_interval=3)
-    assert len(entries.points) == 2
-    for point in entries.points:
-        for process in ("learner", "workers"):
-            shares = [point[f"profile/{process}/{name}"] for name in PHASES]
-            assert sum(shares) == pytest.approx(1.0)
-    assert entries.points[0]["profile/learner/setup"] > 0
-    assert entries.points[1]["profile/learner/setup"] == 0, "the workers run"
 
 
 def test_a_saved_and_a_resumed_model(tmp_path: Path) -> None:

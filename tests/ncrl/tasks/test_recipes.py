@@ -106,6 +106,7 @@ REFUSED = [
     ("task: !!timestamp x", "cannot read .* it is not YAML"),
     ("task: !!bool x", "cannot read .* it is not YAML"),
     ("task: !!int ''", "cannot read .* it is not YAML"),
+    ("task: !!python/name:os.x", "cannot read"),
     ("\xff: \x00", "cannot read"),
     ("1: 2", "must hold settings as 'name: value' lines"),
     ("task: mnist\nnetwork: mlp\nbatch_size: [" + "x, " * 20_000 + "]", "batch_size .* type int"),
