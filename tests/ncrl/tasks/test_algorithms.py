@@ -19,6 +19,7 @@ from ncrl.tasks.experiment import random_stream
 from ncrl.tasks.recipes import CONFIGS, Recipe
 from ncrl.tasks.results import read_results
 from tests.ncrl.tasks.files import read_recipe
+from tests.ncrl.tasks.refusals import assert_refused
 
 Vector = list[float]
 
@@ -227,10 +228,7 @@ def test_another_network_is_refused() -> None:
 def test_bad_input_is_one_line_and_exit_code_2(
     flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        command.main([*SMALL, "--logdir", str(tmp_path), *flags])
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and said in err and len(err.splitlines()) == 1
+    assert_refused(command.main, [*SMALL, *flags], said, tmp_path, capsys)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_answers() -> None:
@@ -269,15 +267,3 @@ def test_layers_are_described_until_the_last_answer_of_a_sequence(
     test = experiment.test[command.TRAINED_TASKS]
     steps = sum(int((test.task[:, n] >= 0).nonzero()[-1]) + 1 for n in range(3))
     assert described == [steps, steps] and steps < test.task.numel()
-
-
-@pytest.mark.parametrize("variant", ["linear", "base"])
-def test_the_loss_falls(
-    variant: str, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Towards what knowing the ends of answers gives, for lack of time for more."""
-    monkeypatch.setattr(experiments, "EVALUATE_EVERY", 5)
-    words = ["--variant", variant, "--iterations", "30", "--learning-rate", "0.01"]
-    assert command.main([*small, *words, "--batch-size", "4"]) == 0
-    (row,) = read_results(tmp_path / "runs")
-    assert row.curve[-1]["loss"] < 0.97 * row.curve[0]["loss"]

@@ -59,7 +59,7 @@ def test_lenet_learns(tmp_path: Path) -> None:
         assert row.metrics["test_loss"] < 0.95 * math.log(10)
 
 
-@pytest.mark.parametrize("layer", ["linear", "moe", "nsm", "neurocoder"])
+@pytest.mark.parametrize("layer", ["linear", "neurocoder"])
 def test_a_small_densenet_takes_a_few_steps(tmp_path: Path, layer: str) -> None:
     words = ["--config", "cifar_densenet", "--layer", layer, "--network-options", "depth=7"]
     words += ["growth=4", "--iterations", "3", "--batch-size", "8", "--device", "cpu"]

@@ -73,99 +73,91 @@ def test_without_a_folder_there_are_the_digits_and_it_says_so() -> None:
     assert torch.equal(colour.train_images[:, 0], colour.train_images[:, 2])
 
 
-def truncate(folder: Path) -> None:
-    path = folder / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-7])
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
 
-def lengthen(folder: Path) -> None:
-    path = folder / "train-labels-idx1-ubyte"
-    path.write_bytes(path.read_bytes() + b"\0")
+def changed(
+    name: str, change: Callable[[bytes], bytes], suffix: str = ""
+) -> Callable[[Path], object]:
+    """What gives a file of a folder another content, and perhaps another name."""
+
+    def spoil(folder: Path) -> None:
+        data = change((folder / name).read_bytes())
+        (folder / name).unlink()
+        (folder / f"{name}{suffix}").write_bytes(data)
+
+    return spoil
 
 
-def empty(folder: Path) -> None:
-    (folder / "t10k-labels-idx1-ubyte").write_bytes(b"")
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def text(folder: Path) -> None:
-    (folder / "t10k-labels-idx1-ubyte").write_bytes(b"<html>not found</html>")
+ELEVEN = np.array([0, 1, 2, 11, *[0] * 16], np.uint8)
+WRONG_IDX: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (
+        changed(IMAGES, lambda data: data[:-7]),
+        r"train-images-idx3-ubyte is truncated: 15,689 bytes where 15,696",
+    ),
+    "too long": (
+        changed(LABELS, lambda data: data + b"\0"),
+        r"train-labels-idx1-ubyte is too long: 29 bytes where 28",
+    ),
+    "empty": (
+        changed(TEST_LABELS, lambda _: b""),
+        r"t10k-labels-idx1-ubyte is no idx file: its 0 bytes",
+    ),
+    "text": (
+        changed(TEST_LABELS, lambda _: b"<html>not found</html>"),
+        r"t10k-labels-idx1-ubyte is no idx file: its 22 bytes begin with b'<htm'",
+    ),
+    "images for labels": (
+        lambda folder: shutil.copy(folder / IMAGES, folder / LABELS),
+        r"train-labels-idx1-ubyte should hold labels: 1 dimensions, got 3",
+    ),
+    "floats": (
+        changed(IMAGES, lambda data: b"\0\0\x0d" + data[3:]),
+        r"train-images-idx3-ubyte must hold unsigned bytes.*0x0d",
+    ),
+    "absurd": (
+        changed(IMAGES, lambda data: data[:4] + b"\xff\xff\xff\xff" + data[8:]),
+        r"train-images-idx3-ubyte is truncated: .* bytes where 3,367,254,359,296 are",
+    ),
+    "a header": (
+        changed(IMAGES, lambda data: data[:9]),
+        r"train-images-idx3-ubyte is truncated: 9 bytes where",
+    ),
+    "fewer labels": (
+        changed(LABELS, lambda _: files.idx(files.digits(19)[1])),
+        r"train-images.* with .*train-labels.*: 20 images do not match 19 labels",
+    ),
+    "a class too many": (
+        changed(LABELS, lambda _: files.idx(ELEVEN)),
+        r"train-labels.*: label number 3 is 11, where classes are 0 .. 9",
+    ),
+    "missing": (
+        lambda folder: (folder / TEST_IMAGES).unlink(),
+        r"but no t10k-images-idx3-ubyte",
+    ),
+    "other sizes": (
+        changed(TEST_IMAGES, lambda _: files.idx(np.zeros((10, 30, 30), np.uint8))),
+        r"training and test images differ in size",
+    ),
+    "cut gzip": (
+        changed(IMAGES, lambda data: gzip.compress(data)[:-20], ".gz"),
+        r"cannot read .*train-images-idx3-ubyte.gz: ",
+    ),
+    "wrong checksum": (
+        changed(IMAGES, lambda data: flipped(gzip.compress(data), -6), ".gz"),
+        r"cannot read .*train-images-idx3-ubyte.gz: .*CRC",
+    ),
+}
 
 
-def swap(folder: Path) -> None:
-    shutil.copy(folder / "train-images-idx3-ubyte", folder / "train-labels-idx1-ubyte")
-
-
-def floats(folder: Path) -> None:
-    path = folder / "train-images-idx3-ubyte"
-    path.write_bytes(b"\0\0\x0d" + path.read_bytes()[3:])
-
-
-def absurd(folder: Path) -> None:
-    path = folder / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:4] + b"\xff\xff\xff\xff" + path.read_bytes()[8:])
-
-
-def header(folder: Path) -> None:
-    path = folder / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:9])
-
-
-def fewer(folder: Path) -> None:
-    _, labels = files.digits(19)
-    (folder / "train-labels-idx1-ubyte").write_bytes(files.idx(labels))
-
-
-def eleven(folder: Path) -> None:
-    _, labels = files.digits(20)
-    labels[3] = 11
-    (folder / "train-labels-idx1-ubyte").write_bytes(files.idx(labels))
-
-
-def missing(folder: Path) -> None:
-    (folder / "t10k-images-idx3-ubyte").unlink()
-
-
-def larger(folder: Path) -> None:
-    images = np.zeros((10, 30, 30), np.uint8)
-    (folder / "t10k-images-idx3-ubyte").write_bytes(files.idx(images))
-
-
-def broken_gzip(folder: Path) -> None:
-    path = folder / "train-images-idx3-ubyte"
-    (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes())[:-20])
-    path.unlink()
-
-
-def wrong_checksum(folder: Path) -> None:
-    path = folder / "train-images-idx3-ubyte"
-    packed = bytearray(gzip.compress(path.read_bytes()))
-    packed[-6] ^= 1
-    (folder / f"{path.name}.gz").write_bytes(bytes(packed))
-    path.unlink()
-
-
-WRONG_IDX: list[tuple[Callable[[Path], None], str]] = [
-    (truncate, r"train-images-idx3-ubyte is truncated: 15,689 bytes where 15,696"),
-    (lengthen, r"train-labels-idx1-ubyte is too long: 29 bytes where 28"),
-    (empty, r"t10k-labels-idx1-ubyte is no idx file: its 0 bytes"),
-    (text, r"t10k-labels-idx1-ubyte is no idx file: its 22 bytes begin with b'<htm'"),
-    (swap, r"train-labels-idx1-ubyte should hold labels: 1 dimensions, got 3"),
-    (floats, r"train-images-idx3-ubyte must hold unsigned bytes.*0x0d"),
-    (absurd, r"train-images-idx3-ubyte is truncated: .* bytes where 3,367,254,359,296 are"),
-    (header, r"train-images-idx3-ubyte is truncated: 9 bytes where"),
-    (fewer, r"train-images.* with .*train-labels.*: 20 images do not match 19 labels"),
-    (eleven, r"train-labels.*: label number 3 is 11, where classes are 0 .. 9"),
-    (missing, r"but no t10k-images-idx3-ubyte"),
-    (larger, r"training and test images differ in size"),
-    (broken_gzip, r"cannot read .*train-images-idx3-ubyte.gz: "),
-    (wrong_checksum, r"cannot read .*train-images-idx3-ubyte.gz: .*CRC"),
-]
-
-
-@pytest.mark.parametrize(("spoil", "message"), WRONG_IDX, ids=lambda x: getattr(x, "__name__", ""))
-def test_a_wrong_idx_file_is_named(
-    tmp_path: Path, spoil: Callable[[Path], None], message: str
-) -> None:
+@pytest.mark.parametrize("fault", WRONG_IDX)
+def test_a_wrong_idx_file_is_named(tmp_path: Path, fault: str) -> None:
+    spoil, message = WRONG_IDX[fault]
     files.write_mnist(tmp_path, gz=False)
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message) as error:

@@ -247,17 +247,10 @@ def test_chunks_change_the_data_and_the_name(
         (["--chunks", "34"], "chunks must lie in 1 .. 33 for 100 points, got 34"),
         (["--noise", "-1"], "noise must be a number of at least 0, got -1.0"),
         (["--noise", "nan"], "noise must be a number"),
-        (["--variant", "j5"], "unknown variant 'j5'"),
-        (["--layer", "neurocder"], "nearest: neurocoder"),
         (["--config", "mnist"], "is a recipe for mnist, not for polynomial"),
         (["--epochs", "3"], "does not say iterations"),
         (["--network-options", "in_features=3"], "in_features must be 2, got 3"),
         (["--network-options", "num_outputs=2"], "num_outputs must be 1, got 2"),
-        (
-            ["--variant", "base", "--layer-options", "residual=maybe"],
-            "residual must be True or False, got 'maybe'",
-        ),
-        (["--figure", "."], "--figure must end in one of"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -268,35 +266,6 @@ def test_tables_with_other_settings_show_their_rows(tmp_path: Path, capsys: Any)
     first, second = values.split()
     assert "Table 1, incremental domain; epochs=1" in text
     assert f"| {first} - {second} - - |" in text
-
-
-def test_processes_share_the_runs(tmp_path: Path) -> None:
-    words = small(tmp_path, "--layer", "linear", "--method", "adam", "l2", "si")
-    command = [sys.executable, "-m", "ncrl.tasks.split_mnist", *words, "--threads", "1"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=600)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    rows = read_results(tmp_path)
-    assert len(rows) == 3
-    assert all(row.name in text for row in rows for text in said)
-    assert "".join(said).count("finished before") == 3
-
-
-def test_the_benchmark_measures_what_is_chosen() -> None:
-    words = ("--seconds", "0.01", "--only", "split", "--runs", "ewc", "--epochs", "1")
-    done = subprocess.run(
-        [sys.executable, "benchmarks/tasks.py", *words, "--scale", "0.02", "--columns", "rank 1"],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    for layer in ("mlp", "paper", "official"):
-        assert f"| split MNIST | 128 | {layer} |" in done.stdout
-    assert done.stdout.count("| step of split MNIST") == 2
-    assert "| whole run, s | ewc |" in done.stdout
-    assert done.stdout.count("| rank 1 |") == 1
 
 
 def test_the_examples_of_the_documentation_run() -> None:
