@@ -87,7 +87,7 @@ def test_ctrl_c_while_a_command_is_imported_is_quiet(monkeypatch: pytest.MonkeyP
 
 
 def test_task_runs_the_experiment_and_returns_its_exit_code() -> None:
-    done = run("-m", "ncrl", "task", "parameters")
+    done = run("-m", "ncrl", "task", "parameters", "configs/tasks/mnist.yaml")
     assert done.returncode == 0 and "recipes reach the paper's count" in done.stdout
     done = run("-m", "ncrl", "task", "mnist", "--no-such-flag")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

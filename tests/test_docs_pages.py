@@ -9,12 +9,20 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WITH_EXAMPLES = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "neurocoder")))
-WITH_EXAMPLES += ("docs/exploration.md", "docs/injection.md")
+EXPLAINED = ("quickstart", "neurocoder", "exploration", "injection", "sb3")
+WITH_EXAMPLES = ("README.md", *(f"docs/{name}.md" for name in EXPLAINED))
 TIDY = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "results").glob("*.md"))]
 TIDY += sorted((ROOT / "docs").glob("*.md"))
+PRINTED = {
+    "docs/sb3.md-0": r"both trained",
+    "docs/sb3.md-1": r"\d+ \+- \d+ of 500",
+    "docs/sb3.md-2": r"400 timesteps by 2 workers",
+    "docs/sb3.md-3": r"400 timesteps",
+    "docs/sb3.md-4": r"\d+ \+- \d+ of 500\n\[ True  True  True  True\]",
+}
+"""What the last lines say, of programs that print what their pages do not show."""
 PROGRAMS = [
-    pytest.param(program, id=f"{page}-{number}")
+    pytest.param(program, PRINTED.get(f"{page}-{number}"), id=f"{page}-{number}")
     for page in WITH_EXAMPLES
     for number, program in enumerate(
         re.findall(
@@ -24,16 +32,20 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_an_example_runs_and_prints_what_it_says(program: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("program", "printed"), PROGRAMS)
+def test_an_example_runs_and_prints_what_it_says(
+    program: str, printed: str | None, tmp_path: Path
+) -> None:
     # Trainings are cut short; nothing else is changed.
     short = re.sub(r"\.learn\([\d_]+", ".learn(400", program)
     path = tmp_path / "example.py"
     path.write_text(short, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, path.name], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    words = [sys.executable, "-W", "error::DeprecationWarning:__main__", path.name]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    if printed:
+        assert re.search(printed + r"\n\Z", done.stdout), done.stdout
+        assert "Warning" not in done.stderr, done.stderr
     said = re.search(r"print\(.*\)\s*# (torch.*)", program)
     if said:
         assert done.stdout.strip() == said[1].strip()
