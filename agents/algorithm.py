@@ -310,8 +310,9 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         before, env = self.collector, self.env
         assert env is not None
         going_on: dict[str, Any] = {}
-        # SB3 replaces `_last_obs` where a training starts anew or gets another environment.
-        if before is not None and before.obs is self._last_obs:
+        # SB3 replaces them where a training starts anew. Observations do not tell: a reset of
+        # `VecFrameStack` returns the same array that it showed last.
+        if before is not None and before.episode_start is self._last_episode_starts:
             going_on = {"episode_start": before.episode_start, "lstm_state": before.lstm_state}
         return Collector(
             env,

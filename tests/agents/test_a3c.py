@@ -27,7 +27,13 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor
+from stable_baselines3.common.vec_env import (
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecFrameStack,
+    VecMonitor,
+)
 
 import ncrl.agents.a3c
 from ncrl.agents import A3C
@@ -185,6 +191,24 @@ def test_learning_goes_on_where_it_stopped() -> None:
     again = make_model(learning_rate=0.01).learn(40)
     again.learn(60)
     assert again.num_timesteps == 60
+
+
+def test_a_training_that_begins_anew_begins_episodes_where_frames_are_stacked() -> None:
+    """SB3's stack shows the array that it showed last again after a reset."""
+
+    class Starts(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            starts.append(self.locals["rollout_buffer"].episode_starts[0].tolist())
+
+    starts: list[list[float]] = []
+    model = make_model(VecFrameStack(TickingFactory(length=100)(2, 0), 2))
+    model.learn(10, callback=Starts())
+    model.learn(10, callback=Starts(), reset_num_timesteps=False)
+    model.learn(10, callback=Starts())
+    assert starts == [[1, 1], [0, 0], [1, 1]]
 
 
 def test_scores_of_a_training_that_begins_anew_are_those_of_its_own_games() -> None:
