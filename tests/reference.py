@@ -326,14 +326,12 @@ def vtrace_reference(
     bootstrap_value: Tensor,
     *,
     gae_lambda: float = 1.0,
-    rho_clip: float = 1.0,
-    c_clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """V-trace targets and advantages, each [T, B], as the explicit sum of IMPALA's Eq. 1.
 
     v_s = V(x_s) + sum_{t >= s} (prod_{i = s..t-1} discount_i c_i) delta_t,
     delta_t = rho_t (r_t + discount_t V(x_{t+1}) - V(x_t)),
-    rho_t = min(rho_clip, ratio_t), c_t = gae_lambda min(c_clip, ratio_t).
+    rho_t = min(1, ratio_t), c_t = gae_lambda min(1, ratio_t).
     The advantage bootstraps from gae_lambda v_{t+1} + (1 - gae_lambda) V(x_{t+1}).
     """
     num_times, batch = rewards.shape
@@ -343,8 +341,8 @@ def vtrace_reference(
         reward = [float(rewards[t, b]) for t in range(num_times)]
         discount = [float(discounts[t, b]) for t in range(num_times)]
         ratio = [math.exp(float(log_rhos[t, b])) for t in range(num_times)]
-        rho = [min(rho_clip, r) for r in ratio]
-        c = [gae_lambda * min(c_clip, r) for r in ratio]
+        rho = [min(1.0, r) for r in ratio]
+        c = [gae_lambda * r for r in rho]
         v = []
         for s in range(num_times):
             target = value[s]

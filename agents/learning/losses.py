@@ -36,10 +36,10 @@ def vtrace(
     bootstrap_value: Tensor,
     *,
     gae_lambda: float = 1.0,
-    rho_clip: float = 1.0,
-    c_clip: float = 1.0,
 ) -> Returns:
     """V-trace targets and advantages (Espeholt et al. 2018, "IMPALA", section 4.1).
+
+    Importance weights are clipped at 1, as in the paper: rho_t and c_t are the same.
 
     Args:
         log_rhos: log pi(a_t | x_t) - log mu(a_t | x_t), learner's policy over worker's, [T, B].
@@ -48,8 +48,6 @@ def vtrace(
         values: V(x_t) of the learner, [T, B].
         bootstrap_value: V(x_T), [B].
         gae_lambda: factor on the trace coefficients c_t (the paper's remark 2).
-        rho_clip: clip on the importance weights of the temporal differences.
-        c_clip: clip on the trace coefficients.
 
     With `log_rhos` all zero this is generalised advantage estimation (Schulman et al. 2016), and
     with `gae_lambda=1` beside it n-step returns.
@@ -58,11 +56,10 @@ def vtrace(
         ValueError: if shapes differ.
     """
     _check_shapes(values, bootstrap_value, log_rhos=log_rhos, discounts=discounts, rewards=rewards)
-    rhos = log_rhos.exp()
-    clipped_rhos = rhos.clamp(max=rho_clip)
-    traces = gae_lambda * rhos.clamp(max=c_clip)
+    rhos = log_rhos.exp().clamp(max=1.0)
+    traces = gae_lambda * rhos
     values_next = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])  # V(x_{t+1})
-    deltas = clipped_rhos * (rewards + discounts * values_next - values)
+    deltas = rhos * (rewards + discounts * values_next - values)
 
     # v_t - V(x_t) = delta_t + discount_t c_t (v_{t+1} - V(x_{t+1})), from the last row backwards.
     correction = torch.zeros_like(bootstrap_value)
@@ -77,7 +74,7 @@ def vtrace(
     # The action's worth looks one step ahead to v_{t+1}, which lambda mixes with V(x_{t+1}).
     corrections_next = torch.cat([corrections[1:], torch.zeros_like(bootstrap_value)[None]])
     worth = rewards + discounts * (values_next + gae_lambda * corrections_next)
-    return Returns(returns, clipped_rhos * (worth - values))
+    return Returns(returns, rhos * (worth - values))
 
 
 def standardised(advantages: Tensor) -> Tensor:

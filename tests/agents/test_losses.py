@@ -56,15 +56,10 @@ LAMBDAS = [0.0, 0.6, 0.95, 1.0]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gae_lambda", LAMBDAS)
-@pytest.mark.parametrize(("rho_clip", "c_clip"), [(1.0, 1.0), (2.5, 0.7), (0.5, 1.8)])
-def test_vtrace_equals_the_explicit_sum(
-    shape: tuple[int, int], gae_lambda: float, rho_clip: float, c_clip: float
-) -> None:
+def test_vtrace_equals_the_explicit_sum(shape: tuple[int, int], gae_lambda: float) -> None:
     rollouts = make_rollouts(*shape, seed=1)
-    actual = vtrace(*rollouts, gae_lambda=gae_lambda, rho_clip=rho_clip, c_clip=c_clip)
-    returns, advantages = vtrace_reference(
-        *rollouts, gae_lambda=gae_lambda, rho_clip=rho_clip, c_clip=c_clip
-    )
+    actual = vtrace(*rollouts, gae_lambda=gae_lambda)
+    returns, advantages = vtrace_reference(*rollouts, gae_lambda=gae_lambda)
     assert_equal(actual.returns, returns)
     assert_equal(actual.advantages, advantages)
 
