@@ -6,15 +6,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 import ncrl.agents.learning.learner as learner
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
@@ -243,6 +246,27 @@ def test_rollouts_of_one_worker_come_in_the_order_of_play(monkeypatch: pytest.Mo
     make_model(TickingFactory(length=1)).learn(100, callback=episodes)
     ticks = [tick for _, _, i, tick in episodes.ends if i == 0]
     assert ticks == sorted(ticks) and len(ticks) == 50
+
+
+class WithHandles(TickingFactory):
+    """A game that ends shows the handle of its simulator."""
+
+    def __call__(self, n_envs: int, seed: int) -> VecEnv:
+        class Handles(VecEnvWrapper):
+            def reset(self) -> np.ndarray:
+                return self.venv.reset()
+
+            def step_wait(self) -> tuple:
+                *answer, infos = self.venv.step_wait()
+                return *answer, [info | {"handle": threading.Lock()} for info in infos]
+
+        return Handles(super().__call__(n_envs, seed))
+
+
+def test_what_cannot_be_pickled_stays_with_the_actor(caplog: pytest.LogCaptureFixture) -> None:
+    episodes = Episodes()
+    make_model(WithHandles(length=1)).learn(20, callback=episodes)
+    assert len(episodes.ends) == 20 and warnings_of(caplog) == []
 
 
 SCRIPT = """
