@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stable_baselines3.common.logger import KVWriter, Logger
+
+from ncrl.agents import A3C
+from ncrl.envs import key_and_door
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPLAINED = ("quickstart", "neurocoder", "exploration", "injection", "sb3")
@@ -57,6 +61,37 @@ def test_the_bonus_of_the_example_begins() -> None:
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(example, str(page), "exec"), names)
     assert "int_reward" in names["model"].learner.explored
+
+
+@pytest.mark.parametrize(
+    ("policy", "env", "options"),
+    [
+        ("NeurocoderMlpLstmPolicy", key_and_door(length=3), {"intrinsic_reward": "snd"}),
+        ("MlpPolicy", "Pendulum-v1", {"policy_kwargs": {"head": "moe"}}),
+    ],
+    ids=["exploring", "plain"],
+)
+def test_the_page_of_curves_names_what_is_drawn(policy: str, env: Any, options: Any) -> None:
+    """And nothing else, but for what only some environments tell or only a fault shows."""
+    if "intrinsic_reward" in options:
+        options = {"intrinsic_kwargs": {"warmup_timesteps": 20}, **options}
+    drawn: set[str] = set()
+
+    class Curves(KVWriter):
+        def write(self, key_values: dict[str, Any], *_: Any) -> None:
+            drawn.update(key_values)
+
+    model = A3C(policy, env, n_workers=1, n_envs=4, profile=True, device="cpu", seed=0, **options)
+    model.set_logger(Logger(None, [Curves()]))
+    model.learn(3_000, log_interval=10)
+    page = (ROOT / "docs" / "curves.md").read_text("utf-8")
+    named = set(re.findall(r"`(\w+/[\w/<>]+)`", page))
+    drawn = {re.sub(r"^(profile/\w+/)\w+", r"\1<phase>", name) for name in drawn}
+    heads = r"^(neurocoder/(?!residual|slot)\w+)/(?:actor|critic)"
+    drawn = {re.sub(heads, r"\1", name) for name in drawn}
+    assert drawn <= named
+    rare = {"rollout/success_rate", "train/std", "train/balance_loss"}
+    assert policy == "MlpPolicy" or named - drawn == rare
 
 
 @pytest.mark.parametrize("page", TIDY, ids=lambda page: str(page.relative_to(ROOT)))

@@ -164,23 +164,20 @@ def actor_critic_loss(
         "policy_loss": policy_gradient_loss(evaluation.log_prob, advantages),
         "value_loss": value_loss(values, returns.returns),
         "entropy_loss": entropy_loss(evaluation.entropy),
-        "orthogonality_loss": _beside(values, orthogonal_loss(policy)),
-        "balance_loss": _beside(values, balance_loss(gates)),
     }
+    of_heads = {"orthogonality_loss": orthogonal_loss(policy), "balance_loss": balance_loss(gates)}
+    # Without such heads it is a constant 0, which would be no curve.
+    terms |= {name: term.to(values) for name, term in of_heads.items() if term.requires_grad}
     # The balance loss is about the batch, and its usual coefficient is made for a mean.
-    total = (
-        values.numel()
-        * (
-            terms["policy_loss"]
-            + objective.vf_coef * terms["value_loss"]
-            + objective.ent_coef * terms["entropy_loss"]
-            + FLOOR_COEF * below_floor(-terms["entropy_loss"], objective.entropy_floor, fades=fades)
-            + objective.balance_coef * terms["balance_loss"]
-            + objective.vf_coef * exploration.get("int_value_loss", none)
-            + objective.imitation_coef * again * exploration.get("imitation_loss", none)
-        )
-        + objective.orth_coef * terms["orthogonality_loss"]
-    )
+    total = values.numel() * (
+        terms["policy_loss"]
+        + objective.vf_coef * terms["value_loss"]
+        + objective.ent_coef * terms["entropy_loss"]
+        + FLOOR_COEF * below_floor(-terms["entropy_loss"], objective.entropy_floor, fades=fades)
+        + objective.balance_coef * terms.get("balance_loss", none)
+        + objective.vf_coef * exploration.get("int_value_loss", none)
+        + objective.imitation_coef * again * exploration.get("imitation_loss", none)
+    ) + objective.orth_coef * terms.get("orthogonality_loss", none)
     explained = {"explained_variance": explained_variance(values.detach(), returns.returns)}
     return Loss(total, exploration | terms | explained, evaluation, kept_state)
 
@@ -257,13 +254,6 @@ def rewards_in_loss(rewards: Tensor, objective: Objective) -> Tensor:
     if objective.reward_clip is not None:
         rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
     return rewards
-
-
-def _beside(values: Tensor, term: Tensor) -> Tensor:
-    """A term of the loss on the device of the values; a constant 0 is not copied there."""
-    if term.device == values.device:
-        return term
-    return term.to(values.device) if term.requires_grad else torch.zeros_like(values[0, 0])
 
 
 @contextmanager

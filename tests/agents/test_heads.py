@@ -134,8 +134,11 @@ def test_the_balance_loss_has_a_gradient_of_its_own() -> None:
     assert not gradients[0].any() and gradients[1].any()
 
 
-def test_other_heads_have_no_balance_loss() -> None:
-    assert loss_of(trained("film")).scalars["balance_loss"].item() == 0.0
+@pytest.mark.parametrize("head", ["linear", "film"])
+def test_other_heads_have_no_curve_of_these_losses(head: str) -> None:
+    model = trained(head)
+    assert not {"orthogonality_loss", "balance_loss"} & loss_of(model).scalars.keys()
+    assert not {"train/orthogonality_loss", "train/balance_loss"} & set(model.logger.name_to_value)
 
 
 def test_the_coefficient_is_an_argument_and_the_loss_is_logged() -> None:
