@@ -181,7 +181,7 @@ class A3C(EngineAlgorithm):
             self.n_workers = n_workers
             self.env_factory = env_sources.as_factory(env)  # type: ignore[arg-type]
             arguments.tell_meaning(env, self.env_factory, verbose)
-            played = self._played_by(self.env_factory, n_envs)
+            played = self._played_by(self.env_factory, n_envs, self.games_seed)
         else:
             env_sources.check_object(env)
             arguments.check_serial(n_workers or 0, n_envs, env)

@@ -166,12 +166,12 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
     # Environments.
 
-    def _played_by(self, factory: EnvFactory, n_envs: int) -> VecEnv:
+    def _played_by(self, factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
         """What SB3 takes for the environment of a model whose environments a factory builds."""
         check_workers(self.n_workers, n_envs)
         if self.n_workers:
             return RemoteEnvs(factory, n_envs)
-        return RecordedEnv(build(factory, n_envs, self.games_seed), self.games_seed)
+        return RecordedEnv(build(factory, n_envs, seed), seed)
 
     def set_env(self, env: GymEnv | str | EnvFactory, force_reset: bool = True) -> None:
         """As in SB3; also takes an id or a factory, which is played as before, by workers or not.
@@ -181,7 +181,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         factory, n_workers = self.env_factory, self.n_workers
         if is_factory(env):
             factory = as_factory(env)  # type: ignore[arg-type]
-            env = self._played_by(factory, self.n_envs)
+            env = self._played_by(factory, self.n_envs, self.next_games_seed)
             force_reset = True  # it was never reset
         elif env is not self.env:
             check_object(env)

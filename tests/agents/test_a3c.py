@@ -751,6 +751,18 @@ def test_a_daemonic_process_is_told_that_it_starts_no_workers(
         model.learn(20)
 
 
+def test_games_of_a_loaded_model_do_not_repeat_those_that_it_has_played(tmp_path: Path) -> None:
+    seeds = []
+
+    def factory(n_envs: int, seed: int) -> VecEnv:
+        seeds.append(seed)
+        return masked_cartpole()(n_envs, seed)
+
+    make_model(factory).learn(10).save(tmp_path / "model")
+    A3C.load(tmp_path / "model", env=factory, device="cpu").learn(10)
+    assert len(set(seeds)) == 2
+
+
 def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
 
