@@ -82,7 +82,7 @@ class RunConfig:
     )
     games: int | None = setting(
         None,
-        "games of all workers (default: 8 each; 16 with --workers but no GPU; 64 with a bonus)",
+        "games of all workers (default: 16, or 8 each if that is more; with a bonus about 64)",
         low=1,
         high=16_384,
     )

@@ -39,7 +39,7 @@ from ncrl.agents.playing.supervision import (
     WorkerError,
 )
 from ncrl.agents.playing.weights import fill, flatten
-from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played, in_small_parts
+from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played, picklable
 from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.shell.hardware import keep_freed_memory
 
@@ -143,8 +143,7 @@ class Actor:
             self._is_broken = True
             return result
         played, infos = result
-        # As a process tells them: without what cannot be pickled.
-        infos = [info for part in in_small_parts(infos) for info in part]
+        infos = [(row, i, picklable(info)) for row, i, info in infos]
         return played, infos, block.numpy()
 
 

@@ -195,7 +195,7 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
             connection.send(Ready())
             continue
         played, infos = result
-        for part in in_small_parts(infos):
+        for part in _in_small_parts(infos):
             # By value, where a class is defined in the user's script or notebook.
             connection.send_bytes(cloudpickle.dumps(part))
         connection.send(played)
@@ -283,7 +283,7 @@ def tail_of_traceback() -> str:
     return traceback.format_exc()[-MESSAGE_BYTES:]
 
 
-def in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
+def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
     """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe: who is stopped
     between two writes would leave the parent waiting. A larger info loses its large entries, and
     one that cannot be pickled those that cannot."""
@@ -301,6 +301,13 @@ def in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
         size += length
     if part:
         yield part
+
+
+def picklable(info: dict[str, Any]) -> dict[str, Any]:
+    """An info without the entries that cannot be pickled, if it has any."""
+    if _pickled_bytes(info) < math.inf:
+        return info
+    return {name: value for name, value in info.items() if _pickled_bytes(value) < math.inf}
 
 
 def _pickled_bytes(value: Any) -> float:

@@ -294,6 +294,9 @@ class Training:
         check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            if "fused" in group:  # the checkpoint may be older than our choice
+                group["fused"] = self.optimizer.defaults["fused"]
         self.update, self.seconds, self.curve = update, state["seconds"], state["curve"]
         self._loss_sum, self._loss_count = state["loss"]
         set_random_state(state["random"], self.run.device)

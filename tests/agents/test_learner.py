@@ -110,7 +110,7 @@ def test_scalars_are_the_terms_of_the_loss() -> None:
     assert update.stepped
     for parameter, gradient in zip(model.policy.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient * 1e-3 / norm, rtol=1e-2, atol=1e-9)
-    terms = {f"{name}_loss" for name in ("policy", "value", "entropy", "orthogonality", "balance")}
+    terms = {f"{name}_loss" for name in ("policy", "value", "entropy")}
     assert set(loss.scalars) == terms | {"explained_variance"}
     expected = {name: value.item() for name, value in loss.scalars.items()} | {"grad_norm": norm}
     assert update.scalars == pytest.approx(expected, nan_ok=True, rel=1e-5)

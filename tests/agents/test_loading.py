@@ -99,6 +99,10 @@ MODELS: dict[str, Callable[[], A3C]] = {
     ),
     "gsde": lambda: make_model("MlpPolicy", "Pendulum-v1", policy_kwargs={}, use_sde=True),
     "box": lambda: make_model("MlpPolicy", "Pendulum-v1", policy_kwargs={"log_std_init": -1.0}),
+    "moe": lambda: make_model(policy_kwargs={"head": "moe"}),
+    "nsm": lambda: make_model(policy_kwargs={"head": "nsm"}),
+    "film": lambda: make_model(policy_kwargs={"head": "film"}),
+    "hypernet": lambda: make_model(policy_kwargs={"head": "hypernet"}),
 }  # fmt: skip
 
 

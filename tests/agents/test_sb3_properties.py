@@ -525,6 +525,25 @@ def test_loaded_with_other_settings(tmp_path: Path) -> None:
     assert alone.learn(12).num_timesteps == 12
 
 
+def test_parameters_by_name() -> None:
+    model, other = (make_model("MlpPolicy", sampled(VECTORS), seed=s).learn(12) for s in (1, 2))
+    parameters = model.get_parameters()
+    assert parameters.keys() == {"policy", "policy.optimizer"}
+    other.set_parameters(parameters)
+    assert equal(weights(other), weights(model))
+    one = "action_net.bias"
+    changed = {"policy": {one: parameters["policy"][one] + 1}}
+    other.set_parameters(changed, exact_match=False)
+    for name, value in weights(other).items():
+        assert torch.equal(value, parameters["policy"][name] + (name == one))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.set_parameters({**parameters, **changed})
+    with pytest.raises(ValueError, match="Names of parameters"):
+        other.set_parameters({"policy": parameters["policy"]})
+    with pytest.raises(ValueError, match="invalid object name"):
+        other.set_parameters({**parameters, "critic": {}})
+
+
 def test_the_policy_alone_is_saved(tmp_path: Path) -> None:
     model = make_model("MultiInputPolicy", sampled(PLAIN_DICT)).learn(12)
     model.policy.save(str(tmp_path / "policy"))

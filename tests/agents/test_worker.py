@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
-from ncrl.agents.playing.worker import Games, PolicySpec, in_small_parts
+from ncrl.agents.playing.worker import Games, PolicySpec, _in_small_parts, picklable
 from ncrl.agents.profiling import OFF
 from ncrl.sb3 import MlpLstmPolicy
 from tests.agents.environments import Scripted
@@ -109,5 +109,7 @@ def test_environments_are_closed_before_they_are_built_anew() -> None:
 def test_what_cannot_be_pickled_stays_in_the_worker() -> None:
     """Such as a lock, or the handle of a simulator, in an info at the end of a game."""
     info = {"episode": {"r": 1.0, "l": 3}, "lock": threading.Lock(), "name": "x"}
-    [part] = in_small_parts([(0, 1, info), (2, 0, {"plain": 1})])
+    [part] = _in_small_parts([(0, 1, info), (2, 0, {"plain": 1})])
     assert part == [(0, 1, {"episode": {"r": 1.0, "l": 3}, "name": "x"}), (2, 0, {"plain": 1})]
+    large = {"picture": b"x" * 100_000, "lock": threading.Lock()}
+    assert picklable(large) == {"picture": large["picture"]}  # where there is no pipe

@@ -208,6 +208,16 @@ def test_sb3_contribs_interface_agrees_with_the_time_major_one(policy_class: typ
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_predicted_actions_depend_on_the_carried_state() -> None:
+    policy = make_policy(MlpLstmPolicy, spaces.Box(-9, 9, (1,), np.float32))
+    obs = random_observations(VECTORS, 2).numpy()
+    state = tuple(3 * part.numpy() for part in random_state(policy, 2))
+    carried, _ = policy.predict(obs, state, np.array([False, True]), deterministic=True)
+    fresh, _ = policy.predict(obs, deterministic=True)
+    assert abs(carried[0, 0] - fresh[0, 0]) > 1e-3
+    np.testing.assert_allclose(carried[1], fresh[1], rtol=1e-5)
+
+
 class Toy(gym.Env):
     """Random observations of a space; an episode ends after 5 steps."""
 

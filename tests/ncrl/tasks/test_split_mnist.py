@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +268,18 @@ def test_tables_with_other_settings_show_their_rows(tmp_path: Path, capsys: Any)
     first, second = values.split()
     assert "Table 1, incremental domain; epochs=1" in text
     assert f"| {first} - {second} - - |" in text
+
+
+def test_processes_share_the_runs(tmp_path: Path) -> None:
+    words = small(tmp_path, "--layer", "linear", "--method", "adam", "l2", "si")
+    command = [sys.executable, "-m", "ncrl.tasks.split_mnist", *words, "--threads", "1"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=600)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    rows = read_results(tmp_path)
+    assert len(rows) == 3
+    assert all(row.name in text for row in rows for text in said)
+    assert "".join(said).count("finished before") == 3
 
 
 def test_the_examples_of_the_documentation_run() -> None:

@@ -341,6 +341,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train(run._replace(seed=1), Toy(recipe))
 
 
+def test_a_checkpoint_does_not_choose_the_kernel_of_the_optimiser(tmp_path: Path) -> None:
+    """Older ones say that SGD with momentum was fused, which takes no layer that starts later."""
+    recipe = toy_recipe(layer="linear", optimizer="sgd", momentum=0.9)
+    run = interrupted(tmp_path, recipe)
+    path = tmp_path / CHECKPOINT_FILE
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["param_groups"][0]["fused"] = True
+    write_tensors(path, state)
+    resumed = training.Training(run, Toy(recipe))
+    resumed.resume()
+    assert not resumed.optimizer.param_groups[0]["fused"]
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[Any, tuple[Path]]:
