@@ -36,6 +36,13 @@ COMMANDS = {
 }
 """Which extra of the package each command needs, and what it does."""
 
+OF_RUNS = {
+    "resume": "--frames, --workers, --games, --learning-rate, and more",
+    "evaluate": "--episodes, --best, --deterministic, --video, --device, --seed",
+    "watch": "--best, --deterministic, --device, --seed",
+}
+"""Flags of the commands that begin with the folder of a run."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, 2 for unusable arguments."""
@@ -47,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command == "--version":
         print(f"ncrl {__version__}")
+        return 0
+    if command in OF_RUNS and words[:1] in (["-h"], ["--help"]):
+        print(f"usage: ncrl {command} RUN_DIR ...\n\n{COMMANDS[command][1]}\n")
+        print(f"Flags: {OF_RUNS[command]};\n`ncrl train --help` explains them.")
         return 0
     if command not in COMMANDS:
         usage_error("ncrl", f"unknown command {command!r}; {suggest(command, COMMANDS)}")
@@ -67,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
     """The arguments of `run_atari.py` that a command stands for."""
-    if command == "train" or words[:1] in (["-h"], ["--help"]):
+    if command == "train":
         return list(words)
     if not words or words[0].startswith("-"):
         usage_error(f"ncrl {command}", f"the folder of a run comes first: ncrl {command} RUN_DIR")

@@ -9,6 +9,7 @@ import pytest
 
 import ncrl
 from ncrl import cli
+from ncrl.agents.atari.command import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("watch r --best a.mp4", "--evaluate r --episodes 0 --video a.mp4 --best"),
         ("watch r --video a.mp4", "--evaluate r --episodes 0 --video r.mp4 --video a.mp4"),
         ("watch r --seed 3 a.gif", "--evaluate r --episodes 0 --video a.gif --seed 3"),
-        ("evaluate --help", "--help"),
+        ("train --help", "--help"),
     ],
 )
 def test_commands_are_flags_of_run_atari(
@@ -57,6 +58,18 @@ def test_the_help_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) < 80
     assert all(any(f"  {name} " in line for line in lines) for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.OF_RUNS)
+def test_the_help_of_a_command_names_its_flags(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: ncrl {command} RUN_DIR")
+    assert max(map(len, said.splitlines())) < 80
+    flags = build_parser().format_help()
+    assert all(f"  {flag} " in flags for flag in re.findall(r"--\w[\w-]*", cli.OF_RUNS[command]))
 
 
 def test_a_missing_extra_is_named(
