@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +28,8 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+
+from ncrl.checks import require_positive
 
 if TYPE_CHECKING:  # loaded where it is used: heavy, and under the GPL
     from ale_py import Action, ALEInterface
@@ -133,10 +134,7 @@ class AtariFactory:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                    raise ValueError(
-                        f"{field.name} must be an integer of at least 1, got {value!r}"
-                    )
+                require_positive(field.name, value)
                 object.__setattr__(self, field.name, int(value))
 
     def __call__(self, n_envs: int, seed: int) -> "AtariVecEnv":

@@ -7,7 +7,6 @@ Each function returns a picklable factory, called like that of `ncrl.envs.atari`
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +14,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
+
+from ncrl.checks import require_positive
 
 ResetReturn = tuple[np.ndarray, dict[str, Any]]
 StepReturn = tuple[np.ndarray, float, bool, bool, dict[str, Any]]
@@ -62,7 +63,8 @@ def remember(*, delay: int = 5, n_cues: int = 2) -> GymFactory:
 
     The best return is 1; without memory it is 1 / n_cues on average.
     """
-    _check(delay=delay, n_cues=n_cues)
+    require_positive("delay", delay)
+    require_positive("n_cues", n_cues)
     return GymFactory(partial(Remember, delay, n_cues))
 
 
@@ -71,7 +73,7 @@ def light(*, n_actions: int = 4, max_steps: int = 50) -> GymFactory:
 
     The best return is `max_steps`; that of chance is max_steps / n_actions on average.
     """
-    _check(n_actions=n_actions)
+    require_positive("n_actions", n_actions)
     if n_actions > Light.SIZE:
         raise ValueError(f"n_actions must be at most {Light.SIZE}, got {n_actions}")
     return _limited(Light, max_steps, n_actions)
@@ -82,23 +84,17 @@ def key_and_door(*, length: int = 21, max_steps: int = 64) -> GymFactory:
 
     The best return is 1. Chance opens the door in about one of ten thousand episodes.
     """
-    _check(length=length)
+    require_positive("length", length)
     return _limited(KeyAndDoor, max_steps, length)
 
 
 def _limited(kind: Callable[..., gym.Env], max_steps: int, *sizes: int) -> GymFactory:
-    _check(max_steps=max_steps)
+    require_positive("max_steps", max_steps)
     return GymFactory(partial(_make_limited, kind, int(max_steps), *sizes))
 
 
 def _make_limited(kind: Callable[..., gym.Env], max_steps: int, *sizes: int) -> gym.Env:
     return gym.wrappers.TimeLimit(kind(*sizes), max_steps)
-
-
-def _check(**sizes: Any) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 class KeyAndDoor(gym.Env):

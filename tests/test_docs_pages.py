@@ -25,14 +25,17 @@ PRINTED = {
     "docs/sb3.md-4": r"\d+ \+- \d+ of 500\n\[ True  True  True  True\]",
 }
 """What the last lines say, of programs that print what their pages do not show."""
+
+
+def examples(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
 PROGRAMS = [
     pytest.param(program, PRINTED.get(f"{page}-{number}"), id=f"{page}-{number}")
     for page in WITH_EXAMPLES
-    for number, program in enumerate(
-        re.findall(
-            r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S
-        )
-    )
+    for number, program in enumerate(examples(page))
 ]
 
 
@@ -57,25 +60,26 @@ def test_an_example_runs_and_prints_what_it_says(
 
 
 def test_the_bonus_of_the_example_begins() -> None:
-    page = ROOT / "docs" / "exploration.md"
-    example, *_ = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    example, *_ = examples("docs/exploration.md")
     names: dict[str, Any] = {"__name__": "example"}
-    exec(compile(example, str(page), "exec"), names)
+    exec(example, names)
     assert "int_reward" in names["model"].learner.explored
 
 
 @pytest.mark.parametrize(
     ("policy", "env", "options"),
     [
-        ("NeurocoderMlpLstmPolicy", key_and_door(length=3), {"intrinsic_reward": "snd"}),
+        (
+            "NeurocoderMlpLstmPolicy",
+            key_and_door(length=3),
+            {"intrinsic_reward": "snd", "intrinsic_kwargs": {"warmup_timesteps": 20}},
+        ),
         ("MlpPolicy", "Pendulum-v1", {"policy_kwargs": {"head": "moe"}}),
     ],
     ids=["exploring", "plain"],
 )
 def test_the_page_of_curves_names_what_is_drawn(policy: str, env: Any, options: Any) -> None:
     """And nothing else, but for what only some environments tell or only a fault shows."""
-    if "intrinsic_reward" in options:
-        options = {"intrinsic_kwargs": {"warmup_timesteps": 20}, **options}
     drawn: set[str] = set()
 
     class Curves(KVWriter):
