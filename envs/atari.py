@@ -29,7 +29,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
-from ncrl.checks import require_positive
+from ncrl.envs.checks import positive_integer
 
 if TYPE_CHECKING:  # loaded where it is used: heavy, and under the GPL
     from ale_py import Action, ALEInterface
@@ -134,8 +134,7 @@ class AtariFactory:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                require_positive(field.name, value)
-                object.__setattr__(self, field.name, int(value))
+                object.__setattr__(self, field.name, positive_integer(field.name, value))
 
     def __call__(self, n_envs: int, seed: int) -> "AtariVecEnv":
         """`n_envs` games in this process, at least 1; game i plays from seed `seed + i`."""

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
-from ncrl.checks import require_positive
+from ncrl.envs.checks import positive_integer
 
 ResetReturn = tuple[np.ndarray, dict[str, Any]]
 StepReturn = tuple[np.ndarray, float, bool, bool, dict[str, Any]]
@@ -63,8 +63,8 @@ def remember(*, delay: int = 5, n_cues: int = 2) -> GymFactory:
 
     The best return is 1; without memory it is 1 / n_cues on average.
     """
-    require_positive("delay", delay)
-    require_positive("n_cues", n_cues)
+    positive_integer("delay", delay)
+    positive_integer("n_cues", n_cues)
     return GymFactory(partial(Remember, delay, n_cues))
 
 
@@ -73,7 +73,7 @@ def light(*, n_actions: int = 4, max_steps: int = 50) -> GymFactory:
 
     The best return is `max_steps`; that of chance is max_steps / n_actions on average.
     """
-    require_positive("n_actions", n_actions)
+    positive_integer("n_actions", n_actions)
     if n_actions > Light.SIZE:
         raise ValueError(f"n_actions must be at most {Light.SIZE}, got {n_actions}")
     return _limited(Light, max_steps, n_actions)
@@ -84,13 +84,13 @@ def key_and_door(*, length: int = 21, max_steps: int = 64) -> GymFactory:
 
     The best return is 1. Chance opens the door in about one of ten thousand episodes.
     """
-    require_positive("length", length)
+    positive_integer("length", length)
     return _limited(KeyAndDoor, max_steps, length)
 
 
 def _limited(kind: Callable[..., gym.Env], max_steps: int, *sizes: int) -> GymFactory:
-    require_positive("max_steps", max_steps)
-    return GymFactory(partial(_make_limited, kind, int(max_steps), *sizes))
+    steps = positive_integer("max_steps", max_steps)
+    return GymFactory(partial(_make_limited, kind, steps, *sizes))
 
 
 def _make_limited(kind: Callable[..., gym.Env], max_steps: int, *sizes: int) -> gym.Env:
