@@ -246,6 +246,7 @@ class A3C(EngineAlgorithm):
 
     def _check_arguments(self) -> None:
         arguments.check_cluster(self.cluster, self.n_workers)
+        arguments.check_limits(self.limits)
         self.n_steps = arguments.whole_number("n_steps", self.n_steps)
         arguments.check_numbers(
             self._objective(), self.n_steps, self.max_grad_norm, self.learning_rate

@@ -18,6 +18,7 @@ from ncrl import sb3
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing import sizes
 from ncrl.agents.playing.env_sources import EnvFactory
+from ncrl.agents.playing.supervision import Limits
 from ncrl.checks import require_range
 from ncrl.envs import AtariFactory
 from ncrl.sb3 import EnginePolicy
@@ -104,6 +105,14 @@ def check_cluster(cluster: str | None, n_workers: int) -> None:
         raise ValueError(
             f"cluster={cluster!r} needs workers: n_workers of at least 1, and an env that they can "
             "build, a Gymnasium id or a factory"
+        )
+
+
+def check_limits(limits: Any) -> None:
+    """Raise ValueError for limits of the workers that are none."""
+    if not isinstance(limits, Limits):
+        raise ValueError(
+            f"limits must be an ncrl.agents.Limits, such as Limits(max_restarts=9), got {limits!r}"
         )
 
 

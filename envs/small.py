@@ -23,10 +23,20 @@ StepReturn = tuple[np.ndarray, float, bool, bool, dict[str, Any]]
 
 @dataclass(frozen=True)
 class GymFactory:
-    """Vector environments of one Gymnasium environment; picklable if `make` is."""
+    """Vector environments of one Gymnasium environment; picklable if `make` is.
+
+    Raises ValueError if `make` cannot be called.
+    """
 
     make: Callable[[], gym.Env]
     """Builds one environment. It must draw every random number from the seed given to `reset`."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.make):
+            raise ValueError(
+                f"make must be a function that builds an environment, got {self.make!r}; "
+                "for an id: functools.partial(gymnasium.make, id)"
+            )
 
     def __call__(self, n_envs: int, seed: int) -> VecEnv:
         """`n_envs` environments in this process; number i plays from seed `seed + i`.

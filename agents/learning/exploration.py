@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -207,13 +208,13 @@ class Exploration(nn.Module):
         before, following = obs[:-1].flatten(0, 1), obs[1:].flatten(0, 1)
         steps = max(1, len(following) // TIMESTEPS_PER_STEP)
         parts = list(zip(before.chunk(steps), following.chunk(steps), strict=True))
-        learnt: dict[str, Tensor] = {}
+        learnt: Mapping[str, Tensor | float] = {}
         if self.num_timesteps > self.warmup_timesteps or not isinstance(self.source, RND):
             for part in parts:
                 learnt = self.source.learn(*part)
         for _, seen in parts:
             self.source.watch(seen)
-        return learnt
+        return {name: torch.as_tensor(x, device=obs.device) for name, x in learnt.items()}
 
     def observe_advantages(self, deviation: float) -> None:
         """Take in the deviation of the intrinsic advantages of an update."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +51,7 @@ class IntrinsicReward(nn.Module, ABC):
         """
 
     @abstractmethod
-    def learn(self, obs: Tensor, next_obs: Tensor) -> dict[str, Tensor]:
+    def learn(self, obs: Tensor, next_obs: Tensor) -> Mapping[str, Tensor | float]:
         """Learn from N transitions; returns scalars for the log.
 
         Args:

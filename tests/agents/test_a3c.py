@@ -633,6 +633,11 @@ def test_keywords_of_infos_are_a_sequence_of_names(keywords: Any) -> None:
         make_model(info_keywords=keywords)
 
 
+def test_limits_are_no_dict() -> None:
+    with pytest.raises(ValueError, match=r"ncrl\.agents\.Limits.*'max_restarts': 9"):
+        make_model(limits={"max_restarts": 9})
+
+
 def test_infos_that_are_asked_for_come_with_every_timestep() -> None:
     class Ticks(BaseCallback):
         ticks: ClassVar[list[int]] = []

@@ -582,9 +582,9 @@ class Visits(IntrinsicReward):
     def score(self, obs: Tensor) -> Tensor:
         return 1 / (1 + obs @ self.visits)
 
-    def learn(self, obs: Tensor, next_obs: Tensor) -> dict[str, Tensor]:
+    def learn(self, obs: Tensor, next_obs: Tensor) -> dict[str, Tensor | float]:
         self.visits += next_obs.sum(0)
-        return {"own_loss": self.visits.mean()}
+        return {"own_loss": self.visits.mean(), "largest": float(self.visits.max())}
 
 
 def state_of(model: A3C) -> dict[str, Any]:

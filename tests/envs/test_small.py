@@ -8,7 +8,7 @@ import pytest
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 
-from ncrl.envs import key_and_door, light, masked_cartpole, remember
+from ncrl.envs import GymFactory, key_and_door, light, masked_cartpole, remember
 from ncrl.envs.small import KeyAndDoor
 
 FACTORIES = [masked_cartpole(), remember(delay=3, n_cues=3), light(max_steps=10)]
@@ -55,6 +55,11 @@ def test_spaces_hold_what_is_observed_and_episodes_are_monitored(factory):
         assert env.observation_space.contains(observation)
     with pytest.raises(ValueError, match="n_envs"):
         factory(0, 0)
+
+
+def test_an_id_is_no_function_that_builds_an_environment():
+    with pytest.raises(ValueError, match=r"'CartPole-v1'.*functools\.partial"):
+        GymFactory("CartPole-v1")
 
 
 def test_masked_cartpole_shows_position_and_angle_only():

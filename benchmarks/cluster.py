@@ -1,7 +1,7 @@
 """CPU time per timestep of worker processes, Ray actors and RLlib's IMPALA, in turn. Run by hand:
 
-PYTHONPATH=. OMP_NUM_THREADS=1 python tests/cluster/costs.py [ROUNDS SECONDS]
-PYTHONPATH=. OMP_NUM_THREADS=1 python tests/cluster/costs.py receiving
+PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/cluster.py [ROUNDS SECONDS]
+PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/cluster.py receiving
 
 The same work everywhere: Pong, `NeurocoderCnnLstmPolicy`, 2 workers of 8 games, 20 timesteps in a
 rollout, 160 in an update on the CPU. What counts is the time of all processes between two reports
@@ -105,12 +105,11 @@ def receiving() -> None:
 
     join_ray()
 
-    @ray.remote(num_cpus=0)
     class Sender:
         def send(self, size: int) -> Any:
             return np.zeros(size, np.uint8)
 
-    senders = [Sender.remote() for _ in range(2)]
+    senders = [ray.remote(num_cpus=0)(Sender).remote() for _ in range(2)]
     for pending, size in ((2, BLOCK), (100, BLOCK), (1000, BLOCK), (2, 2 * BLOCK)):
         calls = [senders[i % 2].send.remote(size) for i in range(pending)]
         place, began = np.empty(size, np.uint8), 0.0
@@ -150,10 +149,11 @@ def measure(engine: str, seconds: int) -> None:
         if played > UNDER_WAY:
             first = first or now
         if first and now[2] - first[2] > seconds:
-            played, learnt, wall, cpu = (b - a for a, b in zip(first, now, strict=True))
+            timesteps, trained, wall, cpu = (b - a for a, b in zip(first, now, strict=True))
             print(
-                f"{engine}: {1000 * cpu / played:.2f} ms of CPU per timestep, {played / wall:.0f} "
-                f"timesteps/s at {cpu / wall:.2f} cores, {learnt / played:.0%} learnt from",
+                f"{engine}: {1000 * cpu / timesteps:.2f} ms of CPU per timestep, "
+                f"{timesteps / wall:.0f} timesteps/s at {cpu / wall:.2f} cores, "
+                f"{trained / timesteps:.0%} learnt from",
                 flush=True,
             )
             break
