@@ -1,14 +1,14 @@
-"""What the benchmarks share: the model they run, the machine they run on, targets and verdicts."""
+"""What the benchmarks share: the model they run, the machine they run on, tables and times."""
 
 from __future__ import annotations
 
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import ale_py
 import gymnasium
@@ -125,30 +125,3 @@ def medians(
     while not times or time.monotonic() < until:
         times.append([timed(function) for function in functions])
     return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-class Target(NamedTuple):
-    """What was measured beside what is good enough."""
-
-    name: str
-    measured: float
-    most: float  # that is good enough
-    unit: str = ""
-
-    @property
-    def failed(self) -> bool:
-        """Whether it is more than good enough; NaN is."""
-        return not self.measured <= self.most
-
-
-def print_targets(targets: Sequence[Target]) -> None:
-    """The table of verdicts."""
-    print_header("target", "measured", "wanted", "met")
-    for target in targets:
-        measured, most = (_in_unit(v, target.unit) for v in (target.measured, target.most))
-        print_row(target.name, measured, f"<= {most}", "no" if target.failed else "yes")
-
-
-def _in_unit(value: float, unit: str) -> str:
-    number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
-    return f"{number} {unit}".rstrip()

@@ -3,8 +3,6 @@
 python benchmarks/tasks.py                            # every row, one thread, 10 seconds each
 python benchmarks/tasks.py --only mlp lenet           # rows whose name contains one of these
 python benchmarks/tasks.py --all                      # the other layers as well
-python benchmarks/tasks.py --only split --runs ewc    # and whole runs of it: many minutes
-python benchmarks/tasks.py --check                    # exit status 1 if a target is missed
 
 A step is what `ncrl.tasks` does between two evaluations: batch, forward, all losses, backward,
 optimiser. All layers' steps are taken in turn, so that a busy machine meets them alike. What the
@@ -14,15 +12,13 @@ data shows does not change the time, so images are random.
 from __future__ import annotations
 
 import argparse
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import Target, machine, medians, print_header, print_row, print_targets
+from common import machine, medians, print_header, print_row
 
 from ncrl.layers import LAYERS
 from ncrl.shell.hardware import keep_freed_memory
@@ -36,13 +32,12 @@ from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.experiment import recipe_of
-from ncrl.tasks.split_mnist.tables import METHODS, Cell
-from ncrl.tasks.training import Run, Training, train
+from ncrl.tasks.split_mnist.tables import Cell
+from ncrl.tasks.training import Run, Training
 
 CPU = torch.device("cpu")
 SPLIT_MNIST = "split MNIST"
 TASK_SIZES = (12665, 12089, 11263, 12183, 11800)  # training images of the five tasks of MNIST
-MOST_SECONDS = 60.0  # for a whole run of any method
 PLAIN, CODED = ("linear", "mlp"), ("neurocoder", "paper", "official")  # layers that are compared
 
 
@@ -73,12 +68,11 @@ def cifar(recipe: Recipe, seed: int, _device: torch.device) -> Experiment:
     return Classification(recipe, data, seed)
 
 
-def split_mnist(recipe: Any, seed: int, _device: torch.device, scale: float = 1.0) -> SplitLearning:
-    """As many random images as MNIST's tasks have, or a share, and a sixth for testing."""
+def split_mnist(recipe: Any, seed: int, _device: torch.device) -> Experiment:
+    """As many random images as MNIST's tasks have, and a sixth for testing."""
     tasks = []
-    for size in (max(2, int(scale * whole)) for whole in TASK_SIZES):
-        counts = size, max(1, size // 6)
-        (x, y), test = ((torch.randn(n, 1024), torch.randint(2, (n,))) for n in counts)
+    for size in TASK_SIZES:
+        (x, y), test = ((torch.randn(n, 1024), torch.randint(2, (n,))) for n in (size, size // 6))
         tasks.append(Task(x, y, *test))
     return SplitLearning(recipe, tasks, "random", seed)
 
@@ -101,11 +95,6 @@ def main() -> None:
     add("--cpu-time", action="store_true", help="of this process, where others are at work as well")
     add("--only", nargs="+", default=[""], help="parts of names of rows")
     add("--all", action="store_true", help="the other layers as well")
-    add("--check", action="store_true", help="exit with 1 if a target is missed")
-    add("--runs", nargs="*", choices=METHODS, help="whole runs of split MNIST, of all methods")
-    add("--columns", nargs="+", choices=tables.LAYERS, default=tables.LAYERS, help="of the runs")
-    add("--epochs", type=int, help="of the runs, in place of the recipe's 4")
-    add("--scale", type=float, default=1.0, help="share of the images, for the runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as the commands do
@@ -117,17 +106,12 @@ def main() -> None:
     clock = "CPU time" if arguments.cpu_time else "wall clock"
     said = f"{arguments.threads} thread(s), {clock}, median of {arguments.seconds:g} s a row"
     print(f"{machine()}, {said}\n")
-    print_header("training step", "batch", "layer", "ms", "beside plain")
-    targets = [target for row in chosen for target in measure(row, arguments)]
-    if arguments.runs is not None:
-        targets += measure_runs(arguments)
-    print()
-    print_targets(targets)
-    if arguments.check and any(target.failed for target in targets):
-        sys.exit(1)
+    print_header("training step", "batch", "layer", "ms", "beside plain", "wanted")
+    for row in chosen:
+        measure(row, arguments)
 
 
-def measure(row: Row, arguments: argparse.Namespace) -> list[Target]:
+def measure(row: Row, arguments: argparse.Namespace) -> None:
     """Print the time of every layer's step."""
     steps, batches = {}, {}
     for layer, recipe in row.recipes().items():
@@ -141,31 +125,8 @@ def measure(row: Row, arguments: argparse.Namespace) -> list[Target]:
     times = dict(zip(steps, medians(arguments.seconds, *steps.values(), clock=clock), strict=True))
     plain = next(times[layer] for layer in PLAIN if layer in times)
     for layer, ms in times.items():
-        print_row(row.name, batches[layer], layer, f"{ms:.3g}", f"{ms / plain:.2f}")
-    coded = [layer for layer in CODED if layer in times]
-    return [Target(f"step of {row.name}, {x}", times[x] / plain, row.most) for x in coded]
-
-
-def measure_runs(arguments: argparse.Namespace) -> list[Target]:
-    """Print the seconds of whole runs, with their evaluations and Fisher information."""
-    methods = arguments.runs or list(METHODS)
-    flags = {} if arguments.epochs is None else {"epochs": arguments.epochs}
-    print()
-    print_header("whole run, s", *methods)
-    targets = []
-    for layer in arguments.columns:
-        seconds = []
-        for method in methods:
-            recipe = recipe_of(Cell("domain", method, layer), flags).recipe
-            torch.manual_seed(0)
-            experiment = split_mnist(recipe, 0, CPU, arguments.scale)
-            with tempfile.TemporaryDirectory() as folder:
-                run = Run("split_mnist", layer, recipe, 0, CPU, Path(folder))
-                seconds.append(train(run, experiment).seconds)
-        print_row(layer, *(f"{s:.1f}" for s in seconds))
-        name = f"run of {layer}, slowest method ({methods[seconds.index(max(seconds))]})"
-        targets.append(Target(name, max(seconds), MOST_SECONDS, unit="s"))
-    return targets
+        wanted = f"<= {row.most:.2f}" if layer in CODED else ""
+        print_row(row.name, batches[layer], layer, f"{ms:.3g}", f"{ms / plain:.2f}", wanted)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ncrl.agents.playing.sizes import available_cores
-from ncrl.tasks.split_mnist.tables import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -84,36 +83,25 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert throughput.median_ratio([2.0, 9.0, 40.0], [1.0, 3.0, 10.0]) == 3.0
 
 
-def test_soak_prints_samples_and_a_verdict() -> None:
+def test_soak_prints_samples_and_their_medians_early_and_late() -> None:
     tiny = ("--minutes", "0.05", "--interval", "0.5", "--n-envs", "2", "--workers", "1")
     done = run_script("soak.py", *tiny, "--device", "cpu")
-    # Growth over seconds of warming up says nothing, so either verdict will do.
-    assert done.returncode in (0, 1), done.stderr
-    assert "Verdict: " in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
     assert len(table_rows(done.stdout, "0.")) >= 2
-    assert len(table_rows(done.stdout, "growth of ")) == 5
+    for part in ("first third", "last third"):
+        (row,) = table_rows(done.stdout, part)
+        assert row.count("|") == 7 and "nan" not in row
 
 
 def test_tasks_prints_steps_and_targets() -> None:
     done = run_script("tasks.py", "--seconds", "0", "--only", "mlp", "J = 5", "--cpu-time")
     assert done.returncode == 0, done.stderr
     for name in ("CIFAR MLP", "polynomial GRU, J = 5"):
-        layers = [row.split(" | ")[2] for row in table_rows(done.stdout, name)]
-        assert layers == ["linear", "neurocoder"]
-    assert len(table_rows(done.stdout, "step of ")) == 2 and "nan" not in done.stdout
+        plain, coded = (row.strip("| ").split(" | ") for row in table_rows(done.stdout, name))
+        assert (plain[2], coded[2]) == ("linear", "neurocoder")
+        assert coded[-1].startswith("<= ") and "nan" not in coded
     done = run_script("tasks.py", "--only", "resnet")
     assert done.returncode == 2 and "CIFAR LeNet" in done.stderr
-
-
-def test_tasks_prints_runs_of_all_methods_of_the_tables() -> None:
-    tiny = ("--seconds", "0", "--epochs", "1", "--scale", "0.002", "--columns", "mlp", "rank 1")
-    done = run_script("tasks.py", "--only", "split", *tiny, "--runs")
-    assert done.returncode == 0, done.stderr
-    (header,) = table_rows(done.stdout, "whole run, s")
-    assert header.strip("| ").split(" | ")[1:] == list(METHODS)
-    for name in ("mlp", "rank 1"):
-        (row,) = table_rows(done.stdout, name)
-        assert len(row.strip("| ").split(" | ")) == 1 + len(METHODS)
 
 
 def test_layer_prints_ratios() -> None:
