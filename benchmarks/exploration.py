@@ -20,6 +20,9 @@ from ncrl.agents.learning.intrinsic import SOURCES, make_source
 from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.envs import AtariPlayer, atari
 
+TIMESTEPS = 12_000  # of random play
+STEPS = 300  # of a source, on 640 of these each
+
 X, Y, ROOM, ITEMS, KEY = 42, 43, 3, 65, 67
 """Bytes of the emulator's memory: where the player stands, the room, what he carries, and whether
 the key still hangs in the first room. Written here alone, to show a place; no agent reads them."""
@@ -43,20 +46,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     kept = commands.add_parser("kept", help="likelihood of the kept actions under the last weights")
     kept.add_argument("run", type=Path)
-    places = commands.add_parser("places", help="bonus of places, in that of the usual ones")
-    places.add_argument("--timesteps", type=int, default=12_000, help="of random play")
-    places.add_argument("--steps", type=int, default=300, help="of the source, on 640 of them each")
+    commands.add_parser("places", help="bonus of places, in that of the usual ones")
     options = parser.parse_args()
     if options.command == "places":
-        print_places(options.timesteps, options.steps)
+        print_places()
     else:
         print_kept(options.run)
 
 
-def print_places(timesteps: int, steps: int) -> None:
+def print_places() -> None:
     """Train every source on random play, which stays in the first room and hardly ever gets to its
     left; print the bonus of `PLACES` over the median of random play."""
-    play = random_play(timesteps)
+    play = random_play()
     shown = {name: frames_at(memory) for name, memory in PLACES.items()}
     space = spaces.Box(0, 255, tuple(play.shape[1:]), np.uint8)
     columns = {}
@@ -64,7 +65,7 @@ def print_places(timesteps: int, steps: int) -> None:
         torch.manual_seed(0)
         source = make_source(name, space)
         source.watch(play)
-        for _ in range(steps):
+        for _ in range(STEPS):
             chosen = torch.randint(len(play) - 1, (640,))
             source.learn(play[chosen], play[chosen + 1])
         median = torch.cat([source.score(part) for part in play.split(1000)]).median()
@@ -101,12 +102,12 @@ def print_kept(run: Path) -> None:
         print_row(depth, len(rows), timesteps, *(f"{mean:.2f}" for mean in means))
 
 
-def random_play(timesteps: int) -> Tensor:
-    """Frames of uniformly random actions, [timesteps, 1, 84, 84]."""
+def random_play() -> Tensor:
+    """Frames of uniformly random actions, [TIMESTEPS, 1, 84, 84]."""
     player = AtariPlayer(atari("MontezumaRevenge", protocol="machado"), seed=0)
     random = np.random.default_rng(0)
     frames, over = [], True
-    for _ in range(timesteps):
+    for _ in range(TIMESTEPS):
         if over:
             player.reset()
         obs, _, over, _ = player.step(int(random.integers(18)))

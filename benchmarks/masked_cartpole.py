@@ -13,7 +13,6 @@ import numpy as np
 from common import print_header, print_row
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import A3C
@@ -35,9 +34,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--policy", default="NeurocoderMlpLstmPolicy")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--timesteps", type=int, default=300_000)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--logdir", help="folder of TensorBoard curves")
     arguments = parser.parse_args()
     columns = "policy", "seed", "timesteps", "training games (100)", "100 new games", "seconds"
     print_header(*columns)
@@ -45,7 +41,7 @@ def main() -> None:
         model = A3C(
             arguments.policy,
             masked_cartpole(),
-            n_workers=arguments.workers,
+            n_workers=2,
             n_envs=16,
             batch_size=80,
             gamma=0.98,
@@ -58,11 +54,8 @@ def main() -> None:
             seed=seed,
             device="cpu",
         )
-        if arguments.logdir:
-            folder = f"{arguments.logdir}/{arguments.policy}-{seed}"
-            model.set_logger(configure(folder, ["csv", "tensorboard"]))
         started = time.monotonic()
-        model.learn(arguments.timesteps, callback=UntilSolved(), log_interval=20)
+        model.learn(300_000, callback=UntilSolved())
         seconds = time.monotonic() - started
         trained = np.mean([game["r"] for game in model.ep_info_buffer or ()])
         env = masked_cartpole()(8, 1_000_000 + seed)
