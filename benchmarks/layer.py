@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from common import NEUROCODER, machine, medians, print_header, print_row
@@ -33,17 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Changes of `MIDDLE`."""
 
 Step = Callable[[], None]
-
-
-class Row(NamedTuple):
-    """A measurement beside its reference."""
-
-    name: str
-    ours: float
-    reference: float
-    target: float | None = None
-    """Largest ratio of `ours` to `reference` that is good enough."""
-    unit: str = "ms"
 
 
 def main() -> None:
@@ -70,46 +59,41 @@ def print_rows(
     device: str, batches: Sequence[int], seconds: float, *, everything: bool = False
 ) -> None:
     """The table; `everything` has options of the layer and the other layers as well."""
-    print_header("", "ours", "reference", "ratio", "target", "met")
-    with torch.device(device):
-        for row in measurements(device, batches, seconds, everything):
-            ratio, unit = row.ours / row.reference, row.unit
-            verdict = ("", "")
-            if row.target is not None:
-                verdict = (f"{row.target:g}", "yes" if ratio <= row.target else "no")
-            times = (f"{row.ours:.3g} {unit}", f"{row.reference:.3g} {unit}", f"{ratio:.3f}")
-            print_row(row.name, *times, *verdict)
 
+    def compare(name: str, ours: Step, reference: Step, target: float | None = None) -> None:
+        print_ratio(name, *medians(seconds, ours, reference), target)
 
-def measurements(
-    device: str, batches: Sequence[int], seconds: float, everything: bool
-) -> Iterator[Row]:
-    """Every row, in the order of the table."""
-
-    def compare(name: str, ours: Step, reference: Step, target: float | None = None) -> Row:
-        mine, theirs = medians(seconds, ours, reference)
-        return Row(name, mine, theirs, target)
-
-    def beside_linear(name: str, layer: Any, batch: int, target: float | None = None) -> Row:
+    def beside_linear(name: str, layer: Any, batch: int, target: float | None = None) -> None:
         width, out = layer.in_features, layer.out_features
         x = torch.randn(batch, width, requires_grad=True)
         ours, reference = training_step(layer, x), training_step(nn.Linear(width, out), x)
-        return compare(f"{width} -> {out}, {name}, batch {batch}", ours, reference, target)
+        compare(f"{width} -> {out}, {name}, batch {batch}", ours, reference, target)
 
-    wide = make_layer("neurocoder", 3072, 512, **WIDE)
-    middle = make_layer("neurocoder", 784, 400, **MIDDLE)
-    for batch in batches:
-        yield beside_linear("P 30 J 5 H 3", wide, batch, 1.0)
-        yield beside_linear("P 50 J 1 H 10", middle, batch, 1.5)
-    head = make_layer("neurocoder", 512, 18, residual=False, **NEUROCODER)
-    step = training_step(head, torch.randn(320, 512, requires_grad=True))
-    lstm = training_step(nn.LSTM(256, 512), torch.randn(20, 16, 256, requires_grad=True))
-    name = "actor 512 -> 18, batch 320, beside LSTM-512 (T 20, B 16)"
-    yield compare(name, step, lstm, 0.25)
-    if device == "cpu":
-        yield peak_memory(batches[0])
-    for name, layer in others_of_784().items() if everything else ():
-        yield beside_linear(name, layer, batches[0])
+    print_header("", "ours", "reference", "ratio", "target", "met")
+    with torch.device(device):
+        wide = make_layer("neurocoder", 3072, 512, **WIDE)
+        middle = make_layer("neurocoder", 784, 400, **MIDDLE)
+        for batch in batches:
+            beside_linear("P 30 J 5 H 3", wide, batch, 1.0)
+            beside_linear("P 50 J 1 H 10", middle, batch, 1.5)
+        head = make_layer("neurocoder", 512, 18, residual=False, **NEUROCODER)
+        step = training_step(head, torch.randn(320, 512, requires_grad=True))
+        lstm = training_step(nn.LSTM(256, 512), torch.randn(20, 16, 256, requires_grad=True))
+        compare("actor 512 -> 18, batch 320, beside LSTM-512 (T 20, B 16)", step, lstm, 0.25)
+        if device == "cpu":
+            name = "784 -> 400, peak memory, beside W built"
+            print_ratio(name, *peak_memory(batches[0]), 1 / 50, "MiB")
+        for name, layer in others_of_784().items() if everything else ():
+            beside_linear(name, layer, batches[0])
+
+
+def print_ratio(
+    name: str, ours: float, reference: float, target: float | None, unit: str = "ms"
+) -> None:
+    """A row; `target` is the largest ratio that is good enough."""
+    ratio = ours / reference
+    verdict = ("", "") if target is None else (f"{target:g}", "yes" if ratio <= target else "no")
+    print_row(name, f"{ours:.3g} {unit}", f"{reference:.3g} {unit}", f"{ratio:.3f}", *verdict)
 
 
 def others_of_784() -> dict[str, nn.Module]:
@@ -135,8 +119,8 @@ def training_step(module: nn.Module, x: Tensor) -> Step:
     return step
 
 
-def peak_memory(batch: int) -> Row:
-    """Peak memory of a training step, ours and with the program materialised."""
+def peak_memory(batch: int) -> Iterator[float]:
+    """MiB at the peak of a training step, ours and with the program materialised."""
     layer = neurocoder(784, 400, **MIDDLE)
     x = torch.randn(batch, 784, requires_grad=True)
 
@@ -146,8 +130,7 @@ def peak_memory(batch: int) -> Row:
     def step(function: Callable[[Tensor], Tensor]) -> None:
         function(x).sum().backward()
 
-    ours, reference = (peak_bytes(partial(step, f)) / 2**20 for f in (layer, materialised))
-    return Row("784 -> 400, peak memory, beside W built", ours, reference, 1 / 50, "MiB")
+    return (peak_bytes(partial(step, function)) / 2**20 for function in (layer, materialised))
 
 
 def peak_bytes(function: Step) -> int:
