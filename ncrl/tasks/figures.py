@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     say(f"drawn: {path}")
 
 
-def draw_curves(
-    axes: Axes, rows: Iterable[Result], metric: str, labels: Mapping[str, str] | None = None
-) -> None:
+def draw_curves(axes: Axes, rows: Iterable[Result], metric: str) -> None:
     """A metric of `Result.curve` over updates: for each recipe its mean over seeds, between the
-    standard deviations. Updates that not all seeds of a recipe have are left out; `labels` may
-    hold others than the recipes' names."""
+    standard deviations. Updates that not all seeds of a recipe have are left out."""
     for name, group in by_name(rows).items():
         curves = [
             {point["update"]: point[metric] for point in row.curve if metric in point}
@@ -39,7 +36,7 @@ def draw_curves(
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
         if shared:
             values = [[curve[update] for update in shared] for curve in curves]
-            draw_band(axes, shared, values, (labels or {}).get(name, name))
+            draw_band(axes, shared, values, name)
     axes.set_xlabel("updates")
 
 

@@ -6,7 +6,7 @@ python -m ncrl.tasks.algorithms --variant linear base --iterations 5000 --figure
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ncrl.tasks.experiment import SequenceLearning, describe_layers, random_stre
 from ncrl.tasks.figures import draw_curves, save_figure
 from ncrl.tasks.models.recurrent import Ntm
 from ncrl.tasks.recipes import Recipe
-from ncrl.tasks.results import Result, by_name, results_table
+from ncrl.tasks.results import Result, results_table
 
 CONFIG = "algorithms.yaml"
 VARIANTS = ("linear", "hypernet", "film", "nsm", "base")  # what the paper compares
@@ -31,11 +31,6 @@ TESTED_TASKS = (4, 8)  # n, how many algorithms are asked for in a sequence
 TEST_SEQUENCES = 256
 REPORT_SEQUENCES = 8  # test sequences on which the layers are described
 GUESSING = 50.0  # per cent of the bits that are wrong by chance
-# As the paper writes them.
-LAYER_NAMES: Mapping[str, str] = {
-    **{"linear": "plain", "neurocoder": "Neurocoder", "hypernet": "HyperNet"},
-    **{"film": "FiLM", "moe": "MoE", "nsm": "NSM"},
-}
 PAPER = "lowest error at n=4 and alone in generalising to n=8 (Fig. 6, no number printed)"
 
 
@@ -138,13 +133,9 @@ def table(rows: Sequence[Result]) -> str:
 def draw(path: Path, rows: Sequence[Result]) -> None:
     """The paper's Fig. 6: bit error over updates, a panel for each n."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    groups = by_name(rows)
-    labels = {name: LAYER_NAMES[group[0].layer] for name, group in groups.items()}
-    if len(set(labels.values())) < len(labels):  # recipes of the same layer
-        labels = {name: name for name in groups}
     panels = figure.subplots(1, len(TESTED_TASKS), sharey=True)
     for axes, n in zip(panels, TESTED_TASKS, strict=True):
-        draw_curves(axes, rows, f"error_n{n}", labels)
+        draw_curves(axes, rows, f"error_n{n}")
         axes.axhline(GUESSING, color="0.4", linestyle=":", label="guessing")
         longer = "as in training" if n == TRAINED_TASKS else "twice as long"
         axes.set_title(f"algorithms, n = {n}, {longer}", fontsize=10)
