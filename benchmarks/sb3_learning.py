@@ -16,7 +16,7 @@ import argparse
 import csv
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from common import games_of_sb3
 from curves import COLUMNS, SETTINGS
@@ -79,14 +79,12 @@ AGENTS = {
 class CurveWriter(BaseCallback):
     """Writes a row of `curves.COLUMNS` every `ROW_SECONDS`: a run that is stopped has its curve."""
 
-    def __init__(self, out: Path, settings: list[object]) -> None:
+    def __init__(self, file: TextIO, settings: dict[str, object]) -> None:
         super().__init__()
-        self.out, self.settings = out, settings
-
-    def _on_training_start(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with self.out.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([*SETTINGS, *COLUMNS])
+        self.file, self.settings = file, settings
+        columns = [*SETTINGS, *COLUMNS]
+        self.rows = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        self.rows.writeheader()
         self._began = self._written = time.monotonic()
 
     def _on_step(self) -> bool:
@@ -94,22 +92,18 @@ class CurveWriter(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         if time.monotonic() - self._written >= ROW_SECONDS:
-            self._write()
+            self._on_training_end()
 
     def _on_training_end(self) -> None:
-        self._write()
-
-    def _write(self) -> None:
         self._written = time.monotonic()
         games = self.model.ep_info_buffer
-        row = {
+        row = self.settings | {
             "frames": FRAMES_PER_TIMESTEP * self.num_timesteps,
             "seconds": f"{self._written - self._began:.6g}",
             "score": f"{safe_mean([game['r'] for game in games]):.6g}" if games else "",
         }
-        with self.out.open("a", newline="") as file:
-            cells = [*self.settings, *(row.get(name, "") for name in COLUMNS)]
-            csv.writer(file, lineterminator="\n").writerow(cells)
+        self.rows.writerow(row)
+        self.file.flush()
 
 
 def main() -> None:
@@ -133,8 +127,11 @@ def main() -> None:
     model = agent.algorithm(
         agent.policy, VecFrameStack(games, STACK), seed=options.seed, **agent.settings
     )
-    writer = CurveWriter(options.out, [game, options.agent, agent.n_envs, options.seed])
-    model.learn(options.frames // FRAMES_PER_TIMESTEP, callback=writer)
+    settings = dict(zip(SETTINGS, (game, options.agent, agent.n_envs, options.seed), strict=True))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("x", newline="") as file:
+        writer = CurveWriter(file, settings)
+        model.learn(options.frames // FRAMES_PER_TIMESTEP, callback=writer)
 
 
 if __name__ == "__main__":
