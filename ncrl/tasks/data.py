@@ -159,6 +159,8 @@ def load_cifar(
         num_classes: 10 or 100.
         download: see `load_mnist`.
     """
+    if num_classes not in BATCHES:
+        raise ValueError(f"CIFAR has 10 or 100 classes, got {num_classes}")
     folder = data_folder(data_dir)
     if folder is None and not download:
         if num_classes == 100:

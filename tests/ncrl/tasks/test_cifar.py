@@ -150,6 +150,7 @@ def test_all_layers_of_a_comparison_tell_the_same_classes_apart() -> None:
 
 REFUSED = [
     (["--classes", "11"], "CIFAR has 10 or 100 classes, got 11"),
+    (["--network-options", "num_outputs=20", "--data-dir", "."], "100 classes, got 20"),
     (["--variant", "cifar100"], "10 embedded digits; CIFAR-100 needs --data-dir"),
     (["--config", "mnist"], "'mnist' is a recipe for mnist, not for cifar"),
     (["--network-options", "in_features=7"], "does not take images of shape [3, 32, 32]"),

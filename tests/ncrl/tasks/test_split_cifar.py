@@ -366,7 +366,7 @@ def test_cifar_100_in_its_original_layout(tmp_path: Path) -> None:
 
 BAD_INPUT = {
     "iterations": (["--iterations", "3"], "has to say how many epochs each task takes"),
-    "classes": (["--classes", "20"], "--classes takes 10 or 100, got 20"),
+    "classes": (["--classes", "20"], "CIFAR has 10 or 100 classes, got 20"),
     "no CIFAR-100": (["--classes", "100"], "CIFAR-100 needs --data-dir"),
     "method": (["--method", "sii"], "got 'sii'; nearest: si"),
     "growth": (["--variant", "tuned", "--method", "grow"], "method grow needs slots in place of"),
