@@ -204,7 +204,7 @@ BAD_INPUT = {
     "sharpness": (["--sharpness", "0"], "sharpness must be a positive number, got 0.0"),
     "of what": (["--layer", "nsm", "--sharpness", "2"], "--sharpness needs --layer neurocoder"),
     "quirk": (["--double-orth-coef"], "--double-orth-coef needs --variant official"),
-    "table": (["--tables", "2"], "--tables takes 1, 6 and 7, got 2"),
+    "table": (["--tables", "2"], "argument --tables: invalid choice: 2 (choose from 1, 6, 7)"),
     "table of": (["--tables", "--method", "ewc"], "--method and --tables exclude each other"),
     "coef": (
         ["--method", "ewc", "--penalty-coef", "1", "-1"],
