@@ -18,10 +18,7 @@ DPI = 100
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the file's name ends in, and say so."""
-    try:
-        figure.savefig(path, dpi=DPI)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    figure.savefig(path, dpi=DPI)
     say(f"drawn: {path}")
 
 
