@@ -3,8 +3,8 @@
 The first quarter of the samples is left for warming up; the last two rows are the medians of the
 first and of the last third of the rest.
 
-python benchmarks/soak.py                            # 20 minutes
-python benchmarks/soak.py --minutes 120 --encoder nature --n-envs 32
+python benchmarks/soak.py                            # 20 minutes, Neurocoder heads
+python benchmarks/soak.py --minutes 120 --n-envs 32
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import time
 from collections.abc import Iterable
 
 import psutil
-from common import HEADS, build_a3c, machine, print_header, print_row
+from common import build_a3c, machine, print_header, print_row
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ncrl.agents import A3C
 from ncrl.envs import atari
-from ncrl.networks import ENCODERS
 
 MIB = 2**20
 SHM = "/dev/shm"
@@ -36,21 +35,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--interval", type=float, default=60.0, help="seconds between samples")
-    parser.add_argument("--head", default="Neurocoder", choices=HEADS)
-    parser.add_argument("--encoder", default="a3c", choices=ENCODERS)
     parser.add_argument("--n-envs", type=int, default=16)
     parser.add_argument("--workers", type=int, default=None, help="one per core by default")
     parser.add_argument("--device", default="auto", help="of the learner")
     arguments = parser.parse_args()
     sizes = {"n_envs": arguments.n_envs, "n_workers": arguments.workers}
-    head, encoder = arguments.head, arguments.encoder
-    model = build_a3c(atari("Pong"), head, encoder, device=arguments.device, **sizes)
+    model = build_a3c(atari("Pong"), "Neurocoder", "a3c", device=arguments.device, **sizes)
     if not model.n_workers:
         parser.error("--workers must be at least 1")
-    print(
-        f"Pong, encoder {encoder}, {head} heads, {model.n_workers} workers, {model.n_envs} games, "
-        f"{machine()}"
-    )
+    print(f"Pong, {model.n_workers} workers, {model.n_envs} games, {machine()}")
     print_header("minute", *SEEN)
     watch = Watch(60 * arguments.minutes, arguments.interval)
     model.learn(10**12, callback=watch)

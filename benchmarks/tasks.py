@@ -91,12 +91,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--seconds", type=float, default=10.0, help="per row")
-    add("--threads", type=int, default=1)
     add("--cpu-time", action="store_true", help="of this process, where others are at work as well")
     add("--only", nargs="+", default=[""], help="parts of names of rows")
     add("--all", action="store_true", help="the other layers as well")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     keep_freed_memory()  # as the commands do
     parts = [part.lower() for part in arguments.only]
     chosen = [row for row in ROWS if any(part in row.name.lower() for part in parts)]
@@ -104,7 +103,7 @@ def main() -> None:
         names = ", ".join(row.name for row in ROWS)
         parser.error(f"no row's name contains {' or '.join(arguments.only)}: {names}")
     clock = "CPU time" if arguments.cpu_time else "wall clock"
-    said = f"{arguments.threads} thread(s), {clock}, median of {arguments.seconds:g} s a row"
+    said = f"one thread, {clock}, median of {arguments.seconds:g} s a row"
     print(f"{machine()}, {said}\n")
     print_header("training step", "batch", "layer", "ms", "beside plain", "wanted")
     for row in chosen:

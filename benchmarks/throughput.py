@@ -84,7 +84,7 @@ class Row(NamedTuple):
 def main() -> None:
     arguments = parse_arguments()
     print(
-        f"{arguments.game}, LSTM 512, T = {N_STEPS}, {machine()}, medians of {arguments.rounds} "
+        f"Pong, LSTM 512, T = {N_STEPS}, {machine()}, medians of {arguments.rounds} "
         f"round(s), {arguments.seconds:g} s counted per row; load before: {os.getloadavg()[0]:.2f}"
     )
     seconds = arguments.seconds / arguments.rounds
@@ -109,7 +109,6 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--game", default="Pong")
     parser.add_argument("--encoder", nargs="+", default=["a3c", "nature"], choices=ENCODERS)
     parser.add_argument("--n-envs", type=int, nargs="+", default=[16, 32])
     more = f"rows for growing numbers of workers, {GAMES_PER_WORKER} games and one core each"
@@ -126,7 +125,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def our_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
-    factory, device = atari(arguments.game), arguments.device
+    factory, device = atari("Pong"), arguments.device
 
     def a3c(head: str, n_envs: int, n_workers: int | None) -> Callable[[], A3C]:
         build = partial(build_a3c, factory, head, encoder, device=device)
@@ -153,7 +152,7 @@ def our_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
 
 def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
     """Peers with the first number of environments."""
-    game, n_envs = atari(arguments.game), arguments.n_envs[0]
+    n_envs = arguments.n_envs[0]
     features = {
         "features_extractor_class": AtariEncoder,
         "features_extractor_kwargs": {"encoder": encoder},
@@ -170,9 +169,9 @@ def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
             return RecurrentPPO("CnnLstmPolicy", make_env(), **options)
         return A2C("CnnPolicy", make_env(), **options)
 
-    usual = partial(games_of_sb3, arguments.game, n_envs, seed=0)
-    ours = partial(game, n_envs, 0)
-    stacked = partial(atari(game.game, stack=STACK), n_envs, 0)
+    usual = partial(games_of_sb3, "Pong", n_envs, seed=0)
+    ours = partial(atari("Pong"), n_envs, 0)
+    stacked = partial(atari("Pong", stack=STACK), n_envs, 0)
     peers: dict[str, tuple[Callable[[], VecEnv], Options, Options]] = {
         EQUAL_PPO: (ours, features | lstm, one_epoch),
         "RecurrentPPO, its usual settings": (ours, features | lstm, {}),
@@ -262,7 +261,7 @@ def print_rates(
             row.name,
             f"{rate:,.0f}",
             f"{min(mine):,.0f} to {max(mine):,.0f}",
-            f"{atari(arguments.game).frame_skip * rate:,.0f}",
+            f"{atari('Pong').frame_skip * rate:,.0f}",
             *of_parts,
             *(f"{median_ratio(mine, rates[peer]):.2f}" for peer in peers),
         )
