@@ -46,8 +46,7 @@ CHECKPOINT_SIZE = 12
 """Times the size of the model that a checkpoint may take: the optimiser keeps up to two numbers for
 each weight, a method against forgetting up to five."""
 
-CHECKPOINT_SECONDS = 60.0  # least time between checkpoints; large ones are written more rarely
-CHECKPOINT_SHARE = 0.05  # of the time, at most, goes into writing checkpoints
+CHECKPOINT_SECONDS = 60.0  # least time between checkpoints
 CHECK_EVERY = 20  # updates between looks at the loss: each look waits for the device
 
 
@@ -143,7 +142,6 @@ class Training:
         self.losses: list[Tensor] = []  # of the updates since the last look
         self._loss_sum, self._loss_count = 0.0, 0  # since the last evaluation
         self._began = self._saved = time.monotonic()
-        self._save_seconds = 0.0
 
     def loop(self, stop: StopSignals, progress: Progress, writer: CurveWriter) -> None:
         """Update until the end or a signal; evaluate and save in between."""
@@ -163,7 +161,7 @@ class Training:
             if stop.exit_code:
                 self.save()
                 raise Stopped(stop.exit_code)
-            if not at_end and self._checkpoint_is_due():
+            if not at_end and time.monotonic() - self._saved >= CHECKPOINT_SECONDS:
                 self.save()
 
     def step(self) -> None:
@@ -245,14 +243,9 @@ class Training:
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self._began
 
-    def _checkpoint_is_due(self) -> bool:
-        pause = max(CHECKPOINT_SECONDS, self._save_seconds / CHECKPOINT_SHARE)
-        return time.monotonic() - self._saved >= pause
-
     def save(self) -> None:
         """Write everything that the next update depends on; never anything that is not finite."""
         self._check_losses()
-        begin = time.monotonic()
         state = {
             "identity": self._mark(),
             "update": self.update,
@@ -266,25 +259,21 @@ class Training:
         }
         write_tensors(self.run.folder / CHECKPOINT_FILE, state)
         self._saved = time.monotonic()
-        self._save_seconds = self._saved - begin
 
     def resume(self) -> None:
         """Go on from the checkpoint in the run's folder, if there is one."""
         path = self.run.folder / CHECKPOINT_FILE
         if not os.path.lexists(path):
             return
-        anew = "delete it to start anew"
         try:
             state = read_tensors(path, CHECKPOINT_SIZE * size_of(self.model))
-        except ValueError as error:
-            raise ValueError(f"{error}; {anew}") from error
-        if not isinstance(state, dict) or state.get("identity") != self._mark():
-            raise ValueError(f"{path} is no checkpoint of this run; {anew}")
-        try:
+            if state["identity"] != self._mark():
+                raise ValueError("it is no checkpoint of this run")
             self._restore(state)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path} cannot be used: {reason}; {anew}") from error
+            said = f"{path} cannot be used: {reason}; delete it to start anew"
+            raise ValueError(said) from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         update = state["update"]
