@@ -61,7 +61,8 @@ def print_rows(
     """The table; `everything` has options of the layer and the other layers as well."""
 
     def compare(name: str, ours: Step, reference: Step, target: float | None = None) -> None:
-        print_ratio(name, *medians(seconds, ours, reference), target)
+        mine, theirs = medians(seconds, ours, reference)
+        print_ratio(name, mine, theirs, target)
 
     def beside_linear(name: str, layer: Any, batch: int, target: float | None = None) -> None:
         width, out = layer.in_features, layer.out_features
@@ -81,8 +82,9 @@ def print_rows(
         lstm = training_step(nn.LSTM(256, 512), torch.randn(20, 16, 256, requires_grad=True))
         compare("actor 512 -> 18, batch 320, beside LSTM-512 (T 20, B 16)", step, lstm, 0.25)
         if device == "cpu":
+            ours, materialised = peak_memory(batches[0])
             name = "784 -> 400, peak memory, beside W built"
-            print_ratio(name, *peak_memory(batches[0]), 1 / 50, "MiB")
+            print_ratio(name, ours, materialised, 1 / 50, "MiB")
         for name, layer in others_of_784().items() if everything else ():
             beside_linear(name, layer, batches[0])
 

@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, metavar="INT", help="seeds 0 to INT - 1, in place of --seeds")
     said = "fill Tables 1, 6 and 7, or some of them: every method, layer and control"
     repeats = f"{tables.REPEATS['domain']} repeats (domain) or {tables.REPEATS['task']} (task)"
-    some = {"nargs": "*", "type": int, "choices": tables.SCENARIO, "metavar": "INT"}
+    some: dict[str, Any] = {"nargs": "*", "type": int, "choices": tables.SCENARIO, "metavar": "INT"}
     add("--tables", help=f"{said}, {repeats}", **some)
     return parser
 
