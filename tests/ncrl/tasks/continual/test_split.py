@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncrl import orthogonal_loss
+from ncrl.tasks import training
 from ncrl.tasks.continual.methods import OnlineEwc
 from ncrl.tasks.continual.split import (
     SplitLearning,
@@ -251,21 +252,14 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(method: str, tmp_path: Path) -
 
 def stop_after(experiment: SplitLearning, update: int) -> None:
     """Let training write a checkpoint after an update, and be killed two updates later."""
-    import ncrl.tasks.training as training
-
-    loss = experiment.loss
-    is_due = training.Training._checkpoint_is_due
-
-    def due(self: Any) -> bool:
-        return self.experiment is experiment and self.update == update
+    loss, seconds = experiment.loss, training.CHECKPOINT_SECONDS
 
     def killed(number: int) -> Tensor:
+        training.CHECKPOINT_SECONDS = 0.0 if number == update - 1 else seconds
         if number == update + 2:
-            training.Training._checkpoint_is_due = is_due  # type: ignore[method-assign]
             raise KeyboardInterrupt
         return loss(number)
 
-    training.Training._checkpoint_is_due = due  # type: ignore[method-assign]
     experiment.loss = killed  # type: ignore[method-assign]
 
 
