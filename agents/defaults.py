@@ -16,12 +16,7 @@ MAX_GRAD_NORM = 40.0
 FEW_ENVS = 4
 """Number of environments in this process from which on they are many."""
 
-IMAGE_HEADS = {
-    "num_slots": 80,
-    "num_heads": 15,
-    "num_least_used": 5,
-    "sharpness": 10.0,
-}
+IMAGE_HEADS = {"num_slots": 80, "num_heads": 15, "num_least_used": 5, "sharpness": 10.0}
 """Options of Neurocoder heads on images: the paper's sizes on Atari. With the paper's sharpness 1
 they hardly attend."""
 

@@ -14,12 +14,7 @@ from ncrl.agents.arguments import check_batch
 from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES, MAX_GRAD_NORM, image_heads
 from ncrl.agents.learning.intrinsic import SOURCES
 from ncrl.agents.learning.objective import Objective
-from ncrl.agents.playing.sizes import (
-    Sizes,
-    available_cores,
-    choose_sizes,
-    worker_cores,
-)
+from ncrl.agents.playing.sizes import Sizes, available_cores, choose_sizes, worker_cores
 from ncrl.agents.playing.supervision import Limits
 from ncrl.agents.runs.directory import RunDirectory
 from ncrl.envs import AtariFactory, atari
@@ -113,18 +108,14 @@ class RunConfig:
         IMAGE_HEADS["num_least_used"], "Neurocoder: least-used slots l_I", low=0, high=65_536
     )
     controller_size: int = setting(
-        NeurocoderConfig.controller_size,
-        "Neurocoder: width of the controller",
-        low=1,
-        high=4096,
+        NeurocoderConfig.controller_size, "Neurocoder: width of the controller", low=1, high=4096
     )
     sharpness: float = setting(
         IMAGE_HEADS["sharpness"], "Neurocoder: factor in the softmax; 1 in the paper", low=1e-6
     )
     residual: bool = setting(True, "Neurocoder: whether programs have the residual part")
     residual_gate: bool | None = setting(
-        None,
-        "Neurocoder: whether a gate scales that part, as in the paper (default: with a bonus)",
+        None, "Neurocoder: whether a gate scales that part, as in the paper (default: with a bonus)"
     )
     # The algorithm.
     n_steps: int = setting(IMAGES.n_steps, "timesteps per rollout", low=1, high=100_000)
@@ -272,10 +263,7 @@ def stored_config(run: Path) -> RunConfig:
 def make_factory(config: RunConfig) -> AtariFactory:
     """The game under its protocol."""
     return atari(
-        config.env,
-        protocol=config.protocol,
-        stack=config.stack,
-        max_frames=config.game_frames,
+        config.env, protocol=config.protocol, stack=config.stack, max_frames=config.game_frames
     )
 
 
@@ -303,11 +291,7 @@ def with_game(config: RunConfig) -> RunConfig:
         gate = image_heads(explores=bonus != "none")["residual_gate"]
     cluster = None if config.cluster == "none" else config.cluster
     return replace(
-        config,
-        env=camel_case(game),
-        intrinsic_reward=bonus,
-        residual_gate=gate,
-        cluster=cluster,
+        config, env=camel_case(game), intrinsic_reward=bonus, residual_gate=gate, cluster=cluster
     )
 
 

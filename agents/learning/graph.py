@@ -96,10 +96,7 @@ class GraphedUpdates:
 
             static.rollout.rewards.fill_(float("nan"))
             try:
-                with (
-                    torch.cuda.device_of(rates[0]),
-                    _for_capture(policy.optimizer, rates),
-                ):
+                with torch.cuda.device_of(rates[0]), _for_capture(policy.optimizer, rates):
                     replay, measured = record(run)
             except Exception as error:
                 policy.optimizer.zero_grad(set_to_none=True)
