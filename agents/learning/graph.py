@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ncrl.agents.learning.objective import Lesson, Objective
 from ncrl.agents.learning.optim import can_scale
-from ncrl.agents.learning.update import Measured, update_on_device
+from ncrl.agents.learning.update import Measured, Update, update_on_device
 from ncrl.baselines import MoELinear
 from ncrl.sb3 import EnginePolicy
 
@@ -58,14 +58,12 @@ class GraphedUpdates:
 
     def update(
         self, policy: EnginePolicy, lesson: Lesson, objective: Objective, max_grad_norm: float
-    ) -> Measured | None:
+    ) -> Update | None:
         """`update_on_device` with the policy's own optimiser; None where it has to be made eagerly.
 
-        What is returned is overwritten by the next call. The first call with a batch of another
-        shape, or with other settings or memory of the weights, captures the update anew.
+        The next call overwrites `latent`. The first call with a batch of another shape, or with
+        other settings or memory of the weights, captures the update anew.
         """
-        if self.reason is not None:
-            return None
         key = _what_is_fixed(policy, lesson, objective, max_grad_norm)
         if self._captured is None or self._captured.key != key:
             self._captured = None  # frees its memory
@@ -77,7 +75,7 @@ class GraphedUpdates:
         for rate, group in zip(captured.rates, policy.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         captured.replay()
-        return captured.measured
+        return captured.measured.on_host()
 
     def _capture(
         self, policy: EnginePolicy, lesson: Lesson, objective: Objective, max_grad_norm: float

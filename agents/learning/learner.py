@@ -92,10 +92,17 @@ class Learner:
                 self.explored |= learning.result() if learning else exploration.learn(rollout)
 
     def update(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
-        """One step of the optimiser."""
-        update = self._replayed(lesson, objective, max_grad_norm)
+        """One step of the optimiser, by a graph but for rollouts that the training's end cut short
+        and where there is none."""
+        update = None
+        if self.graphed.reason is None and len(lesson.rollout.rewards) == self.n_steps:
+            with self.stopwatch.phase("graph"):
+                update = self.graphed.update(self.policy, lesson, objective, max_grad_norm)
         if update is None:
-            update = self._eager(lesson, objective, max_grad_norm)
+            with self.stopwatch.phase("evaluation"):
+                rollout, novelty, kept = lesson
+                loss = actor_critic_loss(self.policy, rollout, objective, novelty, kept)
+            update = apply_gradient(self.policy, loss, max_grad_norm, stopwatch=self.stopwatch)
         self.latent = update.latent
         if self.exploration is not None and update.stepped:
             if lesson.novelty is not None:
@@ -103,22 +110,6 @@ class Learner:
             if update.kept_state is not None:
                 self.exploration.memory.carry(update.kept_state)
         return update
-
-    def _eager(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
-        with self.stopwatch.phase("evaluation"):
-            rollout, novelty, kept = lesson
-            loss = actor_critic_loss(self.policy, rollout, objective, novelty, kept)
-        return apply_gradient(self.policy, loss, max_grad_norm, stopwatch=self.stopwatch)
-
-    def _replayed(
-        self, lesson: Lesson, objective: Objective, max_grad_norm: float
-    ) -> Update | None:
-        """None for rollouts that the end of the training cut short, and where there is no graph."""
-        if len(lesson.rollout.rewards) < self.n_steps or self.graphed.reason is not None:
-            return None
-        with self.stopwatch.phase("graph"):
-            measured = self.graphed.update(self.policy, lesson, objective, max_grad_norm)
-            return None if measured is None else measured.on_host()
 
     def _score(self, batch: Batch, objective: Objective) -> Tensor | None:
         """Intrinsic rewards of a batch, [T, B], if there are any; what led to a score is kept."""
