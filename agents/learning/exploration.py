@@ -8,7 +8,6 @@ Shapes: T timesteps, B environments.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from numbers import Integral
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 from ncrl.agents.learning.imitation import DemonstrationMemory
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 from ncrl.agents.playing.buffers import Rollout
-
-logger = logging.getLogger(__name__)
 
 MEAN_TIMESTEPS = 1000
 """Timesteps that the running mean of the bonus is taken over, or those of a batch. The bonus falls
@@ -236,14 +233,8 @@ class Exploration(nn.Module):
         self.num_timesteps = int(state["num_timesteps"])
         self.advantage_deviation = float(state["advantage_deviation"])
         self.num_updates = int(state["num_updates"])
-        kept = state["memory"]
-        # Demonstrations are cut for rollouts of this length. Earlier releases could have no memory.
-        if not kept or state["n_steps"] != self.n_steps:
-            return
-        if "readers" not in kept:
-            logger.warning("what led to scores was kept by an earlier release, and is left out")
-            return
-        self.memory.load_state_dict(kept)
+        if state["n_steps"] == self.n_steps:  # demonstrations are cut for rollouts of this length
+            self.memory.load_state_dict(state["memory"])
 
 
 def make_exploration(
@@ -254,17 +245,10 @@ def make_exploration(
     options: dict[str, Any],
     **arguments: Any,
 ) -> Exploration:
-    """`Exploration` with a source by its name, or with an object.
+    """`Exploration` of a source by its name or as an object, for batches of `n_envs` games.
 
-    Args:
-        intrinsic_reward: a name in `SOURCES`, or a source.
-        space: of the observations.
-        n_envs: games of a batch.
-        options: of `Exploration` (`warmup_timesteps`, `reach`, `capacity`), and of the source.
-        arguments: further arguments of `Exploration`.
-
-    Raises:
-        ValueError: for what neither takes.
+    `options` are the user's, for `Exploration` (`OPTIONS`) and the source; `arguments` are further
+    ones of `Exploration`. ValueError for what neither takes.
     """
     own = {name: options[name] for name in options if name in OPTIONS}
     others = {name: options[name] for name in options if name not in OPTIONS}

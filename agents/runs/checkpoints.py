@@ -243,9 +243,7 @@ def _restore_games(model: A3C, games: dict[str, Any]) -> None:
     if recorded is None:
         raise ValueError("its games are those of a factory, and the model plays an object")
     history = [actions.numpy() for actions in games["history"]]
-    # Earlier releases knew one seed, that of the first reset.
-    seeds = games.get("seeds", [model.games_seed, *[None] * (len(history) - 1)])
-    obs = recorded.replay(list(zip(seeds, history, strict=True)))
+    obs = recorded.replay(list(zip(games["seeds"], history, strict=True)))
     shown_now = _as_tensors(obs)
     if not all(torch.equal(shown_now[name], entry) for name, entry in games["obs"].items()):
         raise ValueError("the games do not replay to the state in which they were saved")

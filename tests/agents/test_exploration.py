@@ -42,7 +42,7 @@ from ncrl.agents.runs.checkpoints import (
     save_checkpoint,
 )
 from ncrl.envs import key_and_door
-from tests.agents.conftest import assert_bit_equal, normal, warnings_of
+from tests.agents.conftest import assert_bit_equal, normal
 from tests.agents.environments import TickingFactory
 from tests.agents.test_checkpoints import SaveAt, difference, everything, flat
 from tests.reference import vtrace_reference
@@ -673,20 +673,6 @@ def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> 
         model.learn(160, reset_num_timesteps=False)
         if not model.imitation_coef:
             assert len(model.exploration.memory) == kept, "nothing is added"
-
-
-def test_what_an_earlier_release_kept_is_left_out_and_said(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    exploration, other = explored(), explored()
-    exploration.num_timesteps = 40
-    state = exploration.state_dict()
-    state["_extra_state"]["memory"] = {"kept": "in another way"}
-    other.load_state_dict(state)
-    assert other.num_timesteps == 40
-    assert warnings_of(caplog) == [
-        "what led to scores was kept by an earlier release, and is left out"
-    ]
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
