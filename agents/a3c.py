@@ -248,9 +248,7 @@ class A3C(EngineAlgorithm):
         arguments.check_cluster(self.cluster, self.n_workers)
         arguments.check_limits(self.limits)
         self.n_steps = arguments.whole_number("n_steps", self.n_steps)
-        arguments.check_numbers(
-            self._objective(), self.n_steps, self.max_grad_norm, self.learning_rate
-        )
+        arguments.check_numbers(self._objective(), self.max_grad_norm, self.learning_rate)
         if self.batch_size is not None:
             self.batch_size = arguments.whole_number("batch_size", self.batch_size)
             arguments.check_batch(self.batch_size, self.n_steps, self.n_envs)

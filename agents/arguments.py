@@ -19,7 +19,6 @@ from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing import sizes
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.supervision import Limits
-from ncrl.checks import require_range
 from ncrl.envs import AtariFactory
 from ncrl.sb3 import EnginePolicy
 from ncrl.settings import check
@@ -27,11 +26,8 @@ from ncrl.settings import check
 ACTION_SPACES = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
 
 
-def check_numbers(
-    objective: Objective, n_steps: int, max_grad_norm: Any, learning_rate: Any
-) -> None:
+def check_numbers(objective: Objective, max_grad_norm: Any, learning_rate: Any) -> None:
     """Raise ValueError for the first number that is out of range."""
-    require_range("n_steps", n_steps, 1, math.inf)
     clip = objective.reward_clip
     if clip is not None and not (isinstance(clip, Real) and 0 < float(clip) < math.inf):
         raise ValueError(f"reward_clip must be a positive number, None or 'env', got {clip!r}")
@@ -46,7 +42,7 @@ def check_numbers(
 
 def check_batch(batch_size: int, n_steps: int, n_envs: int) -> None:
     """Raise ValueError for a batch that is not whole rollouts, an equal share of all."""
-    if batch_size < 1 or batch_size % n_steps or n_steps * n_envs % batch_size:
+    if batch_size % n_steps or n_steps * n_envs % batch_size:
         shares = [n for n in range(1, n_envs + 1) if n_envs % n == 0]
         nearest = min(shares, key=lambda n: abs(n * n_steps - batch_size))
         raise ValueError(
@@ -81,13 +77,8 @@ def check_policy(policy: Any, policy_kwargs: Mapping[str, Any], use_sde: bool) -
 
 def check_workers(n_workers: int, n_envs: int) -> None:
     """Raise ValueError for environments that workers cannot share out equally."""
-    whole_number("n_workers", n_workers)
+    whole_number("n_workers", n_workers, least=0)
     whole_number("n_envs", n_envs)
-    if n_envs < 1 or n_workers < 0:
-        raise ValueError(
-            f"n_envs must be at least 1 and n_workers at least 0, "
-            f"got n_envs={n_envs} with n_workers={n_workers}"
-        )
     if n_workers and n_envs % n_workers:
         near = max(1, round(n_envs / n_workers)) * n_workers
         raise ValueError(
@@ -130,10 +121,10 @@ def check_serial(n_workers: int, n_envs: int | None, env: object) -> None:
         )
 
 
-def whole_number(name: str, value: Any) -> int:
-    """An integer of any kind as an `int`; ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+def whole_number(name: str, value: Any, *, least: int = 1) -> int:
+    """An integer of any kind as an `int`; ValueError for anything else, or less."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
 
 
