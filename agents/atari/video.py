@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import torch
 
-from ncrl.neurocoder import NeurocoderLinear
+from ncrl.agents.runs.curves import coded_heads
 from ncrl.sb3 import EnginePolicy, Latent
 
 CODECS = {".mp4": "mp4v", ".webm": "VP90"}
@@ -39,7 +39,6 @@ MIN_SPREAD = 0.001
 """Smallest end of a colour scale, so that uniform weights do not show their rounding errors."""
 
 Colour = tuple[int, int, int]
-
 
 Heads = Mapping[str, np.ndarray | None]
 """`actor` and `critic`: attention weights of the memories u, v, s, [3, R, P]; None for layers
@@ -121,25 +120,15 @@ NOTES = (
 @torch.no_grad()
 def view_heads(policy: EnginePolicy, latent: Latent) -> Heads:
     """Attention of the policy's actor and critic for one latent, [1, ...]."""
-    extractor = policy.mlp_extractor
-    read = {
-        "actor": (policy.action_net, extractor.forward_actor(latent.actor)),
-        "critic": (policy.value_net, extractor.forward_critic(latent.critic)),
-    }
-    return {
-        name: torch.stack(head.attend(x)).squeeze(1).cpu().numpy()
-        if isinstance(head, NeurocoderLinear)
-        else None
-        for name, (head, x) in read.items()
-    }
+    heads: dict[str, np.ndarray | None] = {"actor": None, "critic": None}
+    for name, (head, x) in coded_heads(policy, latent).items():
+        heads[name] = torch.stack(head.attend(x)).squeeze(1).cpu().numpy()
+    return heads
 
 
 def check_path(path: Path) -> None:
-    """Refuse a video's path at once, rather than after hours of play.
-
-    Raises:
-        ValueError: for a suffix that is none of `CODECS`, or a folder that cannot be written to.
-    """
+    """Raise ValueError for a video's path at once, rather than after hours of play: for a suffix
+    that is none of `CODECS`, or a folder that cannot be written to."""
     if path.suffix.lower() not in CODECS:
         raise ValueError(f"a video's name ends in {' or '.join(CODECS)}, got {str(path)!r}")
     if not path.parent.is_dir():
@@ -149,15 +138,10 @@ def check_path(path: Path) -> None:
 
 
 def write_video(path: Path, moments: Iterable[Moment]) -> None:
-    """A video file of one picture per timestep, under another name until it is whole.
+    """A video file of one picture per timestep of a game, under another name until it is whole.
 
-    Args:
-        path: ends in `.mp4` or `.webm`; an existing file is replaced.
-        moments: of one game. Whatever they raise, nothing is left behind.
-
-    Raises:
-        ValueError: for another suffix.
-        OSError: if the file cannot be written.
+    An existing file is replaced; whatever `moments` raise, nothing is left behind. ValueError as of
+    `check_path`, OSError if the file cannot be written.
     """
     check_path(path)
     target = path.resolve()  # a link stays one
@@ -259,10 +243,8 @@ def compose(
 ) -> np.ndarray:
     """The picture of one timestep, RGB uint8 [HEIGHT, WIDTH, 3].
 
-    Args:
-        moment: the timestep.
-        traces: by name of the head, for heads with attention; the moment's own is the latest.
-        bonuses: of up to `HISTORY` timesteps, the moment's own last; empty without a bonus.
+    `traces`, by name of the head, and `bonuses`, of up to `HISTORY` timesteps, have the moment's
+    own last; they are empty for heads without attention, and without a bonus.
     """
     canvas = _Canvas(WIDTH, HEIGHT)
     canvas.paste(game_box(moment.frame), moment.frame)

@@ -59,35 +59,35 @@ def record_scores(
         logger.record("rollout/first_reward_frames", first_frames)
 
 
+def coded_heads(policy: EnginePolicy, latent: Latent) -> dict[str, tuple[NeurocoderLinear, Tensor]]:
+    """Which of `actor` and `critic` have a Neurocoder head, and what it reads of a latent."""
+    extractor = policy.mlp_extractor
+    heads = {
+        "actor": (policy.action_net, extractor.forward_actor(latent.actor)),
+        "critic": (policy.value_net, extractor.forward_critic(latent.critic)),
+    }
+    return {name: (m, x) for name, (m, x) in heads.items() if isinstance(m, NeurocoderLinear)}
+
+
 @torch.no_grad()
 def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) -> None:
     """What Neurocoder heads attend to in the latest batch, of which `latent` is what they read."""
-    heads = {"actor": policy.action_net, "critic": policy.value_net}
-    coded = {name: m for name, m in heads.items() if isinstance(m, NeurocoderLinear)}
-    if not coded or latent is None:
+    if latent is None:
         return
     latent = latent.map(lambda x: x.flatten(0, 1)[:DIAGNOSTIC_SAMPLES])
-    inputs = {
-        "actor": policy.mlp_extractor.forward_actor(latent.actor),
-        "critic": policy.mlp_extractor.forward_critic(latent.critic),
-    }
-    reports = {name: describe(layer, inputs[name]) for name, layer in coded.items()}
+    heads = coded_heads(policy, latent)
+    reports = {name: describe(layer, x) for name, (layer, x) in heads.items()}
     for key in ("attention_entropy", "max_attention", "effective_rank", "orthogonality"):
         values = {name: getattr(report, key) for name, report in reports.items()}
         if key == "effective_rank":  # that of one output can only be 1
-            values = {name: v for name, v in values.items() if coded[name].out_features > 1}
-        if not values:
-            continue
-        logger.record(f"neurocoder/{key}", sum(values.values()) / len(values))
+            values = {name: v for name, v in values.items() if heads[name][0].out_features > 1}
         for name, value in values.items():
             logger.record(f"neurocoder/{key}/{name}", value)
-    for name, layer in coded.items():
+        if values:
+            logger.record(f"neurocoder/{key}", sum(values.values()) / len(values))
+    for name, (layer, x) in heads.items():
         if layer.config.residual and layer.config.residual_gate:  # else it can only be 0 or 1
-            scale = layer.residual_scale(inputs[name]).mean()
+            scale = layer.residual_scale(x).mean()
             logger.record(f"neurocoder/residual_scale/{name}", float(scale))
-    for name, report in reports.items():
-        logger.record(
-            f"neurocoder/slot_usage/{name}",
-            report.slot_usage.cpu(),
-            exclude=("stdout", "log", "json", "csv"),
-        )
+        usage, elsewhere = reports[name].slot_usage.cpu(), ("stdout", "log", "json", "csv")
+        logger.record(f"neurocoder/slot_usage/{name}", usage, exclude=elsewhere)
