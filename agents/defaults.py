@@ -56,13 +56,7 @@ IMAGES = Defaults(20, 1e-3, 0.95, use_rms_prop=False, small_updates=True)
 
 
 def defaults_for(num_envs: int, n_workers: int, sees_images: bool) -> Defaults:
-    """The row of the table for an agent.
-
-    Args:
-        num_envs: environments of all workers together.
-        n_workers: that play them; 0 plays them in this process.
-        sees_images: whether its policy is a convolutional one.
-    """
+    """The row of the table for an agent, of environments of all workers together."""
     if not n_workers and num_envs < FEW_ENVS:
         return FEW
     return IMAGES if sees_images else MANY

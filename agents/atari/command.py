@@ -21,10 +21,7 @@ from ncrl.shell.signals import leave_at_once, stop_signals
 MODES: dict[str, tuple[type, str]] = {
     "config": (str, "YAML file of settings; flags win over it"),
     "resume": (str, "go on with a run exactly"),
-    "profile": (
-        bool,
-        "measure where the time of each process goes; a table at the end, and curves",
-    ),
+    "profile": (bool, "where the time of each process goes: a table at the end, and curves"),
     "evaluate": (str, "play whole games with a trained run"),
     "episodes": (int, "games to evaluate (default: 10); 0 with --video: film alone"),
     "video": (str, "with --evaluate: an .mp4 or .webm of one game"),

@@ -70,10 +70,7 @@ class RunConfig:
     device: str = setting("auto", "where the learner computes", choices=("auto", "cpu", "cuda"))
     logdir: str = setting("runs", "folder in which the run directory is made")
     workers: int | None = setting(
-        None,
-        "worker processes, 0: none, reproducible (default: by cores and GPU)",
-        low=0,
-        high=1024,
+        None, "worker processes, 0: none, reproducible (default: by cores, GPU)", low=0, high=1024
     )
     games: int | None = setting(
         None,
@@ -172,10 +169,7 @@ class RunConfig:
     stop_on_save_error: bool = setting(False, "whether a full disk ends the run")
     # Workers.
     heartbeat_timeout: float = setting(
-        Limits.heartbeat_timeout,
-        "seconds after which a silent worker is replaced",
-        low=0.1,
-        high=10**6,
+        Limits.heartbeat_timeout, "seconds until a silent worker is replaced", low=0.1, high=10**6
     )
     max_restarts: int = setting(
         Limits.max_restarts,

@@ -71,7 +71,8 @@ class GraphedUpdates:
         captured = self._captured
         if captured is None:
             return None
-        _copy(captured.lesson, lesson)
+        for into, tensor in zip(captured.lesson.tensors(), lesson.tensors(), strict=True):
+            into.copy_(tensor, non_blocking=True)
         for rate, group in zip(captured.rates, policy.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         captured.replay()
@@ -164,11 +165,6 @@ def _what_is_fixed(
         addresses,
         settings,
     )
-
-
-def _copy(target: Lesson, source: Lesson) -> None:
-    for into, tensor in zip(target.tensors(), source.tensors(), strict=True):
-        into.copy_(tensor, non_blocking=True)
 
 
 @contextmanager

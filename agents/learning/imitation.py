@@ -49,11 +49,8 @@ class Demonstration(NamedTuple):
     returns: Tensor  # [N]
 
 
-class Reader(NamedTuple):
-    """Where one of the K demonstrations stands that are being read."""
-
-    demonstration: Demonstration
-    row: int
+Reader = tuple[Demonstration, int]
+"""One of the K demonstrations that are being read, and the row that comes next."""
 
 
 def returns_to_last_score(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
@@ -191,7 +188,7 @@ class DemonstrationMemory:
             if row == len(demonstration.obs):
                 demonstration, row = self._choose()
             behind = row + n_steps + 1
-            self._readers[i] = Reader(demonstration, behind)
+            self._readers[i] = demonstration, behind
             rows, steps = slice(row, behind), slice(row, behind - 1)
             windows.append(
                 (
@@ -222,7 +219,7 @@ class DemonstrationMemory:
     def _choose(self) -> Reader:
         depths = sorted(self._kept)
         kept = self._kept[depths[self._random(len(depths))]]
-        return Reader(Demonstration(*_unpack(kept[self._random(len(kept))])), 0)
+        return Demonstration(*_unpack(kept[self._random(len(kept))])), 0
 
     def _random(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self.generator))
@@ -260,7 +257,7 @@ class DemonstrationMemory:
         }
         self.demonstrations()  # now, not when they are read
         self._readers = [
-            Reader(Demonstration(*_unpack(packed)), int(row)) for packed, row in state["readers"]
+            (Demonstration(*_unpack(packed)), int(row)) for packed, row in state["readers"]
         ]
         self._state = None
         if state["lstm_state"] is not None:

@@ -114,14 +114,14 @@ class SaveCheckpoints(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._saved_at = self._compared_at = self.num_timesteps
-        self._guard(self._save_best)
+        self._guard(self.best.compare)
 
     def _on_rollout_start(self) -> None:
         if self.num_timesteps - self._saved_at >= self.every:
             self.save()
         elif self.num_timesteps - self._compared_at >= self.every / 10:
             self._compared_at = self.num_timesteps
-            self._guard(self._save_best)
+            self._guard(self.best.compare)
 
     def _on_step(self) -> bool:
         self.best.watch(self.model, self.locals["infos"])
@@ -131,21 +131,18 @@ class SaveCheckpoints(BaseCallback):
         """Write a checkpoint now, between updates; whether it was. Raises if `stop_on_error`."""
         self._saved_at = self._compared_at = self.num_timesteps
         if saved := self._guard(self._save_all):
-            self._guard(self._save_best)
+            self._guard(self.best.compare)
         return saved
 
-    def _save_all(self) -> None:
-        save_checkpoint(self.model, self.run.checkpoints, keep=self.keep)
+    def _save_all(self, model: A3C) -> None:
+        save_checkpoint(model, self.run.checkpoints, keep=self.keep)
         if self.config is not None:
             self.run.write_config(self.config)
             self.config = None
 
-    def _save_best(self) -> None:
-        self.best.compare(self.model)
-
-    def _guard(self, save: Callable[[], object]) -> bool:
+    def _guard(self, save: Callable[[A3C], object]) -> bool:
         try:
-            save()
+            save(self.model)
         except (OSError, CheckpointError) as error:
             if self.stop_on_error:
                 raise

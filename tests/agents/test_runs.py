@@ -511,20 +511,23 @@ def test_weights_are_written_later_where_the_disk_was_full(
     assert judged(best) == {"score": 1.0, "games": FEWEST_GAMES, "timesteps": 0}
 
 
-def test_the_best_is_looked_for_ten_times_between_checkpoints(tmp_path: Path) -> None:
-    class Counting(SaveCheckpoints):
-        looks = 0
-
-        def _save_best(self) -> None:
-            self.looks += 1
-            super()._save_best()
-
+def test_the_best_is_looked_for_ten_times_between_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDirectory.create(tmp_path, "CartPole")
-    callback = Counting(run, 2000, keep=2, stop_on_error=False)
+    callback = SaveCheckpoints(run, 2000, keep=2, stop_on_error=False)
+    looks: list[int] = []
+    compare = callback.best.compare
+
+    def counted(model: A3C) -> None:
+        looks.append(model.num_timesteps)
+        compare(model)
+
+    monkeypatch.setattr(callback.best, "compare", counted)
     make_model().learn(1000, callback=callback)
     assert (run.path / "best_model.zip").exists()
     assert not list(run.checkpoints.iterdir())
-    assert callback.looks == 5  # at the beginning, after 200, 400, 600 and 800 timesteps
+    assert looks == [0, 200, 400, 600, 800]
 
 
 def test_no_best_model_and_no_new_settings_without_their_checkpoint(
