@@ -245,7 +245,8 @@ class A3C(EngineAlgorithm):
         self._skipped_in_a_row = 0
 
     def _check_arguments(self) -> None:
-        arguments.check_cluster(self.cluster, self.n_workers)
+        if self.cluster is not None:
+            sizes.check_cluster(self.cluster, self.n_workers)
         arguments.check_limits(self.limits)
         self.n_steps = arguments.whole_number("n_steps", self.n_steps)
         arguments.check_numbers(self._objective(), self.max_grad_norm, self.learning_rate)

@@ -16,7 +16,6 @@ from torch import nn
 
 from ncrl import sb3
 from ncrl.agents.learning.objective import Objective
-from ncrl.agents.playing import sizes
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.supervision import Limits
 from ncrl.envs import AtariFactory
@@ -84,18 +83,6 @@ def check_workers(n_workers: int, n_envs: int) -> None:
         raise ValueError(
             f"n_envs must be a multiple of n_workers, got n_envs={n_envs} with "
             f"n_workers={n_workers}; nearest: n_envs={near}"
-        )
-
-
-def check_cluster(cluster: str | None, n_workers: int) -> None:
-    """Raise ValueError for a cluster that nobody could play on."""
-    if cluster is None:
-        return
-    sizes.check_cluster(cluster)
-    if not n_workers:
-        raise ValueError(
-            f"cluster={cluster!r} needs workers: n_workers of at least 1, and an env that they can "
-            "build, a Gymnasium id or a factory"
         )
 
 

@@ -80,8 +80,9 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def check_cluster(cluster: str) -> None:
-    """Raise ValueError for what is no address of a cluster, and where Ray is not installed."""
+def check_cluster(cluster: str, n_workers: int | None = None) -> None:
+    """Raise ValueError for what is no address of a cluster, where Ray is not installed, and for a
+    cluster that nobody plays on."""
     if cluster != "auto" and not re.fullmatch(r"[^/\s]+:\d+", cluster):
         raise ValueError(
             f"cluster must be 'auto', 'host:port' or None, got {cluster!r}; for example "
@@ -89,6 +90,11 @@ def check_cluster(cluster: str) -> None:
         )
     if importlib.util.find_spec("ray") is None:
         raise ValueError(f"cluster={cluster!r} needs Ray: pip install 'ncrl[ray]'")
+    if n_workers == 0:
+        raise ValueError(
+            f"cluster={cluster!r} needs workers: n_workers of at least 1, and an env that they can "
+            "build, a Gymnasium id or a factory"
+        )
 
 
 def worker_cores(cluster: str | None = None) -> int:
