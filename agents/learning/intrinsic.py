@@ -21,7 +21,7 @@ from stable_baselines3.common.preprocessing import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.checks import suggest
+from ncrl.checks import require_range, suggest
 from ncrl.networks import trunk
 from ncrl.optimizer_state import check_optimizer_state
 
@@ -167,10 +167,7 @@ class RND(IntrinsicReward):
         update_proportion: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 < update_proportion <= 1:
-            raise ValueError(
-                f"update_proportion must lie above 0 and up to 1, got {update_proportion}"
-            )
+        require_range("update_proportion", update_proportion, 1e-3, 1)
         if not (learning_rate > 0 and math.isfinite(learning_rate)):
             raise ValueError(f"the bonus's learning_rate must be above 0, got {learning_rate}")
         self.view = ObservationView(space)
