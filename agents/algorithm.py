@@ -247,13 +247,10 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     ) -> SelfAlgorithm:
         """As in SB3, seeds included, but no code of the file is run.
 
+        Arguments that are not explained here are SB3's.
+
         Args:
-            path: of the zip, or the zip as an open file.
             env: may also be an id or a factory, as in the constructor.
-            device: where the model shall be.
-            custom_objects: values by field, in place of those of the file.
-            print_system_info: of the computer that saved, and of this one.
-            force_reset: whether the environment is reset before training goes on.
             trust: read like SB3, which runs whatever code the file carries.
             known: classes of yours that the file may name, such as a features extractor, besides
                 those of ncrl, SB3 and torch. Those that your program has imported are known.

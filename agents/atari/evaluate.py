@@ -26,8 +26,6 @@ from ncrl.settings import configure
 from ncrl.shell.hardware import choose_device
 from ncrl.shell.screen import Screen
 
-MOST_EPISODES = 1_000_000
-
 EVALUATION_ENVS = 8
 """Games that are evaluated side by side."""
 
@@ -47,7 +45,7 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
             f"(allowed: {', '.join(sorted(allowed))})"
         )
     episodes = 10 if modes["episodes"] is None else modes["episodes"]
-    require_range("episodes", episodes, 1 if modes["video"] is None else 0, MOST_EPISODES)
+    require_range("episodes", episodes, 1 if modes["video"] is None else 0, 10**6)
     config = configure(flags, stored_config(path), "the flags")
     choose_device(config.device)
     film = None if modes["video"] is None else given_path(modes["video"])

@@ -200,9 +200,6 @@ class ActorPool(Pool[_Worker]):
         self._weights = ray.put(flatten(module).cpu().numpy())
         self.version += 1
 
-    def release(self, deliveries: list[Delivery]) -> None:
-        """Nothing: a rollout from elsewhere has memory of its own."""
-
     def _all_ready(self) -> bool:
         """Only those count that have, or may soon have, a place in the cluster."""
         late = time.monotonic() - self.spec.limits.startup_timeout

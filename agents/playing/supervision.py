@@ -171,9 +171,8 @@ class Pool(ABC, Generic[WorkerT]):
     def publish(self, module: nn.Module) -> None:
         """Make the module's present weights the next version, for workers to play with."""
 
-    @abstractmethod
     def release(self, deliveries: list[Delivery]) -> None:
-        """Take back the memory of rollouts that the learner has copied."""
+        """Take back the memory of rollouts that the learner has copied, if it is the pool's."""
 
     @abstractmethod
     def _all_ready(self) -> bool:
