@@ -28,17 +28,10 @@ from ncrl.agents.learning.exploration import Exploration, make_exploration
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.optim import optimizer_options
+from ncrl.agents.playing import env_sources
 from ncrl.agents.playing.buffers import Batch, RolloutShape
 from ncrl.agents.playing.collector import Collector, Outcome
-from ncrl.agents.playing.env_sources import (
-    EnvFactory,
-    RecordedEnv,
-    RemoteEnvs,
-    as_factory,
-    build,
-    check_object,
-    is_factory,
-)
+from ncrl.agents.playing.env_sources import EnvFactory, RecordedEnv, RemoteEnvs
 from ncrl.agents.playing.players import Player
 from ncrl.agents.playing.sizes import check_machine, games_per_update
 from ncrl.agents.playing.supervision import Pool
@@ -171,7 +164,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         check_workers(self.n_workers, n_envs)
         if self.n_workers:
             return RemoteEnvs(factory, n_envs)
-        return RecordedEnv(build(factory, n_envs, seed), seed)
+        return RecordedEnv(env_sources.build(factory, n_envs, seed), seed)
 
     def set_env(self, env: GymEnv | str | EnvFactory, force_reset: bool = True) -> None:
         """As in SB3; also takes an id or a factory, which is played as before, by workers or not.
@@ -179,12 +172,12 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         An environment object is played in this process from now on, unless it is the model's own.
         """
         factory, n_workers = self.env_factory, self.n_workers
-        if is_factory(env):
-            factory = as_factory(env)  # type: ignore[arg-type]
+        if env_sources.is_factory(env):
+            factory = env_sources.as_factory(env)  # type: ignore[arg-type]
             env = self._played_by(factory, self.n_envs, self.next_games_seed)
             force_reset = True  # it was never reset
         elif env is not self.env:
-            check_object(env)
+            env_sources.check_object(env)
             factory, n_workers = None, 0
         super().set_env(env, force_reset)  # type: ignore[arg-type]
         self.env_factory, self.n_workers = factory, n_workers

@@ -16,18 +16,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ncrl import orthogonal_loss
+from ncrl.agents.learning import losses
 from ncrl.agents.learning.imitation import Kept
-from ncrl.agents.learning.losses import (
-    Returns,
-    below_floor,
-    entropy_loss,
-    explained_variance,
-    imitation_loss,
-    policy_gradient_loss,
-    standardised,
-    value_loss,
-    vtrace,
-)
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.baselines import balance_loss, record_gates
 from ncrl.networks import LstmState
@@ -145,7 +135,7 @@ def actor_critic_loss(
     returns = _returns(batch, evaluation, objective)
     advantages = returns.advantages
     if objective.normalize_advantage:
-        advantages = standardised(advantages)
+        advantages = losses.standardised(advantages)
     exploration: dict[str, Tensor] = {}
     if novelty is not None:
         advantages, exploration = _with_bonus(advantages, batch, evaluation, novelty, objective)
@@ -154,31 +144,32 @@ def actor_critic_loss(
     if kept is not None:
         again = kept.returns.numel() / values.numel()  # a sum over its own timesteps
         remembered = everything.narrow(num_envs, kept.returns.shape[1])
-        exploration["imitation_loss"] = imitation_loss(
+        exploration["imitation_loss"] = losses.imitation_loss(
             remembered.log_prob, remembered.values[:-1], kept.returns.to(values.device)
         )
         kept_state = remembered.lstm_state[0].detach(), remembered.lstm_state[1].detach()
     none = values.new_zeros(())
-    fades = not isinstance(policy.action_space, spaces.Box)
     terms = {
-        "policy_loss": policy_gradient_loss(evaluation.log_prob, advantages),
-        "value_loss": value_loss(values, returns.returns),
-        "entropy_loss": entropy_loss(evaluation.entropy),
+        "policy_loss": losses.policy_gradient_loss(evaluation.log_prob, advantages),
+        "value_loss": losses.value_loss(values, returns.returns),
+        "entropy_loss": losses.entropy_loss(evaluation.entropy),
     }
     of_heads = {"orthogonality_loss": orthogonal_loss(policy), "balance_loss": balance_loss(gates)}
     # Without such heads it is a constant 0, which would be no curve.
     terms |= {name: term.to(values) for name, term in of_heads.items() if term.requires_grad}
+    floor, fades = objective.entropy_floor, not isinstance(policy.action_space, spaces.Box)
+    too_certain = losses.below_floor(-terms["entropy_loss"], floor, fades=fades)
     # The balance loss is about the batch, and its usual coefficient is made for a mean.
     total = values.numel() * (
         terms["policy_loss"]
         + objective.vf_coef * terms["value_loss"]
         + objective.ent_coef * terms["entropy_loss"]
-        + FLOOR_COEF * below_floor(-terms["entropy_loss"], objective.entropy_floor, fades=fades)
+        + FLOOR_COEF * too_certain
         + objective.balance_coef * terms.get("balance_loss", none)
         + objective.vf_coef * exploration.get("int_value_loss", none)
         + objective.imitation_coef * again * exploration.get("imitation_loss", none)
     ) + objective.orth_coef * terms.get("orthogonality_loss", none)
-    explained = {"explained_variance": explained_variance(values.detach(), returns.returns)}
+    explained = {"explained_variance": losses.explained_variance(values.detach(), returns.returns)}
     return Loss(total, exploration | terms | explained, evaluation, kept_state)
 
 
@@ -213,15 +204,15 @@ def _with_bonus(
     centred = intrinsic.advantages - intrinsic.advantages.mean()
     values = values[:-1]
     scalars = {
-        "int_value_loss": value_loss(values, intrinsic.returns),
+        "int_value_loss": losses.value_loss(values, intrinsic.returns),
         "int_value": values.detach().mean(),
-        "int_explained_variance": explained_variance(values.detach(), intrinsic.returns),
+        "int_explained_variance": losses.explained_variance(values.detach(), intrinsic.returns),
         "int_advantage_std": deviation,
     }
     return objective.ext_coef * advantages + objective.int_coef * centred / divisor, scalars
 
 
-def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> Returns:
+def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> losses.Returns:
     rewards = rewards_in_loss(batch.rewards, objective)
     # Behind a time limit the return goes on with the value of what was cut off.
     rewards = rewards + objective.gamma * batch.truncation_value
@@ -237,13 +228,13 @@ def _targets(
     values: Tensor,
     rewards: Tensor,
     discounts: Tensor,
-) -> Returns:
+) -> losses.Returns:
     """Targets and advantages of the values [T + 1, B] of one of the two rewards [T, B]."""
     log_rhos = torch.zeros_like(batch.log_prob)
     if objective.correction == "vtrace":  # log pi(a_t | x_t) - log mu(a_t | x_t)
         log_rhos = evaluation.log_prob.detach() - batch.log_prob
     values = values.detach()
-    return vtrace(
+    return losses.vtrace(
         log_rhos, discounts, rewards, values[:-1], values[-1], gae_lambda=objective.gae_lambda
     )
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 import ncrl.agents.learning.learner
-import ncrl.agents.learning.objective
+import ncrl.agents.learning.losses
 from ncrl.agents import A3C
 from ncrl.agents.algorithm import FORGOTTEN_AFTER
 from ncrl.agents.learning.losses import policy_gradient_loss, value_loss
@@ -164,8 +164,8 @@ def test_advantages_through_limits_ends_and_rollouts(
         returns.append(given)
         return value_loss(values, given)
 
-    monkeypatch.setattr(ncrl.agents.learning.objective, "policy_gradient_loss", watched_policy_loss)
-    monkeypatch.setattr(ncrl.agents.learning.objective, "value_loss", watched_value_loss)
+    monkeypatch.setattr(ncrl.agents.learning.losses, "policy_gradient_loss", watched_policy_loss)
+    monkeypatch.setattr(ncrl.agents.learning.losses, "value_loss", watched_value_loss)
     diaries = [Diary() for _ in range(3)]
     env = DummyVecEnv([lambda i=i: Alternating(diaries[i], i) for i in range(3)])
     model = make_model(
