@@ -41,8 +41,7 @@ MIN_SPREAD = 0.001
 Colour = tuple[int, int, int]
 
 Heads = Mapping[str, np.ndarray | None]
-"""`actor` and `critic`: attention weights of the memories u, v, s, [3, R, P]; None for layers
-without."""
+"""`actor` and `critic`: attention over left vectors (u), [R, P]; None for layers without."""
 
 
 class Moment(NamedTuple):
@@ -122,7 +121,7 @@ def view_heads(policy: EnginePolicy, latent: Latent) -> Heads:
     """Attention of the policy's actor and critic for one latent, [1, ...]."""
     heads: dict[str, np.ndarray | None] = {"actor": None, "critic": None}
     for name, (head, x) in coded_heads(policy, latent).items():
-        heads[name] = torch.stack(head.attend(x)).squeeze(1).cpu().numpy()
+        heads[name] = head.attend(x).u.squeeze(0).cpu().numpy()
     return heads
 
 
@@ -174,14 +173,13 @@ def write_video(path: Path, moments: Iterable[Moment]) -> None:
 
 
 def remember(trace: Trace | None, attention: np.ndarray) -> Trace:
-    """The trace after one more timestep, with attention [3, R, P]; None before the first one.
+    """The trace after one more timestep, with attention [R, P]; None before the first one.
 
-    Only the left vectors' attention (u) is kept. It is divided by each component's mean, since
-    gates scale the weights of a component (they sum to 1 only without gates) and at sharpness 1
-    the weights stay close to uniform: the deviations are what differs.
+    It is divided by each component's mean, since gates scale the weights of a component (they sum
+    to 1 only without gates) and at sharpness 1 the weights stay close to uniform: the deviations
+    are what differs.
     """
-    left = attention[0]  # [R, P]
-    weights = left / left.mean(axis=1, keepdims=True).clip(1e-12) - 1
+    weights = attention / attention.mean(axis=1, keepdims=True).clip(1e-12) - 1
     spread, slot_use = _spread(weights), weights.mean(axis=0, keepdims=True)  # [1, P]
     if trace is not None:
         spread = max(spread, trace.spread)

@@ -43,8 +43,8 @@ SPACE = spaces.Box(0, 255, (1, 84, 84), np.uint8)
 
 
 def attention(seed: int) -> np.ndarray:
-    """Gated weights, so that rows do not sum to 1: [3, R, P]."""
-    return np.random.default_rng(seed).uniform(0.01, 0.06, (3, COMPONENTS, SLOTS))
+    """Gated weights, so that rows do not sum to 1: [R, P]."""
+    return np.random.default_rng(seed).uniform(0.01, 0.06, (COMPONENTS, SLOTS))
 
 
 def moment(seed: int = 0, *, coded: bool = True, action: str = "FIRE") -> Moment:
@@ -93,8 +93,8 @@ def test_heads_show_the_attention_behind_the_outputs(net_arch):
         ("actor", coded.action_net, coded.mlp_extractor.forward_actor(x)),
         ("critic", coded.value_net, coded.mlp_extractor.forward_critic(x)),
     ):
-        expected = torch.stack([weights[0] for weights in head.attend(read)])
-        assert seen[name].shape == (3, COMPONENTS, SLOTS)
+        expected = head.attend(read).u[0]
+        assert seen[name].shape == (COMPONENTS, SLOTS)
         np.testing.assert_array_equal(seen[name], expected.detach().numpy())
     assert not np.array_equal(seen["actor"], seen["critic"])
 
@@ -109,7 +109,7 @@ def test_plain_heads_have_no_attention():
 
 def test_a_trace_holds_deviations_from_uniform_weights():
     left = np.array([[0.1, 0.1, 0.2, 0.4], [0.01, 0.05, 0.01, 0.01]])  # means 0.2 and 0.02
-    trace = remember(None, np.stack([left, np.zeros_like(left), np.ones_like(left)]))
+    trace = remember(None, left)
     expected = np.array([[-0.5, -0.5, 0, 1], [-0.5, 1.5, -0.5, -0.5]])
     np.testing.assert_allclose(trace.weights, expected, atol=1e-12)
     np.testing.assert_allclose(trace.slot_use, [[-0.5, 0.5, -0.25, 0.25]], atol=1e-12)
@@ -117,8 +117,8 @@ def test_a_trace_holds_deviations_from_uniform_weights():
 
 
 def test_uniform_attention_does_not_show_rounding_errors():
-    weights = np.full((3, COMPONENTS, SLOTS), 1 / SLOTS, np.float32)
-    weights[0, 0, 0] *= 1 + 1e-6
+    weights = np.full((COMPONENTS, SLOTS), 1 / SLOTS, np.float32)
+    weights[0, 0] *= 1 + 1e-6
     assert remember(None, weights).spread == MIN_SPREAD
 
 
@@ -171,8 +171,8 @@ def test_a_head_is_drawn_in_its_own_box_from_its_own_attention():
 
 
 def test_the_most_attended_slot_is_the_brightest_of_each_component():
-    weights = np.full((3, COMPONENTS, SLOTS), 0.05)
-    weights[0, 2, 7] = 0.2
+    weights = np.full((COMPONENTS, SLOTS), 0.05)
+    weights[2, 7] = 0.2
     picture = compose(moment(), {name: remember(None, weights) for name in ("actor", "critic")})
     left, top, width, height = HEADS[0].left + 40, HEADS[0].top + 44, 320, 105
     plot = picture[top : top + height, left : left + width].astype(int).sum(axis=2)
@@ -225,7 +225,7 @@ def test_the_bonus_is_a_bar_for_every_timestep():
 
 @pytest.mark.parametrize(("components", "slots"), [(1, 1), (75, 400), (1000, 3)])
 def test_any_number_of_slots_and_components_can_be_drawn(components, slots):
-    weights = np.random.default_rng(0).uniform(size=(3, components, slots))
+    weights = np.random.default_rng(0).uniform(size=(components, slots))
     picture = compose(moment(), {name: remember(None, weights) for name in ("actor", "critic")})
     expected = compose(moment(), traces(0))
     for box in HEADS:  # nothing reaches beyond the heads' boxes
