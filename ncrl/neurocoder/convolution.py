@@ -24,6 +24,12 @@ Size = int | tuple[int, int]
 
 Conv = TypeVar("Conv", bound="NeurocoderConv2d")
 
+SEAT = (
+    *("in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "dilation", "groups", "padding_mode"),
+)
+"""What `nn.Conv2d` keeps of its arguments."""
+
 
 class NeurocoderConv2d(NeurocoderLinear):
     """Drop-in for `nn.Conv2d` with a kernel composed for each image.
@@ -93,21 +99,9 @@ class NeurocoderConv2d(NeurocoderLinear):
         **options: Any,
     ) -> Conv:
         """A layer in the sizes of `conv`, as `from_linear` makes one in those of a linear layer."""
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            conv.weight.device,
-            conv.weight.dtype,
-            config=config,
-            **options,
-        )
+        seat: dict[str, Any] = {name: getattr(conv, name) for name in SEAT}
+        place: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        layer = cls(**seat, bias=conv.bias is not None, **place, config=config, **options)
         layer._take_over(conv, keep_weight)
         return layer
 
@@ -182,8 +176,5 @@ class NeurocoderConv2d(NeurocoderLinear):
         return F.conv2d(x, kernels, None, self.stride, padding, self.dilation, groups)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, padding_mode={self.padding_mode!r}, {self.config}"
-        )
+        seat = ", ".join(f"{name}={getattr(self, name)!r}" for name in SEAT)
+        return f"{seat}, {self.config}"
