@@ -289,33 +289,30 @@ def as_numbers(what: str, value: Any) -> np.ndarray:
 
 def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
     """Raise ValueError, saying what to do, for the spaces that SB3 fails at, or plays wrongly."""
-    found = [("actions", action_space)]
-    if isinstance(observation_space, spaces.Dict) and len(observation_space):
-        found += [("observations", part) for part in observation_space.values()]
-    else:
-        found.append(("observations", observation_space))
-    for role, space in found:
-        for is_wrong, advice in _space_rules(space, role == "actions"):
-            if is_wrong:
-                raise ValueError(
-                    f"spaces such as {_line(space)} are not supported as {role}: {advice}"
-                )
+    is_dict = isinstance(observation_space, spaces.Dict) and len(observation_space)
+    parts = observation_space.values() if is_dict else [observation_space]
+    for role, space in [("actions", action_space), *(("observations", part) for part in parts)]:
+        if advice := _fault_of_space(space, role == "actions"):
+            raise ValueError(f"spaces such as {_line(space)} are not supported as {role}: {advice}")
 
 
-def _space_rules(space: Any, is_action: bool) -> list[tuple[Any, str]]:
+def _fault_of_space(space: Any, is_action: bool) -> str | None:
+    """What to do instead of giving this space, if it is not supported."""
     if not isinstance(space, SUPPORTED):
         more = "" if is_action else ", or a Dict of at least one of them"
-        return [(True, f"use Box, Discrete, MultiDiscrete or MultiBinary{more}")]
-    start = "count from 0 and add the start in a wrapper, such as TransformAction"
-    rules: list[tuple[Any, str]] = [(np.any(getattr(space, "start", 0)), start)]
+        return f"use Box, Discrete, MultiDiscrete or MultiBinary{more}"
+    if np.any(getattr(space, "start", 0)):
+        return "count from 0 and add the start in a wrapper, such as TransformAction"
     if isinstance(space, spaces.Box):
-        rules.append((0 in (space.shape or (0,)), "a Box needs at least one number, in shape (1,)"))
-        if is_action:
-            rules.append((space.dtype.kind != "f", "a Box of integers is a MultiDiscrete"))
-            rules.append((not space.is_bounded(), "the bounds must be finite, such as -1 and 1"))
-    elif isinstance(space, spaces.MultiDiscrete) or is_action:
-        rules.append((len(space.shape or ()) > 1, "flatten it to one dimension"))
-    return rules
+        if 0 in (space.shape or (0,)):
+            return "a Box needs at least one number, in shape (1,)"
+        if is_action and space.dtype.kind != "f":
+            return "a Box of integers is a MultiDiscrete"
+        if is_action and not space.is_bounded():
+            return "the bounds must be finite, such as -1 and 1"
+    elif (isinstance(space, spaces.MultiDiscrete) or is_action) and len(space.shape) > 1:
+        return "flatten it to one dimension"
+    return None
 
 
 def check_extractor(policy: ActorCriticPolicy) -> None:
