@@ -50,12 +50,5 @@ def atari_vector_env(config: dict[str, Any]) -> VectorEnv:
             obs, _ = super().reset(seed=None if seed is None else int(seed) % MAX_SEED)
             return obs, {}
 
-    return Games(
-        factory.game,
-        n_envs,
-        autoreset_mode=AutoresetMode.NEXT_STEP,
-        **game_options(factory),
-    )
-
-
-__all__ = ["atari_vector_env"]
+    mode = AutoresetMode.NEXT_STEP
+    return Games(factory.game, n_envs, autoreset_mode=mode, **game_options(factory))

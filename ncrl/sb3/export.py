@@ -120,14 +120,20 @@ def load_policy(
     folder, classes = Path(folder), tuple(classes)
     description = read_description(folder)
     tensors = read_weights(folder, description)
+    names = ("policy_class", "observation_space", "action_space", "arguments")
     try:
-        build = _builder(*_made_from(description, classes))
+        made_from: Any = [from_plain(description.get(n), f"its {n}", classes) for n in names]
+        if not (isinstance(made_from[0], type) and issubclass(made_from[0], ActorCriticPolicy)):
+            raise ValueError("its policy_class is none of an actor-critic policy")
+        build = _builder(*made_from)
         if not classes:
             compare_tensors(unique_tensors(without_memory(build)), tensors)
         policy = build()
         put_tensors(policy, tensors)
     except ValueError as error:
-        raise ValueError(f"cannot load {folder / DESCRIPTION}: {error}") from error
+        unknown = isinstance(error, UnknownClassError)
+        hint = "; give classes of your own: classes=[...]" if unknown else ""
+        raise ValueError(f"cannot load {folder / DESCRIPTION}: {error}{hint}") from error
     policy.set_training_mode(False)
     return policy.to(get_device(device))
 
@@ -162,18 +168,6 @@ def read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tens
         return load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file ({error})") from error
-
-
-def _made_from(description: Mapping[str, Any], classes: tuple[type, ...]) -> Any:
-    """What `_builder` takes."""
-    names = ("policy_class", "observation_space", "action_space", "arguments")
-    try:
-        made_from = [from_plain(description.get(name), f"its {name}", classes) for name in names]
-    except UnknownClassError as error:
-        raise ValueError(f"{error}; give classes of your own: classes=[...]") from error
-    if not (isinstance(made_from[0], type) and issubclass(made_from[0], ActorCriticPolicy)):
-        raise ValueError("its policy_class is none of an actor-critic policy")
-    return made_from
 
 
 def _builder(
