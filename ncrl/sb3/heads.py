@@ -59,13 +59,10 @@ class ChosenHeads(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        is_sb3s = self.head == "linear" and not self.head_kwargs  # orthogonally initialised there
-        if is_sb3s and not self.int_value:
-            return
         if self.int_value:
             with torch.random.fork_rng(devices=[]):
                 self.value_net_int = self._make_head(self.value_net)
-        if not is_sb3s:
+        if self.head != "linear" or self.head_kwargs:  # else SB3's, which start orthogonal
             self.action_net = self._make_head(self.action_net)
             self.value_net = self._make_head(self.value_net)  # type: ignore[assignment]
         self.optimizer = self.optimizer_class(
