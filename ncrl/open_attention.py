@@ -125,10 +125,9 @@ def parts_of(host: nn.MultiheadAttention) -> dict[str, tuple[Tensor, Tensor | No
     else:  # keys and values of other widths
         weights = (host.q_proj_weight, host.k_proj_weight, host.v_proj_weight)
     biases = (None,) * 3 if host.in_proj_bias is None else host.in_proj_bias.chunk(3)
-    parts = dict(
-        zip(("q_proj", "k_proj", "v_proj"), zip(weights, biases, strict=True), strict=True)
-    )
-    return {**parts, "out_proj": (host.out_proj.weight, host.out_proj.bias)}
+    out = host.out_proj
+    pairs = [*zip(weights, biases, strict=True), (out.weight, out.bias)]
+    return dict(zip(("q_proj", "k_proj", "v_proj", "out_proj"), pairs, strict=True))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -127,11 +127,8 @@ class NeurocoderConfig:
         if self.residual_rank is not None:
             require_positive("residual_rank", self.residual_rank)
         least = self.num_least_used
-        if (
-            isinstance(least, bool)
-            or not isinstance(least, Integral)
-            or not 0 <= least < self.num_slots
-        ):
+        is_integer = isinstance(least, Integral) and not isinstance(least, bool)
+        if not (is_integer and 0 <= least < self.num_slots):
             raise ValueError(
                 f"num_least_used must be an integer in 0 .. num_slots - 1, got "
                 f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"
