@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
@@ -126,6 +126,8 @@ class AtariFactory:
     image_size: int = 84  # height and width of the observation in pixels
     max_frames: int = 108_000  # emulator frames (30 minutes) after which a game is truncated
 
+    reward_clip: ClassVar[float] = 1.0  # of rewards, by learners; the environment never does it
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "game", game_name(self.game))
         if self.protocol not in PROTOCOLS:
@@ -139,11 +141,6 @@ class AtariFactory:
     def __call__(self, n_envs: int, seed: int) -> "AtariVecEnv":
         """`n_envs` games in this process, at least 1; game i plays from seed `seed + i`."""
         return AtariVecEnv(self, n_envs, seed)
-
-    @property
-    def reward_clip(self) -> float:
-        """The limit that learners of Atari games put on rewards; the environment never does."""
-        return 1.0
 
     @property
     def rules(self) -> Protocol:
