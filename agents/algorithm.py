@@ -246,7 +246,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             env: may also be an id or a factory, as in the constructor.
             trust: read like SB3, which runs whatever code the file carries.
             known: classes of yours that the file may name, such as a features extractor, besides
-                those of ncrl, SB3 and torch. Those that your program has imported are known.
+                those of ncrl, SB3 and torch. Those that your program has imported are known, but
+                for those that were part of the script itself which saved.
             kwargs: attributes to set in place of the saved ones.
 
         Raises:

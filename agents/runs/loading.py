@@ -12,7 +12,7 @@ import json
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -133,7 +133,7 @@ def load_model(
             raise ValueError(f"it was saved by {other}, not by A3C; load it with the same class")
         if not trust:
             given = options | objects
-            objects |= _objects(kind, archive, data, given, [*known, *_classes(kind)])
+            objects |= _objects(kind, archive, data, given, known)
             _check_values(kind, archive, {**data, **objects}, given, limit)
     values = {**data, **objects, **options}
     if is_object and "batch_size" not in options:
@@ -169,7 +169,7 @@ def _objects(
     archive: zipfile.ZipFile,
     data: Mapping[str, Any],
     given: Mapping[str, Any],
-    classes: Collection[type],
+    known: Iterable[type],
 ) -> dict[str, Any]:
     """The value of every field that SB3 would read from a pickle."""
     for name in data:
@@ -181,7 +181,7 @@ def _objects(
     if (version := description.get("version", VERSION)) != VERSION:
         raise ValueError(f"its description has version {version!r}, and {VERSION} is read here")
     described = description.get("fields", {})
-    objects: dict[str, Any] = {}
+    classes, known, objects = _classes(kind), tuple(known), dict[str, Any]()
     for name in _pickled(data):
         way_out = (
             f"give its value, custom_objects={{{name!r}: ...}}, or, only if you trust whoever made "
@@ -191,7 +191,7 @@ def _objects(
             objects[name] = given.get(name)
         elif name in described:
             try:
-                objects[name] = from_plain(described[name], repr(name), classes)
+                objects[name] = from_plain(described[name], repr(name), classes, known)
             except ValueError as error:
                 if isinstance(error, UnknownClassError):
                     way_out = f"give it, known=[...]; or {way_out}"

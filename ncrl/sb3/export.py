@@ -122,7 +122,7 @@ def load_policy(
     tensors = read_weights(folder, description)
     names = ("policy_class", "observation_space", "action_space", "arguments")
     try:
-        made_from: Any = [from_plain(description.get(n), f"its {n}", classes) for n in names]
+        made_from: Any = [from_plain(description.get(n), f"its {n}", given=classes) for n in names]
         if not (isinstance(made_from[0], type) and issubclass(made_from[0], ActorCriticPolicy)):
             raise ValueError("its policy_class is none of an actor-critic policy")
         build = _builder(*made_from)

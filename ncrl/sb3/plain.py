@@ -120,15 +120,25 @@ def _container(value: Any, where: str) -> Any:
     return {TAG: "deque", "items": items, "maxlen": value.maxlen}
 
 
-def from_plain(plain: Any, where: str, classes: Iterable[type] = ()) -> Any:
+def from_plain(
+    plain: Any, where: str, classes: Iterable[type] = (), given: Iterable[type] = ()
+) -> Any:
     """What `to_plain` was given, from what `json.loads` returns.
 
-    Raises ValueError for what `to_plain` never makes, and for classes that are neither known
-    (`CLASSES`, `FAMILIES`) nor among `classes`.
+    Args:
+        plain: the description.
+        where: what it is of, for messages.
+        classes: known by their whole names, besides `CLASSES` and `FAMILIES`.
+        given: named by the caller, so known in whatever module they are. A script calls its own
+            module `__main__`, and whoever imports the script does not.
+
+    Raises:
+        ValueError: for what `to_plain` never makes, and for classes that are not known.
     """
-    known = {name_of(kind): kind for kind in (*CLASSES, *_of_rl_zoo3(), *classes)}
+    given = tuple(given)
+    known = {name_of(kind): kind for kind in (*CLASSES, *_of_rl_zoo3(), *classes, *given)}
     try:
-        return _Reader(where, known).read(plain)
+        return _Reader(where, known, given).read(plain)
     except RecursionError as error:
         raise PlainError(f"{where} is nested too deeply") from error
 
@@ -165,8 +175,8 @@ def _of_rl_zoo3() -> Iterable[type]:
 class _Reader:
     """Reads values for one place; every fault is a `PlainError` that names it."""
 
-    def __init__(self, where: str, known: Mapping[str, type]) -> None:
-        self.where, self.known, self.elements = where, known, 0
+    def __init__(self, where: str, known: Mapping[str, type], given: tuple[type, ...]) -> None:
+        self.where, self.known, self.given, self.elements = where, known, given, 0
 
     def read(self, plain: Any) -> Any:
         if isinstance(plain, list):
@@ -224,6 +234,9 @@ class _Reader:
             found = getattr(module, last, None) if prefix == module.__name__ else None
             if isinstance(found, type) and issubclass(found, base):
                 return found
+        for kind in self.given:
+            if name.endswith(f".{kind.__qualname__}"):
+                return kind
         raise UnknownClassError(
             f"{self.where} refers to the class {name[:200]!r}, which is not known here"
         )

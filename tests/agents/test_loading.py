@@ -208,6 +208,19 @@ def test_own_policies_and_extractors_are_known(tmp_path: Path) -> None:
     assert type(policy) is OwnPolicy and type(policy.features_extractor) is OwnExtractor
 
 
+def test_a_class_of_the_script_that_saved_can_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.zip"
+    with monkeypatch.context() as in_script:
+        in_script.setattr(OwnExtractor, "__module__", "__main__")
+        options = {"lstm_hidden_size": 8, "features_extractor_class": OwnExtractor}
+        make_model("MlpLstmPolicy", policy_kwargs=options).save(path)
+    assert "'__main__.OwnExtractor', which is not known here; give it, known=" in refusal(path)
+    policy = A3C.load(path, device="cpu", known=[OwnActivation, OwnExtractor]).policy
+    assert type(policy.features_extractor) is OwnExtractor
+
+
 class Warmed(A3C):
     """A user's, with an attribute that the class gives a first value."""
 

@@ -153,7 +153,7 @@ def test_shared_weights_are_written_once(tmp_path: Path) -> None:
     assert (tmp_path / "policy.safetensors").stat().st_size < size + 8_000
 
 
-def test_own_classes_have_to_be_given(tmp_path: Path) -> None:
+def test_own_classes_have_to_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = PPO(
         NeurocoderMlpPolicy, Still(VECTORS, spaces.Discrete(2)), n_steps=8, batch_size=8,
         device="cpu", policy_kwargs={
@@ -173,6 +173,8 @@ def test_own_classes_have_to_be_given(tmp_path: Path) -> None:
     assert not loaded.training and not torch.equal(
         loaded.features_extractor.norm.running_mean, torch.zeros(3)
     )
+    monkeypatch.setattr(Shifting, "__module__", "moved")
+    assert isinstance(load_policy(tmp_path, classes=[Shifting]).features_extractor, Shifting)
 
 
 def test_a_full_disk_leaves_the_policy_that_was_there(
