@@ -1,4 +1,5 @@
-"""What a Neurocoder layer costs beside the layers it sits on or replaces, in one process.
+"""What a Neurocoder layer costs beside the layers it sits on or replaces, in one process. On a CPU
+its time is counted, so that other programs may run beside.
 
 python benchmarks/layer.py                 # the rows with a target, one thread, about a minute
 python benchmarks/layer.py --all           # options of the layer and the other layers as well
@@ -8,6 +9,7 @@ python benchmarks/layer.py --device cuda --batch 320 4096
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -60,8 +62,10 @@ def print_rows(
 ) -> None:
     """The table; `everything` has options of the layer and the other layers as well."""
 
+    clock = time.process_time if device == "cpu" else time.perf_counter
+
     def compare(name: str, ours: Step, reference: Step, target: float | None = None) -> None:
-        mine, theirs = medians(seconds, ours, reference)
+        mine, theirs = medians(seconds, ours, reference, clock=clock)
         print_ratio(name, mine, theirs, target)
 
     def beside_linear(name: str, layer: Any, batch: int, target: float | None = None) -> None:
