@@ -5,8 +5,8 @@ python benchmarks/tasks.py --only mlp lenet           # rows whose name contains
 python benchmarks/tasks.py --all                      # the other layers as well
 
 A step is what `ncrl.tasks` does between two evaluations: batch, forward, all losses, backward,
-optimiser. All layers' steps are taken in turn, so that a busy machine meets them alike. What the
-data shows does not change the time, so images are random.
+optimiser. All layers' steps are taken in turn and their CPU time is counted, so that others may be
+at work as well. What the data shows does not change the time, so images are random.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--seconds", type=float, default=10.0, help="per row")
-    add("--cpu-time", action="store_true", help="of this process, where others are at work as well")
     add("--only", nargs="+", default=[""], help="parts of names of rows")
     add("--all", action="store_true", help="the other layers as well")
     arguments = parser.parse_args()
@@ -102,9 +101,7 @@ def main() -> None:
     if not chosen:
         names = ", ".join(row.name for row in ROWS)
         parser.error(f"no row's name contains {' or '.join(arguments.only)}: {names}")
-    clock = "CPU time" if arguments.cpu_time else "wall clock"
-    said = f"one thread, {clock}, median of {arguments.seconds:g} s a row"
-    print(f"{machine()}, {said}\n")
+    print(f"{machine()}, one thread, CPU time, median of {arguments.seconds:g} s a row\n")
     print_header("training step", "batch", "layer", "ms", "beside plain", "wanted")
     for row in chosen:
         measure(row, arguments)
@@ -120,8 +117,8 @@ def measure(row: Row, arguments: argparse.Namespace) -> None:
             experiment.model.train()
             steps[layer] = Training(Run("", "", recipe, 0, CPU, Path()), experiment).step
             batches[layer] = recipe.batch_size
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    times = dict(zip(steps, medians(arguments.seconds, *steps.values(), clock=clock), strict=True))
+    measured = medians(arguments.seconds, *steps.values(), clock=time.process_time)
+    times = dict(zip(steps, measured, strict=True))
     plain = next(times[layer] for layer in PLAIN if layer in times)
     for layer, ms in times.items():
         wanted = f"<= {row.most:.2f}" if layer in CODED else ""

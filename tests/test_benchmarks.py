@@ -94,7 +94,7 @@ def test_soak_prints_samples_and_their_medians_early_and_late() -> None:
 
 
 def test_tasks_prints_steps_and_targets() -> None:
-    done = run_script("tasks.py", "--seconds", "0", "--only", "mlp", "J = 5", "--cpu-time")
+    done = run_script("tasks.py", "--seconds", "0", "--only", "mlp", "J = 5")
     assert done.returncode == 0, done.stderr
     for name in ("CIFAR MLP", "polynomial GRU, J = 5"):
         plain, coded = (row.strip("| ").split(" | ") for row in table_rows(done.stdout, name))
