@@ -289,9 +289,12 @@ def as_numbers(what: str, value: Any) -> np.ndarray:
 
 def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
     """Raise ValueError, saying what to do, for the spaces that SB3 fails at, or plays wrongly."""
-    is_dict = isinstance(observation_space, spaces.Dict) and len(observation_space)
-    parts = observation_space.values() if is_dict else [observation_space]
-    for role, space in [("actions", action_space), *(("observations", part) for part in parts)]:
+    found: list[tuple[str, Any]] = [("actions", action_space)]
+    if isinstance(observation_space, spaces.Dict) and len(observation_space):
+        found += [("observations", part) for part in observation_space.values()]
+    else:
+        found.append(("observations", observation_space))
+    for role, space in found:
         if advice := _fault_of_space(space, role == "actions"):
             raise ValueError(f"spaces such as {_line(space)} are not supported as {role}: {advice}")
 
@@ -310,7 +313,7 @@ def _fault_of_space(space: Any, is_action: bool) -> str | None:
             return "a Box of integers is a MultiDiscrete"
         if is_action and not space.is_bounded():
             return "the bounds must be finite, such as -1 and 1"
-    elif (isinstance(space, spaces.MultiDiscrete) or is_action) and len(space.shape) > 1:
+    elif (isinstance(space, spaces.MultiDiscrete) or is_action) and len(space.shape or ()) > 1:
         return "flatten it to one dimension"
     return None
 
