@@ -153,7 +153,7 @@ class NeurocoderLinear(LinearSeat):
         if self.bias is not None and plain.bias is not None:
             self.bias.copy_(plain.bias)
         if keep_weight:
-            if self.integration is None:
+            if self.integration is None or not self.config.residual:
                 raise ValueError("keep_weight=True needs a residual program, got residual=False")
             self.integration.start_from(plain.weight.flatten(1).T)
 

@@ -652,6 +652,9 @@ def test_in_place_of_a_linear_layer() -> None:
     layer = OfficialNeurocoderLinear.from_linear(linear, keep_weight=True, **options)
     assert torch.equal(layer.get_parameter("integration.residual"), linear.weight.T)
     assert torch.equal(layer.get_parameter("bias"), linear.bias)
+    with pytest.raises(ValueError, match="needs a residual program"):
+        options_without = options | {"residual": False}
+        OfficialNeurocoderLinear.from_linear(linear, keep_weight=True, **options_without)
     without = OfficialNeurocoderLinear.from_linear(nn.Linear(4, 3, bias=False), **options)
     x = random_input(2, 4).float()
     before = without(x)
