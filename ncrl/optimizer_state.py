@@ -7,6 +7,7 @@ small is written past its end.
 from __future__ import annotations
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -16,12 +17,18 @@ from torch import Tensor
 
 from ncrl.shell.tensors import check_like
 
+STEP = "step"
+"""Counts the updates of a parameter, in the state of torch's optimisers."""
 
-def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
+
+def check_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Any, *, most_steps: int | None = None
+) -> None:
     """Raise ValueError, saying what differs, unless `state`, read from a file, is what the
     optimiser itself would make, in names, shapes and types.
 
-    A parameter that was never updated may lack a state. The optimiser may be on the `meta` device.
+    A parameter that was never updated may lack a state; none was updated more than `most_steps`
+    times. The optimiser may be on the `meta` device.
     """
     if not (
         isinstance(state, Mapping)
@@ -29,16 +36,13 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
         and isinstance(state.get("param_groups"), list)
     ):
         raise ValueError("the optimiser's state must hold 'state' and 'param_groups'")
-    ours, theirs = (
-        [group["params"] for group in groups]
-        for groups in (optimizer.state_dict()["param_groups"], state["param_groups"])
-    )
-    if theirs != ours:
-        raise ValueError(f"the optimiser's groups must hold parameters {ours}, got {theirs}")
+    _check_groups(state["param_groups"], optimizer.state_dict()["param_groups"])
     expected = _expected_state(optimizer)
     for index, entry in state["state"].items():
-        if index not in range(len(expected)):
+        if type(index) is not int or not 0 <= index < len(expected):
             raise ValueError(f"the optimiser has a state for {index!r}, which is no parameter")
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"the optimiser's state of parameter {index} is no dict")
         wanted = expected[index]
         if not entry or wanted is None:
             continue
@@ -47,9 +51,25 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
                 f"the optimiser's state of parameter {index} must hold "
                 f"{', '.join(sorted(wanted))}, got {', '.join(sorted(map(str, entry)))}"
             )
-        for name, tensor in wanted.items():
-            if isinstance(tensor, Tensor):
-                check_like(entry[name], tensor, f"the optimiser's {name!r} of parameter {index}")
+        for name, value in entry.items():
+            where = f"the optimiser's {name!r} of parameter {index}"
+            if name == STEP:
+                _check_step(value, most_steps, where)
+            else:
+                check_like(value, wanted[name], where)
+
+
+def _check_groups(groups: list[Any], ours: list[dict[str, Any]]) -> None:
+    if len(groups) != len(ours):
+        raise ValueError(f"the optimiser must have {len(ours)} groups, got {len(groups)}")
+    for group, own in zip(groups, ours, strict=True):
+        indices = own.pop("params")
+        if not isinstance(group, Mapping) or group.get("params") != indices:
+            raise ValueError(
+                f"the optimiser's groups must hold parameters {indices[0]} to {indices[-1]}"
+            )
+        for name in own.keys() & group.keys():
+            check_like(group[name], own[name], f"the optimiser's {name!r}")
 
 
 def _expected_state(optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -74,3 +94,15 @@ def _expected_state(optimizer: torch.optim.Optimizer) -> list[Any]:
     except (RuntimeError, NotImplementedError):
         probe.state = defaultdict(lambda: None)
     return [probe.state[one] for group in groups for one in group["params"]]
+
+
+def _check_step(value: Any, most: int | None, where: str) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dim() > 1 or value.is_complex():
+            raise ValueError(f"{where} must be one number, got shape {list(value.shape)}")
+        value = value.item()
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{where} must be a number, got {str(value)[:80]!r}")
+    if value != int(value) or value < 0 or (most is not None and value > most):
+        limit = "" if most is None else f" .. {most}"
+        raise ValueError(f"{where} must be a whole number of at least 0{limit}, got {value:g}")

@@ -221,7 +221,7 @@ class RND(IntrinsicReward):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.num_batches = int(state["num_batches"])
-        check_optimizer_state(self.optimizer, state["optimizer"])
+        check_optimizer_state(self.optimizer, state["optimizer"], most_steps=self.num_batches)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ncrl.files import read_bytes, write_atomically
+
+Like = TypeVar("Like")
 
 FREE_BYTES = 64 << 20
 """What names, curves and random states may take beside the weights."""
@@ -133,14 +136,32 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
             yield from tensors_in(part, seen)
 
 
-def check_like(found: Any, expected: Tensor, name: str) -> Tensor:
-    """A tensor that was read, if it has the shape and type of the one that it replaces; raises
-    ValueError otherwise."""
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
-    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-        raise ValueError(
-            f"{name} must be {expected.dtype} of shape {list(expected.shape)}, "
-            f"got {found.dtype} of shape {list(found.shape)}"
+def check_like(found: Any, expected: Like, name: str) -> Like:
+    """A value that was read, if it can stand for the one that it replaces: a tensor of the same
+    shape and type, a finite number for a number, and so on. Raises ValueError otherwise."""
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(found).__name__}")
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"{name} must be {expected.dtype} of shape {list(expected.shape)}, "
+                f"got {found.dtype} of shape {list(found.shape)}"
+            )
+    elif not _is_like(found, expected):
+        raise ValueError(f"{name} must be like {expected!r}, got {str(found)[:80]!r}")
+    result: Like = found
+    return result
+
+
+def _is_like(found: Any, expected: Any) -> bool:
+    if isinstance(expected, (tuple, list)):
+        return (
+            isinstance(found, (tuple, list))
+            and len(found) == len(expected)
+            and all(map(_is_like, found, expected))
         )
-    return found
+    if isinstance(expected, bool) or expected is None:  # on, off, or as torch decides
+        return found is None or isinstance(found, bool)
+    if isinstance(expected, (int, float)):
+        return type(found) in (int, float) and math.isfinite(found)
+    return type(found) is type(expected)

@@ -280,7 +280,7 @@ class Training:
         if type(update) is not int or not 0 <= update <= self.experiment.num_updates:
             raise ValueError(f"update must lie in 0 .. {self.experiment.num_updates}, got {update}")
         self.experiment.restore(state["experiment"])  # first: it may give parameters their sizes
-        check_optimizer_state(self.optimizer, state["optimizer"])
+        check_optimizer_state(self.optimizer, state["optimizer"], most_steps=update)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:

@@ -341,6 +341,7 @@ def test_the_learning_rate_is_that_of_this_run_and_not_of_the_file() -> None:
 STATES: dict[str, Any] = {
     "another shape": lambda adam: adam["state"][0].update(exp_avg=torch.zeros(2)),
     "no averages": lambda adam: adam["state"][0].pop("exp_avg_sq"),
+    "more steps than batches": lambda adam: adam["state"][0].update(step=torch.tensor(3.0)),
     "one group more": lambda adam: adam["param_groups"].append(adam["param_groups"][0]),
 }
 

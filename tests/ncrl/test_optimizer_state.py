@@ -63,3 +63,11 @@ def test_the_state_of_another_optimiser_is_refused(other: str) -> None:
 def test_what_is_no_state_is_refused(state: Any) -> None:
     with pytest.raises(ValueError, match="must hold 'state' and 'param_groups'"):
         check_optimizer_state(trained("adam"), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_setting_that_is_not_finite_is_refused(value: float) -> None:
+    state = trained("adam").state_dict()
+    state["param_groups"][0]["eps"] = value
+    with pytest.raises(ValueError, match="'eps' must be like"):
+        check_optimizer_state(trained("adam"), state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncrl.checks import nearest
 from ncrl.shell.screen import LINE_SECONDS, say
 from ncrl.shell.tensors import read_tensors
 from ncrl.tasks.data import Arrays, Images, cache_folder, cached
@@ -106,13 +108,24 @@ def load_backbone(path: Path, side: int, device: torch.device) -> Backbone:
     """A ResNet-18 on a device, with weights from a file as torchvision publishes them: a state_dict
     that torch saved, with torchvision's names. Nothing in it is executed."""
     network = ResNet18()
-    weights = read_tensors(path, LARGEST_WEIGHTS, foreign=True)
-    counters = {n: t for n, t in network.state_dict().items() if n.endswith(UNUSED)}
     try:
-        network.load_state_dict({**counters, **weights})
-    except (RuntimeError, TypeError, AttributeError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"--backbone: {path} is no ResNet-18 of torchvision: {said}") from error
+        weights = read_tensors(path, LARGEST_WEIGHTS, foreign=True)
+    except ValueError as error:
+        raise ValueError(f"--backbone: {error}") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise ValueError(f"--backbone: {path} must hold a state_dict, tensors by name alone")
+    found = {str(n): t for n, t in weights.items() if not str(n).endswith(UNUSED)}
+    try:
+        missing, unknown = network.load_state_dict(found, strict=False)
+    except RuntimeError as error:  # another shape
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    for name in (n for n in (*missing, *unknown) if not n.endswith(UNUSED)):
+        hint = f"nearest: {nearest(name, found if name in missing else network.state_dict())}"
+        said = f"{name!r} is {'missing' if name in missing else 'not known'}; {hint}"
+        raise ValueError(f"{path} is no ResNet-18 of torchvision: {said}")
+    for name, tensor in found.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
     mean, std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
     title = f"frozen ResNet-18 with the weights of {path.name}"
     return Backbone(frozen(network, device), title, side, mean, std, pooled=False)

@@ -207,17 +207,17 @@ class Code:
 
 
 WRONG_FILES = {
-    "text": (lambda: b"no weights", "cannot read"),
-    "empty": (lambda: b"", "cannot read"),
-    "cut": (lambda: saved(zeros())[:2000], "cannot read"),
-    "code": (lambda: pickle.dumps(Code(), protocol=2), "cannot read"),
-    "saved code": (lambda: saved({"fc.weight": Code()}), "cannot read"),
-    "checkpoint": (lambda: saved({"epoch": 3}), "is no ResNet-18 of torchvision: "),
-    "list": (lambda: saved([torch.zeros(1)]), "is no ResNet-18 of torchvision: "),
-    "nothing": (lambda: saved({}), 'Missing key(s) in state_dict: "conv1.weight"'),
+    "text": (lambda: b"no weights", "--backbone: cannot read"),
+    "empty": (lambda: b"", "--backbone: cannot read"),
+    "cut": (lambda: saved(zeros())[:2000], "--backbone: cannot read"),
+    "code": (lambda: pickle.dumps(Code(), protocol=2), "--backbone: cannot read"),
+    "saved code": (lambda: saved({"fc.weight": Code()}), "--backbone: cannot read"),
+    "checkpoint": (lambda: saved({"epoch": 3}), "must hold a state_dict"),
+    "list": (lambda: saved([torch.zeros(1)]), "must hold a state_dict"),
+    "nothing": (lambda: saved({}), "'conv1.weight' is missing; nearest: none"),
     "prefix": (
         lambda: saved({f"module.{n}": t for n, t in zeros().items()}),
-        'Unexpected key(s) in state_dict: "module.conv1.weight"',
+        "'conv1.weight' is missing; nearest: module.conv1.weight",
     ),
     "classes": (
         lambda: saved(zeros() | {"fc.weight": torch.zeros(10, 512)}),
@@ -225,7 +225,15 @@ WRONG_FILES = {
     ),
     "deeper": (
         lambda: saved(zeros() | {"layer1.2.conv1.weight": torch.zeros(1)}),
-        'Unexpected key(s) in state_dict: "layer1.2.conv1.weight"',
+        "'layer1.2.conv1.weight' is not known; nearest: layer1.",
+    ),
+    "not finite": (
+        lambda: saved(zeros() | {"bn1.bias": torch.full((64,), torch.nan)}),
+        "bn1.bias must hold finite floating-point numbers",
+    ),
+    "integers": (
+        lambda: saved(zeros() | {"bn1.bias": torch.zeros(64, dtype=torch.int64)}),
+        "bn1.bias must hold finite floating-point numbers",
     ),
 }
 

@@ -377,7 +377,7 @@ BAD_INPUT = {
     "coef of what": (["--method", "adam", "--penalty-coef", "1"], "--penalty-coef needs a method"),
     "no file": (["--backbone", "/no/such.pth"], "/no/such.pth does not exist"),
     "folder": (["--backbone", "/"], "--backbone must be a file of weights: / is a folder"),
-    "no weights": (["--backbone", __file__], f"cannot read {__file__}"),
+    "no weights": (["--backbone", __file__], "--backbone: cannot read"),
     "both": (["--backbone", __file__, "--backbone-epochs", "1"], "not --backbone"),
     "epochs": (["--backbone-epochs", "-1"], "--backbone-epochs must lie in 0 .. 100000, got -1"),
     "side": (["--image-side", "31"], "--image-side must lie in 32 .. 224, got 31"),
