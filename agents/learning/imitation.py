@@ -255,7 +255,9 @@ class DemonstrationMemory:
         self._kept = {
             int(depth): deque(kept, self.capacity) for depth, kept in state["kept"].items()
         }
-        self.demonstrations()  # now, not when they are read
+        for kept in self._kept.values():
+            for packed in kept:  # now, one at a time, not when they are read
+                Demonstration(*_unpack(packed))
         self._readers = [
             (Demonstration(*_unpack(packed)), int(row)) for packed, row in state["readers"]
         ]

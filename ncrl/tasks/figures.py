@@ -18,7 +18,10 @@ DPI = 100
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the file's name ends in, and say so."""
-    figure.savefig(path, dpi=DPI)
+    try:
+        figure.savefig(path, dpi=DPI)
+    except OSError as error:  # a full disk's does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     say(f"drawn: {path}")
 
 

@@ -265,15 +265,18 @@ class Training:
         path = self.run.folder / CHECKPOINT_FILE
         if not os.path.lexists(path):
             return
+        anew = "delete it to start anew"
         try:
             state = read_tensors(path, CHECKPOINT_SIZE * size_of(self.model))
-            if state["identity"] != self._mark():
-                raise ValueError("it is no checkpoint of this run")
+        except ValueError as error:
+            raise ValueError(f"{error}; {anew}") from error
+        if not isinstance(state, dict) or state.get("identity") != self._mark():
+            raise ValueError(f"{path} is no checkpoint of this run; {anew}")
+        try:
             self._restore(state)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            said = f"{path} cannot be used: {reason}; delete it to start anew"
-            raise ValueError(said) from error
+            raise ValueError(f"{path} cannot be used: {reason}; {anew}") from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         update = state["update"]
