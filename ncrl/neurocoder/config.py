@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from ncrl.checks import require_choice, require_positive, require_switch
+from ncrl.checks import nearest, require_choice, require_positive, require_switch
 
 CHOICES = {
     "preset": ("paper", "official"),
@@ -177,7 +177,11 @@ class NeurocoderConfig:
 def configured(
     config: NeurocoderConfig | None, preset: str, options: Mapping[str, Any]
 ) -> NeurocoderConfig:
-    """`config`, or that of the preset if None, with some fields changed."""
+    """`config`, or that of the preset if None, with some fields changed; TypeError for others."""
+    known = [entry.name for entry in fields(NeurocoderConfig)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"there is no option {name!r}; nearest: {nearest(name, known)}")
     if config is None:
         config = NeurocoderConfig(preset=preset)
     elif not isinstance(config, NeurocoderConfig):

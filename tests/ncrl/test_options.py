@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncrl import NeurocoderConfig, NeurocoderLinear, orthogonal_loss
+from ncrl import NeurocoderConfig, NeurocoderLinear, layers, orthogonal_loss
 from ncrl.neurocoder.config import CHOICES, PAPER_ONLY, SWITCHES
 from tests.ncrl.layers import Case, close, empty_layer, make_layer, parameters_of, random_input
 from tests.reference import neurocoder_reference
@@ -378,6 +378,13 @@ def test_impossible_options_are_refused(options: dict[str, Any], words: list[str
             build(**options)
         for word in words:
             assert word in str(error.value)
+
+
+def test_an_option_that_is_misspelt_has_the_nearest_one_named() -> None:
+    with pytest.raises(TypeError, match="no option 'num_slot'; nearest: num_slots"):
+        NeurocoderLinear(4, 3, num_slot=5)
+    with pytest.raises(ValueError, match="'neurocoder': there is no option 'slots'; nearest: "):
+        layers.make_layer("neurocoder", 4, 3, slots=5)
 
 
 @pytest.mark.parametrize("integer", [int, np.int64])
