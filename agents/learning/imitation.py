@@ -245,26 +245,36 @@ class DemonstrationMemory:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; raises whatever error anything else leads to."""
-        self.generator.set_state(state["generator"])
-        self._recent = {
-            int(game): deque((Rollout(*_unpack(packed)) for packed in recent), self.reach)
-            for game, recent in state["recent"].items()
-        }
-        self._num_rewards = {int(game): int(n) for game, n in state["num_rewards"].items()}
-        self._kept = {
-            int(depth): deque(kept, self.capacity) for depth, kept in state["kept"].items()
-        }
-        for kept in self._kept.values():
-            for packed in kept:  # now, one at a time, not when they are read
-                Demonstration(*_unpack(packed))
-        self._readers = [
-            (Demonstration(*_unpack(packed)), int(row)) for packed, row in state["readers"]
-        ]
-        self._state = None
-        if state["lstm_state"] is not None:
-            hidden, cells = state["lstm_state"]
-            self._state = hidden.clone(), cells.clone()
+        """Go on from `state_dict()`.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        try:
+            self.generator.set_state(state["generator"])
+            self._recent = {
+                int(game): deque((Rollout(*_unpack(packed)) for packed in recent), self.reach)
+                for game, recent in state["recent"].items()
+            }
+            self._num_rewards = {int(game): int(n) for game, n in state["num_rewards"].items()}
+            self._kept = {
+                int(depth): deque(kept, self.capacity) for depth, kept in state["kept"].items()
+            }
+            for kept in self._kept.values():
+                for packed in kept:
+                    Demonstration(*_unpack(packed))
+            self._readers = [
+                (Demonstration(*_unpack(packed)), int(row)) for packed, row in state["readers"]
+            ]
+            self._state = None
+            if state["lstm_state"] is not None:
+                hidden, cells = state["lstm_state"]
+                self._state = hidden.clone(), cells.clone()
+        except (
+            *(KeyError, TypeError, ValueError, AttributeError),
+            *(RuntimeError, OverflowError, zlib.error),
+        ) as error:
+            raise ValueError(f"the kept demonstrations cannot be read: {error}") from error
 
 
 def _pack(tensors: Rollout | Demonstration) -> dict[str, Any]:

@@ -54,19 +54,21 @@ class Ntm(nn.Module):
 
     A timestep: the controller sees the input and what was read before; the read head reads, then
     the write head erases and adds; the output layer sees the controller's output and what was read
-    now. That order, the learned initial state of the controller, the fixed start of the memory, the
-    zero weights before the first timestep, and no tanh over keys and what is added, are those of
-    the authors' code for the same tasks (github.com/thaihungle/NSM). The two interface layers are
-    coded.
+    now. That order, the learned initial state of the controller, the fixed start of the memory and
+    the zero weights before the first timestep are those of the authors' code for the same tasks
+    (github.com/thaihungle/NSM). The two interface layers are coded.
 
     Args:
-        in_features: 10 in the paper, 8 bits and 2 channels.
-        num_outputs: 9 by the paper's parameter counts, 8 bits and a channel that marks the end of
-            an answer.
+        in_features: numbers per timestep; 10 in the paper, 8 bits and 2 channels.
+        num_outputs: logits per timestep; 9 by the paper's parameter counts, 8 bits and a channel
+            that marks the end of an answer.
         controller_size: h.
         num_rows: N.
         row_size: M.
+        tanh: put keys and what is added to the memory through a tanh, as the paper says, and the
+            authors' code does not.
         official_count: hold the two group norms that the authors' heads create and never use.
+        coded: kind of the interface layers.
     """
 
     memory_start: Tensor
@@ -80,10 +82,12 @@ class Ntm(nn.Module):
         *,
         num_rows: int = 128,
         row_size: int = 20,
+        tanh: bool = False,
         official_count: bool = False,
         coded: Coded = PLAIN,
     ) -> None:
         super().__init__()
+        self.tanh = tanh
         self.controller = nn.LSTMCell(in_features + row_size, controller_size)
         self.hidden_start = nn.Parameter(0.05 * torch.randn(controller_size))
         self.cell_start = nn.Parameter(0.05 * torch.randn(controller_size))
@@ -139,7 +143,7 @@ class Ntm(nn.Module):
         weights = self._address(addresses, state.memory, state.weights)  # [B, 2, N]
 
         read = (weights[:, :1] @ state.memory).squeeze(1)  # [B, M]
-        memory = write(state.memory, weights[:, 1], erase.sigmoid(), add)
+        memory = write(state.memory, weights[:, 1], erase.sigmoid(), self._squash(add))
 
         output = self.output(torch.cat([hidden, read], dim=1))
         return output, NtmState(hidden, cell, read, weights, memory)
@@ -149,10 +153,13 @@ class Ntm(nn.Module):
         key, strength, gate, shift, sharpening = addresses.split_with_sizes(
             [memory.shape[2], *ADDRESS_SIZES], dim=2
         )
-        content = content_weights(memory, key, F.softplus(strength))
+        content = content_weights(memory, self._squash(key), F.softplus(strength))
         weights = previous + gate.sigmoid() * (content - previous)  # Eq. 7
         weights = shifted(weights, shift.softmax(2))
         return sharpened(weights, 1 + F.softplus(sharpening))
+
+    def _squash(self, vector: Tensor) -> Tensor:
+        return vector.tanh() if self.tanh else vector
 
 
 def content_weights(memory: Tensor, key: Tensor, strength: Tensor) -> Tensor:

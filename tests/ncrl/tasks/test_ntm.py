@@ -17,9 +17,9 @@ def slow_softmax(x: list[Tensor]) -> list[Tensor]:
     return [value / sum(exponentials) for value in exponentials]
 
 
-def slow_address(o: Tensor, memory: Tensor, previous: Tensor) -> Tensor:
+def slow_address(o: Tensor, memory: Tensor, previous: Tensor, tanh: bool) -> Tensor:
     """Graves et al. 2014, Eqs. 5 to 9, for one sequence; o [M + 6], memory [N, M]."""
-    key = o[:M]
+    key = torch.tanh(o[:M]) if tanh else o[:M]
     strength, gate, sharpening = softplus(o[M]), sigmoid(o[M + 1]), 1 + softplus(o[M + 5])
     shift = slow_softmax([o[M + 2], o[M + 3], o[M + 4]])  # by +1, 0, -1
     content = slow_softmax([strength * cosine(key, memory[i]) for i in range(N)])
@@ -34,7 +34,7 @@ def slow_address(o: Tensor, memory: Tensor, previous: Tensor) -> Tensor:
     return torch.stack([value / sum(powers) for value in powers])
 
 
-def slow_ntm(network: Ntm, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def slow_ntm(network: Ntm, inputs: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """One sequence [T, in] -> outputs [T, out] and the last memory [N, M]."""
     w = dict(network.controller.named_parameters())
     linear = {
@@ -51,11 +51,12 @@ def slow_ntm(network: Ntm, inputs: Tensor) -> tuple[Tensor, Tensor]:
     outputs = []
     for x in inputs:
         hidden, cell = lstm_cell(w, torch.cat([x, read]), hidden, cell)
-        read_at = slow_address(apply("read_interface", hidden), memory, read_at)
+        read_at = slow_address(apply("read_interface", hidden), memory, read_at, tanh)
         read = torch.stack([dot(read_at, memory[:, j]) for j in range(M)])
         o = apply("write_interface", hidden)
-        write_at = slow_address(o[: M + 6], memory, write_at)
+        write_at = slow_address(o[: M + 6], memory, write_at, tanh)
         erase, add = sigmoid(o[M + 6 : 2 * M + 6]), o[2 * M + 6 :]
+        add = torch.tanh(add) if tanh else add
         rows = []
         for i in range(N):
             row = [
@@ -67,9 +68,9 @@ def slow_ntm(network: Ntm, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs), memory
 
 
-def make(**options: object) -> Ntm:
+def make(tanh: bool = False, **options: object) -> Ntm:
     torch.manual_seed(0)
-    network = Ntm(2, 3, H, num_rows=N, row_size=M, **options).double()
+    network = Ntm(2, 3, H, num_rows=N, row_size=M, tanh=tanh, **options).double()
     with torch.no_grad():  # strong enough addressing that each part of it shows
         for layer in (network.read_interface, network.write_interface):
             layer.weight.mul_(6)
@@ -77,21 +78,22 @@ def make(**options: object) -> Ntm:
 
 
 def test_values_and_gradients_equal_a_literal_reading() -> None:
-    network = make()
-    inputs = torch.randn(4, 2, 2, dtype=torch.float64)
-    outputs, state = network(inputs)
-    direction = torch.randn_like(outputs)
-    parameters = list(network.parameters())
-    gradients = torch.autograd.grad((outputs * direction).sum(), parameters)
-    expected = torch.zeros((), dtype=torch.float64)
-    for b in range(2):
-        slow, memory = slow_ntm(network, inputs[:, b])
-        torch.testing.assert_close(outputs[:, b], slow, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(state.memory[b], memory, rtol=1e-10, atol=1e-10)
-        expected = expected + (slow * direction[:, b]).sum()
-    slow_gradients = torch.autograd.grad(expected, parameters)
-    for actual, slow in zip(gradients, slow_gradients, strict=True):
-        torch.testing.assert_close(actual, slow, rtol=1e-8, atol=1e-10)
+    for tanh in (False, True):
+        network = make(tanh)
+        inputs = torch.randn(4, 2, 2, dtype=torch.float64)
+        outputs, state = network(inputs)
+        direction = torch.randn_like(outputs)
+        parameters = list(network.parameters())
+        gradients = torch.autograd.grad((outputs * direction).sum(), parameters)
+        expected = torch.zeros((), dtype=torch.float64)
+        for b in range(2):
+            slow, memory = slow_ntm(network, inputs[:, b], tanh)
+            torch.testing.assert_close(outputs[:, b], slow, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(state.memory[b], memory, rtol=1e-10, atol=1e-10)
+            expected = expected + (slow * direction[:, b]).sum()
+        slow_gradients = torch.autograd.grad(expected, parameters)
+        for actual, slow in zip(gradients, slow_gradients, strict=True):
+            torch.testing.assert_close(actual, slow, rtol=1e-8, atol=1e-10)
 
 
 def test_a_strong_key_finds_its_row() -> None:
@@ -165,6 +167,7 @@ def test_the_authors_unused_norms_are_counted_and_nothing_else() -> None:
     assert not any("unused" in name for name, _ in Ntm().named_parameters())
 
 
-def test_switches_are_on_or_off() -> None:
-    with pytest.raises(ValueError, match="official_count must be True or False, got 7"):
-        Recipe(network="ntm", network_options={"official_count": 7})
+@pytest.mark.parametrize("name", ["tanh", "official_count"])
+def test_switches_are_on_or_off(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 7"):
+        Recipe(network="ntm", network_options={name: 7})
