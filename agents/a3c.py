@@ -30,6 +30,7 @@ from ncrl.agents.playing.players import Player, SerialPlayer, played_by_workers
 from ncrl.agents.playing.supervision import Limits, PoolSpec
 from ncrl.agents.profiling import Profile, stopwatch_for
 from ncrl.agents.runs import curves
+from ncrl.checks import whole_number
 from ncrl.sb3 import EnginePolicy
 
 logger = logging.getLogger(__name__)
@@ -248,10 +249,10 @@ class A3C(EngineAlgorithm):
         if self.cluster is not None:
             sizes.check_cluster(self.cluster, self.n_workers)
         arguments.check_limits(self.limits)
-        self.n_steps = arguments.whole_number("n_steps", self.n_steps)
+        self.n_steps = whole_number("n_steps", self.n_steps)
         arguments.check_numbers(self._objective(), self.max_grad_norm, self.learning_rate)
         if self.batch_size is not None:
-            self.batch_size = arguments.whole_number("batch_size", self.batch_size)
+            self.batch_size = whole_number("batch_size", self.batch_size)
             arguments.check_batch(self.batch_size, self.n_steps, self.n_envs)
         arguments.check_policy(self.policy_class, self.policy_kwargs, self.use_sde)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from gymnasium import spaces
@@ -18,6 +18,7 @@ from ncrl import sb3
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.supervision import Limits
+from ncrl.checks import whole_number
 from ncrl.envs import AtariFactory
 from ncrl.sb3 import EnginePolicy
 from ncrl.settings import check
@@ -106,13 +107,6 @@ def check_serial(n_workers: int, n_envs: int | None, env: object) -> None:
             f"n_envs={n_envs} needs an env that can be built so often: a Gymnasium id or a "
             f"factory, got {type(env).__name__}, which has {count}; leave n_envs out"
         )
-
-
-def whole_number(name: str, value: Any, *, least: int = 1) -> int:
-    """An integer of any kind as an `int`; ValueError for anything else, or less."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
 
 
 def names(argument: str, value: Any) -> list[str]:

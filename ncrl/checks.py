@@ -33,8 +33,14 @@ def require_range(name: str, value: Any, low: float, high: float) -> None:
 
 def require_positive(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
+    whole_number(name, value)
+
+
+def whole_number(name: str, value: Any, *, least: int = 1) -> int:
+    """An integer of any kind as an `int`; ValueError for anything else, or less."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
+    return int(value)
 
 
 def require_switch(name: str, value: Any) -> None:

@@ -25,12 +25,13 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ncrl.agents.arguments import check_batch, check_serial, whole_number
+from ncrl.agents.arguments import check_batch, check_serial
 from ncrl.agents.learning.optim import SharedRMSProp
 from ncrl.agents.playing.buffers import RolloutShape
 from ncrl.agents.playing.env_sources import check_object, is_factory
 from ncrl.agents.playing.sizes import check_memory, default_workers
 from ncrl.agents.playing.supervision import Limits
+from ncrl.checks import whole_number
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.sb3.engine import EnginePolicy
 from ncrl.sb3.export import compare_tensors, without_memory
