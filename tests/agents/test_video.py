@@ -11,7 +11,8 @@ import torch
 from gymnasium import spaces
 
 from ncrl.agents import A3C
-from ncrl.agents.atari.evaluate import play
+from ncrl.agents.atari import evaluate
+from ncrl.agents.atari.evaluate import play, visit_rooms
 from ncrl.agents.atari.video import (
     ACCENT,
     ACTIONS,
@@ -34,8 +35,9 @@ from ncrl.agents.atari.video import (
     view_heads,
     write_video,
 )
-from ncrl.envs import AtariPlayer, atari
+from ncrl.envs import AtariFactory, AtariPlayer, atari
 from ncrl.sb3 import CnnLstmPolicy, Latent, LstmPolicy, NeurocoderCnnLstmPolicy
+from ncrl.shell.screen import Screen
 from tests.agents.conftest import file_size_limit
 
 SLOTS, COMPONENTS, ACTION_NAMES = 12, 6, ("NOOP", "FIRE", "UP", "DOWNRIGHTFIRE")
@@ -357,3 +359,20 @@ def test_the_lstm_of_a_film_starts_anew_where_training_cut_the_return(
     for _ in play(model, player, deterministic=True):
         pass
     assert started == [[True], [False], [True], [False], [False], [False]]
+
+
+def test_each_game_of_rooms_begins_from_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the emulator would draw the same sticky actions in every one."""
+    factory = atari("MontezumaRevenge", max_frames=8)
+    model = A3C("CnnLstmPolicy", factory, n_workers=0, n_envs=1, seed=0)
+    seeds = []
+
+    def noted(factory: AtariFactory, seed: int) -> AtariPlayer:
+        seeds.append(seed)
+        return AtariPlayer(factory, seed)
+
+    monkeypatch.setattr(evaluate, "AtariPlayer", noted)
+    largest = 2**31 - 1
+    _, lengths = visit_rooms(model, factory, largest, 3, False, Screen(None))
+    assert lengths == [2, 2, 2]
+    assert seeds == [largest, 0, 1]

@@ -28,6 +28,24 @@ def test_attention_equals_the_literal_reading(case: Case) -> None:
         torch.testing.assert_close(weights, torch.stack(expected))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_program_is_the_matrix_that_an_input_is_multiplied_with(bias: bool) -> None:
+    """W = sum_i a_i W_i; the output is x W and the mixed bias."""
+    layer = NSMLinear(3, 2, num_slots=4, key_dim=2, bias=bias, dtype=torch.float64)
+    x = random_input(2, 5, 3)
+    programs = layer.program(x)
+    assert programs.shape == (2, 5, 3, 2)
+    for row, program in zip(x.flatten(0, 1), programs.flatten(0, 1), strict=True):
+        attention, expected = layer.attend(row), torch.zeros(3, 2, dtype=torch.float64)
+        for slot, weight in zip(layer.memory, attention, strict=True):
+            expected += weight * slot[2:8].view(3, 2)
+        torch.testing.assert_close(program, expected, rtol=1e-12, atol=1e-12)
+        mixed = row @ program
+        if bias:
+            mixed = mixed + attention @ layer.memory[:, 8:]
+        torch.testing.assert_close(layer(row), mixed, rtol=1e-12, atol=1e-12)
+
+
 def test_a_sharp_query_reads_one_slot() -> None:
     """Opposite keys, a query along the first one and a large strength: W = W_0."""
     layer = NSMLinear(3, 2, num_slots=2, key_dim=1, dtype=torch.float64)
