@@ -52,7 +52,8 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
     if film is not None:
         check_path(film)
     weights, after = chosen_weights(path, best=bool(modes["best"]))
-    screen.line(f"playing {f'{episodes} whole games ' if episodes else ''}with {weights}")
+    games = "1 whole game" if episodes == 1 else f"{episodes} whole games"
+    screen.line(f"playing {f'{games} ' if episodes else ''}with {weights}")
     model = make_model(config, n_workers=0, n_envs=1, batch_size=None, cluster=None)
     load_weights(model, weights, optimizer=False)
     deterministic = bool(modes["deterministic"])
@@ -61,10 +62,10 @@ def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: S
         play_all = visit_rooms if factory.game in ROOM_ADDRESS else play_games
         scores, lengths = play_all(model, factory, seed, episodes, deterministic, screen)
         screen.line(
-            f"{camel_case(factory.game)} {after}raw score of {episodes} whole "
-            f"games: mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
-            f"min {min(scores):g}, max {max(scores):g}; mean length "
-            f"{statistics.fmean(lengths):.0f} timesteps"
+            f"{camel_case(factory.game)} {after}raw score of {games}: "
+            f"mean {statistics.fmean(scores):.2f}, std {statistics.pstdev(scores):.2f}, "
+            f"min {min(scores):g}, max {max(scores):g}; "
+            f"mean length {statistics.fmean(lengths):.0f} timesteps"
         )
     rules = factory.describe()
     screen.line(

@@ -42,6 +42,7 @@ class Progress(BaseCallback):
                 mininterval=BAR_SECONDS,
                 file=self.screen,  # type: ignore[arg-type]
             )
+            self._bar.set_postfix_str("starting")
 
     def _on_step(self) -> bool:
         now = time.monotonic()

@@ -44,6 +44,8 @@ def draw_band(
     axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], label: str, **style: Any
 ) -> None:
     """The mean over seeds, between the standard deviations; a row of values for each seed."""
+    if len(x) == 1:  # a line of one point would not be seen
+        style.setdefault("marker", "o")
     mean, std = np.mean(values, axis=0), np.std(values, axis=0)
     (line,) = axes.plot(x, mean, label=label, linewidth=1.3, **style)
     if len(values) > 1:

@@ -156,7 +156,9 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
         if paper is not None:
             axes.plot([last], [paper], "<", color=line.get_color(), clip_on=False)
     axes.set_ylabel("accuracy, %")
-    data = "; ".join(dict.fromkeys(row.data for row in rows))
-    axes.set_title(f"{data}; marks: the paper's best", fontsize=9)
+    title = "; ".join(dict.fromkeys(row.data for row in rows))
+    if len(axes.lines) > len(by_name(rows)):
+        title += "; marks: the paper's best"
+    axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
     save_figure(figure, path)

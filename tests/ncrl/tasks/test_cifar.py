@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from ncrl.tasks.cifar import experiment as cifar
 from ncrl.tasks.cifar.experiment import main, paper_accuracy
@@ -49,6 +50,19 @@ def test_all_four_layers_learn_and_are_drawn(
     coded = next(row for row in rows if row.layer == "neurocoder")
     assert list(coded.details["layers"]) == ["layers.1", "layers.2"]
     assert figure.stat().st_size > 10_000
+
+
+def test_one_evaluation_is_seen_and_no_marks_are_named_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(cifar, "save_figure", lambda figure, _: figures.append(figure))
+    words = ["--layer", "linear", *SMALL, "--epochs", "1", "--logdir", str(tmp_path)]
+    assert main([*words, "--figure", str(tmp_path / "cifar.png")]) == 0
+    (axes,) = figures[0].axes
+    (line,) = axes.lines
+    assert len(line.get_xdata()) == 1 and line.get_marker() == "o"  # type: ignore[arg-type]
+    assert "digits" in axes.get_title() and "marks" not in axes.get_title()
 
 
 def test_lenet_learns(tmp_path: Path) -> None:
