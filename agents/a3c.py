@@ -176,7 +176,7 @@ class A3C(EngineAlgorithm):
         self._counts_are_news = n_envs is None and _init_setup_model
         played: GymEnv | None
         if env_sources.is_factory(env):
-            n_envs = DEFAULT_ENVS if n_envs is None else n_envs
+            n_envs = whole_number("n_envs", DEFAULT_ENVS if n_envs is None else n_envs)
             if n_workers is None:
                 n_workers = sizes.default_workers(n_envs, cluster)
             self.n_workers = n_workers

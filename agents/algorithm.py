@@ -326,6 +326,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
                 self._last_episode_starts = self.collector.episode_start
             if batch is None and self.exploration is not None:
                 self.exploration.memory.forget_recent()
+        if self.use_sde and self.n_workers:  # else `predict` has that of the first weights
+            self.policy.reset_noise()
         if batch is not None:
             self.policy_lag = curves.record_lag(self.logger, batch.lags)
         return batch

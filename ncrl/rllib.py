@@ -140,6 +140,17 @@ class _OwnLosses(TorchLearner):  # type: ignore[misc]
     less), `balance_coef`, and `reward_clip` (IMPALA and APPO; PPO knows its advantages before).
     """
 
+    def build(self) -> None:
+        """RLlib's; ValueError where actions would be others than the policy means."""
+        super().build()
+        for module in self.module.values() if self.config.normalize_actions else ():
+            space = module.unwrapped().action_space
+            if isinstance(space, spaces.Box) and (abs(space.low + 1) + abs(space.high - 1)).any():
+                raise ValueError(
+                    f"RLlib stretches actions to the bounds of {space}, where A3C and load_policy "
+                    "clip them; give .environment(normalize_actions=False, clip_actions=True)"
+                )
+
     def compute_loss_for_module(
         self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
     ) -> Tensor:
@@ -238,6 +249,8 @@ def module_spec(
         load: folder of `export_policy` to begin with.
     """
     _policy_class(policy)
+    for name in {"orth_coef", "balance_coef"} & set(policy_kwargs or {}):
+        raise ValueError(f"{name} belongs into learner_config_dict, not into policy_kwargs")
     return RLModuleSpec(
         module_class=TargetPolicyModule if target else PolicyModule,
         model_config={

@@ -1022,6 +1022,19 @@ def test_f11_a_full_disk(
         assert "the last checkpoint could not be written" in output.err.splitlines()[-1]
 
 
+def test_the_line_to_go_on_with_does_so_after_a_stop_before_the_first_timestep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing was played the settings of the run are those that it had."""
+    run_here(*short(tmp_path))
+    arguments = ["--resume", str(tmp_path / "Klax-1"), "--frames", "400"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(ncrl.agents.atari.train, "_play_on", lambda *_: None)
+        told = run_here(*arguments).splitlines()[-1]
+    assert told.endswith(" ".join(["run_atari.py", *arguments])), told
+    assert "400 / 400 frames" in run_here(*arguments)
+
+
 def test_f11_a_disk_without_room_for_the_best_model_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -166,8 +166,9 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         return code
     if not saved:
         return failed(f"the last checkpoint could not be written to {run.path}")
-    # A run that has played all its frames goes on only where it is given more.
-    more = [] if model.num_timesteps < total else ["--frames", str(2 * config.frames)]
+    # A run that is over goes on only with more frames, and these are kept with a new checkpoint.
+    frames = config.frames if model.num_timesteps < total else 2 * config.frames
+    more = [] if before < model.num_timesteps < total else ["--frames", str(frames)]
     screen.line(
         f"{model.num_timesteps * FRAMES_PER_TIMESTEP:,} frames played; go on with: "
         f"{resume_line(run.path, *more)}"

@@ -251,7 +251,7 @@ class DemonstrationMemory:
             ValueError: for anything else.
         """
         try:
-            self.generator.set_state(state["generator"])
+            self.generator.set_state(state["generator"].cpu())  # SB3 puts a file's on the GPU
             self._recent = {
                 int(game): deque((Rollout(*_unpack(packed)) for packed in recent), self.reach)
                 for game, recent in state["recent"].items()
@@ -293,8 +293,8 @@ def _pack(tensors: Rollout | Demonstration) -> dict[str, Any]:
 def _unpack(packed: dict[str, Any]) -> list[Tensor]:
     dtype = packed["like"].dtype
     size = int(np.prod(packed["shape"])) * dtype.itemsize
-    raw = zlib.decompressobj().decompress(packed["obs"].numpy().tobytes(), size)
+    raw = zlib.decompressobj().decompress(packed["obs"].cpu().numpy().tobytes(), size)
     if len(raw) != size:
         raise ValueError(f"{len(raw)} bytes in place of {size}")
     obs = torch.frombuffer(bytearray(raw), dtype=dtype).view(packed["shape"])
-    return [obs, *packed["others"]]
+    return [obs, *(tensor.cpu() for tensor in packed["others"])]

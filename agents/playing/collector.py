@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -138,7 +139,8 @@ class Collector:
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
         """Value of the observation environment i was cut off at (SB3 issue 633)."""
-        obs, _ = self.policy.obs_to_tensor(terminal_observation)  # [1, ...]
+        # SB3's does not check: this observation alone is not yet in the type of its space.
+        obs, _ = ActorCriticPolicy.obs_to_tensor(self.policy, terminal_observation)  # [1, ...]
         h, c = self.lstm_state
         state = h[:, i : i + 1].contiguous(), c[:, i : i + 1].contiguous()
         latent, _ = self.policy.encode(obs, state, torch.zeros(1, dtype=torch.bool))
@@ -150,11 +152,10 @@ def actions_for_env(policy: EnginePolicy, actions: Tensor) -> np.ndarray:
     to the bounds, and those squashed into -1 .. 1 are scaled to them."""
     array: np.ndarray = actions.cpu().numpy()
     space = policy.action_space
-    if not isinstance(space, spaces.Box):
-        return array.astype(space.dtype, copy=False)  # policies draw MultiBinary as floats
-    return (
-        policy.unscale_action(array) if policy.squash_output else array.clip(space.low, space.high)
-    )
+    if isinstance(space, spaces.Box):
+        squashed, low, high = policy.squash_output, space.low, space.high
+        array = policy.unscale_action(array) if squashed else array.clip(low, high)
+    return array.astype(space.dtype, copy=False)  # policies draw MultiBinary as floats
 
 
 def _check_finite(name: str, values: Any, t: int, *, env: int | None = None) -> None:

@@ -79,7 +79,8 @@ def model_bytes(model: A3C) -> bytes:
     parts: dict[str, Any] = dict(model.policy.state_dict())
     parts["a number that the optimiser keeps"] = model.policy.optimizer.state_dict()
     if model.exploration is not None:
-        parts["a number of the intrinsic reward"] = model.exploration.source.state_dict()
+        explored = model.exploration.scale, model.exploration.source
+        parts["a number of the intrinsic reward"] = [part.state_dict() for part in explored]
     for name, part in parts.items():
         if not all(torch.isfinite(tensor).all() for tensor in tensors_in(part)):
             raise CheckpointError(f"not saved: {name} is not finite")
@@ -181,11 +182,8 @@ def _state_of(model: A3C) -> dict[str, Any]:
     return {
         "counters": {name: getattr(model, name) for name in COUNTERS},
         "scores": {name: getattr(model, name) for name in SCORES},
-        # Monitors report numpy numbers, which only a pickle could bring back.
-        "episodes": [
-            {key: value.item() if hasattr(value, "item") else value for key, value in game.items()}
-            for game in model.ep_info_buffer or ()
-        ],
+        # Monitors report numpy numbers, and what users ask for, which only a pickle brings back.
+        "episodes": [{k: float(game[k]) for k in "rl"} for game in model.ep_info_buffer or ()],
         "successes": [float(success) for success in model.ep_success_buffer or ()],
         "random": random_state(model.device),
         "numpy": (algorithm, torch.from_numpy(keys.astype(np.int64)), *others),

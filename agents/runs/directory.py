@@ -203,15 +203,15 @@ class _Csv(CSVOutputFormat):
 
     def __init__(self, path: Path, timesteps: int) -> None:
         text = path.read_text(errors="replace") if path.is_file() else ""
-        super().__init__(str(path))
+        unfinished = path.with_name(f".{path.name}.resuming")  # for `remove_unfinished`
+        super().__init__(str(unfinished))
         header, *rows = text[: text.rfind("\n") + 1].splitlines() or [""]
-        keys = header.split(",")
-        if STEP_KEY not in keys:
-            return
-        self.keys = keys
-        for row in (header, *rows):
-            cells = row.split(",")
-            step = cells[keys.index(STEP_KEY)] if len(cells) == len(keys) else ""
-            if row is header or (step.isdigit() and int(step) <= timesteps):
-                self.file.write(row + "\n")
+        if STEP_KEY in (keys := header.split(",")):
+            self.keys = keys
+            for row in (header, *rows):
+                cells = row.split(",")
+                step = cells[keys.index(STEP_KEY)] if len(cells) == len(keys) else ""
+                if row is header or (step.isdigit() and int(step) <= timesteps):
+                    self.file.write(row + "\n")
         self.file.flush()
+        unfinished.replace(path)

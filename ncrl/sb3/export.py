@@ -135,7 +135,11 @@ def load_policy(
         hint = "; give classes of your own: classes=[...]" if unknown else ""
         raise ValueError(f"cannot load {folder / DESCRIPTION}: {error}{hint}") from error
     policy.set_training_mode(False)
-    return policy.to(get_device(device))
+    policy.to(get_device(device))
+    if policy.use_sde:  # its noise was drawn with fresh weights, on the CPU
+        with torch.random.fork_rng(devices=[]):
+            policy.reset_noise()
+    return policy
 
 
 def read_description(folder: Path) -> dict[str, Any]:

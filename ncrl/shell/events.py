@@ -5,7 +5,6 @@ The writers of torch and TensorBoard write in a thread of their own, which ends 
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from pathlib import Path
@@ -13,8 +12,6 @@ from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-
-_numbers = itertools.count()
 
 
 class CurveWriter:
@@ -25,7 +22,9 @@ class CurveWriter:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}.{next(_numbers)}"
+        name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
+        # TensorBoard reads in the order of names; the clock may have been set back.
+        name = max([name, *(f"{file.name}.1" for file in folder.glob("events.*"))])
         self._file = (folder / name).open("wb")
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))

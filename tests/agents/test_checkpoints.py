@@ -170,6 +170,27 @@ def test_what_is_saved_is_what_is_resumed(tmp_path: Path) -> None:
     assert difference(before, everything(other)) == []
 
 
+@pytest.mark.parametrize("noted", [(np.float64(1), 2), np.arange(3)], ids=["tuple", "array"])
+def test_what_a_monitor_notes_besides_scores_is_no_part_of_a_checkpoint(
+    noted: Any, tmp_path: Path
+) -> None:
+    """`Monitor(info_keywords=...)` keeps objects that only a pickle could bring back."""
+    model = make_model().learn(100)
+    assert model.ep_info_buffer
+    model.ep_info_buffer[-1]["position"] = noted
+    save_checkpoint(model, tmp_path)
+    other = make_model()
+    resume(other, newest_checkpoint(tmp_path))
+    assert difference(everything(model), everything(other)) == []
+
+
+def test_a_number_of_environments_may_be_numpys(tmp_path: Path) -> None:
+    """Counters follow from it, and a checkpoint holds plain numbers alone."""
+    model = make_model(n_envs=np.int64(2)).learn(20)
+    save_checkpoint(model, tmp_path)
+    assert newest_checkpoint(tmp_path).timesteps == 20
+
+
 @pytest.mark.parametrize(
     ("make", "n", "total"),
     [(make_cartpole, 50, 150), (lambda: make_atari("classic"), 400, 500)],
@@ -674,6 +695,16 @@ def test_f19_an_optimiser_that_is_not_finite_is_never_saved(tmp_path: Path) -> N
     model = make_model().learn(20)
     next(iter(model.policy.optimizer.state.values()))["square_avg"].fill_(float("inf"))
     with pytest.raises(CheckpointError, match="optimiser"):
+        save_checkpoint(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_f19_a_scale_of_the_bonus_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    """A source of one's own may have returned infinity once."""
+    model = make_model(intrinsic_reward="count").learn(20)
+    assert model.exploration is not None
+    model.exploration.scale.mean.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="intrinsic reward"):
         save_checkpoint(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -110,9 +110,14 @@ def test_log_probabilities_and_states_are_those_of_the_learner(policy_class: typ
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, np.float64])
 @pytest.mark.parametrize("policy_class", [MlpLstmPolicy, NeurocoderCnnLstmPolicy])
-def test_a_time_limit_is_valued_by_what_was_cut_off(policy_class: type) -> None:
+def test_a_time_limit_is_valued_by_what_was_cut_off(policy_class: type, dtype: Any) -> None:
+    """In whatever type the environment returns it: SB3 turns all other observations into that of
+    the space."""
     env = make_env(image=issubclass(policy_class, CnnLstmPolicy))
+    assert env.terminal_observations is not None
+    env.terminal_observations = env.terminal_observations.astype(dtype or env.observations.dtype)
     policy = make_policy(policy_class, env)
     (rollout,), *_ = collect(env, policy, [LENGTH])
     state = policy.initial_state(ENVS)
@@ -144,11 +149,15 @@ def test_actions_are_clipped_for_the_environment_only() -> None:
     torch.testing.assert_close(rollout.log_prob, evaluation.log_prob, rtol=1e-4, atol=1e-5)
 
 
-def test_actions_have_the_type_of_their_space() -> None:
-    """Those of a MultiBinary are drawn as floating-point numbers."""
-    env = make_env(action_space=spaces.MultiBinary(3))
+@pytest.mark.parametrize(
+    "space",
+    [spaces.MultiBinary(3), *(spaces.Box(-1, 1, (2,), f"float{bits}") for bits in (16, 64))],  # type: ignore[arg-type]
+)
+def test_actions_have_the_type_of_their_space(space: spaces.Space) -> None:
+    """Policies draw them all as floating-point numbers of single precision."""
+    env = make_env(action_space=space)
     collect(env, make_policy(MlpLstmPolicy, env), [4])
-    assert {actions.dtype for actions in env.actions} == {np.dtype(np.int8)}
+    assert {actions.dtype for actions in env.actions} == {space.dtype}
 
 
 def test_an_error_of_the_policy_itself_is_not_taken_for_divergence() -> None:

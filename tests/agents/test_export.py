@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from stable_baselines3 import A2C
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 
@@ -50,6 +52,32 @@ def test_an_exported_policy_acts_like_the_model(policy: str, tmp_path: Path) -> 
         assert np.array_equal(action, same)
         for part, same_part in zip(state or (), same_state or (), strict=True):
             assert np.array_equal(part, same_part)
+
+
+def noise(policy: Any) -> float:
+    obs = np.array([0.3, 0.2, 0.5], np.float32)
+    drawn, mean = (policy.predict(obs, deterministic=fixed)[0] for fixed in (False, True))
+    return float(abs(drawn - mean))
+
+
+def test_the_noise_of_gsde_is_that_of_the_exported_weights(tmp_path: Path) -> None:
+    """It is no tensor of the policy, but drawn from one."""
+    model = A2C("MlpPolicy", "Pendulum-v1", use_sde=True, device="cpu", seed=0)
+    with torch.no_grad():
+        model.policy.log_std.fill_(-8)  # training has made it certain
+    before = torch.get_rng_state()
+    loaded = load_policy(export_policy(model, tmp_path), "cpu")
+    assert 0 < noise(loaded) < 0.01
+    assert torch.equal(before, torch.get_rng_state()), "reading draws nothing"
+
+
+def test_the_noise_of_gsde_is_that_of_the_learnt_weights() -> None:
+    """Also where workers have drawn it for themselves."""
+    options: dict[str, Any] = {"n_envs": 1, "n_steps": 5, "learning_rate": 1e-9, "seed": 0}
+    model = A3C("MlpPolicy", "Pendulum-v1", use_sde=True, device="cpu", n_workers=1, **options)
+    with torch.no_grad():
+        model.policy.log_std.fill_(-8)
+    assert 0 < noise(model.learn(10)) < 0.01
 
 
 @pytest.mark.parametrize("name", ["orth_coef", "balance_coef"])

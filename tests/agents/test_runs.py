@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ncrl.agents.runs.best
 import ncrl.agents.runs.directory
+import ncrl.shell.events
 from ncrl.agents import A3C
 from ncrl.agents.atari.config import choose_config, stored_config
 from ncrl.agents.runs.best import FEWEST_GAMES, GAMES, WAITING, BestModel
@@ -215,6 +217,18 @@ def test_curves_go_on_without_what_is_played_again(
     assert scalars(run, "score") == expected
 
 
+def test_curves_go_on_where_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard reads the files of a run in the order of their names."""
+    run = RunDirectory.create(tmp_path, "Pong")
+    for since, now in ((0, 2e9), (2, 1e9), (4, 1e9)):
+        clock = SimpleNamespace(time=lambda now=now: now)
+        monkeypatch.setattr(ncrl.shell.events, "time", clock)
+        record(run, {step: {"score": 1.0} for step in (since + 1, since + 2)}, since=since)
+    assert [step for step, _ in scalars(run, "score")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_histogram_of_what_is_no_number_is_left_out(tmp_path: Path) -> None:
     """A network that computes none is to end the training with its own message."""
     logger = RunDirectory.create(tmp_path, "Pong").make_logger()
@@ -259,6 +273,15 @@ def test_rows_that_are_kept_survive_a_kill(tmp_path: Path) -> None:
     logger = run.make_logger(20)
     assert [row["score"] for row in rows(run)] == ["1.0", "2.0"]
     logger.close()
+
+
+def test_f11_rows_survive_a_disk_that_is_full_when_the_run_goes_on(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "CartPole")
+    record(run, {step: {"score": 1.0} for step in range(1, 101)})
+    before = (run.path / "progress.csv").read_text()
+    with file_size_limit(len(before) // 2), pytest.raises(OSError):
+        run.make_logger(100)
+    assert (run.path / "progress.csv").read_text() == before
 
 
 def test_f11_curves_that_cannot_be_written_are_forgotten_and_said_once(

@@ -168,6 +168,30 @@ def learner_and_batch(algorithm: str, steps: int = 60, **own: float) -> tuple[An
     return learner, runner, learner._convert_batch_type(samples).policy_batches
 
 
+@pytest.mark.parametrize("stretched", [True, False])
+def test_actions_that_rllib_would_stretch_are_refused(stretched: bool) -> None:
+    """A3C and `load_policy` clip them, so the same weights would push half as hard."""
+    env = gym.make("Pendulum-v1")  # torques from -2 to 2
+    config = (
+        PPOConfig()
+        .environment("Pendulum-v1")
+        .learners(num_learners=0, learner_class=rllib.PPOLearner)
+        .rl_module(rl_module_spec=rllib.module_spec("MlpPolicy", rollout_fragment_length=FRAGMENT))
+    )
+    if not stretched:
+        config.environment(normalize_actions=False, clip_actions=True)
+        config.build_learner(env=env)
+        return
+    with pytest.raises(ValueError, match=r"normalize_actions=False, clip_actions=True"):
+        config.build_learner(env=env)
+
+
+@pytest.mark.parametrize("name", ["orth_coef", "balance_coef"])
+def test_coefficients_are_the_learners(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} belongs into learner_config_dict"):
+        rllib.module_spec("MlpPolicy", rollout_fragment_length=5, policy_kwargs={name: 0.1})
+
+
 def test_rows_begin_with_the_state_they_were_played_with() -> None:
     """Episodes that go on over fragments: under the weights that played, ratios are exactly 1."""
     learner, _, batch = learner_and_batch("IMPALA")

@@ -84,6 +84,15 @@ def assert_close(one: A3C, other: A3C, rtol: float = 1e-3, atol: float = 5e-4) -
         torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
 
 
+def test_a_model_with_a_bonus_is_loaded(tmp_path: Path) -> None:
+    """SB3 puts all tensors of a file on the GPU, where demonstrations and their draws are none."""
+    model = make_model(intrinsic_reward="rnd").learn(240)
+    model.save(tmp_path / "model.zip")
+    loaded = A3C.load(tmp_path / "model.zip", device="cuda")
+    assert loaded.exploration is not None
+    assert loaded.exploration.memory.generator.device.type == "cpu"
+
+
 @pytest.mark.parametrize(("kind", "options"), LAYERS)
 @pytest.mark.parametrize("batch", [8, 320])
 def test_layers_give_what_they_give_on_the_cpu(

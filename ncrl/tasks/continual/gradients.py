@@ -219,7 +219,7 @@ class _Watch(TorchFunctionMode):
         if not y.requires_grad:
             y.requires_grad_()
         self.products.append(_Product(x, weight, y))
-        return y
+        return y.clone()  # which may be changed in place
 
     def reaches(self, tensor: Tensor) -> bool:
         """Whether the loss follows from a tensor, weights that are cut off included."""

@@ -142,6 +142,8 @@ def wanted_recipes(session: Session) -> list[NamedRecipe]:
     """The recipes that the flags name; without any, the linear classifier and every J."""
     recipes = session.recipes(CONFIG, default_variants=("linear", BASE))
     steps = dict.fromkeys(session.flags.get("num_steps", () if session.names_recipes else STEPS))
+    if "num_steps" in session.flags and all(n.recipe.layer != "neurocoder" for n in recipes):
+        raise ValueError("--num-steps is for Neurocoder layers, and no recipe has any")
     wanted: list[NamedRecipe] = []
     for named in recipes:
         coded = bool(steps) and named.recipe.layer == "neurocoder"

@@ -123,6 +123,7 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
     repeats = REPEATS[scenario]
     found = by_cell(rows)
     wanted = cells(number)
+    seeds = sorted({*range(repeats), *(row.seed for cell in wanted for row in found[cell])})
     filled = sum(set(range(repeats)) <= {row.seed for row in found[cell]} for cell in wanted)
     said = [changed.strip()] if changed else []
     if filled < len(wanted):
@@ -131,7 +132,7 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
     for method in METHODS:
         for layer in layers_of(number):
             group = found[scenario, method, layer]
-            ours = _measured(group, repeats) if group else [None] * 9
+            ours = _measured(group, seeds) if group else [None] * 9
             log = LOGGED.get(layer, {}).get(method) if scenario == "domain" else None
             hsu = printed(scenario, method, "hsu") if layer == "mlp" else None
             lines.append([method, layer, *ours, printed(scenario, method, layer), log, hsu])
@@ -146,9 +147,8 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
 MISSING = "-"  # in place of the accuracy with a seed that has not been run, or diverged
 
 
-def _measured(group: Sequence[Result], repeats: int) -> list[str | None]:
+def _measured(group: Sequence[Result], seeds: Sequence[int]) -> list[str | None]:
     by_seed = {row.seed: f"{row.metrics['accuracy']:.1f}" for row in group}
-    seeds = range(max(repeats, max(by_seed) + 1))
     failed = sum(row.metrics["failed_tasks"] > 0 for row in group)
     return [
         f"{group[0].parameters:,}",

@@ -167,6 +167,11 @@ def test_the_same_number_of_steps_twice_is_one_run(tmp_path: Path) -> None:
     assert len(read_results(tmp_path)) == 1
 
 
+def test_steps_of_no_layer_are_refused(tmp_path: Path, capsys: Any) -> None:
+    words = ["--layer", "linear", "--num-steps", "3"]
+    assert_refused(main, words, "--num-steps is for Neurocoder layers", tmp_path, capsys)
+
+
 def test_test_images_must_show_every_digit(tmp_path: Path, capsys: Any) -> None:
     files.write_mnist(tmp_path)
     labels = np.arange(10, dtype=np.uint8) % 9

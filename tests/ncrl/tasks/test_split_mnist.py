@@ -361,6 +361,8 @@ def test_tables_hold_every_cell_beside_the_printed_number() -> None:
     short = tables.table(1, rows, " epochs=1")
     assert short.startswith("Table 1, incremental domain; epochs=1; 0 of 30 cells have all 5 seeds")
     assert line in short and "residual" not in short
+    far = tables.table(1, [made_up(cell, 2**31 - 1, 60.0)])
+    assert "| - - - - - 60.0 |" in far, "a seed takes one place, however large"
     whole = [made_up(cell, seed, 70.0) for seed in range(5)]
     assert "; 1 of 48 cells have" in tables.table(7, whole)
 

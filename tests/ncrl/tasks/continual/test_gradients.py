@@ -107,6 +107,10 @@ def split(layer: str, **options: object) -> SplitMlp:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "odd": Odd,
     "split": lambda: Split(whole=False),
+    "changed in place": lambda: nn.Sequential(
+        *(nn.Linear(IN, 5, bias=False), nn.ReLU(inplace=True)),
+        *(nn.Linear(5, 4, bias=False), nn.ReLU(inplace=True), nn.Linear(4, OUT)),
+    ),
     "split and whole": lambda: Split(whole=True),
     "generated": Generated,
     "mlp": lambda: SplitMlp(IN, [9, 8], OUT),
