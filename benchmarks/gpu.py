@@ -55,8 +55,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "FiLM": ("film", {}),
     "NSM": ("nsm", {}),
 }
-"""Layers compared with the CPU. Not MoE: its gates start with ties, which every device breaks in
-its own way."""
+"""Layers compared with the CPU. Not MoE, whose gate draws noise in training mode."""
 
 
 def main() -> None:

@@ -25,15 +25,13 @@ ADDRESS_SIZES = (1, 1, 3, 1)
 class GruRegressor(nn.Module):
     """GRU and a coded output layer (paper, section 4.1: input x_t and y_{t-1}, output y_t)."""
 
-    def __init__(
-        self, hidden_size: int, *, in_features: int = 2, num_outputs: int = 1, coded: Coded = PLAIN
-    ) -> None:
+    def __init__(self, hidden_size: int, *, coded: Coded = PLAIN) -> None:
         super().__init__()
-        self.gru = nn.GRU(in_features, hidden_size)
-        self.output = coded(hidden_size, num_outputs)
+        self.gru = nn.GRU(2, hidden_size)
+        self.output = coded(hidden_size, 1)
 
     def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, B, in_features] -> [T, B, num_outputs], and the state [1, B, h] after the last
+        """[T, B, 2] -> [T, B, 1], and the state [1, B, h] after the last
         timestep. `state` is that before timestep 0; zero if None."""
         hidden, state = self.gru(inputs, state)  # [T, B, h]
         return self.output(hidden), state

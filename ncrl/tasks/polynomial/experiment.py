@@ -67,12 +67,6 @@ class Polynomials(SequenceLearning):
     ) -> None:
         super().__init__(recipe, seed, device)
         self.layer = self.model.output
-        for name, size, expected in (
-            ("in_features", self.model.gru.input_size, 2),  # x_t and y_{t-1}
-            ("num_outputs", self.layer.out_features, 1),
-        ):
-            if size != expected:
-                raise ValueError(f"{name} must be {expected}, got {size}")
         self.data = f"polynomials, {num_chunks} chunks, noise {noise:g}"
         self.readings = {
             "points": NUM_POINTS,

@@ -128,7 +128,7 @@ def test_impossible_widths_are_refused(hidden: list[Any]) -> None:
         ("projected_linear", {}, "in_features num_features num_outputs"),
         ("split_mlp", {"in_features": 2, "hidden": [2], "num_outputs": 2}, "num_tasks"),
         ("densenet", {}, "num_outputs growth"),
-        ("gru", {"hidden_size": 2}, "hidden_size in_features num_outputs"),
+        ("gru", {"hidden_size": 2}, "hidden_size"),
         ("ntm", {}, "in_features num_outputs controller_size num_rows row_size"),
     ],
 )
