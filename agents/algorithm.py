@@ -326,7 +326,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
                 self._last_episode_starts = self.collector.episode_start
             if batch is None and self.exploration is not None:
                 self.exploration.memory.forget_recent()
-        if self.use_sde and self.n_workers:  # else `predict` has that of the first weights
+        if self.policy.use_sde and self.n_workers:  # else `predict` has that of the first weights
             self.policy.reset_noise()
         if batch is not None:
             self.policy_lag = curves.record_lag(self.logger, batch.lags)
@@ -374,7 +374,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
     def _after_row(self, callback: BaseCallback, outcome: Outcome) -> bool:
         """SB3's bookkeeping for one row of `n_envs` timesteps."""
-        self.num_timesteps += self.n_envs
+        self.num_timesteps += int(self.n_envs)  # it may be numpy's; files hold plain numbers
         seen = outcome._asdict() | {"self": self, "env": self.env}
         seen |= {"n_steps": outcome.row, "n_rollout_steps": self.n_steps}
         with self._stopwatch.phase("callbacks"):

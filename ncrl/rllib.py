@@ -140,16 +140,17 @@ class _OwnLosses(TorchLearner):  # type: ignore[misc]
     less), `balance_coef`, and `reward_clip` (IMPALA and APPO; PPO knows its advantages before).
     """
 
-    def build(self) -> None:
+    def _make_module(self) -> Any:
         """RLlib's; ValueError where actions would be others than the policy means."""
-        super().build()
-        for module in self.module.values() if self.config.normalize_actions else ():
-            space = module.unwrapped().action_space
-            if isinstance(space, spaces.Box) and (abs(space.low + 1) + abs(space.high - 1)).any():
+        made = super()._make_module()
+        own = [module for module in made.values() if isinstance(module, PolicyModule)]
+        for space in (module.action_space for module in own if self.config.normalize_actions):
+            if isinstance(space, spaces.Box) and ((space.low != -1) | (space.high != 1)).any():
                 raise ValueError(
                     f"RLlib stretches actions to the bounds of {space}, where A3C and load_policy "
                     "clip them; give .environment(normalize_actions=False, clip_actions=True)"
                 )
+        return made
 
     def compute_loss_for_module(
         self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]

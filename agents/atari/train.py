@@ -166,7 +166,8 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         return code
     if not saved:
         return failed(f"the last checkpoint could not be written to {run.path}")
-    # A run that is over goes on only with more frames, and these are kept with a new checkpoint.
+    # A run that is over needs more frames; they are stored with the next checkpoint, and said again
+    # where nothing was played.
     frames = config.frames if model.num_timesteps < total else 2 * config.frames
     more = [] if before < model.num_timesteps < total else ["--frames", str(frames)]
     screen.line(

@@ -251,7 +251,8 @@ class DemonstrationMemory:
             ValueError: for anything else.
         """
         try:
-            self.generator.set_state(state["generator"].cpu())  # SB3 puts a file's on the GPU
+            state = _on_host(state)  # SB3 puts a file's tensors on the GPU
+            self.generator.set_state(state["generator"])
             self._recent = {
                 int(game): deque((Rollout(*_unpack(packed)) for packed in recent), self.reach)
                 for game, recent in state["recent"].items()
@@ -293,8 +294,17 @@ def _pack(tensors: Rollout | Demonstration) -> dict[str, Any]:
 def _unpack(packed: dict[str, Any]) -> list[Tensor]:
     dtype = packed["like"].dtype
     size = int(np.prod(packed["shape"])) * dtype.itemsize
-    raw = zlib.decompressobj().decompress(packed["obs"].cpu().numpy().tobytes(), size)
+    raw = zlib.decompressobj().decompress(packed["obs"].numpy().tobytes(), size)
     if len(raw) != size:
         raise ValueError(f"{len(raw)} bytes in place of {size}")
     obs = torch.frombuffer(bytearray(raw), dtype=dtype).view(packed["shape"])
-    return [obs, *(tensor.cpu() for tensor in packed["others"])]
+    return [obs, *packed["others"]]
+
+
+def _on_host(value: Any) -> Any:
+    """The same with all tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_host(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_on_host(entry) for entry in value]
+    return value.cpu() if isinstance(value, Tensor) else value

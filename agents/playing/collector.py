@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -139,12 +138,19 @@ class Collector:
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
         """Value of the observation environment i was cut off at (SB3 issue 633)."""
-        # SB3's does not check: this observation alone is not yet in the type of its space.
-        obs, _ = ActorCriticPolicy.obs_to_tensor(self.policy, terminal_observation)  # [1, ...]
+        typed = _in_type_of(self.policy.observation_space, terminal_observation)
+        obs, _ = self.policy.obs_to_tensor(typed)  # [1, ...]
         h, c = self.lstm_state
         state = h[:, i : i + 1].contiguous(), c[:, i : i + 1].contiguous()
         latent, _ = self.policy.encode(obs, state, torch.zeros(1, dtype=torch.bool))
         return self.policy.values(latent).squeeze()
+
+
+def _in_type_of(space: spaces.Space[Any], obs: Any) -> Any:
+    """What SB3's vector environments do to all observations but the last one of an episode."""
+    if isinstance(space, spaces.Dict):
+        return {name: np.asarray(obs[name], part.dtype) for name, part in space.items()}
+    return np.asarray(obs, space.dtype)
 
 
 def actions_for_env(policy: EnginePolicy, actions: Tensor) -> np.ndarray:

@@ -139,6 +139,8 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
             limit = unpacked_limit(path.stat().st_size)
             stored = {name: read_member(archive, f"{name}.pth", limit) for name in names}
         model.policy.load_state_dict(stored["policy"])
+        if model.policy.use_sde:  # its noise is drawn from weights
+            model.policy.reset_noise()
         if optimizer:
             _load_optimizer(model.policy.optimizer, stored["policy.optimizer"])
         if model.exploration is not None:

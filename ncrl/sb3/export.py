@@ -137,7 +137,8 @@ def load_policy(
     policy.set_training_mode(False)
     policy.to(get_device(device))
     if policy.use_sde:  # its noise was drawn with fresh weights, on the CPU
-        with torch.random.fork_rng(devices=[]):
+        on_gpu = [policy.device] if policy.device.type == "cuda" else []
+        with torch.random.fork_rng(on_gpu):
             policy.reset_noise()
     return policy
 

@@ -24,7 +24,7 @@ class CurveWriter:
     def __init__(self, folder: Path, first_step: int) -> None:
         name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
         # TensorBoard reads in the order of names; the clock may have been set back.
-        name = max([name, *(f"{file.name}.1" for file in folder.glob("events.*"))])
+        name = max([name, *(f"{file.name}.1" for file in folder.glob("events.out.tfevents.*"))])
         self._file = (folder / name).open("wb")
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, unwrap_vec_wrapper
 
 import ncrl.agents.runs.checkpoints
@@ -184,9 +185,14 @@ def test_what_a_monitor_notes_besides_scores_is_no_part_of_a_checkpoint(
     assert difference(everything(model), everything(other)) == []
 
 
-def test_a_number_of_environments_may_be_numpys() -> None:
+def test_a_number_of_environments_may_be_numpys(tmp_path: Path) -> None:
     """Counters follow from it, and a checkpoint holds plain numbers alone."""
     assert type(make_model(n_workers=1, n_envs=np.int64(2)).n_envs) is int
+    env = make_vec_env("CartPole-v1", 2)
+    env.num_envs = np.int64(2)  # as an environment of one's own may count
+    model = make_model(env, n_envs=None).learn(20)
+    save_checkpoint(model, tmp_path)
+    assert newest_checkpoint(tmp_path).timesteps == 20
 
 
 @pytest.mark.parametrize(

@@ -110,15 +110,18 @@ def test_log_probabilities_and_states_are_those_of_the_learner(policy_class: typ
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [None, np.float64])
+@pytest.mark.parametrize("returned", [np.asarray, np.float64, np.ndarray.tolist, torch.as_tensor])
 @pytest.mark.parametrize("policy_class", [MlpLstmPolicy, NeurocoderCnnLstmPolicy])
-def test_a_time_limit_is_valued_by_what_was_cut_off(policy_class: type, dtype: Any) -> None:
+def test_a_time_limit_is_valued_by_what_was_cut_off(policy_class: type, returned: Any) -> None:
     """In whatever type the environment returns it: SB3 turns all other observations into that of
     the space."""
     env = make_env(image=issubclass(policy_class, CnnLstmPolicy))
     assert env.terminal_observations is not None
-    env.terminal_observations = env.terminal_observations.astype(dtype or env.observations.dtype)
+    terminals = env.terminal_observations
     policy = make_policy(policy_class, env)
+    env.terminal_observations = np.empty(terminals.shape[:2], dtype=object)
+    for where in np.ndindex(*terminals.shape[:2]):
+        env.terminal_observations[where] = returned(terminals[where])
     (rollout,), *_ = collect(env, policy, [LENGTH])
     state = policy.initial_state(ENVS)
     expected = torch.zeros(LENGTH, ENVS)
@@ -127,7 +130,7 @@ def test_a_time_limit_is_valued_by_what_was_cut_off(policy_class: type, dtype: A
         for t in range(LENGTH):
             start = rollout.episode_start[t]
             _, state = policy.unroll(rollout.obs[t : t + 1], state, start[None])
-            terminal = torch.from_numpy(env.terminal_observations[t])
+            terminal = torch.from_numpy(terminals[t])
             values = policy.predict_values(terminal, state, never).squeeze(-1)
             expected[t] = torch.where(torch.from_numpy(DONES[t] == 2), values, 0.0)
     assert (expected != 0).sum() == 3

@@ -222,6 +222,7 @@ def test_curves_go_on_where_the_clock_was_set_back(
 ) -> None:
     """TensorBoard reads the files of a run in the order of their names."""
     run = RunDirectory.create(tmp_path, "Pong")
+    (run.path / "events.txt").write_text("a user's own notes")
     for since, now in ((0, 2e9), (2, 1e9), (4, 1e9)):
         clock = SimpleNamespace(time=lambda now=now: now)
         monkeypatch.setattr(ncrl.shell.events, "time", clock)

@@ -91,6 +91,8 @@ def test_a_model_with_a_bonus_is_loaded(tmp_path: Path) -> None:
     loaded = A3C.load(tmp_path / "model.zip", device="cuda")
     assert loaded.exploration is not None
     assert loaded.exploration.memory.generator.device.type == "cpu"
+    loaded.set_env(make_model().env)
+    loaded.learn(240)
 
 
 @pytest.mark.parametrize(("kind", "options"), LAYERS)

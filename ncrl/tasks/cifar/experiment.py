@@ -158,7 +158,7 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
     axes.set_ylabel("accuracy, %")
     title = "; ".join(dict.fromkeys(row.data for row in rows))
     if len(axes.lines) > len(by_name(rows)):
-        title += "; marks: the paper's best"
+        title += "; triangles: the paper's best"
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
     save_figure(figure, path)

@@ -136,8 +136,9 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
             log = LOGGED.get(layer, {}).get(method) if scenario == "domain" else None
             hsu = printed(scenario, method, "hsu") if layer == "mlp" else None
             lines.append([method, layer, *ours, printed(scenario, method, layer), log, hsu])
+    shown = "0, 1, ..." if seeds == list(range(len(seeds))) else ", ".join(map(str, seeds))
     header = (
-        *("method", "layer", "parameters", "accuracy", "seeds 0, 1, ...", "learn", "failed"),
+        *("method", "layer", "parameters", "accuracy", f"seeds {shown}", "learn", "failed"),
         *("forgetting", "transfer", "rank", "attention", "paper", "authors' log", "Hsu"),
     )
     title = "; ".join([f"Table {number}, incremental {scenario}", *said])

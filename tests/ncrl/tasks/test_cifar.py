@@ -62,7 +62,7 @@ def test_one_evaluation_is_seen_and_no_marks_are_named_that_are_not_there(
     (axes,) = figures[0].axes
     (line,) = axes.lines
     assert len(line.get_xdata()) == 1 and line.get_marker() == "o"  # type: ignore[arg-type]
-    assert "digits" in axes.get_title() and "marks" not in axes.get_title()
+    assert "digits" in axes.get_title() and "triangles" not in axes.get_title()
 
 
 def test_lenet_learns(tmp_path: Path) -> None:

@@ -363,6 +363,7 @@ def test_tables_hold_every_cell_beside_the_printed_number() -> None:
     assert line in short and "residual" not in short
     far = tables.table(1, [made_up(cell, 2**31 - 1, 60.0)])
     assert "| - - - - - 60.0 |" in far, "a seed takes one place, however large"
+    assert "| seeds 0, 1, 2, 3, 4, 2147483647 |" in far and "| seeds 0, 1, ... |" in text
     whole = [made_up(cell, seed, 70.0) for seed in range(5)]
     assert "; 1 of 48 cells have" in tables.table(7, whole)
 
