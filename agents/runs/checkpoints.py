@@ -206,7 +206,7 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
         setattr(model, name, state["scores"][name])
     model.ep_info_buffer = deque(episodes, maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(successes, maxlen=model._stats_window_size)
-    if games is not None and not model.n_workers and games["n_envs"] == model.n_envs:
+    if games is not None and not model.n_workers and _games_fit(model, games):
         _restore_games(model, games)
     else:
         if model.env_factory is not None and not model.n_workers:  # else workers seed theirs
@@ -221,6 +221,12 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
+def _games_fit(model: A3C, games: dict[str, Any]) -> bool:
+    """Whether as many are played, as long as they were; all others start anew."""
+    limit = getattr(model.env_factory, "max_frames", None)
+    return games["n_envs"] == model.n_envs and games.get("max_frames", limit) == limit
+
+
 def _games_state(model: A3C) -> dict[str, Any] | None:
     """Where the games of a serial run stand; None if they cannot be brought back there."""
     collector = model.collector
@@ -229,6 +235,7 @@ def _games_state(model: A3C) -> dict[str, Any] | None:
     history = recorded.history()
     return {
         "n_envs": model.n_envs,
+        "max_frames": getattr(model.env_factory, "max_frames", None),
         "history": [torch.from_numpy(actions) for _, actions in history],
         "seeds": [seed for seed, _ in history],
         "obs": _as_tensors(collector.obs),

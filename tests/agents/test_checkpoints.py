@@ -321,6 +321,17 @@ def test_f17_counters_survive_another_number_of_environments(n_envs: int, tmp_pa
     assert serial.num_timesteps == 40 + n_envs + 1
 
 
+def test_games_start_anew_under_another_limit_on_their_length(tmp_path: Path) -> None:
+    """They would not replay to where they were saved, if one of them was cut off."""
+    short, long = (atari("Klax", max_frames=frames) for frames in (80, 400))
+    model = make_model(short, "NeurocoderCnnLstmPolicy").learn(100)
+    assert model.ep_info_buffer, "games were cut off"
+    checkpoint = save_checkpoint(model, tmp_path)
+    other = make_model(long, "NeurocoderCnnLstmPolicy")
+    resume(other, checkpoint)
+    assert other.learn(20, reset_num_timesteps=False).num_timesteps == 120
+
+
 def test_games_that_start_anew_do_not_repeat_those_of_the_beginning(tmp_path: Path) -> None:
     """After a resume with another number of games; and that goes on bit for bit, too."""
     first = make_model(n_envs=2)

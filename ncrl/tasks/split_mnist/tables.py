@@ -203,7 +203,7 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
         line[0].set_ylabel("accuracy after five tasks, %")
     for axes in grid[0]:
         axes.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
-        axes.legend(fontsize=8, loc="upper left", ncols=2)
+        axes.legend(fontsize=8, loc="upper left", ncols=2).set_in_layout(False)  # long names
         axes.set_ylim(top=102)
     save_figure(figure, path)
 
