@@ -29,9 +29,6 @@ FFmpeg prints that it does not support the tag VP90, and writes VP9 all the same
 FPS = 15
 """Timesteps shown per second: a game of 60 frames per second in real time at 4 frames a step."""
 
-WRITER_OPTIONS = "qmin;8|g;150"
-"""Quantisation that leaves small text legible, and a whole picture every 10 seconds."""
-
 HISTORY = 160
 """Timesteps that the strips of slots over time show."""
 
@@ -146,8 +143,6 @@ def write_video(path: Path, moments: Iterable[Moment]) -> None:
     target = path.resolve()  # a link stays one
     growing = target.with_name(f".{path.stem}.growing{path.suffix}")
     codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
-    # OpenCV asks for hundreds of megabits a second, and takes other wishes from here alone.
-    os.environ.setdefault("OPENCV_FFMPEG_WRITER_OPTIONS", WRITER_OPTIONS)
     writer = cv2.VideoWriter(str(growing), cv2.CAP_FFMPEG, codec, FPS, (WIDTH, HEIGHT))
     traces: dict[str, Trace] = {}
     bonuses: deque[float] = deque(maxlen=HISTORY)
