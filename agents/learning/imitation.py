@@ -251,21 +251,22 @@ class DemonstrationMemory:
             ValueError: for anything else.
         """
         try:
-            state = _on_host(state)  # SB3 puts a file's tensors on the GPU
-            self.generator.set_state(state["generator"])
+            self.generator.set_state(state["generator"].cpu())
             self._recent = {
-                int(game): deque((Rollout(*_unpack(packed)) for packed in recent), self.reach)
+                int(game): deque((Rollout(*_unpack(_on_host(each))) for each in recent), self.reach)
                 for game, recent in state["recent"].items()
             }
             self._num_rewards = {int(game): int(n) for game, n in state["num_rewards"].items()}
             self._kept = {
-                int(depth): deque(kept, self.capacity) for depth, kept in state["kept"].items()
+                int(depth): deque(map(_on_host, kept), self.capacity)
+                for depth, kept in state["kept"].items()
             }
             for kept in self._kept.values():
                 for packed in kept:
                     Demonstration(*_unpack(packed))
             self._readers = [
-                (Demonstration(*_unpack(packed)), int(row)) for packed, row in state["readers"]
+                (Demonstration(*_unpack(_on_host(packed))), int(row))
+                for packed, row in state["readers"]
             ]
             self._state = None
             if state["lstm_state"] is not None:
@@ -291,6 +292,12 @@ def _pack(tensors: Rollout | Demonstration) -> dict[str, Any]:
     }
 
 
+def _on_host(packed: dict[str, Any]) -> dict[str, Any]:
+    """The same on the CPU: SB3 puts the tensors of a file on the device of the model."""
+    others = [tensor.cpu() for tensor in packed["others"]]
+    return {**packed, "obs": packed["obs"].cpu(), "others": others}
+
+
 def _unpack(packed: dict[str, Any]) -> list[Tensor]:
     dtype = packed["like"].dtype
     size = int(np.prod(packed["shape"])) * dtype.itemsize
@@ -299,12 +306,3 @@ def _unpack(packed: dict[str, Any]) -> list[Tensor]:
         raise ValueError(f"{len(raw)} bytes in place of {size}")
     obs = torch.frombuffer(bytearray(raw), dtype=dtype).view(packed["shape"])
     return [obs, *packed["others"]]
-
-
-def _on_host(value: Any) -> Any:
-    """The same with all tensors on the CPU."""
-    if isinstance(value, dict):
-        return {key: _on_host(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_on_host(entry) for entry in value]
-    return value.cpu() if isinstance(value, Tensor) else value

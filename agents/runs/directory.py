@@ -203,9 +203,8 @@ class _Csv(CSVOutputFormat):
 
     def __init__(self, path: Path, timesteps: int) -> None:
         text = path.read_text(errors="replace") if path.is_file() else ""
-        unfinished = path.with_name(
-            f".{path.name}.resuming"
-        )  # a name that `remove_unfinished` knows
+        # Whole before it replaces what there was; `remove_unfinished` knows such a name.
+        unfinished = path.with_name(f".{path.name}.resuming")
         super().__init__(str(unfinished))
         header, *rows = text[: text.rfind("\n") + 1].splitlines() or [""]
         if STEP_KEY in (keys := header.split(",")):

@@ -486,6 +486,21 @@ def test_a_damaged_state_is_refused_in_one_line(damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
+class Unread(list):
+    def __iter__(self) -> Any:
+        raise AssertionError("read")
+
+
+def test_nothing_else_of_a_file_is_read() -> None:
+    """A list that holds one list twice, and so on, takes few bytes and all time to walk through."""
+    memory = memory_of()
+    play(memory, *scenes())
+    state = filed(memory.state_dict()) | {"more": Unread([1])}
+    other = memory_of()
+    other.load_state_dict(state)
+    assert depths_of(other) == depths_of(memory)
+
+
 # The loss.
 
 

@@ -31,8 +31,8 @@ class GruRegressor(nn.Module):
         self.output = coded(hidden_size, 1)
 
     def forward(self, inputs: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, B, 2] -> [T, B, 1], and the state [1, B, h] after the last
-        timestep. `state` is that before timestep 0; zero if None."""
+        """[T, B, 2] -> [T, B, 1], and the state [1, B, h] after the last timestep. `state` is that
+        before timestep 0; zero if None."""
         hidden, state = self.gru(inputs, state)  # [T, B, h]
         return self.output(hidden), state
 
