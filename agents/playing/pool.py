@@ -171,8 +171,7 @@ class WorkerPool(Pool[_Worker]):
                 self._give_up_on(worker, f"gave no sign of life for {patience:g} s")
 
     def _give_up_on(self, worker: _Worker, what: str) -> None:
-        first_start = worker.number == 0 and not worker.ready
-        if worker.process is not None and first_start and not worker.traceback:
+        if worker.process is not None and not worker.ready and not worker.traceback:
             worker.process.join(1.0)
             if worker.process.exitcode == EXIT_NO_GUARD:
                 raise WorkerError(NO_GUARD)

@@ -718,14 +718,21 @@ env = lambda n_envs, seed: large and masked_cartpole()(n_envs, seed)
 A3C("MlpPolicy", env, n_workers=1, n_envs=1, device="cpu").learn(100)
 """
 
+KILLED_ONCE = """
+import os, pathlib, signal
+if __name__ == "__mp_main__" and not pathlib.Path("killed").exists():
+    pathlib.Path("killed").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
-def run_unguarded(folder: Path, argument: str) -> str:
+
+def run_unguarded(folder: Path, argument: str, script: str = UNGUARDED) -> str:
     """What Python says of the script, in a file or on standard input; one traceback, the script's
     own, and none of its workers."""
-    (folder / "script.py").write_text(UNGUARDED)
+    (folder / "script.py").write_text(script)
     done = subprocess.run(
         [sys.executable, argument],
-        input=UNGUARDED,
+        input=script,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(ncrl.__file__).parent.parent)},
         capture_output=True,
@@ -740,6 +747,14 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     said = run_unguarded(tmp_path, "script.py")
     assert 'under `if __name__ == "__main__":`' in said.splitlines()[-1]
     assert "a new one starts" not in said
+
+
+def test_a_script_without_a_guard_is_told_so_where_its_first_worker_was_killed(
+    tmp_path: Path,
+) -> None:
+    said = run_unguarded(tmp_path, "script.py", KILLED_ONCE + UNGUARDED)
+    assert said.count("a new one starts") == 1
+    assert 'under `if __name__ == "__main__":`' in said.splitlines()[-1]
 
 
 def test_a_script_on_standard_input_is_told_so(tmp_path: Path) -> None:
