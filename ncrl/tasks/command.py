@@ -144,7 +144,7 @@ class Session:
         """The data set, or with --validate a part of its training images to measure on."""
         if self.flags.get("validate"):
             data = data.held_out(held_out_every)
-        say(data.source)
+        say(f"data: {data.source}")
         return data
 
     def run(

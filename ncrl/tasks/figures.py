@@ -25,10 +25,15 @@ def save_figure(figure: Figure, path: Path) -> None:
     say(f"drawn: {path}")
 
 
+def legend_name(row: Result) -> str:
+    """The recipe's name, with the layer where it does not say that."""
+    return row.name if row.layer in row.name else f"{row.name}, {row.layer}"
+
+
 def draw_curves(axes: Axes, rows: Iterable[Result], metric: str) -> None:
     """A metric of `Result.curve` over updates: for each recipe its mean over seeds, between the
     standard deviations. Updates that not all seeds of a recipe have are left out."""
-    for name, group in by_name(rows).items():
+    for group in by_name(rows).values():
         curves = [
             {point["update"]: point[metric] for point in row.curve if metric in point}
             for row in group
@@ -36,7 +41,7 @@ def draw_curves(axes: Axes, rows: Iterable[Result], metric: str) -> None:
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
         if shared:
             values = [[curve[update] for update in shared] for curve in curves]
-            draw_band(axes, shared, values, name)
+            draw_band(axes, shared, values, legend_name(group[0]))
     axes.set_xlabel("updates")
 
 

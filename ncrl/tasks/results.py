@@ -181,13 +181,17 @@ def results_table(
     columns: Mapping[str, Callable[[list[Result]], object]] = MappingProxyType({}),
 ) -> str:
     """A Markdown table: a line for each recipe, with mean and spread of metrics over its seeds, and
-    `columns` by title: what stands there for a recipe's rows."""
+    `columns` by title: what stands there for a recipe's rows. Columns with nothing in them are left
+    out."""
+    titles = ["recipe", "parameters", "seeds", *metrics, *columns]
     lines = []
     for name, group in by_name(rows).items():
         cells = [name, f"{group[0].parameters:,}", " ".join(str(row.seed) for row in group)]
         summaries = [mean_and_spread(group, metric, ".4g") for metric in metrics]
         lines.append([*cells, *summaries, *(cell(group) for cell in columns.values())])
-    return markdown(["recipe", "parameters", "seeds", *metrics, *columns], lines)
+    empty = [bool(lines) and all(line[i] is None for line in lines) for i in range(len(titles))]
+    kept = [i for i, nothing in enumerate(empty) if not nothing]
+    return markdown([titles[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
 
 def command_line() -> str:

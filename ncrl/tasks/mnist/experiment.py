@@ -162,6 +162,8 @@ def maps_of(session: Session, wanted: Sequence[NamedRecipe]) -> list[NamedRecipe
 
 # The figure
 
+UNTRAINED = 50.0  # per cent of errors from which on attention shows nothing that was learnt
+
 
 def draw(path: Path, rows: Sequence[Result], maps: Sequence[Result], images: Tensor) -> None:
     """The paper's Figure 2a-c: error against J, attention maps, and the tree that attention makes.
@@ -179,7 +181,8 @@ def draw(path: Path, rows: Sequence[Result], maps: Sequence[Result], images: Ten
     right.axis("off")
     tree = maps[-1].details["tree"]
     draw_tree(right, tree, 0.0, float(_count_leaves(tree)))
-    right.set_title(f"tree of attention patterns, {_sizes(maps[-1])}", fontsize=9)
+    said = f"{_sizes(maps[-1])}, {_error(maps[-1])}"
+    right.set_title(f"tree of attention patterns, {said}", fontsize=9)
     _draw_maps(bottom, maps, images)
     save_figure(figure, path)
 
@@ -258,10 +261,15 @@ def _draw_maps(figure: Any, maps: Sequence[Result], images: Tensor) -> None:
             for digit in range(len(images)):
                 draw_attention(line[digit], np.transpose(shown[kind][digit]), largest)
                 line[digit].set(xticks=[], yticks=[])
-            line[0].set_ylabel(f"{_sizes(row)}\n{said}", fontsize=7)
+            line[0].set_ylabel(f"{_sizes(row)}\n{_error(row)}\n{said}", fontsize=7)
     figure.supxlabel("attention w^u: components to the right, slots upwards", fontsize=8)
 
 
 def _sizes(row: Result) -> str:
     options = row.recipe["layer_options"]
     return f"P={options['num_slots']} J={options['num_steps']} H={options['num_heads']}"
+
+
+def _error(row: Result) -> str:
+    error = row.metrics["error"]
+    return f"error {error:.0f} %" + (", untrained" if error > UNTRAINED else "")

@@ -19,7 +19,7 @@ from ncrl import NeurocoderLinear
 from ncrl.shell.tensors import check_like
 from ncrl.tasks.continual.split import SplitLearning
 from ncrl.tasks.experiment import describe_layers, evaluating, layer_inputs, mutual_information
-from ncrl.tasks.figures import draw_band, save_figure
+from ncrl.tasks.figures import draw_band, legend_name, save_figure
 from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.results import Result, by_name
 
@@ -116,10 +116,11 @@ def draw_accuracy(path: Path, rows: Sequence[Result]) -> None:
     """Mean accuracy on the tasks seen so far over their number (Fig. 7)."""
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     axes = figure.subplots()
-    for name, group in by_name(rows).items():
+    for group in by_name(rows).values():
         values = [row.details["seen"] for row in group]  # [seeds, T]
         numbers = range(1, len(values[0]) + 1)
-        draw_band(axes, numbers, values, f"{name} ({len(group)})", marker="o", markersize=3)
+        label = f"{legend_name(group[0])} ({len(group)})"
+        draw_band(axes, numbers, values, label, marker="o", markersize=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("accuracy on them, %")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -169,6 +170,7 @@ NAMES = {
     **{"mlp": "plain MLP", "nsm": "NSM"},
     **{"official": "authors' layer", "paper": "the paper's equations"},
 }
+LAYER_AND_CHANGES = re.compile(r"(rank \d+|\w+)( residual)?(.*)")
 COLORS = {"official": "C0", "paper": "C2"}  # with and without residual
 
 
@@ -180,10 +182,8 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
     """
     found = by_cell(rows, changes=True)
     scenarios = [s for s in REPEATS if any(scenario == s for scenario, _, _ in found)]
-    methods = list(dict.fromkeys([*METHODS, *(method for _, method, _ in found)]))
-    present = dict.fromkeys(layer for _, _, layer in found)
-    known = [layer for layer in LAYERS if layer in present]
-    layers = [layer for layer in dict.fromkeys([*known, *present]) if layer != "mlp"]
+    methods = _in_order((method for _, method, _ in found), METHODS)
+    layers = [layer for layer in _in_order((x for _, _, x in found), LAYERS) if layer != "mlp"]
     with_residual = [layer for layer in layers if "residual" in layer or layer == "nsm"]
     without = [layer for layer in layers if layer not in with_residual]
     panels = {"without residual": without, "with residual, and NSM": with_residual}
@@ -202,10 +202,17 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
             axes.grid(axis="y", alpha=0.3)
         line[0].set_ylabel("accuracy after five tasks, %")
     for axes in grid[0]:
-        axes.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
+        if any(printed(*cell) for cell in found):
+            axes.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
         axes.legend(fontsize=8, loc="upper left", ncols=2).set_in_layout(False)  # long names
         axes.set_ylim(top=102)
     save_figure(figure, path)
+
+
+def _in_order(names: Iterable[str], order: Iterable[str]) -> list[str]:
+    """Names, once each: first those of `order`, in that."""
+    there = dict.fromkeys(names)
+    return list(dict.fromkeys([*(name for name in order if name in there), *there]))
 
 
 def _draw_layer(
@@ -219,7 +226,7 @@ def _draw_layer(
     }
     if not summaries:
         return
-    kind, residual, changes = layer.partition(" residual")
+    kind, residual, changes = LAYER_AND_CHANGES.findall(layer)[0]
     name = NAMES.get(kind, kind.replace("rank", "static rank"))
     label = f"{name}{', residual' if residual else ''}{changes}"
     at = np.array([*summaries])

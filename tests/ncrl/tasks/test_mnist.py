@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+from ncrl.tasks.mnist import experiment
 from ncrl.tasks.mnist.experiment import (
     attention_patterns,
     decision_tree,
@@ -77,11 +79,23 @@ def test_the_command_draws_its_figure_from_its_runs(
         ["--variant", "linear", "--layer", "neurocoder"],
     ],
 )
-def test_the_figure_has_its_maps_whatever_else_is_trained(words: list[str], tmp_path: Path) -> None:
-    figure = tmp_path / "mnist.png"
+def test_the_figure_has_its_maps_whatever_else_is_trained(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(experiment, "save_figure", lambda figure, _: figures.append(figure))
     words = [*words, "--epochs", "1", "--device", "cpu", "--logdir", str(tmp_path / "runs")]
-    assert main([*words, "--figure", str(figure)]) == 0
-    assert figure.stat().st_size > 10_000
+    assert main([*words, "--figure", str(tmp_path / "mnist.png")]) == 0
+    (figure,) = figures
+    errors = {
+        row.name: row.metrics["error"] for row in read_results(tmp_path) if "maps" in row.name
+    }
+    assert len(errors) == 2 and min(errors.values()) > 50
+    tree = figure.axes[1].get_title()
+    assert tree.endswith(f"error {errors['mnist maps_j5 epochs=1']:.0f} %, untrained")
+    said = "\n".join(axes.get_ylabel() for axes in figure.axes)
+    for error in errors.values():
+        assert said.count(f"error {error:.0f} %, untrained") >= 2, "beside its maps"
 
 
 def test_settings_can_be_chosen_on_held_out_training_images(

@@ -116,7 +116,9 @@ def test_tables_are_markdown() -> None:
         "| x | 1,234 | 1 4 | 3±1 | 3.3 |",
         "| y | 1,234 | 0 | 8 (1 seed) |  |",
     ]
-    assert "paper" not in results_table(rows, ["error"])
+    bare = results_table(rows, ["error", "accuracy"], {"paper": lambda group: None})
+    assert bare.splitlines()[0] == "| recipe | parameters | seeds | error |", "what there is"
+    assert bare.splitlines()[3] == "| y | 1,234 | 0 | 8 (1 seed) |"
 
 
 def test_the_line_names_what_a_reader_needs() -> None:
