@@ -132,6 +132,8 @@ class NeurocoderConv2d(NeurocoderLinear):
         if x.dim() == 3:
             y: Tensor = self(x[None], None if context is None else context[None])
             return y[0]
+        if context is not None:
+            self._check_leading(context, x.shape[:1])
         composed = self._compose(self.description(x) if context is None else context)
         weight_u, weight_v, _ = composed.attention
         channels = self.in_channels // self.groups

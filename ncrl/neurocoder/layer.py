@@ -240,11 +240,11 @@ class NeurocoderLinear(LinearSeat):
 
         Args:
             x: [..., in].
-            context: [..., context_features], given exactly if the layer has `context_features`: as
-                many as there are inputs.
+            context: [..., context_features], given exactly if the layer has `context_features`: one
+                for each input, in the same leading dimensions.
 
         Raises:
-            ValueError: for other widths, or contexts too many or missing.
+            ValueError: for other shapes, or a context too many or missing.
         """
         if (context is None) != (self.context_features is None):
             raise ValueError(
@@ -252,6 +252,8 @@ class NeurocoderLinear(LinearSeat):
                 f"{'no' if context is None else 'a'} context"
             )
         flat = self._flatten(x)
+        if context is not None:
+            self._check_leading(context, x.shape[:-1])
         composed = self._compose(flat) if context is None else self._compose(context, flat)
         # Only these products, which are as wide as those of nn.Linear, are subject to autocast.
         y = mix_slots(composed) @ self.memory.stored("v")
@@ -259,6 +261,16 @@ class NeurocoderLinear(LinearSeat):
         if self.bias is not None and self.adds_bias:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _check_leading(self, context: Tensor, leading: torch.Size) -> None:
+        """Raise ValueError unless the context has the leading dimensions of the inputs: as many in
+        another order would give every input the program of another one."""
+        if context.shape[:-1] != leading:
+            raise ValueError(
+                f"{leading.numel()} inputs need as many contexts, got "
+                f"{context.shape[:-1].numel()}: every input has its own, so that contexts have "
+                f"shape {[*leading, self.context_features]}, got {list(context.shape)}"
+            )
 
     def attend(self, x: Tensor) -> Attention:
         """Attention weights behind `forward(x)`, for x of shape [..., in].
@@ -314,11 +326,6 @@ class NeurocoderLinear(LinearSeat):
             read, rows = self._flatten(read), self.memory.stored("u")
         else:
             read = flatten(read, context_features=self.context_features)
-            if x is not None and x.shape[0] != read.shape[0]:
-                raise ValueError(
-                    f"{x.shape[0]} inputs need as many contexts, got {read.shape[0]}: every input "
-                    "has its own"
-                )
         with without_autocast(read):
             composed: Composed = self.composition(read.to(dtype), self.memory, gate, rows)
             if x is not None:

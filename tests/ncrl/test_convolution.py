@@ -117,6 +117,12 @@ def test_a_context_takes_the_place_of_the_description() -> None:
     assert relative_error(layer(images[1], context[1]), expected[1]) < 1e-9
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (2, 1, 4), (3, 4)])
+def test_every_image_needs_its_own_context(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="2 inputs need as many contexts"):
+        make({})(random_input(2, 4, 7, 6), random_input(*shape))
+
+
 def test_a_kernel_of_one_on_one_position_is_the_linear_layer() -> None:
     layer = make(dict(kernel_size=1))
     x = random_input(3, 4)

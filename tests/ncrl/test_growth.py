@@ -484,5 +484,7 @@ def test_refusals() -> None:
         make(context_features=3)(random_input(2, 7), random_input(2, 4))
     with pytest.raises(ValueError, match="10 inputs need as many contexts, got 2"):
         make(context_features=4)(random_input(2, 5, 7), random_input(2, 4))
+    with pytest.raises(ValueError, match=r"have shape \[2, 5, 4\], got \[5, 2, 4\]"):
+        make(context_features=4)(random_input(2, 5, 7), random_input(5, 2, 4))
     with pytest.raises(ValueError, match="needs num_least_used=0, got 2"):
         NeurocoderConfig(controller="projection")
