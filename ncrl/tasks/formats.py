@@ -14,7 +14,7 @@ import pickle
 import pickletools
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ CIFAR_SIDE = 32
 CIFAR_PIXELS = 3 * CIFAR_SIDE * CIFAR_SIDE
 
 PARTS = ("train", "test")  # folders of an archive of images
+END_OF_TAR = bytes(tarfile.BLOCKSIZE)
 
 
 class Labelled(NamedTuple):
@@ -148,18 +149,9 @@ def read_image_archive(archive: Path, num_classes: int) -> tuple[Labelled, Label
     """Training and test images, `train/<class>/<image>` and `test/<class>/<image>`, of a tar file,
     however it is compressed; nothing is unpacked to disk. Classes count in alphabetical order."""
     found: dict[str, list[tuple[str, Bytes]]] = {part: [] for part in PARTS}
-    total = 0
     try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                place = PurePosixPath(member.name).parts[-3:-1]
-                file = tar.extractfile(member) if member.isfile() else None
-                if file is None or len(place) < 2 or place[0] not in PARTS:
-                    continue
-                total += member.size
-                if total > LARGEST_FILE:
-                    raise ValueError(f"it unpacks to more than {LARGEST_FILE:,} bytes")
-                found[place[0]].append((place[1], _decode(member.name, file.read())))
+        for part, name, image in _images_of(archive):
+            found[part].append((name, image))
     except Exception as error:  # of tarfile and whatever unpacks it; not every Python has lzma
         raise ValueError(f"cannot read {archive}: {error}") from error
     for part, images in found.items():
@@ -179,6 +171,25 @@ def read_image_archive(archive: Path, num_classes: int) -> tuple[Labelled, Label
         for part in PARTS
     )
     return train, test
+
+
+def _images_of(archive: Path) -> Iterator[tuple[str, str, Bytes]]:
+    """Part, class and pixels of every image; raises anything for a file that is broken."""
+    total = 0
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            place = PurePosixPath(member.name).parts[-3:-1]
+            file = tar.extractfile(member) if member.isfile() else None
+            if file is None or len(place) < 2 or place[0] not in PARTS:
+                continue
+            total += member.size
+            if total > LARGEST_FILE:
+                raise ValueError(f"it unpacks to more than {LARGEST_FILE:,} bytes")
+            yield place[0], place[1], _decode(member.name, file.read())
+        # A damaged header, or a file cut off at one, is the end for tarfile, too. The real end is
+        # two blocks of zeros, of which it has read the first.
+        if tar.fileobj is None or tar.fileobj.read(tarfile.BLOCKSIZE) != END_OF_TAR:
+            raise ValueError("it is truncated or damaged: it does not end as tar files do")
 
 
 def _decode(name: str, data: bytes) -> Bytes:

@@ -382,6 +382,32 @@ def test_a_broken_archive_is_named_and_not_cached(tmp_path: Path) -> None:
     assert not cache_folder().exists()
 
 
+def cut_off(content: bytes, place: int) -> bytes:
+    return content[:place]
+
+
+def with_a_flipped_bit(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("after", [0, 100])
+@pytest.mark.parametrize("damage", [cut_off, with_a_flipped_bit])
+def test_an_archive_without_compression_is_read_to_its_end_or_refused(
+    tmp_path: Path, damage: Callable[[bytes, int], bytes], after: int
+) -> None:
+    """It has no checksum but those of its headers, of which tarfile ignores all but the first."""
+    files.write_tree(tmp_path / "tree")
+    path = tmp_path / "cifar10_jpeg.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for part in ("train", "test"):
+            tar.add(tmp_path / "tree" / part, part)
+    assert len(load_cifar(tmp_path).test_images) == 10
+    content = path.read_bytes()
+    path.write_bytes(damage(content, content.rindex(b"test/truck/0000.jpg") + after))
+    with pytest.raises(ValueError, match=r"cifar10_jpeg\.tar: it is truncated or damaged"):
+        load_cifar(tmp_path)
+
+
 def test_members_of_an_archive_are_not_written_anywhere(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     files.write_tree(tree)
