@@ -349,8 +349,9 @@ def _hold_as_stored(
     memory = layer._growing_memory()
     before = [(name, memory.get_parameter(name)) for name in memory.parts]
     count = int(groups.sum())
-    if count < len(memory.stored("s")) - len(memory.s):
-        return  # fewer than are frozen here, which loading refuses
+    total = count + len(state.get(f"{prefix}memory.s", ()))
+    if total != layer.config.num_slots or count < total - len(memory.s):
+        return  # other slots, or fewer than are frozen here, which loading refuses
     memory.hold(count)
     memory.group(groups.tolist())
     for name, parameter in before:

@@ -266,6 +266,19 @@ def test_a_load_that_is_refused_leaves_the_frozen_slots_as_they_were() -> None:
     assert more.memory.groups() == groups and more(x).isfinite().all()
 
 
+@pytest.mark.parametrize("num_slots", [3, 4, 6])
+@pytest.mark.parametrize("options", [OPTIONS, PROJECTION], ids=["lstm", "projection"])
+def test_a_load_that_is_refused_freezes_nothing(options: dict[str, Any], num_slots: int) -> None:
+    frozen = make(**{**options, "num_slots": 4})
+    frozen.freeze_slots()
+    frozen.grow(1)
+    layer = make(**{**options, "num_slots": num_slots})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict(frozen.state_dict())
+    assert layer.memory.groups() == [num_slots] == [len(layer.memory.u)]
+    assert layer(random_input(3, layer.in_features)).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
 @pytest.mark.parametrize("gate", GATES)
 def test_an_optimiser_goes_on_through_growth(kind: type[torch.optim.Optimizer], gate: str) -> None:
