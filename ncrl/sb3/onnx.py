@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -102,14 +103,15 @@ class _Step(nn.Module):
         return [*outputs, *next_state] if self.is_recurrent else outputs
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
-        """Inputs for `batch` environments."""
+        """Inputs for `batch` environments, zeros: a sample would move the random stream of a space
+        that may be the environment's."""
         found = [
-            torch.as_tensor(part.sample()).expand(batch, *(part.shape or ()))
+            torch.from_numpy(np.zeros((batch, *(part.shape or ())), part.dtype))
             for part in self.parts.values()
         ]
         if self.is_recurrent:
             found += [*self.policy.initial_state(batch), torch.zeros(batch, dtype=torch.bool)]
-        return tuple(tensor.to(self.policy.device).contiguous() for tensor in found)
+        return tuple(tensor.to(self.policy.device) for tensor in found)
 
     def free_axes(self) -> tuple[dict[int, Any], ...]:
         """Which axis of each input is that of the environments."""

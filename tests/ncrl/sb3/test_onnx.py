@@ -77,6 +77,21 @@ def test_numbers_are_those_of_torch(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(found[output], value, atol=1e-5, rtol=1e-4)
 
 
+def test_random_streams_stay_where_they_were(tmp_path: Path) -> None:
+    """Those of spaces, too: environments may draw from them."""
+    space = spaces.Box(-1, 1, (3,))
+    policy = NeurocoderMlpPolicy(space, spaces.Discrete(2), lambda _: 0.0)
+
+    def drawn(export: bool) -> tuple[list[float], float]:
+        space.seed(0)
+        torch.manual_seed(0)
+        if export:
+            export_onnx(policy, tmp_path / "policy.onnx")
+        return space.sample().tolist(), float(torch.rand(()))
+
+    assert drawn(export=True) == drawn(export=False)
+
+
 def test_of_a_compiled_policy_statistics_that_stay_behind_are_mentioned(
     tmp_path: Path, caplog: Any
 ) -> None:
