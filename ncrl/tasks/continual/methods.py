@@ -86,9 +86,10 @@ class Quadratic(Method):
 
     def penalty(self) -> Tensor:
         """coef * sum Omega (theta - theta*)^2, a scalar."""
-        kept = (list(getattr(self, name).values()) for name in ("importance", "anchor"))
-        apply: Any = _QuadraticPenalty.apply
-        penalty: Tensor = apply(self.coef, *kept, *self.parameters.values())
+        weighted: Any = _WeightedSquare.apply
+        penalty: Tensor = self.coef * sum(
+            weighted(p, self.importance[n], self.anchor[n]) for n, p in self.parameters.items()
+        )
         return penalty
 
     def move_anchor(self) -> None:
@@ -133,18 +134,16 @@ class SynapticIntelligence(Quadratic):
     @torch.no_grad()
     def after_update(self) -> None:
         """Add the step just made to the path."""
-        reached = {n: p for n, p in self.parameters.items() if p.grad is not None}
-        now: list[Tensor] = list(reached.values())
-        last = [self.last[n] for n in reached]
-        gradients = [p.grad for p in now if p.grad is not None]
-        if self.anchor:
-            # What autograd summed up contains the penalty's gradient at the weights before.
-            pull = torch._foreach_sub(last, [self.anchor[n] for n in reached])
-            pull = torch._foreach_mul(pull, [self.importance[n] for n in reached])
-            gradients = list(torch._foreach_sub(gradients, pull, alpha=2 * self.coef))
-        steps = torch._foreach_sub(last, now)
-        torch._foreach_addcmul_([self.path[n] for n in reached], gradients, steps)
-        torch._foreach_copy_(last, now)
+        for name, parameter in self.parameters.items():
+            gradient, last = parameter.grad, self.last[name]
+            if gradient is None:
+                continue
+            if self.anchor:
+                # What autograd summed up contains the penalty's gradient at the weights before.
+                pull = (last - self.anchor[name]) * self.importance[name]
+                gradient = gradient.sub(pull, alpha=2 * self.coef)
+            self.path[name].addcmul_(gradient, last - parameter)
+            last.copy_(parameter)
 
     @torch.no_grad()
     def end_task(self, inputs: Tensor, sample_loss: SampleLoss) -> None:
@@ -325,20 +324,16 @@ def own_label_loss(call: Callable[..., Tensor], samples: Tensor, **options: Any)
     return F.cross_entropy(logits, logits.argmax(1), reduction="sum")
 
 
-class _QuadraticPenalty(torch.autograd.Function):
-    """coef * sum Omega (theta - theta*)^2 over lists of tensors, in few passes over them."""
+class _WeightedSquare(torch.autograd.Function):
+    """sum Omega (theta - theta*)^2 over a tensor, in few passes over it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, coef: float, importance: list[Tensor], anchor: list[Tensor], *values: Tensor
-    ) -> Tensor:
-        moved = torch._foreach_sub(values, anchor)
-        pull = torch._foreach_mul(moved, importance)  # Omega (theta - theta*)
-        ctx.coef, ctx.pull = coef, pull
-        total = sum(torch.dot(a.flatten(), b.flatten()) for a, b in zip(moved, pull, strict=True))
-        return coef * torch.as_tensor(total)
+    def forward(ctx: Any, value: Tensor, importance: Tensor, anchor: Tensor) -> Tensor:
+        moved = value - anchor
+        ctx.pull = moved * importance  # Omega (theta - theta*)
+        return torch.dot(moved.flatten(), ctx.pull.flatten())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *torch._foreach_mul(ctx.pull, 2 * ctx.coef * grad_output)
+        return 2 * grad_output * ctx.pull, None, None
