@@ -87,10 +87,12 @@ def _row(values: dict[str, Any]) -> Result:
         value, kind = getattr(row, entry.name), str(entry.type).partition("[")[0]
         if type(value) not in JSON_TYPES[kind]:
             raise ValueError(f"{entry.name} must be of type {kind}, got {str(value)[:80]!r}")
-    if min(row.seed, row.parameters, row.updates, row.seconds) < 0 or not is_number(row.seconds):
+    counters = row.seed, row.parameters, row.updates, row.seconds
+    if not all(0 <= counter < LARGEST_NUMBER for counter in counters):
         raise ValueError("a counter in it is negative or infinite")
-    if not is_curve([row.metrics, *row.curve]):
-        raise ValueError("a metric in it is no number")
+    for point in (row.metrics, *row.curve):
+        if not isinstance(point, dict) or not all(map(is_metric, point.values())):
+            raise ValueError("a metric in it is no number")
     if checksum not in (None, fingerprint(row.details)):
         raise ValueError("its details were changed since it was written (their checksum differs)")
     return row
@@ -106,17 +108,9 @@ JSON_TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number that a float can hold."""
-    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
-
-
-def is_curve(points: object) -> bool:
-    """Whether it is a list of numbers (not finite ones, too) by name, as `Result.curve` is."""
-    return isinstance(points, list) and all(
-        isinstance(point, dict) and all(type(v) is float or is_number(v) for v in point.values())
-        for point in points
-    )
+def is_metric(value: object) -> bool:
+    """Whether it is a number that a float can hold, infinities and NaN included."""
+    return type(value) is float or (type(value) is int and abs(value) < LARGEST_NUMBER)
 
 
 def read_results(folder: str | Path, task: str | None = None) -> list[Result]:
