@@ -50,15 +50,11 @@ class DigitClassifier(Classification):
             attention = model.output.attend(images.flatten(1) @ model.projection).u  # [N, R, P]
             means, examples = maps_by_class(attention, self.images.test_labels)
             patterns = attention_patterns(means)
-            details["maps"] = {"mean": _rounded(means), "example": _rounded(examples)}
+            maps = {"mean": means, "example": examples}
+            details["maps"] = {k: v.double().round(decimals=4).tolist() for k, v in maps.items()}
             details["patterns"] = patterns.astype(int).tolist()
             details["tree"] = decision_tree(patterns)
         return details
-
-
-def _rounded(values: Tensor) -> list[Any]:
-    rounded: list[Any] = np.asarray(values.cpu(), np.float64).round(4).tolist()
-    return rounded
 
 
 def maps_by_class(attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
