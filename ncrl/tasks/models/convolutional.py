@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,8 +86,7 @@ class DenseNet(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
         for module in self.stages.modules():
             if isinstance(module, nn.Conv2d):  # as in the authors' Torch code
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.output = coded(channels, num_outputs)
 
     def forward(self, images: Tensor) -> Tensor:
