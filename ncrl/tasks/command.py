@@ -379,9 +379,8 @@ def _override(
     says what."""
     changes = dict(changes)
     said = dict(changes)
-    for length, other in (("epochs", "iterations"), ("iterations", "epochs")):
-        if length in changes and other not in changes:
-            changes[other] = None
+    if changes.keys() & {"epochs", "iterations"}:  # one takes the other's place
+        changes = {"epochs": None, "iterations": None, **changes}
     for field, values in options.items():
         known = option_types(named.recipe, field)
         if own := {name: value for name, value in values.items() if name in known}:
