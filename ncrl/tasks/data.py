@@ -140,11 +140,9 @@ IDX_FILES = (
 
 
 def _idx_path(folder: Path, name: str) -> Path | None:
-    for candidate in (name, name.replace("-idx", ".idx")):  # as some copies have it
-        for path in (folder / candidate, folder / f"{candidate}.gz"):
-            if path.is_file():
-                return path
-    return None
+    names = name, name.replace("-idx", ".idx")  # as some copies have it
+    paths = (folder / f"{candidate}{suffix}" for candidate in names for suffix in ("", ".gz"))
+    return next(filter(Path.is_file, paths), None)
 
 
 def load_cifar(
