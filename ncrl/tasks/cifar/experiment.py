@@ -67,12 +67,11 @@ def is_shipped(row: Result) -> bool:
     if not path.is_file() or row.recipe["layer_options"].get("preset") == "official":
         return False
 
-    def body(layer: str, layer_options: Any, network_options: Any) -> tuple[Any, ...]:
-        return layer, dict(layer_options), {**network_options, "num_outputs": None}
+    def body(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
+        network_options = {**recipe["network_options"], "num_outputs": None}
+        return recipe["layer"], recipe["layer_options"], network_options
 
-    own = body(row.layer, row.recipe["layer_options"], row.recipe["network_options"])
-    recipes = read_recipes(path).values()
-    return any(own == body(r.layer, r.layer_options, r.network_options) for r in recipes)
+    return body(row.recipe) in map(body, map(vars, read_recipes(path).values()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
