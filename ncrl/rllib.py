@@ -35,7 +35,7 @@ from ncrl.baselines import record_gates
 from ncrl.checks import suggest
 from ncrl.networks import MeanImage
 from ncrl.sb3 import EnginePolicy, Latent, export_policy, load_policy
-from ncrl.sb3.engine import map_obs
+from ncrl.sb3.engine import map_tensors
 from ncrl.sb3.export import put_tensors, unique_tensors
 from ncrl.sb3.registry import POLICIES
 from ncrl.sb3.regularise import regularisation_loss
@@ -99,8 +99,8 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
         h, c = (_swapped(batch[Columns.STATE_IN][name]).contiguous() for name in "hc")  # [L, B, h]
         # A row of RLlib is of one episode, and its state is zero where that begins.
         nowhere = rows.new_zeros(rows.shape[1::-1], dtype=torch.bool)  # [T, B]
-        latent, (h, c) = policy.unroll(map_obs(_swapped, obs), (h, c), nowhere)
-        return latent.map(_swapped), {"h": _swapped(h), "c": _swapped(c)}
+        latent, (h, c) = policy.unroll(map_tensors(_swapped, obs), (h, c), nowhere)
+        return map_tensors(_swapped, latent), {"h": _swapped(h), "c": _swapped(c)}
 
     # SB3's policies hold their encoder under three names: it is sent and saved once. RLlib's own
     # `set_state` ignores names that it does not know, and in a learner also those that are missing.

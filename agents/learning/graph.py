@@ -20,6 +20,8 @@ from ncrl.agents.learning.optim import can_scale
 from ncrl.agents.learning.update import Measured, Update, update_on_device
 from ncrl.baselines import MoELinear
 from ncrl.sb3 import EnginePolicy
+from ncrl.sb3.engine import map_tensors
+from ncrl.shell.tensors import tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class GraphedUpdates:
         captured = self._captured
         if captured is None:
             return None
-        for into, tensor in zip(captured.lesson.tensors(), lesson.tensors(), strict=True):
+        for into, tensor in zip(tensors_in(captured.lesson), tensors_in(lesson), strict=True):
             into.copy_(tensor, non_blocking=True)
         for rate, group in zip(captured.rates, policy.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
@@ -86,7 +88,7 @@ class GraphedUpdates:
             self.reason = f"settings changed {MAX_CAPTURES} times"
         if self.reason is None:
             self._captures += 1
-            static = lesson.map(lambda tensor: tensor.to(policy.device, copy=True).contiguous())
+            static = map_tensors(lambda x: x.to(policy.device, copy=True).contiguous(), lesson)
             rates = [torch.tensor(float(g["lr"])) for g in policy.optimizer.param_groups]
             rates = [rate.to(policy.device) for rate in rates]
 
@@ -156,7 +158,7 @@ def _what_is_fixed(
     return (
         objective,
         max_grad_norm,
-        [tensor.shape for tensor in lesson.tensors()],
+        [tensor.shape for tensor in tensors_in(lesson)],
         policy.training,
         [p.requires_grad for p in weights],
         addresses,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import LstmState
+from ncrl.sb3.engine import map_tensors
 
 MAX_DEPTH = 8
 """Demonstrations are told apart by the rewards that their game had had by then, up to this many."""
@@ -140,7 +141,7 @@ class DemonstrationMemory:
             rewards: as the loss sees them, [T, B].
         """
         for column, game in enumerate(games):
-            rollout = batch.map(lambda tensor, i=column: tensor[:, i : i + 1].clone())  # type: ignore[misc]
+            rollout = map_tensors(lambda x, i=column: x[:, i : i + 1].clone(), batch)  # type: ignore[misc]
             rollout = rollout._replace(rewards=rewards[:, column : column + 1].clone())
             recent = self._recent.setdefault(game, deque(maxlen=self.reach))
             if bool(rollout.episode_start[0]):

@@ -22,7 +22,7 @@ from ncrl.agents.learning.update import Update, apply_gradient
 from ncrl.agents.playing.buffers import Batch, Rollout, split_envs
 from ncrl.agents.profiling import Stopwatch
 from ncrl.sb3 import EnginePolicy, Latent
-from ncrl.sb3.engine import map_obs
+from ncrl.sb3.engine import map_tensors
 
 IMITATED_SHARE = 0.25
 """Kept demonstrations that are read at a time, for each rollout of an update; at least one."""
@@ -72,7 +72,7 @@ class Learner:
                 lesson = self._lesson(part, rewards, i, imitates=objective.imitation_coef > 0)
                 yield self.update(lesson, objective, max_grad_norm)
         # Not before: the actions were chosen under the mean as it was. The last row comes again.
-        self.policy.watch(map_obs(lambda x: x[:-1].flatten(0, 1), batch.rollout.obs))
+        self.policy.watch(map_tensors(lambda x: x[:-1].flatten(0, 1), batch.rollout.obs))
 
     @contextmanager
     def _exploring(self, rollout: Rollout) -> Iterator[None]:

@@ -5,7 +5,7 @@ Shapes: T timesteps, B environments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -79,20 +79,6 @@ class Lesson(NamedTuple):
     rollout: Rollout
     novelty: Novelty | None = None
     kept: Kept | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Lesson:
-        """A lesson of the function of every tensor."""
-        rollout, novelty, kept = self
-        return Lesson(
-            rollout.map(function),
-            None if novelty is None else Novelty(*map(function, novelty)),
-            None if kept is None else Kept(*map(function, kept)),
-        )
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
-        rollout, novelty, kept = self
-        return [*rollout.tensors(), *(novelty or ()), *(kept or ())]
 
 
 class Loss(NamedTuple):

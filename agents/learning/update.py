@@ -13,6 +13,7 @@ from ncrl.agents.learning.optim import scaled_step
 from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.networks import LstmState, static_unroll
 from ncrl.sb3 import EnginePolicy, Latent
+from ncrl.sb3.engine import map_tensors
 
 
 class Update(NamedTuple):
@@ -101,7 +102,7 @@ def _backward(policy: EnginePolicy, loss: Loss) -> Tensor:
 def _measured(loss: Loss, norm: Tensor) -> Measured:
     scalars = loss.scalars | {"grad_norm": norm}
     values = torch.stack([value.detach() for value in scalars.values()])
-    latent = loss.evaluation.latent.map(Tensor.detach)
+    latent = map_tensors(Tensor.detach, loss.evaluation.latent)
     return Measured(tuple(scalars), values, latent, loss.kept_state)
 
 

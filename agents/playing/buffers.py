@@ -6,7 +6,7 @@ Shapes: T timesteps, E environments of one worker, B = environments of a whole b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
 from ncrl.networks import LstmState
-from ncrl.sb3.engine import EnginePolicy, map_obs
+from ncrl.sb3.engine import EnginePolicy, map_tensors
+from ncrl.shell.tensors import tensors_in
 
 
 class Rollout(NamedTuple):
@@ -36,24 +37,14 @@ class Rollout(NamedTuple):
         """The state before row 0."""
         return self.lstm_h, self.lstm_c
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
-        """A rollout of the function of every tensor."""
-        obs, *others = self
-        return Rollout(map_obs(function, obs), *map(function, others))
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
-        obs, *others = self
-        return [*(obs.values() if isinstance(obs, dict) else [obs]), *others]
-
     def slot(self, index: int) -> Rollout:
         """View of one of the rollouts that `RolloutShape.allocate(n)` laid into one block."""
-        return self.map(lambda tensor: tensor[index])
+        return map_tensors(lambda tensor: tensor[index], self)
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return sum(tensor.nbytes for tensor in tensors_in(self))
 
 
 class RolloutShape(NamedTuple):
@@ -143,7 +134,7 @@ class RolloutBatch:
         column = 0
         for rollout in rollouts:
             width = rollout.rewards.shape[1]
-            for target, source in zip(self.host.tensors(), rollout.tensors(), strict=True):
+            for target, source in zip(tensors_in(self.host), tensors_in(rollout), strict=True):
                 # Not by torch, whose threads would fight those of the workers for their cores.
                 target.numpy()[:, column : column + width] = source.numpy()
             column += width
@@ -160,7 +151,7 @@ ALIGNMENT = 64  # bytes; every tensor in a block begins at a multiple of it
 
 def packed(like: Rollout, device: torch.device) -> tuple[Tensor, Rollout]:
     """One new block of bytes, and the rollout in it whose tensors have the shapes of `like`."""
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in like.tensors()]
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors_in(like)]
     block = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     return block, unpacked(block, like)
 
@@ -175,7 +166,7 @@ def unpacked(block: Tensor, like: Rollout) -> Rollout:
         first += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         return part
 
-    return like.map(take)
+    return map_tensors(take, like)
 
 
 class Batch(NamedTuple):
@@ -197,7 +188,7 @@ class RolloutView:
         self._rollout, self._policy, host = batch.rollout, policy, batch.host
         self.buffer_size, self.n_envs = host.rewards.shape
         self.full = True
-        self.observations: Any = map_obs(lambda x: x[:-1].numpy(), host.obs)  # type: ignore[arg-type, return-value]
+        self.observations: Any = map_tensors(lambda x: x[:-1].numpy(), host.obs)
         self.actions, self.rewards = host.actions.numpy(), host.rewards.numpy()
         self.episode_starts = host.episode_start[:-1].float().numpy()
         self.log_probs = host.log_prob.numpy()
@@ -217,7 +208,7 @@ def first_rows(rollout: Rollout, n_steps: int) -> Rollout:
     """The first `n_steps` timesteps of a rollout, with the observation that follows them."""
     names = ("actions", "log_prob", "rewards", "truncation_value")
     return rollout._replace(
-        obs=map_obs(lambda tensor: tensor[: n_steps + 1], rollout.obs),
+        obs=map_tensors(lambda tensor: tensor[: n_steps + 1], rollout.obs),
         episode_start=rollout.episode_start[: n_steps + 1],
         **{name: getattr(rollout, name)[:n_steps] for name in names},
     )
@@ -227,4 +218,4 @@ def split_envs(rollout: Rollout, num_parts: int) -> Iterator[Rollout]:
     """A rollout's environments in `num_parts` equal groups; they are axis 1 of every tensor."""
     width = rollout.rewards.shape[1] // num_parts
     for first in range(0, num_parts * width, width):
-        yield rollout.map(lambda tensor, first=first: tensor.narrow(1, first, width))  # type: ignore[misc]
+        yield map_tensors(lambda tensor, at=first: tensor.narrow(1, at, width), rollout)  # type: ignore[misc]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.networks import LstmState
-from ncrl.sb3.engine import EnginePolicy, map_obs
+from ncrl.sb3.engine import EnginePolicy, map_tensors
 
 
 class NonFiniteError(RuntimeError):
@@ -101,7 +101,7 @@ class Collector:
         """Choose, play and record the actions of row t."""
         device = self.policy.device
         with self.stopwatch.phase("forward"):
-            obs = map_obs(lambda tensor: tensor[t].to(device), rollout.obs)
+            obs = map_tensors(lambda tensor: tensor[t].to(device), rollout.obs)
             try:
                 step = self.policy.act(obs, self.lstm_state, rollout.episode_start[t])
             except ValueError as error:

@@ -21,7 +21,7 @@ from ncrl.agents.playing.supervision import Pool, PoolSpec
 from ncrl.agents.playing.worker import check_parent, end_if_importing_main
 from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.sb3 import EnginePolicy
-from ncrl.sb3.engine import map_obs
+from ncrl.sb3.engine import map_tensors
 
 OnRow = Callable[[Outcome], bool]
 """Called for every row of `n_envs` timesteps; returning False ends the rollout early."""
@@ -123,11 +123,11 @@ class WorkersPlayer:
             outcome = Outcome(
                 row=row,
                 actions=actions[row].numpy(),
-                new_obs=map_obs(lambda x, t=row + 1: x[t].numpy(), played.obs),  # type: ignore[misc]
+                new_obs=map_tensors(lambda x, t=row + 1: x[t].numpy(), played.obs),  # type: ignore[misc]
                 rewards=rewards[row].numpy(),
                 dones=starts[row + 1].numpy(),
                 infos=infos[row],
-                obs_tensor=map_obs(lambda x, t=row: x[t], played.obs),  # type: ignore[misc]
+                obs_tensor=map_tensors(lambda x, t=row: x[t], played.obs),  # type: ignore[misc]
                 log_probs=log_probs[row],
                 clipped_actions=for_env[row],
                 values=None,

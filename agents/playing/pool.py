@@ -42,6 +42,7 @@ from ncrl.agents.playing.worker import (
     WorkerSpec,
     worker_main,
 )
+from ncrl.shell.tensors import tensors_in
 
 # What a worker finds before it imports torch: processes, not threads, share out the cores.
 ONE_THREAD = dict.fromkeys(
@@ -75,7 +76,7 @@ class WorkerPool(Pool[_Worker]):
     def __init__(self, spec: PoolSpec, module: nn.Module) -> None:
         super().__init__(spec, _Worker)
         slots = spec.shape.allocate(SLOTS_PER_WORKER * spec.n_workers)
-        for tensor in slots.tensors():
+        for tensor in tensors_in(slots):
             tensor.share_memory_()
         self._worker_spec = WorkerSpec(
             seed=spec.seed,

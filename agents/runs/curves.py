@@ -13,6 +13,7 @@ from torch import Tensor
 from ncrl import NeurocoderLinear
 from ncrl.diagnostics import describe
 from ncrl.sb3 import EnginePolicy, Latent
+from ncrl.sb3.engine import map_tensors
 
 DIAGNOSTIC_SAMPLES = 256  # latents of the latest batch on which the heads are described
 
@@ -74,7 +75,7 @@ def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) ->
     """What Neurocoder heads attend to in the latest batch, of which `latent` is what they read."""
     if latent is None:
         return
-    latent = latent.map(lambda x: x.flatten(0, 1)[:DIAGNOSTIC_SAMPLES])
+    latent = map_tensors(lambda x: x.flatten(0, 1)[:DIAGNOSTIC_SAMPLES], latent)
     heads = coded_heads(policy, latent)
     reports = {name: describe(layer, x) for name, (layer, x) in heads.items()}
     for key in ("attention_entropy", "max_attention", "effective_rank", "orthogonality"):

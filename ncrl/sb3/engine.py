@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from ncrl.checks import suggest
 from ncrl.networks import AtariEncoder, LstmState, MeanImage, VectorEncoder
+
+Tree = TypeVar("Tree")
 
 SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """Spaces of actions, of observations, and of entries of Dict observations."""
@@ -52,11 +54,6 @@ class Latent(NamedTuple):
     actor: Tensor
     critic: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Latent:
-        """The function of both, called once where they are the same."""
-        actor = function(self.actor)
-        return Latent(actor, actor if self.critic is self.actor else function(self.critic))
-
 
 class Step(NamedTuple):
     """One decision for each of B environments."""
@@ -79,14 +76,7 @@ class RolloutEvaluation(NamedTuple):
 
     def narrow(self, first: int, length: int) -> RolloutEvaluation:
         """That of some of the environments."""
-
-        def part(x: Any) -> Any:
-            if isinstance(x, tuple):
-                return x.map(part) if isinstance(x, Latent) else tuple(map(part, x))
-            return None if x is None else x[:, first:last]
-
-        last = first + length
-        return RolloutEvaluation(*map(part, self))
+        return map_tensors(lambda x: x[:, first : first + length], self)
 
 
 class EnginePolicy(ActorCriticPolicy):
@@ -123,9 +113,9 @@ class EnginePolicy(ActorCriticPolicy):
 
     def features(self, obs: PyTorchObs, leading: torch.Size) -> Latent:
         """What the features extractors make of observations [*leading, ...]."""
-        features = self.extract_features(map_obs(lambda x: x.flatten(0, len(leading) - 1), obs))
+        features = self.extract_features(map_tensors(lambda x: x.flatten(0, len(leading) - 1), obs))
         actor, critic = features if isinstance(features, tuple) else (features, features)
-        return Latent(actor, critic).map(lambda x: x.view(*leading, -1))
+        return map_tensors(lambda x: x.view(*leading, -1), Latent(actor, critic))
 
     def watch(self, obs: PyTorchObs, *, padded: bool = False) -> None:
         """Show observations [B, ...] that were trained on to the encoders that keep a mean of them.
@@ -145,9 +135,9 @@ class EnginePolicy(ActorCriticPolicy):
         self, obs: PyTorchObs, lstm_state: LstmState, episode_start: Tensor
     ) -> tuple[Latent, LstmState]:
         """`unroll` for one observation each: obs [B, ...] -> latents [B, ...], next state."""
-        obs = map_obs(lambda x: x.unsqueeze(0), obs)
+        obs = map_tensors(lambda x: x.unsqueeze(0), obs)
         latent, lstm_state = self.unroll(obs, lstm_state, episode_start[None])
-        return latent.map(lambda x: x[0]), lstm_state
+        return map_tensors(lambda x: x[0], latent), lstm_state
 
     def distribution(self, latent: Latent) -> Distribution:
         """The policy behind latents [B, ...]."""
@@ -174,7 +164,7 @@ class EnginePolicy(ActorCriticPolicy):
         before row 0, episode_start [T + 1, B] bool."""
         latent, state = self.unroll(obs, lstm_state, episode_start)
         leading = actions.shape[:2]
-        distribution = self.distribution(latent.map(lambda x: x[:-1].flatten(0, 1)))
+        distribution = self.distribution(map_tensors(lambda x: x[:-1].flatten(0, 1), latent))
         actions = actions.flatten(0, 1)  # [T * B, ...]
         if isinstance(self.action_space, (spaces.Box, spaces.MultiBinary)):
             actions = actions.flatten(1).float()  # SB3's distributions are over vectors
@@ -225,11 +215,27 @@ class EnginePolicy(ActorCriticPolicy):
         return extractor
 
 
-def map_obs(function: Callable[[Tensor], Tensor], obs: PyTorchObs) -> PyTorchObs:
-    """The function of an observation, or of every entry of a Dict observation."""
-    if isinstance(obs, dict):
-        return {name: function(entry) for name, entry in obs.items()}
-    return function(obs)
+def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """The function of a tensor, or of every tensor in dicts, tuples and named tuples.
+
+    It is called once for a tensor that is there twice; None stays None.
+    """
+    results: dict[int, Any] = {}
+
+    def of(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            if id(part) not in results:
+                results[id(part)] = function(part)
+            return results[id(part)]
+        if isinstance(part, dict):
+            return {name: of(entry) for name, entry in part.items()}
+        if isinstance(part, tuple):
+            entries = map(of, part)
+            return part._make(entries) if hasattr(part, "_make") else tuple(entries)
+        return part
+
+    mapped: Tree = of(tree)
+    return mapped
 
 
 def check_observation(observation: Any, space: spaces.Space[Any]) -> None:

@@ -18,6 +18,8 @@ from ncrl.agents.playing.buffers import (
     split_envs,
     unpacked,
 )
+from ncrl.sb3.engine import map_tensors
+from ncrl.shell.tensors import tensors_in
 
 VECTORS = spaces.Box(-1, 1, (3,), np.float32)
 DICT = spaces.Dict(
@@ -46,7 +48,7 @@ def make_shape(n_steps: int = 4, n_envs: int = 2, **options: Any) -> RolloutShap
 def numbered(shape: RolloutShape, first: int) -> Rollout:
     """Every element has its own number; bools are its parity."""
     rollout = shape.allocate()
-    for tensor in rollout.tensors():
+    for tensor in tensors_in(rollout):
         count = torch.arange(first, first + tensor.numel()).reshape(tensor.shape)
         tensor.copy_(count % 2 == 1 if tensor.dtype == torch.bool else count % 100)
     return rollout
@@ -77,7 +79,7 @@ def test_layout_follows_the_spaces(space: Any, tail: tuple[int, ...], dtype: tor
 
 
 def test_what_nobody_wrote_is_conspicuous() -> None:
-    for tensor in make_shape(observation_space=DICT).allocate().tensors():
+    for tensor in tensors_in(make_shape(observation_space=DICT).allocate()):
         if tensor.dtype.is_floating_point:
             assert tensor.isnan().all()
         elif tensor.dtype == torch.bool:
@@ -99,7 +101,7 @@ def test_dict_observations_have_a_tensor_for_every_entry() -> None:
         "speed": ((8, 3, 2), torch.float32),
         "gear": ((8, 3), torch.int64),
     }
-    part = rollout.map(lambda tensor: tensor[0])
+    part = map_tensors(lambda tensor: tensor[0], rollout)
     assert part.obs["gear"].shape == (3,) and part.rewards.shape == (3,)
 
 
@@ -109,7 +111,7 @@ def test_groups_of_environments(options: dict[str, Any]) -> None:
     parts = list(split_envs(rollout, 3))
     assert len(parts) == 3
     for place, part in enumerate(parts):
-        for actual, whole in zip(part.tensors(), rollout.tensors(), strict=True):
+        for actual, whole in zip(tensors_in(part), tensors_in(rollout), strict=True):
             assert torch.equal(actual, columns(whole, place))
 
 
@@ -117,31 +119,31 @@ def test_groups_of_environments(options: dict[str, Any]) -> None:
 def test_slots_are_views_that_do_not_overlap(options: dict[str, Any]) -> None:
     slots = make_shape(**options).allocate(3)
     for index in range(3):
-        for tensor in slots.slot(index).tensors():
+        for tensor in tensors_in(slots.slot(index)):
             tensor.fill_(index)
     for index in range(3):
-        for tensor in slots.slot(index).tensors():
+        for tensor in tensors_in(slots.slot(index)):
             expected = index > 0 if tensor.dtype == torch.bool else index
             assert (tensor == expected).all()
     assert slots.nbytes == 3 * make_shape(**options).nbytes
 
 
 def write_slot(slots: Rollout, index: int) -> None:
-    for tensor in slots.slot(index).tensors():
+    for tensor in tensors_in(slots.slot(index)):
         tensor.fill_(1)
 
 
 @both
 def test_shared_slots_are_written_by_another_process(options: dict[str, Any]) -> None:
     slots = make_shape(**options).allocate(2)
-    for tensor in slots.tensors():
+    for tensor in tensors_in(slots):
         tensor.share_memory_()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=write_slot, args=(slots, 1), daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    for tensor in slots.slot(1).tensors():
+    for tensor in tensors_in(slots.slot(1)):
         assert (tensor == 1).all()
     assert slots.slot(0).rewards.isnan().all()
 
@@ -156,12 +158,12 @@ def test_gather_lays_rollouts_side_by_side_and_copies(options: dict[str, Any]) -
     batch = RolloutBatch(make_shape(n_envs=6, **options), CPU)
     rollouts = [numbered(shape, first) for first in (0, 7, 31)]
     gathered = batch.gather(rollouts)
-    kept = [rollout.map(Tensor.clone) for rollout in rollouts]
+    kept = [map_tensors(Tensor.clone, rollout) for rollout in rollouts]
     for rollout in rollouts:  # the slots are played again at once
-        for tensor in rollout.tensors():
+        for tensor in tensors_in(rollout):
             tensor.zero_()
     for place, rollout in enumerate(kept):
-        for actual, expected in zip(gathered.tensors(), rollout.tensors(), strict=True):
+        for actual, expected in zip(tensors_in(gathered), tensors_in(rollout), strict=True):
             assert torch.equal(columns(actual, place), expected)
 
 
@@ -169,12 +171,13 @@ def test_gather_lays_rollouts_side_by_side_and_copies(options: dict[str, Any]) -
 def test_a_rollout_packed_into_one_block_keeps_its_tensors_apart(options: dict[str, Any]) -> None:
     rollout = numbered(make_shape(n_steps=3, n_envs=5, **options), 2)
     block, inside = packed(rollout, CPU)
-    for target, source in zip(inside.tensors(), rollout.tensors(), strict=True):
+    for target, source in zip(tensors_in(inside), tensors_in(rollout), strict=True):
         target.copy_(source)
     for copy in (inside, unpacked(block.clone(), rollout)):
-        for actual, expected in zip(copy.tensors(), rollout.tensors(), strict=True):
+        for actual, expected in zip(tensors_in(copy), tensors_in(rollout), strict=True):
             assert actual.dtype == expected.dtype and torch.equal(actual, expected)
-    assert block.numel() < sum(t.nbytes for t in rollout.tensors()) + 64 * len(rollout.tensors())
+    tensors = list(tensors_in(rollout))
+    assert block.numel() < sum(tensor.nbytes for tensor in tensors) + 64 * len(tensors)
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, 4])

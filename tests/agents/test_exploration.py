@@ -42,6 +42,8 @@ from ncrl.agents.runs.checkpoints import (
     save_checkpoint,
 )
 from ncrl.envs import key_and_door
+from ncrl.sb3.engine import map_tensors
+from ncrl.shell.tensors import tensors_in
 from tests.agents.conftest import assert_bit_equal, normal
 from tests.agents.environments import TickingFactory
 from tests.agents.test_checkpoints import SaveAt, difference, everything, flat
@@ -445,7 +447,7 @@ def test_no_gradient_reaches_the_source_of_the_bonus() -> None:
 @pytest.mark.parametrize("head", ["linear", "neurocoder"])
 def test_kept_demonstrations_change_none_of_the_terms_of_the_batch(head: str) -> None:
     scene = Scene(head)
-    again = scene.batch.map(lambda tensor: tensor[:, [2, 0, 2]].clone())
+    again = map_tensors(lambda tensor: tensor[:, [2, 0, 2]].clone(), scene.batch)
     kept = Kept(
         normal(9, 3, 4, seed=7), again.episode_start, again.actions, normal(8, 3, seed=8).abs(),
         again.lstm_h, again.lstm_c,
@@ -472,7 +474,7 @@ def test_kept_demonstrations_change_none_of_the_terms_of_the_batch(head: str) ->
 @pytest.mark.parametrize("limit", [1.0, 1e6])
 def test_an_update_on_the_device_learns_from_the_bonus_and_from_what_was_kept(limit: float) -> None:
     eager, other = Scene(), Scene()
-    again = eager.batch.map(lambda tensor: tensor[:, [2, 0, 2]].clone())
+    again = map_tensors(lambda tensor: tensor[:, [2, 0, 2]].clone(), eager.batch)
     kept = Kept(
         normal(9, 3, 4, seed=7), again.episode_start, again.actions, normal(8, 3, seed=8).abs(),
         again.lstm_h, again.lstm_c,
@@ -890,7 +892,7 @@ class FakePool:
         self.deliveries = []
         for slot, worker in enumerate(workers):
             rollout = slots.slot(slot)
-            for tensor in rollout.tensors():
+            for tensor in tensors_in(rollout):
                 tensor.zero_()
             rollout.rewards.add_(torch.tensor([10 * worker, 10 * worker + 1]))
             self.deliveries.append(Delivery(rollout, Played(slot, 0, {}), [], worker))

@@ -13,6 +13,7 @@ from ncrl.agents import A3C
 from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS, GraphedUpdates
 from ncrl.agents.learning.objective import Lesson
 from ncrl.agents.learning.update import Measured, update_on_device
+from ncrl.sb3.engine import map_tensors
 from tests.agents.test_learner import both_optimisers, trained
 
 
@@ -160,7 +161,7 @@ def test_there_are_graphs_on_cuda_alone(device: str) -> None:
 def halve_the_batch(model: A3C) -> None:
     assert model._batch is not None
     model._batch = model._batch._replace(
-        rollout=model._batch.rollout.map(lambda tensor: tensor[:, :2])
+        rollout=map_tensors(lambda tensor: tensor[:, :2], model._batch.rollout)
     )
 
 

@@ -22,6 +22,7 @@ from ncrl.agents.learning.imitation import (
 from ncrl.agents.learning.losses import imitation_loss
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import LstmState
+from ncrl.shell.tensors import tensors_in
 
 T = 4
 
@@ -343,7 +344,7 @@ def test_the_batch_may_be_overwritten(rewards: Sequence[float]) -> None:
         rollout = rollout_of(1, rewards, starts=True)
         play(memory, rollout)
         if memory is overwritten:
-            for tensor in rollout.tensors():
+            for tensor in tensors_in(rollout):
                 tensor.fill_(0)
         play(memory, rollout_of(1, SCORE))  # what was overwritten leads to it
     for one, other in zip(kept_by(spared), kept_by(overwritten), strict=True):

@@ -16,6 +16,7 @@ from ncrl.agents.learning.objective import Lesson, actor_critic_loss
 from ncrl.agents.learning.update import apply_gradient, update_on_device
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import static_unroll
+from ncrl.sb3.engine import map_tensors
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -91,7 +92,8 @@ def test_episode_starts_may_lie_on_the_host(head: str) -> None:
     model = trained(head)
     assert model._batch is not None
     host = model._batch.rollout
-    rollout = host.map(lambda tensor: tensor.to("meta"))._replace(episode_start=host.episode_start)
+    rollout = map_tensors(lambda tensor: tensor.to("meta"), host)
+    rollout = rollout._replace(episode_start=host.episode_start)
     policy = model.policy.to("meta")
     with Waits() as waits:
         loss = actor_critic_loss(policy, rollout, model._objective())

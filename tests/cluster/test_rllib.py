@@ -26,6 +26,7 @@ from ncrl.envs.rllib import atari_vector_env
 from ncrl.networks import MeanImage
 from ncrl.neurocoder import orthogonal_loss
 from ncrl.sb3 import CnnLstmPolicy, export_policy, load_policy
+from ncrl.sb3.engine import map_tensors
 from ncrl.sb3.export import unique_tensors
 
 FRAGMENT = 10
@@ -87,7 +88,8 @@ def test_distributions_are_sb3s(policy: str, env: str) -> None:
     out = module.forward_train(batch)
     inputs = out[Columns.ACTION_DIST_INPUTS]
     dist = module.get_train_action_dist_cls().from_logits(inputs)
-    latent = module._unroll(module.policy, batch)[0].map(lambda x: x.reshape(-1, x.shape[-1]))
+    latent, _ = module._unroll(module.policy, batch)
+    latent = map_tensors(lambda x: x.reshape(-1, x.shape[-1]), latent)
     sb3 = module.policy.distribution(latent)
     actions = sb3.get_actions()
     log_prob = dist.logp(actions.reshape(*inputs.shape[:-1], *module.action_space.shape))

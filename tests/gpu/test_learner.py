@@ -15,6 +15,7 @@ from ncrl.agents import A3C
 from ncrl.agents.learning.objective import Lesson
 from ncrl.agents.playing.buffers import RolloutBatch, RolloutShape
 from ncrl.layers import make_layer
+from ncrl.shell.tensors import tensors_in
 from tests.agents.test_buffers import make_shape, numbered
 
 LAYERS: list[tuple[str, dict[str, Any]]] = [
@@ -212,9 +213,9 @@ def test_batches_arrive_whole_while_the_device_is_busy() -> None:
     rollouts, read = [numbered(shape, first) for first in range(6)], []
     for rollout in rollouts:
         moved = batch.gather([rollout])
-        read.append([tensor.clone() for tensor in moved.tensors()])
+        read.append([tensor.clone() for tensor in tensors_in(moved)])
         for _ in range(20):
             busy = busy @ busy / 4000
     for rollout, tensors in zip(rollouts, read, strict=True):
-        for mine, expected in zip(tensors, rollout.tensors(), strict=True):
+        for mine, expected in zip(tensors, tensors_in(rollout), strict=True):
             torch.testing.assert_close(mine.cpu(), expected, rtol=0, atol=0)
