@@ -28,7 +28,7 @@ from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.players import Player, SerialPlayer, played_by_workers
 from ncrl.agents.playing.supervision import Limits, PoolSpec
-from ncrl.agents.profiling import Profile, stopwatch_for
+from ncrl.agents.profiling import OFF, Profile, stopwatch_for
 from ncrl.agents.runs import curves
 from ncrl.checks import whole_number
 from ncrl.sb3 import EnginePolicy
@@ -234,7 +234,7 @@ class A3C(EngineAlgorithm):
             self._policy_spec(of_learner=True).build(self.lr_schedule).to(self.device),
             n_steps=self.n_steps,
             exploration=self._make_exploration(),
-            stopwatch=self._stopwatch,
+            stopwatch=OFF if self.time_spent is None else self.time_spent.stopwatch,
         )
         # The rollout that is played and the batch that is learned from.
         sizes.check_memory(2 * self._rollout_shape(self.n_envs).nbytes)
@@ -288,14 +288,14 @@ class A3C(EngineAlgorithm):
             seen = dict(locals()) | {"iteration": 0}
             with (
                 sizes.learner_threads(self.n_workers if self.cluster is None else 0),
-                self._stopwatch.phase("setup"),
+                self.learner.stopwatch.phase("setup"),
                 self._player() as player,
-                self._stopwatch.phase("other"),
+                self.learner.stopwatch.phase("other"),
             ):
-                with self._stopwatch.phase("callbacks"):
+                with self.learner.stopwatch.phase("callbacks"):
                     callback.on_training_start(seen, globals())
                 self._learn_from(player, total_timesteps, callback, log_interval)
-                with self._stopwatch.phase("callbacks"):
+                with self.learner.stopwatch.phase("callbacks"):
                     callback.on_training_end()
         finally:  # a stop is for the training that it was asked for in, even if that fails
             self._stop_requested = False
@@ -305,7 +305,7 @@ class A3C(EngineAlgorithm):
         self, player: Player, total_timesteps: int, callback: BaseCallback, log_interval: int | None
     ) -> None:
         """Collect rollouts and learn from them, in turn, until the total or a stop."""
-        iteration, stopwatch = 0, self._stopwatch
+        iteration, stopwatch = 0, self.learner.stopwatch
         while self.num_timesteps < total_timesteps and not self._stop_requested:
             rows = math.ceil((total_timesteps - self.num_timesteps) / self.n_envs)
             with stopwatch.phase("callbacks"):
@@ -351,7 +351,7 @@ class A3C(EngineAlgorithm):
                     f"the learning rate is {self.policy.optimizer.param_groups[0]['lr']:g}"
                 )
             logger.warning("update %d skipped: its gradient is not finite", self._n_updates)
-        with self._stopwatch.phase("callbacks"):
+        with self.learner.stopwatch.phase("callbacks"):
             curves.record_means(self.logger, update.scalars)
             self.logger.record("train/skipped_updates", self._skipped_updates)
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -368,7 +368,7 @@ class A3C(EngineAlgorithm):
         if not self.n_workers:
             self.collector = self._make_collector()
             shape = self._rollout_shape(self.n_envs)
-            yield SerialPlayer(self.collector, shape, self.device, self._stopwatch)
+            yield SerialPlayer(self.collector, shape, self.device, self.learner.stopwatch)
             return
         assert self.env_factory is not None, "only factories are played by workers"
         self.check_machine()

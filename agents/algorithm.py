@@ -28,16 +28,15 @@ from ncrl.agents.learning.exploration import Exploration, make_exploration
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.optim import optimizer_options
-from ncrl.agents.playing import env_sources
+from ncrl.agents.playing import env_sources, sizes
 from ncrl.agents.playing.buffers import Batch, RolloutShape
 from ncrl.agents.playing.collector import Collector, Outcome
 from ncrl.agents.playing.env_sources import EnvFactory, RecordedEnv, RemoteEnvs
 from ncrl.agents.playing.players import Player
-from ncrl.agents.playing.sizes import check_machine, games_per_update
 from ncrl.agents.playing.supervision import Pool
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec
-from ncrl.agents.profiling import OFF, Profile, Stopwatch
+from ncrl.agents.profiling import Profile
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.loading import load_model, write_model
 from ncrl.checks import suggest
@@ -105,18 +104,13 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         return self.learner.exploration
 
     @property
-    def _stopwatch(self) -> Stopwatch:
-        """The learner's."""
-        return OFF if self.time_spent is None else self.time_spent.stopwatch
-
-    @property
     def envs_per_update(self) -> int:
         """Environments whose rollouts make one update."""
         if self.batch_size is not None:
             return self.batch_size // self.n_steps
         if self._small_updates:
             has_gpu, explores = self.device.type == "cuda", self.exploration is not None
-            return games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
+            return sizes.games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
         return self.n_envs
 
     @property
@@ -312,7 +306,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             **going_on,
             sde_sample_freq=self.sde_sample_freq,
             with_values=True,
-            stopwatch=self._stopwatch,
+            stopwatch=self.learner.stopwatch,
         )
 
     def _collect(self, player: Player, n_steps: int, callback: BaseCallback) -> Batch | None:
@@ -338,8 +332,10 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         Those of a cluster need neither.
         """
         if self.n_workers and self.cluster is None:
-            shape = self._rollout_shape(self.n_envs // self.n_workers)
-            check_machine(self.n_workers, shape, SharedWeights.bytes_for(self.policy))
+            rollout = self._rollout_shape(self.n_envs // self.n_workers).nbytes
+            slots = sizes.SLOTS_PER_WORKER * self.n_workers * rollout
+            sizes.check_shared_memory(slots + SharedWeights.bytes_for(self.policy))
+            sizes.check_open_files(self.n_workers)
 
     def _rollout_shape(self, n_envs: int) -> RolloutShape:
         spaces = self.observation_space, self.action_space
@@ -377,7 +373,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         self.num_timesteps += int(self.n_envs)  # it may be numpy's; files hold plain numbers
         seen = outcome._asdict() | {"self": self, "env": self.env}
         seen |= {"n_steps": outcome.row, "n_rollout_steps": self.n_steps}
-        with self._stopwatch.phase("callbacks"):
+        with self.learner.stopwatch.phase("callbacks"):
             callback.update_locals(seen)
             if not callback.on_step():
                 return False

@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import torch
 
-from ncrl.agents.playing.buffers import RolloutShape
-
 SLOTS_PER_WORKER = 3
 """The rollout that a worker plays, the one that it goes on with, so that it never waits for a
 learner in the middle of an update, and the one that the learner copies."""
@@ -123,13 +121,6 @@ def learner_threads(n_workers: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def check_machine(n_workers: int, shape: RolloutShape, weights: int) -> None:
-    """ValueError where shared memory or open files do not suffice: `shape` is that of a rollout of
-    one worker, `weights` the bytes of the shared ones."""
-    check_shared_memory(SLOTS_PER_WORKER * n_workers * shape.nbytes + weights)
-    check_open_files(n_workers)
 
 
 def check_shared_memory(needed: int) -> None:

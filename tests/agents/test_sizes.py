@@ -7,15 +7,17 @@ import pytest
 import torch
 
 import ncrl.agents.playing.sizes
-from ncrl.agents.playing.buffers import RolloutBatch
+from ncrl.agents import A3C
+from ncrl.agents.playing.buffers import RolloutBatch, RolloutShape
 from ncrl.agents.playing.sizes import (
     available_cores,
-    check_machine,
     choose_sizes,
     default_workers,
     games_per_update,
     learner_threads,
 )
+from ncrl.agents.playing.weights import SharedWeights
+from ncrl.envs import masked_cartpole
 from tests.agents.test_buffers import CPU, make_shape, numbered
 
 
@@ -111,9 +113,11 @@ def test_shared_memory_holds_three_rollouts_of_every_worker(
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(ncrl.agents.playing.sizes, "check_shared_memory", asked.append)
-    shape = make_shape(n_steps=5, n_envs=2)
-    check_machine(4, shape, 1000)
-    assert asked == [3 * 4 * shape.nbytes + 1000]
+    model = A3C("MlpLstmPolicy", masked_cartpole(), n_workers=4, n_envs=8, n_steps=5)
+    model.check_machine()
+    space = model.observation_space, model.action_space
+    rollout = RolloutShape(5, 2, *space, *model.policy.state_shape).nbytes
+    assert asked == [3 * 4 * rollout + SharedWeights.bytes_for(model.policy)]
 
 
 def test_gathering_starts_no_threads() -> None:
