@@ -367,8 +367,7 @@ class A3C(EngineAlgorithm):
         """Whoever collects rollouts: the workers, or this process."""
         if not self.n_workers:
             self.collector = self._make_collector()
-            shape = self._rollout_shape(self.n_envs)
-            yield SerialPlayer(self.collector, shape, self.device, self.learner.stopwatch)
+            yield SerialPlayer(self.collector, self._rollout_shape(self.n_envs))
             return
         assert self.env_factory is not None, "only factories are played by workers"
         self.check_machine()
@@ -386,7 +385,6 @@ class A3C(EngineAlgorithm):
             spec,
             self.policy,
             cluster=self.cluster,
-            device=self.device,
             give_up=lambda: self._stop_requested,
         ) as player:
             self._pool = player.pool

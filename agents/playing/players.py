@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from ncrl.agents.playing.buffers import Batch, RolloutBatch, RolloutShape, first_rows
@@ -19,7 +18,7 @@ from ncrl.agents.playing.collector import Collector, Outcome, actions_for_env
 from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import Pool, PoolSpec
 from ncrl.agents.playing.worker import check_parent, end_if_importing_main
-from ncrl.agents.profiling import OFF, Stopwatch
+from ncrl.agents.profiling import OFF
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import map_tensors
 
@@ -32,11 +31,9 @@ Player: TypeAlias = "SerialPlayer | WorkersPlayer"
 class SerialPlayer:
     """Plays in this process, with the learner's own policy, environments of one `Collector`."""
 
-    def __init__(
-        self, collector: Collector, shape: RolloutShape, device: torch.device, stopwatch: Stopwatch
-    ) -> None:
-        self.collector, self.stopwatch = collector, stopwatch
-        self.rollout, self.stage = shape.allocate(), RolloutBatch(shape, device)
+    def __init__(self, collector: Collector, shape: RolloutShape) -> None:
+        self.collector, self.stopwatch = collector, collector.stopwatch
+        self.rollout, self.stage = shape.allocate(), RolloutBatch(shape, collector.policy.device)
         self.games = list(range(shape.n_envs))
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
@@ -58,7 +55,6 @@ def played_by_workers(
     policy: EnginePolicy,
     *,
     cluster: str | None,
-    device: torch.device,
     give_up: Callable[[], bool],
 ) -> Iterator[WorkersPlayer]:
     """Workers that play inside the block: processes, or actors of the cluster at an address.
@@ -80,7 +76,7 @@ def played_by_workers(
             stack.enter_context(joined(cluster))
             make_pool = ActorPool
         pool = stack.enter_context(make_pool(spec, policy))
-        yield WorkersPlayer(pool, policy, device, give_up)
+        yield WorkersPlayer(pool, policy, give_up)
 
 
 @dataclass
@@ -88,8 +84,7 @@ class WorkersPlayer:
     """Receives what the workers play, and sends them weights."""
 
     pool: Pool[Any]  # started
-    policy: EnginePolicy  # that learns
-    device: torch.device  # of the batches
+    policy: EnginePolicy  # that learns, where the batches go
     give_up: Callable[[], bool]  # asked while waiting
 
     def __post_init__(self) -> None:
@@ -97,7 +92,7 @@ class WorkersPlayer:
         self.stopwatch = OFF if spec.profile is None else spec.profile.stopwatch
         self.width = spec.shape.n_envs  # of one worker
         self.shape = spec.shape._replace(n_envs=spec.n_workers * self.width)
-        self.stage = RolloutBatch(self.shape, self.device)
+        self.stage = RolloutBatch(self.shape, self.policy.device)
 
     def collect(self, n_steps: int, on_row: OnRow) -> Batch | None:
         """A batch of `n_steps` timesteps in every environment; None if it was ended early."""

@@ -910,7 +910,7 @@ def test_games_follow_their_worker_also_where_one_delivers_twice() -> None:
     nothing: Any = None
     spec = PoolSpec(nothing, nothing, shape, n_workers=3, seed=0, limits=Limits())
     pool: Any = FakePool(spec, shape.allocate(6), [2, 0, 2, 1, 1, 0])
-    player = WorkersPlayer(pool, model.policy, model.device, lambda: False)
+    player = WorkersPlayer(pool, model.policy, lambda: False)
     for expected in ([4, 5, 0, 1, 4, 5], [2, 3, 2, 3, 0, 1]):
         batch = player.collect(5, lambda _: True)
         assert batch is not None and batch.games == expected
