@@ -110,26 +110,25 @@ def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
 class RolloutBatch:
     """Staging area in which the learner lays rollouts side by side, then moves them to its device.
 
-    On CUDA it is one pinned block, which goes over in one copy, while the host goes on. The copy is
-    on the stream that learns, so it comes after all that reads the batch before, graphs too. On one
-    of its own it would overlap with next to nothing: every update ends with a wait for the device.
+    On CUDA it is pinned memory, which goes over while the host goes on. The copies are on the
+    stream that learns, so they come after all that reads the batch before, graphs too. On one of
+    their own they would overlap with next to nothing: every update ends with a wait for the device.
     """
 
     def __init__(self, shape: RolloutShape, device: torch.device) -> None:
         self.host = self.batch = shape.allocate()  # what was gathered last, and its copy
-        self._blocks: tuple[Tensor, Tensor] | None = None
+        self._arrived: torch.cuda.Event | None = None
         if device.type == "cuda":
-            pinned = packed(self.host, torch.device("cpu"))[0].pin_memory()
-            block, self.batch = packed(self.host, device)
-            self.host = unpacked(pinned, self.host)
-            self._blocks, self._arrived = (pinned, block), torch.cuda.Event()
+            self.host = map_tensors(Tensor.pin_memory, self.host)
+            self.batch = map_tensors(lambda x: torch.empty_like(x, device=device), self.host)
+            self._arrived = torch.cuda.Event()
 
     def gather(self, rollouts: Sequence[Rollout]) -> Rollout:
         """Copy rollouts into one batch on the learner's device, along the axis of environments.
 
         The next call overwrites it. The slots may be reused at once.
         """
-        if self._blocks is not None:
+        if self._arrived is not None:
             self._arrived.synchronize()  # the copy of the batch before may still read pinned memory
         column = 0
         for rollout in rollouts:
@@ -139,34 +138,11 @@ class RolloutBatch:
                 target.numpy()[:, column : column + width] = source.numpy()
             column += width
         assert column == self.host.rewards.shape[1], "the rollouts of a batch fill its columns"
-        if self._blocks is not None:
-            pinned, block = self._blocks
-            block.copy_(pinned, non_blocking=True)
-            self._arrived.record(torch.cuda.current_stream(block.device))
+        if self._arrived is not None:
+            for target, source in zip(tensors_in(self.batch), tensors_in(self.host), strict=True):
+                target.copy_(source, non_blocking=True)
+            self._arrived.record(torch.cuda.current_stream(self.batch.rewards.device))
         return self.batch
-
-
-ALIGNMENT = 64  # bytes; every tensor in a block begins at a multiple of it
-
-
-def packed(like: Rollout, device: torch.device) -> tuple[Tensor, Rollout]:
-    """One new block of bytes, and the rollout in it whose tensors have the shapes of `like`."""
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors_in(like)]
-    block = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
-    return block, unpacked(block, like)
-
-
-def unpacked(block: Tensor, like: Rollout) -> Rollout:
-    """The rollout that lies in a block of `packed`."""
-    first = 0
-
-    def take(tensor: Tensor) -> Tensor:
-        nonlocal first
-        part = block[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        first += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        return part
-
-    return map_tensors(take, like)
 
 
 class Batch(NamedTuple):

@@ -28,7 +28,7 @@ import torch
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from torch import nn
 
-from ncrl.agents.playing.buffers import RolloutShape, packed, unpacked
+from ncrl.agents.playing.buffers import RolloutShape
 from ncrl.agents.playing.collector import NonFiniteError
 from ncrl.agents.playing.supervision import (
     POLL_SECONDS,
@@ -42,6 +42,7 @@ from ncrl.agents.playing.weights import fill, flatten
 from ncrl.agents.playing.worker import EnvFailed, Games, Info, Played, picklable
 from ncrl.agents.profiling import OFF, Stopwatch
 from ncrl.shell.hardware import keep_freed_memory
+from ncrl.shell.tensors import tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ PATIENCE = 60.0
 """Seconds after which a worker without a place in the cluster is worth a warning: a process alone
 takes 10 to start, and many more on a busy machine."""
 
-PlayedBlock = tuple[Played, list[Info], np.ndarray]
-"""A rollout on its way, as `buffers.packed` lays it out, and what was told of it."""
+PlayedArrays = tuple[Played, list[Info], list[np.ndarray]]
+"""What was told of a rollout, and its tensors, on their way."""
 
 
 @contextlib.contextmanager
@@ -109,7 +110,7 @@ class Actor:
         self._make_games = partial(
             make_games, seed=seed, stopwatch=self._stopwatch, beat=self._beat
         )
-        self._like = shape.allocate()
+        self._shape = shape
         self._steps = 0
         self._version = -1
         self._is_broken = False
@@ -125,7 +126,7 @@ class Actor:
     def _beat(self) -> None:
         self._steps += 1
 
-    def play(self, version: int, flat: np.ndarray) -> PlayedBlock | EnvFailed:
+    def play(self, version: int, flat: np.ndarray) -> PlayedArrays | EnvFailed:
         """Play a rollout under these weights. Environments that raise are built anew by the next
         call; NonFiniteError is raised."""
         games, stopwatch = self._games, self._stopwatch
@@ -137,14 +138,14 @@ class Actor:
                 if version != self._version:
                     fill(games.policy, torch.tensor(flat))
                     self._version = version
-                block, rollout = packed(self._like, torch.device("cpu"))
+                rollout = self._shape.allocate()
             result = games.play(rollout, -1, version)
         if isinstance(result, EnvFailed):
             self._is_broken = True
             return result
         played, infos = result
         infos = [(row, i, picklable(info)) for row, i, info in infos]
-        return played, infos, block.numpy()
+        return played, infos, [tensor.numpy() for tensor in tensors_in(rollout)]
 
 
 @dataclass
@@ -174,7 +175,6 @@ class ActorPool(Pool[_Worker]):
 
     def __init__(self, spec: PoolSpec, module: nn.Module) -> None:
         super().__init__(spec, _Worker)
-        self._like = spec.shape.allocate()
         remote = ray.remote(
             num_cpus=1,
             max_restarts=0,
@@ -254,9 +254,12 @@ class ActorPool(Pool[_Worker]):
             self._ask([worker], 1)
             self._note_broken_envs(worker, result.reason)
         elif call == "play":
-            played, infos, block = result
+            played, infos, arrays = result
+            rollout = self.spec.shape.allocate()
             # A copy: what lies in the object store is read-only, and fills it.
-            self._deliver(worker, unpacked(torch.tensor(block), self._like), played, infos)
+            for tensor, array in zip(tensors_in(rollout), arrays, strict=True):
+                tensor.numpy()[...] = array
+            self._deliver(worker, rollout, played, infos)
 
     def _check_silence(self) -> None:
         deaf_for = self._deaf_for()

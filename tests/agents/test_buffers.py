@@ -14,9 +14,7 @@ from ncrl.agents.playing.buffers import (
     RolloutBatch,
     RolloutShape,
     first_rows,
-    packed,
     split_envs,
-    unpacked,
 )
 from ncrl.sb3.engine import map_tensors
 from ncrl.shell.tensors import tensors_in
@@ -165,19 +163,6 @@ def test_gather_lays_rollouts_side_by_side_and_copies(options: dict[str, Any]) -
     for place, rollout in enumerate(kept):
         for actual, expected in zip(tensors_in(gathered), tensors_in(rollout), strict=True):
             assert torch.equal(columns(actual, place), expected)
-
-
-@both
-def test_a_rollout_packed_into_one_block_keeps_its_tensors_apart(options: dict[str, Any]) -> None:
-    rollout = numbered(make_shape(n_steps=3, n_envs=5, **options), 2)
-    block, inside = packed(rollout, CPU)
-    for target, source in zip(tensors_in(inside), tensors_in(rollout), strict=True):
-        target.copy_(source)
-    for copy in (inside, unpacked(block.clone(), rollout)):
-        for actual, expected in zip(tensors_in(copy), tensors_in(rollout), strict=True):
-            assert actual.dtype == expected.dtype and torch.equal(actual, expected)
-    tensors = list(tensors_in(rollout))
-    assert block.numel() < sum(tensor.nbytes for tensor in tensors) + 64 * len(tensors)
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, 4])
