@@ -21,7 +21,7 @@ from ncrl.agents.defaults import DEFAULT_ENVS, MAX_GRAD_NORM, defaults_for, imag
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
-from ncrl.agents.learning.update import Update
+from ncrl.agents.learning.update import Update, on_host
 from ncrl.agents.playing import env_sources, sizes
 from ncrl.agents.playing.buffers import Batch, RolloutView
 from ncrl.agents.playing.collector import NonFiniteError
@@ -335,7 +335,7 @@ class A3C(EngineAlgorithm):
         learn = self.learner.learn
         for update in learn(self._batch, self._objective(), self.max_grad_norm, num_parts=parts):
             self._count(update)
-        curves.record_means(self.logger, curves.on_host(self.learner.explored))
+        curves.record_means(self.logger, on_host(self.learner.explored))
         if self.exploration is not None and self.imitation_coef:
             self.logger.record("train/kept_demonstrations", len(self.exploration.memory))
 

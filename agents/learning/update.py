@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -53,19 +54,23 @@ def apply_gradient(
 class Measured(NamedTuple):
     """What an update was made of, not waited for yet."""
 
-    names: tuple[str, ...]
-    values: Tensor
-    """Scalars of these names, on the device of the weights, [n]."""
+    scalars: dict[str, Tensor]
     latent: Latent
     kept_state: LstmState | None
 
     def on_host(self) -> Update:
         """Wait for the values."""
-        scalars = dict(zip(self.names, self.values.tolist(), strict=True))
+        scalars = on_host(self.scalars)
         kept = self.kept_state
         if kept is not None:  # the next launch of a graph overwrites it
             kept = kept[0].clone(), kept[1].clone()
         return Update(math.isfinite(scalars["grad_norm"]), scalars, self.latent, kept)
+
+
+def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """The values of scalars on a device, waited for once."""
+    values = [value.float() for value in scalars.values()]
+    return dict(zip(scalars, torch.stack(values).tolist() if values else [], strict=True))
 
 
 def update_on_device(
@@ -100,10 +105,8 @@ def _backward(policy: EnginePolicy, loss: Loss) -> Tensor:
 
 
 def _measured(loss: Loss, norm: Tensor) -> Measured:
-    scalars = loss.scalars | {"grad_norm": norm}
-    values = torch.stack([value.detach() for value in scalars.values()])
-    latent = map_tensors(Tensor.detach, loss.evaluation.latent)
-    return Measured(tuple(scalars), values, latent, loss.kept_state)
+    known = loss.scalars | {"grad_norm": norm}, loss.evaluation.latent
+    return Measured(*map_tensors(Tensor.detach, known), loss.kept_state)
 
 
 def _excess(norm: Tensor, limit: float) -> Tensor:

@@ -33,12 +33,6 @@ def record_means(logger: Logger, scalars: Mapping[str, float]) -> None:
             logger.record_mean(f"train/{name}", value)
 
 
-def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of scalars on a device, waited for once."""
-    values = [value.float() for value in scalars.values()]
-    return dict(zip(scalars, torch.stack(values).tolist() if values else [], strict=True))
-
-
 def record_lag(logger: Logger, lags: list[int]) -> float:
     """By how many published versions the weights behind rollouts were too old; returns the mean."""
     mean = sum(lags) / len(lags)

@@ -14,6 +14,7 @@ from ncrl.agents.learning.graph import MAX_CAPTURES, WARM_UPS, GraphedUpdates
 from ncrl.agents.learning.objective import Lesson
 from ncrl.agents.learning.update import Measured, update_on_device
 from ncrl.sb3.engine import map_tensors
+from ncrl.shell.tensors import tensors_in
 from tests.agents.test_learner import both_optimisers, trained
 
 
@@ -24,9 +25,8 @@ def record_on_cpu(run: Callable[[], Measured]) -> tuple[Callable[[], None], Meas
     measured = run()
 
     def replay() -> None:
-        again = run()
-        measured.values.copy_(again.values)
-        measured.latent.actor.copy_(again.latent.actor)
+        for into, again in zip(tensors_in(measured), tensors_in(run()), strict=True):
+            into.copy_(again)
 
     return replay, measured
 

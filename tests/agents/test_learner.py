@@ -17,6 +17,7 @@ from ncrl.agents.learning.update import apply_gradient, update_on_device
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import static_unroll
 from ncrl.sb3.engine import map_tensors
+from ncrl.shell.tensors import tensors_in
 
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -211,8 +212,7 @@ def test_an_update_on_the_device_is_the_update(head: str, limit: float, use_rms_
             update.scalars, nan_ok=True, rel=1e-4, abs=1e-5
         )
         torch.testing.assert_close(measured.latent.actor, loss.evaluation.latent.actor)
-        held = (measured.values, measured.latent.actor, measured.latent.critic)
-        assert not any(tensor.requires_grad for tensor in held), "no graph is kept alive"
+        assert not any(x.requires_grad for x in tensors_in(measured)), "no graph is kept alive"
     for mine, theirs in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
 
