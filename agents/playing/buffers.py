@@ -15,7 +15,6 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor
 
-from ncrl.networks import LstmState
 from ncrl.sb3.engine import EnginePolicy, map_tensors
 from ncrl.shell.tensors import tensors_in
 
@@ -32,19 +31,9 @@ class Rollout(NamedTuple):
     lstm_h: Tensor  # [L, E, h] hidden state before row 0
     lstm_c: Tensor  # [L, E, h] cell state before row 0
 
-    @property
-    def lstm_state(self) -> LstmState:
-        """The state before row 0."""
-        return self.lstm_h, self.lstm_c
-
     def slot(self, index: int) -> Rollout:
         """View of one of the rollouts that `RolloutShape.allocate(n)` laid into one block."""
         return map_tensors(lambda tensor: tensor[index], self)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return sum(tensor.nbytes for tensor in tensors_in(self))
 
 
 class RolloutShape(NamedTuple):
@@ -61,7 +50,7 @@ class RolloutShape(NamedTuple):
     def nbytes(self) -> int:
         """Size of one rollout in bytes; nothing is allocated."""
         with torch.device("meta"):
-            return self.allocate().nbytes
+            return sum(tensor.nbytes for tensor in tensors_in(self.allocate()))
 
     def allocate(self, *leading: int) -> Rollout:
         """A rollout with `leading` dimensions in front of every tensor, of conspicuous values: NaN,
@@ -175,7 +164,8 @@ class RolloutView:
         rollout = self._rollout
         self._policy.set_training_mode(False)
         with torch.no_grad():
-            latent, _ = self._policy.unroll(rollout.obs, rollout.lstm_state, rollout.episode_start)
+            state = rollout.lstm_h, rollout.lstm_c
+            latent, _ = self._policy.unroll(rollout.obs, state, rollout.episode_start)
             values = self._policy.values(latent)
         return values[:-1].squeeze(-1).cpu().numpy()
 

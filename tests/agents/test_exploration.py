@@ -501,7 +501,8 @@ def test_an_update_that_was_not_made_leaves_exploration_as_it_was() -> None:
     assert exploration is not None
     kept = Kept(
         *(part[:, :1] for part in (scene.batch.obs, scene.batch.episode_start)),  # type: ignore[index]
-        scene.batch.actions[:, :1], normal(8, 1).abs(), *(s[:, :1] for s in scene.batch.lstm_state),
+        scene.batch.actions[:, :1], normal(8, 1).abs(),
+        *(part[:, :1] for part in (scene.batch.lstm_h, scene.batch.lstm_c)),
     )  # fmt: skip
 
     def known() -> tuple[float, int, bool]:

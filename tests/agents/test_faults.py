@@ -26,6 +26,7 @@ import ncrl.agents.playing.sizes
 import ncrl.agents.playing.supervision
 from ncrl.agents import A3C, Limits, NonFiniteError, WorkerError
 from ncrl.agents.playing.sizes import check_open_files
+from ncrl.shell.tensors import tensors_in
 from tests.agents.conftest import (
     Episodes,
     living_children,
@@ -573,7 +574,8 @@ def test_f25_the_size_asked_for_is_the_size_taken(monkeypatch: pytest.MonkeyPatc
 
     def look(model: A3C) -> None:
         pool = model._pool
-        taken.append(pool._worker_spec.slots.nbytes + pool._worker_spec.weights._copies.nbytes)
+        slots = sum(tensor.nbytes for tensor in tensors_in(pool._worker_spec.slots))
+        taken.append(slots + pool._worker_spec.weights._copies.nbytes)
 
     model = make_model(TickingFactory())
     model.learn(10, callback=Ends(at=1, act=look))
