@@ -33,7 +33,8 @@ def results_of(task: str) -> list[Result]:
     found = []
     for name, label in spec["runs"].items():
         label = label[0] if isinstance(label, list) else label
-        found += [result(row, name=label) for row in chosen(rows, name, spec)]
+        said = {"name": label, "labels": {"variant": label}}
+        found += [result(row, **said) for row in chosen(rows, name, spec)]
     return found
 
 

@@ -26,8 +26,9 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def legend_name(row: Result) -> str:
-    """The recipe's name, with the layer where it does not say that."""
-    return row.name if row.layer in row.name else f"{row.name}, {row.layer}"
+    """The recipe's name; with the layer where it is the one at the top of its file, which has no
+    name of its own."""
+    return f"{row.name}, {row.layer}" if row.labels.get("variant") == "" else row.name
 
 
 def draw_curves(axes: Axes, rows: Iterable[Result], metric: str) -> None:

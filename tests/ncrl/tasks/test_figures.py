@@ -28,12 +28,13 @@ ROW = Result(
 )
 
 
-def test_a_legend_says_the_layer_once() -> None:
+def test_a_legend_says_the_layer_of_a_recipe_without_a_name() -> None:
     axes = Figure().subplots()
-    rows = [ROW, replace(ROW, name="toy neurocoder epochs=1"), replace(ROW, name="x", layer="nsm")]
-    draw_curves(axes, rows, "accuracy")
+    named = replace(ROW, name="toy linear", layer="linear", labels={"variant": "linear"})
+    at_the_top = replace(ROW, name="toy epochs=1", labels={"variant": ""})
+    draw_curves(axes, [at_the_top, named, replace(ROW, name="x")], "accuracy")
     labels = [line.get_label() for line in axes.lines]
-    assert labels == ["toy, neurocoder", "toy neurocoder epochs=1", "x, nsm"]
+    assert labels == ["toy epochs=1, neurocoder", "toy linear", "x"]
 
 
 @pytest.mark.parametrize("changes", ["", "epochs=1"])
