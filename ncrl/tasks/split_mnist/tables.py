@@ -201,8 +201,8 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
             axes.set_title(f"split {data}, {scenario} scenario: {title}", fontsize=10)
             axes.grid(axis="y", alpha=0.3)
         line[0].set_ylabel("accuracy after five tasks, %")
-    for axes in grid[0]:
-        if any(printed(*cell) for cell in found):
+    for axes, names in zip(grid[0], panels.values(), strict=True):
+        if any(printed(*cell) for cell in found if cell[2] in names):
             axes.plot([], [], "o", mfc="none", mec="0.3", label="hollow: what the paper prints")
         axes.legend(fontsize=8, loc="upper left", ncols=2).set_in_layout(False)  # long names
         axes.set_ylim(top=102)

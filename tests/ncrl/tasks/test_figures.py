@@ -54,3 +54,18 @@ def test_hollow_points_are_named_where_there_are_some(
     assert ("hollow: what the paper prints" in legend) == (not changes)
     said = f" {changes}" if changes else ""
     assert {f"the paper's equations{said}", f"static rank 1{said}"} <= set(legend)
+
+
+def test_hollow_points_are_named_in_the_panel_that_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plain MLP has none, though the paper prints its accuracies too."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(tables, "save_figure", lambda figure, _: figures.append(figure))
+    labels = {"scenario": "domain", "method": "ewc", "changes": ""}
+    layers = ("mlp", "rank 1", "paper residual")
+    rows = [replace(ROW, labels=labels | {"layer": layer}) for layer in layers]
+    tables.draw(Path("unused.png"), rows)
+    legends = [axes.get_legend_handles_labels()[1] for axes in figures[0].axes]
+    said = "hollow: what the paper prints"
+    assert [said in legend for legend in legends] == [False, True]
