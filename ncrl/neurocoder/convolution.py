@@ -120,7 +120,7 @@ class NeurocoderConv2d(NeurocoderLinear):
 
         Args:
             x: images.
-            context: [B, C], in place of `description(x)`.
+            context: [B, C] or [C], in place of `description(x)`.
 
         Raises:
             ValueError: for other shapes.
@@ -129,11 +129,11 @@ class NeurocoderConv2d(NeurocoderLinear):
             raise ValueError(
                 f"expected images with in_channels={self.in_channels}, got shape {list(x.shape)}"
             )
+        if context is not None:
+            self._check_leading(context, x.shape[:-3])
         if x.dim() == 3:
             y: Tensor = self(x[None], None if context is None else context[None])
             return y[0]
-        if context is not None:
-            self._check_leading(context, x.shape[:1])
         composed = self._compose(self.description(x) if context is None else context)
         weight_u, weight_v, _ = composed.attention
         channels = self.in_channels // self.groups

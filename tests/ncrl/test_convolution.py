@@ -123,6 +123,11 @@ def test_every_image_needs_its_own_context(shape: tuple[int, ...]) -> None:
         make({})(random_input(2, 4, 7, 6), random_input(*shape))
 
 
+def test_a_single_image_needs_a_context_without_further_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"have shape \[4\], got \[1, 4\]"):
+        make({})(random_input(4, 7, 6), random_input(1, 4))
+
+
 def test_a_kernel_of_one_on_one_position_is_the_linear_layer() -> None:
     layer = make(dict(kernel_size=1))
     x = random_input(3, 4)
