@@ -268,9 +268,10 @@ def table(rows: Sequence[Result], error: str) -> str:
         reached = [updates_until(row) for row in group]
         return " ".join("never" if value is None else f"{value:g}" for value in reached)
 
-    def bits(group: list[Result]) -> str:
+    def bits(group: list[Result]) -> str | None:
         found = [row.details["information"] for row in group if "information" in row.details]
-        return " ".join(f"{value['bits']:.2f} ({value['chance']:.2f})" for value in found)
+        said = " ".join(f"{value['bits']:.2f} ({value['chance']:.2f})" for value in found)
+        return said or None
 
     columns: Mapping[str, Callable[[list[Result]], object]] = {
         f"updates to {SOLVED:.0%}": solved,

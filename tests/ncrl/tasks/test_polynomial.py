@@ -226,6 +226,9 @@ def test_the_command_writes_rows_table_and_figure(
     assert figure.stat().st_size > 10_000
     again, out, _ = run([*small, "--noise", "0.3", "--variant", "j1"], capsys)
     assert again == 0 and "finished before" in out
+    assert "| bits of chunk (chance) |" in out
+    _, out, _ = run([*small, "--noise", "0.3", "--variant", "linear"], capsys)
+    assert "| polynomial linear " in out and "bits of chunk" not in out, "it has no attention"
 
 
 def test_chunks_change_the_data_and_the_name(
