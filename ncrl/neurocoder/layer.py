@@ -337,11 +337,12 @@ class NeurocoderLinear(LinearSeat):
 
 
 def _hold_as_stored(
-    layer: NeurocoderLinear, state: Mapping[str, Tensor], prefix: str, *_: object
+    layer: NeurocoderLinear, state: Mapping[str, Tensor], prefix: str, *others: Any
 ) -> None:
     """Freeze as many slots, in as many groups, as a state_dict that is to be loaded has frozen.
 
-    Parameters stay the same objects, for an optimiser that was built before.
+    Parameters stay the same objects, for an optimiser that was built before. A state of another
+    number of slots is refused, also with `strict=False` where as many are trained.
     """
     groups = state.get(f"{prefix}memory.frozen_groups")
     if groups is None:
@@ -350,8 +351,15 @@ def _hold_as_stored(
     before = [(name, memory.get_parameter(name)) for name in memory.parts]
     count = int(groups.sum())
     total = count + len(state.get(f"{prefix}memory.s", ()))
-    if total != layer.config.num_slots or count < total - len(memory.s):
-        return  # other slots, or fewer than are frozen here, which loading refuses
+    if total != layer.config.num_slots:
+        errors: list[str] = others[-1]
+        errors.append(
+            f"size mismatch for {prefix}memory: {total} slots, {count} of them frozen, where the "
+            f"layer has {layer.config.num_slots}"
+        )
+        return
+    if count < total - len(memory.s):
+        return  # fewer than are frozen here, which loading refuses
     memory.hold(count)
     memory.group(groups.tolist())
     for name, parameter in before:

@@ -266,15 +266,18 @@ def test_a_load_that_is_refused_leaves_the_frozen_slots_as_they_were() -> None:
     assert more.memory.groups() == groups and more(x).isfinite().all()
 
 
-@pytest.mark.parametrize("num_slots", [3, 4, 6])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("num_slots", [3, 4, 5, 7])
 @pytest.mark.parametrize("options", [OPTIONS, PROJECTION], ids=["lstm", "projection"])
-def test_a_load_that_is_refused_freezes_nothing(options: dict[str, Any], num_slots: int) -> None:
+def test_a_load_that_is_refused_freezes_nothing(
+    options: dict[str, Any], num_slots: int, strict: bool
+) -> None:
     frozen = make(**{**options, "num_slots": 4})
     frozen.freeze_slots()
-    frozen.grow(1)
+    frozen.grow(5)
     layer = make(**{**options, "num_slots": num_slots})
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        layer.load_state_dict(frozen.state_dict())
+    with pytest.raises(RuntimeError, match="memory: 9 slots, 4 of them frozen"):
+        layer.load_state_dict(frozen.state_dict(), strict=strict)
     assert layer.memory.groups() == [num_slots] == [len(layer.memory.u)]
     assert layer(random_input(3, layer.in_features)).isfinite().all()
 
@@ -384,7 +387,7 @@ def test_a_checkpoint_of_a_grown_layer_goes_on_exactly() -> None:
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(copied(random_input(2, 7)), layer(random_input(2, 7)))
         copied.load_state_dict(layer.state_dict())
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(RuntimeError, match="memory: 9 slots, 4 of them frozen"):
         fresh(6)[0].load_state_dict(layer.state_dict())
 
 
