@@ -232,7 +232,8 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
         if isinstance(part, tuple):
             entries = map(of, part)
             return part._make(entries) if hasattr(part, "_make") else tuple(entries)
-        return part
+        assert part is None, f"expected tensors, got {type(part).__name__}"
+        return None
 
     mapped: Tree = of(tree)
     return mapped

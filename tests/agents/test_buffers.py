@@ -103,6 +103,12 @@ def test_dict_observations_have_a_tensor_for_every_entry() -> None:
     assert part.obs["gear"].shape == (3,) and part.rewards.shape == (3,)
 
 
+@pytest.mark.parametrize("strange", [[torch.ones(2)], np.ones(2), 1.0])
+def test_what_is_no_tree_of_tensors_is_not_left_as_it_is(strange: Any) -> None:
+    with pytest.raises(AssertionError, match=f"got {type(strange).__name__}"):
+        map_tensors(lambda tensor: tensor[:1], (torch.ones(2), {"a": None, "b": strange}))
+
+
 @both
 def test_groups_of_environments(options: dict[str, Any]) -> None:
     rollout = numbered(make_shape(n_envs=6, **options), 3)
