@@ -146,7 +146,7 @@ class Polynomials(SequenceLearning):
         y_axes.plot(self.test.targets[:, chosen, 0].cpu(), color="tab:blue", label="y")
         y_axes.plot(predictions, color="tab:orange", label="prediction", linewidth=1)
         y_axes.set(xlabel="timestep", ylabel="y")
-        y_axes.legend(fontsize=7, loc="upper right")
+        y_axes.legend(fontsize=7, frameon=False)  # a frame would hide a part of y
         for begin in (self.chunk.diff().nonzero()[:, 0] + 1).tolist():
             for axes in (map_axes, y_axes):
                 axes.axvline(begin - 0.5, color="tab:green", linestyle="--", linewidth=1)
