@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):  # a few bytes of which stand for billions of values
             raise ValueError("it repeats a value by an alias (*name): write the value again")
         return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, times in names.most_common(1):
+            if times > 1:  # PyYAML would take the last of them
+                raise ValueError(f"it names {shown(name)} {times} times")
+        return node
 
 
 def parse_yaml(text: str) -> Any:

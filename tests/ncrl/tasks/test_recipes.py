@@ -108,6 +108,8 @@ REFUSED = [
     ("task: !!int ''", "cannot read .* it is not YAML"),
     ("task: !!python/name:os.x", "cannot read"),
     ("\xff: \x00", "cannot read"),
+    ("task: mnist\nnetwork: mlp\nepochs: 2\nepochs: 3", "'epochs' 2 times"),
+    ("task: mnist\nnetwork: mlp\nlayer_options: {a: 1, a: 2, a: 3}", "'a' 3 times"),
     ("1: 2", "must hold settings as 'name: value' lines"),
     ("task: mnist\nnetwork: mlp\nbatch_size: [" + "x, " * 20_000 + "]", "batch_size .* type int"),
     (bomb("[ALIASES]"), "by an alias"),
