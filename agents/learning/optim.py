@@ -3,6 +3,7 @@ the weights decides about."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -45,10 +46,12 @@ class SharedRMSProp(torch.optim.Optimizer):
         eps: float = 0.1,
         initial_average: float = 1.0,
     ) -> None:
-        if lr < 0 or not 0 <= alpha < 1 or eps < 0 or initial_average < 0:
+        finite = all(0 <= number < math.inf for number in (lr, eps, initial_average))
+        if not (finite and 0 <= alpha < 1):
             raise ValueError(
                 "SharedRMSProp needs lr >= 0, 0 <= alpha < 1, eps >= 0 and initial_average >= 0, "
-                f"got lr={lr}, alpha={alpha}, eps={eps}, initial_average={initial_average}"
+                f"all finite, got lr={lr}, alpha={alpha}, eps={eps}, "
+                f"initial_average={initial_average}"
             )
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "initial_average": initial_average}
         super().__init__(params, defaults)

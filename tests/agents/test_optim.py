@@ -123,7 +123,10 @@ def test_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": -1.0}, {"alpha": 1.0}, {"alpha": -0.1}, {"eps": -1.0}, {"initial_average": -1.0}],
+    [
+        *({"lr": -1.0}, {"alpha": 1.0}, {"alpha": -0.1}, {"eps": -1.0}, {"initial_average": -1.0}),
+        *({"lr": float("nan")}, {"eps": float("nan")}, {"initial_average": float("inf")}),
+    ],
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     ((name, value),) = wrong.items()
