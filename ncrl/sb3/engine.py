@@ -342,7 +342,11 @@ def check_extractor(policy: ActorCriticPolicy) -> None:
         name = type(policy).__name__
         other = "MultiInput" if is_dict else "Cnn" if is_image else "Mlp"
         other = re.sub("MultiInput|Cnn|Mlp", other, name)
-        raise ValueError(f"{name} needs {needed}, got {_line(space)}; use {other}")
+        way_out = f"use {other}"
+        if other == name:  # it was given another extractor, or has a name of its own
+            name += f" with features_extractor_class={kind.__name__}"
+            way_out = "give another features_extractor_class"
+        raise ValueError(f"{name} needs {needed}, got {_line(space)}; {way_out}")
     if kind in (NatureCNN, CombinedExtractor):
         for part in getattr(space, "spaces", {"": space}).values():
             if is_image_space(part) and min(part.shape[-2:]) < SMALLEST_IMAGE:

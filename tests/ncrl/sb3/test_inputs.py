@@ -10,7 +10,11 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    NatureCNN,
+)
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -224,6 +228,16 @@ def test_wrong_pairs_of_policy_and_space(policy: Any, space: Any, message: str) 
     with pytest.raises(ValueError, match=message) as raised:
         A3C(policy, Still(space), device="cpu")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [NatureCNN, AtariEncoder, CombinedExtractor])
+def test_an_extractor_that_does_not_suit_the_observations_is_what_is_wrong(kind: Any) -> None:
+    """Not the policy, which is no better than itself."""
+    wrong = (
+        f"features_extractor_class={kind.__name__} needs .*give another features_extractor_class"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        model_for(VECTOR, "MlpLstmPolicy", features_extractor_class=kind)
 
 
 class Both(BaseFeaturesExtractor):
