@@ -186,7 +186,7 @@ class Exploration(nn.Module):
         if played < self.warmup_timesteps // 2:
             return None, {}
         parts = obs[1:].flatten(0, 1).split(TIMESTEPS_PER_STEP)  # so that memory stays small
-        bonus = torch.cat([self.source.score(part) for part in parts]).view(steps, envs)
+        bonus = torch.cat([self.source.score(part) for part in parts]).float().view(steps, envs)
         self.scale.update(bonus)
         if played < self.warmup_timesteps:
             return None, {}

@@ -222,6 +222,17 @@ def test_a_timestep_is_rewarded_for_what_it_led_to() -> None:
     assert scalars["int_reward_raw"].item() == pytest.approx(bonus.mean().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+def test_a_source_may_score_in_any_type(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watched, "score", lambda _, obs: torch.ones(len(obs), dtype=dtype))
+    exploration = explored(Watched(), warmup_timesteps=0)
+    for i in range(2):
+        rewards, _ = exploration.intrinsic_rewards(random_batch(i))
+        assert rewards is not None and rewards.dtype == torch.float32
+
+
 def test_demonstrations_are_as_long_and_as_many_as_asked() -> None:
     """12 timesteps take three rollouts of 5, and 100 timesteps are nine demonstrations of 12."""
     memory = explored(reach=12, capacity=100).memory
