@@ -285,6 +285,12 @@ def test_depth_is_the_number_of_rewards_of_one_game() -> None:
     assert depths_of(memory)[1] == 5 and 0 not in depths_of(memory)
 
 
+def test_a_loss_is_no_reward_that_makes_a_game_deeper() -> None:
+    memory = memory_of(reach=1)
+    play(memory, rollout_of(1, (-1, 0, 0, -1), starts=True), rollout_of(2, (1, -1, 2, 0)))
+    assert depths_of(memory) == {2: 1}
+
+
 def test_demonstrations_are_listed_by_their_number_of_rewards() -> None:
     memory = memory_of(reach=1)
     play(memory, rollout_of(1, (1, 0, 1, 0), starts=True), rollout_of(2, SCORE, starts=True))
@@ -309,6 +315,9 @@ def test_depths_are_read_equally_often() -> None:
     assert read is not None
     deep = (read.obs[0, :, 0] == 99).sum()
     assert 150 < deep < 250, "one of the 21, but one of two depths"
+    for name in range(20):
+        shallow = (read.obs[0, :, 0] == name).sum()
+        assert 0 < shallow < 30, "one of twenty, equally often"
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
