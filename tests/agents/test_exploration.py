@@ -365,6 +365,14 @@ def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> N
     assert loss.scalars["value_loss"].item() == pytest.approx(value, rel=1e-4)
     assert loss.scalars["int_value_loss"].item() == pytest.approx(int_value, rel=1e-4)
     assert loss.scalars["int_advantage_std"].item() == pytest.approx(deviation, rel=1e-4)
+    for name, target, values in (
+        ("explained_variance", returns, evaluation.values[:-1].double()),
+        ("int_explained_variance", int_returns, evaluation.int_values[:-1].double()),
+    ):
+        explained = 1 - (target - values).var(correction=0) / target.var(correction=0)
+        assert loss.scalars[name].item() == pytest.approx(explained.item(), rel=1e-3, abs=1e-4)
+    int_value_mean = evaluation.int_values[:-1].mean().item()
+    assert loss.scalars["int_value"].item() == pytest.approx(int_value_mean, rel=1e-4)
     entropy = evaluation.entropy.mean().item()
     expected = 32 * (policy + 0.5 * (value + int_value) - scene.objective.ent_coef * entropy)
     assert loss.total.item() == pytest.approx(expected, rel=1e-4)
