@@ -171,6 +171,19 @@ def test_what_is_saved_is_what_is_resumed(tmp_path: Path) -> None:
     assert difference(before, everything(other)) == []
 
 
+def test_noise_that_depends_on_the_state_is_drawn_from_the_weights_that_are_loaded(
+    tmp_path: Path,
+) -> None:
+    model, other = (
+        make_model(make_vec_env("Pendulum-v1", 2), n_envs=None, use_sde=True) for _ in range(2)
+    )
+    with torch.no_grad():
+        model.policy.log_std.fill_(-20.0)
+    model.save(tmp_path / "model.zip")
+    load_weights(other, tmp_path / "model.zip")
+    assert other.policy.action_dist.exploration_mat.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("noted", [(np.float64(1), 2), np.arange(3)], ids=["tuple", "array"])
 def test_what_a_monitor_notes_besides_scores_is_no_part_of_a_checkpoint(
     noted: Any, tmp_path: Path

@@ -4,6 +4,7 @@ The properties are those of SB3's own tests; the recurrent ones are in `test_sb3
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -309,11 +310,38 @@ def test_noise_that_depends_on_the_state(policy: str, squash: bool, log_rhos: li
     assert drawn == [2, 2] * 2, "at timesteps 0 and 4 of each rollout of 6"
     assert all(log_rho.abs().max() < 1e-3 for log_rho in log_rhos)
     stored, played = model._batch.rollout.actions, np.stack(env.envs[0].unwrapped.actions[6:])
+    rollout = model._batch.rollout
+    evaluation = model.policy.evaluate_rollout(
+        rollout.obs, rollout.actions, (rollout.lstm_h, rollout.lstm_c), rollout.episode_start
+    )
     if squash:
+        assert torch.equal(evaluation.entropy, -evaluation.log_prob), "as SB3 estimates it"
         assert stored.abs().max() <= 1
         np.testing.assert_allclose(played, 2 * stored[:, 0], rtol=1e-5)
     else:
         np.testing.assert_array_equal(played, stored[:, 0].clamp(-2, 2))
+
+
+def test_noise_that_depends_on_the_state_is_new_in_every_rollout_by_default() -> None:
+    env = sampled(VECTORS, spaces.Box(-2, 2, (2,), np.float32))
+    model = make_model("MlpPolicy", env, use_sde=True, learning_rate=0.0)
+    drawn = []
+    reset_noise = model.policy.reset_noise
+    model.policy.reset_noise = lambda n_envs=1: (drawn.append(n_envs), reset_noise(n_envs))
+    model.learn(36)
+    assert drawn == [2] * 3
+
+
+def test_noise_of_a_policy_that_workers_play_is_that_of_its_present_weights() -> None:
+    """They draw their own: nobody has drawn for `predict` since it was made."""
+    env = sampled(VECTORS, spaces.Box(-2, 2, (2,), np.float32))
+    model = make_model("MlpPolicy", env, use_sde=True)
+    with torch.no_grad():
+        model.policy.log_std.fill_(-20.0)
+    model.n_workers = 1
+    nobody: Any = SimpleNamespace(collect=lambda n_steps, on_row: None)
+    assert model._collect(nobody, 6, CallbackList([])) is None
+    assert model.policy.action_dist.exploration_mat.abs().max() < 1e-6
 
 
 # Wrappers and environments.
