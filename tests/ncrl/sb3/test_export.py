@@ -66,7 +66,10 @@ CASES: dict[str, tuple[Any, Any, spaces.Space, spaces.Space, dict[str, Any]]] = 
     ),
     "recurrent": (
         RecurrentPPO, "MlpLstmPolicy", VECTORS, spaces.Box(-1, 1, (2,)),
-        {"lstm_hidden_size": 6, "n_lstm_layers": 2, "enable_critic_lstm": False},
+        {
+            "lstm_hidden_size": 6, "n_lstm_layers": 2, "enable_critic_lstm": False,
+            "lstm_kwargs": {"bias": False},
+        },
     ),
     "recurrent-dict": (RecurrentPPO, "MultiInputLstmPolicy", DICTS, spaces.Discrete(2), {}),
     "lstm": (
@@ -142,6 +145,16 @@ def test_a_policy_comes_back_exactly(case: str, tmp_path: Path) -> None:
     assert first.pop("algorithm") == type(model).__name__ and second.pop("algorithm") is None
     assert first.pop("timesteps") == 0 and second.pop("timesteps") is None
     assert first == second
+
+
+def test_noise_that_depends_on_the_state_is_drawn_from_the_weights_that_are_loaded(
+    tmp_path: Path,
+) -> None:
+    model = model_of("a2c-gsde")
+    with torch.no_grad():
+        model.policy.log_std.fill_(-20.0)
+    loaded = load_policy(export_policy(model, tmp_path), "cpu")
+    assert loaded.action_dist.exploration_mat.abs().max() < 1e-6
 
 
 def test_shared_weights_are_written_once(tmp_path: Path) -> None:
