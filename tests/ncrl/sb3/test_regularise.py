@@ -174,6 +174,20 @@ def test_no_padding_is_in_the_mean_image() -> None:
     torch.testing.assert_close(background.mean, torch.ones(1, 20, 20))
 
 
+def test_what_is_not_trained_on_is_not_in_the_mean_image() -> None:
+    """As where log-probabilities are only looked at."""
+    images = spaces.Box(0, 255, (1, 20, 20), np.uint8)
+    policy = CnnLstmPolicy(images, spaces.Discrete(2), lambda _: 1e-3, lstm_hidden_size=8)
+    background, state = policy.features_extractor.background, policy.initial_state(3)
+    obs, starts = torch.full((3, 1, 20, 20), 255, dtype=torch.uint8), torch.zeros(3)
+    arguments: Any = (obs, torch.zeros(3), RNNStates(state, state), starts)
+    for is_training, has_gradient, seen in ((True, False, 0), (False, True, 0), (True, True, 3)):
+        policy.set_training_mode(is_training)
+        with torch.set_grad_enabled(has_gradient):
+            policy.evaluate_actions(*arguments)
+        assert background.num_images == seen
+
+
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_the_balance_loss_is_that_of_the_same_pass(recurrent: bool) -> None:
     space = spaces.Box(-1, 1, (4,), np.float32)
