@@ -208,6 +208,18 @@ def test_gates_are_recorded_at_any_depth_and_only_inside(model: Deep) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_recordings_inside_each_other_both_hold_what_is_decided() -> None:
+    """As where a user records the gates of a policy whose losses do the same."""
+    layer, x = make(5, 2), random_input(12, 5)
+    with record_gates(layer) as outer:
+        layer(x)
+        with record_gates(layer) as inner:
+            layer(x)
+        layer(x)
+    assert (len(outer[""]), len(inner[""])) == (3, 1)
+    assert outer[""][1] is inner[""][0]
+
+
 def test_several_forward_passes_count_as_one_batch() -> None:
     layer, x = make(5, 2), random_input(12, 5)
     with record_gates(layer) as whole:
