@@ -46,6 +46,15 @@ def test_what_the_optimiser_wrote_is_accepted(kind: str) -> None:
     assert fresh.state_dict()["state"].keys() == before["state"].keys()
 
 
+def test_a_parameter_whose_state_was_only_looked_at_has_an_empty_one() -> None:
+    """torch makes it then, and writes it."""
+    optimizer = trained("adam", steps=0)
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]] == {}
+    state = optimizer.state_dict()
+    assert state["state"] == {0: {}}
+    check_optimizer_state(trained("adam"), state)
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"adafactor"}))
 def test_the_state_of_other_shapes_is_refused(kind: str) -> None:
     state = trained(kind, width=5).state_dict()
