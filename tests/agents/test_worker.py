@@ -3,13 +3,20 @@
 import threading
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
 from ncrl.agents.playing.buffers import Rollout, RolloutShape
-from ncrl.agents.playing.worker import Games, PolicySpec, _in_small_parts, picklable
+from ncrl.agents.playing.worker import (
+    MESSAGE_BYTES,
+    Games,
+    PolicySpec,
+    _in_small_parts,
+    picklable,
+)
 from ncrl.agents.profiling import OFF
 from ncrl.sb3 import MlpLstmPolicy
 from tests.agents.environments import Scripted
@@ -113,3 +120,12 @@ def test_what_cannot_be_pickled_stays_in_the_worker() -> None:
     assert part == [(0, 1, {"episode": {"r": 1.0, "l": 3}, "name": "x"}), (2, 0, {"plain": 1})]
     large = {"picture": b"x" * 100_000, "lock": threading.Lock()}
     assert picklable(large) == {"picture": large["picture"]}  # where there is no pipe
+
+
+def test_infos_come_in_parts_that_a_pipe_takes_in_one_write() -> None:
+    infos = [(row, row % ENVS, {"note": f"{row:300}"}) for row in range(100)]
+    parts = list(_in_small_parts(infos))
+    assert [info for part in parts for info in part] == infos
+    sizes = [sum(len(cloudpickle.dumps(info)) for _, _, info in part) for part in parts]
+    assert max(sizes) <= MESSAGE_BYTES and min(sizes[:-1]) > MESSAGE_BYTES / 2
+    assert max(len(cloudpickle.dumps(part)) for part in parts) < 2 * MESSAGE_BYTES
