@@ -484,6 +484,16 @@ def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
         games = GAMES
 
 
+def test_the_first_games_after_weights_judge_them_whatever_follows(tmp_path: Path) -> None:
+    """More than enough have ended where it is looked for the best less often."""
+    model, best = make_model(), BestModel(tmp_path)
+    play(best, model, 5.0, games=FEWEST_GAMES)
+    for _ in range(GAMES):
+        end_game(best, model, 99.0, length=1)
+    best.compare(model)
+    assert judged(best) == {"score": 5.0, "games": FEWEST_GAMES, "timesteps": 0}
+
+
 def test_many_environments_play_two_games_each(tmp_path: Path) -> None:
     model, best = make_model(), BestModel(tmp_path)
     best.note.write_text('{"score": -1}')
