@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stable_baselines3.common.callbacks import BaseCallback
 
 import ncrl.agents.runs.progress
 from ncrl.agents import A3C
@@ -30,7 +31,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def train(screen: Screen, timesteps: int = 40, total_frames: int = 40) -> A3C:
+def train(
+    screen: Screen, timesteps: int = 40, total_frames: int = 40, *before: BaseCallback
+) -> A3C:
     """Games of 5 timesteps with rewards 1 to 5, 6 to 10, ... in each of 2 environments."""
     model = A3C(
         "MlpLstmPolicy",
@@ -42,7 +45,7 @@ def train(screen: Screen, timesteps: int = 40, total_frames: int = 40) -> A3C:
         device="cpu",
         policy_kwargs={"lstm_hidden_size": 8},
     )
-    return model.learn(timesteps, callback=Progress(total_frames, screen))
+    return model.learn(timesteps, callback=[*before, Progress(total_frames, screen)])
 
 
 @pytest.fixture
@@ -120,6 +123,31 @@ def test_speed_and_time_left_are_without_the_start() -> None:
     lines = stream.getvalue().splitlines()
     assert all(" 0 frames/s, " in line and line.endswith("starting") for line in lines[:5])
     assert all(line.endswith(" left") for line in lines[5:])
+
+
+class Clock(BaseCallback):
+    """Ahead of each row of the first rollout 100 seconds pass, of all others 2."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def _on_step(self) -> bool:
+        self.now += 100 if self.n_calls <= 5 else 2
+        return True
+
+
+@pytest.mark.usefixtures("every_step")
+def test_speed_and_time_left_are_those_of_all_rollouts_but_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2 frames a row: one frame a second, and as many seconds left as frames."""
+    clock, stream = Clock(), io.StringIO()
+    monkeypatch.setattr(ncrl.agents.runs.progress, "time", clock)
+    train(Screen(stream), 40, 40, clock)
+    for row, line in enumerate(stream.getvalue().splitlines()[5:20], start=6):
+        assert " 1 frames/s, " in line and line.endswith(f", 00:{40 - 2 * row:02} left"), line
 
 
 @pytest.mark.usefixtures("every_step")
