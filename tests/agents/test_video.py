@@ -361,6 +361,29 @@ def test_the_lstm_of_a_film_starts_anew_where_training_cut_the_return(
     assert started == [[True], [False], [True], [False], [False], [False]]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_game_is_played_with_its_memory_and_the_actions_that_were_asked_for(
+    deterministic: bool,
+) -> None:
+    factory = atari("Klax", max_frames=40)
+    small: Any = {"lstm_hidden_size": 16}
+    model = A3C("CnnLstmPolicy", factory, n_workers=0, n_envs=1, seed=0, policy_kwargs=small)
+    model.policy.set_training_mode(True)  # as training leaves it
+    seen = []
+    for decision in play(model, AtariPlayer(factory, 0), deterministic=deterministic):
+        assert not model.policy.training
+        seen.append(decision)
+    starts = torch.zeros(len(seen), 1, dtype=torch.bool)
+    starts[0] = True
+    images = torch.stack([decision.images for decision in seen])  # [T, 1, ...]
+    with torch.no_grad():
+        latent, _ = model.policy.unroll(images, model.policy.initial_state(1), starts)
+    assert len(seen) == 10
+    torch.testing.assert_close(torch.stack([d.latent.actor for d in seen]), latent.actor)
+    likeliest = [int(decision.distribution.mode()) for decision in seen]
+    assert ([decision.action for decision in seen] == likeliest) == deterministic
+
+
 def test_each_game_of_rooms_begins_from_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the emulator would draw the same sticky actions in every one."""
     factory = atari("MontezumaRevenge", max_frames=8)
