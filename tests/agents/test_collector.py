@@ -1,5 +1,6 @@
 """`ncrl.agents.playing.collector`: which row holds what, and what must not get into a rollout."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ncrl.sb3 import (
     CnnLstmPolicy,
     LstmPolicy,
     MlpLstmPolicy,
+    MultiInputLstmPolicy,
     NeurocoderCnnLstmPolicy,
     NeurocoderMlpLstmPolicy,
 )
@@ -219,3 +221,40 @@ def test_f18_what_is_not_finite_is_refused_by_name(spoil: Any, message: str, val
     spoil(env, value)
     with pytest.raises(ValueError, match="environment " + message.format(value)):
         collect(env, make_policy(MlpLstmPolicy, env), [5])
+
+
+DICT = spaces.Dict(
+    {
+        "speed": spaces.Box(-1, 1, (2,), np.float32),
+        "image": spaces.Box(0, 255, (1, 36, 36), np.uint8),
+    }
+)
+
+
+def make_dict_collector(obs: dict[str, np.ndarray]) -> Collector:
+    """Before the first timestep of two environments, which are never asked."""
+    policy = MultiInputLstmPolicy(DICT, spaces.Discrete(2), lambda _: 0.0, lstm_hidden_size=WIDTH)
+    nothing: Any = SimpleNamespace(num_envs=2)
+    return Collector(nothing, policy, obs)
+
+
+def test_f18_the_entry_of_an_observation_that_is_not_finite_is_named() -> None:
+    DICT.seed(0)
+    one, other = DICT.sample(), DICT.sample()
+    other["speed"][1] = np.nan
+    collector = make_dict_collector({name: np.stack([one[name], other[name]]) for name in DICT})
+    rollout = RolloutShape(3, 2, DICT, spaces.Discrete(2), 1, WIDTH).allocate()
+    with pytest.raises(ValueError, match=r"environment 1 returned observation 'speed' nan at step"):
+        collector.collect(rollout, 3, lambda outcome: True)
+
+
+def test_entries_that_were_cut_off_may_have_any_type() -> None:
+    """As those of other observations may, which SB3 turns into that of the space."""
+    DICT.seed(1)
+    terminal = DICT.sample()
+    collector = make_dict_collector({})
+    with torch.no_grad():
+        expected = collector._value_after(terminal, 1)
+        for loose in (np.float64, np.ndarray.tolist):
+            strange = {name: loose(entry) for name, entry in terminal.items()}
+            assert torch.equal(collector._value_after(strange, 1), expected)
