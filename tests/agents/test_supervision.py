@@ -1,5 +1,6 @@
 """When workers are replaced, and whom a batch waits for: with its own clock, without processes."""
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,13 @@ def test_a_replacement_starts_after_its_pause_and_not_before(
     assert pool.started[-1] == (1, 1)
 
 
+def test_no_life_of_a_worker_has_the_seed_of_another() -> None:
+    """Else both would play the same games."""
+    pool = FakePool(make_spec(n_workers=3))
+    lives = [Incarnation(index, number) for index in range(3) for number in range(20)]
+    assert len({pool._seed(life) for life in lives}) == len(lives)
+
+
 def test_the_first_batch_waits_for_everybody_and_the_oldest_come_first() -> None:
     """Else the first worker to be ready would play all of the first batches."""
 
@@ -104,6 +112,23 @@ def test_a_worker_without_work_owes_no_sign_of_life(monkeypatch: pytest.MonkeyPa
         worker.last_sign = -1e9
         pool._check_silence()
         assert given_up == expected
+
+
+@pytest.mark.parametrize(("deaf_for", "expected"), [(0.0, [0]), (100.0, [])])
+def test_while_nobody_could_hear_a_worker_it_was_not_silent(
+    deaf_for: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the whole group of processes was stopped, so that it played nothing either."""
+    pool = WorkerPool(make_spec(heartbeat_timeout=50), torch.nn.Linear(1, 1))
+    worker = pool._workers[0]
+    worker.process, worker.building = SimpleNamespace(), False  # type: ignore[assignment]
+    worker.slots.append(0)
+    worker.last_sign = time.monotonic() - 101
+    given_up: list[int] = []
+    monkeypatch.setattr(pool, "_give_up_on", lambda worker, what: given_up.append(worker.index))
+    monkeypatch.setattr(pool, "_deaf_for", lambda: deaf_for)
+    pool._check_silence()
+    assert given_up == expected
 
 
 class Pipe:

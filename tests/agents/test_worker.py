@@ -33,6 +33,7 @@ class Factory:
     def __init__(self, action_space: spaces.Space | None = None) -> None:
         self.action_space = action_space
         self.made: list[Scripted] = []
+        self.seeds: list[int] = []
         self.closed: list[Scripted] = []
 
     def __call__(self, n_envs: int, seed: int) -> Scripted:
@@ -45,6 +46,7 @@ class Factory:
         env.action_space = self.action_space or env.action_space
         env.close = lambda: self.closed.append(env)  # type: ignore[method-assign]
         self.made.append(env)
+        self.seeds.append(seed)
         return env
 
 
@@ -111,6 +113,15 @@ def test_environments_are_closed_before_they_are_built_anew() -> None:
     first = factory.made[-1]
     games.start()
     assert factory.closed == [first] and factory.made[-1] is not first
+
+
+def test_environments_that_are_built_anew_do_not_repeat_their_games() -> None:
+    factory = Factory()
+    games = make_games(factory)
+    games.start()
+    games.start()
+    _, *seeds = factory.seeds  # the first environment is for its spaces alone
+    assert len(set(seeds)) == 3
 
 
 def test_what_cannot_be_pickled_stays_in_the_worker() -> None:
