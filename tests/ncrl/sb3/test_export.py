@@ -52,6 +52,10 @@ class Shifting(BaseFeaturesExtractor):
 CASES: dict[str, tuple[Any, Any, spaces.Space, spaces.Space, dict[str, Any]]] = {
     "a2c": (A2C, "MlpPolicy", VECTORS, spaces.Discrete(3, start=2), {"net_arch": [5]}),
     "a2c-gsde": (A2C, "MlpPolicy", VECTORS, spaces.Box(-1, 1, (2,)), {"log_std_init": -1.0}),
+    "a2c-separate": (
+        A2C, "CnnPolicy", IMAGES, spaces.Discrete(2),
+        {"share_features_extractor": False, "features_extractor_kwargs": {"features_dim": 8}},
+    ),
     "ppo-separate": (
         PPO, "NeurocoderCnnPolicy", IMAGES, spaces.MultiDiscrete([2, 3]),
         {
