@@ -12,6 +12,7 @@ from torch import nn
 
 from ncrl.agents import A3C
 from ncrl.agents.learning.objective import Loss, actor_critic_loss
+from ncrl.agents.playing.buffers import RolloutView
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.envs import masked_cartpole
 from ncrl.layers import LAYERS, make_layer
@@ -175,3 +176,14 @@ def test_a_residual_program_without_gate_starts_as_sb3s_layer(gate: bool) -> Non
     for name in ("action_net", "value_net"):
         started = getattr(coded, name).integration.residual
         assert torch.equal(started, getattr(plain, name).weight.T) == (not gate)
+
+
+def test_values_that_callbacks_are_shown_are_without_noise() -> None:
+    """Also where workers play, and the policy is as its last update left it."""
+    model = trained("moe")
+    assert model._batch is not None
+    model.policy.set_training_mode(True)
+    view = RolloutView(model._batch, model.policy)
+    values = view.values
+    model.policy.set_training_mode(True)
+    assert np.array_equal(values, view.values)
