@@ -92,7 +92,7 @@ class NeurocoderLinear(LinearSeat):
         if self.config.frozen_controller:
             for network in self._controller():
                 network.requires_grad_(False)
-        self.register_load_state_dict_pre_hook(_hold_as_stored)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_freeze_as_stored)  # type: ignore[no-untyped-call]
         if device is not None or dtype is not None:  # fake tensors could not be exchanged
             self.to(device=device, dtype=dtype)
 
@@ -181,12 +181,12 @@ class NeurocoderLinear(LinearSeat):
             yield self.integration.gate
 
     def freeze_slots(self, optimizer: Optimizer | None = None) -> None:
-        """Hold all slots that there are, values and keys, whatever is trained from now on.
+        """Freeze the values and keys of all present slots: no training changes them any more.
 
-        Their rows move from the parameters `memory.u`, ... to the buffers `memory.frozen_u`, ...
-        (what no optimiser has, none can move), their keys to `memory.frozen_keys`; attention runs
-        over them as before, and outputs do not change. A layer with as many slots loads the
-        state_dict. Composition network, residual program and bias stay trained: see
+        Their rows move from the parameters `memory.u`, ... to the buffers `memory.frozen_u`, ...,
+        which no optimiser can change, and their keys to `memory.frozen_keys`. Attention runs over
+        them as before, and outputs do not change. A layer with as many slots loads the state_dict.
+        Composition network, residual program and bias are still trained: see
         `config.frozen_controller`.
 
         Args:
@@ -198,7 +198,7 @@ class NeurocoderLinear(LinearSeat):
         Raises:
             ValueError: for the preset `official`.
         """
-        self._growing_memory().hold(self.config.num_slots, optimizer)
+        self._growing_memory().freeze(self.config.num_slots, optimizer)
 
     def grow(self, num_slots: int, optimizer: Optimizer | None = None) -> None:
         """Add slots, initialised as those of a new layer.
@@ -336,7 +336,7 @@ class NeurocoderLinear(LinearSeat):
         return f"{self.in_features}, {self.out_features}, {self.config}"
 
 
-def _hold_as_stored(
+def _freeze_as_stored(
     layer: NeurocoderLinear, state: Mapping[str, Tensor], prefix: str, *others: Any
 ) -> None:
     """Freeze as many slots, in as many groups, as a state_dict that is to be loaded has frozen.
@@ -360,8 +360,8 @@ def _hold_as_stored(
         return
     if count < total - len(memory.s):
         return  # fewer than are frozen here, which loading refuses
-    memory.hold(count)
-    memory.group(groups.tolist())
+    memory.freeze(count)
+    memory.set_groups(groups.tolist())
     for name, parameter in before:
         cut = memory.get_parameter(name)
         if cut is not parameter:

@@ -27,7 +27,7 @@ class SlotMemory(nn.Module):
     """
 
     frozen_keys: Tensor | None
-    """[3 or H, F, K], of the F frozen slots; None without any, as `frozen_u`, ... are then."""
+    """Keys of the F frozen slots, [3 or H, F, K]; like `frozen_u`, ... None where F is 0."""
 
     frozen_groups: Tensor | None
     """How many slots were frozen each time, in order."""
@@ -49,7 +49,7 @@ class SlotMemory(nn.Module):
         return trained if frozen is None else torch.cat([frozen, trained])
 
     def groups(self) -> list[int]:
-        """How many slots were frozen each time, and are trained."""
+        """How many slots were frozen each time, in order, and last how many are trained."""
         return [count for count in (*self._groups, len(self.s)) if count]
 
     def reset_parameters(self) -> None:
@@ -125,8 +125,8 @@ class ProgramMemory(SlotMemory):
         return keys.view(len(slots), 3, self.config.key_dim).transpose(0, 1)
 
     @torch.no_grad()
-    def hold(self, count: int, optimizer: Optimizer | None = None) -> None:
-        """Freeze the first `count` slots, if they are not."""
+    def freeze(self, count: int, optimizer: Optimizer | None = None) -> None:
+        """Freeze the first `count` slots, as far as they are not frozen yet."""
         fresh = count - sum(self._groups)
         if fresh <= 0:
             return
@@ -136,10 +136,10 @@ class ProgramMemory(SlotMemory):
                 setattr(self, f"frozen_{name}", self.stored(name)[:count].clone())
             replace_parameter(self, name, lambda rows: rows[fresh:], optimizer)
         self.frozen_keys = keys.clone()
-        self.group([*self._groups, fresh])
+        self.set_groups([*self._groups, fresh])
 
-    def group(self, counts: list[int]) -> None:
-        """Count the frozen slots as frozen at these times."""
+    def set_groups(self, counts: list[int]) -> None:
+        """Note how many of the frozen slots were frozen each time, in order."""
         self._groups, self.frozen_groups = counts, torch.tensor(counts, device=self.s.device)
 
     @torch.no_grad()
