@@ -1,6 +1,7 @@
 """The composition network: a small LSTM that attends to the program memory (paper, section 2.2).
 
-What it hands on has singular values (Eq. 4) and the factor of the residual program (Eq. 7) already.
+Its result, `Composed`, also holds the singular values (Eq. 4) and the factor of the residual
+program (Eq. 7).
 
 Shapes: B inputs, P slots, H heads, J steps, R = J * H components, K key width, h LSTM width.
 """
@@ -30,7 +31,7 @@ from ncrl.neurocoder.weights import LinearWeights, LstmWeights
 
 
 class Composition(nn.Module):
-    """From inputs to their programs: what the paper's and the authors' layer each do their way."""
+    """From inputs to their programs: the base of the paper's and of the authors' form."""
 
     config: NeurocoderConfig
 
@@ -55,7 +56,7 @@ class Composition(nn.Module):
 
 
 class CompositionNetwork(Composition):
-    """The paper's: an LSTM reads the input J times and says queries and gates each time.
+    """The paper's form: an LSTM reads the input J times, and gives queries and gates each time.
 
     Component n = step * H + head of a program, steps and heads counted from 0.
     """
@@ -95,7 +96,7 @@ class CompositionNetwork(Composition):
     def forward(
         self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
-        # All that meets x is one product, and so is its gradient.
+        # Everything that x is multiplied with is stacked: one product, and one for its gradient.
         weights = [rows, self._input_weight(), None if gate is None else gate.weight]
         readers = [weight for weight in weights if weight is not None]
         read = torch.split(F.linear(x, torch.cat(readers)), [len(part) for part in readers], dim=1)
@@ -135,17 +136,17 @@ class CompositionNetwork(Composition):
 
 
 class ProjectionNetwork(Composition):
-    """A random projection of the input that stays as it is, for memories that grow.
+    """A random projection of the input, never trained, for memories that grow.
 
-    Every head has its own, and finds its slots by keys of its own; all heads together decide how
-    much goes to the slots that were frozen at a time, and to those that are trained.
+    Every head has its own projection and its own keys. All heads together decide how much attention
+    each group of slots gets: the slots that were frozen at one time, or those that are trained.
     """
 
     projection: Tensor
     """[H * K, in], normal with variance 1 / in."""
 
     center: Tensor
-    """What is subtracted from inputs first, [in]; zeros, until set to the mean of some inputs."""
+    """Subtracted from inputs first, [in]; zeros, until it is set to the mean of some inputs."""
 
     def __init__(self, in_features: int, config: NeurocoderConfig) -> None:
         super().__init__()
@@ -180,18 +181,18 @@ class ProjectionNetwork(Composition):
 
 
 def head_size(config: NeurocoderConfig) -> int:
-    """Numbers that the head says in one step: queries and gates of the three memories."""
+    """Width of the head's output in one step: queries and gates of the three memories."""
     gates = {"slot-head": config.num_heads * config.num_slots, "slot": config.num_slots}
     num_gates = gates.get(config.gate, config.num_heads) if config.num_least_used else 0
     return 3 * (config.num_heads * config.key_dim + num_gates)
 
 
 def split_head(rows: Tensor, config: NeurocoderConfig) -> tuple[Tensor, Tensor | None]:
-    """Views of what the head says, [..., rows]: queries [..., 3, H, K] and gates
+    """Views of the head's output [..., rows]: queries [..., 3, H, K] and gates
     [..., 3, H or 1, P or 1], None without usage attention.
 
-    Stored are, for each memory and head, its queries and then its gates; gates shared by the heads
-    come after the queries of all of them.
+    The order of rows: for each memory and head, its query and then its gates. Gates that the heads
+    share come after the queries of all heads.
     """
     heads, width = config.num_heads, config.key_dim
     rest = rows.shape[:-1]

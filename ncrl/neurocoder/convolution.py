@@ -154,7 +154,7 @@ class NeurocoderConv2d(NeurocoderLinear):
         )
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
-        # Channels last, in words that vmap knows.
+        # Images in channels last stay so, by operations that vmap knows.
         is_last = x.stride(1) == 1 and not x.is_contiguous()
         return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_last else y
 

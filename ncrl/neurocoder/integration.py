@@ -1,7 +1,7 @@
 """The integration network: from attention weights to the output y = x W (paper, section 2.1).
 
-Singular values and the factor of the residual program are functions here, which composition calls:
-the authors' layer has others.
+Singular values and the factor of the residual program are functions here. The composition network
+calls them, because the authors' layer computes both in another way.
 
 Shapes: B inputs, P slots, R components. The working program W is never built here: x u_n^T is a sum
 of x M_U^T over slots, so two matrix products with the memories and two sums over slots suffice.
@@ -29,7 +29,7 @@ class Attention(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """Working programs of B inputs in terms of the memory, and what the memory makes of x."""
+    """Programs of B inputs in terms of the memory, and what the memory makes of the inputs."""
 
     attention: Attention
     """Each [B, R, P]."""
@@ -41,17 +41,18 @@ class Composed(NamedTuple):
     """Factor of the residual program, [B, 1]; None without one."""
 
     projection: Tensor | None
-    """x M_U^T, [B, P]; None where the program is for another input than it was composed from."""
+    """x M_U^T, [B, P], for the inputs x that the programs are applied to; None until they are
+    known, which is later than composition where programs are composed from a context."""
 
 
 class Integration(nn.Module):
-    """What adds the residual program Rho: of the paper's layer and of the authors'."""
+    """The residual program Rho and its gate: the base of the paper's and of the authors' form."""
 
     residual: nn.Parameter
-    """Rho, [in, out]; not there where it has two factors, or none."""
+    """Rho, [in, out]; absent where Rho is stored as two factors, or where there is no Rho."""
 
     gate: LinearWeights | None
-    """Of the residual, where it is linear in the input."""
+    """Gate of the residual program, where it is linear in the input."""
 
     def reset_parameters(self) -> None:
         raise NotImplementedError

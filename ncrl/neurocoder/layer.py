@@ -99,13 +99,13 @@ class NeurocoderLinear(LinearSeat):
     def _build(self) -> None:
         """Create memory, composition, integration and bias."""
         sizes = self.in_features, self.out_features
-        read = self.context_features or self.in_features
+        source_features = self.context_features or self.in_features
         self.memory = ProgramMemory(*sizes, self.config)
         projects = self.config.controller == "projection"
         composition = ProjectionNetwork if projects else CompositionNetwork
-        self.composition = composition(read, self.config)
+        self.composition = composition(source_features, self.config)
         self.integration = (
-            IntegrationNetwork(*sizes, self.config, gate_features=read)
+            IntegrationNetwork(*sizes, self.config, gate_features=source_features)
             if self.config.residual
             else None
         )
@@ -304,30 +304,36 @@ class NeurocoderLinear(LinearSeat):
         return program.view(*x.shape[:-1], self.in_features, self.out_features)
 
     def _add_residual(
-        self, active: Tensor, composed: Composed, read: Callable[[Integration], Tensor]
+        self, active: Tensor, composed: Composed, unscaled: Callable[[Integration], Tensor]
     ) -> Tensor:
-        """Active and residual program (Eq. 7), or their outputs, [B, ...]; `read` makes Rho, or its
-        outputs before their factor. The same as `active` in a layer without."""
+        """The sum of active and residual program (Eq. 7), or of their outputs, [B, ...].
+
+        `unscaled` makes Rho, or its outputs, before they are scaled. Without a residual program it
+        is not called, and `active` is returned.
+        """
         if self.integration is None or composed.residual_scale is None:
             return active
         scale = composed.residual_scale.view(-1, *[1] * (active.dim() - 1))
-        return active + (scale * read(self.integration)).to(active.dtype)
+        return active + (scale * unscaled(self.integration)).to(active.dtype)
 
-    def _compose(self, read: Tensor, x: Tensor | None = None) -> Composed:
-        """Programs composed from `read` [..., in or context_features] for inputs x [B, in], which
-        None says are the same.
+    def _compose(self, source: Tensor, x: Tensor | None = None) -> Composed:
+        """Programs composed from `source` [..., in], or [..., context_features] with a context.
 
         Always in the parameters' own precision: under autocast, half-precision attention would be
         off by percents and its usage by more.
+
+        Args:
+            source: the inputs themselves, or their contexts.
+            x: with contexts the inputs, [B, in]; None leaves `Composed.projection` out.
         """
         gate = None if self.integration is None else self.integration.gate
         dtype, rows = self.memory.u.dtype, None
         if self.context_features is None:
-            read, rows = self._flatten(read), self.memory.stored("u")
+            source, rows = self._flatten(source), self.memory.stored("u")
         else:
-            read = flatten(read, context_features=self.context_features)
-        with without_autocast(read):
-            composed: Composed = self.composition(read.to(dtype), self.memory, gate, rows)
+            source = flatten(source, context_features=self.context_features)
+        with without_autocast(source):
+            composed: Composed = self.composition(source.to(dtype), self.memory, gate, rows)
             if x is not None:
                 composed = composed._replace(projection=x.to(dtype) @ self.memory.stored("u").T)
         return composed
