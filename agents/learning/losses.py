@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 LEAST_ENTROPY = 1e-16
-"""Added to a mean entropy whose logarithm is taken: rounding can make it 0. Below, its pull fades;
-much smaller, the square of a gradient that rounding leaves beside such a 0 would overflow."""
+"""Added to a mean entropy before its logarithm is taken, since rounding can make the entropy 0. An
+entropy below this is drawn up ever less. Were it much smaller, the squares of the gradients that
+rounding leaves at such a 0 would overflow."""
 
 
 class Returns(NamedTuple):
@@ -100,9 +101,9 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
 def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> Tensor:
     """-mean(log pi(a_t | x_t) (return - V(x_t))+), a scalar: self-imitation (Oh et al. 2018).
 
-    Only where more was reached than the value expects. Values learn nothing from it, other than in
-    the paper: those of the few timesteps that are repeated would soon be the returns, and end the
-    imitation long before the policy reaches them again.
+    A timestep counts only where more was reached than its value expects. Other than in the paper,
+    the values learn nothing from it: at the few timesteps that are repeated they would soon equal
+    the returns, which would end the imitation long before the policy reaches the score again.
 
     Args:
         log_probs: of the actions that were taken then, under the policy of now, [T, B].
@@ -122,19 +123,19 @@ def entropy_loss(entropy: Tensor) -> Tensor:
     return -entropy.mean()
 
 
-def below_floor(mean_entropy: Tensor, floor: float, *, fades: bool) -> Tensor:
-    """Square of how far the mean entropy H lies below a floor, a scalar; 0 without a floor (0).
+def entropy_floor_loss(mean_entropy: Tensor, floor: float, *, fades: bool) -> Tensor:
+    """Squared distance of the mean entropy H below a floor, a scalar; 0 if the floor is 0 (none).
 
     Entropies are in nats.
 
     Args:
         mean_entropy: H, a scalar.
-        floor: from which H is drawn up.
-        fades: whether the gradient of H fades as H goes to 0, as it does in proportion where
-            actions are discrete. Then the distance is floor log(floor / H), whose slope grows as
-            that gradient fades: a policy that has become certain is still drawn back. Close to the
-            floor this is floor - H, the distance elsewhere: the entropy of a Gaussian can be
-            negative.
+        floor: H is drawn up from below it.
+        fades: whether the gradient of H fades in proportion to H as H goes to 0, as it does where
+            actions are discrete. The distance then is floor log(floor / H), whose slope grows as
+            that gradient fades, so that a policy that has become certain is still drawn back. Close
+            to the floor it equals floor - H, which is the distance otherwise: the entropy of a
+            Gaussian can be negative.
     """
     if not floor:
         return torch.zeros_like(mean_entropy)

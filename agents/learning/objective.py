@@ -25,19 +25,18 @@ from ncrl.sb3 import EnginePolicy, RolloutEvaluation
 from ncrl.settings import setting
 
 CORRECTIONS = ("vtrace", "none")
-"""Ways to treat rollouts played by older weights: V-trace, or plain n-step returns as in A3C."""
-
+"""What is done about rollouts played by older weights: V-trace, or nothing, as in A3C."""
 
 FLOOR_COEF = 0.1
-"""Weight of the squared distance below `entropy_floor`: at half a nat below 1, it draws 28 times as
-strongly as an entropy coefficient of .01."""
+"""Weight of the squared distance below `entropy_floor`. Half a nat below a floor of 1, it draws the
+entropy up 28 times as strongly as an entropy coefficient of .01 does."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """Coefficients of the loss, with the defaults of `A3C` and of its command.
 
-    The names are Stable-Baselines3's.
+    What Stable-Baselines3 has too has its name there.
     """
 
     gamma: float = setting(0.99, "discount", low=0, high=1)
@@ -95,46 +94,47 @@ class Loss(NamedTuple):
 
 def actor_critic_loss(
     policy: EnginePolicy,
-    batch: Rollout,
+    rollout: Rollout,
     objective: Objective,
     novelty: Novelty | None = None,
     kept: Kept | None = None,
 ) -> Loss:
-    """Loss of a batch of rollouts under the policy's present weights.
+    """Loss of the rollout of B environments under the policy's present weights.
 
-    As in A3C and IMPALA the total is a sum over the T * B timesteps of the batch, not a mean:
+    As in A3C and IMPALA the total is a sum over the T * B timesteps of the rollout, not a mean:
     RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
     logged are means, as in Stable-Baselines3.
 
     Args:
         policy: with a head for intrinsic values, if there is novelty.
-        batch: what was played.
+        rollout: what was played.
         objective: coefficients.
-        novelty: intrinsic rewards of the batch.
-        kept: demonstrations to learn from again. They ride along as further environments.
+        novelty: intrinsic rewards of the rollout.
+        kept: windows of demonstrations to learn from again, as further environments.
     """
-    num_envs = batch.rewards.shape[1]
+    num_envs = rollout.rewards.shape[1]
     with record_gates(policy) as gates, _unvalidated_distributions():
-        everything = _evaluate(policy, batch, kept)
-    evaluation = everything if kept is None else everything.narrow(0, num_envs)
+        joint = _evaluate(policy, rollout, kept)
+    evaluation = joint if kept is None else joint.narrow(0, num_envs)
     values = evaluation.values[:-1]  # V(x_t); the last row is V(x_T)
-    returns = _returns(batch, evaluation, objective)
+    returns = _returns(rollout, evaluation, objective)
     advantages = returns.advantages
     if objective.normalize_advantage:
         advantages = losses.standardised(advantages)
     exploration: dict[str, Tensor] = {}
     if novelty is not None:
-        advantages, exploration = _with_bonus(advantages, batch, evaluation, novelty, objective)
+        advantages, exploration = _with_bonus(advantages, rollout, evaluation, novelty, objective)
         exploration["ext_advantage_std"] = returns.advantages.std(correction=0)
-    again, kept_state = 0.0, None
+    kept_share, kept_state = 0.0, None
     if kept is not None:
-        again = kept.returns.numel() / values.numel()  # a sum over its own timesteps
-        remembered = everything.narrow(num_envs, kept.returns.shape[1])
+        # Its loss is a sum over its own timesteps, not over those of the rollout.
+        kept_share = kept.returns.numel() / values.numel()
+        remembered = joint.narrow(num_envs, kept.returns.shape[1])
         exploration["imitation_loss"] = losses.imitation_loss(
             remembered.log_prob, remembered.values[:-1], kept.returns.to(values.device)
         )
         kept_state = remembered.lstm_state[0].detach(), remembered.lstm_state[1].detach()
-    none = values.new_zeros(())
+    zero = values.new_zeros(())
     terms = {
         "policy_loss": losses.policy_gradient_loss(evaluation.log_prob, advantages),
         "value_loss": losses.value_loss(values, returns.returns),
@@ -144,35 +144,36 @@ def actor_critic_loss(
     # Without such heads it is a constant 0, which would be no curve.
     terms |= {name: term.to(values) for name, term in of_heads.items() if term.requires_grad}
     floor, fades = objective.entropy_floor, not isinstance(policy.action_space, spaces.Box)
-    too_certain = losses.below_floor(-terms["entropy_loss"], floor, fades=fades)
-    # The balance loss is about the batch, and its usual coefficient is made for a mean.
+    floor_loss = losses.entropy_floor_loss(-terms["entropy_loss"], floor, fades=fades)
+    # The balance loss depends on the inputs: its usual coefficient is made for a mean over them.
+    # The orthogonality loss depends on the weights alone.
     total = values.numel() * (
         terms["policy_loss"]
         + objective.vf_coef * terms["value_loss"]
         + objective.ent_coef * terms["entropy_loss"]
-        + FLOOR_COEF * too_certain
-        + objective.balance_coef * terms.get("balance_loss", none)
-        + objective.vf_coef * exploration.get("int_value_loss", none)
-        + objective.imitation_coef * again * exploration.get("imitation_loss", none)
-    ) + objective.orth_coef * terms.get("orthogonality_loss", none)
+        + FLOOR_COEF * floor_loss
+        + objective.balance_coef * terms.get("balance_loss", zero)
+        + objective.vf_coef * exploration.get("int_value_loss", zero)
+        + objective.imitation_coef * kept_share * exploration.get("imitation_loss", zero)
+    ) + objective.orth_coef * terms.get("orthogonality_loss", zero)
     explained = {"explained_variance": losses.explained_variance(values.detach(), returns.returns)}
     return Loss(total, exploration | terms | explained, evaluation, kept_state)
 
 
-def _evaluate(policy: EnginePolicy, batch: Rollout, kept: Kept | None) -> RolloutEvaluation:
-    """Of the batch, and of kept demonstrations as further environments beside it."""
+def _evaluate(policy: EnginePolicy, rollout: Rollout, kept: Kept | None) -> RolloutEvaluation:
+    """Evaluation of the rollout, and of what was kept as further environments beside it."""
     names = ("obs", "actions", "lstm_h", "lstm_c", "episode_start")
-    parts = [getattr(batch, name) for name in names]
+    parts = [getattr(rollout, name) for name in names]
     if kept is not None:
-        again = [getattr(kept, name) for name in names]
-        parts = [torch.cat([x, y.to(x.device)], 1) for x, y in zip(parts, again, strict=True)]
+        others = [getattr(kept, name) for name in names]
+        parts = [torch.cat([x, y.to(x.device)], 1) for x, y in zip(parts, others, strict=True)]
     obs, actions, hidden, cells, starts = parts
     return policy.evaluate_rollout(obs, actions, (hidden, cells), starts)
 
 
 def _with_bonus(
     advantages: Tensor,
-    batch: Rollout,
+    rollout: Rollout,
     evaluation: RolloutEvaluation,
     novelty: Novelty,
     objective: Objective,
@@ -182,11 +183,11 @@ def _with_bonus(
     # No end of a game cuts this return.
     discounts = torch.full_like(novelty.rewards, objective.int_gamma)
     values, rewards = evaluation.int_values, novelty.rewards
-    intrinsic = _targets(batch, evaluation, objective, values, rewards, discounts)
+    intrinsic = _targets(rollout, evaluation, objective, values, rewards, discounts)
     deviation = intrinsic.advantages.std(correction=0)
     known = novelty.advantage_deviation
     divisor = known.maximum(deviation).clamp(min=1e-8)
-    # Where the whole batch is newer than its values say, no action is to blame or to praise.
+    # Where everything is newer than its values say, no action is to blame or to praise.
     centred = intrinsic.advantages - intrinsic.advantages.mean()
     values = values[:-1]
     scalars = {
@@ -198,17 +199,19 @@ def _with_bonus(
     return objective.ext_coef * advantages + objective.int_coef * centred / divisor, scalars
 
 
-def _returns(batch: Rollout, evaluation: RolloutEvaluation, objective: Objective) -> losses.Returns:
-    rewards = rewards_in_loss(batch.rewards, objective)
+def _returns(
+    rollout: Rollout, evaluation: RolloutEvaluation, objective: Objective
+) -> losses.Returns:
+    rewards = rewards_in_loss(rollout.rewards, objective)
     # Behind a time limit the return goes on with the value of what was cut off.
-    rewards = rewards + objective.gamma * batch.truncation_value
-    goes_on = (~batch.episode_start[1:]).to(rewards, non_blocking=True)  # it may lie on the host
+    rewards = rewards + objective.gamma * rollout.truncation_value
+    goes_on = (~rollout.episode_start[1:]).to(rewards, non_blocking=True)  # it may lie on the host
     discounts = objective.gamma * goes_on
-    return _targets(batch, evaluation, objective, evaluation.values, rewards, discounts)
+    return _targets(rollout, evaluation, objective, evaluation.values, rewards, discounts)
 
 
 def _targets(
-    batch: Rollout,
+    rollout: Rollout,
     evaluation: RolloutEvaluation,
     objective: Objective,
     values: Tensor,
@@ -216,9 +219,9 @@ def _targets(
     discounts: Tensor,
 ) -> losses.Returns:
     """Targets and advantages of the values [T + 1, B] of one of the two rewards [T, B]."""
-    log_rhos = torch.zeros_like(batch.log_prob)
+    log_rhos = torch.zeros_like(rollout.log_prob)
     if objective.correction == "vtrace":  # log pi(a_t | x_t) - log mu(a_t | x_t)
-        log_rhos = evaluation.log_prob.detach() - batch.log_prob
+        log_rhos = evaluation.log_prob.detach() - rollout.log_prob
     values = values.detach()
     return losses.vtrace(
         log_rhos, discounts, rewards, values[:-1], values[-1], gae_lambda=objective.gae_lambda

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ncrl.agents.learning.losses import (
     Returns,
-    below_floor,
+    entropy_floor_loss,
     entropy_loss,
     explained_variance,
     policy_gradient_loss,
@@ -202,11 +202,11 @@ def test_value_loss_value_and_gradient() -> None:
 @pytest.mark.parametrize(
     ("entropy", "floor"), [(0.25, 1.0), (0.25, 0.5), (1.0, 1.0), (2.5, 1.0), (-3.0, 0.0)]
 )
-def test_below_floor(entropy: float, floor: float, fades: bool) -> None:
+def test_entropy_floor_loss(entropy: float, floor: float, fades: bool) -> None:
     """d^2 with d = f - H or f log(f / H), and -2 d or -2 d f / H as its derivative; 0 above it, and
     without one."""
     mean = torch.tensor(entropy, dtype=torch.float64, requires_grad=True)
-    loss = below_floor(mean, floor, fades=fades)
+    loss = entropy_floor_loss(mean, floor, fades=fades)
     slope = torch.autograd.grad(loss, mean, allow_unused=True)[0] if loss.requires_grad else None
     distance = slope_of_distance = 0.0
     if floor and entropy < floor:
@@ -223,7 +223,7 @@ def test_a_policy_that_has_become_certain_is_drawn_back(margin: float) -> None:
     entropies of 1e-15); with the distance itself the slope would be the entropy's, which fades."""
     logits = torch.tensor([margin, 0.0, 0.0], requires_grad=True)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    (slope,) = torch.autograd.grad(below_floor(entropy, 1.0, fades=True), logits)
+    (slope,) = torch.autograd.grad(entropy_floor_loss(entropy, 1.0, fades=True), logits)
     assert slope[0] >= 0 and slope[1:].max() < -0.5
 
 
@@ -232,7 +232,7 @@ def test_the_pull_is_finite_where_rounding_makes_an_entropy_0(logit: float) -> N
     """Its square too, which the norm of the gradient sums up."""
     logits = torch.full((1000,), logit, requires_grad=True)
     entropy = torch.distributions.Bernoulli(logits=logits).entropy().mean()
-    (slope,) = torch.autograd.grad(1000 * below_floor(entropy, 2.0, fades=True), logits)
+    (slope,) = torch.autograd.grad(1000 * entropy_floor_loss(entropy, 2.0, fades=True), logits)
     assert slope.norm().isfinite()
 
 
