@@ -22,21 +22,21 @@ from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_s
 from ncrl.agents.playing.buffers import Rollout
 
 MEAN_TIMESTEPS = 1000
-"""Timesteps that the running mean of the bonus is taken over, or those of a batch. The bonus falls
-fast at first, and a mean that lags behind would leave a constant that values have to carry."""
+"""The running mean of the bonus is over so many timesteps, or over a batch if that has more. The
+bonus falls fast at first: a mean that lags behind would leave a constant for values to carry."""
 
 LATEST_TIMESTEPS = 10_000
-"""Timesteps that the latest deviation of the bonus's return is of."""
+"""The latest deviation of the bonus's return is over about so many timesteps."""
 
 SMALLEST = 1e-8
-"""Least deviation that is divided by."""
+"""Deviations below this are taken for it before they divide."""
 
 TIMESTEPS_PER_STEP = 1280
-"""The source makes a step for so many timesteps of play, however large the batches are: its pace is
-that at which the bonus leads on. A batch that is smaller makes one step."""
+"""The source makes one step for so many timesteps of play, however large batches are, and one for a
+smaller batch: how fast it learns decides how fast the bonus leads on to something else."""
 
 GAMES_OF_WHOLE_BATCH = 32
-"""Up to so many games the predictor learns from every timestep; with more, from half of them."""
+"""Up to so many games a predictor learns from every timestep; with more, from half of them."""
 
 OPTIONS = ("warmup_timesteps", "reach", "capacity")
 """Options of `Exploration` that users may give; all others go to the source."""
@@ -45,27 +45,27 @@ OPTIONS = ("warmup_timesteps", "reach", "capacity")
 class RunningScale(nn.Module):
     """Centres a stream of bonuses and divides it by the deviation of its discounted return.
 
-    That deviation is of all play so far, or the latest one where that is larger. So the bonus gets
-    small beside the game's rewards as what is new gets rare: divided by the latest deviation alone
-    it would drive the policy for ever, in the end by noise. And a discovery, after which bonuses
-    are many times as large in some of the games, swamps neither values nor policy.
+    The deviation is that of all play so far, or the latest one if that is larger. With the first,
+    the bonus gets small beside the game's rewards when new things get rare; divided by the latest
+    alone it would drive the policy for ever, in the end by noise. With the second, a discovery,
+    after which bonuses are many times as large in some games, swamps neither values nor policy.
 
-    The return is filtered forwards in time, and never cut where a game ends. Every rollout begins
-    at 0, the mean of what is centred: which game a column belongs to differs from batch to batch.
+    The return is filtered forwards in time, and never cut where a game ends. It begins at 0, the
+    mean of centred bonuses, in every rollout: a column is of another game in every batch.
 
-    Centring changes no advantage, as the stream never ends; it keeps values within a few units, and
+    Centring changes no advantage, as the stream never ends. It keeps values within a few units, and
     an LSTM that serves larger ones saturates.
     """
 
     mean: Tensor
-    """In double precision: rounding errors of a constant bonus must not be enlarged."""
-
+    """Running mean of the bonus; float64, since rounding errors of a constant bonus are divided by
+    a deviation close to 0."""
     square: Tensor
-    """Mean squared return so far."""
+    """Mean squared return of all play so far."""
     latest: Tensor
-    """Running mean of squared returns over some `LATEST_TIMESTEPS`."""
+    """Running mean of squared returns over about `LATEST_TIMESTEPS`."""
     weight: Tensor
-    """Timesteps so far."""
+    """Number of timesteps so far."""
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class RunningScale(nn.Module):
 
     @property
     def deviation(self) -> Tensor:
-        """Of the discounted return, a scalar."""
+        """Deviation of the discounted return, a scalar."""
         return self.square.maximum(self.latest).sqrt()
 
     @torch.no_grad()
@@ -117,23 +117,25 @@ class Exploration(nn.Module):
     Args:
         source: scores observations.
         int_gamma: discount of the intrinsic return.
-        gamma: of the extrinsic one, by which kept demonstrations are judged.
-        warmup_timesteps: timesteps of play before the bonus begins, in which statistics are
-            gathered. The policy has learnt little by then: it plays like chance.
+        gamma: discount of the game's return, by which kept demonstrations are judged.
+        n_steps: T.
+        seed: of the choice among kept demonstrations.
+        warmup_timesteps: timesteps of play before the bonus begins. The first half gathers
+            statistics of the inputs, the second half those of the bonuses. The policy has learnt
+            little by then: it plays like chance.
         reach: timesteps before a score that are kept with it.
         capacity: timesteps that are kept for each number of rewards, if every demonstration has
             `reach` of them.
-        n_steps: T.
-        seed: of the choice among kept demonstrations.
 
     Raises:
         ValueError: for impossible numbers.
     """
 
     advantage_deviation: float
-    """Of the intrinsic advantages of all updates so far; 0 before the first. It divides them,
-    unless their own is larger. The bonus itself persists from timestep to timestep and its value
-    explains it, so what is left as advantage is smaller than the entropy's pull."""
+    """Deviation of the intrinsic advantages of all updates so far; 0 before the first. Advantages
+    are divided by it, unless their own deviation is larger. The bonus persists from timestep to
+    timestep and its value explains most of it, so that the advantage left would be smaller than the
+    entropy's pull."""
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class Exploration(nn.Module):
         steps, envs = batch.rewards.shape
         played = self.num_timesteps
         self.num_timesteps += steps * envs
-        if played < self.warmup_timesteps // 2:
+        if played < self.warmup_timesteps // 2:  # statistics of the inputs come first
             return None, {}
         parts = obs[1:].flatten(0, 1).split(TIMESTEPS_PER_STEP)  # so that memory stays small
         bonus = torch.cat([self.source.score(part) for part in parts]).float().view(steps, envs)
@@ -206,6 +208,7 @@ class Exploration(nn.Module):
         steps = max(1, len(following) // TIMESTEPS_PER_STEP)
         parts = list(zip(before.chunk(steps), following.chunk(steps), strict=True))
         learnt: Mapping[str, Tensor | float] = {}
+        # A predictor waits for statistics of its inputs; other sources learn from the beginning on.
         if self.num_timesteps > self.warmup_timesteps or not isinstance(self.source, RND):
             for part in parts:
                 learnt = self.source.learn(*part)
@@ -247,8 +250,8 @@ def make_exploration(
 ) -> Exploration:
     """`Exploration` of a source by its name or as an object, for batches of `n_envs` games.
 
-    `options` are the user's, for `Exploration` (`OPTIONS`) and the source; `arguments` are further
-    ones of `Exploration`. ValueError for what neither takes.
+    `options` are the user's: those in `OPTIONS` go to `Exploration`, all others to the source, and
+    ValueError is raised for what it does not take. `arguments` are further ones of `Exploration`.
     """
     own = {name: options[name] for name in options if name in OPTIONS}
     others = {name: options[name] for name in options if name not in OPTIONS}
@@ -261,9 +264,9 @@ def make_exploration(
         refuse_dicts(space)
         source = intrinsic_reward
     elif isinstance(intrinsic_reward, str):
-        if issubclass(SOURCES.get(intrinsic_reward, object), RND):  # type: ignore[arg-type]
+        if intrinsic_reward in ("rnd", "snd"):
             others.setdefault("update_proportion", 1.0 if n_envs <= GAMES_OF_WHOLE_BATCH else 0.5)
-        # With it and without, everything else starts from the same random numbers.
+        # Everything else starts from the same random numbers as without a bonus.
         with torch.random.fork_rng(devices=[]):
             source = make_source(intrinsic_reward, space, **others)
     else:

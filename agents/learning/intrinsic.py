@@ -29,7 +29,7 @@ CLIP = 5.0
 """Limit on standardised observations (Burda et al. 2018)."""
 
 ENCODERS = ("a3c", "nature")
-"""Those of `ncrl.networks.ENCODERS` that a distillation can have: they end in a linear layer."""
+"""Those of `ncrl.networks.ENCODERS` that RND and SND can have: they end in a linear layer."""
 
 
 class IntrinsicReward(nn.Module, ABC):
@@ -134,8 +134,8 @@ class RunningMoments(nn.Module):
         self.count.copy_(total)
 
     def standardise(self, values: Tensor) -> Tensor:
-        """(values - mean) / deviation, within +-`CLIP`; a number that never varied has deviation
-        close to 0, so that any change of it counts."""
+        """(values - mean) / deviation, within +-`CLIP`. A number that never varied has a deviation
+        close to 0, so that its first change counts as much as `CLIP` allows."""
         deviation = (self.squares / self.count.clamp(min=1)).sqrt().float() + 1e-8
         return (values - self.mean.float()).div_(deviation).clamp_(-CLIP, CLIP)
 
@@ -143,8 +143,8 @@ class RunningMoments(nn.Module):
 class RND(IntrinsicReward):
     """Random network distillation (Burda et al. 2018).
 
-    A predictor learns the output of a fixed random network. Its error is small where it has been
-    often, and the error is the reward.
+    A predictor learns the output of a fixed random network, the target. Its error is the reward,
+    and is small for what it has seen often.
 
     Args:
         space: of the observations: images or vectors.
@@ -157,6 +157,10 @@ class RND(IntrinsicReward):
     Raises:
         ValueError: for Dict observations, images that are too small, or impossible numbers.
     """
+
+    learns_beside = True
+    trains_target: ClassVar[bool] = False
+    """Whether the target network learns too, or stays random."""
 
     def __init__(
         self,
@@ -182,14 +186,11 @@ class RND(IntrinsicReward):
         )
         self.target.requires_grad_(self.trains_target)
         self.stride = max(1, round(1 / update_proportion))
-        """One transition of so many is learnt from; the next batch begins at the next one."""
+        """Every `stride`-th transition is learnt from; the next batch begins one later."""
         self.num_batches = 0
         self.optimizer = torch.optim.Adam(
             [weight for weight in self.parameters() if weight.requires_grad], learning_rate
         )
-
-    trains_target: ClassVar[bool] = False
-    learns_beside = True
 
     def watch(self, obs: Tensor) -> None:
         self.moments.update(self.view(obs))
@@ -225,15 +226,15 @@ class RND(IntrinsicReward):
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # a setting of this run, not of the file
+            group["lr"] = rate  # the learning rate is a setting of this run, not of the file
 
 
 class SND(RND):
     """Self-supervised network distillation (Pechac, Chovanec and Farkas 2023; SND-VIC).
 
-    RND whose target learns too: features of successive observations shall be alike, and features of
-    different ones differ (`vicreg_loss`). So what the predictor meets as new is what matters in the
-    game. Arguments and errors as `RND`.
+    RND whose target learns too: to give alike features to successive observations, and different
+    features to different ones (`vicreg_loss`). What then is new to the predictor is what matters in
+    the game. Arguments and errors are those of `RND`.
     """
 
     trains_target = True
@@ -335,7 +336,7 @@ def make_source(name: str, space: spaces.Space[Any], **options: Any) -> Intrinsi
 
 
 def _network(view: ObservationView, encoder: str) -> nn.Sequential:
-    """The network that both sides of a distillation begin with; its last layer is linear."""
+    """The target of RND and SND, and the beginning of their predictor; its last layer is linear."""
     if not view.is_image:
         network = nn.Sequential(nn.Linear(view.shape[0], 64), nn.LeakyReLU(), nn.Linear(64, 64))
         return network.apply(_orthogonal)
@@ -344,7 +345,7 @@ def _network(view: ObservationView, encoder: str) -> nn.Sequential:
     network = nn.Sequential(*trunk(encoder, view.shape[0], activation=nn.LeakyReLU)[:-1])
     try:
         with torch.no_grad():
-            network(torch.zeros(1, *view.shape))  # which sizes the linear layer
+            network(torch.zeros(1, *view.shape))  # gives the lazy linear layer its size
     except RuntimeError as error:
         raise ValueError(
             f"images of {view.shape[1]}x{view.shape[2]} are too small for the bonus's encoder "

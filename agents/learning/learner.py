@@ -25,11 +25,11 @@ from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_tensors
 
 IMITATED_SHARE = 0.25
-"""Kept demonstrations that are read at a time, for each rollout of an update; at least one."""
+"""Demonstrations that an update reads beside each of its environments; at least one in all."""
 
 
 class Learner:
-    """Policy, optimiser (`policy.optimizer`) and exploration, with the way they are updated.
+    """Updates the policy, by the optimiser `policy.optimizer`, and the exploration.
 
     Args:
         policy: what learns, on the learner's device.
@@ -59,30 +59,31 @@ class Learner:
     def learn(
         self, batch: Batch, objective: Objective, max_grad_norm: float, *, num_parts: int
     ) -> Iterator[Update]:
-        """Learn from a batch in `num_parts` updates, each of which is yielded when it is made."""
+        """Learn from a batch in `num_parts` updates; each is yielded as soon as it is made."""
         self.policy.set_training_mode(True)
         self.explored = {}
         rollout = batch.rollout
         if self.graphed.reason is not None:
-            # The LSTM looks for the beginnings of episodes, and would wait for the device.
+            # The LSTM has to know where episodes begin, and would wait for the device to say so.
             rollout = rollout._replace(episode_start=batch.host.episode_start)
         rewards = self._score(batch, objective)
         with self._exploring(batch.rollout):
             for i, part in enumerate(split_envs(rollout, num_parts)):
                 lesson = self._lesson(part, rewards, i, imitates=objective.imitation_coef > 0)
                 yield self.update(lesson, objective, max_grad_norm)
-        # Not before: the actions were chosen under the mean as it was. The last row comes again.
+        # Last, since the actions were chosen under the mean as it was. The last row of observations
+        # is left out: it is the first of the next batch.
         self.policy.watch(map_tensors(lambda x: x[:-1].flatten(0, 1), batch.rollout.obs))
 
     @contextmanager
     def _exploring(self, rollout: Rollout) -> Iterator[None]:
-        """The updates of the policy are made inside; the intrinsic reward learns beside them where
-        it can, on another core, and else behind them."""
+        """The policy's updates are made inside. The intrinsic reward learns at the same time, on
+        another core, if it can, and otherwise after them."""
         exploration = self.exploration
         if exploration is None:
             yield
             return
-        cores = torch.get_num_threads()  # which a new thread does not know
+        cores = torch.get_num_threads()  # a new thread would begin with another number
         with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(cores)) as threads:
             learning: Future[dict[str, Tensor]] | None = None
             if exploration.source.learns_beside and self.policy.device.type == "cpu":
@@ -92,8 +93,8 @@ class Learner:
                 self.explored |= learning.result() if learning else exploration.learn(rollout)
 
     def update(self, lesson: Lesson, objective: Objective, max_grad_norm: float) -> Update:
-        """One step of the optimiser, by a graph but for rollouts that the training's end cut short
-        and where there is none."""
+        """One step of the optimiser: by a CUDA graph if there is one, except for the rollout that
+        the end of the training cut short."""
         update = None
         if self.graphed.reason is None and len(lesson.rollout.rewards) == self.n_steps:
             with self.stopwatch.phase("graph"):
@@ -112,14 +113,14 @@ class Learner:
         return update
 
     def _score(self, batch: Batch, objective: Objective) -> Tensor | None:
-        """Intrinsic rewards of a batch, [T, B], if there are any; what led to a score is kept."""
+        """Intrinsic rewards of a batch, [T, B], if there are any; keeps what led to a score."""
         if self.exploration is None:
             return None
         with self.stopwatch.phase("exploration"):
             if objective.imitation_coef and len(batch.host.rewards) == self.n_steps:
                 clipped = rewards_in_loss(batch.host.rewards, objective)
                 self.exploration.memory.watch(batch.host, batch.games, clipped)
-            else:  # such as the last batch of a training, which can be shorter
+            else:  # without imitation, or for the last batch of a training, which can be shorter
                 self.exploration.memory.forget_recent()
             rewards, self.explored = self.exploration.intrinsic_rewards(batch.rollout)
         return rewards if objective.int_coef else None
@@ -127,15 +128,16 @@ class Learner:
     def _lesson(
         self, part: Rollout, rewards: Tensor | None, index: int, *, imitates: bool
     ) -> Lesson:
-        """One of the parts of a batch, with what exploration adds to it."""
+        """What update number `index` of a batch learns from: its part of the rollout, and what
+        exploration adds to it."""
         if self.exploration is None:
             return Lesson(part)
         steps, width = part.rewards.shape
         kept = None
-        if imitates and steps == self.n_steps:  # what is kept is cut for it
+        if imitates and steps == self.n_steps:  # demonstrations are cut for rollouts of this length
             with self.stopwatch.phase("exploration"):
-                nothing = self.policy.initial_state(max(1, round(IMITATED_SHARE * width)))
-                kept = self.exploration.memory.read(steps, nothing)
+                state = self.policy.initial_state(max(1, round(IMITATED_SHARE * width)))
+                kept = self.exploration.memory.read(steps, state)
         if rewards is None:
             return Lesson(part, kept=kept)
         deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)

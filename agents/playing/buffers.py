@@ -97,10 +97,10 @@ def _layout(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 class RolloutBatch:
-    """Staging area in which the learner lays rollouts side by side, then moves them to its device.
+    """Staging area in which the learner lays rollouts side by side, then copies them to its device.
 
-    On CUDA it is pinned memory, which goes over while the host goes on. The copies are on the
-    stream that learns, so they come after all that reads the batch before, graphs too. On one of
+    On CUDA it is pinned memory, which is copied while the host goes on. The copies are made on the
+    stream that learns, so after everything that reads the batch before, graphs too. On a stream of
     their own they would overlap with next to nothing: every update ends with a wait for the device.
     """
 
@@ -135,14 +135,14 @@ class RolloutBatch:
 
 
 class Batch(NamedTuple):
-    """What the learner learns from at once: one rollout of every environment."""
+    """What the learner takes at once, for one or more updates: `n_envs` columns of T timesteps."""
 
     rollout: Rollout  # on the learner's device
     host: Rollout  # the same on the host
     games: list[int]
-    """Which game each column is: those of a worker follow each other, but the order of workers
-    differs from batch to batch, and one worker may have several rollouts in it."""
-    lags: list[int]  # by how many versions the weights behind each rollout were too old
+    """Which game each column is of. Those of a rollout follow each other, but the order of workers
+    differs from batch to batch, and a batch may hold several rollouts of one worker."""
+    lags: list[int]  # how many versions older than the newest the weights behind each rollout are
 
 
 class RolloutView:
