@@ -2,10 +2,10 @@
 
 Rewards are rare in the games that need this: what was found once is soon forgotten, unless it is
 repeated. A demonstration is what one game played on the way to a score. It is read from its
-beginning to its end, a window of T + 1 observations in every update, and the LSTM's state goes on
-from window to window as the present weights make it. States that were stored with it would be those
-of weights long gone: the network learns to tell demonstrations by them, and what it learns so is of
-no use in play. The action between two windows is not learnt, one of T + 1.
+beginning to its end, in every update a window of T + 1 observations, and the LSTM's state goes on
+from window to window under the present weights. Stored states would be those of weights long gone:
+the network would learn to recognise demonstrations by them, which is of no use in play. One action
+of T + 1 is not learnt: the one between two windows.
 
 Shapes: T timesteps, B environments of a batch, K demonstrations that are read at a time,
 N timesteps of a demonstration.
@@ -27,16 +27,16 @@ from ncrl.networks import LstmState
 from ncrl.sb3.engine import map_tensors
 
 MAX_DEPTH = 8
-"""Demonstrations are told apart by the rewards that their game had had by then, up to this many."""
+"""Demonstrations are sorted by how many rewards their game had had by then, up to this many."""
 
 
 class Kept(NamedTuple):
-    """Windows of kept demonstrations to learn from."""
+    """One window of each of K demonstrations, to learn from."""
 
     obs: Tensor  # [T + 1, K, ...]
     episode_start: Tensor  # [T + 1, K] bool
     actions: Tensor  # [T, K, ...]
-    returns: Tensor  # [T, K] discounted rewards up to the score that they led to; 0 behind it
+    returns: Tensor  # [T, K] discounted rewards up to the score that they led to; 0 after it
     lstm_h: Tensor  # [L, K, h] hidden state before row 0
     lstm_c: Tensor  # [L, K, h] cell state before row 0
 
@@ -54,10 +54,11 @@ Reader = tuple[Demonstration, int]
 """One of the K demonstrations that are being read, and the row that comes next."""
 
 
-def returns_to_last_score(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
-    """Discounted rewards of one game's timesteps [T] to the end of what is given: [T].
+def returns_to_end(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
+    """Discounted sums of one game's rewards [N], each up to the end of its episode or of the N
+    timesteps: [N].
 
-    Nothing is estimated for what comes after, so this is what was reached at least.
+    Nothing is added for what may come after them.
     """
     # By numpy: single numbers of torch take fifty times as long.
     returns, are_ends = rewards.numpy().copy(), ends.numpy()
@@ -69,11 +70,12 @@ def returns_to_last_score(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor
 
 
 def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstration | None:
-    """What led to the last score of successive rollouts of one environment, in whole windows.
+    """What led to the last score of successive rollouts of one environment; None if losses outweigh
+    the score.
 
-    Windows have the T + 1 observations of a rollout. What an end of a game separates from the
-    score did not lead to it, and has a return of 0 where it fills up the one window that there is
-    at least. None where losses outweigh the score.
+    The demonstration is made of whole windows of T + 1 observations, one at least, and loses its
+    first timesteps for that. If there are too few for one window, timesteps before or after them
+    fill it up, which teach nothing: their returns are not positive.
     """
     rewards, actions = (
         torch.cat([getattr(rollout, name)[:, 0] for rollout in rollouts])
@@ -83,14 +85,14 @@ def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstratio
         torch.cat([*(rows[:-1, 0] for rows in parts), parts[-1][-1:, 0]])
         for parts in ([getattr(r, name) for r in rollouts] for name in ("obs", "episode_start"))
     )
-    returns = returns_to_last_score(rewards, starts[1:], gamma)
+    returns = returns_to_end(rewards, starts[1:], gamma)
     width = len(rollouts[0].rewards) + 1
     led = (returns > 0).nonzero().flatten()
     if not len(led):
         return None
     ends = starts[1 : 1 + led[-1]].nonzero().flatten()
     returns[: int(ends[-1]) + 1 if len(ends) else 0] = 0  # an earlier game has its own
-    # Rows of observations; the last is behind the score.
+    # Rows of observations; the last one was seen after the score.
     first, last = int((returns > 0).nonzero()[0]), int(led[-1]) + 1
     last = min(len(returns), max(last, first + width - 1))
     first = min(first, last + 1 - width)
@@ -103,9 +105,9 @@ def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstratio
 class DemonstrationMemory:
     """Remembers the latest rollouts of every game, and keeps what led to a score.
 
-    Memory is bounded: `reach` rollouts a game, and `capacity` demonstrations for each number of
-    rewards, whose images are compressed. A game that goes on to its second reward is thus
-    remembered beside the many that had one, and is read as often.
+    Memory is bounded: `reach` rollouts for each game, and `capacity` demonstrations for each number
+    of rewards; images are compressed. So a game that went on to its second reward is remembered
+    beside the many that had one, and is read as often as they are together.
 
     Args:
         gamma: discount of the returns.
@@ -120,8 +122,8 @@ class DemonstrationMemory:
         self.capacity = capacity
         self.generator = torch.Generator().manual_seed(seed)
         self.games_go_on = True
-        """Whether games go on where they were after the state is loaded; else what led there is
-        not worth saving."""
+        """Whether games go on where they were after a state is loaded. Otherwise their latest
+        rollouts lead nowhere, and are not saved."""
         self._recent: dict[int, deque[Rollout]] = {}
         self._num_rewards: dict[int, int] = {}
         self._kept: dict[int, deque[dict[str, Any]]] = {}
@@ -159,7 +161,7 @@ class DemonstrationMemory:
                 recent.append(rollout)
 
     def _count_rewards(self, game: int, rollout: Rollout) -> int:
-        """Go on counting the rewards of a game; returns how many the rollout's last one makes."""
+        """Count the rewards of a game on; returns which number its last one in the rollout has."""
         count = last = self._num_rewards.get(game, 0)
         found, ends = (rollout.rewards[:, 0] > 0).tolist(), rollout.episode_start[1:, 0].tolist()
         for is_reward, is_end in zip(found, ends, strict=True):
@@ -170,14 +172,15 @@ class DemonstrationMemory:
         return last
 
     def read(self, n_steps: int, initial_state: LstmState) -> Kept | None:
-        """The next window of every demonstration that is being read; None if nothing is kept.
+        """The next window of each of K demonstrations; None if nothing is kept.
 
-        One that is at its end makes room for another, every number of rewards equally likely.
-        `carry` follows.
+        One that is at its end makes room for another, every number of rewards equally likely. Call
+        `carry` after the update.
 
         Args:
-            n_steps: T, that of the rollouts.
-            initial_state: of K environments; its values do not matter.
+            n_steps: T of the rollouts.
+            initial_state: of K environments; its values do not matter, as demonstrations begin with
+                an `episode_start`.
         """
         if not self._kept:
             return None
@@ -188,9 +191,9 @@ class DemonstrationMemory:
         for i, (demonstration, row) in enumerate(self._readers):
             if row == len(demonstration.obs):
                 demonstration, row = self._choose()
-            behind = row + n_steps + 1
-            self._readers[i] = demonstration, behind
-            rows, steps = slice(row, behind), slice(row, behind - 1)
+            after = row + n_steps + 1
+            self._readers[i] = demonstration, after
+            rows, steps = slice(row, after), slice(row, after - 1)
             windows.append(
                 (
                     *(demonstration.obs[rows], demonstration.episode_start[rows]),
@@ -203,10 +206,10 @@ class DemonstrationMemory:
         return Kept(obs, starts, actions, returns, *self._state)
 
     def carry(self, lstm_state: LstmState) -> None:
-        """The state behind the windows that were read last, under the present weights.
+        """Take the state after the windows that were read last, under the present weights.
 
-        Without a call, after an update that was not made, the next windows begin with the state of
-        those before.
+        After an update that was not made there is none: the next windows then begin with the state
+        that the last ones began with.
         """
         self._state = lstm_state
 
@@ -281,7 +284,7 @@ class DemonstrationMemory:
 
 
 def _pack(tensors: Rollout | Demonstration) -> dict[str, Any]:
-    """With compressed observations; images of a game take a twentieth of their size."""
+    """The tensors with compressed observations; a game's images take a twentieth of their size."""
     obs, *others = tensors
     assert isinstance(obs, Tensor)  # an intrinsic reward scores no dicts
     squeezed = zlib.compress(obs.contiguous().numpy().tobytes(), level=1)
@@ -294,7 +297,7 @@ def _pack(tensors: Rollout | Demonstration) -> dict[str, Any]:
 
 
 def _on_host(packed: dict[str, Any]) -> dict[str, Any]:
-    """The same on the CPU: SB3 puts the tensors of a file on the device of the model."""
+    """Packed tensors on the CPU: SB3 loads those of a file onto the model's device."""
     others = [tensor.cpu() for tensor in packed["others"]]
     return {**packed, "obs": packed["obs"].cpu(), "others": others}
 

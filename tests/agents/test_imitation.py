@@ -17,7 +17,7 @@ from ncrl.agents.learning.imitation import (
     Demonstration,
     DemonstrationMemory,
     cut_demonstration,
-    returns_to_last_score,
+    returns_to_end,
 )
 from ncrl.agents.learning.losses import imitation_loss
 from ncrl.agents.playing.buffers import Rollout
@@ -43,9 +43,7 @@ def returns_reference(rewards: list[float], dones: list[bool], gamma: float) -> 
 def test_returns_to_the_last_score_are_sums_over_the_rest_of_the_game() -> None:
     rewards = [0.0, 0.0, 1.0, 0.0, 0.0, -0.5, 2.0, 0.0, 0.0]
     dones = [False, False, False, False, True, False, False, False, False]
-    found = returns_to_last_score(
-        torch.tensor(rewards, dtype=torch.float64), torch.tensor(dones), 0.9
-    )
+    found = returns_to_end(torch.tensor(rewards, dtype=torch.float64), torch.tensor(dones), 0.9)
     assert found.tolist() == pytest.approx(returns_reference(rewards, dones, 0.9))
     assert found.tolist()[3:5] == [0, 0] and found.tolist()[7:] == [0, 0]
 
