@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import arguments
 from ncrl.agents.algorithm import EngineAlgorithm
-from ncrl.agents.defaults import DEFAULT_ENVS, MAX_GRAD_NORM, defaults_for, image_heads
+from ncrl.agents.defaults import DEFAULT_ENVS, IMAGES, MAX_GRAD_NORM, defaults_for, image_heads
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
@@ -85,15 +85,15 @@ class A3C(EngineAlgorithm):
             `count`, or an `ncrl.agents.IntrinsicReward` of your own; None for no bonus. It has a
             value head and a discount of its own, and no end of a game cuts its return.
         int_coef: weight of intrinsic advantages, which have deviation 1.
-        ext_coef: weight of the others beside them.
+        ext_coef: weight of the game's own advantages beside them.
         int_gamma: discount of the intrinsic return.
-        imitation_coef: weight of what led to a reward, which is learnt from again beside an
-            intrinsic reward; 0 keeps none.
+        imitation_coef: weight of the imitation loss: beside an intrinsic reward, what led to a
+            reward is kept and learnt from again. 0 keeps nothing.
         intrinsic_kwargs: `warmup_timesteps`, `reach` and `capacity`, as for
             `ncrl.agents.learning.exploration.Exploration`, and options of the bonus, such as
             `encoder`, `learning_rate` and `update_proportion` of `rnd`.
-        info_keywords: entries of `info` that callbacks are shown for every timestep of workers; all
-            others arrive where a game ends, and everything where this process plays.
+        info_keywords: entries of `info` that workers report to callbacks for every timestep; all
+            other entries only where a game ends. This process reports everything that it plays.
         n_workers: worker processes; 0 plays factories and ids in this process too, None takes one
             per core, or the next smaller number that divides `n_envs`.
         cluster: where the workers run: None for processes of this machine; `auto` for actors of the
@@ -173,7 +173,7 @@ class A3C(EngineAlgorithm):
         self.best_score, self.first_scored_at = -math.inf, -1
         self.games_seed = env_sources.fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
-        self._counts_are_news = n_envs is None and _init_setup_model
+        self._warns_of_frequencies = n_envs is None and _init_setup_model
         played: GymEnv | None
         if env_sources.is_factory(env):
             n_envs = whole_number("n_envs", DEFAULT_ENVS if n_envs is None else n_envs)
@@ -193,7 +193,7 @@ class A3C(EngineAlgorithm):
         self.frames_per_timestep = int(getattr(source, "frame_skip", 1))
         num_envs, sees_images = getattr(played, "num_envs", 1), arguments.sees_images(policy)
         defaults = defaults_for(num_envs, self.n_workers, sees_images)
-        if _init_setup_model and defaults.small_updates:
+        if _init_setup_model and defaults is IMAGES:
             heads = image_heads(self.intrinsic_reward is not None)
             policy_kwargs = arguments.with_head_options(policy, policy_kwargs, heads)
         self._small_updates = defaults.small_updates
@@ -236,7 +236,7 @@ class A3C(EngineAlgorithm):
             exploration=self._make_exploration(),
             stopwatch=OFF if self.time_spent is None else self.time_spent.stopwatch,
         )
-        # The rollout that is played and the batch that is learned from.
+        # For the rollout that is played and the batch that is learnt from.
         sizes.check_memory(2 * self._rollout_shape(self.n_envs).nbytes)
         self._batch: Batch | None = None
         self._start_anew()
@@ -284,7 +284,7 @@ class A3C(EngineAlgorithm):
                 self.best_score, self.first_scored_at = -math.inf, -1
             self._dumped_at = self.num_timesteps  # before it has played there is nothing to log
             self._started = time.monotonic_ns()
-            # No player: a callback that is kept would keep its memory.
+            # Taken before there is a player, whose memory a callback would keep with it.
             seen = dict(locals()) | {"iteration": 0}
             with (
                 sizes.learner_threads(self.n_workers if self.cluster is None else 0),
@@ -297,7 +297,7 @@ class A3C(EngineAlgorithm):
                 self._learn_from(player, total_timesteps, callback, log_interval)
                 with self.learner.stopwatch.phase("callbacks"):
                     callback.on_training_end()
-        finally:  # a stop is for the training that it was asked for in, even if that fails
+        finally:  # a stop ends the training that it was asked for in, and no later one
             self._stop_requested = False
         return self
 
@@ -340,7 +340,7 @@ class A3C(EngineAlgorithm):
             self.logger.record("train/kept_demonstrations", len(self.exploration.memory))
 
     def _count(self, update: Update) -> None:
-        """Log an update, and give up after too many that were none."""
+        """Count and log an update; NonFiniteError if too many in a row had to be skipped."""
         self._n_updates += 1
         self._skipped_in_a_row = 0 if update.stepped else self._skipped_in_a_row + 1
         if not update.stepped:

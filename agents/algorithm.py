@@ -49,7 +49,7 @@ FORGOTTEN_AFTER = 10
 NOT_SAVED = (
     *("env_factory", "learner", "collector", "profile", "time_spent", "cluster"),
     *("_batch", "_pool", "_stateless_predictions", "_warned_of_state", "_started"),
-    "_counts_are_news",
+    "_warns_of_frequencies",
 )
 """Attributes that `_setup_model` makes anew, or that no file should hold."""
 
@@ -75,16 +75,16 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     games_seed: int
     frames_per_timestep: int
     best_score: float
-    """Of all whole games."""
+    """The best score of all whole games; -inf before the first."""
     first_scored_at: int
-    """Timesteps after which the first game with a score above 0 ended; -1 before."""
+    """Timesteps played when the first game with a score above 0 ended; -1 before."""
     env_factory: EnvFactory | None
     learner: Learner
     time_spent: Profile | None
     """Where the time of all calls of `learn` went, if it is measured."""
-    _counts_are_news: bool
-    """Whether to warn that callbacks count calls: a user who named one environment, not one who
-    loads a model."""
+    _warns_of_frequencies: bool
+    """Whether to call `warn_of_frequencies`: for users who leave the number of environments to A3C,
+    but not where a model is loaded."""
     _small_updates: bool
     _stateless_predictions: int
     _warned_of_state: bool
@@ -115,8 +115,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
     @property
     def next_games_seed(self) -> int:
-        """Of games that start now: they do not repeat those played before. `num_timesteps` may have
-        been set back to 0."""
+        """Seed of games that start now, other than those of games played before. It grows with the
+        updates, since `num_timesteps` may have been set back to 0."""
         return self.games_seed + 7_919 * self._n_updates
 
     # What it is built from.
@@ -136,7 +136,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         ).to(self.device)
 
     def _policy_spec(self, *, of_learner: bool = False) -> PolicySpec:
-        """What the policy is built from, here and in the workers, who need no intrinsic values."""
+        """What the policy is built from. Workers need no head for intrinsic values."""
         options = {"use_sde": self.use_sde, **self.policy_kwargs}
         if of_learner and self.intrinsic_reward is not None and self.int_coef:
             options["int_value"] = True
@@ -154,7 +154,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     # Environments.
 
     def _played_by(self, factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
-        """What SB3 takes for the environment of a model whose environments a factory builds."""
+        """What SB3 has as environment: one of this process, or a stand-in for those of workers."""
         check_workers(self.n_workers, n_envs)
         if self.n_workers:
             return RemoteEnvs(factory, n_envs)
@@ -281,7 +281,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     # Training, callbacks and logs.
 
     def _start_anew(self) -> None:
-        """What no file holds: where a model stands before its first training."""
+        """Set what no file holds to what it is before the first training."""
         self.collector: Collector | None = None
         """Where the games stand that this process plays."""
         self._pool: Pool[Any] | None = None
@@ -291,12 +291,12 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         self._stateless_predictions, self._warned_of_state = 0, False
 
     def _make_collector(self) -> Collector:
-        """Goes on where the games stand, unless SB3 has started them anew."""
+        """A collector that goes on where the games stand, unless SB3 has started them anew."""
         before, env = self.collector, self.env
         assert env is not None
         going_on: dict[str, Any] = {}
-        # SB3 replaces them where a training starts anew. Observations do not tell: a reset of
-        # `VecFrameStack` returns the same array that it showed last.
+        # SB3 replaces `_last_episode_starts` where a training starts anew. `_last_obs` would not
+        # tell: a reset of `VecFrameStack` returns the same array that it showed last.
         if before is not None and before.episode_start is self._last_episode_starts:
             going_on = {"episode_start": before.episode_start, "lstm_state": before.lstm_state}
         return Collector(
@@ -320,7 +320,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
                 self._last_episode_starts = self.collector.episode_start
             if batch is None and self.exploration is not None:
                 self.exploration.memory.forget_recent()
-        if self.policy.use_sde and self.n_workers:  # else `predict` has that of the first weights
+        if self.policy.use_sde and self.n_workers:  # else `predict` has noise of the first weights
             self.policy.reset_noise()
         if batch is not None:
             self.policy_lag = curves.record_lag(self.logger, batch.lags)
@@ -364,7 +364,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             # What `EvalCallback` compares its environment with is a stand-in of ours.
             warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
             made = super()._init_callback(callback, progress_bar)
-        if self._counts_are_news:
+        if self._warns_of_frequencies:
             warn_of_frequencies(made, self.n_envs)
         return made
 

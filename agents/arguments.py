@@ -41,7 +41,7 @@ def check_numbers(objective: Objective, max_grad_norm: Any, learning_rate: Any) 
 
 
 def check_batch(batch_size: int, n_steps: int, n_envs: int) -> None:
-    """Raise ValueError for a batch that is not whole rollouts, an equal share of all."""
+    """Raise ValueError unless a batch is whole rollouts of an equal share of the environments."""
     if batch_size % n_steps or n_steps * n_envs % batch_size:
         shares = [n for n in range(1, n_envs + 1) if n_envs % n == 0]
         nearest = min(shares, key=lambda n: abs(n * n_steps - batch_size))
@@ -88,7 +88,7 @@ def check_workers(n_workers: int, n_envs: int) -> None:
 
 
 def check_limits(limits: Any) -> None:
-    """Raise ValueError for limits of the workers that are none."""
+    """Raise ValueError for limits of the workers that are no `Limits`."""
     if not isinstance(limits, Limits):
         raise ValueError(
             f"limits must be an ncrl.agents.Limits, such as Limits(max_restarts=9), got {limits!r}"
@@ -151,9 +151,11 @@ def sees_images(policy: str | type) -> bool:
 def with_head_options(
     policy: str | type, policy_kwargs: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a policy, whose Neurocoder heads get the default options; beside options that
-    are given only those that are no sizes, beside a whole `config` none. They are saved with the
-    model like any other."""
+    """Arguments of a policy, with the default options of its Neurocoder heads filled in.
+
+    Beside head options that are given, only those defaults are taken that are no sizes; beside a
+    whole `config` none.
+    """
     options = dict(policy_kwargs or {})
     kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
     if options.get("head", getattr(kind, "head", None)) == "neurocoder":
