@@ -54,7 +54,7 @@ PATIENCE = 60.0
 takes 10 to start, and many more on a busy machine."""
 
 PlayedArrays = tuple[Played, list[Info], list[np.ndarray]]
-"""What was told of a rollout, and its tensors, on their way."""
+"""A rollout on its way through the cluster: what was told of it, and its tensors."""
 
 
 @contextlib.contextmanager
@@ -99,8 +99,8 @@ def cluster_cores(address: str) -> int:
 
 
 class Actor:
-    """One incarnation of a worker, in a process of the cluster. `make_games` is `Games`, but for
-    the seed and what only this process has."""
+    """One incarnation of a worker, in a process of the cluster. `make_games` is that of `PoolSpec`:
+    it still needs the seed, and what only this process has."""
 
     def __init__(
         self, make_games: Callable[..., Games], shape: RolloutShape, seed: int, profile: bool
@@ -156,16 +156,16 @@ class _Worker(Incarnation):
     """The methods that were called, by the reference of the answer that is still to come."""
     steps: int = 0
     """In its latest sign of life."""
-    is_missed: bool = False
-    """It has been said that it has no place."""
+    has_warned: bool = False
+    """Whether a warning has said that it has no place."""
 
     def asked(self, call: str) -> int:
-        """Answers of a method that are still to come."""
+        """How many answers of a method are still to come."""
         return list(self.calls.values()).count(call)
 
     def awaited(self) -> list[Any]:
-        """Answers to receive next: of rollouts the first alone, whichever the network brings first,
-        for demonstrations are cut out of successive ones."""
+        """Answers to receive next. Of rollouts that is the first one alone, even if a later one has
+        arrived before it: demonstrations are cut out of successive rollouts."""
         later = [answer for answer, call in self.calls.items() if call == "play"][1:]
         return [answer for answer in self.calls if answer not in later]
 
@@ -190,7 +190,7 @@ class ActorPool(Pool[_Worker]):
         self.publish(module)
 
     def take(self, give_up: Callable[[], bool]) -> list[Delivery] | None:
-        # Now, not when the rollouts before arrived: the weights are those after the update.
+        # Asked now, not as soon as the last rollouts arrived: now there are the weights after them.
         self._ask(self._workers, IN_FLIGHT)
         return super().take(give_up)
 
@@ -201,7 +201,7 @@ class ActorPool(Pool[_Worker]):
         self.version += 1
 
     def _all_ready(self) -> bool:
-        """Only those count that have, or may soon have, a place in the cluster."""
+        """Workers count that have a place in the cluster, or may still get one soon."""
         late = time.monotonic() - self.spec.limits.startup_timeout
         return all(not w.building or (not w.place and w.last_sign < late) for w in self._workers)
 
@@ -271,8 +271,8 @@ class ActorPool(Pool[_Worker]):
                 worker.last_sign += deaf_for
             silence, patience = now - worker.last_sign, self._patience(worker)
             if not worker.place:
-                if silence > PATIENCE and not worker.is_missed:
-                    worker.is_missed = True
+                if silence > PATIENCE and not worker.has_warned:
+                    worker.has_warned = True
                     what = "still waits for a CPU of the cluster, or for its process to start"
                     logger.warning("worker %d %s", worker.index, what)
             elif silence > patience:

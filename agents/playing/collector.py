@@ -26,7 +26,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """What the environments answered to one row of actions."""
+    """One row of actions, and what the environments answered."""
 
     row: int
     actions: np.ndarray
@@ -147,7 +147,8 @@ class Collector:
 
 
 def _in_type_of(space: spaces.Space[Any], obs: Any) -> Any:
-    """What SB3's vector environments do to all observations but the last one of an episode."""
+    """An observation in the types of its space: SB3's vector environments see to that, but not for
+    the last observation of an episode."""
     if isinstance(space, spaces.Dict):
         return {name: np.asarray(obs[name], part.dtype) for name, part in space.items()}
     return np.asarray(obs, space.dtype)

@@ -46,7 +46,7 @@ class SerialPlayer:
         return Batch(first_rows(batch, n_steps), host, self.games, lags=[0])
 
     def publish(self, policy: EnginePolicy) -> None:
-        """The policy that plays is the one that learns."""
+        """Nothing to do: the policy that plays is the one that learns."""
 
 
 @contextmanager
@@ -84,7 +84,7 @@ class WorkersPlayer:
     """Receives what the workers play, and sends them weights."""
 
     pool: Pool[Any]  # started
-    policy: EnginePolicy  # that learns, where the batches go
+    policy: EnginePolicy  # the one that learns; batches go to its device
     give_up: Callable[[], bool]  # asked while waiting
 
     def __post_init__(self) -> None:
@@ -137,5 +137,5 @@ class WorkersPlayer:
         )
 
     def publish(self, policy: EnginePolicy) -> None:
-        """The policy has new weights."""
+        """Send the policy's new weights to the workers."""
         self.pool.publish(policy)

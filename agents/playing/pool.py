@@ -109,7 +109,7 @@ class WorkerPool(Pool[_Worker]):
         self._worker_spec.weights.publish(module, self.version)
 
     def release(self, deliveries: list[Delivery]) -> None:
-        """Free the slots of rollouts the learner has copied, and hand them out again."""
+        """Free the slots of rollouts that the learner has copied, and hand them out again."""
         for delivery in deliveries:
             self._free[delivery.worker].append(delivery.played.slot)
         self._look(0.0)
@@ -214,12 +214,12 @@ class WorkerPool(Pool[_Worker]):
 
 
 def handed_over(value: Any) -> Tensor | CloudpickleWrapper:
-    """Anything for a process to start with: a pickle, uint8 in shared memory, also of a function
-    that comes from a notebook. What holds a lock of `multiprocessing` goes as it is.
+    """What a process needs at its start, pickled into shared memory (uint8), also functions from a
+    notebook. What holds a lock of `multiprocessing` is returned as it is, in a wrapper.
 
-    What is handed to a process is piped to it when it starts. More than the pipe holds, such as the
-    bounds of an image space, would keep the parent until the process has imported its script, and
-    for ever if it ends before. ValueError where there is less shared memory.
+    Arguments of a process are piped to it when it starts. More than the pipe takes, such as the
+    bounds of an image space, would block the parent until the process has imported its script, and
+    for ever if it ends before. ValueError if there is too little shared memory.
     """
     try:
         pickled = pickle.dumps(CloudpickleWrapper(value))
@@ -231,8 +231,8 @@ def handed_over(value: Any) -> Tensor | CloudpickleWrapper:
 
 @contextlib.contextmanager
 def _for_children() -> Iterator[None]:
-    """Processes started inside have one thread, and a terminal's signals blocked until they are
-    set up."""
+    """Processes started inside have one thread, and block a terminal's signals until they are set
+    up."""
     before = {name: value for name, value in os.environ.items() if name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_TERMINAL)

@@ -18,12 +18,13 @@ from typing import NamedTuple
 import torch
 
 SLOTS_PER_WORKER = 3
-"""The rollout that a worker plays, the one that it goes on with, so that it never waits for a
-learner in the middle of an update, and the one that the learner copies."""
+"""One rollout that a worker plays, one that it can go on with while the learner is in the middle of
+an update, and one that the learner copies."""
 
-FEW_CORES = 3  # up to so many, every core gets a worker, and the learner computes between them
+FEW_CORES = 3  # up to so many cores each gets a worker, and the learner computes between them
 SMALL_UPDATE = 4  # games whose rollouts make one update on the CPU
-GPU_UPDATE = 8  # and on a GPU, where there are many games
+GPU_UPDATE = 8  # most games of an update on a GPU
+EXPLORING_UPDATE = 32  # most games of an update with an intrinsic reward
 SHM = "/dev/shm"
 FILES_PER_WORKER = 4  # open files: its pipe, what tells of its end, and two to spare
 FILES_FOR_SHARING = 64  # open files for shared memory, checkpoints, curves, a worker that starts
@@ -57,15 +58,16 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
 
 
 def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> int:
-    """4, on a GPU a quarter of all games but at most 8, or what next below divides them.
+    """Games whose rollouts make one update; the nearest number below that divides all `games`.
 
-    4 games make four times the updates of 16 in 20 % more time (docs/lab_notes.md), and larger
-    updates learn less from the same frames (results/atari.md); with 8 a GPU keeps up with 15
-    workers (results/speed.md). With an intrinsic reward half of all games but at most 32: it
-    rewards every timestep, and small updates follow its noise (results/montezuma.md).
+    On the CPU 4: they make four times the updates of 16 in 20 % more time (docs/lab_notes.md), and
+    larger updates learn less from the same frames (results/atari.md). On a GPU a quarter of all, 4
+    to 8: with 8 it keeps up with 15 workers (results/speed.md). With an intrinsic reward half of
+    all, 4 to 32: it rewards every timestep, and small updates follow its noise
+    (results/montezuma.md).
     """
     if explores:
-        wanted = min(32, max(SMALL_UPDATE, games // 2))
+        wanted = min(EXPLORING_UPDATE, max(SMALL_UPDATE, games // 2))
     else:
         wanted = min(GPU_UPDATE, max(SMALL_UPDATE, games // 4)) if has_gpu else SMALL_UPDATE
     return max(n for n in range(1, wanted + 1) if games % n == 0)

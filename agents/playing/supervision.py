@@ -45,28 +45,29 @@ class Delivery(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """When a pool gives up on a worker, and on itself."""
+    """When a pool replaces a worker, and when it gives up."""
 
     heartbeat_timeout: float = 60.0
-    """Seconds that a worker with work may go without a timestep."""
+    """Seconds that a worker may take for a timestep, while it has something to play."""
     startup_timeout: float = 180.0
-    """Seconds that it may take to build its environments."""
+    """Seconds that a worker may take to build its environments."""
     max_restarts: int = 5
-    """Deaths, or environment failures, of one worker without a rollout between them. With rollouts
-    between them it may have four times as many in ten minutes."""
+    """How often one worker may die, or its environments fail, without a rollout in between. With
+    rollouts in between, four times as often within ten minutes."""
     first_pause: float = 0.5
-    """Seconds before a first replacement; they double with each further death, up to a minute."""
+    """Seconds before a first replacement. They double with each further failure without a rollout
+    in between, up to a minute."""
 
 
 @dataclass
 class Failures:
-    """Of one worker, and what follows from them."""
+    """Counts the failures of one worker, and says what follows from them."""
 
     in_a_row: int = 0  # without a rollout between them
     times: list[float] = field(default_factory=list)  # of those in the last `WINDOW_SECONDS`
 
     def count(self, limits: Limits) -> str:
-        """One more; returns how many there were if they were too many."""
+        """Count one more; returns in words how many there were if that is too many, else ""."""
         now = time.monotonic()
         self.in_a_row += 1
         self.times = [*(then for then in self.times if then >= now - WINDOW_SECONDS), now]
@@ -90,7 +91,7 @@ class Incarnation:
     failures: Failures = field(default_factory=Failures)  # of all lives
     starts_at: float = 0.0  # monotonic time
     has_begun: bool = False
-    building: bool = True  # its environments, for the first time or again
+    building: bool = True  # it builds its environments, for the first time or again
     last_sign: float = field(default_factory=time.monotonic)  # monotonic time of its last sign
     place: str = ""  # where it runs; empty until it runs
 
@@ -176,11 +177,11 @@ class Pool(ABC, Generic[WorkerT]):
 
     @abstractmethod
     def _all_ready(self) -> bool:
-        """Whether everybody plays who is to be waited for at the start."""
+        """Whether all workers play that are to be waited for at the start."""
 
     @abstractmethod
     def _look(self, timeout: float) -> None:
-        """Handle all that happened, after waiting for something at most so many seconds."""
+        """Wait for something to happen, at most so many seconds, then handle all that did."""
 
     @abstractmethod
     def _start(self, worker: WorkerT) -> None:
@@ -191,7 +192,7 @@ class Pool(ABC, Generic[WorkerT]):
         """End a life, if it lasts; nothing that comes from it counts any more."""
 
     def _seed(self, worker: WorkerT) -> int:
-        """A prime stride keeps the seeds of workers and of their later lives apart."""
+        """Seed of a life; a prime stride keeps those of all workers and lives apart."""
         return self.spec.seed + 1_000_003 * (worker.index + self.spec.n_workers * worker.number)
 
     def _deliver(
@@ -213,7 +214,7 @@ class Pool(ABC, Generic[WorkerT]):
         logger.warning("%s: its environments failed and are built anew: %s", str(worker), last)
 
     def _deaf_for(self) -> float:
-        """Seconds in which this process was busy or stopped, and could hear nobody."""
+        """Seconds since the last look in which this process was busy or stopped, and deaf."""
         now = time.monotonic()
         gap, self._last_look = now - self._last_look, now
         return gap if gap > 5 * POLL_SECONDS else 0.0
@@ -227,19 +228,19 @@ class Pool(ABC, Generic[WorkerT]):
         """Bury a worker and set the time at which its next life begins.
 
         Args:
-            worker: that failed.
-            what: it did.
-            reason: for the message; its last line for a warning.
-            at_start: whether it is its start that failed.
+            worker: the one that failed.
+            what: what it did, such as "died".
+            reason: told in the message if it is the last failure; its last line in a warning.
+            at_start: whether it failed while it was being set up.
         """
         who = str(worker)
         self._bury(worker)
-        # What fails at the first start fails at every other one.
+        # What fails at a first start would fail at every other one.
         hopeless = at_start and worker.number == 0
         if too_often := "at its start" if hopeless else worker.failures.count(self.spec.limits):
             raise WorkerError(f"{who} {what} {too_often}" + (f":\n{reason}" if reason else ""))
         pause = worker.failures.pause(self.spec.limits)
-        if worker.place:  # else it was sent to a node that was about to be found dead
+        if worker.place:  # else it never ran: its node was about to be found dead
             self.worker_restarts += 1
             (last,) = reason.strip().splitlines()[-1:] or ["no traceback"]
             logger.warning("%s %s (%s); a new one starts in %.1f s", who, what, last.strip(), pause)

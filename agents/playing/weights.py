@@ -62,7 +62,7 @@ class SharedWeights:
 
 
 def flatten(module: nn.Module) -> Tensor:
-    """All that is shared of a module in one vector: from another device, one copy is one wait."""
+    """All that is shared of a module in one vector; from another device, one copy is one wait."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in _floats(module)])
 
 

@@ -95,7 +95,7 @@ class Played(NamedTuple):
 
 
 class EnvFailed(NamedTuple):
-    """The environments raised; the unfinished rollout is thrown away, they are being built anew."""
+    """The environments raised. They are built anew, and the unfinished rollout is thrown away."""
 
     reason: str
 
@@ -108,7 +108,7 @@ class Failed(NamedTuple):
 
 
 Message = Ready | list[Info] | Played | EnvFailed | Failed
-"""A list is what environments reported in the rollout that is announced next."""
+"""A list holds what environments reported in the rollout that the next `Played` announces."""
 
 
 def end_if_importing_main() -> None:
@@ -142,7 +142,8 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     """Entry point of the process. Receives slot numbers, answers with `Message`s; on None it plays
     no more of them, and ends."""
     keep_freed_memory()
-    # They reach everybody, but the parent decides. They were blocked while this process started.
+    # A terminal's signals reach all its processes, but the parent decides what follows from them.
+    # They were blocked while this process started.
     for number in FROM_TERMINAL:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_TERMINAL)
@@ -204,12 +205,12 @@ def _work(connection: Connection, spec: WorkerSpec, stopwatch: Stopwatch) -> Non
 
 
 class Games:
-    """A worker's environments and its policy, which play rollout after rollout."""
+    """A worker's environments and policy, which play one rollout after the other."""
 
     def __init__(
         self,
         factory: EnvFactory,
-        policy: PolicySpec,  # whose weights are fresh
+        policy: PolicySpec,  # what the policy is built from, with fresh weights
         n_envs: int,
         seed: int,  # of all random numbers of this process, which has one thread from now on
         *,
@@ -252,9 +253,10 @@ class Games:
     def play(
         self, rollout: Rollout, slot: int, version: int
     ) -> tuple[Played, list[Info]] | EnvFailed:
-        """Play a rollout with the policy as it is; also what environments reported.
+        """Play a rollout with the policy as it is; returns also what environments reported.
 
-        Environments that raise need a `start` then. NonFiniteError is of the policy.
+        After `EnvFailed` the environments have to be built anew by `start`. NonFiniteError is
+        raised where the policy computes no finite numbers.
         """
         assert self._collector is not None
         infos: list[Info] = []
@@ -279,14 +281,14 @@ class Games:
 
 
 def tail_of_traceback() -> str:
-    """Of the exception being handled; the end of it, if it is long."""
+    """The traceback of the exception being handled, or its end if it is long."""
     return traceback.format_exc()[-MESSAGE_BYTES:]
 
 
 def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
-    """Parts of at most `MESSAGE_BYTES`, so that each is one write to the pipe: who is stopped
-    between two writes would leave the parent waiting. A larger info loses its large entries, and
-    one that cannot be pickled those that cannot."""
+    """Parts of at most `MESSAGE_BYTES`, each of which is one write to the pipe: a worker that is
+    stopped between two writes would leave the parent waiting. Of an info that is larger, or cannot
+    be pickled, only the small entries are sent."""
     part: list[Info] = []
     size = 0.0
     for row, i, info in infos:
@@ -311,7 +313,7 @@ def picklable(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pickled_bytes(value: Any) -> float:
-    """Infinity for what cannot be pickled, such as a lock or the handle of a simulator."""
+    """Size of the pickle; infinity for what has none, such as a lock or a simulator's handle."""
     try:
         return len(cloudpickle.dumps(value))
     except Exception:  # whatever the class of a user raises
