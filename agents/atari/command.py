@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stop_signals(leave_at_once) as signals:
         try:
             if modes["evaluate"] is not None:
-                # A few images at a time: threads would only wait for each other, beside a training
-                # six times as long.
+                # In one thread: for a few images at a time several would only wait for each other,
+                # which beside a training takes six times as long.
                 with learner_threads(available_cores()):
                     return evaluate(given_path(modes["evaluate"]), flags, modes, screen)
             with prepare(flags, modes) as job:

@@ -26,12 +26,12 @@ from ncrl.yaml_files import read_yaml
 FRAMES_PER_TIMESTEP = 4
 
 EXPLORING_ENVS = 64
-"""About so many games with an intrinsic reward. More than 16 find more; many more than 64 learn
+"""About so many games with an intrinsic reward. More than 16 find more, and many more than 64 learn
 less from the same frames (results/atari.md, results/montezuma.md)."""
 
 EXPLORING_PER_WORKER = 4
-"""Each worker has a multiple of so many. With fewer, most of its time goes into the calls that
-choose actions."""
+"""With an intrinsic reward, games of a worker are a multiple of this. With fewer, most of its time
+goes into the calls that choose actions."""
 
 HARD_GAMES = {
     "montezuma_revenge": "0 to 2 points after 200 million frames",
@@ -40,7 +40,8 @@ HARD_GAMES = {
     "venture": "0 points after 200 million frames",
     "frostbite": "about 300 points (PPO 1,600) after 200 million frames",
 }
-"""What actor-critics without a bonus are known to reach (two of them: results/atari.md)."""
+"""Games whose rewards are rare, and what actor-critics without a bonus are known to reach there
+(results/atari.md has two of them)."""
 
 EXPLORED = {
     "montezuma_revenge": "0 for 2 to 13 million frames; nine runs then took the key in most "
@@ -193,8 +194,8 @@ FIXED_FIELDS = (
     *("num_heads", "num_steps", "num_least_used", "controller_size", "sharpness", "residual"),
     *("residual_gate", "optimizer", "seed", "intrinsic_reward", "bonus_encoder", "logdir"),
 )
-"""What a resumed run cannot change: weights or optimiser would not fit or mean something else,
-random numbers go on where they were, and so does the run in its directory."""
+"""Settings that a resumed run cannot change. With others, weights or optimiser would not fit, or
+mean something else; random numbers and the directory stay those of the run."""
 
 EXPLORING: dict[str, Any] = {
     "frames": 20_000_000,
@@ -204,10 +205,10 @@ EXPLORING: dict[str, Any] = {
     "entropy_floor": 1.0,
     "max_grad_norm": 1000.0,
 }
-"""Defaults of a run with an intrinsic reward, where they differ from `RunConfig`'s. The bonus keeps
-a policy varied by itself; more entropy drives it back to chance. An agent that waits in a safe
-place forgets how games begin, so games end sooner, after the 18,000 frames of Burda et al. 2018.
-While the learning rate falls to 0 scores stay (results/montezuma.md)."""
+"""Defaults of a run with an intrinsic reward, where they differ from `RunConfig`'s. The bonus alone
+keeps a policy varied; more entropy drives it back to chance. An agent that waits in a safe place
+forgets how games begin, so games end sooner, after the 18,000 frames of Burda et al. 2018. Scores
+last while the learning rate falls to 0 (results/montezuma.md)."""
 
 
 def choose_config(
@@ -222,7 +223,7 @@ def choose_config(
             return with_game(with_flags(configure(values, base, str(file)), flags))
 
         config = chosen(RunConfig())
-        if config.intrinsic_reward != "none":
+        if config.intrinsic_reward != "none":  # which brings other defaults
             config = chosen(replace(RunConfig(), **EXPLORING))
         if config.layer == "neurocoder":
             NeurocoderConfig(**head_options(config))  # ValueError if they do not go together
@@ -249,7 +250,7 @@ def stored_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    # A file that says nothing of a bonus means none, and of the gate that there is one.
+    # What settings were before there were flags for them: no bonus, and a gate.
     earlier = replace(RunConfig(), intrinsic_reward="none", residual_gate=True)
     return configure(read_yaml(path), earlier, str(path))
 
@@ -267,9 +268,8 @@ def camel_case(game: str) -> str:
 
 
 def with_game(config: RunConfig) -> RunConfig:
-    """With the game's name in one form, so that `Pong` and `pong` are the same game, with an
-    intrinsic reward chosen by the game, and the gate of heads by that, unless they were asked for;
-    no cluster is None.
+    """Settings that depend on the game, where they are not given: the intrinsic reward, and by that
+    the gate of the residual program. The game's name gets one form, `Pong` for `pong`.
 
     Raises:
         ValueError: without a game, or for one that does not exist.
@@ -283,17 +283,14 @@ def with_game(config: RunConfig) -> RunConfig:
     gate = config.residual_gate
     if gate is None:
         gate = image_heads(explores=bonus != "none")["residual_gate"]
-    cluster = None if config.cluster == "none" else config.cluster
-    return replace(
-        config, env=camel_case(game), intrinsic_reward=bonus, residual_gate=gate, cluster=cluster
-    )
+    return replace(config, env=camel_case(game), intrinsic_reward=bonus, residual_gate=gate)
 
 
 def with_sizes(config: RunConfig) -> RunConfig:
     """Numbers of workers and games, where they are not given; checks them with `batch_size`.
 
-    The games are what a run keeps, and workers share them out equally: where their number does not
-    divide the games, the nearest one that does is taken, with a warning.
+    A run keeps its games, which workers share out equally. A number of workers that does not divide
+    them is replaced by the nearest one that does, with a warning. The cluster `none` becomes None.
 
     Raises:
         ValueError: if `batch_size` does not divide what the games play in a rollout, if games are
@@ -304,6 +301,8 @@ def with_sizes(config: RunConfig) -> RunConfig:
             f"games ({config.games}) and envs_per_worker ({config.envs_per_worker}) both say how "
             "many games there are; leave one out"
         )
+    if config.cluster == "none":
+        config = replace(config, cluster=None)
     asked = config.workers
     if config.cluster is not None and asked != 0:
         cores = worker_cores(config.cluster)  # asked for in any case: there may be no such cluster

@@ -30,7 +30,7 @@ EVALUATION_ENVS = 8
 """Games that are evaluated side by side."""
 
 UNPLAYED = 1_000_000_007
-"""Added to the seed of a run: games that training has not played."""
+"""Added to the seed of a run, for games that training has not played."""
 
 
 def evaluate(path: Path, flags: dict[str, Any], modes: dict[str, Any], screen: Screen) -> int:
@@ -155,7 +155,7 @@ class Decision(NamedTuple):
 
 @torch.no_grad()
 def play(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[Decision]:
-    """Play one whole game, stopping at every decision before its action is taken."""
+    """Play one whole game; yields every decision before its action is taken."""
     policy = model.policy
     policy.set_training_mode(False)
     state, starts = policy.initial_state(1), torch.ones(1, dtype=torch.bool, device=policy.device)
@@ -177,10 +177,10 @@ def play(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[De
 def moments(model: A3C, player: AtariPlayer, *, deterministic: bool) -> Iterator[Moment]:
     """One whole game for a film: each timestep beside what the heads attend to."""
     names = player.factory.action_meanings
+    source = None if model.exploration is None else model.exploration.source
     for seen in play(model, player, deterministic=deterministic):
         categorical = seen.distribution.distribution
         assert isinstance(categorical, torch.distributions.Categorical)
-        source = None if model.exploration is None else model.exploration.source
         yield Moment(
             frame=player.frame(),
             score=player.score,

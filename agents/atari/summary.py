@@ -31,14 +31,14 @@ SCRIPT = Path(ncrl.__file__).resolve().parent.parent / "run_atari.py"
 _started = Path(sys.argv[0]).parts
 _is_ncrl = _started[-1:] == ("ncrl",) or _started[-2:] == ("ncrl", "__main__.py")
 PROGRAM = "ncrl" if _is_ncrl else SCRIPT.name
-"""As what this was started: the command `ncrl`, `python -m ncrl`, or the script of a clone."""
+"""The name that this was started under: `ncrl`, also as `python -m ncrl`, or a clone's script."""
 
 COLUMNS = 79
 """Width of the summary."""
 
 
 def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
-    """What the run will do, for the screen."""
+    """Lines for the screen that say what the run will do."""
     factory = make_factory(config)
     rules = factory.describe()
     heads = {"actor": model.policy.action_net, "critic": model.policy.value_net}

@@ -1,4 +1,4 @@
-"""Training on an Atari game: the model of a configuration, a run from its begin to its end."""
+"""Training on an Atari game: the model of a configuration, and a run from its start to its end."""
 
 from __future__ import annotations
 
@@ -166,8 +166,8 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
         return code
     if not saved:
         return failed(f"the last checkpoint could not be written to {run.path}")
-    # A run that is over needs more frames; they are stored with the next checkpoint, and said again
-    # where nothing was played.
+    # A run that is over needs more frames to go on. Where nothing was played, new frames have to be
+    # given again: settings are stored with the next checkpoint.
     frames = config.frames if model.num_timesteps < total else 2 * config.frames
     more = [] if before < model.num_timesteps < total else ["--frames", str(frames)]
     screen.line(
@@ -180,8 +180,8 @@ def learn(job: Job, screen: Screen, signals: StopSignals) -> int:
 def _play_on(
     model: A3C, config: RunConfig, total: int, callbacks: list[BaseCallback], screen: Screen
 ) -> WorkerError | None:
-    """Train until `total` timesteps. An error of the workers is returned: what was learnt until
-    then is sound."""
+    """Train until `total` timesteps. An error of the workers is returned, not raised: what was
+    learnt before it is sound, and is saved."""
     try:
         model.learn(
             total - model.num_timesteps,

@@ -58,7 +58,7 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
 
 
 def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> int:
-    """Games whose rollouts make one update; the nearest number below that divides all `games`.
+    """Games whose rollouts make one update; their number divides that of all games.
 
     On the CPU 4: they make four times the updates of 16 in 20 % more time (docs/lab_notes.md), and
     larger updates learn less from the same frames (results/atari.md). On a GPU a quarter of all, 4
