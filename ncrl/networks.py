@@ -1,4 +1,4 @@
-"""Encoders of Atari frames, and an LSTM over whole rollouts.
+"""Encoders of Atari frames and of vectors, and an LSTM over whole rollouts.
 
 Shapes: T timesteps, B environments, L LSTM layers, h LSTM width. Rollouts are time-major.
 """
@@ -32,21 +32,27 @@ ENCODERS: dict[str, tuple[Sequence[Sequence[Any]], int]] = {
     # Has the parameter count of the Neurocoder paper (Table 9): 64 maps of 4x4 from 80x80 or 84x84.
     "paper": ([(32, 5, 1, 2), (32, 5, 1, 1), (64, 4, 1, 1), (64, 3, 1, 1)], 0),
 }
-"""Convolutions (maps, kernel, stride) and the width of the linear layer behind them, by name. With
-width 0 there is none, and convolutions (maps, kernel, stride, padding) are followed by pooling."""
+"""Convolutions (maps, kernel, stride) and the width of the linear layer after them, by name. With
+width 0 there is no such layer, and convolutions (maps, kernel, stride, padding) are followed by
+pooling."""
 
 
 def trunk(
     encoder: str, channels: int, width: int | None = None, activation: type[nn.Module] = nn.ReLU
 ) -> list[nn.Module]:
     """The layers of one of `ENCODERS`, its linear layer of another width if one is given."""
-    sizes, usual = ENCODERS[encoder]
+    sizes, usual_width = ENCODERS[encoder]
     layers: list[nn.Module] = []
     for maps, *size in sizes:
-        layers += [nn.Conv2d(channels, maps, *size), *[nn.MaxPool2d(2)] * (not usual), activation()]
+        layers.append(nn.Conv2d(channels, maps, *size))
+        if not usual_width:
+            layers.append(nn.MaxPool2d(2))
+        layers.append(activation())
         channels = maps
     layers.append(nn.Flatten())
-    return [*layers, nn.LazyLinear(width or usual), activation()] if usual else layers
+    if usual_width:
+        layers += [nn.LazyLinear(width or usual_width), activation()]
+    return layers
 
 
 CONTRAST_FLOOR = 1e-4
@@ -186,7 +192,7 @@ def unroll_lstm(
         Outputs [T, B, h] and the state after row T - 1.
     """
     is_static = _is_static.get()
-    # A stack of cells with nothing between or behind them, and nothing that its calls set off.
+    # Plain is a stack of cells with nothing between or after them, and without hooks.
     is_more = lstm.bidirectional or lstm.proj_size or (lstm.dropout and lstm.training)
     is_plain = type(lstm) is nn.LSTM and not (is_more or has_hooks(lstm))
     if is_static and is_plain:

@@ -1,6 +1,6 @@
-"""The best model of a run: weights that are judged by games which began after them.
+"""The best model of a run: weights are judged by games that began after they were learnt.
 
-The mean score of the last games was earned by earlier weights. Where games are long it peaks when
+The mean score of the last games was earned by earlier weights. Where games are long, it peaks when
 the policy has already forgotten how a game begins.
 """
 
@@ -20,14 +20,14 @@ from ncrl.agents.runs.curves import ended_games
 from ncrl.files import read_bytes, write_atomically
 
 GAMES = 40
-"""Whose mean score judges the weights that they began after; two of every environment if those are
-more, since short games end first."""
+"""Games whose mean score judges weights; two of every environment if those are more, since short
+games end first."""
 
 FEWEST_GAMES = 10
 """How many are enough while there is no best model."""
 
 WAITING = 4
-"""How many weights wait to be judged at a time, so that the best are not much older than needed."""
+"""Weights that wait to be judged at a time; with fewer, the best would be older than needed."""
 
 
 class Candidate(NamedTuple):
@@ -42,7 +42,7 @@ class BestModel:
     """Keeps weights in memory until they are judged, and the best of them in `folder`:
     `best_model.zip`, and `best_model.json` with the score that it was kept for.
 
-    In memory are up to five models, each with its optimiser and what it explores with.
+    Up to five models are in memory, each with its optimiser and its exploration.
     """
 
     def __init__(self, folder: Path) -> None:

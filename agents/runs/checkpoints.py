@@ -67,7 +67,7 @@ def save_checkpoint(model: A3C, folder: Path, *, keep: int = 3) -> Checkpoint:
         archive.writestr(STATE, state.getvalue())
     path = folder / f"step_{model.num_timesteps:012d}.zip"
     write_atomically(path, with_checksum(zipped.getvalue()))
-    # Those of more timesteps are damaged: the run went back behind them. They do not count.
+    # The run went back behind checkpoints of more timesteps: they are damaged, and do not count.
     older = sorted(other for other in folder.glob(FILES) if other < path)
     for superfluous in [*folder.glob(".step_*"), *older[: max(0, len(older) + 1 - keep)]]:
         superfluous.unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside the model, with counters that count."""
+    """What a checkpoint holds beside the model; its counters are checked."""
     content = read_bytes(path, MAX_BYTES)
     try:
         # What torch and SB3 save is not compressed: it takes no more memory than the file has.
@@ -150,7 +150,7 @@ def load_weights(model: A3C, path: Path, *, optimizer: bool = True) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """Take over a stored state. Settings stay those that the run has now, but the learning rate."""
+    """Take over a stored state. Of its settings only the learning rate is taken over."""
     check_optimizer_state(optimizer, stored)
     groups = optimizer.state_dict()["param_groups"]
     for group, theirs in zip(groups, stored["param_groups"], strict=True):
@@ -222,7 +222,7 @@ def _restore(model: A3C, state: dict[str, Any]) -> None:
 
 
 def _games_fit(model: A3C, games: dict[str, Any]) -> bool:
-    """Whether as many are played, as long as they were; all others start anew."""
+    """Whether the games of a checkpoint have the model's number and length; others start anew."""
     limit = getattr(model.env_factory, "max_frames", None)
     return games["n_envs"] == model.n_envs and games.get("max_frames", limit) == limit
 

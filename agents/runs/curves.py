@@ -15,26 +15,26 @@ from ncrl.diagnostics import describe
 from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_tensors
 
-DIAGNOSTIC_SAMPLES = 256  # latents of the latest batch on which the heads are described
+DIAGNOSTIC_SAMPLES = 256  # latents of the latest update on which the heads are described
 
 
 def ended_games(infos: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Score and length of the games that ended in a timestep: `r` and `l`, as SB3's Monitor says.
 
-    Some environments say None of games that go on.
+    Some environments report None for games that go on.
     """
     return filter(None, (info.get("episode") for info in infos))
 
 
 def record_means(logger: Logger, scalars: Mapping[str, float]) -> None:
-    """Means over the updates since the last dump, as `train/...`."""
+    """Log means over the updates since the last dump, as `train/...`."""
     for name, value in scalars.items():
         if math.isfinite(value):  # else the mean would tell nothing of the other updates
             logger.record_mean(f"train/{name}", value)
 
 
 def record_lag(logger: Logger, lags: list[int]) -> float:
-    """By how many published versions the weights behind rollouts were too old; returns the mean."""
+    """Log how many published versions old the weights behind rollouts were; returns the mean."""
     mean = sum(lags) / len(lags)
     logger.record_mean("train/policy_lag", mean)
     largest = "train/policy_lag_max"  # since the last dump
@@ -45,7 +45,8 @@ def record_lag(logger: Logger, lags: list[int]) -> float:
 def record_scores(
     logger: Logger, episodes: Iterable[dict[str, Any]], best_score: float, first_frames: int
 ) -> None:
-    """Of the latest whole games, and after how many frames the first had a score; -1 for none."""
+    """Log scores of the latest whole games, and after how many frames a game first had one; -1
+    where none had."""
     rewarded = [episode["r"] > 0 for episode in episodes]
     if rewarded:
         logger.record("rollout/rewarded_share", sum(rewarded) / len(rewarded))
@@ -66,7 +67,7 @@ def coded_heads(policy: EnginePolicy, latent: Latent) -> dict[str, tuple[Neuroco
 
 @torch.no_grad()
 def record_heads(logger: Logger, policy: EnginePolicy, latent: Latent | None) -> None:
-    """What Neurocoder heads attend to in the latest batch, of which `latent` is what they read."""
+    """Log what Neurocoder heads attend to in the latest update, in which they read `latent`."""
     if latent is None:
         return
     latent = map_tensors(lambda x: x.flatten(0, 1)[:DIAGNOSTIC_SAMPLES], latent)

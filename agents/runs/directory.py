@@ -128,7 +128,8 @@ class SaveCheckpoints(BaseCallback):
         return True
 
     def save(self) -> bool:
-        """Write a checkpoint now, between updates; whether it was. Raises if `stop_on_error`."""
+        """Write a checkpoint now, between updates; returns whether that worked. Raises the error
+        instead if `stop_on_error`."""
         self._saved_at = self._compared_at = self.num_timesteps
         if saved := self._guard(self._save_all):
             self._guard(self.best.compare)

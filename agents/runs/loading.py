@@ -1,8 +1,9 @@
-"""Reading a model as SB3 saves it, without running code from the file.
+"""Writing and reading a model as SB3 saves it, without running code from the file.
 
 SB3 pickles what is no JSON (spaces, classes, schedules), and a pickle can do anything when it is
-read. `A3C.save` describes the same values as JSON, `ncrl.json`, which SB3 passes over. Loading
-hands them to SB3's own loader in the place of the pickles, which are never opened.
+read. So `write_model` describes the same values as JSON, in the member `ncrl.json`, which SB3
+ignores. `load_model` hands them to SB3's own loader in place of the pickles, which are never
+opened.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DERIVED = "lr_schedule"  # an attribute that `_setup_model` makes of others
 CLASSES = (SharedRMSProp, Limits)  # that a model refers to, besides those of `ncrl.sb3.plain`
 
 NEVER_SAVED = ("env", "env_factory", "policy", "policy_aliases", "_logger")
-"""Names that a checkpoint cannot give a meaning to: an id of an environment imports modules."""
+"""Attributes that no file may set: an id of an environment, for one, would import modules."""
 
 OF_A3C = "correction"  # a field that every saved A3C has, and no other algorithm
 OTHERS = {
@@ -113,8 +114,11 @@ def load_model(
     trust: bool,
     known: Iterable[type],
 ) -> SelfAlgorithm:
-    """What `kind.load` does, whose arguments these are; `sb3_load` is the one it has inherited, and
-    `options` are its further arguments, and attributes to set in place of the saved ones."""
+    """What `kind.load` does with its arguments.
+
+    `sb3_load` is the method of that name that `kind` inherits from SB3; `options` are further
+    arguments of it, among them attributes to set in place of the saved ones.
+    """
     is_object = env is not None and not is_factory(env)
     if is_object:
         check_object(env)
@@ -213,7 +217,7 @@ def _check_values(
     given: Mapping[str, Any],
     limit: int,
 ) -> None:
-    """Raise an error for tensors and sizes that do no good, before any memory is asked for."""
+    """Raise an error for tensors and sizes that do not fit, before any memory is asked for."""
     present = set(TENSORS) & set(archive.namelist())
     tensors = {name: read_member(archive, name, limit) for name in present}
     if tensors.get("pytorch_variables.pth"):
@@ -251,7 +255,7 @@ def _check_policy(
 
 @contextmanager
 def _at_most_weights(most: int) -> Iterator[None]:
-    """ValueError for more weights: a number of layers could keep a constructor busy for hours."""
+    """ValueError once more weights are made inside: a file could ask for layers without end."""
     count = 0
 
     def one_more(*_arguments: object) -> None:

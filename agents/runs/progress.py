@@ -18,7 +18,7 @@ BAR_SECONDS = 0.5  # between redraws of the bar
 class Progress(BaseCallback):
     """Frames played and to play, frames per second, mean raw score and time left.
 
-    Speed and time left are measured from the end of the first rollout, as nobody starts twice.
+    Speed and time left are measured from the end of the first rollout: starting takes time once.
     `total_frames` is the number of emulator frames at which the run ends.
     """
 

@@ -1,1 +1,1 @@
-"""What surrounds a run, whatever is run: files, safe reading, signals, the screen."""
+"""What surrounds a run, whatever is run: hardware, signals, lock, screen, curves, safe reading."""

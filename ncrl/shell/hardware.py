@@ -38,7 +38,7 @@ def hardware(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """Of this machine."""
+    """Name of this machine's processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -47,12 +47,12 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what numbers depend on."""
+    """Versions of Python and torch, on which numbers depend."""
     return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of torch, on the CPU and a device; `set_random_state` takes it."""
+    """State of torch's random streams, on the CPU and a device, for `set_random_state`."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
