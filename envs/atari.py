@@ -288,7 +288,7 @@ class AtariVecEnv(VecEnv):
         """Observations, rewards, dones and infos of the step that `step_async` began."""
         if not self._stepping:  # ale-py would wait for ever
             raise RuntimeError("no step is under way: call step_async first")
-        # Before, not behind: Ctrl-C is raised when `recv` returns, and its result is taken by then.
+        # Set before `recv`: Ctrl-C is raised when that returns, and its result is taken by then.
         self._stepping = False
         observations, rewards, terminated, truncated, info = self._games.recv()
         self._scores += rewards

@@ -88,7 +88,7 @@ def atari_arguments(command: str, words: Sequence[str]) -> list[str]:
     if command == "evaluate":
         return ["--evaluate", run, *rest]
     film = f"{Path(run).resolve().name}.mp4"
-    for i, word in enumerate(rest):  # it may stand behind flags
+    for i, word in enumerate(rest):  # it may come after flags
         is_film = i == 0 or (Path(word).suffix != "" and rest[i - 1] != "--video")
         if is_film and not word.startswith("-"):
             film = rest.pop(i)

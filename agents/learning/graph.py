@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 WARM_UPS = 3
 """Updates before the capture, in which libraries choose their kernels and allocate what they keep.
-Their gradients are made not finite, so that they change nothing."""
+Their gradients are made not finite, so that the updates change nothing."""
 
 MAX_CAPTURES = 8
-"""Captures of one model, after which a graph is not worth it: its settings change all the time."""
+"""After so many captures of one model a graph is not worth it: its settings change all the time."""
 
 
 class _Captured(NamedTuple):
@@ -61,10 +61,10 @@ class GraphedUpdates:
     def update(
         self, policy: EnginePolicy, lesson: Lesson, objective: Objective, max_grad_norm: float
     ) -> Update | None:
-        """`update_on_device` with the policy's own optimiser; None where it has to be made eagerly.
+        """An update by `update_on_device`; None where it has to be made without a graph.
 
-        The next call overwrites `latent`. The first call with a batch of another shape, or with
-        other settings or memory of the weights, captures the update anew.
+        The next call overwrites `Update.latent`. The first call with a rollout of another shape, or
+        with other settings or memory of the weights, captures the update anew.
         """
         key = _what_is_fixed(policy, lesson, objective, max_grad_norm)
         if self._captured is None or self._captured.key != key:

@@ -28,6 +28,9 @@ from ncrl.optimizer_state import check_optimizer_state
 CLIP = 5.0
 """Limit on standardised observations (Burda et al. 2018)."""
 
+VARIANCE_FLOOR, COVARIANCE_WEIGHT = 1e-4, 1 / 25
+"""Of `vicreg_loss`: what is added to variances before their roots, and a weight."""
+
 ENCODERS = ("a3c", "nature")
 """Those of `ncrl.networks.ENCODERS` that RND and SND can have: they end in a linear layer."""
 
@@ -240,19 +243,17 @@ class SND(RND):
     trains_target = True
 
 
-def vicreg_loss(
-    features: Tensor, others: Tensor, *, covariance_weight: float = 1 / 25, floor: float = 1e-4
-) -> Tensor:
+def vicreg_loss(features: Tensor, others: Tensor) -> Tensor:
     """Variance, invariance and covariance of pairs of features [N, D] (Bardes et al. 2022), with
-    the weights of SND-VIC: invariance 1, variance 1, covariance 1/25."""
+    the weights of SND-VIC: variance 1, invariance 1, covariance `COVARIANCE_WEIGHT`."""
     total = F.mse_loss(features, others)
     for each in (features, others):
         centred = each - each.mean(0)
-        deviation = (centred.square().sum(0) / max(1, len(each) - 1) + floor).sqrt()
+        deviation = (centred.square().sum(0) / max(1, len(each) - 1) + VARIANCE_FLOOR).sqrt()
         covariance = centred.T @ centred / max(1, len(each) - 1)
         off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
         total = total + F.relu(1 - deviation).mean()
-        total = total + covariance_weight * off_diagonal / each.shape[1]
+        total = total + COVARIANCE_WEIGHT * off_diagonal / each.shape[1]
     return total
 
 

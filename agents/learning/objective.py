@@ -89,7 +89,7 @@ class Loss(NamedTuple):
     """What is worth a curve, by its name: the terms of the total, and how good the values are."""
     evaluation: RolloutEvaluation
     kept_state: LstmState | None
-    """Behind the windows of kept demonstrations, [L, K, h] twice, without gradient."""
+    """LSTM state after the windows of kept demonstrations, [L, K, h] twice, without gradient."""
 
 
 def actor_critic_loss(
@@ -203,7 +203,7 @@ def _returns(
     rollout: Rollout, evaluation: RolloutEvaluation, objective: Objective
 ) -> losses.Returns:
     rewards = rewards_in_loss(rollout.rewards, objective)
-    # Behind a time limit the return goes on with the value of what was cut off.
+    # After a time limit the return goes on with the value of what was cut off.
     rewards = rewards + objective.gamma * rollout.truncation_value
     goes_on = (~rollout.episode_start[1:]).to(rewards, non_blocking=True)  # it may lie on the host
     discounts = objective.gamma * goes_on

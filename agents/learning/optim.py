@@ -30,9 +30,9 @@ class SharedRMSProp(torch.optim.Optimizer):
         lr: learning rate; may be a scalar tensor.
         alpha: decay of m.
         eps: epsilon.
-        initial_average: m at the start. 1, as in TensorFlow's RMSProp, warms the step size up over
-            the first few hundred updates; from 0 the first steps are ten times the learning rate,
-            which a small epsilon does not soften and which can ruin a network for good.
+        initial_average: m at the start. 1, as in TensorFlow's RMSProp, lets steps grow over the
+            first few hundred updates. From 0 the first steps are ten times the learning rate, which
+            a small epsilon does not soften, and which can ruin a network for good.
 
     Raises:
         ValueError: for values out of range.
@@ -108,13 +108,13 @@ def can_scale(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def scaled_step(optimizer: torch.optim.Optimizer, scale: Tensor, found_inf: Tensor) -> None:
-    """One step along the gradients divided by `scale`, in the way of torch's `GradScaler`.
+    """One step along the gradients divided by `scale`, by the means of torch's `GradScaler`.
 
     Args:
         optimizer: one that `can_scale`.
         scale: a scalar on the weights' device.
-        found_inf: likewise; where it is 1, weights and state of the optimiser stay as they are, and
-            the host need not know.
+        found_inf: likewise; if it is 1, weights and state of the optimiser stay as they are,
+            without the host knowing.
     """
     fused: Any = optimizer
     fused.grad_scale, fused.found_inf = scale, found_inf

@@ -30,7 +30,7 @@ class Update(NamedTuple):
     """What actor and critic read, [T + 1, B, ...]."""
 
     kept_state: LstmState | None
-    """As of `Loss`."""
+    """As in `Loss`."""
 
 
 def apply_gradient(
@@ -52,7 +52,7 @@ def apply_gradient(
 
 
 class Measured(NamedTuple):
-    """What an update was made of, not waited for yet."""
+    """What an update was made of, on the device: nothing has been waited for yet."""
 
     scalars: dict[str, Tensor]
     latent: Latent
@@ -68,7 +68,7 @@ class Measured(NamedTuple):
 
 
 def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of scalars on a device, waited for once."""
+    """The values of scalars on a device, with one wait for all of them."""
     values = [value.float() for value in scalars.values()]
     return dict(zip(scalars, torch.stack(values).tolist() if values else [], strict=True))
 
@@ -96,7 +96,7 @@ def update_on_device(
 
 
 def _backward(policy: EnginePolicy, loss: Loss) -> Tensor:
-    """Give every parameter its gradient; their norm, a scalar."""
+    """Give every parameter its gradient; returns the norm of all of them, a scalar."""
     policy.optimizer.zero_grad(set_to_none=True)
     loss.total.backward()
     return torch.nn.utils.get_total_norm(
@@ -110,6 +110,6 @@ def _measured(loss: Loss, norm: Tensor) -> Measured:
 
 
 def _excess(norm: Tensor, limit: float) -> Tensor:
-    """By what a gradient of this norm is divided to keep the limit; as in torch's
-    `clip_grad_norm_`, but where there is nothing to limit exactly 1."""
+    """What a gradient of this norm is divided by to keep the limit. As in torch's
+    `clip_grad_norm_`, but exactly 1 where there is nothing to limit."""
     return ((norm + 1e-6) / limit).clamp(min=1) if limit else torch.full_like(norm, math.inf)

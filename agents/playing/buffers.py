@@ -27,7 +27,7 @@ class Rollout(NamedTuple):
     actions: Tensor  # [T, E, ...]
     log_prob: Tensor  # [T, E] of the action, under the weights that chose it
     rewards: Tensor  # [T, E] raw
-    truncation_value: Tensor  # [T, E] of the observation behind a time limit, 0 where none was
+    truncation_value: Tensor  # [T, E] of the observation at which a time limit cut off, else 0
     lstm_h: Tensor  # [L, E, h] hidden state before row 0
     lstm_c: Tensor  # [L, E, h] cell state before row 0
 

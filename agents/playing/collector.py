@@ -137,7 +137,7 @@ class Collector:
         return Outcome(t, actions, new_obs, rewards, dones, infos, obs, log_prob, for_env, values)
 
     def _value_after(self, terminal_observation: Any, i: int) -> Tensor:
-        """Value of the observation environment i was cut off at (SB3 issue 633)."""
+        """Value of the observation at which environment i was cut off (SB3 issue 633)."""
         typed = _in_type_of(self.policy.observation_space, terminal_observation)
         obs, _ = self.policy.obs_to_tensor(typed)  # [1, ...]
         h, c = self.lstm_state

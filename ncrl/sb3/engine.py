@@ -36,7 +36,7 @@ SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBina
 """Spaces of actions, of observations, and of entries of Dict observations."""
 
 SMALLEST_IMAGE = 36
-"""Height and width below which nothing is left of an image behind NatureCNN's convolutions."""
+"""Height and width below which NatureCNN's convolutions leave nothing of an image."""
 
 READS: dict[type[BaseFeaturesExtractor], str] = {
     NatureCNN: "images (uint8, 0 to 255, three axes)",
@@ -72,23 +72,23 @@ class RolloutEvaluation(NamedTuple):
     log_prob: Tensor  # of the actions taken, [T, B]
     entropy: Tensor  # of the policy, [T, B]
     latent: Latent  # [T + 1, B, ...]
-    lstm_state: LstmState  # behind row T, [L, B, h] twice
+    lstm_state: LstmState  # after row T, [L, B, h] twice
 
     def narrow(self, first: int, length: int) -> RolloutEvaluation:
-        """That of some of the environments."""
+        """The evaluation of `length` of the environments, from number `first` on."""
         return map_tensors(lambda x: x[:, first : first + length], self)
 
 
 class EnginePolicy(ActorCriticPolicy):
-    """An SB3 policy that A3C can play and train: to be named before the policy it is mixed into.
+    """An SB3 policy that A3C can play and train. As a mixin it is named before SB3's policy.
 
-    As it stands it has no memory. A policy with memory says what its state looks like in
-    `state_shape`, and carries it in `unroll`. States are pairs of [L, B, h]; Dict observations are
-    dicts of tensors of the shapes that are given for `obs`.
+    It has no memory itself. A policy with memory gives the shape of its state in `state_shape`, and
+    carries the state in `unroll`. States are pairs of [L, B, h]; Dict observations are dicts of
+    tensors of the shapes that are given for `obs`.
     """
 
     value_net_int: nn.Module
-    """Head for the value of the intrinsic reward, where there is one; workers have none."""
+    """Head for the value of the intrinsic reward, if there is one; workers never have it."""
 
     @property
     def state_shape(self) -> tuple[int, int]:
@@ -140,11 +140,11 @@ class EnginePolicy(ActorCriticPolicy):
         return map_tensors(lambda x: x[0], latent), lstm_state
 
     def distribution(self, latent: Latent) -> Distribution:
-        """The policy behind latents [B, ...]."""
+        """The distribution of actions for latents [B, ...]."""
         return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent.actor))
 
     def values(self, latent: Latent) -> Tensor:
-        """Values [..., 1] behind latents [..., width]."""
+        """Values [..., 1] for latents [..., width]."""
         values: Tensor = self.value_net(self.mlp_extractor.forward_critic(latent.critic))
         return values
 

@@ -123,7 +123,7 @@ class LstmPolicy(EnginePolicy, ChosenHeads, RecurrentActorCriticPolicy):
 
     @property
     def state_shape(self) -> tuple[int, int]:
-        """(L, h) of the state; the critic's LSTM, if it has one, is kept behind the actor's."""
+        """(L, h) of the state; layers of the critic's own LSTM, if it has one, come last."""
         layers, _, width = self.lstm_hidden_state_shape
         return (layers if self.lstm_critic is None else 2 * layers), width
 
