@@ -37,7 +37,7 @@ class AtariPlayer:
         self.score = 0
         """Sum of the raw rewards of the game so far."""
         self.timesteps = 0
-        """Of the game so far."""
+        """Number of timesteps of the game so far."""
 
     def reset(self) -> np.ndarray:
         """Starts a game as the protocol wants it and returns its first observation."""

@@ -75,7 +75,7 @@ class OpenAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`; `is_causal` is a hint about `attn_mask`, and needs one."""
+        """Like `nn.MultiheadAttention`; `is_causal` is a hint about `attn_mask`, and needs one."""
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True says what attn_mask is like, got no attn_mask")
         batched = query.dim() == 3

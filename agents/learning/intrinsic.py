@@ -29,7 +29,7 @@ CLIP = 5.0
 """Limit on standardised observations (Burda et al. 2018)."""
 
 VARIANCE_FLOOR, COVARIANCE_WEIGHT = 1e-4, 1 / 25
-"""Of `vicreg_loss`: what is added to variances before their roots, and a weight."""
+"""What `vicreg_loss` adds to variances before their roots, and its weight of covariances."""
 
 ENCODERS = ("a3c", "nature")
 """Those of `ncrl.networks.ENCODERS` that RND and SND can have: they end in a linear layer."""

@@ -24,13 +24,13 @@ class Update(NamedTuple):
     """Whether there was a step: none is made along a gradient that is not finite."""
 
     scalars: dict[str, float]
-    """Those of the loss, and `grad_norm` before its limit."""
+    """The loss's scalars, and `grad_norm`, the gradient's norm before its limit."""
 
     latent: Latent
     """What actor and critic read, [T + 1, B, ...]."""
 
     kept_state: LstmState | None
-    """As in `Loss`."""
+    """The same as in `Loss`."""
 
 
 def apply_gradient(

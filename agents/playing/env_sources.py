@@ -60,7 +60,7 @@ class RegisteredFactory:
         return make_vec_env(self._make, n_envs, seed=seed)
 
     def _make(self) -> gymnasium.Env[Any, Any]:
-        """As `make_vec_env` does with an id: for pictures, where the environment draws them."""
+        """One environment, made as `make_vec_env` makes one of an id: with pictures if it can."""
         try:
             env = gymnasium.make(self.spec, render_mode="rgb_array")
         except TypeError:
@@ -97,7 +97,7 @@ def as_factory(env: str | EnvFactory) -> EnvFactory:
 
 
 def is_factory(env: object) -> bool:
-    """Whether `env` is an id or a factory, not an environment that exists already."""
+    """Whether `env` is an id or a factory, and no environment that exists already."""
     is_object = isinstance(env, (VecEnv, gymnasium.Env, type))
     return isinstance(env, str) or (callable(env) and not is_object)
 
@@ -143,10 +143,11 @@ def _forwarded(name: str) -> Any:
 class RemoteEnvs(VecEnv):
     """The workers' environments as SB3 and its callbacks see them: spaces and number.
 
-    Those that train live in the worker processes. Whoever resets, steps or asks this object gets
-    environments of the same kind, built in this process when they are first needed. Spaces are read
-    off one environment, built for that and closed again. ValueError for a factory of `VecNormalize`
-    (every worker would gather statistics, nobody would save them) or of `SubprocVecEnv`.
+    The environments that train live in the worker processes. Whoever resets, steps or asks this
+    object gets others of the same kind, built in this process when they are first needed. Spaces
+    are those of one environment that is built and closed again. ValueError for a factory of
+    `VecNormalize` (every worker would gather statistics, nobody would save them) or of
+    `SubprocVecEnv`.
     """
 
     def __init__(self, factory: EnvFactory, n_envs: int) -> None:
@@ -190,7 +191,7 @@ class RemoteEnvs(VecEnv):
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """A reset inside the block does nothing: SB3 asks for it, but workers reset theirs."""
+        """A reset inside the block does nothing: SB3 asks for one, but workers do their own."""
         self._is_resting = True
         try:
             yield
@@ -201,7 +202,7 @@ class RemoteEnvs(VecEnv):
         return None if self._is_resting else self.envs.reset()
 
     def close(self) -> None:
-        """The workers' own end with `learn`."""
+        """Close the environments of this process; those of workers end with `learn`."""
         if self._envs is not None:
             self._envs.close()
 
@@ -219,11 +220,11 @@ class RecordedEnv(VecEnvWrapper):
     """Remembers seeds, resets and actions, so that a fresh copy can be brought to the same state.
 
     Most environments cannot be cloned, but ours play the same game again from the same seed and
-    actions. Costs memory (a byte for one of few discrete actions) and time to replay.
+    actions. This costs memory (one byte for one of few discrete actions) and time to replay.
 
     Args:
-        venv: was never reset.
-        seed: that it was built with.
+        venv: the environments, which were never reset.
+        seed: the seed that they were built with.
     """
 
     def __init__(self, venv: VecEnv, seed: int) -> None:
@@ -232,9 +233,9 @@ class RecordedEnv(VecEnvWrapper):
         few = isinstance(space, spaces.Discrete) and space.n <= 256  # they count from 0
         self._dtype = np.dtype(np.uint8 if few else space.dtype)
         self._seed: int | None = seed
-        """Set since the last reset."""
+        """The seed that was set after the last reset, if any."""
         self._episodes: list[tuple[int | None, bytearray]] = []
-        """For each reset the seed set before it, and the actions since."""
+        """For each reset: the seed that was set before it, and the actions after it."""
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         self._seed = fresh_seed() if seed is None else seed
@@ -254,7 +255,7 @@ class RecordedEnv(VecEnvWrapper):
         return self.venv.step_wait()
 
     def history(self) -> list[tuple[int | None, np.ndarray]]:
-        """For each reset the seed set before it, None for none, and the actions since,
+        """For each reset: the seed that was set before it, or None, and the actions after it,
         [N, n_envs, ...]."""
         shape = (-1, self.num_envs, *(self.action_space.shape or ()))
         return [

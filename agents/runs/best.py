@@ -85,7 +85,7 @@ class BestModel:
             self._candidates.append(Candidate(model_bytes(model), now, []))
 
     def best_score(self) -> float:
-        """Of the best model so far, also before the run was resumed; -inf if there is none."""
+        """Score of the best model so far, also from before a resume; -inf if there is none."""
         try:
             score = float(json.loads(read_bytes(self.note))["score"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

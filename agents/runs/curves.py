@@ -56,7 +56,7 @@ def record_scores(
 
 
 def coded_heads(policy: EnginePolicy, latent: Latent) -> dict[str, tuple[NeurocoderLinear, Tensor]]:
-    """Which of `actor` and `critic` have a Neurocoder head, and what it reads of a latent."""
+    """The Neurocoder heads among `actor` and `critic`, each with what it reads of a latent."""
     extractor = policy.mlp_extractor
     heads = {
         "actor": (policy.action_net, extractor.forward_actor(latent.actor)),

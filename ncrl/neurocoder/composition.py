@@ -75,7 +75,7 @@ class CompositionNetwork(Composition):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch initialises an LSTM and a Linear, with the gates half open."""
+        """Initialise as torch does an LSTM and a Linear, with the gates half open."""
         (self.linear if self.config.controller == "linear" else self.lstm).reset_parameters()
         self.head.reset_parameters()
         with torch.no_grad():
@@ -161,7 +161,7 @@ class ProjectionNetwork(Composition):
         nn.init.zeros_(self.center)
 
     def queries(self, x: Tensor) -> Tensor:
-        """Of inputs [B, in]: [B, H, K]."""
+        """Queries of inputs [B, in]: [B, H, K]."""
         queries = F.linear(x - self.center, self.projection)
         return queries.view(x.shape[0], self.config.num_heads, self.config.key_dim)
 

@@ -88,7 +88,7 @@ class IntegrationNetwork(Integration):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch initialises a Linear (the matrices are stored transposed)."""
+        """Initialise as torch does a Linear (the matrices are stored transposed)."""
         for matrix in self._factors():
             bound = 1 / math.sqrt(matrix.shape[0])
             nn.init.uniform_(matrix, -bound, bound)

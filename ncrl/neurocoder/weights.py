@@ -24,7 +24,7 @@ class LinearWeights(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As `nn.Linear` does, with the same random numbers."""
+        """Initialise as `nn.Linear` does, with the same random numbers."""
         reset_linear(self.weight, self.bias)
 
 
@@ -39,7 +39,7 @@ class LstmWeights(nn.Module):
         self.bias_hh = nn.Parameter(torch.empty(4 * width))
 
     def reset_parameters(self) -> None:
-        """As `nn.LSTMCell` does, with the same random numbers."""
+        """Initialise as `nn.LSTMCell` does, with the same random numbers."""
         bound = 1 / math.sqrt(self.weight_hh.shape[1])
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)

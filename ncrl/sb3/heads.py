@@ -18,15 +18,17 @@ from ncrl.sb3.regularise import check_coefficient
 class ChosenHeads(ActorCriticPolicy):
     """Mixin: the last layer of actor and critic comes from `ncrl.layers.LAYERS`.
 
-    The residual program of a Neurocoder layer without gate starts as the layer of SB3 that it
-    replaces: begun as torch begins a layer, Pong is learnt late with some seeds (results/atari.md).
+    The residual program of a Neurocoder layer without gate starts from the weights of the SB3 layer
+    that it replaces. Started as torch does a layer, it learns Pong late with some seeds
+    (results/atari.md).
 
     Args:
         head: name of the output layers; the class attribute `head` if None.
         head_kwargs: options of the output layers, such as `num_slots`.
         orth_coef: weight of the orthogonality loss of Neurocoder heads (paper: a) in what A2C, PPO
-            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. They clip the gradient at 0.5, so
-            that 0.1 slows A2C down. `ncrl.agents.A3C` has an argument of that name instead.
+            and RecurrentPPO minimise; see `ncrl.sb3.regularise`. They clip the gradient's norm at
+            0.5, so that a weight of 0.1 slows A2C down. `ncrl.agents.A3C` has an argument of that
+            name instead.
         balance_coef: likewise, weight of the balance loss of mixtures of experts.
         int_value: add a head for the value of an intrinsic reward, as `ncrl.agents.A3C` does.
         args, kwargs: arguments of the policy that this is mixed into.

@@ -114,7 +114,7 @@ class _Step(nn.Module):
         return tuple(tensor.to(self.policy.device) for tensor in found)
 
     def free_axes(self) -> tuple[dict[int, Any], ...]:
-        """Which axis of each input is that of the environments."""
+        """The axis of the environments in each input."""
         batch = torch.export.Dim("batch")
         axes = [0] * len(self.parts) + [1, 1, 0] * self.is_recurrent
         return tuple({axis: batch} for axis in axes)

@@ -32,8 +32,8 @@ Evaluation = tuple[Tensor, Tensor, "Tensor | None"]
 def regularised(evaluate_actions: Callable[..., Evaluation]) -> Callable[..., Evaluation]:
     """Decorator of the `evaluate_actions` of an `EnginePolicy` with `ChosenHeads`.
 
-    What SB3's algorithms train on goes through there. So this adds the gradient of the losses, and
-    shows the observations to the encoders (`EnginePolicy.watch`).
+    Everything that SB3's algorithms train on goes through that method. So this adds the gradient of
+    the losses there, and shows the observations to the encoders (`EnginePolicy.watch`).
     """
 
     @wraps(evaluate_actions)
@@ -64,7 +64,7 @@ def regularisation_loss(
 
 
 def with_gradient_of(loss: Tensor | None, x: Tensor) -> Tensor:
-    """x, unchanged; a gradient that flows back through it sets that of `loss` free as well."""
+    """x, unchanged; where a gradient flows back through it, that of `loss` is added."""
     if loss is None or not torch.is_grad_enabled():
         return x
     carried: Tensor = _WithGradientOf.apply(x, loss)  # type: ignore[no-untyped-call]

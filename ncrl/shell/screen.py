@@ -53,14 +53,14 @@ class Screen:
         """Nothing is held back."""
 
     def fileno(self) -> int:
-        """Of the stream: what tqdm asks for the width of the terminal."""
+        """The stream's; tqdm asks it for the width of the terminal."""
         if self.stream is None:
             raise OSError("no stream")
         return self.stream.fileno()
 
     @property
     def encoding(self) -> str | None:
-        """Of the stream; what tqdm chooses its blocks by."""
+        """The stream's; tqdm chooses the blocks of its bar by it."""
         return getattr(self.stream, "encoding", None)
 
     def line_from_signal(self, text: str) -> None:
