@@ -64,9 +64,9 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
             f"bonus      {config.intrinsic_reward}, weight {config.int_coef:g} beside "
             f"{config.ext_coef:g} of the game's rewards, after {config.bonus_warmup:,} timesteps"
         )
-    if config.cluster is None:
-        asked_for_none = replace(config, workers=None, games=None, batch_size=None)
-        if config == with_sizes(replace(asked_for_none, n_steps=RunConfig.n_steps)):
+    if config.cluster is None:  # sizes that nobody asked for are told with their reason
+        unasked = replace(config, workers=None, games=None, batch_size=None)
+        if config == with_sizes(replace(unasked, n_steps=RunConfig.n_steps)):
             lines.insert(
                 3,
                 f"chosen     {model.envs_per_update * config.n_steps} timesteps per update and "

@@ -92,8 +92,8 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
         ValueError: on a machine that is too small for it, and for impossible arguments.
     """
     rate = config.learning_rate
-    same = {name for name in signature(A3C).parameters if hasattr(config, name)}
-    arguments: dict[str, Any] = {name: getattr(config, name) for name in same} | {
+    shared = {name for name in signature(A3C).parameters if hasattr(config, name)}
+    arguments: dict[str, Any] = {name: getattr(config, name) for name in shared} | {
         "env": make_factory(config),
         "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
         "use_rms_prop": config.optimizer == "rmsprop",

@@ -77,14 +77,15 @@ def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstratio
     first timesteps for that. If there are too few for one window, timesteps before or after them
     fill it up, which teach nothing: their returns are not positive.
     """
-    rewards, actions = (
-        torch.cat([getattr(rollout, name)[:, 0] for rollout in rollouts])
-        for name in ("rewards", "actions")
-    )
-    obs, starts = (
-        torch.cat([*(rows[:-1, 0] for rows in parts), parts[-1][-1:, 0]])
-        for parts in ([getattr(r, name) for r in rollouts] for name in ("obs", "episode_start"))
-    )
+    rewards = torch.cat([rollout.rewards[:, 0] for rollout in rollouts])
+    actions = torch.cat([rollout.actions[:, 0] for rollout in rollouts])
+
+    def joined(name: str) -> Tensor:
+        """T + 1 rows of every rollout, of which the last one is the first of the next rollout."""
+        parts = [getattr(rollout, name)[:, 0] for rollout in rollouts]
+        return torch.cat([*(rows[:-1] for rows in parts), parts[-1][-1:]])
+
+    obs, starts = joined("obs"), joined("episode_start")
     returns = returns_to_end(rewards, starts[1:], gamma)
     width = len(rollouts[0].rewards) + 1
     led = (returns > 0).nonzero().flatten()

@@ -103,8 +103,9 @@ class WorkersPlayer:
         with self.stopwatch.phase("copy"):
             batch = self.stage.gather([delivery.rollout for delivery in deliveries])
             played = self.stage.host
-            names = ("actions", "rewards", "episode_start", "log_prob")
-            actions, rewards, starts, log_probs = (getattr(played, n).clone() for n in names)
+            # Callbacks may keep them, and the next batch is gathered into the same memory.
+            actions, rewards = played.actions.clone(), played.rewards.clone()
+            starts, log_probs = played.episode_start.clone(), played.log_prob.clone()
             for_env = actions_for_env(self.policy, actions)
         with self.stopwatch.phase("wait"):
             self.pool.release(deliveries)

@@ -38,14 +38,14 @@ SUPPORTED = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBina
 SMALLEST_IMAGE = 36
 """Height and width below which NatureCNN's convolutions leave nothing of an image."""
 
-READS: dict[type[BaseFeaturesExtractor], str] = {
-    NatureCNN: "images (uint8, 0 to 255, three axes)",
-    AtariEncoder: "images (channels, height, width)",
-    CombinedExtractor: "Dict observations",
-    FlattenExtractor: "vectors",
-    VectorEncoder: "vectors",
+READS: dict[type[BaseFeaturesExtractor], tuple[str, str]] = {
+    NatureCNN: ("Cnn", "images (uint8, 0 to 255, three axes)"),
+    AtariEncoder: ("Cnn", "images (channels, height, width)"),
+    CombinedExtractor: ("MultiInput", "Dict observations"),
+    FlattenExtractor: ("Mlp", "vectors"),
+    VectorEncoder: ("Mlp", "vectors"),
 }
-"""What features extractors can read."""
+"""The part of a policy's name that features extractors belong to, and what they can read."""
 
 
 class Latent(NamedTuple):
@@ -328,17 +328,17 @@ def _fault_of_space(space: Any, is_action: bool) -> str | None:
 def check_extractor(policy: ActorCriticPolicy) -> None:
     """Raise ValueError, naming the policy to use, for what its extractor cannot read."""
     kind, space = policy.features_extractor_class, policy.observation_space
-    needed = READS.get(kind)
-    if needed is None:
+    if kind not in READS:
         return
+    family, needed = READS[kind]
     if kind is AtariEncoder:
         is_image = isinstance(space, spaces.Box) and len(space.shape) == 3
     else:
         normalized = policy.features_extractor_kwargs.get("normalized_image", False)
         is_image = is_image_space(space, check_channels=False, normalized_image=normalized)
     is_dict = isinstance(space, spaces.Dict)
-    fits = {"images": is_image, "Dict": is_dict, "vectors": not is_dict}
-    if not fits[needed.split()[0]]:
+    # Images can be read as vectors too.
+    if not {"Cnn": is_image, "MultiInput": is_dict, "Mlp": not is_dict}[family]:
         name = type(policy).__name__
         other = "MultiInput" if is_dict else "Cnn" if is_image else "Mlp"
         other = re.sub("MultiInput|Cnn|Mlp", other, name)

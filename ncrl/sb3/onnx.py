@@ -78,10 +78,11 @@ class _Step(nn.Module):
                 f"the entry {min(taken)!r} of the observation has the name of an input of the "
                 f"state, one of {', '.join(STATE)}; give it another name"
             )
-        self.inputs = [*self.parts, *list(STATE) * self.is_recurrent]
+        self.inputs = [*self.parts, *(STATE if self.is_recurrent else ())]
         is_box = isinstance(policy.action_space, spaces.Box)
         self.outputs = ["mean", "log_std", "values"] if is_box else ["logits", "values"]
-        self.outputs += ["next_h", "next_c"] * self.is_recurrent
+        if self.is_recurrent:
+            self.outputs += ["next_h", "next_c"]
 
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
         policy = self.policy
@@ -116,5 +117,5 @@ class _Step(nn.Module):
     def free_axes(self) -> tuple[dict[int, Any], ...]:
         """The axis of the environments in each input."""
         batch = torch.export.Dim("batch")
-        axes = [0] * len(self.parts) + [1, 1, 0] * self.is_recurrent
+        axes = [0] * len(self.parts) + ([1, 1, 0] if self.is_recurrent else [])
         return tuple({axis: batch} for axis in axes)
