@@ -110,7 +110,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             return self.batch_size // self.n_steps
         if self._small_updates:
             has_gpu, explores = self.device.type == "cuda", self.exploration is not None
-            return sizes.games_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
+            return sizes.envs_per_update(self.n_envs, has_gpu=has_gpu, explores=explores)
         return self.n_envs
 
     @property

@@ -42,7 +42,7 @@ class Defaults(NamedTuple):
     use_rms_prop: bool
     """False means Adam."""
     small_updates: bool
-    """Whether an update is made of a few games (`games_per_update`), not of all environments."""
+    """Whether an update is made of a few environments (`sizes.envs_per_update`), not of all."""
 
 
 FEW = Defaults(5, 1e-2, 1.0, use_rms_prop=True, small_updates=False)

@@ -112,8 +112,8 @@ class GraphedUpdates:
 
 
 def record(run: Callable[[], Measured]) -> tuple[Callable[[], None], Measured]:
-    """Capture `run` as a CUDA graph after `WARM_UPS` calls of it: what launches the graph, and the
-    result of `run`, which every launch overwrites."""
+    """Capture `run` as a CUDA graph, after `WARM_UPS` calls of it. Returns what launches the graph,
+    and the result of `run`, which every launch overwrites."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -44,7 +44,7 @@ from ncrl.agents.playing.worker import (
 )
 from ncrl.shell.tensors import tensors_in
 
-# What a worker finds before it imports torch: processes, not threads, share out the cores.
+# For the import of torch in a worker: processes, not threads, share out the cores.
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
 )
@@ -55,7 +55,7 @@ NO_GUARD = (
     'starts it under `if __name__ == "__main__":`, or use n_workers=0'
 )
 
-# Of a worker that ended before it was set up, and so could not send its traceback.
+# Said of a worker that ended before it was set up, and so could not send its traceback.
 NO_START = "it said why above, while it imported your file again as worker processes do"
 
 

@@ -1,6 +1,6 @@
-"""How many workers, games and games per update a machine, or a cluster of them, is worth.
+"""How many workers, games and games per update fit a machine, or a cluster of machines.
 
-And whether the machine has the memory and the open files for them.
+Also checks whether the machine has the memory and the open files for them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SLOTS_PER_WORKER = 3
 an update, and one that the learner copies."""
 
 FEW_CORES = 3  # up to so many cores each gets a worker, and the learner computes between them
-SMALL_UPDATE = 4  # games whose rollouts make one update on the CPU
-GPU_UPDATE = 8  # most games of an update on a GPU
-EXPLORING_UPDATE = 32  # most games of an update with an intrinsic reward
+SMALL_UPDATE = 4  # environments whose rollouts make one update on the CPU
+GPU_UPDATE = 8  # the most on a GPU
+EXPLORING_UPDATE = 32  # the most with an intrinsic reward
 SHM = "/dev/shm"
 FILES_PER_WORKER = 4  # open files: its pipe, what tells of its end, and two to spare
 FILES_FOR_SHARING = 64  # open files for shared memory, checkpoints, curves, a worker that starts
@@ -57,8 +57,8 @@ def choose_sizes(cores: int, has_gpu: bool) -> Sizes:
     return Sizes(workers, games, reason)
 
 
-def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> int:
-    """Games whose rollouts make one update; their number divides that of all games.
+def envs_per_update(n_envs: int, *, has_gpu: bool, explores: bool = False) -> int:
+    """Environments whose rollouts make one update; their number divides `n_envs`.
 
     On the CPU 4: they make four times the updates of 16 in 20 % more time (docs/lab_notes.md), and
     larger updates learn less from the same frames (results/atari.md). On a GPU a quarter of all, 4
@@ -67,10 +67,10 @@ def games_per_update(games: int, *, has_gpu: bool, explores: bool = False) -> in
     (results/montezuma.md).
     """
     if explores:
-        wanted = min(EXPLORING_UPDATE, max(SMALL_UPDATE, games // 2))
+        wanted = min(EXPLORING_UPDATE, max(SMALL_UPDATE, n_envs // 2))
     else:
-        wanted = min(GPU_UPDATE, max(SMALL_UPDATE, games // 4)) if has_gpu else SMALL_UPDATE
-    return max(n for n in range(1, wanted + 1) if games % n == 0)
+        wanted = min(GPU_UPDATE, max(SMALL_UPDATE, n_envs // 4)) if has_gpu else SMALL_UPDATE
+    return max(n for n in range(1, wanted + 1) if n_envs % n == 0)
 
 
 def available_cores() -> int:

@@ -13,7 +13,7 @@ from ncrl.agents.playing.sizes import (
     available_cores,
     choose_sizes,
     default_workers,
-    games_per_update,
+    envs_per_update,
     learner_threads,
 )
 from ncrl.agents.playing.weights import SharedWeights
@@ -39,7 +39,7 @@ from tests.agents.test_buffers import CPU, make_shape, numbered
 )
 def test_sizes(cores: int, has_gpu: bool, workers: int, games: int, batch: int) -> None:
     assert choose_sizes(cores, has_gpu)[:2] == (workers, games)
-    assert games_per_update(workers * games, has_gpu=has_gpu) == batch
+    assert envs_per_update(workers * games, has_gpu=has_gpu) == batch
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
@@ -49,7 +49,7 @@ def test_sizes_fit_any_machine(has_gpu: bool) -> None:
         assert 8 <= sizes.games <= 16 <= sizes.workers * sizes.games
         assert 1 <= sizes.workers <= cores
         total = sizes.workers * sizes.games
-        assert total % games_per_update(total, has_gpu=has_gpu) == 0
+        assert total % envs_per_update(total, has_gpu=has_gpu) == 0
         if has_gpu and cores > 1:
             assert sizes.workers == cores - 1
         assert str(cores) in sizes.reason and "\n" not in sizes.reason
@@ -89,7 +89,7 @@ def test_the_learner_takes_the_cores_that_workers_leave(
     ],
 )
 def test_games_of_an_update(games: int, has_gpu: bool, explores: bool, expected: int) -> None:
-    assert games_per_update(games, has_gpu=has_gpu, explores=explores) == expected
+    assert envs_per_update(games, has_gpu=has_gpu, explores=explores) == expected
 
 
 def test_workers_are_as_many_as_cores_and_share_the_games(monkeypatch: pytest.MonkeyPatch) -> None:
