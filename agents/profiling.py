@@ -126,7 +126,8 @@ class Profile:
         }
 
     def table(self) -> str:
-        """Seconds and percent of each phase in the learner and the mean worker, and at most."""
+        """Seconds and percent of each phase in the learner and in the mean of the workers, with the
+        largest percentage that a worker has."""
         self._read_learner()
         names = [f"{name:<12}" for name in ("", "phase", *PHASES, "total")]
         columns = [names, _column("learner", [self.learner], worst=False)]
@@ -151,7 +152,8 @@ def _share(seconds: Seconds, name: Phase) -> float:
 
 
 def _column(title: str, processes: Collection[Seconds], *, worst: bool) -> list[str]:
-    """Seconds and percent of each phase in the mean of processes, and the largest share in any."""
+    """Seconds and percent of each phase in the mean of processes; with `worst`, also the largest
+    percentage that one of them has."""
     mean: Seconds = {}
     for seconds in processes:
         _add(mean, {name: value / len(processes) for name, value in seconds.items()})

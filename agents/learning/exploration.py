@@ -201,7 +201,7 @@ class Exploration(nn.Module):
         }
 
     def learn(self, batch: Rollout) -> dict[str, Tensor]:
-        """Let the source learn from a batch, after the policy has; returns what to log."""
+        """Let the source learn from a batch; returns what to log."""
         obs = batch.obs
         assert isinstance(obs, Tensor)
         before, following = obs[:-1].flatten(0, 1), obs[1:].flatten(0, 1)

@@ -18,8 +18,8 @@ class SharedRMSProp(torch.optim.Optimizer):
     """theta -= lr * g / sqrt(m + eps), where m = alpha m + (1 - alpha) g^2.
 
     The "shared RMSProp" of Mnih et al. 2016, section 4: one m for the gradients of all workers,
-    which a single learner gives by itself. `torch.optim.RMSprop` adds epsilon outside the root,
-    where A3C's 0.1 means something else.
+    which a single learner has anyway. `torch.optim.RMSprop` adds epsilon outside the root, where
+    A3C's 0.1 means something else.
 
     As for torch's fused optimisers, `step` divides gradients by the attribute `grad_scale`, and
     changes nothing if the attribute `found_inf` is 1; both are scalars on the weights' device. See
@@ -98,9 +98,9 @@ class SharedRMSProp(torch.optim.Optimizer):
 
 
 def can_scale(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it takes a `scaled_step`: `SharedRMSProp`, and Adam and AdamW with `fused=True`.
+    """Whether an optimiser can take a `scaled_step`: `SharedRMSProp`, or Adam(W) with `fused=True`.
 
-    Fused SGD does not: where its first step is left out, its momentum is memory that nobody wrote.
+    Fused SGD cannot: if its first step is left out, its momentum is memory that nobody has written.
     """
     is_adam = isinstance(optimizer, torch.optim.Adam)
     is_fused = all(group.get("fused") for group in optimizer.param_groups)

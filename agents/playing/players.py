@@ -1,7 +1,7 @@
 """Who collects the rollouts of `A3C`: its own process, worker processes, or actors of a cluster.
 
-A player owns the memory that rollouts are played into and gathered in. It tells every row of
-timesteps to a callback, and hands out a `Batch` when a rollout of every environment is complete.
+A player owns the memory in which the rollouts of a batch are gathered. It tells every row of
+timesteps to a callback, and hands out a `Batch` when `n_envs` columns are complete.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class NeurocoderConv2d(NeurocoderLinear):
         **options: Any,
     ) -> None:
         seat = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        # It checks the arguments and makes pairs of numbers.
+        # Made to check the arguments, and to turn single numbers into pairs.
         plain = nn.Conv2d(*seat, padding_mode=padding_mode, device="meta")
         super().__init__(
             plain.weight[0].numel(),

@@ -275,7 +275,8 @@ class NeurocoderLinear(LinearSeat):
     def attend(self, x: Tensor) -> Attention:
         """Attention weights behind `forward(x)`, for x of shape [..., in].
 
-        This and what follows take the context in place of x if the layer reads one.
+        In a layer with a context this takes the context in place of x; so do `singular_values`,
+        `residual_scale`, `program` and `active_program`.
         """
         attention = self._compose(x).attention
         return Attention(*(w.reshape(*x.shape[:-1], *w.shape[1:]) for w in attention))

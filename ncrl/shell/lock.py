@@ -13,7 +13,8 @@ from pathlib import Path
 def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Make a run's folder and hold its lock; yields False if another process has it.
 
-    `wait` is until the lock is free. Raises ValueError if the folder cannot be written or locked.
+    With `wait` it waits until the lock is free. Raises ValueError if the folder cannot be written
+    or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
