@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import arguments
 from ncrl.agents.algorithm import EngineAlgorithm
-from ncrl.agents.defaults import DEFAULT_ENVS, IMAGES, MAX_GRAD_NORM, defaults_for, image_heads
+from ncrl.agents.defaults import IMAGES, MAX_GRAD_NORM, defaults_for, image_heads
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
@@ -174,19 +174,7 @@ class A3C(EngineAlgorithm):
         self.games_seed = env_sources.fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
         self._warns_of_frequencies = n_envs is None and _init_setup_model
-        played: GymEnv | None
-        if env_sources.is_factory(env):
-            n_envs = whole_number("n_envs", DEFAULT_ENVS if n_envs is None else n_envs)
-            if n_workers is None:
-                n_workers = sizes.default_workers(n_envs, cluster)
-            self.n_workers = n_workers
-            self.env_factory = env_sources.as_factory(env)  # type: ignore[arg-type]
-            arguments.tell_meaning(env, self.env_factory, verbose)
-            played = self._played_by(self.env_factory, n_envs, self.games_seed)
-        else:
-            env_sources.check_object(env)
-            arguments.check_serial(n_workers or 0, n_envs, env)
-            played = env  # type: ignore[assignment]
+        played = self._take_env(env, n_workers, n_envs, verbose)
         source = self.env_factory or env
         own_clip = getattr(source, "reward_clip", None)
         self.reward_clip: Any = own_clip if reward_clip == "env" else reward_clip

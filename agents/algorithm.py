@@ -23,7 +23,13 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
-from ncrl.agents.arguments import check_workers, warn_of_frequencies
+from ncrl.agents.arguments import (
+    check_serial,
+    check_workers,
+    tell_meaning,
+    warn_of_frequencies,
+)
+from ncrl.agents.defaults import DEFAULT_ENVS
 from ncrl.agents.learning.exploration import Exploration, make_exploration
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
@@ -39,7 +45,7 @@ from ncrl.agents.playing.worker import PolicySpec
 from ncrl.agents.profiling import Profile
 from ncrl.agents.runs import curves
 from ncrl.agents.runs.loading import load_model, write_model
-from ncrl.checks import suggest
+from ncrl.checks import suggest, whole_number
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.registry import POLICIES
 
@@ -152,6 +158,26 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         )
 
     # Environments.
+
+    def _take_env(
+        self,
+        env: GymEnv | str | EnvFactory | None,
+        n_workers: int | None,
+        n_envs: int | None,
+        verbose: int,
+    ) -> GymEnv | None:
+        """Decide who plays `env`, from the constructor's arguments; returns what SB3 has for it."""
+        if not env_sources.is_factory(env):
+            env_sources.check_object(env)
+            check_serial(n_workers or 0, n_envs, env)
+            return env  # type: ignore[return-value]
+        n_envs = whole_number("n_envs", DEFAULT_ENVS if n_envs is None else n_envs)
+        if n_workers is None:
+            n_workers = sizes.default_workers(n_envs, self.cluster)
+        self.n_workers = n_workers
+        self.env_factory = env_sources.as_factory(env)  # type: ignore[arg-type]
+        tell_meaning(env, self.env_factory, verbose)
+        return self._played_by(self.env_factory, n_envs, self.games_seed)
 
     def _played_by(self, factory: EnvFactory, n_envs: int, seed: int) -> VecEnv:
         """What SB3 has as environment: one of this process, or a stand-in for those of workers."""

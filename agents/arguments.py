@@ -123,7 +123,7 @@ def tell_meaning(env: Any, factory: EnvFactory, verbose: int) -> None:
     rules = ", ".join(f"{name}={value!r}" for name, value in factory.describe().items())
     line = f"{env} is played as {rules}"
     if not env.startswith("ALE/"):
-        warnings.warn(f"{line}; for other rules give ncrl.envs.atari(...)", stacklevel=3)
+        warnings.warn(f"{line}; for other rules give ncrl.envs.atari(...)", stacklevel=4)
     elif verbose >= 1:
         print(line)
 
