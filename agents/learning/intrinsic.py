@@ -146,8 +146,8 @@ class RunningMoments(nn.Module):
 class RND(IntrinsicReward):
     """Random network distillation (Burda et al. 2018).
 
-    A predictor learns the output of a fixed random network, the target. Its error is the reward,
-    and is small for what it has seen often.
+    A predictor learns the output of a fixed random network, the target. The reward is the error of
+    the predictor, which is small for observations like those that it has often learnt from.
 
     Args:
         space: of the observations: images or vectors.
