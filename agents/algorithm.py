@@ -23,12 +23,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
-from ncrl.agents.arguments import (
-    check_serial,
-    check_workers,
-    tell_meaning,
-    warn_of_frequencies,
-)
+from ncrl.agents.arguments import check_serial, check_workers, tell_meaning, warn_of_frequencies
 from ncrl.agents.defaults import DEFAULT_ENVS
 from ncrl.agents.learning.exploration import Exploration, make_exploration
 from ncrl.agents.learning.intrinsic import IntrinsicReward

@@ -61,7 +61,6 @@ class Learner:
     ) -> Iterator[Update]:
         """Learn from a batch in `num_parts` updates; each is yielded as soon as it is made."""
         self.policy.set_training_mode(True)
-        self.explored = {}
         rollout = batch.rollout
         if self.graphed.reason is not None:
             # The LSTM has to know where episodes begin, and would wait for the device to say so.
