@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import ale_py
@@ -30,6 +31,8 @@ HEADS = {"plain": "linear", "Neurocoder": "neurocoder"}
 
 N_STEPS = 20  # T of every A3C here, and of the peers at equal work
 WARM_UP = 3  # calls that are not timed
+
+_barrier: Barrier  # of a process of `played_alone`
 
 
 def build_a3c(factory: AtariFactory, head: str, encoder: str, **options: Any) -> A3C:
@@ -56,13 +59,19 @@ def played_alone(
     """
     context, cores = multiprocessing.get_context("spawn"), available_cores()
     build = partial(build_a3c, factory, head, encoder, n_envs=games, n_workers=0, device="cpu")
-    with context.Manager() as manager, ProcessPoolExecutor(cores, context) as pool:
-        play = partial(_play_alone, build, seconds, manager.Barrier(cores))
-        return sum(pool.map(play, range(cores)))
+    meet = (context.Barrier(cores),)
+    with ProcessPoolExecutor(cores, context, initializer=_all_meet_at, initargs=meet) as pool:
+        return sum(pool.map(partial(_play_alone, build, seconds), range(cores)))
+
+
+def _all_meet_at(barrier: Barrier) -> None:
+    """Keep what a process can only be given at its start."""
+    global _barrier
+    _barrier = barrier
 
 
 @torch.no_grad()
-def _play_alone(build: Callable[..., A3C], seconds: float, barrier: Any, seed: int) -> float:
+def _play_alone(build: Callable[..., A3C], seconds: float, seed: int) -> float:
     torch.set_num_threads(1)
     model = build(seed=seed)
     env, policy = model.env, model.policy
@@ -71,7 +80,7 @@ def _play_alone(build: Callable[..., A3C], seconds: float, barrier: Any, seed: i
     obs: Any = env.reset()
     state = policy.initial_state(env.num_envs)
     starts = torch.ones(env.num_envs, dtype=torch.bool)
-    barrier.wait(120)
+    _barrier.wait(120)
     timesteps, began = 0, time.monotonic()
     while time.monotonic() - began < seconds:
         step = policy.act(torch.from_numpy(obs), state, starts)
