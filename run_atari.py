@@ -8,6 +8,7 @@ python run_atari.py --evaluate runs/MontezumaRevenge-1 --episodes 10 --video out
 What it does is in `ncrl.agents.atari`.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -22,4 +23,5 @@ from ncrl.agents.atari.command import main
 __all__ = ["main"]
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported stays: to take it apart at the end would take half a second
     sys.exit(main())

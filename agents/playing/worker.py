@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import multiprocessing
 import os
@@ -142,6 +143,7 @@ def worker_main(connection: Connection, spec: WorkerSpec) -> None:
     """Entry point of the process. Receives slot numbers, answers with `Message`s; on None it plays
     no more of them, and ends."""
     keep_freed_memory()
+    gc.freeze()  # what is imported stays: to take it apart at the end would take half a second
     # A terminal's signals reach all its processes, but the parent decides what follows from them.
     # They were blocked while this process started.
     for number in FROM_TERMINAL:

@@ -80,7 +80,7 @@ def test_numbers_are_those_of_torch(name: str, tmp_path: Path) -> None:
 def test_random_streams_stay_where_they_were(tmp_path: Path) -> None:
     """Those of spaces, too: environments may draw from them."""
     space = spaces.Box(-1, 1, (3,))
-    policy = NeurocoderMlpPolicy(space, spaces.Discrete(2), lambda _: 0.0)
+    policy = NeurocoderMlpPolicy(space, spaces.Discrete(2), lambda _: 0.0, head="linear")
 
     def drawn(export: bool) -> tuple[list[float], float]:
         space.seed(0)
