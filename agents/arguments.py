@@ -16,6 +16,7 @@ from torch import nn
 
 from ncrl import sb3
 from ncrl.agents.learning.objective import Objective
+from ncrl.agents.learning.optim import optimizer_options
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.supervision import Limits
 from ncrl.checks import whole_number
@@ -169,3 +170,15 @@ def with_head_options(
             taken = ("sharpness",)
         options["head_kwargs"] = {name: defaults[name] for name in taken} | given
     return options
+
+
+def policy_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the learner's policy is built with, from the attributes of `A3C`, saved or present."""
+    options = {"use_sde": settings["use_sde"], **settings["policy_kwargs"]}
+    if settings.get("intrinsic_reward") is not None and settings["int_coef"]:
+        options["int_value"] = True
+    return options | optimizer_options(
+        settings["policy_kwargs"],
+        use_rms_prop=settings["use_rms_prop"],
+        rms_prop_eps=settings["rms_prop_eps"],
+    )
