@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NORM_FLOOR = 1e-6
-"""Smallest norm a key or query is divided by."""
+from ncrl.seat import NORM_FLOOR
 
 SHORT_ROW = 16
 """Numbers in a vector register of a CPU (AVX-512, float32). Over shorter rows torch's softmax takes
