@@ -186,7 +186,7 @@ def _with_bonus(
     intrinsic = _targets(rollout, evaluation, objective, values, rewards, discounts)
     deviation = intrinsic.advantages.std(correction=0)
     known = novelty.advantage_deviation
-    divisor = known.maximum(deviation).clamp(min=1e-8)
+    divisor = known.maximum(deviation).clamp(min=losses.SMALLEST_DEVIATION)
     # Where everything is newer than its values say, no action is to blame or to praise.
     centred = intrinsic.advantages - intrinsic.advantages.mean()
     values = values[:-1]
