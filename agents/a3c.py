@@ -32,6 +32,7 @@ from ncrl.agents.profiling import OFF, Profile, stopwatch_for
 from ncrl.agents.runs import curves
 from ncrl.checks import whole_number
 from ncrl.sb3 import EnginePolicy
+from ncrl.sb3.engine import SUPPORTED
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ class A3C(EngineAlgorithm):
             seed=seed,
             device=device,
             _init_setup_model=False,
-            supported_action_spaces=arguments.ACTION_SPACES,
+            supported_action_spaces=SUPPORTED,
         )
         if _init_setup_model:
             self._setup_model()

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
@@ -23,8 +22,6 @@ from ncrl.checks import whole_number
 from ncrl.envs import AtariFactory
 from ncrl.sb3 import EnginePolicy
 from ncrl.settings import check
-
-ACTION_SPACES = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
 
 
 def check_numbers(objective: Objective, max_grad_norm: Any, learning_rate: Any) -> None:
