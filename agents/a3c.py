@@ -37,7 +37,8 @@ from ncrl.sb3.engine import SUPPORTED
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_UPDATES = 10
-"""Updates in a row whose gradient is not finite before training stops."""
+"""Updates in a row whose gradient is not finite before training stops. One can be the fault of its
+rollout; so many are that of the weights, which no skipped update changes."""
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
 

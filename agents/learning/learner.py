@@ -25,7 +25,8 @@ from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_tensors
 
 IMITATED_SHARE = 0.25
-"""Demonstrations that an update reads beside each of its environments; at least one in all."""
+"""Demonstrations that an update reads beside each of its environments; at least one in all. It is
+what they cost in time; how much they count is a setting, `imitation_coef`."""
 
 
 class Learner:

@@ -28,8 +28,9 @@ CORRECTIONS = ("vtrace", "none")
 """What is done about rollouts played by older weights: V-trace, or nothing, as in A3C."""
 
 FLOOR_COEF = 0.1
-"""Weight of the squared distance below `entropy_floor`. Half a nat below a floor of 1, it draws the
-entropy up 28 times as strongly as an entropy coefficient of .01 does."""
+"""Weight of the squared distance below `entropy_floor`, which is the setting: a lower floor does
+what a smaller weight would. Half a nat below a floor of 1 the slope is .1 * 2 log(2) * 2 = .28;
+that of an entropy coefficient of .01 is .01."""
 
 
 @dataclass(frozen=True)
