@@ -101,8 +101,7 @@ class Learner:
                 update = self.graphed.update(self.policy, lesson, objective, max_grad_norm)
         if update is None:
             with self.stopwatch.phase("evaluation"):
-                rollout, novelty, kept = lesson
-                loss = actor_critic_loss(self.policy, rollout, objective, novelty, kept)
+                loss = actor_critic_loss(self.policy, lesson, objective)
             update = apply_gradient(self.policy, loss, max_grad_norm, stopwatch=self.stopwatch)
         self.latent = update.latent
         if self.exploration is not None and update.stepped:

@@ -77,8 +77,11 @@ class Lesson(NamedTuple):
     """What one update learns from."""
 
     rollout: Rollout
+    """What B environments played."""
     novelty: Novelty | None = None
+    """Intrinsic rewards of the rollout; the policy then needs a head for their value."""
     kept: Kept | None = None
+    """Windows of demonstrations to learn from again, as further environments."""
 
 
 class Loss(NamedTuple):
@@ -93,26 +96,14 @@ class Loss(NamedTuple):
     """LSTM state after the windows of kept demonstrations, [L, K, h] twice, without gradient."""
 
 
-def actor_critic_loss(
-    policy: EnginePolicy,
-    rollout: Rollout,
-    objective: Objective,
-    novelty: Novelty | None = None,
-    kept: Kept | None = None,
-) -> Loss:
-    """Loss of the rollout of B environments under the policy's present weights.
+def actor_critic_loss(policy: EnginePolicy, lesson: Lesson, objective: Objective) -> Loss:
+    """Loss of a lesson under the policy's present weights.
 
     As in A3C and IMPALA the total is a sum over the T * B timesteps of the rollout, not a mean:
     RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
     logged are means, as in Stable-Baselines3.
-
-    Args:
-        policy: with a head for intrinsic values, if there is novelty.
-        rollout: what was played.
-        objective: coefficients.
-        novelty: intrinsic rewards of the rollout.
-        kept: windows of demonstrations to learn from again, as further environments.
     """
+    rollout, novelty, kept = lesson
     num_envs = rollout.rewards.shape[1]
     with record_gates(policy) as gates, _unvalidated_distributions():
         joint = _evaluate(policy, rollout, kept)

@@ -329,9 +329,8 @@ class Scene:
 
     def loss(self, batch: Rollout | None = None, **options: Any) -> Any:
         arguments = {"novelty": self.novelty, "kept": None} | options
-        return actor_critic_loss(
-            self.model.policy, batch or self.batch, self.objective, **arguments
-        )
+        lesson = Lesson(batch or self.batch, **arguments)
+        return actor_critic_loss(self.model.policy, lesson, self.objective)
 
     def reference(self, discounts: Tensor, rewards: Tensor, values: Tensor) -> Any:
         log_rhos = self.loss().evaluation.log_prob.detach() - self.batch.log_prob
