@@ -1,4 +1,4 @@
-"""Exploration as a part of the learner: from novelty to a reward that the loss can use.
+"""Exploration as a part of the learner: from a bonus to a reward that the loss can use.
 
 The learner scores every batch of rollouts once, so workers know nothing of it. The bonus never ends
 with a game: it has a value head and a discount of its own (Burda et al. 2018).

@@ -63,7 +63,7 @@ class Objective:
     )
 
 
-class Novelty(NamedTuple):
+class Bonus(NamedTuple):
     """What exploration adds to the rollout of an update."""
 
     rewards: Tensor
@@ -78,7 +78,7 @@ class Lesson(NamedTuple):
 
     rollout: Rollout
     """What B environments played."""
-    novelty: Novelty | None = None
+    bonus: Bonus | None = None
     """Intrinsic rewards of the rollout; the policy then needs a head for their value."""
     kept: Kept | None = None
     """Windows of demonstrations to learn from again, as further environments."""
@@ -103,7 +103,7 @@ def actor_critic_loss(policy: EnginePolicy, lesson: Lesson, objective: Objective
     RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
     logged are means, as in Stable-Baselines3.
     """
-    rollout, novelty, kept = lesson
+    rollout, bonus, kept = lesson
     num_envs = rollout.rewards.shape[1]
     with record_gates(policy) as gates, _unvalidated_distributions():
         joint = _evaluate(policy, rollout, kept)
@@ -114,8 +114,8 @@ def actor_critic_loss(policy: EnginePolicy, lesson: Lesson, objective: Objective
     if objective.normalize_advantage:
         advantages = losses.standardised(advantages)
     exploration: dict[str, Tensor] = {}
-    if novelty is not None:
-        advantages, exploration = _with_bonus(advantages, rollout, evaluation, novelty, objective)
+    if bonus is not None:
+        advantages, exploration = _with_bonus(advantages, rollout, evaluation, bonus, objective)
         exploration["ext_advantage_std"] = returns.advantages.std(correction=0)
     kept_share, kept_state = 0.0, None
     if kept is not None:
@@ -167,17 +167,17 @@ def _with_bonus(
     advantages: Tensor,
     rollout: Rollout,
     evaluation: RolloutEvaluation,
-    novelty: Novelty,
+    bonus: Bonus,
     objective: Objective,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Advantages of both rewards together, and scalars of the intrinsic one."""
     assert evaluation.int_values is not None
     # No end of a game cuts this return.
-    discounts = torch.full_like(novelty.rewards, objective.int_gamma)
-    values, rewards = evaluation.int_values, novelty.rewards
+    discounts = torch.full_like(bonus.rewards, objective.int_gamma)
+    values, rewards = evaluation.int_values, bonus.rewards
     intrinsic = _targets(rollout, evaluation, objective, values, rewards, discounts)
     deviation = intrinsic.advantages.std(correction=0)
-    known = novelty.advantage_deviation
+    known = bonus.advantage_deviation
     divisor = known.maximum(deviation).clamp(min=losses.SMALLEST_DEVIATION)
     # Where everything is newer than its values say, no action is to blame or to praise.
     centred = intrinsic.advantages - intrinsic.advantages.mean()
