@@ -32,11 +32,13 @@ from ncrl.agents.profiling import OFF, Profile, stopwatch_for
 from ncrl.agents.runs import curves
 from ncrl.checks import whole_number
 from ncrl.sb3 import EnginePolicy
+from ncrl.sb3.engine import SUPPORTED
 
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_UPDATES = 10
-"""Updates in a row whose gradient is not finite before training stops."""
+"""Updates in a row whose gradient is not finite before training stops. One can be the fault of its
+rollout; so many are that of the weights, which no skipped update changes."""
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
 
@@ -119,9 +121,11 @@ class A3C(EngineAlgorithm):
         self,
         policy: str | type[EnginePolicy],
         env: GymEnv | str | EnvFactory | None,
+        # Updates.
         learning_rate: float | Schedule | None = None,
         n_steps: int | None = None,
         batch_size: int | None = None,
+        # Loss and optimiser.
         gamma: float = Objective.gamma,
         gae_lambda: float | None = None,
         ent_coef: float = Objective.ent_coef,
@@ -135,6 +139,7 @@ class A3C(EngineAlgorithm):
         correction: str = Objective.correction,
         reward_scale: float = Objective.reward_scale,
         reward_clip: float | str | None = "env",
+        # Exploration.
         intrinsic_reward: str | IntrinsicReward | None = None,
         int_coef: float = Objective.int_coef,
         ext_coef: float = Objective.ext_coef,
@@ -142,11 +147,13 @@ class A3C(EngineAlgorithm):
         imitation_coef: float = Objective.imitation_coef,
         entropy_floor: float = Objective.entropy_floor,
         intrinsic_kwargs: dict[str, Any] | None = None,
+        # Who plays.
         info_keywords: Sequence[str] = (),
         n_workers: int | None = None,
         n_envs: int | None = None,
         cluster: str | None = None,
         limits: Limits | None = None,
+        # Policy, device and logs.
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -158,18 +165,18 @@ class A3C(EngineAlgorithm):
         sde_sample_freq: int = -1,
         _init_setup_model: bool = True,
     ) -> None:
-        self.n_workers, self.cluster, self.limits = 0, cluster, limits or Limits()
-        self.profile = profile
         self.batch_size = batch_size
-        self.orth_coef, self.balance_coef = orth_coef, balance_coef
         self.rms_prop_eps = rms_prop_eps
-        self.normalize_advantage, self.correction = normalize_advantage, correction
-        self.reward_scale = reward_scale
+        self.normalize_advantage = normalize_advantage
+        self.orth_coef, self.balance_coef = orth_coef, balance_coef
+        self.correction, self.reward_scale = correction, reward_scale
         self.intrinsic_reward = None if intrinsic_reward == "none" else intrinsic_reward
         self.int_coef, self.ext_coef, self.int_gamma = int_coef, ext_coef, int_gamma
         self.imitation_coef, self.entropy_floor = imitation_coef, entropy_floor
         self.intrinsic_kwargs = intrinsic_kwargs or {}
         self.info_keywords = arguments.names("info_keywords", info_keywords)
+        self.n_workers, self.cluster, self.limits = 0, cluster, limits or Limits()
+        self.profile = profile
         self.best_score, self.first_scored_at = -math.inf, -1
         self.games_seed = env_sources.fresh_seed() if seed is None else seed
         self.env_factory: EnvFactory | None = None
@@ -207,7 +214,7 @@ class A3C(EngineAlgorithm):
             seed=seed,
             device=device,
             _init_setup_model=False,
-            supported_action_spaces=arguments.ACTION_SPACES,
+            supported_action_spaces=SUPPORTED,
         )
         if _init_setup_model:
             self._setup_model()

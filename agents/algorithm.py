@@ -23,12 +23,17 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
-from ncrl.agents.arguments import check_serial, check_workers, tell_meaning, warn_of_frequencies
+from ncrl.agents.arguments import (
+    check_serial,
+    check_workers,
+    policy_options,
+    tell_meaning,
+    warn_of_frequencies,
+)
 from ncrl.agents.defaults import DEFAULT_ENVS
 from ncrl.agents.learning.exploration import Exploration, make_exploration
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
-from ncrl.agents.learning.optim import optimizer_options
 from ncrl.agents.playing import env_sources, sizes
 from ncrl.agents.playing.buffers import Batch, RolloutShape
 from ncrl.agents.playing.collector import Collector, Outcome
@@ -138,12 +143,9 @@ class EngineAlgorithm(OnPolicyAlgorithm):
 
     def _policy_spec(self, *, of_learner: bool = False) -> PolicySpec:
         """What the policy is built from. Workers need no head for intrinsic values."""
-        options = {"use_sde": self.use_sde, **self.policy_kwargs}
-        if of_learner and self.intrinsic_reward is not None and self.int_coef:
-            options["int_value"] = True
-        options |= optimizer_options(
-            self.policy_kwargs, use_rms_prop=self.use_rms_prop, rms_prop_eps=self.rms_prop_eps
-        )
+        options = policy_options(vars(self))
+        if not of_learner:
+            options.pop("int_value", None)
         return PolicySpec(
             self.policy_class,  # type: ignore[arg-type]
             self.observation_space,

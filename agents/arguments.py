@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
@@ -16,14 +15,13 @@ from torch import nn
 
 from ncrl import sb3
 from ncrl.agents.learning.objective import Objective
+from ncrl.agents.learning.optim import optimizer_options
 from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.supervision import Limits
 from ncrl.checks import whole_number
 from ncrl.envs import AtariFactory
 from ncrl.sb3 import EnginePolicy
 from ncrl.settings import check
-
-ACTION_SPACES = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
 
 
 def check_numbers(objective: Objective, max_grad_norm: Any, learning_rate: Any) -> None:
@@ -169,3 +167,15 @@ def with_head_options(
             taken = ("sharpness",)
         options["head_kwargs"] = {name: defaults[name] for name in taken} | given
     return options
+
+
+def policy_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the learner's policy is built with, from the attributes of `A3C`, saved or present."""
+    options = {"use_sde": settings["use_sde"], **settings["policy_kwargs"]}
+    if settings.get("intrinsic_reward") is not None and settings["int_coef"]:
+        options["int_value"] = True
+    return options | optimizer_options(
+        settings["policy_kwargs"],
+        use_rms_prop=settings["use_rms_prop"],
+        rms_prop_eps=settings["rms_prop_eps"],
+    )

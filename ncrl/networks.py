@@ -95,8 +95,8 @@ class AtariEncoder(BaseFeaturesExtractor):
         encoder: `a3c`, `nature` or `paper`.
         standardize: subtract the mean of all images so far (`watch`), then divide what is left of
             each image by its standard deviation, and do the same to its features. Most of a frame
-            never changes: on Breakout, where the ball is two pixels, raw features vary by 1 % of
-            their size and the critic learns nothing in a million frames. They also grow until they
+            never changes: on Breakout, where the ball is two pixels, raw features hardly vary, and
+            the critic learns nothing from them (docs/lab_notes.md). They also grow until they
             saturate the LSTM for good.
         features_dim: width of the last layer of `a3c` (256) or `nature` (512).
 
@@ -202,8 +202,8 @@ def unroll_lstm(
     outputs = []
     for first, last in pairwise(sorted({0, *starts, steps})):
         stretch, start = inputs[first:last], episode_start[first:last]
-        # On the CPU `nn.LSTM` rearranges its weights at every call, which for one timestep takes
-        # several times as long as the step itself.
+        # On the CPU `nn.LSTM` rearranges its weights at every call, which for one timestep can
+        # take longer than the step itself.
         if last - first == 1 and inputs.device.type == "cpu" and is_plain:
             output, state = _unroll_cells(lstm, stretch, state, start)
         else:

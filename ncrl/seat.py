@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from ncrl.checks import require_choice, require_positive
 
+NORM_FLOOR = 1e-6
+"""Smallest norm that a vector, such as a key or a query, is divided by."""
+
 
 class NoWeight:
     """What stands where `nn.Linear` has its weight: using it raises.

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if modes["evaluate"] is not None:
                 # In one thread: for a few images at a time several would only wait for each other,
-                # which beside a training takes six times as long.
+                # which beside a training takes far longer.
                 with learner_threads(available_cores()):
                     return evaluate(given_path(modes["evaluate"]), flags, modes, screen)
             with prepare(flags, modes) as job:

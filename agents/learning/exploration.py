@@ -1,4 +1,4 @@
-"""Exploration as a part of the learner: from novelty to a reward that the loss can use.
+"""Exploration as a part of the learner: from a bonus to a reward that the loss can use.
 
 The learner scores every batch of rollouts once, so workers know nothing of it. The bonus never ends
 with a game: it has a value head and a discount of its own (Burda et al. 2018).
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ncrl.agents.learning.imitation import DemonstrationMemory
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
+from ncrl.agents.learning.losses import SMALLEST_DEVIATION
 from ncrl.agents.playing.buffers import Rollout
 
 MEAN_TIMESTEPS = 1000
@@ -27,9 +28,6 @@ bonus falls fast at first: a mean that lags behind would leave a constant for va
 
 LATEST_TIMESTEPS = 10_000
 """The latest deviation of the bonus's return is over about so many timesteps."""
-
-SMALLEST = 1e-8
-"""Deviations below this are taken for it before they divide."""
 
 TIMESTEPS_PER_STEP = 1280
 """The source makes one step for so many timesteps of play, however large batches are, and one for a
@@ -98,7 +96,7 @@ class RunningScale(nn.Module):
 
     def normalise(self, bonus: Tensor) -> Tensor:
         """Centred bonuses over the deviation of their return."""
-        return self.centred(bonus) / self.deviation.clamp(min=SMALLEST)
+        return self.centred(bonus) / self.deviation.clamp(min=SMALLEST_DEVIATION)
 
 
 def discounted_sums(rewards: Tensor, gamma: float) -> Tensor:

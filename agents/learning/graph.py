@@ -1,7 +1,7 @@
 """The learner's update as a CUDA graph: captured once, then launched whole for every batch.
 
 An update of few timesteps is hundreds of small kernels, and asking for them one by one takes the
-host ten times as long as the device needs for them.
+host far longer than the device needs for them (`benchmarks/gpu.py --tables update`).
 """
 
 from __future__ import annotations

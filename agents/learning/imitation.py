@@ -60,7 +60,7 @@ def returns_to_end(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
 
     Nothing is added for what may come after them.
     """
-    # By numpy: single numbers of torch take fifty times as long.
+    # By numpy: torch is slow with single numbers.
     returns, are_ends = rewards.numpy().copy(), ends.numpy()
     factor = returns.dtype.type(gamma)
     for t in range(len(returns) - 2, -1, -1):
@@ -285,7 +285,7 @@ class DemonstrationMemory:
 
 
 def _pack(tensors: Rollout | Demonstration) -> dict[str, Any]:
-    """The tensors with compressed observations; a game's images take a twentieth of their size."""
+    """The tensors with compressed observations: most of a game's image is plain."""
     obs, *others = tensors
     assert isinstance(obs, Tensor)  # an intrinsic reward scores no dicts
     squeezed = zlib.compress(obs.contiguous().numpy().tobytes(), level=1)

@@ -1,4 +1,4 @@
-"""Intrinsic rewards: how new an observation is, as a number that grows with novelty.
+"""Intrinsic rewards: how new an observation is, as a number.
 
 Each source scores a batch of observations and learns from it; the learner alone does both, once for
 every batch of rollouts. Shapes: N observations, D features, P numbers in one observation.
@@ -48,7 +48,7 @@ class IntrinsicReward(nn.Module, ABC):
 
     @abstractmethod
     def score(self, obs: Tensor) -> Tensor:
-        """Novelty of observations [N, ...] as the environment shows them: [N], without gradient.
+        """The bonus of observations [N, ...] as the environment shows them: [N], without gradient.
 
         Changes nothing.
         """
@@ -126,7 +126,7 @@ class RunningMoments(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
         """Take in values [N, ...]."""
-        # Within a batch single precision will do, at a fifth of the time.
+        # Within a batch single precision will do, and is faster.
         mean = values.mean(0)
         squares = (values - mean).square_().sum(0)
         total = self.count + len(values)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ncrl.agents.learning.exploration import Exploration
 from ncrl.agents.learning.graph import GraphedUpdates
 from ncrl.agents.learning.objective import (
+    Bonus,
     Lesson,
-    Novelty,
     Objective,
     actor_critic_loss,
     rewards_in_loss,
@@ -25,7 +25,8 @@ from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_tensors
 
 IMITATED_SHARE = 0.25
-"""Demonstrations that an update reads beside each of its environments; at least one in all."""
+"""Demonstrations that an update reads beside each of its environments; at least one in all. It is
+what they cost in time; how much they count is a setting, `imitation_coef`."""
 
 
 class Learner:
@@ -100,12 +101,11 @@ class Learner:
                 update = self.graphed.update(self.policy, lesson, objective, max_grad_norm)
         if update is None:
             with self.stopwatch.phase("evaluation"):
-                rollout, novelty, kept = lesson
-                loss = actor_critic_loss(self.policy, rollout, objective, novelty, kept)
+                loss = actor_critic_loss(self.policy, lesson, objective)
             update = apply_gradient(self.policy, loss, max_grad_norm, stopwatch=self.stopwatch)
         self.latent = update.latent
         if self.exploration is not None and update.stepped:
-            if lesson.novelty is not None:
+            if lesson.bonus is not None:
                 self.exploration.observe_advantages(update.scalars["int_advantage_std"])
             if update.kept_state is not None:
                 self.exploration.memory.carry(update.kept_state)
@@ -140,4 +140,4 @@ class Learner:
         if rewards is None:
             return Lesson(part, kept=kept)
         deviation = torch.full_like(rewards[0, 0], self.exploration.advantage_deviation)
-        return Lesson(part, Novelty(rewards.narrow(1, index * width, width), deviation), kept)
+        return Lesson(part, Bonus(rewards.narrow(1, index * width, width), deviation), kept)

@@ -17,6 +17,9 @@ LEAST_ENTROPY = 1e-16
 entropy below this is drawn up ever less. Were it much smaller, the squares of the gradients that
 rounding leaves at such a 0 would overflow."""
 
+SMALLEST_DEVIATION = 1e-8
+"""Deviations below this are taken for it before they divide."""
+
 
 class Returns(NamedTuple):
     """What the losses need of a rollout."""

@@ -28,8 +28,9 @@ CORRECTIONS = ("vtrace", "none")
 """What is done about rollouts played by older weights: V-trace, or nothing, as in A3C."""
 
 FLOOR_COEF = 0.1
-"""Weight of the squared distance below `entropy_floor`. Half a nat below a floor of 1, it draws the
-entropy up 28 times as strongly as an entropy coefficient of .01 does."""
+"""Weight of the squared distance below `entropy_floor`, which is the setting: a lower floor does
+what a smaller weight would. Half a nat below a floor of 1 the slope is .1 * 2 log(2) * 2 = .28;
+that of an entropy coefficient of .01 is .01."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Objective:
     )
 
 
-class Novelty(NamedTuple):
+class Bonus(NamedTuple):
     """What exploration adds to the rollout of an update."""
 
     rewards: Tensor
@@ -76,8 +77,11 @@ class Lesson(NamedTuple):
     """What one update learns from."""
 
     rollout: Rollout
-    novelty: Novelty | None = None
+    """What B environments played."""
+    bonus: Bonus | None = None
+    """Intrinsic rewards of the rollout; the policy then needs a head for their value."""
     kept: Kept | None = None
+    """Windows of demonstrations to learn from again, as further environments."""
 
 
 class Loss(NamedTuple):
@@ -92,26 +96,14 @@ class Loss(NamedTuple):
     """LSTM state after the windows of kept demonstrations, [L, K, h] twice, without gradient."""
 
 
-def actor_critic_loss(
-    policy: EnginePolicy,
-    rollout: Rollout,
-    objective: Objective,
-    novelty: Novelty | None = None,
-    kept: Kept | None = None,
-) -> Loss:
-    """Loss of the rollout of B environments under the policy's present weights.
+def actor_critic_loss(policy: EnginePolicy, lesson: Lesson, objective: Objective) -> Loss:
+    """Loss of a lesson under the policy's present weights.
 
     As in A3C and IMPALA the total is a sum over the T * B timesteps of the rollout, not a mean:
     RMSProp's epsilon and the gradient norm's limit are made for that scale. The terms that are
     logged are means, as in Stable-Baselines3.
-
-    Args:
-        policy: with a head for intrinsic values, if there is novelty.
-        rollout: what was played.
-        objective: coefficients.
-        novelty: intrinsic rewards of the rollout.
-        kept: windows of demonstrations to learn from again, as further environments.
     """
+    rollout, bonus, kept = lesson
     num_envs = rollout.rewards.shape[1]
     with record_gates(policy) as gates, _unvalidated_distributions():
         joint = _evaluate(policy, rollout, kept)
@@ -122,8 +114,8 @@ def actor_critic_loss(
     if objective.normalize_advantage:
         advantages = losses.standardised(advantages)
     exploration: dict[str, Tensor] = {}
-    if novelty is not None:
-        advantages, exploration = _with_bonus(advantages, rollout, evaluation, novelty, objective)
+    if bonus is not None:
+        advantages, exploration = _with_bonus(advantages, rollout, evaluation, bonus, objective)
         exploration["ext_advantage_std"] = returns.advantages.std(correction=0)
     kept_share, kept_state = 0.0, None
     if kept is not None:
@@ -175,18 +167,18 @@ def _with_bonus(
     advantages: Tensor,
     rollout: Rollout,
     evaluation: RolloutEvaluation,
-    novelty: Novelty,
+    bonus: Bonus,
     objective: Objective,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Advantages of both rewards together, and scalars of the intrinsic one."""
     assert evaluation.int_values is not None
     # No end of a game cuts this return.
-    discounts = torch.full_like(novelty.rewards, objective.int_gamma)
-    values, rewards = evaluation.int_values, novelty.rewards
+    discounts = torch.full_like(bonus.rewards, objective.int_gamma)
+    values, rewards = evaluation.int_values, bonus.rewards
     intrinsic = _targets(rollout, evaluation, objective, values, rewards, discounts)
     deviation = intrinsic.advantages.std(correction=0)
-    known = novelty.advantage_deviation
-    divisor = known.maximum(deviation).clamp(min=1e-8)
+    known = bonus.advantage_deviation
+    divisor = known.maximum(deviation).clamp(min=losses.SMALLEST_DEVIATION)
     # Where everything is newer than its values say, no action is to blame or to praise.
     centred = intrinsic.advantages - intrinsic.advantages.mean()
     values = values[:-1]

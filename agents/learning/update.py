@@ -88,7 +88,7 @@ def update_on_device(
         max_grad_norm: limit on the gradient's norm.
     """
     with static_unroll():
-        loss = actor_critic_loss(policy, lesson.rollout, objective, lesson.novelty, lesson.kept)
+        loss = actor_critic_loss(policy, lesson, objective)
     norm = _backward(policy, loss)
     found_inf = (~norm.isfinite()).to(norm.dtype)
     scaled_step(policy.optimizer, _excess(norm, max_grad_norm), found_inf)

@@ -50,8 +50,8 @@ IN_FLIGHT = 2
 """Rollouts a worker is asked for at a time: it plays the next one while the last one travels."""
 
 PATIENCE = 60.0
-"""Seconds after which a worker without a place in the cluster is worth a warning: a process alone
-takes 10 to start, and many more on a busy machine."""
+"""Seconds after which a worker without a place in the cluster is worth a warning: a process
+takes several to start, and many on a busy machine."""
 
 PlayedArrays = tuple[Played, list[Info], list[np.ndarray]]
 """A rollout on its way through the cluster: what was told of it, and its tensors."""

@@ -54,7 +54,7 @@ class PolicySpec(NamedTuple):
         """A policy on the CPU with fresh weights; without a schedule, one that only plays."""
         options = self.policy_kwargs
         if lr_schedule is None:
-            # One of torch imports the compiler, which takes as long as all other imports.
+            # One of torch imports the compiler, which takes long.
             options = options | {"optimizer_class": lambda *_arguments, **_options: None}
         spaces = self.observation_space, self.action_space
         return self.policy_class(*spaces, lr_schedule or (lambda _: 0.0), **options)

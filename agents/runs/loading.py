@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ncrl.agents.arguments import check_batch, check_serial
+from ncrl.agents.arguments import check_batch, check_serial, policy_options
 from ncrl.agents.learning.optim import SharedRMSProp
 from ncrl.agents.playing.buffers import RolloutShape
 from ncrl.agents.playing.env_sources import check_object, is_factory
@@ -240,15 +240,11 @@ def _check_policy(
         raise ValueError("its policy_class is none of an actor-critic policy")
     if not (isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values())):
         raise ValueError("its weights are no tensors by name")
-    options = {"use_sde": values.get("use_sde", False)}
-    if values.get("use_rms_prop"):
-        options["optimizer_class"] = SharedRMSProp
-    options |= values["policy_kwargs"]
-    if values.get("intrinsic_reward") is not None and values.get("int_coef"):
-        options["int_value"] = True
     spaces = values["observation_space"], values["action_space"]
     with _at_most_weights(MOST_BUILT * len(weights)):
-        policy = without_memory(lambda: policy_class(*spaces, ConstantSchedule(0.0), **options))
+        policy = without_memory(
+            lambda: policy_class(*spaces, ConstantSchedule(0.0), **policy_options(values))
+        )
     compare_tensors(policy.state_dict(), weights)
     check_optimizer_state(policy.optimizer, optimizer_state)
 

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ncrl.seat import LinearSeat, without_autocast
+from ncrl.seat import NORM_FLOOR, LinearSeat, without_autocast
 
 GAIN, BIAS_STD = 1.4, 0.01
 """Of the Xavier initialisation, and of the query and strength biases at the start; the authors'."""
-
-NORM_FLOOR = 1e-6
-"""Smallest norm a key or query is divided by."""
 
 OFFICIAL_FEATURES = 15
 """Singular features of the unused networks in the authors' continual-learning runs."""

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NORM_FLOOR = 1e-6
-"""Smallest norm a key or query is divided by."""
+from ncrl.seat import NORM_FLOOR
 
 SHORT_ROW = 16
-"""Numbers in a vector register of a CPU (AVX-512, float32). Over shorter rows torch's softmax takes
-four times as long as over columns, copies included (38,400 rows of 10)."""
+"""Numbers in a vector register of a CPU (AVX-512, float32). Shorter rows leave it partly empty in
+torch's softmax. Columns fill it, which is worth two copies."""
 
 
 def content_attention(queries: Tensor, keys: Tensor, sharpness: float | Tensor) -> Tensor:
@@ -39,7 +38,7 @@ def content_logits(queries: Tensor, keys: Tensor, sharpness: float | Tensor) -> 
     Returns:
         [3, N, P] or [H, N, P].
     """
-    # Both are brought to unit length in one go, which costs as much as either alone.
+    # Both are brought to unit length in one go: for so few numbers, calls are the cost.
     directions = F.normalize(torch.cat([queries, keys], dim=1), dim=2, eps=NORM_FLOOR)
     query, key = torch.split(directions, [queries.shape[1], keys.shape[1]], dim=1)
     return torch.bmm(query, (sharpness * key).transpose(1, 2))

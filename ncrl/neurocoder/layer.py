@@ -321,7 +321,7 @@ class NeurocoderLinear(LinearSeat):
         """Programs composed from `source` [..., in], or [..., context_features] with a context.
 
         Always in the parameters' own precision: under autocast, half-precision attention would be
-        off by percents and its usage by more.
+        coarse, and its usage more so.
 
         Args:
             source: the inputs themselves, or their contexts.

@@ -69,8 +69,8 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Have the C library hold on to freed memory for what is allocated next.
 
-    It would give large blocks back to the kernel, which hands out new ones page by page: a sixth of
-    a training step of NSM. glibc only; elsewhere nothing happens.
+    It would give large blocks back to the kernel, which hands out new ones page by page, in every
+    training step. glibc only; elsewhere nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none
         mallopt = ctypes.CDLL(None).mallopt

@@ -247,7 +247,7 @@ def cached(path: Path, check: Callable[[Arrays], None], make: Callable[[], Array
 
 
 def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
-    """Decoded archives are kept: decoding takes half a minute, reading the arrays a second."""
+    """Decoded archives are kept: decoding takes far longer than reading the arrays."""
     key = hashlib.sha256(read_bytes(path)).hexdigest()
     names = [f"{part}_{field}" for part in PARTS for field in Labelled._fields]
 

@@ -154,9 +154,9 @@ def log_rhos(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     loss = ncrl.agents.learning.learner.actor_critic_loss
 
-    def watched(policy: Any, batch: Any, *others: Any) -> Any:
-        result = loss(policy, batch, *others)
-        found.append(result.evaluation.log_prob.detach() - batch.log_prob)
+    def watched(policy: Any, lesson: Any, objective: Any) -> Any:
+        result = loss(policy, lesson, objective)
+        found.append(result.evaluation.log_prob.detach() - lesson.rollout.log_prob)
         return result
 
     monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", watched)

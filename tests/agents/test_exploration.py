@@ -28,7 +28,7 @@ from ncrl.agents.learning.exploration import (
 from ncrl.agents.learning.imitation import Kept
 from ncrl.agents.learning.intrinsic import RND
 from ncrl.agents.learning.losses import imitation_loss
-from ncrl.agents.learning.objective import Lesson, Novelty, actor_critic_loss
+from ncrl.agents.learning.objective import Bonus, Lesson, actor_critic_loss
 from ncrl.agents.learning.update import apply_gradient, update_on_device
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.agents.playing.players import WorkersPlayer
@@ -325,13 +325,12 @@ class Scene:
             truncation_value=torch.where(ends, normal(8, 4, seed=4), 0.0),
         )
         self.objective = replace(self.model._objective(), reward_scale=2.0, reward_clip=0.9)
-        self.novelty = Novelty(normal(8, 4, seed=2), torch.tensor(0.0))
+        self.bonus = Bonus(normal(8, 4, seed=2), torch.tensor(0.0))
 
     def loss(self, batch: Rollout | None = None, **options: Any) -> Any:
-        arguments = {"novelty": self.novelty, "kept": None} | options
-        return actor_critic_loss(
-            self.model.policy, batch or self.batch, self.objective, **arguments
-        )
+        arguments = {"bonus": self.bonus, "kept": None} | options
+        lesson = Lesson(batch or self.batch, **arguments)
+        return actor_critic_loss(self.model.policy, lesson, self.objective)
 
     def reference(self, discounts: Tensor, rewards: Tensor, values: Tensor) -> Any:
         log_rhos = self.loss().evaluation.log_prob.detach() - self.batch.log_prob
@@ -344,14 +343,14 @@ class Scene:
         discounts = 0.95 * (~self.batch.episode_start[1:]).double()
         return (
             self.reference(discounts, rewards, evaluation.values),
-            self.reference(torch.full((8, 4), 0.8), self.novelty.rewards, evaluation.int_values),
+            self.reference(torch.full((8, 4), 0.8), self.bonus.rewards, evaluation.int_values),
         )
 
 
 @pytest.mark.parametrize("known", [0.0, 0.25, 25.0])
 def test_the_loss_adds_weighted_advantages_and_a_second_value(known: float) -> None:
     scene = Scene()
-    scene.novelty = scene.novelty._replace(advantage_deviation=torch.tensor(known))
+    scene.bonus = scene.bonus._replace(advantage_deviation=torch.tensor(known))
     loss = scene.loss()
     evaluation = loss.evaluation
     (returns, advantages), (int_returns, int_advantages) = scene.references(evaluation)
@@ -452,9 +451,9 @@ def test_the_intrinsic_return_crosses_the_end_of_a_game_and_the_other_does_not()
 
 def test_no_gradient_reaches_the_source_of_the_bonus() -> None:
     scene = Scene()
-    rewards = scene.novelty.rewards.clone().requires_grad_()
+    rewards = scene.bonus.rewards.clone().requires_grad_()
     deviation = torch.tensor(0.5, requires_grad=True)
-    scene.loss(novelty=Novelty(rewards, deviation)).total.backward()
+    scene.loss(bonus=Bonus(rewards, deviation)).total.backward()
     assert rewards.grad is None and deviation.grad is None
     assert scene.model.exploration is not None
     source = scene.model.exploration.source
@@ -504,7 +503,7 @@ def test_an_update_on_the_device_learns_from_the_bonus_and_from_what_was_kept(li
     policy = eager.model.policy
     update = apply_gradient(policy, loss, limit)
     policy = other.model.policy
-    lesson = Lesson(other.batch, other.novelty, kept)
+    lesson = Lesson(other.batch, other.bonus, kept)
     measured = update_on_device(policy, lesson, other.objective, limit)
     assert measured.on_host().scalars == pytest.approx(update.scalars, rel=1e-4, abs=1e-5)
     assert measured.kept_state is not None and loss.kept_state is not None
@@ -530,8 +529,8 @@ def test_an_update_that_was_not_made_leaves_exploration_as_it_was() -> None:
 
     before = known()
     for value in (float("nan"), 1.0):
-        novelty = scene.novelty._replace(rewards=value * scene.novelty.rewards)
-        update = learner.update(Lesson(scene.batch, novelty, kept), scene.objective, 1.0)
+        bonus = scene.bonus._replace(rewards=value * scene.bonus.rewards)
+        update = learner.update(Lesson(scene.batch, bonus, kept), scene.objective, 1.0)
         assert update.stepped == math.isfinite(value)
         assert (known() == before) == (not update.stepped)
 
@@ -552,8 +551,8 @@ def test_each_part_of_a_batch_is_learnt_from_with_the_bonus_of_its_own_games(
         return scored[-1]
 
     def watched_update(lesson: Lesson, *others: Any) -> Any:
-        assert lesson.novelty is not None
-        learnt.append(lesson.novelty.rewards)
+        assert lesson.bonus is not None
+        learnt.append(lesson.bonus.rewards)
         return update(lesson, *others)
 
     monkeypatch.setattr(model.exploration, "intrinsic_rewards", watched_score)

@@ -11,7 +11,7 @@ from sb3_contrib import RecurrentPPO
 from torch import nn
 
 from ncrl.agents import A3C
-from ncrl.agents.learning.objective import Loss, actor_critic_loss
+from ncrl.agents.learning.objective import Lesson, Loss, actor_critic_loss
 from ncrl.agents.playing.buffers import RolloutView
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.envs import masked_cartpole
@@ -84,7 +84,7 @@ def loss_of(model: A3C, **objective: Any) -> Loss:
     assert model._batch is not None
     torch.manual_seed(0)
     objective_ = replace(model._objective(), **objective)
-    return actor_critic_loss(model.policy, model._batch.rollout, objective_)
+    return actor_critic_loss(model.policy, Lesson(model._batch.rollout), objective_)
 
 
 def mean_of_terms(loss: Loss) -> torch.Tensor:

@@ -97,7 +97,7 @@ def test_episode_starts_may_lie_on_the_host(head: str) -> None:
     rollout = rollout._replace(episode_start=host.episode_start)
     policy = model.policy.to("meta")
     with Waits() as waits:
-        loss = actor_critic_loss(policy, rollout, model._objective())
+        loss = actor_critic_loss(policy, Lesson(rollout), model._objective())
         loss.total.backward()
     assert all(scalar.is_meta for scalar in loss.scalars.values())
     assert not waits.places
@@ -106,7 +106,7 @@ def test_episode_starts_may_lie_on_the_host(head: str) -> None:
 def test_scalars_are_the_terms_of_the_loss() -> None:
     model = trained("linear")
     assert model._batch is not None
-    loss = actor_critic_loss(model.policy, model._batch.rollout, model._objective())
+    loss = actor_critic_loss(model.policy, Lesson(model._batch.rollout), model._objective())
     gradients = torch.autograd.grad(loss.total, list(model.policy.parameters()), retain_graph=True)
     norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
     update = apply_gradient(model.policy, loss, 1e-3)
@@ -128,7 +128,7 @@ def test_normalised_advantages_do_not_depend_on_the_scale_of_rewards() -> None:
     batch, losses = model._batch.rollout, []
     for normalize, scale in ((False, 1.0), (False, 3.0), (True, 1.0), (True, 3.0)):
         model.normalize_advantage, model.reward_scale = normalize, scale
-        loss = actor_critic_loss(model.policy, batch, model._objective())
+        loss = actor_critic_loss(model.policy, Lesson(batch), model._objective())
         losses.append(loss.scalars["policy_loss"].item())
     assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4)
     assert losses[3] == pytest.approx(losses[2], abs=1e-6)
@@ -141,7 +141,7 @@ def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
     with torch.no_grad():
         next(iter(model.policy.action_net.parameters())).fill_(float("nan"))
     before = [p.clone() for p in model.policy.parameters()]
-    loss = actor_critic_loss(model.policy, model._batch.rollout, model._objective())
+    loss = actor_critic_loss(model.policy, Lesson(model._batch.rollout), model._objective())
     update = apply_gradient(model.policy, loss, 40.0)
     assert not update.stepped
     for now, then in zip(model.policy.parameters(), before, strict=True):
@@ -154,7 +154,7 @@ def test_a_gradient_too_long_to_be_measured_makes_no_step() -> None:
     assert eager._batch is not None
     batch = eager._batch.rollout._replace(rewards=eager._batch.rollout.rewards * 1e25)
     before = [p.clone() for p in eager.policy.parameters()]
-    loss = actor_critic_loss(eager.policy, batch, eager._objective())
+    loss = actor_critic_loss(eager.policy, Lesson(batch), eager._objective())
     updates = [
         apply_gradient(eager.policy, loss, 40.0),
         update_device(other, batch).on_host(),
@@ -170,7 +170,7 @@ def test_distributions_elsewhere_are_validated_as_before(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     model = trained("linear")
     assert model._batch is not None
-    actor_critic_loss(model.policy, model._batch.rollout, model._objective())
+    actor_critic_loss(model.policy, Lesson(model._batch.rollout), model._objective())
     with pytest.raises(ValueError, match="logits"):
         Categorical(logits=torch.tensor([float("nan")]))
 
@@ -204,7 +204,7 @@ def test_an_update_on_the_device_is_the_update(head: str, limit: float, use_rms_
     one, other = trained(head, use_rms_prop), trained(head, use_rms_prop)
     for batch in (one._batch.rollout, other_batch(one)):
         assert batch is not None
-        loss = actor_critic_loss(one.policy, batch, one._objective())
+        loss = actor_critic_loss(one.policy, Lesson(batch), one._objective())
         update = apply_gradient(one.policy, loss, limit)
         measured = update_device(other, batch, limit)
         assert measured.on_host().stepped and update.stepped
@@ -275,12 +275,12 @@ def test_a_trace_with_one_batch_is_right_for_another(head: str) -> None:
 
     def gradients(*tensors: torch.Tensor) -> list[torch.Tensor]:
         with static_unroll():
-            loss = actor_critic_loss(model.policy, Rollout(*tensors), model._objective())
+            loss = actor_critic_loss(model.policy, Lesson(Rollout(*tensors)), model._objective())
         return [loss.total, *torch.autograd.grad(loss.total, weights)]
 
     traced = make_fx(gradients)(*first)
     for batch in (first, second):
-        loss = actor_critic_loss(model.policy, batch, model._objective())
+        loss = actor_critic_loss(model.policy, Lesson(batch), model._objective())
         expected = [loss.total, *torch.autograd.grad(loss.total, weights)]
         with torch.no_grad():  # the trace holds the backward pass as well
             found = traced(*batch)

@@ -232,11 +232,13 @@ def test_lstms_of_actor_and_critic(
     differences = []
     loss = ncrl.agents.learning.learner.actor_critic_loss
 
-    def watched(policy: Any, batch: Any, *others: Any) -> Any:
+    def watched(policy: Any, lesson: Any, objective: Any) -> Any:
         policy.set_training_mode(False)  # else dropout makes a difference, as it should
-        result = loss(policy, batch, *others)
+        result = loss(policy, lesson, objective)
         policy.set_training_mode(True)
-        differences.append((result.evaluation.log_prob.detach() - batch.log_prob).abs().max())
+        differences.append(
+            (result.evaluation.log_prob.detach() - lesson.rollout.log_prob).abs().max()
+        )
         return result
 
     monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", watched)

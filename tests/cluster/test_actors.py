@@ -105,9 +105,9 @@ def test_two_updates_are_those_of_processes(monkeypatch: pytest.MonkeyPatch) -> 
     versions: list[int] = []
     loss = learner.actor_critic_loss
 
-    def watched(policy: Any, batch: Any, *rest: Any) -> Any:
-        result = loss(policy, batch, *rest)
-        difference = result.evaluation.log_prob.detach() - batch.log_prob
+    def watched(policy: Any, lesson: Any, objective: Any) -> Any:
+        result = loss(policy, lesson, objective)
+        difference = result.evaluation.log_prob.detach() - lesson.rollout.log_prob
         differences.append(difference.abs().max().item())
         return result
 

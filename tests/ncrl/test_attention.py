@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ncrl.neurocoder.attention import (
-    NORM_FLOOR,
     compose_attention,
     content_attention,
     kth_smallest,
     usage_attention,
 )
+from ncrl.seat import NORM_FLOOR
 from tests.ncrl.layers import random_input
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.seat import NORM_FLOOR
 from ncrl.tasks.models.mlp import PLAIN, Coded
 
-NORM_FLOOR = 1e-6  # smallest norm that a key or a memory row is divided by
 # Added to the sum of sharpened weights, so that weights which are all zero stay zero.
 WEIGHT_FLOOR = 1e-16
 # Widths of what addresses the memory besides the key: strength, gate, shift, sharpening.
