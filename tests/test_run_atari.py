@@ -806,6 +806,16 @@ def test_f20_memory_that_runs_out_while_the_model_is_built(
     assert list(tmp_path.iterdir()) == [], "and no empty run is left"
 
 
+def test_f20_rollouts_larger_than_the_memory_are_refused_before_a_game_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(ncrl.agents.atari.train, "A3C", raising(AssertionError("too late")))
+    large = ["--envs-per-worker", "1024", "--n-steps", "100000"]
+    assert exit_code(short(tmp_path, *large)) == 2
+    assert re.fullmatch(r".*need [\d,]+ MB of memory.*n_steps\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_f11_a_disk_that_is_full_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
