@@ -209,6 +209,8 @@ def _obstacle(module: nn.Module) -> str | None:
             f"it is a {type(module).__name__}, not a plain nn.Linear or nn.Conv2d, and its owner "
             "may use its weight without calling it"
         )
+    if not module.weight.dtype.is_floating_point:
+        return f"its numbers are of type {module.weight.dtype}, not real floating-point ones"
     return _meddled(module)
 
 

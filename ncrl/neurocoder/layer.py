@@ -75,7 +75,7 @@ class NeurocoderLinear(LinearSeat):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, dtype=dtype)
         if context_features is not None:
             require_positive("context_features", context_features)
         self.context_features = context_features

@@ -750,6 +750,7 @@ SPECIAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "backward-hook": (lambda: hooked("register_full_backward_hook"), "it has hooks"),
     "state-dict-hook": (lambda: hooked("register_state_dict_post_hook"), "it has hooks"),
     "forward": (with_another_forward, "its forward has been replaced"),
+    "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), "its numbers are .*complex64"),
 }
 
 
