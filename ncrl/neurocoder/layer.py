@@ -193,7 +193,8 @@ class NeurocoderLinear(LinearSeat):
             optimizer: that trains the layer; it goes on with the parameters as they are then. What
                 else knows the old ones has to be built anew: an optimiser that is not given here,
                 and `DistributedDataParallel`, which would exchange no gradients of new ones. So has
-                `LBFGS` after its first step, as it keeps one vector for all parameters.
+                `LBFGS` after its first step, as it keeps one vector for all parameters. `Adafactor`
+                takes no parameter without numbers: `grow` before its next step.
 
         Raises:
             ValueError: for the preset `official`.
