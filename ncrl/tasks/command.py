@@ -39,7 +39,7 @@ from ncrl.tasks.recipes import (
     outline_network,
     read_recipes,
 )
-from ncrl.tasks.results import Result, fingerprint
+from ncrl.tasks.results import Result, fingerprint, program
 from ncrl.tasks.training import RECIPE_FILE, NonFiniteError, Run, identity, load_weights, train
 from ncrl.yaml_files import parse_yaml
 
@@ -235,7 +235,7 @@ def task_parser(
     """A parser with the flags that all task commands have, or all that learn from images, the first
     line of a description, and --validate, if it is said which training images that holds out."""
     parser = make_parser((description or "").partition("\n")[0])
-    parser.prog = f"python -m ncrl.tasks.{task}"
+    parser.prog = program(task)
     add = parser.add_argument
     add("--config", metavar="FILE", help=f"recipes: a YAML file, or the name of one in {CONFIGS}")
     add("--variant", nargs="+", metavar="NAME", help="variants of the recipe, or base")
