@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -696,6 +697,12 @@ def test_initial_values_do_not_depend_on_the_order_of_targets() -> None:
 def test_a_model_that_is_itself_linear() -> None:
     with pytest.raises(ValueError, match="from_linear"):
         inject(nn.Linear(2, 2), CONFIG, "")
+
+
+@pytest.mark.parametrize("change", [eject, lambda model: inject(model, CONFIG, "*")])
+def test_a_model_that_is_no_module(change: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"torch module, got SimpleNamespace; .*model\.policy"):
+        change(SimpleNamespace(policy=nn.Linear(2, 2)))
 
 
 def test_a_model_that_is_itself_a_neurocoder_layer() -> None:
