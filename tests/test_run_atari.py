@@ -834,8 +834,10 @@ def test_a_moved_run_names_its_own_folder(run: Run) -> None:
 
 def test_a_finished_run_is_not_resumed(run: Run, capsys: pytest.CaptureFixture) -> None:
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    assert exit_code(["--resume", str(run.path)]) == 2
-    assert re.fullmatch(r".* 8,000 frames; .*--frames.*\n", capsys.readouterr().err)
+    for flags, asked in (([], "8,000"), (["--frames", "80"], "80")):
+        assert exit_code(["--resume", str(run.path), *flags]) == 2
+        told = capsys.readouterr().err
+        assert re.fullmatch(rf".* 8,000 frames, of {asked}; .*--frames.*\n", told)
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
 

@@ -58,9 +58,12 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
         model: A3C | None = None
         try:
             checkpoint = None if resumed is None else newest_checkpoint(run.checkpoints)
-            if checkpoint and checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
-                played = f"{run.path} has played its {config.frames:,} frames"
-                raise ValueError(f"{played}; give a larger --frames to go on")
+            frames = checkpoint.timesteps * FRAMES_PER_TIMESTEP if checkpoint else 0
+            if frames >= config.frames:
+                raise ValueError(
+                    f"{run.path} has played {frames:,} frames, of {config.frames:,}; give a larger "
+                    "--frames to go on"
+                )
             model = make_model(config, profile=bool(modes["profile"]))
             if checkpoint is not None:
                 resume(model, checkpoint)
