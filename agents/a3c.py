@@ -269,7 +269,7 @@ class A3C(EngineAlgorithm):
 
         Raises:
             WorkerError: if the workers cannot be kept running.
-            NonFiniteError: if the gradient stays not finite.
+            NonFiniteError: if the gradient stays not finite, or an intrinsic reward is not.
         """
         try:
             total_timesteps, callback = self._setup_learn(
@@ -335,11 +335,14 @@ class A3C(EngineAlgorithm):
             self.logger.record("train/kept_demonstrations", len(self.exploration.memory))
 
     def _count(self, update: Update) -> None:
-        """Count and log an update; NonFiniteError if too many in a row had to be skipped."""
+        """Count and log an update; NonFiniteError if too many in a row had to be skipped, or one
+        because of the intrinsic reward."""
         self._n_updates += 1
         self._skipped_in_a_row = 0 if update.stepped else self._skipped_in_a_row + 1
         if not update.stepped:
             self._skipped_updates += 1
+            if self.exploration is not None:
+                self.exploration.check_bonus()
             if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
                 raise NonFiniteError(
                     f"the gradient was not finite for {MAX_SKIPPED_UPDATES} updates in a row; "

@@ -34,8 +34,11 @@ def check_numbers(objective: Objective, max_grad_norm: Any, learning_rate: Any) 
         raise ValueError(
             f"max_grad_norm must be at least 0, got {max_grad_norm!r}; inf sets no limit"
         )
-    if isinstance(learning_rate, Real) and not 0 <= float(learning_rate) < math.inf:
-        raise ValueError(f"learning_rate must be at least 0, got {learning_rate}")
+    is_rate = isinstance(learning_rate, Real) and 0 <= float(learning_rate) < math.inf
+    if not (is_rate or callable(learning_rate)):
+        raise ValueError(
+            f"learning_rate must be a number of at least 0 or a schedule, got {learning_rate!r}"
+        )
 
 
 def check_batch(batch_size: int, n_steps: int, n_envs: int) -> None:

@@ -66,8 +66,9 @@ def inject(
         Names of the layers replaced, in the order of `model.named_modules()`.
 
     Raises:
-        ValueError: if a target matches nothing (the message lists what could be matched) or a layer
-            that cannot be replaced, or a new layer cannot be built. The model is unchanged then.
+        ValueError: if `model` is no module, if a target matches nothing (the message lists what
+            could be matched) or a layer that cannot be replaced, or a new layer cannot be built.
+            The model is unchanged then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
@@ -76,6 +77,7 @@ def inject(
         >>> eject(model)
         ['2']
     """
+    _check_model(model)
     if isinstance(model, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
         raise ValueError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "
@@ -124,8 +126,9 @@ def eject(model: nn.Module) -> list[str]:
         Names of the layers put back, in the order of `model.named_modules()`; [] if there are none.
 
     Raises:
-        ValueError: if `model` is itself an injected layer.
+        ValueError: if `model` is no module, or itself an injected layer.
     """
+    _check_model(model)
     if ORIGINAL in vars(model):
         raise ValueError("an injected layer cannot eject itself: pass the model that contains it")
     names = []
@@ -138,6 +141,14 @@ def eject(model: nn.Module) -> list[str]:
         if isinstance(module, OpenAttention):
             model.set_submodule(name, module.close())
     return names
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected a torch module, got {type(model).__name__}; an algorithm of "
+            "Stable-Baselines3 has one: model.policy"
+        )
 
 
 def _coded(plain: nn.Module, config: NeurocoderConfig | None, keep: bool) -> NeurocoderLinear:
@@ -209,6 +220,8 @@ def _obstacle(module: nn.Module) -> str | None:
             f"it is a {type(module).__name__}, not a plain nn.Linear or nn.Conv2d, and its owner "
             "may use its weight without calling it"
         )
+    if not module.weight.dtype.is_floating_point:
+        return f"its numbers are of type {module.weight.dtype}, not real floating-point ones"
     return _meddled(module)
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ncrl.checks import require_choice, require_positive
+from ncrl.checks import require_choice, require_positive, shown
 
 NORM_FLOOR = 1e-6
 """Smallest norm that a vector, such as a key or a query, is divided by."""
@@ -52,10 +52,11 @@ class LinearSeat(nn.Module):
     Args:
         in_features: width of the input.
         out_features: width of the output.
+        dtype: of the parameters, to be checked; None for torch's default.
         options: the layer's own, kept as attributes: sizes, and choices among `CHOICES`.
 
     Raises:
-        ValueError: for an impossible size or choice, naming it.
+        ValueError: for an impossible size, type or choice, naming it.
     """
 
     CHOICES: ClassVar[Mapping[str, Collection[str]]] = {}
@@ -65,8 +66,20 @@ class LinearSeat(nn.Module):
     bias: Any
     """None or False where there is none, which hosts may ask for; else a Parameter or True."""
 
-    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
+        if dtype is not None and not getattr(dtype, "is_floating_point", False):
+            raise ValueError(
+                f"dtype must be a type of real floating-point numbers, got {shown(dtype)}; "
+                "nearest: torch.float32"
+            )
         self._options = tuple(options)
         options = {"in_features": in_features, "out_features": out_features, **options}
         for name, value in options.items():

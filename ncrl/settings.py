@@ -14,6 +14,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, fields, replace
 from numbers import Real
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ncrl.checks import LONGEST_VALUE, nearest, require_choice, require_range, shortened, shown
@@ -99,6 +100,12 @@ def add_flags(
         kind = {"float": float, "str": str}.get(str(entry.type).split(" ")[0], int)
         metavar = "|".join(entry.metadata["choices"]) or kind.__name__.upper()
         parser.add_argument(flag, type=kind, metavar=metavar, help=text)
+
+
+def is_ncrl() -> bool:
+    """Whether this process was started as the command `ncrl`, also as `python -m ncrl`."""
+    started = Path(sys.argv[0]).parts
+    return started[-1:] == ("ncrl",) or started[-2:] == ("ncrl", "__main__.py")
 
 
 def make_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -104,6 +104,9 @@ def test_task_runs_the_experiment_and_returns_its_exit_code() -> None:
     assert done.returncode == 0 and "recipes reach the paper's count" in done.stdout
     done = run("-m", "ncrl", "task", "mnist", "--no-such-flag")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("ncrl task mnist: unknown argument '--no-such-flag'")
+    done = run("-m", "ncrl.tasks.mnist", "--no-such-flag")
+    assert done.stderr.startswith("python -m ncrl.tasks.mnist: unknown argument")
 
 
 def test_train_reaches_run_atari_from_another_folder(tmp_path: Path) -> None:

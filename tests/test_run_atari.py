@@ -806,6 +806,16 @@ def test_f20_memory_that_runs_out_while_the_model_is_built(
     assert list(tmp_path.iterdir()) == [], "and no empty run is left"
 
 
+def test_f20_rollouts_larger_than_the_memory_are_refused_before_a_game_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(ncrl.agents.atari.train, "A3C", raising(AssertionError("too late")))
+    large = ["--envs-per-worker", "1024", "--n-steps", "100000"]
+    assert exit_code(short(tmp_path, *large)) == 2
+    assert re.fullmatch(r".*need [\d,]+ MB of memory.*n_steps\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_f11_a_disk_that_is_full_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -824,8 +834,10 @@ def test_a_moved_run_names_its_own_folder(run: Run) -> None:
 
 def test_a_finished_run_is_not_resumed(run: Run, capsys: pytest.CaptureFixture) -> None:
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    assert exit_code(["--resume", str(run.path)]) == 2
-    assert re.fullmatch(r".* 8,000 frames; .*--frames.*\n", capsys.readouterr().err)
+    for flags, asked in (([], "8,000"), (["--frames", "80"], "80")):
+        assert exit_code(["--resume", str(run.path), *flags]) == 2
+        told = capsys.readouterr().err
+        assert re.fullmatch(rf".* 8,000 frames, of {asked}; .*--frames.*\n", told)
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
 

@@ -23,14 +23,12 @@ from ncrl.agents.atari.config import (
     with_sizes,
 )
 from ncrl.agents.runs.directory import RunDirectory
+from ncrl.settings import is_ncrl
 
 SCRIPT = Path(ncrl.__file__).resolve().parent.parent / "run_atari.py"
 """In a clone; an installed package has the command `ncrl` alone."""
 
-
-_started = Path(sys.argv[0]).parts
-_is_ncrl = _started[-1:] == ("ncrl",) or _started[-2:] == ("ncrl", "__main__.py")
-PROGRAM = "ncrl" if _is_ncrl else SCRIPT.name
+PROGRAM = "ncrl" if is_ncrl() else SCRIPT.name
 """The name that this was started under: `ncrl`, also as `python -m ncrl`, or a clone's script."""
 
 COLUMNS = 79

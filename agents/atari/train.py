@@ -25,6 +25,8 @@ from ncrl.agents.atari.config import (
     make_factory,
 )
 from ncrl.agents.atari.summary import PROGRAM, resume_line, summary
+from ncrl.agents.playing.buffers import RolloutShape
+from ncrl.agents.playing.sizes import check_memory
 from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint, resume
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.runs.progress import Progress
@@ -56,9 +58,12 @@ def prepare(flags: dict[str, Any], modes: dict[str, Any]) -> Iterator[Job]:
         model: A3C | None = None
         try:
             checkpoint = None if resumed is None else newest_checkpoint(run.checkpoints)
-            if checkpoint and checkpoint.timesteps * FRAMES_PER_TIMESTEP >= config.frames:
-                played = f"{run.path} has played its {config.frames:,} frames"
-                raise ValueError(f"{played}; give a larger --frames to go on")
+            frames = checkpoint.timesteps * FRAMES_PER_TIMESTEP if checkpoint else 0
+            if frames >= config.frames:
+                raise ValueError(
+                    f"{run.path} has played {frames:,} frames, of {config.frames:,}; give a larger "
+                    "--frames to go on"
+                )
             model = make_model(config, profile=bool(modes["profile"]))
             if checkpoint is not None:
                 resume(model, checkpoint)
@@ -91,10 +96,10 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
     Raises:
         ValueError: on a machine that is too small for it, and for impossible arguments.
     """
-    rate = config.learning_rate
+    rate, factory = config.learning_rate, make_factory(config)
     shared = {name for name in signature(A3C).parameters if hasattr(config, name)}
     arguments: dict[str, Any] = {name: getattr(config, name) for name in shared} | {
-        "env": make_factory(config),
+        "env": factory,
         "learning_rate": LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
         "use_rms_prop": config.optimizer == "rmsprop",
         "n_workers": config.workers or 0,
@@ -111,8 +116,13 @@ def make_model(config: RunConfig, **options: Any) -> A3C:
     }
     if config.intrinsic_reward != "none":
         arguments["intrinsic_kwargs"] = bonus_options(config)
+    arguments |= options
+    sizes = config.n_steps, arguments["n_envs"]
+    spaces = factory.observation_space, factory.action_space
+    # A3C asks, too, but in a serial run not before all games are built: thousands take an hour.
+    check_memory(2 * RolloutShape(*sizes, *spaces, lstm_layers=0, lstm_size=0).nbytes)
     try:
-        model = A3C("CnnLstmPolicy", **(arguments | options))
+        model = A3C("CnnLstmPolicy", **arguments)
         model.check_machine()
     except Exception as error:
         if not is_lack_of_memory(error):

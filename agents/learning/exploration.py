@@ -21,6 +21,7 @@ from ncrl.agents.learning.imitation import DemonstrationMemory
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 from ncrl.agents.learning.losses import SMALLEST_DEVIATION
 from ncrl.agents.playing.buffers import Rollout
+from ncrl.agents.playing.collector import NonFiniteError
 
 MEAN_TIMESTEPS = 1000
 """The running mean of the bonus is over so many timesteps, or over a batch if that has more. The
@@ -213,6 +214,14 @@ class Exploration(nn.Module):
         for _, seen in parts:
             self.source.watch(seen)
         return {name: torch.as_tensor(x, device=obs.device) for name, x in learnt.items()}
+
+    def check_bonus(self) -> None:
+        """Raise NonFiniteError if the source ever gave a bonus that is not finite."""
+        if not self.scale.mean.isfinite():
+            raise NonFiniteError(
+                f"the intrinsic reward {type(self.source).__name__} gave a bonus that is NaN or "
+                "infinite; its score must return finite numbers"
+            )
 
     def observe_advantages(self, deviation: float) -> None:
         """Take in the deviation of the intrinsic advantages of an update."""

@@ -53,7 +53,12 @@ class HyperNetLinear(LinearSeat):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_features, out_features, num_layers=num_layers, hidden=hidden, scale=scale
+            in_features,
+            out_features,
+            dtype=dtype,
+            num_layers=num_layers,
+            hidden=hidden,
+            scale=scale,
         )
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self._store_weight(torch.empty(out_features, in_features, **place))
@@ -104,7 +109,9 @@ class FiLMLinear(LinearSeat):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, num_layers=num_layers, hidden=hidden)
+        super().__init__(
+            in_features, out_features, dtype=dtype, num_layers=num_layers, hidden=hidden
+        )
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.linear = nn.Linear(in_features, out_features, bias=bias, **place)
         self.film_net = relu_network(in_features, 2 * out_features, num_layers, hidden, place)

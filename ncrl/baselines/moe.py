@@ -146,7 +146,9 @@ class MoELinear(LinearSeat):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, num_experts=num_experts, top_k=top_k)
+        super().__init__(
+            in_features, out_features, dtype=dtype, num_experts=num_experts, top_k=top_k
+        )
         if top_k > num_experts:
             raise ValueError(
                 f"top_k must lie in 1 .. num_experts, got {top_k=} with {num_experts=}"

@@ -62,7 +62,7 @@ class NSMLinear(LinearSeat):
         dtype: torch.dtype | None = None,
     ) -> None:
         options = {"num_slots": num_slots, "key_dim": key_dim, "variant": variant, "cosine": cosine}
-        super().__init__(in_features, out_features, **options)
+        super().__init__(in_features, out_features, dtype=dtype, **options)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.bias = bool(bias)
         width = key_dim + (in_features + self.bias) * out_features

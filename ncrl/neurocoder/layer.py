@@ -75,7 +75,7 @@ class NeurocoderLinear(LinearSeat):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, dtype=dtype)
         if context_features is not None:
             require_positive("context_features", context_features)
         self.context_features = context_features
@@ -193,7 +193,8 @@ class NeurocoderLinear(LinearSeat):
             optimizer: that trains the layer; it goes on with the parameters as they are then. What
                 else knows the old ones has to be built anew: an optimiser that is not given here,
                 and `DistributedDataParallel`, which would exchange no gradients of new ones. So has
-                `LBFGS` after its first step, as it keeps one vector for all parameters.
+                `LBFGS` after its first step, as it keeps one vector for all parameters. `Adafactor`
+                takes no parameter without numbers: `grow` before its next step.
 
         Raises:
             ValueError: for the preset `official`.

@@ -39,7 +39,7 @@ from ncrl.tasks.recipes import (
     outline_network,
     read_recipes,
 )
-from ncrl.tasks.results import Result, fingerprint
+from ncrl.tasks.results import Result, fingerprint, program
 from ncrl.tasks.training import RECIPE_FILE, NonFiniteError, Run, identity, load_weights, train
 from ncrl.yaml_files import parse_yaml
 
@@ -229,11 +229,13 @@ class Session:
         return experiment
 
 
-def task_parser(task: str, description: str | None, validate: str = "") -> argparse.ArgumentParser:
-    """A parser with the flags that all task commands have, the first line of a description, and
-    --validate, if it is said which training images that holds out."""
+def task_parser(
+    task: str, description: str | None, validate: str = "", *, has_images: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with the flags that all task commands have, or all that learn from images, the first
+    line of a description, and --validate, if it is said which training images that holds out."""
     parser = make_parser((description or "").partition("\n")[0])
-    parser.prog = f"python -m ncrl.tasks.{task}"
+    parser.prog = program(task)
     add = parser.add_argument
     add("--config", metavar="FILE", help=f"recipes: a YAML file, or the name of one in {CONFIGS}")
     add("--variant", nargs="+", metavar="NAME", help="variants of the recipe, or base")
@@ -241,8 +243,9 @@ def task_parser(task: str, description: str | None, validate: str = "") -> argpa
     add("--seeds", nargs="+", type=int, metavar="INT", help="one run for each (default: 0)")
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--threads", type=int, metavar="INT", help="torch's threads on the CPU (default: torch's)")
-    add("--data-dir", metavar="DIR", help="data sets (default: NCRL_DATA, if set)")
-    add("--download", action="store_true", help="fetch the data set from OpenML if need be")
+    if has_images:
+        add("--data-dir", metavar="DIR", help="data sets (default: NCRL_DATA, if set)")
+        add("--download", action="store_true", help="fetch the data set from OpenML if need be")
     add("--logdir", metavar="DIR", help="runs are kept, resumed and found here (default: runs)")
     add("--finished", action="store_true", help="train nothing, show the runs that are finished")
     add("--figure", metavar="FILE", help="draw the paper's figure to a .png, .svg or .pdf")

@@ -270,12 +270,13 @@ def _cached_archive(path: Path, name: str, num_classes: int) -> Images:
 
 def data_folder(data_dir: str | Path | None = None) -> Path | None:
     """The folder that was named, or NCRL_DATA; None if there is neither."""
-    named = data_dir or os.environ.get("NCRL_DATA")
-    if not named:
+    # An empty flag, as of a variable of the shell that is not set, is the current folder.
+    named = os.environ.get("NCRL_DATA") or None if data_dir is None else data_dir
+    if named is None:
         return None
     folder = given_path(named)
     if not folder.is_dir():
-        origin = "--data-dir" if data_dir else "NCRL_DATA"
+        origin = "NCRL_DATA" if data_dir is None else "--data-dir"
         reason = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{origin} must be a folder: {folder} {reason}")
     return folder

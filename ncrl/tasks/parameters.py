@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ncrl.settings import make_parser, parse, usage_error
 from ncrl.tasks.recipes import CONFIGS, Recipe, count_parameters, outline_network, read_recipes
-from ncrl.tasks.results import markdown
+from ncrl.tasks.results import markdown, program
 
 # Relative difference up to which a count of Table 9, printed with two digits, is reproduced.
 TOLERANCE = 0.05
@@ -75,7 +75,7 @@ def short(count: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit code."""
     parser = make_parser(__doc__.splitlines()[0] if __doc__ else "")
-    parser.prog = "python -m ncrl.tasks.parameters"
+    parser.prog = program("parameters")
     parser.add_argument("configs", nargs="*", help="recipes (default: all of configs/tasks/)")
     options = parse(parser, sys.argv[1:] if arguments is None else arguments)
     try:

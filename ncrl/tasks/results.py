@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ncrl.files import read_bytes, write_atomically
+from ncrl.settings import is_ncrl
 
 RESULT_FILE = "result.json"
 
@@ -186,6 +187,11 @@ def results_table(
     empty = [bool(lines) and all(line[i] is None for line in lines) for i in range(len(titles))]
     kept = [i for i, nothing in enumerate(empty) if not nothing]
     return markdown([titles[i] for i in kept], [[line[i] for i in kept] for line in lines])
+
+
+def program(task: str) -> str:
+    """The name that a task's command was started under."""
+    return f"ncrl task {task}" if is_ncrl() else f"python -m ncrl.tasks.{task}"
 
 
 def command_line() -> str:

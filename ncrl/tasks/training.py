@@ -51,7 +51,7 @@ CHECK_EVERY = 20  # updates between looks at the loss: each look waits for the d
 
 
 class NonFiniteError(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss, or a weight, is no longer a finite number."""
 
 
 class Run(NamedTuple):
@@ -189,19 +189,28 @@ class Training:
         self.losses.clear()
         for update, value in enumerate(values, self.update - len(values)):
             if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"{self.run.title}: the loss of update {update} is {value}; lower "
-                    f"learning_rate ({self.recipe.learning_rate:g}) or set max_grad_norm "
-                    f"({self.recipe.max_grad_norm})"
-                )
+                raise self._not_finite(f"the loss of update {update} is {value}")
             self._loss_sum += value  # one by one: the sum must not depend on when it is looked at
         self._loss_count += len(values)
+
+    def _check_weights(self) -> None:
+        """Look at what the last update made of them, of which no loss tells."""
+        for name, weight in self.model.named_parameters():
+            if not weight.isfinite().all():
+                raise self._not_finite(f"{name} is not finite after {self.update} updates")
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{self.run.title}: {what}; lower learning_rate ({self.recipe.learning_rate:g}) or set "
+            f"max_grad_norm ({self.recipe.max_grad_norm})"
+        )
 
     def _mean_loss(self) -> float:
         return self._loss_sum / max(self._loss_count, 1)
 
     def _evaluate(self) -> dict[str, float]:
         self._check_losses()
+        self._check_weights()
         with evaluating(self.model):
             metrics = self.experiment.evaluate()
         self.curve.append({"update": self.update, "loss": self._mean_loss(), **metrics})
@@ -246,6 +255,7 @@ class Training:
     def save(self) -> None:
         """Write everything that the next update depends on; never anything that is not finite."""
         self._check_losses()
+        self._check_weights()
         state = {
             "identity": self._mark(),
             "update": self.update,

@@ -413,6 +413,7 @@ def test_an_environment_that_is_refused_leaves_the_model_as_it_was(is_object: bo
         ({"rms_prop_eps": -1.0}, r"eps=-1"),
         ({"learning_rate": math.nan}, r"learning_rate .*got nan"),
         ({"learning_rate": -1e-3}, r"learning_rate .*got -0.001"),
+        ({"learning_rate": "7e-4"}, r"learning_rate must be a number .*, got '7e-4'"),
         ({"n_envs": 5, "n_workers": 2}, r"n_envs=5 .*n_workers=2"),
         ({"n_envs": 0}, r"n_envs must be an integer of at least 1, got 0"),
         ({"n_workers": -1}, r"n_workers must be an integer of at least 0, got -1"),

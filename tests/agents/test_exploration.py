@@ -18,7 +18,7 @@ from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
-from ncrl.agents import A3C, IntrinsicReward
+from ncrl.agents import A3C, IntrinsicReward, NonFiniteError
 from ncrl.agents.learning.exploration import (
     Exploration,
     RunningScale,
@@ -606,6 +606,18 @@ class Visits(IntrinsicReward):
     def learn(self, obs: Tensor, next_obs: Tensor) -> dict[str, Tensor | float]:
         self.visits += next_obs.sum(0)
         return {"own_loss": self.visits.mean(), "largest": float(self.visits.max())}
+
+
+@pytest.mark.parametrize("warmup_timesteps", [0, 60])
+@pytest.mark.parametrize("bonus", [math.nan, math.inf])
+def test_a_bonus_that_is_not_finite_names_its_source(bonus: float, warmup_timesteps: int) -> None:
+    class Broken(Visits):
+        def score(self, obs: Tensor) -> Tensor:
+            return torch.full((len(obs),), bonus)
+
+    options = {"warmup_timesteps": warmup_timesteps}
+    with pytest.raises(NonFiniteError, match="reward Broken gave a bonus that is NaN or infinite"):
+        make_model(intrinsic_reward=Broken(), intrinsic_kwargs=options).learn(1000)
 
 
 def state_of(model: A3C) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -698,6 +699,12 @@ def test_a_model_that_is_itself_linear() -> None:
         inject(nn.Linear(2, 2), CONFIG, "")
 
 
+@pytest.mark.parametrize("change", [eject, lambda model: inject(model, CONFIG, "*")])
+def test_a_model_that_is_no_module(change: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"torch module, got SimpleNamespace; .*model\.policy"):
+        change(SimpleNamespace(policy=nn.Linear(2, 2)))
+
+
 def test_a_model_that_is_itself_a_neurocoder_layer() -> None:
     with pytest.raises(ValueError, match="no layer matches"):
         inject(NeurocoderLinear(2, 2, CONFIG), CONFIG, "*")
@@ -750,6 +757,7 @@ SPECIAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "backward-hook": (lambda: hooked("register_full_backward_hook"), "it has hooks"),
     "state-dict-hook": (lambda: hooked("register_state_dict_post_hook"), "it has hooks"),
     "forward": (with_another_forward, "its forward has been replaced"),
+    "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), "its numbers are .*complex64"),
 }
 
 

@@ -112,7 +112,8 @@ def bit_errors(logits: Tensor, test: Algorithms) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    return run_command("algorithms", task_parser("algorithms", __doc__), arguments, work)
+    parser = task_parser("algorithms", __doc__, has_images=False)
+    return run_command("algorithms", parser, arguments, work)
 
 
 def work(session: Session) -> None:

@@ -206,7 +206,7 @@ def updates_until(row: Result, share: float = SOLVED) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = task_parser("polynomial", __doc__)
+    parser = task_parser("polynomial", __doc__, has_images=False)
     said = f"polynomials in a sequence (default: {NUM_CHUNKS}; paper: 8)"
     parser.add_argument("--chunks", type=int, help=said)
     said = "standard deviation of noise, as a share of the largest |y| (default: 0; paper: 0.3)"

@@ -111,6 +111,13 @@ def test_impossible_options_are_refused(name: str, options: dict[str, Any], mess
         make_by_name(name, **{"in_features": 5, "out_features": 4, **options})
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, "float32"], ids=str)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "linear"])
+def test_a_type_that_is_no_real_one_is_refused(name: str, dtype: Any) -> None:
+    with pytest.raises(ValueError, match=rf"real floating-point numbers, got '?{dtype}"):
+        make_by_name(name, 5, 4, dtype=dtype)
+
+
 def test_the_registry() -> None:
     assert list(LAYERS) == ["linear", "neurocoder", "hypernet", "film", "moe", "nsm"]
     for name in LAYERS:

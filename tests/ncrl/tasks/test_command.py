@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ncrl.settings import parse
+from ncrl.tasks.algorithms import experiment as algorithms
 from ncrl.tasks.command import (
     NamedRecipe,
     Session,
@@ -32,6 +33,7 @@ from ncrl.tasks.command import (
     task_parser,
 )
 from ncrl.tasks.experiment import Experiment, random_stream
+from ncrl.tasks.polynomial import experiment as polynomial
 from ncrl.tasks.recipes import CONFIGS, Recipe
 from tests.ncrl.tasks.files import read_recipe
 
@@ -358,6 +360,16 @@ def test_a_failure_is_one_line_and_exit_code_1(
     assert run_command("toy", parser, ["--logdir", str(tmp_path)], work) == 1
     error = capsys.readouterr().err
     assert "the loss of update 0 is nan" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("flag", ["--data-dir x", "--download"])
+@pytest.mark.parametrize("main", [polynomial.main, algorithms.main])
+def test_tasks_that_make_their_data_have_no_flags_for_it(
+    main: Any, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(flag.split())
+    assert f"unknown argument '{flag.split()[0]}'" in capsys.readouterr().err
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

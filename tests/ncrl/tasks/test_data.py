@@ -165,7 +165,12 @@ def test_a_wrong_idx_file_is_named(tmp_path: Path, fault: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_mnist_says_what_was_expected(tmp_path: Path) -> None:
+def test_a_folder_without_mnist_says_what_was_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no MNIST in \.: expected"):
+        load_mnist("")
     with pytest.raises(ValueError, match=r"no MNIST in .*train-images-idx3-ubyte.gz.*--download"):
         load_mnist(tmp_path)
     (tmp_path / "file").write_text("")

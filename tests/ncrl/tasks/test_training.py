@@ -240,6 +240,24 @@ def test_a_stop_beside_a_broken_loss_saves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / CHECKPOINT_FILE).exists()
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_weight_that_the_last_update_broke_leaves_neither_row_nor_checkpoint(
+    stops: bool, tmp_path: Path
+) -> None:
+    def break_weight(update: int) -> None:
+        if update == UPDATES - 1:
+            next(experiment.model.parameters()).data.fill_(math.nan)
+            if stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = toy_recipe(iterations=2 * UPDATES if stops else UPDATES)
+    run, experiment = make_run(tmp_path, recipe), Toy(recipe)
+    experiment.evaluate_every, experiment.after = 100, break_weight
+    with pytest.raises(NonFiniteError, match=f"is not finite after {UPDATES} updates; lower"):
+        train(run, experiment)
+    assert run.result is None and not (tmp_path / CHECKPOINT_FILE).exists()
+
+
 def interrupted(folder: Path, recipe: Recipe) -> Run:
     run, experiment = make_run(folder, recipe), Toy(recipe)
     experiment.after = stop_after(2, signal.SIGINT)
