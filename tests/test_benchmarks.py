@@ -5,7 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,20 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Calls the `main` of a script in this process, which must end well; returns what it prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *arguments])
+        importlib.import_module(name).main()
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("agent", "games", "frames"),
     [("A2C", "16", "640"), pytest.param("RecurrentPPO", "8", "4096", marks=pytest.mark.slow)],
@@ -63,23 +77,22 @@ def table_rows(output: str, first_cell: str) -> list[str]:
 
 
 @pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_throughput_prints_rates(peers: bool) -> None:
+def test_throughput_prints_rates(peers: bool, run_here: Callable[..., str]) -> None:
     tiny = ("--encoder", "a3c", "--n-envs", "2", "--seconds", "0.05", "--rounds", "1")
     chosen = "--peers" if peers else "--no-peers"
-    done = run_script("throughput.py", *tiny, "--workers", "1", "--device", "cpu", chosen)
-    assert done.returncode == 0, done.stderr
+    told = run_here("throughput", *tiny, "--workers", "1", "--device", "cpu", chosen)
     workers = f"A3C, {default_workers(2)} workers, 2 games"
     # With workers and serial, both heads; then a chosen number of workers.
-    assert len(table_rows(done.stdout, workers)) == 2
-    assert len(table_rows(done.stdout, "A3C, 1 workers of 8 games")) == 1
+    assert len(table_rows(told, workers)) == 2
+    assert len(table_rows(told, "A3C, 1 workers of 8 games")) == 1
     for part in ("games + acting alone", "learning alone"):
-        assert len(table_rows(done.stdout, part)) == 2
-    for row in table_rows(done.stdout, workers):  # shares of two ceilings
+        assert len(table_rows(told, part)) == 2
+    for row in table_rows(told, workers):  # shares of two ceilings
         of_playing, of_ceiling = (int(cell.strip(" %")) for cell in row.split("|")[5:7])
         assert 0 < of_playing <= of_ceiling
-    assert (len(table_rows(done.stdout, "A2C")) > 0) == peers
-    assert (len(table_rows(done.stdout, "RecurrentPPO")) > 0) == peers
-    assert "nan" not in done.stdout
+    assert (len(table_rows(told, "A2C")) > 0) == peers
+    assert (len(table_rows(told, "RecurrentPPO")) > 0) == peers
+    assert "nan" not in told
 
 
 def test_the_ceiling_shares_the_cores_between_play_and_learning(
@@ -97,51 +110,49 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert throughput.median_ratio([2.0, 9.0, 40.0], [1.0, 3.0, 10.0]) == 3.0
 
 
-def test_soak_prints_samples_and_their_medians_early_and_late() -> None:
+def test_soak_prints_samples_and_their_medians_early_and_late(run_here: Callable[..., str]) -> None:
     tiny = ("--minutes", "0.05", "--interval", "0.5", "--n-envs", "2", "--workers", "1")
-    done = run_script("soak.py", *tiny, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert len(table_rows(done.stdout, "0.")) >= 2
+    told = run_here("soak", *tiny, "--device", "cpu")
+    assert len(table_rows(told, "0.")) >= 2
     for part in ("first third", "last third"):
-        (row,) = table_rows(done.stdout, part)
+        (row,) = table_rows(told, part)
         assert row.count("|") == 7 and "nan" not in row
 
 
-def test_tasks_prints_steps_and_targets() -> None:
-    done = run_script("tasks.py", "--seconds", "0", "--only", "mlp", "J = 5")
-    assert done.returncode == 0, done.stderr
+def test_tasks_prints_steps_and_targets(
+    run_here: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = run_here("tasks", "--seconds", "0", "--only", "mlp", "J = 5")
     for name in ("CIFAR MLP", "polynomial GRU, J = 5"):
-        plain, coded = (row.strip("| ").split(" | ") for row in table_rows(done.stdout, name))
+        plain, coded = (row.strip("| ").split(" | ") for row in table_rows(told, name))
         assert (plain[2], coded[2]) == ("linear", "neurocoder")
         assert coded[-1].startswith("<= ") and "nan" not in coded
-    done = run_script("tasks.py", "--only", "resnet")
-    assert done.returncode == 2 and "CIFAR LeNet" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        run_here("tasks", "--only", "resnet")
+    assert "CIFAR LeNet" in capsys.readouterr().err
 
 
-def test_layer_prints_ratios() -> None:
-    done = run_script("layer.py", "--seconds", "0", "--batch", "2", "3")
-    assert done.returncode == 0, done.stderr
-    rows = table_rows(done.stdout, "3072 -> 512") + table_rows(done.stdout, "784 -> 400, P")
+def test_layer_prints_ratios(run_here: Callable[..., str]) -> None:
+    told = run_here("layer", "--seconds", "0", "--batch", "2", "3")
+    rows = table_rows(told, "3072 -> 512") + table_rows(told, "784 -> 400, P")
     assert [row.split(" | ")[0][-7:] for row in rows] == ["batch 2", "batch 3"] * 2
 
 
-TINY_GPU = ("gpu.py", "--device", "cpu", "--seconds", "0", "--play-seconds", "1", "--tables")
+TINY_GPU = ("--device", "cpu", "--seconds", "0", "--play-seconds", "1", "--tables")
 
 
-def test_gpu_prints_its_tables_also_without_one() -> None:
-    done = run_script(*TINY_GPU, "correctness", "acting", "pong")
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stdout
-    assert len(table_rows(done.stdout, "Neurocoder J")) == 3
+def test_gpu_prints_its_tables_also_without_one(run_here: Callable[..., str]) -> None:
+    told = run_here("gpu", *TINY_GPU, "correctness", "acting", "pong")
+    assert "Traceback" not in told
+    assert len(table_rows(told, "Neurocoder J")) == 3
     for row in ("plain | 8", "Neurocoder | 256", "games + acting alone"):
-        assert len(table_rows(done.stdout, row)) == 1, row
-    assert "No rate of the plain command" in done.stdout  # in a second it does not start
+        assert len(table_rows(told, row)) == 1, row
+    assert "No rate of the plain command" in told  # in a second it does not start
 
 
 @pytest.mark.slow
-def test_gpu_prints_how_long_a_start_takes() -> None:
-    done = run_script(*TINY_GPU, "start-up")
-    (row,) = table_rows(done.stdout, f"{min(2, available_cores())} | ")
+def test_gpu_prints_how_long_a_start_takes(run_here: Callable[..., str]) -> None:
+    (row,) = table_rows(run_here("gpu", *TINY_GPU, "start-up"), f"{min(2, available_cores())} | ")
     assert float(row.strip("| ").split(" | ")[-1]) > 0
 
 
