@@ -196,11 +196,11 @@ def chunk_error(noise: float) -> str:
     return "clean_chunk_mse" if noise else "chunk_mse"
 
 
-def updates_until(row: Result, share: float = SOLVED) -> float | None:
-    """Updates at the first evaluation whose `chunk_error` is at most this share of that of
+def updates_until(row: Result) -> float | None:
+    """Updates at the first evaluation whose `chunk_error` is at most `SOLVED` times that of
     predicting zero; None if there is none."""
     error = next(name for name in ("clean_chunk_mse", "chunk_mse") if name in row.curve[0])
-    limit = share * row.details[f"zero_{error}"]
+    limit = SOLVED * row.details[f"zero_{error}"]
     return next((point["update"] for point in row.curve if point[error] <= limit), None)
 
 
