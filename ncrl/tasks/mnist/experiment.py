@@ -94,7 +94,7 @@ def decision_tree(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = task_parser("mnist", __doc__, validate="one of six training images")
+    parser = task_parser("mnist", __doc__, HELD_OUT_EVERY)
     parser.add_argument(
         "--num-steps",
         nargs="+",

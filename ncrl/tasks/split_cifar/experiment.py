@@ -63,7 +63,7 @@ METRICS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = task_parser("split_cifar", __doc__, validate="every fifth training image")
+    parser = task_parser("split_cifar", __doc__, HELD_OUT_EVERY)
     add = parser.add_argument_group("split CIFAR").add_argument
     add("--classes", type=int, metavar="INT", help="10: 5 tasks of 2 (default); 100: 20 of 5")
     add("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)} (default: adam si)")
