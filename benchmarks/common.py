@@ -51,7 +51,7 @@ def games_of_sb3(game: str, n_envs: int, **options: Any) -> VecEnv:
 
 
 def played_alone(
-    factory: AtariFactory, head: str, encoder: str, *, games: int, seconds: float
+    factory: AtariFactory, head: str, encoder: str, games: int, seconds: float
 ) -> float:
     """Timesteps per second of games and acting without learning: what workers can reach at most.
 

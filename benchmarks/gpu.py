@@ -212,9 +212,7 @@ def pong(arguments: argparse.Namespace) -> None:
     """The plain command, stopped after a while, beside games and acting without learning."""
     cores = available_cores()
     games = choose_sizes(cores, arguments.device == "cuda").games
-    most = played_alone(
-        atari("Pong"), "Neurocoder", "a3c", games=games, seconds=4 * arguments.seconds
-    )
+    most = played_alone(atari("Pong"), "Neurocoder", "a3c", games, 4 * arguments.seconds)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "run_atari.py"), "--env", "Pong", "--profile"]
         command += ["--device", arguments.device, "--logdir", folder]
