@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -290,7 +289,7 @@ def main() -> None:
                 updates = -(-flags.images // recipe.batch_size)
                 recipe = replace(recipe, epochs=-(-FEW_UPDATES // updates))
             folder = flags.logdir / "growing_memory" / title.replace(", ", "-") / f"seed-{seed}"
-            os.makedirs(folder, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             run = Run("growing_memory", title, recipe, seed, torch.device("cpu"), folder)
             row = run.result
             if row is None:
