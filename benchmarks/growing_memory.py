@@ -29,7 +29,6 @@ from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.training import Run, train
 
-NUM_TASKS = 5
 REPLAYED = 200
 """Images that the control with replay keeps of all tasks together."""
 
@@ -79,7 +78,7 @@ class Routed(SplitMlp):
     projection: Tensor
     center: Tensor
 
-    def __init__(self, num_tasks: int = NUM_TASKS, num_outputs: int = 2) -> None:
+    def __init__(self, num_tasks: int, num_outputs: int) -> None:
         super().__init__(1024, [1], 2)  # not used
         self.networks = torch.nn.ModuleList(
             SplitMlp(1024, [400, 400], num_outputs, hidden_rank=10) for _ in range(num_tasks)
@@ -280,7 +279,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of each task, in place of all")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    data = load_mnist(flags.data_dir, download=False)
+    data = load_mnist(flags.data_dir)
     for seed in flags.seeds:
         for name in flags.only:
             recipe, title = RUNS[name], name
