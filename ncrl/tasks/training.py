@@ -153,11 +153,10 @@ class Training:
                 self._check_losses()
                 progress.show(self.update, self._mean_loss())
             if self.update % self.experiment.evaluate_every == 0 or at_end:
-                row = self._evaluate()
-                for name, value in row.items():
-                    if name != "update":
-                        writer.add(f"{self.run.task}/{name}", value, self.update)
-                progress.measured(row)
+                measured = self._evaluate()
+                for name, value in measured.items():
+                    writer.add(f"{self.run.task}/{name}", value, self.update)
+                progress.measured(measured)
             if stop.exit_code:
                 self.save()
                 raise Stopped(stop.exit_code)
@@ -212,10 +211,10 @@ class Training:
         self._check_losses()
         self._check_weights()
         with evaluating(self.model):
-            metrics = self.experiment.evaluate()
-        self.curve.append({"update": self.update, "loss": self._mean_loss(), **metrics})
+            measured = {"loss": self._mean_loss(), **self.experiment.evaluate()}
+        self.curve.append({"update": self.update, **measured})
         self._loss_sum, self._loss_count = 0.0, 0
-        return self.curve[-1]
+        return measured
 
     def finish(self) -> Result:
         """Write weights and row, and clear the checkpoint away."""
