@@ -208,24 +208,23 @@ def tasks_of(name: str, data: Images, count: int | None = None) -> list[Task]:
     return ARRANGED[last](tasks) if last in ARRANGED else tasks
 
 
-def grow(num_slots: int = 100, num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
-    """The recipe with another number of slots."""
-    recipe = RECIPES["grow"]
+def changed(variant: str, num_outputs: int, **changes: Any) -> ContinualRecipe:
+    """A variant of split MNIST's recipe with other outputs and settings."""
+    recipe = RECIPES[variant]
     assert isinstance(recipe, ContinualRecipe)
-    return replace(
-        recipe,
-        layer_options={**recipe.layer_options, "num_slots": num_slots},
-        network_options={**recipe.network_options, "num_outputs": num_outputs},
-        **changes,
-    )
+    options = {**recipe.network_options, "num_outputs": num_outputs}
+    return replace(recipe, network_options=options, **changes)
+
+
+def grow(num_slots: int = 100, num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
+    """The recipe of `grow` with another number of slots."""
+    options = {**RECIPES["grow"].layer_options, "num_slots": num_slots}
+    return changed("grow", num_outputs, layer_options=options, **changes)
 
 
 def plain(num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
     """The MLP's recipe."""
-    recipe = RECIPES["linear_400"]
-    assert isinstance(recipe, ContinualRecipe)
-    options = {**recipe.network_options, "num_outputs": num_outputs}
-    return replace(recipe, method="adam", network_options=options, **changes)
+    return changed("linear_400", num_outputs, method="adam", **changes)
 
 
 ROUTED = "rank 10 for each task, 100 keys"
