@@ -26,7 +26,7 @@ from ncrl.agents.atari.config import stored_config
 from ncrl.tasks.figures import draw_band
 
 SETTINGS = ("env", "layer", "games", "seed")
-"""Of a run, in every row of its small file."""
+"""Settings of a run, in every row of its small file."""
 
 GATED = "gated neurocoder"
 """The `layer` of runs with a gate: those with a bonus, and with `--residual-gate`. Rows that were

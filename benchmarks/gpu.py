@@ -178,7 +178,7 @@ def acting(arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def act(policy: Any, games: int) -> None:
-    """From images on the host to actions there, as workers and serial play need it."""
+    """One step from images on the host to actions there, as workers and serial play need it."""
     policy.set_training_mode(False)
     obs = torch.zeros(games, 1, 84, 84, dtype=torch.uint8).to(policy.device)
     starts = torch.zeros(games, dtype=torch.bool)
@@ -191,7 +191,7 @@ def layer(arguments: argparse.Namespace) -> None:
 
 
 def start_up(arguments: argparse.Namespace) -> None:
-    """From `learn` to the first timestep that arrives."""
+    """Seconds from `learn` to the first timestep that arrives."""
     sizes = choose_sizes(available_cores(), arguments.device == "cuda")
     print_header("workers", "games each", "first timestep after, s")
     for workers in sorted({min(2, sizes.workers), sizes.workers}):

@@ -53,8 +53,8 @@ class Returning(SplitLearning):
     """Tasks of which the last two are the first two again."""
 
     def evaluate(self) -> dict[str, float]:
-        """Besides, the two tasks' accuracy right before and right after they come back, and that of
-        all others then, after the last."""
+        """As usual, and accuracy right before the two tasks come back and after the last update: of
+        the two, and of all others."""
         before, after = self.accuracy[-3], self.accuracy[-1]
         returned = {"before": float(before[:2].mean()), "after": float(after[:2].mean())}
         others = {"others_before": float(before[2:-2].mean()), "others": float(after[2:-2].mean())}
@@ -136,7 +136,7 @@ def fewer(tasks: list[Task], count: int) -> list[Task]:
 
 
 def repeated(task: Task, times: int) -> Task:
-    """With its training images several times."""
+    """The task with its training images several times."""
     return task._replace(images=task.images.repeat(times, 1), labels=task.labels.repeat(times))
 
 
@@ -200,7 +200,7 @@ CHANGES = {"turned": turned, "permuted": permuted}
 
 
 def tasks_of(name: str, data: Images, count: int | None = None) -> list[Task]:
-    """Those of a run, of the first `count` images each."""
+    """The tasks of a run, with the first `count` images of each."""
     last = name.rpartition(", ")[2]
     tasks = ten_tasks(data, CHANGES[last]) if last in CHANGES else split_tasks(data)
     if count is not None:

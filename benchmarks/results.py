@@ -95,7 +95,7 @@ def decode(cell: str) -> Any:
 
 
 def order(row: Row) -> tuple[str, int, str]:
-    """By which rows are sorted."""
+    """What rows are sorted by."""
     return row["name"], row["seed"], row["folder"]
 
 

@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
     name: str
     rate: Callable[[float], float]
-    """Timesteps per second, measured for so many."""
+    """Measures timesteps per second, for so many seconds."""
     n_cores: int | None = None
     """Cores that it may use; None for all."""
     parts: tuple[str, str] | None = None

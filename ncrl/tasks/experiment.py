@@ -35,7 +35,7 @@ class Experiment(ABC):
     data: str  # Name of the data set; part of what makes a run another one
     # Decisions where the paper is silent, beyond those in the recipe; part of the identity.
     readings: Mapping[str, Any] = {}
-    # Of the model; `train` sets it, for experiments that replace parameters.
+    # The model's optimiser; `train` sets it, for experiments that replace parameters.
     optimizer: torch.optim.Optimizer | None = None
     # Metrics whose best value over all evaluations is reported too: `max` or `min`.
     best: Mapping[str, str] = {}

@@ -78,7 +78,7 @@ class Run(NamedTuple):
 
     @property
     def title(self) -> str:
-        """For progress and messages."""
+        """The run's name in progress and messages."""
         return f"{self.name}, seed {self.seed}"
 
 
@@ -104,7 +104,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate(recipe: Recipe, update: int, num_updates: int) -> float:
-    """Of one update of `num_updates`, from 0."""
+    """The learning rate of one update out of `num_updates`, counted from 0."""
     rate = recipe.learning_rate
     if recipe.schedule == "steps":
         rate *= 0.1 ** ((2 * update >= num_updates) + (4 * update >= 3 * num_updates))

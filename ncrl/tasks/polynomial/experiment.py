@@ -153,8 +153,8 @@ class Polynomials(SequenceLearning):
 
 
 def flattest_highest(y: Tensor, chunk: Tensor) -> int:
-    """Of sequences y [T, N] with the chunk of every timestep [T], the one whose flattest chunk is
-    highest; in most, all chunks but one look empty."""
+    """Which of sequences y [T, N], with the chunk of every timestep [T], has the highest flattest
+    chunk; in most, all chunks but one look empty."""
     highest = [y[chunk == c].abs().amax(0) for c in range(int(chunk.max()) + 1)]
     return int(torch.stack(highest).amin(0).argmax())
 

@@ -36,8 +36,8 @@ class SplitFeatures(SplitLearning):
         coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
         self.watched = watched_updates(self.ends) if coded else {}
         self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(coded)), -1)
-        """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
-        steps."""
+        """Top slots of the coded layers at steps of training, [T, SLOT_STEPS, layers]; -1 where a
+        task has fewer steps."""
 
     def after_update(self, update: int) -> None:
         # Before the end of a task changes the memory for the next one.
