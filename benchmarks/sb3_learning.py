@@ -76,7 +76,7 @@ AGENTS = {
 }
 
 
-class CurveWriter(BaseCallback):
+class SmallFile(BaseCallback):
     """Writes a row of `curves.COLUMNS` every `ROW_SECONDS`: a run that is stopped has its curve."""
 
     def __init__(self, file: TextIO, settings: dict[str, object]) -> None:
@@ -130,7 +130,7 @@ def main() -> None:
     settings = dict(zip(SETTINGS, (game, options.agent, agent.n_envs, options.seed), strict=True))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("x", newline="") as file:
-        writer = CurveWriter(file, settings)
+        writer = SmallFile(file, settings)
         model.learn(options.frames // FRAMES_PER_TIMESTEP, callback=writer)
 
 
