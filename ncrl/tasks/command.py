@@ -412,5 +412,4 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = [path.stem for path in CONFIGS.glob("*.yaml")]
-    hint = suggest(Path(name).stem, known) if known else f"{CONFIGS} has none either"
-    raise ValueError(f"there is no config {name!r}; {hint}")
+    raise ValueError(f"there is no config {name!r}; {suggest(Path(name).stem, known)}")
