@@ -30,6 +30,8 @@ HEADS = {"plain": "linear", "Neurocoder": "neurocoder"}
 """Names of the heads in tables, and in `ncrl.layers.LAYERS`."""
 
 N_STEPS = 20  # T of every A3C here, and of the peers at equal work
+FRAMES_PER_TIMESTEP = 4  # of the peers' games
+STACK = 4  # frames that a peer sees at once, where they are stacked
 WARM_UP = 3  # calls that are not timed
 
 _barrier: Barrier  # of a process of `played_alone`

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from common import games_of_sb3
+from common import FRAMES_PER_TIMESTEP, STACK, games_of_sb3
 from curves import COLUMNS, SETTINGS
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
@@ -31,8 +31,6 @@ from stable_baselines3.common.vec_env import VecFrameStack
 from ncrl.agents.atari.config import camel_case
 from ncrl.envs import atari
 
-FRAMES_PER_TIMESTEP = 4
-STACK = 4
 ROW_SECONDS = 10.0
 """Between two rows of a curve."""
 

@@ -36,6 +36,7 @@ from against_sample_factory import sample_factory
 from common import (
     HEADS,
     N_STEPS,
+    STACK,
     build_a3c,
     games_of_sb3,
     machine,
@@ -55,9 +56,6 @@ from ncrl.agents import A3C
 from ncrl.agents.playing.sizes import available_cores, default_workers, learner_threads
 from ncrl.envs import atari
 from ncrl.networks import ENCODERS, AtariEncoder
-
-STACK = 4
-"""Frames that A2C sees at once."""
 
 GAMES_PER_WORKER = 8
 """In the rows that show how the rate grows with workers; their batch grows with them."""
