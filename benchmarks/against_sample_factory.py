@@ -21,12 +21,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import N_STEPS
+from common import FRAMES_PER_TIMESTEP, N_STEPS
 
 from ncrl.agents.playing.sizes import available_cores
 
 FRAMES = re.compile(r"Total num frames: (\d+)\.")  # printed every five seconds
-FRAMES_PER_TIMESTEP = 4
 LONGEST_START = 180.0  # seconds to its first batch
 
 

@@ -27,7 +27,7 @@ CODINGS = {"plain": None, "coded": CONFIG, "coded, no residual": BARE}
 
 
 def cnn() -> nn.Module:
-    """For [B, 1, 16, 16]."""
+    """A classifier of images [B, 1, 16, 16]."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),

@@ -30,6 +30,8 @@ HEADS = {"plain": "linear", "Neurocoder": "neurocoder"}
 """Names of the heads in tables, and in `ncrl.layers.LAYERS`."""
 
 N_STEPS = 20  # T of every A3C here, and of the peers at equal work
+FRAMES_PER_TIMESTEP = 4  # of the peers' games
+STACK = 4  # frames that a peer sees at once, where they are stacked
 WARM_UP = 3  # calls that are not timed
 
 _barrier: Barrier  # of a process of `played_alone`
@@ -51,7 +53,7 @@ def games_of_sb3(game: str, n_envs: int, **options: Any) -> VecEnv:
 
 
 def played_alone(
-    factory: AtariFactory, head: str, encoder: str, *, games: int, seconds: float
+    factory: AtariFactory, head: str, encoder: str, games: int, seconds: float
 ) -> float:
     """Timesteps per second of games and acting without learning: what workers can reach at most.
 

@@ -26,7 +26,7 @@ from ncrl.agents.atari.config import stored_config
 from ncrl.tasks.figures import draw_band
 
 SETTINGS = ("env", "layer", "games", "seed")
-"""Of a run, in every row of its small file."""
+"""Settings of a run, in every row of its small file."""
 
 GATED = "gated neurocoder"
 """The `layer` of runs with a gate: those with a bonus, and with `--residual-gate`. Rows that were
@@ -69,8 +69,7 @@ UNITS = ("frames", "minutes")
 class Curve(NamedTuple):
     """Mean raw score of the last 100 games, of one run."""
 
-    frames: Sequence[float]
-    """Or what else the scores are over."""
+    along: Sequence[float]  # frames or minutes, one of `UNITS`
     scores: Sequence[float]
 
 
@@ -162,7 +161,7 @@ def print_table(curves: Curves, reach: float | None) -> None:
     for (game, layer), seeds in curves.items():
         ends = [curve.scores[-1] for curve in seeds.values()]
         spread = f" ± {statistics.pstdev(ends):.1f}" if len(ends) > 1 else " (one seed)"
-        frames = sorted(curve.frames[-1] / 1e6 for curve in seeds.values())
+        frames = sorted(curve.along[-1] / 1e6 for curve in seeds.values())
         reached = "" if reach is None else ", ".join(frames_to(seeds.values(), reach))
         print_row(
             game,
@@ -178,20 +177,20 @@ def print_table(curves: Curves, reach: float | None) -> None:
 def frames_to(curves: Iterable[Curve], score: float) -> Iterator[str]:
     """Million frames after which each curve first has a score, or `never`."""
     for curve in curves:
-        reached = (f for f, s in zip(curve.frames, curve.scores, strict=True) if s >= score)
+        reached = (f for f, s in zip(curve.along, curve.scores, strict=True) if s >= score)
         first = next(reached, None)
         yield "never" if first is None else f"{first / 1e6:.2f}"
 
 
 def on_one_grid(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Frames [N] that all curves have, and their scores there [curves, N]; N is 0 if none.
+    """Frames or minutes [N] that all curves have, and scores there [curves, N]; N is 0 if none.
 
     Elsewhere a mean would jump whenever a seed joins or leaves.
     """
-    start = max(curve.frames[0] for curve in curves)
-    end = min(curve.frames[-1] for curve in curves)
+    start = max(curve.along[0] for curve in curves)
+    end = min(curve.along[-1] for curve in curves)
     grid = np.linspace(start, end, GRID_POINTS if start <= end else 0)
-    return grid, np.stack([np.interp(grid, curve.frames, curve.scores) for curve in curves])
+    return grid, np.stack([np.interp(grid, curve.along, curve.scores) for curve in curves])
 
 
 def draw_scores(curves: Curves, out: Path, over: str = "frames") -> None:

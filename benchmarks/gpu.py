@@ -178,7 +178,7 @@ def acting(arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def act(policy: Any, games: int) -> None:
-    """From images on the host to actions there, as workers and serial play need it."""
+    """One step from images on the host to actions there, as workers and serial play need it."""
     policy.set_training_mode(False)
     obs = torch.zeros(games, 1, 84, 84, dtype=torch.uint8).to(policy.device)
     starts = torch.zeros(games, dtype=torch.bool)
@@ -191,7 +191,7 @@ def layer(arguments: argparse.Namespace) -> None:
 
 
 def start_up(arguments: argparse.Namespace) -> None:
-    """From `learn` to the first timestep that arrives."""
+    """Seconds from `learn` to the first timestep that arrives."""
     sizes = choose_sizes(available_cores(), arguments.device == "cuda")
     print_header("workers", "games each", "first timestep after, s")
     for workers in sorted({min(2, sizes.workers), sizes.workers}):
@@ -212,9 +212,7 @@ def pong(arguments: argparse.Namespace) -> None:
     """The plain command, stopped after a while, beside games and acting without learning."""
     cores = available_cores()
     games = choose_sizes(cores, arguments.device == "cuda").games
-    most = played_alone(
-        atari("Pong"), "Neurocoder", "a3c", games=games, seconds=4 * arguments.seconds
-    )
+    most = played_alone(atari("Pong"), "Neurocoder", "a3c", games, 4 * arguments.seconds)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "run_atari.py"), "--env", "Pong", "--profile"]
         command += ["--device", arguments.device, "--logdir", folder]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,7 +29,6 @@ from ncrl.tasks.models.mlp import SplitMlp
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, read_recipes
 from ncrl.tasks.training import Run, train
 
-NUM_TASKS = 5
 REPLAYED = 200
 """Images that the control with replay keeps of all tasks together."""
 
@@ -55,8 +53,8 @@ class Returning(SplitLearning):
     """Tasks of which the last two are the first two again."""
 
     def evaluate(self) -> dict[str, float]:
-        """Besides, the two tasks' accuracy right before and right after they come back, and that of
-        all others then, after the last."""
+        """As usual, and accuracy right before the two tasks come back and after the last update: of
+        the two, and of all others."""
         before, after = self.accuracy[-3], self.accuracy[-1]
         returned = {"before": float(before[:2].mean()), "after": float(after[:2].mean())}
         others = {"others_before": float(before[2:-2].mean()), "others": float(after[2:-2].mean())}
@@ -80,7 +78,7 @@ class Routed(SplitMlp):
     projection: Tensor
     center: Tensor
 
-    def __init__(self, num_tasks: int = NUM_TASKS, num_outputs: int = 2) -> None:
+    def __init__(self, num_tasks: int, num_outputs: int) -> None:
         super().__init__(1024, [1], 2)  # not used
         self.networks = torch.nn.ModuleList(
             SplitMlp(1024, [400, 400], num_outputs, hidden_rank=10) for _ in range(num_tasks)
@@ -138,7 +136,7 @@ def fewer(tasks: list[Task], count: int) -> list[Task]:
 
 
 def repeated(task: Task, times: int) -> Task:
-    """With its training images several times."""
+    """The task with its training images several times."""
     return task._replace(images=task.images.repeat(times, 1), labels=task.labels.repeat(times))
 
 
@@ -202,7 +200,7 @@ CHANGES = {"turned": turned, "permuted": permuted}
 
 
 def tasks_of(name: str, data: Images, count: int | None = None) -> list[Task]:
-    """Those of a run, of the first `count` images each."""
+    """The tasks of a run, with the first `count` images of each."""
     last = name.rpartition(", ")[2]
     tasks = ten_tasks(data, CHANGES[last]) if last in CHANGES else split_tasks(data)
     if count is not None:
@@ -210,24 +208,23 @@ def tasks_of(name: str, data: Images, count: int | None = None) -> list[Task]:
     return ARRANGED[last](tasks) if last in ARRANGED else tasks
 
 
-def grow(num_slots: int = 100, num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
-    """The recipe with another number of slots."""
-    recipe = RECIPES["grow"]
+def changed(variant: str, num_outputs: int, **changes: Any) -> ContinualRecipe:
+    """A variant of split MNIST's recipe with other outputs and settings."""
+    recipe = RECIPES[variant]
     assert isinstance(recipe, ContinualRecipe)
-    return replace(
-        recipe,
-        layer_options={**recipe.layer_options, "num_slots": num_slots},
-        network_options={**recipe.network_options, "num_outputs": num_outputs},
-        **changes,
-    )
+    options = {**recipe.network_options, "num_outputs": num_outputs}
+    return replace(recipe, network_options=options, **changes)
+
+
+def grow(num_slots: int = 100, num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
+    """The recipe of `grow` with another number of slots."""
+    options = {**RECIPES["grow"].layer_options, "num_slots": num_slots}
+    return changed("grow", num_outputs, layer_options=options, **changes)
 
 
 def plain(num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
     """The MLP's recipe."""
-    recipe = RECIPES["linear_400"]
-    assert isinstance(recipe, ContinualRecipe)
-    options = {**recipe.network_options, "num_outputs": num_outputs}
-    return replace(recipe, method="adam", network_options=options, **changes)
+    return changed("linear_400", num_outputs, method="adam", **changes)
 
 
 ROUTED = "rank 10 for each task, 100 keys"
@@ -281,7 +278,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of each task, in place of all")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    data = load_mnist(flags.data_dir, download=False)
+    data = load_mnist(flags.data_dir)
     for seed in flags.seeds:
         for name in flags.only:
             recipe, title = RUNS[name], name
@@ -290,7 +287,7 @@ def main() -> None:
                 updates = -(-flags.images // recipe.batch_size)
                 recipe = replace(recipe, epochs=-(-FEW_UPDATES // updates))
             folder = flags.logdir / "growing_memory" / title.replace(", ", "-") / f"seed-{seed}"
-            os.makedirs(folder, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             run = Run("growing_memory", title, recipe, seed, torch.device("cpu"), folder)
             row = run.result
             if row is None:

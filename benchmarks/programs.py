@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
-import os
 import re
 import sys
 import time
@@ -285,15 +284,14 @@ def main() -> None:
     for seed, task, name in itertools.product(flags.seeds, flags.tasks, flags.only):
         setting, said = SETTINGS[name], f"{task}: {name}"
         folder = flags.logdir / "programs" / re.sub(r"\W+", "-", said) / f"seed-{seed}"
-        os.makedirs(folder, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         recipe = recipe_of(setting, TASKS[task])
         run = Run("programs", said, recipe, seed, torch.device("cpu"), folder)
         torch.manual_seed(seed)
-        if row := run.result:
-            pass
-        elif task.startswith("digits"):
+        row = run.result
+        if row is None and task.startswith("digits"):
             row = train(run, Digits(setting, recipe, images, seed))
-        else:
+        elif row is None:
             row = learn_actions(run, setting)
         print(row.line(), flush=True)
 

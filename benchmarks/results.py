@@ -23,11 +23,10 @@ from typing import Any
 
 import yaml
 
-from ncrl.tasks.results import Summary, markdown
+from ncrl.tasks.results import RESULT_FILE, Summary, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-RUN_FILE = "result.json"
 LONG = ("curve", "details")  # fields of a row that are kept beside the CSV
 FIRST_SEED_OF_DEVELOPMENT = 100
 """Rows with this seed and later ones were for choosing settings: no table of results has them."""
@@ -44,7 +43,7 @@ Row = dict[str, Any]
 def read_runs(logdir: Path) -> list[Row]:
     """All finished runs below a folder."""
     rows = []
-    for path in sorted(logdir.rglob(RUN_FILE)):
+    for path in sorted(logdir.rglob(RESULT_FILE)):
         row = json.loads(path.read_text(encoding="utf-8"))
         rows.append({**row, "folder": path.parent.parent.name})
     return rows
@@ -56,7 +55,7 @@ def write_runs(rows: Iterable[Row], logdir: Path) -> None:
         folder = logdir / row["task"] / row["folder"] / f"seed-{row['seed']}"
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: value for key, value in row.items() if key != "folder"}
-        (folder / RUN_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        (folder / RESULT_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,7 +95,7 @@ def decode(cell: str) -> Any:
 
 
 def order(row: Row) -> tuple[str, int, str]:
-    """By which rows are sorted."""
+    """What rows are sorted by."""
     return row["name"], row["seed"], row["folder"]
 
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from common import games_of_sb3
+from common import FRAMES_PER_TIMESTEP, STACK, games_of_sb3
 from curves import COLUMNS, SETTINGS
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
@@ -31,8 +31,6 @@ from stable_baselines3.common.vec_env import VecFrameStack
 from ncrl.agents.atari.config import camel_case
 from ncrl.envs import atari
 
-FRAMES_PER_TIMESTEP = 4
-STACK = 4
 ROW_SECONDS = 10.0
 """Between two rows of a curve."""
 
@@ -76,7 +74,7 @@ AGENTS = {
 }
 
 
-class CurveWriter(BaseCallback):
+class SmallFile(BaseCallback):
     """Writes a row of `curves.COLUMNS` every `ROW_SECONDS`: a run that is stopped has its curve."""
 
     def __init__(self, file: TextIO, settings: dict[str, object]) -> None:
@@ -130,7 +128,7 @@ def main() -> None:
     settings = dict(zip(SETTINGS, (game, options.agent, agent.n_envs, options.seed), strict=True))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("x", newline="") as file:
-        writer = CurveWriter(file, settings)
+        writer = SmallFile(file, settings)
         model.learn(options.frames // FRAMES_PER_TIMESTEP, callback=writer)
 
 

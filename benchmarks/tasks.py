@@ -51,7 +51,7 @@ class Row(NamedTuple):
     variant: str = "base"  # of the coded network
 
     def recipes(self) -> dict[str, Recipe]:
-        """By the layer's name."""
+        """The recipes by the layer's name."""
         if self.name == SPLIT_MNIST:
             cells = [Cell("domain", "adam", layer) for layer in tables.LAYERS]
             return {cell.layer: recipe_of(cell, {}).recipe for cell in cells}

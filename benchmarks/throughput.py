@@ -36,6 +36,7 @@ from against_sample_factory import sample_factory
 from common import (
     HEADS,
     N_STEPS,
+    STACK,
     build_a3c,
     games_of_sb3,
     machine,
@@ -56,9 +57,6 @@ from ncrl.agents.playing.sizes import available_cores, default_workers, learner_
 from ncrl.envs import atari
 from ncrl.networks import ENCODERS, AtariEncoder
 
-STACK = 4
-"""Frames that A2C sees at once."""
-
 GAMES_PER_WORKER = 8
 """In the rows that show how the rate grows with workers; their batch grows with them."""
 
@@ -74,7 +72,7 @@ class Row(NamedTuple):
 
     name: str
     rate: Callable[[float], float]
-    """Timesteps per second, measured for so many."""
+    """Measures timesteps per second, for so many seconds."""
     n_cores: int | None = None
     """Cores that it may use; None for all."""
     parts: tuple[str, str] | None = None
@@ -133,10 +131,9 @@ def our_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
 
     for n, head in itertools.product(arguments.n_envs, HEADS):
         workers = default_workers(n)
-        alone = partial(played_alone, factory, head, encoder, games=n // workers)
         playing = f"games + acting alone, {n // workers} games per core, {head} heads"
         learning = f"learning alone, {n} games, {head} heads"
-        yield Row(playing, lambda seconds, alone=alone: alone(seconds=seconds))  # type: ignore[misc]
+        yield Row(playing, partial(played_alone, factory, head, encoder, n // workers))
         yield Row(learning, partial(learned_alone, a3c(head, n, 0)))
         name = f"A3C, {workers} workers, {n} games, {head} heads"
         yield Row(name, partial(measure, a3c(head, n, None)), parts=(playing, learning))
@@ -160,9 +157,6 @@ def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
     lstm = dict(net_arch=[], lstm_hidden_size=512, shared_lstm=True, enable_critic_lstm=False)
     one_epoch = {"n_steps": N_STEPS, "batch_size": N_STEPS * n_envs, "n_epochs": 1}
 
-    def usual_stacked() -> VecEnv:
-        return VecFrameStack(usual(), STACK)
-
     def build(make_env: Callable[[], VecEnv], policy: Options, settings: Options) -> Any:
         options = {"device": arguments.device, "policy_kwargs": policy, **settings}
         if "lstm_hidden_size" in policy:
@@ -176,7 +170,7 @@ def peer_rows(arguments: argparse.Namespace, encoder: str) -> Iterator[Row]:
         EQUAL_PPO: (ours, features | lstm, one_epoch),
         "RecurrentPPO, its usual settings": (ours, features | lstm, {}),
         EQUAL_A2C: (stacked, features, {"n_steps": N_STEPS}),
-        f"A2C {USUAL}, T = 5": (usual_stacked, {}, {}),
+        f"A2C {USUAL}, T = 5": (lambda: VecFrameStack(usual(), STACK), {}, {}),
         f"RecurrentPPO {USUAL}, one epoch over T = {N_STEPS}": (usual, lstm, one_epoch),
     }
     for name, how in peers.items():

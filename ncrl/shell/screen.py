@@ -98,9 +98,9 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def measured(self, row: Mapping[str, float]) -> None:
-        """Keep the metrics of an evaluation for the next line."""
-        shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("update", "loss")]
+    def measured(self, metrics: Mapping[str, float]) -> None:
+        """Keep the metrics of an evaluation for the next line, which has the newest loss."""
+        shown = [f"{k} {v:.4g}" for k, v in metrics.items() if k != "loss"]
         self.metrics = ", ".join(shown[:3])
 
     def show(self, update: int, loss: float) -> None:

@@ -38,7 +38,7 @@ class StopSignals:
 
 
 def leave_at_once() -> None:
-    """For `StopSignals`, while there is nothing to save."""
+    """What `StopSignals` calls while there is nothing to save."""
     raise KeyboardInterrupt
 
 

@@ -230,10 +230,10 @@ class Session:
 
 
 def task_parser(
-    task: str, description: str | None, validate: str = "", *, has_images: bool = True
+    task: str, description: str | None, held_out_every: int = 0, *, has_images: bool = True
 ) -> argparse.ArgumentParser:
     """A parser with the flags that all task commands have, or all that learn from images, the first
-    line of a description, and --validate, if it is said which training images that holds out."""
+    line of a description, and --validate, if it can hold one of so many training images out."""
     parser = make_parser((description or "").partition("\n")[0])
     parser.prog = program(task)
     add = parser.add_argument
@@ -249,9 +249,9 @@ def task_parser(
     add("--logdir", metavar="DIR", help="runs are kept, resumed and found here (default: runs)")
     add("--finished", action="store_true", help="train nothing, show the runs that are finished")
     add("--figure", metavar="FILE", help="draw the paper's figure to a .png, .svg or .pdf")
-    if validate:
-        said = f"hold {validate} out and measure on them: for the choice of settings"
-        add("--validate", action="store_true", help=said)
+    if held_out_every:
+        said = f"hold one of {held_out_every} training images out and measure on them"
+        add("--validate", action="store_true", help=f"{said}: for the choice of settings")
     changes = parser.add_argument_group("settings in place of the recipe's")
     add_flags(changes, Recipe, only=OVERRIDES, show_defaults=False)
     for name, example in (("layer", "sharpness=5"), ("network", "num_outputs=100")):
@@ -412,5 +412,4 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = [path.stem for path in CONFIGS.glob("*.yaml")]
-    hint = suggest(Path(name).stem, known) if known else f"{CONFIGS} has none either"
-    raise ValueError(f"there is no config {name!r}; {hint}")
+    raise ValueError(f"there is no config {name!r}; {suggest(Path(name).stem, known)}")

@@ -35,7 +35,7 @@ class Experiment(ABC):
     data: str  # Name of the data set; part of what makes a run another one
     # Decisions where the paper is silent, beyond those in the recipe; part of the identity.
     readings: Mapping[str, Any] = {}
-    # Of the model; `train` sets it, for experiments that replace parameters.
+    # The model's optimiser; `train` sets it, for experiments that replace parameters.
     optimizer: torch.optim.Optimizer | None = None
     # Metrics whose best value over all evaluations is reported too: `max` or `min`.
     best: Mapping[str, str] = {}
@@ -183,8 +183,7 @@ def describe_layers(
         for values in ("slot_usage", "singular_values"):
             report[values] = [round(value, 4) for value in report[values].tolist()]
         report["parameters"] = count_parameters(layer)
-        has_bias = layer.adds_bias
-        report["parameters_of_plain"] = (layer.in_features + has_bias) * layer.out_features
+        report["parameters_of_plain"] = (layer.in_features + layer.adds_bias) * layer.out_features
         config = layer.config
         is_softmax = config.preset == "paper" and len(layer.memory.groups()) == 1
         if is_softmax and not config.learned_sharpness:

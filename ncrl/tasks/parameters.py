@@ -76,15 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit code."""
     parser = make_parser(__doc__.splitlines()[0] if __doc__ else "")
     parser.prog = program("parameters")
-    parser.add_argument("configs", nargs="*", help="recipes (default: all of configs/tasks/)")
+    every, said = sorted(CONFIGS.glob("*.yaml")), "recipes (default: all of configs/tasks/)"
+    parser.add_argument("configs", nargs="*", type=Path, default=every, help=said)
     options = parse(parser, sys.argv[1:] if arguments is None else arguments)
     try:
-        paths = [Path(name) for name in options.get("configs", [])] or sorted(
-            CONFIGS.glob("*.yaml")
-        )
-        if not paths:
-            raise ValueError(f"there are no recipes in {CONFIGS}; name YAML files")
-        counts = [count for path in paths for count in count_file(path)]
+        counts = [count for path in options["configs"] for count in count_file(path)]
     except ValueError as error:
         usage_error(parser.prog, str(error))
     print(table(counts))

@@ -39,9 +39,9 @@ OPTIONS_OF = {"network_options": "network", "layer_options": "layer"}
 LARGEST_BATCH_SIZE = 1 << 16
 MOST_EPOCHS = 100_000
 MOST_ITERATIONS = 10**9
-# Of widths, counts and so on, and of widths in a list: far beyond those of any recipe.
+# The largest width, count and so on, and the most widths in a list: far beyond any recipe's.
 LARGEST_OPTION, MOST_LAYERS = 100_000, 100
-MOST_PARAMETERS = 1 << 30  # of a network: 4 GiB, of which training takes several
+MOST_PARAMETERS = 1 << 30  # of a network: 4 GiB, and training takes several times that
 Options = Mapping[str, Any]
 
 OWN_OPTIONS: Options = setting(None, "options of its own, see docs/layers.md").metadata

@@ -129,7 +129,7 @@ class Summary:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return statistics.fmean(self.values)
 
     @property
@@ -150,7 +150,7 @@ def summarise(rows: Iterable[Result], metric: str) -> Summary | None:
 
 
 def mean_and_spread(rows: Iterable[Result], metric: str, form: str) -> str | None:
-    """As tables have it; None, an empty cell, if no row has the metric."""
+    """A metric over rows as tables show it; None, an empty cell, if no row has it."""
     summary = summarise(rows, metric)
     return None if summary is None else f"{summary:{form}}"
 

@@ -78,7 +78,7 @@ class Run(NamedTuple):
 
     @property
     def title(self) -> str:
-        """For progress and messages."""
+        """The run's name in progress and messages."""
         return f"{self.name}, seed {self.seed}"
 
 
@@ -104,7 +104,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate(recipe: Recipe, update: int, num_updates: int) -> float:
-    """Of one update of `num_updates`, from 0."""
+    """The learning rate of one update out of `num_updates`, counted from 0."""
     rate = recipe.learning_rate
     if recipe.schedule == "steps":
         rate *= 0.1 ** ((2 * update >= num_updates) + (4 * update >= 3 * num_updates))
@@ -153,11 +153,10 @@ class Training:
                 self._check_losses()
                 progress.show(self.update, self._mean_loss())
             if self.update % self.experiment.evaluate_every == 0 or at_end:
-                row = self._evaluate()
-                for name, value in row.items():
-                    if name != "update":
-                        writer.add(f"{self.run.task}/{name}", value, self.update)
-                progress.measured(row)
+                measured = self._evaluate()
+                for name, value in measured.items():
+                    writer.add(f"{self.run.task}/{name}", value, self.update)
+                progress.measured(measured)
             if stop.exit_code:
                 self.save()
                 raise Stopped(stop.exit_code)
@@ -212,10 +211,10 @@ class Training:
         self._check_losses()
         self._check_weights()
         with evaluating(self.model):
-            metrics = self.experiment.evaluate()
-        self.curve.append({"update": self.update, "loss": self._mean_loss(), **metrics})
+            measured = {"loss": self._mean_loss(), **self.experiment.evaluate()}
+        self.curve.append({"update": self.update, **measured})
         self._loss_sum, self._loss_count = 0.0, 0
-        return self.curve[-1]
+        return measured
 
     def finish(self) -> Result:
         """Write weights and row, and clear the checkpoint away."""

@@ -29,7 +29,7 @@ class Method:
     """Plain training, which does nothing about forgetting; base of the others.
 
     A new method is a subclass and a line of `METHODS`; its penalty's usual weight, if it has one,
-    stands in `ncrl.tasks.continual.split.COEFS`. `model` is neither kept in step nor changed.
+    stands in `ncrl.tasks.continual.split.COEFS`.
     """
 
     def __init__(self, model: nn.Module, coef: float = 0.0) -> None:
@@ -160,8 +160,8 @@ class OnlineEwc(Quadratic):
     """Elastic weight consolidation with one anchor: Fisher information summed over tasks.
 
     `extra_loss` is one without samples, such as an orthogonality loss; its gradient is then added
-    to that of every sample before it is squared, as in the Neurocoder authors' code. Only that of
-    their runs: the information of a loss that knows no data says nothing about a task.
+    to that of every sample before it is squared, as in the Neurocoder authors' code. For their runs
+    only: the information of a loss that knows no data says nothing about a task.
     """
 
     def __init__(self, model: nn.Module, coef: float) -> None:

@@ -234,8 +234,7 @@ class SplitLearning(Experiment):
         hidden = [weights for name, weights in layers.items() if name.startswith("hidden")]
         if ranks := [weights.rank for weights in hidden if weights.rank is not None]:
             found["rank"] = sum(ranks) / len(ranks)
-        attention = [w.attention for w in layers.values() if w.attention is not None]
-        if attention:
+        if attention := [w.attention for w in layers.values() if w.attention is not None]:
             found["attention"] = max(attention)
         return found
 

@@ -26,7 +26,7 @@ from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.figures import draw_attention, save_figure
 from ncrl.tasks.models.mlp import ProjectedLinear
 from ncrl.tasks.recipes import OPTIONS_OF, Recipe
-from ncrl.tasks.results import Result, Summary, by_name, results_table, summarise
+from ncrl.tasks.results import Result, Summary, by_name, results_table
 
 CONFIG = "mnist.yaml"
 HELD_OUT_EVERY = 6  # with --validate, one of so many training images is measured on
@@ -94,7 +94,7 @@ def decision_tree(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = task_parser("mnist", __doc__, validate="one of six training images")
+    parser = task_parser("mnist", __doc__, HELD_OUT_EVERY)
     parser.add_argument(
         "--num-steps",
         nargs="+",
@@ -188,9 +188,7 @@ def draw_errors(axes: Axes, rows: Sequence[Result]) -> None:
     coded: list[tuple[int, Summary]] = []
     sizes = set()
     for group in by_name(rows).values():
-        summary = summarise(group, "error")
-        if summary is None:
-            continue
+        summary = Summary([row.metrics["error"] for row in group])
         mean, std = summary.mean, summary.std
         if group[0].layer == "neurocoder":
             options = group[0].recipe["layer_options"]

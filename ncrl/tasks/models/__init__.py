@@ -19,7 +19,6 @@ def atari_policy(
     *,
     encoder: str = "paper",
     lstm_hidden_size: int = 512,
-    image_size: int = 80,
     coded: Coded = PLAIN,
 ) -> nn.Module:
     """Encoder, LSTM, and one coded output layer each for policy and value (paper, section 4.2)."""
@@ -27,7 +26,7 @@ def atari_policy(
     from ncrl.sb3 import CnnLstmPolicy
 
     return CnnLstmPolicy(
-        spaces.Box(0, 255, (1, image_size, image_size), np.uint8),
+        spaces.Box(0, 255, (1, 80, 80), np.uint8),
         spaces.Discrete(num_actions),
         lambda _: 0.0,
         encoder=encoder,

@@ -90,7 +90,8 @@ class Ntm(nn.Module):
         self.hidden_start = nn.Parameter(0.05 * torch.randn(controller_size))
         self.cell_start = nn.Parameter(0.05 * torch.randn(controller_size))
         address_size = row_size + sum(ADDRESS_SIZES)
-        write_size = address_size + 2 * row_size
+        self.write_sizes = [address_size, row_size, row_size]  # address, erase, add
+        write_size = sum(self.write_sizes)
         self.read_interface = coded(controller_size, address_size)
         self.write_interface = coded(controller_size, write_size)
         if official_count:
@@ -131,11 +132,8 @@ class Ntm(nn.Module):
         controller_input = torch.cat([x, state.read], dim=1)
         hidden, cell = self.controller(controller_input, (state.hidden, state.cell))
 
-        row_size = state.read.shape[1]
-        address_size = row_size + sum(ADDRESS_SIZES)
-        write_address, erase, add = self.write_interface(hidden).split_with_sizes(
-            [address_size, row_size, row_size], dim=1
-        )
+        written = self.write_interface(hidden)
+        write_address, erase, add = written.split_with_sizes(self.write_sizes, dim=1)
         # Both heads look at the memory as it was before the write.
         addresses = torch.stack([self.read_interface(hidden), write_address], dim=1)
         weights = self._address(addresses, state.memory, state.weights)  # [B, 2, N]

@@ -153,8 +153,8 @@ class Polynomials(SequenceLearning):
 
 
 def flattest_highest(y: Tensor, chunk: Tensor) -> int:
-    """Of sequences y [T, N] with the chunk of every timestep [T], the one whose flattest chunk is
-    highest; in most, all chunks but one look empty."""
+    """Which of sequences y [T, N], with the chunk of every timestep [T], has the highest flattest
+    chunk; in most, all chunks but one look empty."""
     highest = [y[chunk == c].abs().amax(0) for c in range(int(chunk.max()) + 1)]
     return int(torch.stack(highest).amin(0).argmax())
 
@@ -196,11 +196,11 @@ def chunk_error(noise: float) -> str:
     return "clean_chunk_mse" if noise else "chunk_mse"
 
 
-def updates_until(row: Result, share: float = SOLVED) -> float | None:
-    """Updates at the first evaluation whose `chunk_error` is at most this share of that of
+def updates_until(row: Result) -> float | None:
+    """Updates at the first evaluation whose `chunk_error` is at most `SOLVED` times that of
     predicting zero; None if there is none."""
     error = next(name for name in ("clean_chunk_mse", "chunk_mse") if name in row.curve[0])
-    limit = share * row.details[f"zero_{error}"]
+    limit = SOLVED * row.details[f"zero_{error}"]
     return next((point["update"] for point in row.curve if point[error] <= limit), None)
 
 

@@ -26,7 +26,7 @@ from ncrl.tasks.experiment import Experiment, evaluating, random_stream
 from ncrl.tasks.models.resnet import ResNet18
 from ncrl.tasks.recipes import Recipe, build_network
 
-# Of pixels from 0 to 1, with which torchvision's weights were trained.
+# What torchvision's weights were trained with: statistics of pixels from 0 to 1, by channel.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIDE = 224
 
@@ -259,7 +259,7 @@ def features_of(backbone: Backbone, data: Images, folder: Path | None = None) ->
 
 
 def _compute(backbone: Backbone, images: Tensor) -> Tensor:
-    """[N, num_features] on the CPU."""
+    """Features [N, num_features], on the CPU."""
     parts, done, spoken = [], 0, time.monotonic()
     with evaluating(backbone.network):
         for batch in torch.split(images, FEATURE_BATCH):

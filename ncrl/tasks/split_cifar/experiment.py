@@ -63,7 +63,7 @@ METRICS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = task_parser("split_cifar", __doc__, validate="every fifth training image")
+    parser = task_parser("split_cifar", __doc__, HELD_OUT_EVERY)
     add = parser.add_argument_group("split CIFAR").add_argument
     add("--classes", type=int, metavar="INT", help="10: 5 tasks of 2 (default); 100: 20 of 5")
     add("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)} (default: adam si)")
@@ -212,9 +212,6 @@ def make_backbone(session: Session, recipe: Recipe | None, side: int, data: Imag
         return load_backbone(given_path(session.flags["backbone"]), side, session.device)
     usual = DIGITS_BACKBONE_EPOCHS if data.is_embedded else recipe.epochs
     epochs = session.flags.get("backbone_epochs", usual)
-    if epochs:
-        recipe = dataclasses.replace(recipe, epochs=epochs)
-    wanted = NamedRecipe(f"{BACKBONE} {recipe.epochs} epochs", recipe)
 
     def make(recipe: Recipe, seed: int, _device: torch.device) -> Rotations:
         return Rotations(recipe, data, side, seed)
@@ -224,12 +221,14 @@ def make_backbone(session: Session, recipe: Recipe | None, side: int, data: Imag
         network = make(recipe, BACKBONE_SEED, session.device).model
         said = " with random weights"
     else:
+        recipe = dataclasses.replace(recipe, epochs=epochs)
+        wanted = NamedRecipe(f"{BACKBONE} {epochs} epochs", recipe)
         rows = session.run([wanted], make, seeds=[BACKBONE_SEED])
         if not rows:
             raise ValueError(f"there is no finished run {wanted.name!r}, which features come from")
         network = session.experiment(wanted, BACKBONE_SEED, make).model
         said = (
-            f", trained here for {recipe.epochs} epochs to tell rotations of the training images "
+            f", trained here for {epochs} epochs to tell rotations of the training images "
             f"apart, without labels (test accuracy {rows[0].metrics['rotation_accuracy']:.1f} %, "
             "chance 25 %)"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ncrl import NeurocoderLinear
 from ncrl.shell.tensors import check_like
-from ncrl.tasks.continual.split import SplitLearning
+from ncrl.tasks.continual.split import DESCRIBED_IMAGES, SplitLearning
 from ncrl.tasks.experiment import describe_layers, evaluating, layer_inputs, mutual_information
 from ncrl.tasks.figures import draw_band, legend_name, save_figure
 from ncrl.tasks.models.mlp import SplitMlp
@@ -36,8 +36,8 @@ class SplitFeatures(SplitLearning):
         coded = [x for x in self.model.hidden if isinstance(x, NeurocoderLinear)]
         self.watched = watched_updates(self.ends) if coded else {}
         self.top_slots = torch.full((len(self.tasks), SLOT_STEPS, len(coded)), -1)
-        """Of hidden layers at steps of training: [T, SLOT_STEPS, layers]; -1 where a task has fewer
-        steps."""
+        """Top slots of the coded layers at steps of training, [T, SLOT_STEPS, layers]; -1 where a
+        task has fewer steps."""
 
     def after_update(self, update: int) -> None:
         # Before the end of a task changes the memory for the next one.
@@ -78,7 +78,7 @@ class SplitFeatures(SplitLearning):
             details["top_slots"] = self.top_slots.tolist()
             details["watched"] = sorted(self.watched)
             details["slot_counts"] = self._slot_counts().tolist()
-            images = torch.cat([task.test_images[:50] for task in self.tasks])
+            images = torch.cat([task.test_images[:DESCRIBED_IMAGES] for task in self.tasks])
             details["attention"] = describe_layers(self.model, images)
         return details
 

@@ -143,7 +143,7 @@ def work(session: Session) -> None:
 
 
 def seeds(session: Session, repeats: int | None) -> list[int]:
-    """Those that flags name, else as many as the table has, else 0."""
+    """The seeds that flags name, else as many as the table has, else 0 alone."""
     if "repeats" in session.flags:
         if "seeds" in session.flags:
             raise ValueError("--repeats and --seeds exclude each other")

@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the runs that fill it."""
+        """The name of the runs that fill it."""
         return " ".join(self)
 
 
@@ -45,7 +45,7 @@ residual, and what explains them."""
 
 
 def layers_of(number: int) -> Sequence[str]:
-    """Those of a table."""
+    """The layers of a table."""
     return LAYERS[:5] if number == 1 else LAYERS
 
 
@@ -257,7 +257,7 @@ class Point(NamedTuple):
 
 
 def curves(rows: Sequence[Result]) -> Mapping[str, Mapping[str, list[Point]]]:
-    """By scenario and method, then by layer: points in the order of the coefficient."""
+    """Points in the order of the coefficient, by scenario and method, then by layer."""
     found: dict[str, dict[str, list[Point]]] = defaultdict(dict)
     for (scenario, method, layer), group in by_cell(rows, changes=True).items():
         points = []

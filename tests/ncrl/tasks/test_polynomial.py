@@ -168,7 +168,7 @@ def row_of(curve: list[float]) -> Result:
 
 def test_updates_until_the_chunks_are_predicted() -> None:
     assert updates_until(row_of([5.0, 1.0, 2.0, 0.5])) == 200
-    assert updates_until(row_of([5.0, 1.0, 2.0, 0.5]), share=0.06) == 400
+    assert updates_until(row_of([5.0, 1.1, 2.0, 0.5])) == 400
     assert updates_until(row_of([5.0, 1.1])) is None
 
 
