@@ -711,9 +711,9 @@ def test_get_env_is_seeded_with_its_model() -> None:
 
 
 def test_environments_that_workers_cannot_build() -> None:
-    spawn = {"start_method": "spawn"}
+    fork = {"start_method": "fork"}
     subprocesses = partial(
-        make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=spawn
+        make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=fork
     )
     with pytest.raises(ValueError, match=r"SubprocVecEnv.*return a DummyVecEnv"):
         make_model(lambda n_envs, seed: VecMonitor(subprocesses(n_envs, seed=seed)), n_workers=1)

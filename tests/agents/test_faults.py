@@ -293,7 +293,7 @@ def test_f6_rebuilding_may_take_as_long_as_building(
     """`startup_timeout`, not `heartbeat_timeout`, limits how long environments are built."""
     (tmp_path / "log").mkdir()
     trouble = Trouble("raise", at=8, flag=str(tmp_path / "flag"))
-    env = TickingFactory(trouble=trouble, log=str(tmp_path / "log"), second_build=4.0)
+    env = TickingFactory(trouble=trouble, log=str(tmp_path / "log"), second_build=2.5)
     limits = Limits(heartbeat_timeout=1.5, startup_timeout=60, first_pause=0.05)
     model, ends = make_model(env, limits=limits), Ends(at=-1)
     model.learn(100, callback=ends)
