@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncrl.agents.playing.sizes import available_cores, default_workers
+from ncrl.agents.playing.sizes import Sizes, available_cores, default_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -169,7 +169,11 @@ def test_layer_prints_ratios(run_here: Callable[..., str]) -> None:
 TINY_GPU = ("--device", "cpu", "--seconds", "0", "--play-seconds", "1", "--tables")
 
 
-def test_gpu_prints_its_tables_also_without_one(run_here: Callable[..., str]) -> None:
+def test_gpu_prints_its_tables_also_without_one(
+    run_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Sizes(workers=1, games=2, reason="quick to build")
+    monkeypatch.setattr(importlib.import_module("gpu"), "choose_sizes", lambda *_: few)
     told = run_here("gpu", *TINY_GPU, "correctness", "acting", "pong")
     assert "Traceback" not in told
     assert len(table_rows(told, "Neurocoder J")) == 3

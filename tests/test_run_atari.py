@@ -1199,7 +1199,7 @@ def test_f8_a_second_interrupt_during_the_last_save(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# Real processes.
+# A run with a worker.
 
 
 @pytest.fixture(scope="module")
@@ -1236,6 +1236,9 @@ def test_f17_resume_without_the_workers(worker_run: Run, tmp_path: Path) -> None
     assert int(run.rows[-1]["train/n_updates"]) > 11
     steps = [int(row["time/total_timesteps"]) for row in run.rows]
     assert steps == sorted(set(steps)) and steps[-1] == 444
+
+
+# Real processes.
 
 
 class Process:
