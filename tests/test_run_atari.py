@@ -710,16 +710,20 @@ def test_resume_goes_on_to_the_new_total(run: Run) -> None:
     assert expected.items() <= run.config.items()
 
 
-def test_a_resumed_run_that_is_stopped_before_it_plays_adds_no_point(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, setup = run.rows, A3C._setup_learn
+@pytest.fixture
+def interrupted_as_training_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = A3C._setup_learn
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return setup(*arguments, **options)
 
     monkeypatch.setattr(A3C, "_setup_learn", interrupted)
+
+
+@pytest.mark.usefixtures("interrupted_as_training_begins")
+def test_a_resumed_run_that_is_stopped_before_it_plays_adds_no_point(run: Run) -> None:
+    before = run.rows
     assert main(["--resume", str(run.path), "--frames", "9000"]) == 130
     assert run.rows == before
 
@@ -1132,16 +1136,8 @@ def test_f8_an_interrupt_before_training_shows_no_traceback(
     assert exit_code(short(tmp_path)) == 130
 
 
-def test_f8_an_interrupt_as_training_begins_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setup = A3C._setup_learn
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return setup(*arguments, **options)
-
-    monkeypatch.setattr(A3C, "_setup_learn", interrupted)
+@pytest.mark.usefixtures("interrupted_as_training_begins")
+def test_f8_an_interrupt_as_training_begins_is_not_lost(tmp_path: Path) -> None:
     assert main(short(tmp_path)) == 130
     assert not (tmp_path / "Klax-1").exists(), "nothing was played, nothing is kept"
 
