@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncrl.agents.playing.sizes import available_cores, default_workers
+from ncrl.agents.playing.sizes import Sizes, available_cores, default_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -30,16 +30,6 @@ def one_core() -> Iterator[None]:
     os.sched_setaffinity(0, cores)
 
 
-def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, f"benchmarks/{name}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.fixture
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -54,22 +44,42 @@ def run_here(
     return run
 
 
+@pytest.fixture
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a script as a command does, which must refuse its arguments; returns how it does."""
+
+    def run(name: str, *arguments: str) -> str:
+        path = ROOT / "benchmarks" / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("agent", "games", "frames"),
     [("A2C", "16", "640"), pytest.param("RecurrentPPO", "8", "4096", marks=pytest.mark.slow)],
 )
 def test_curves_of_sb3_have_the_columns_of_ours(
-    agent: str, games: str, frames: str, tmp_path: Path
+    agent: str,
+    games: str,
+    frames: str,
+    tmp_path: Path,
+    run_here: Callable[..., str],
+    refusal: Callable[..., str],
 ) -> None:
     out = tmp_path / "curve.csv"
-    done = run_script("sb3_learning.py", agent, str(out), "--frames", "640", "--seed", "3")
-    assert done.returncode == 0, done.stderr
+    run_here("sb3_learning", agent, str(out), "--frames", "640", "--seed", "3")
     row = read_rows(out)[-1]
     settings = {"env": "Pong", "layer": agent, "games": games, "seed": "3", "frames": frames}
     assert {name: row[name] for name in settings} == settings
     assert float(row["seconds"]) > 0 and set(row) == {*SETTINGS, *COLUMNS}
-    again = run_script("sb3_learning.py", agent, str(out))
-    assert again.returncode == 2 and f"{out} exists" in again.stderr
+    assert f"{out} exists" in refusal("sb3_learning", agent, str(out))
 
 
 def table_rows(output: str, first_cell: str) -> list[str]:
@@ -77,22 +87,42 @@ def table_rows(output: str, first_cell: str) -> list[str]:
 
 
 @pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_throughput_prints_rates(peers: bool, run_here: Callable[..., str]) -> None:
+def test_throughput_prints_rates(
+    peers: bool, run_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("throughput"), "HEADS", ("plain",))
     tiny = ("--encoder", "a3c", "--n-envs", "2", "--seconds", "0.05", "--rounds", "1")
-    chosen = "--peers" if peers else "--no-peers"
-    told = run_here("throughput", *tiny, "--workers", "1", "--device", "cpu", chosen)
-    workers = f"A3C, {default_workers(2)} workers, 2 games"
-    # With workers and serial, both heads; then a chosen number of workers.
-    assert len(table_rows(told, workers)) == 2
-    assert len(table_rows(told, "A3C, 1 workers of 8 games")) == 1
-    for part in ("games + acting alone", "learning alone"):
-        assert len(table_rows(told, part)) == 2
-    for row in table_rows(told, workers):  # shares of two ceilings
-        of_playing, of_ceiling = (int(cell.strip(" %")) for cell in row.split("|")[5:7])
-        assert 0 < of_playing <= of_ceiling
+    told = run_here("throughput", *tiny, "--device", "cpu", "--peers" if peers else "--no-peers")
+    (row,) = table_rows(told, f"A3C, {default_workers(2)} workers, 2 games")
+    of_playing, of_ceiling = (int(cell.strip(" %")) for cell in row.split("|")[5:7])
+    assert 0 < of_playing <= of_ceiling  # shares of two ceilings
+    for part in ("games + acting alone", "learning alone", "A3C serial"):
+        assert len(table_rows(told, part)) == 1
     assert (len(table_rows(told, "A2C")) > 0) == peers
     assert (len(table_rows(told, "RecurrentPPO")) > 0) == peers
     assert "nan" not in told
+
+
+def test_throughput_has_rows_for_both_heads_and_for_chosen_numbers_of_workers() -> None:
+    throughput = importlib.import_module("throughput")
+    chosen = argparse.Namespace(device="cpu", n_envs=[2], workers=[1, 2])
+    rows = [*throughput.our_rows(chosen, "a3c")]
+    for part in ("games + acting alone", "learning alone", "A3C, 1 workers, 2 games", "A3C serial"):
+        of_part = [row.name for row in rows if row.name.startswith(part)]
+        assert [name.rsplit(", ", 1)[-1] for name in of_part] == ["plain heads", "Neurocoder heads"]
+    *_, one, two = rows
+    assert one.name.startswith("A3C, 1 workers of 8 games") and one.n_cores == 1
+    assert two.name.startswith("A3C, 2 workers of 8 games") and two.n_cores == available_cores()
+
+
+def test_a_row_is_measured_on_as_many_cores_as_it_may_use() -> None:
+    throughput = importlib.import_module("throughput")
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the fixture sets it back
+    cores = available_cores()
+    with throughput.on_cores(1):
+        assert available_cores() == 1
+    with throughput.on_cores(None):
+        assert available_cores() == cores
 
 
 def test_the_ceiling_shares_the_cores_between_play_and_learning(
@@ -111,7 +141,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_soak_prints_samples_and_their_medians_early_and_late(run_here: Callable[..., str]) -> None:
-    tiny = ("--minutes", "0.05", "--interval", "0.5", "--n-envs", "2", "--workers", "1")
+    tiny = ("--minutes", "0.01", "--interval", "0.1", "--n-envs", "2", "--workers", "1")
     told = run_here("soak", *tiny, "--device", "cpu")
     assert len(table_rows(told, "0.")) >= 2
     for part in ("first third", "last third"):
@@ -120,16 +150,14 @@ def test_soak_prints_samples_and_their_medians_early_and_late(run_here: Callable
 
 
 def test_tasks_prints_steps_and_targets(
-    run_here: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    run_here: Callable[..., str], refusal: Callable[..., str]
 ) -> None:
     told = run_here("tasks", "--seconds", "0", "--only", "mlp", "J = 5")
     for name in ("CIFAR MLP", "polynomial GRU, J = 5"):
         plain, coded = (row.strip("| ").split(" | ") for row in table_rows(told, name))
         assert (plain[2], coded[2]) == ("linear", "neurocoder")
         assert coded[-1].startswith("<= ") and "nan" not in coded
-    with pytest.raises(SystemExit, match="2"):
-        run_here("tasks", "--only", "resnet")
-    assert "CIFAR LeNet" in capsys.readouterr().err
+    assert "CIFAR LeNet" in refusal("tasks", "--only", "resnet")
 
 
 def test_layer_prints_ratios(run_here: Callable[..., str]) -> None:
@@ -141,7 +169,11 @@ def test_layer_prints_ratios(run_here: Callable[..., str]) -> None:
 TINY_GPU = ("--device", "cpu", "--seconds", "0", "--play-seconds", "1", "--tables")
 
 
-def test_gpu_prints_its_tables_also_without_one(run_here: Callable[..., str]) -> None:
+def test_gpu_prints_its_tables_also_without_one(
+    run_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Sizes(workers=1, games=2, reason="quick to build")
+    monkeypatch.setattr(importlib.import_module("gpu"), "choose_sizes", lambda *_: few)
     told = run_here("gpu", *TINY_GPU, "correctness", "acting", "pong")
     assert "Traceback" not in told
     assert len(table_rows(told, "Neurocoder J")) == 3
@@ -157,9 +189,8 @@ def test_gpu_prints_how_long_a_start_takes(run_here: Callable[..., str]) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_gpu_says_that_there_is_none() -> None:
-    done = run_script("gpu.py")
-    assert done.returncode == 2 and "cuda is not available" in done.stderr
+def test_gpu_says_that_there_is_none(refusal: Callable[..., str]) -> None:
+    assert "cuda is not available" in refusal("gpu")
 
 
 def test_gpu_says_why_an_update_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,19 +198,18 @@ def test_gpu_says_why_an_update_is_not_captured(monkeypatch: pytest.MonkeyPatch)
     gpu = importlib.import_module("gpu")
     rows: list[tuple[object, ...]] = []
     monkeypatch.setattr(gpu, "print_row", lambda *cells: rows.append(cells))
-    monkeypatch.setattr(gpu, "UPDATES", (4,))
+    monkeypatch.setattr(gpu, "UPDATES", (1,))
     gpu.update(argparse.Namespace(device="cpu", seconds=0.0))
     assert {len(row) for row in rows} == {7}
     for head in ("plain", "Neurocoder"):
-        (row,) = (row for row in rows if row[:2] == (head, 80))
+        (row,) = (row for row in rows if row[:2] == (head, 20))
         assert row[3] == "none: the learner is on cpu, not on CUDA"
 
 
-@pytest.mark.parametrize("name", ["growing_memory.py", "programs.py"])
-def test_what_goes_wrong_is_told_in_one_line(name: str) -> None:
-    done = run_script(name, "--data-dir", "/no/such/folder")
-    assert done.returncode == 2
-    assert done.stderr == f"{name}: --data-dir must be a folder: /no/such/folder does not exist\n"
+@pytest.mark.parametrize("name", ["growing_memory", "programs"])
+def test_what_goes_wrong_is_told_in_one_line(name: str, refusal: Callable[..., str]) -> None:
+    told = refusal(name, "--data-dir", "/no/such/folder")
+    assert told == f"{name}.py: --data-dir must be a folder: /no/such/folder does not exist\n"
 
 
 def fake_python(folder: Path, script: str) -> Path:

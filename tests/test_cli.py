@@ -1,9 +1,12 @@
 """The command `ncrl`: what each word stands for, its errors, and a core that needs torch alone."""
 
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,14 +102,31 @@ def test_ctrl_c_while_a_command_is_imported_is_quiet(monkeypatch: pytest.MonkeyP
     assert cli.main(["task", "mnist"]) == 130
 
 
-def test_task_runs_the_experiment_and_returns_its_exit_code() -> None:
-    done = run("-m", "ncrl", "task", "parameters", "configs/tasks/mnist.yaml")
-    assert done.returncode == 0 and "recipes reach the paper's count" in done.stdout
-    done = run("-m", "ncrl", "task", "mnist", "--no-such-flag")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("ncrl task mnist: unknown argument '--no-such-flag'")
-    done = run("-m", "ncrl.tasks.mnist", "--no-such-flag")
-    assert done.stderr.startswith("python -m ncrl.tasks.mnist: unknown argument")
+@pytest.fixture
+def run_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Any, str, str]]:
+    """`python -m`, in this process: exit code and what was printed."""
+
+    def run(name: str, *words: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["-m", *words])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_task_runs_the_experiment_and_returns_its_exit_code(
+    run_module: Callable[..., tuple[Any, str, str]],
+) -> None:
+    code, out, _ = run_module("ncrl", "task", "parameters", str(ROOT / "configs/tasks/mnist.yaml"))
+    assert code == 0 and "recipes reach the paper's count" in out
+    code, _, err = run_module("ncrl", "task", "mnist", "--no-such-flag")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith("ncrl task mnist: unknown argument '--no-such-flag'")
+    _, _, err = run_module("ncrl.tasks.mnist", "--no-such-flag")
+    assert err.startswith("python -m ncrl.tasks.mnist: unknown argument")
 
 
 def test_train_reaches_run_atari_from_another_folder(tmp_path: Path) -> None:

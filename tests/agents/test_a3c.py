@@ -12,7 +12,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -36,9 +36,8 @@ from stable_baselines3.common.vec_env import (
 )
 
 import ncrl.agents.a3c
-from ncrl.agents import A3C
+from ncrl.agents import A3C, WorkerError
 from ncrl.agents.playing.env_sources import RemoteEnvs
-from ncrl.agents.playing.pool import WorkerPool
 from ncrl.agents.playing.supervision import PoolSpec
 from ncrl.agents.playing.weights import layout
 from ncrl.agents.runs.curves import record_heads, record_lag, record_means
@@ -94,6 +93,15 @@ class Record(BaseCallback):
 
     def _on_training_end(self) -> None:
         self.calls.append("training_end")
+
+
+class RecordOfWorkers(Record):
+    """Also whether what the workers play into is still there."""
+
+    def _on_training_start(self) -> None:
+        assert self.locals["iteration"] == 0  # as SB3's
+        self.pool = weakref.ref(self.model._pool)
+        super()._on_training_start()
 
 
 class Stop(BaseCallback):
@@ -499,11 +507,11 @@ WORKERS = {"n_workers": 2, "n_envs": 4, "n_steps": 5}
 
 
 @pytest.fixture(scope="module")
-def healthy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[A3C, Record]:
+def healthy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[A3C, RecordOfWorkers]:
     """Two workers play episodes of three timesteps; 50 whole updates and 2 rows of one more."""
     log = str(tmp_path_factory.mktemp("log"))
     env = TickingFactory(length=3, log=log, together=2, pause=0.001)
-    model, record = make_model(env, **WORKERS), Record()
+    model, record = make_model(env, **WORKERS), RecordOfWorkers()
     model.learn(4 * (5 * 50 + 2) - 1, callback=record, log_interval=None)
     return model, record
 
@@ -516,6 +524,18 @@ def test_a_run_with_workers_reaches_its_total(healthy_run: tuple[A3C, Record]) -
     assert record.calls.count("rollout_end") == 51 and record.calls[-1] == "training_end"
     assert model.policy.optimizer.param_groups[0]["lr"] == 0
     assert all(torch.isfinite(p).all() for p in model.policy.parameters())
+    assert isinstance(model.env, RemoteEnvs)
+    assert model.env._envs is None, "training builds none in this process"
+
+
+def test_the_memory_that_workers_play_into_is_freed_though_the_callback_is_kept(
+    healthy_run: tuple[A3C, RecordOfWorkers],
+) -> None:
+    model, record = healthy_run
+    gc.collect()
+    assert record.pool() is None and record.model is model
+    assert record.locals["total_timesteps"] == 4 * (5 * 50 + 2) - 1
+    assert record.locals["iteration"] == 50
 
 
 def test_rows_are_what_the_workers_played(healthy_run: tuple[A3C, Record]) -> None:
@@ -640,21 +660,8 @@ def test_limits_are_no_dict() -> None:
 
 
 def test_infos_that_are_asked_for_come_with_every_timestep() -> None:
-    class Ticks(BaseCallback):
-        ticks: ClassVar[list[int]] = []
-
-        def _on_step(self) -> bool:
-            self.ticks.extend(info["tick"] for info in self.locals["infos"])
-            assert all("seed" not in info or "pid" in info for info in self.locals["infos"])
-            return True
-
-    model = make_model(TickingFactory(), n_workers=1, n_envs=2, info_keywords=["tick", "none"])
-    model.learn(40, callback=Ticks())
-    assert Ticks.ticks == [tick for tick in range(1, 21) for _ in range(2)]
-
-
-def test_infos_may_hold_what_only_the_users_script_knows() -> None:
-    """Its classes travel to the workers by value, and back."""
+    """Also what only the user's script knows: its classes travel to the workers by value, and
+    back."""
 
     class Ending(Enum):
         LOST = 1
@@ -665,19 +672,21 @@ def test_infos_may_hold_what_only_the_users_script_knows() -> None:
             return *result, info | {"ending": Ending.LOST}
 
     def make(n_envs: int, seed: int) -> VecEnv:
-        return make_vec_env(lambda: Telling(gym.make("CartPole-v1")), n_envs, seed=seed)
+        return make_vec_env(lambda: Telling(TickingFactory().make(seed)), n_envs)
 
     record = Record()
-    make_model(make, n_workers=1, info_keywords=["ending"]).learn(20, callback=record)
-    assert {info["ending"] for row in record.infos for info in row} == {Ending.LOST}
+    model = make_model(make, n_workers=1, info_keywords=["tick", "ending", "none"])
+    model.learn(40, callback=record)
+    infos = [info for row in record.infos for info in row]
+    assert [info["tick"] for info in infos] == [tick for tick in range(1, 21) for _ in range(2)]
+    assert {info["ending"] for info in infos} == {Ending.LOST}
+    assert all("seed" not in info or "pid" in info for info in infos)
 
 
 def test_get_env_plays_and_leaves_the_workers_theirs() -> None:
     model = make_model(TickingFactory(length=3), n_workers=1, n_envs=2)
     env = model.get_env()
     assert isinstance(env, RemoteEnvs) and env is model.env
-    model.learn(20)
-    assert env._envs is None, "training builds none"
     obs = env.reset()
     assert obs.shape == (2, *env.observation_space.shape)
     _, rewards, dones, infos = env.step(np.zeros(2, dtype=int))
@@ -702,9 +711,9 @@ def test_get_env_is_seeded_with_its_model() -> None:
 
 
 def test_environments_that_workers_cannot_build() -> None:
-    spawn = {"start_method": "spawn"}
+    fork = {"start_method": "fork"}
     subprocesses = partial(
-        make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=spawn
+        make_vec_env, "CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=fork
     )
     with pytest.raises(ValueError, match=r"SubprocVecEnv.*return a DummyVecEnv"):
         make_model(lambda n_envs, seed: VecMonitor(subprocesses(n_envs, seed=seed)), n_workers=1)
@@ -745,14 +754,7 @@ def run_unguarded(folder: Path, argument: str, script: str = UNGUARDED) -> str:
 
 
 def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
-    said = run_unguarded(tmp_path, "script.py")
-    assert 'under `if __name__ == "__main__":`' in said.splitlines()[-1]
-    assert "a new one starts" not in said
-
-
-def test_a_script_without_a_guard_is_told_so_where_its_first_worker_was_killed(
-    tmp_path: Path,
-) -> None:
+    """Also where its first worker was killed, and at once: one that ended so is not replaced."""
     said = run_unguarded(tmp_path, "script.py", KILLED_ONCE + UNGUARDED)
     assert said.count("a new one starts") == 1
     assert 'under `if __name__ == "__main__":`' in said.splitlines()[-1]
@@ -787,32 +789,17 @@ def test_games_of_a_loaded_model_do_not_repeat_those_that_it_has_played(tmp_path
 def test_no_call_of_learn_repeats_the_games_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
 
-    class Pool(WorkerPool):
-        def __init__(self, spec: PoolSpec, module: torch.nn.Module) -> None:
-            seeds.append(spec.seed)
-            super().__init__(spec, module)
+    def pool(spec: PoolSpec, module: torch.nn.Module) -> None:
+        seeds.append(spec.seed)
+        raise WorkerError("seen enough")
 
-    monkeypatch.setattr("ncrl.agents.playing.players.WorkerPool", Pool)
+    monkeypatch.setattr("ncrl.agents.playing.players.WorkerPool", pool)
     model = make_model(TickingFactory(), n_workers=1, n_envs=2)
     for reset in (True, True, False):
-        model.learn(40, reset_num_timesteps=reset)
+        with pytest.raises(WorkerError, match="seen enough"):
+            model.learn(40, reset_num_timesteps=reset)
+        model._n_updates += 4
     assert len(set(seeds)) == 3
-
-
-def test_the_memory_that_workers_play_into_is_freed_though_the_callback_is_kept() -> None:
-    class Watch(BaseCallback):
-        def _on_training_start(self) -> None:
-            assert self.locals["iteration"] == 0  # as SB3's
-
-        def _on_step(self) -> bool:
-            self.pool = weakref.ref(self.model._pool)
-            return True
-
-    watch = Watch()
-    model = make_model(TickingFactory(), n_workers=1).learn(20, callback=watch)
-    gc.collect()
-    assert watch.pool() is None and watch.model is model
-    assert watch.locals["total_timesteps"] == 20 and watch.locals["iteration"] == 1
 
 
 def test_a_model_of_workers_is_trained_on_in_this_process(tmp_path: Path) -> None:
@@ -829,8 +816,7 @@ def test_equal_weights_give_equal_log_probabilities(
     policy: str, env: Callable, log_rhos: list[torch.Tensor]
 ) -> None:
     """Whatever a worker does differently from the learner would show as log rho."""
-    n_workers = 2 if policy == "NeurocoderMlpLstmPolicy" else 1
-    model = make_model(env, policy, n_workers=n_workers, n_envs=4, learning_rate=0.0)
+    model = make_model(env, policy, n_workers=1, n_envs=4, learning_rate=0.0)
     model.policy.watch = lambda obs: None  # type: ignore[method-assign]  # no new mean image
     model.learn(4 * (5 * 8 + 3))
     assert len(log_rhos) == 9 and log_rhos[-1].shape == (3, 4)

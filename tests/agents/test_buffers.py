@@ -29,9 +29,12 @@ DICT = spaces.Dict(
 )
 CPU = torch.device("cpu")
 
+VECTORS_WITH_MEMORY: dict[str, Any] = {}
+DICTS_WITHOUT: dict[str, Any] = {"observation_space": DICT, "lstm_layers": 0, "lstm_size": 0}
+
 both = pytest.mark.parametrize(
     "options",
-    [{}, {"observation_space": DICT, "lstm_layers": 0, "lstm_size": 0}],
+    [VECTORS_WITH_MEMORY, DICTS_WITHOUT],
     ids=["vectors with memory", "dicts without"],
 )
 
@@ -132,24 +135,25 @@ def test_slots_are_views_that_do_not_overlap(options: dict[str, Any]) -> None:
     assert sum(x.nbytes for x in tensors_in(slots)) == 3 * make_shape(**options).nbytes
 
 
-def write_slot(slots: Rollout, index: int) -> None:
-    for tensor in tensors_in(slots.slot(index)):
-        tensor.fill_(1)
+def write_slots(kinds: list[Rollout], index: int) -> None:
+    for slots in kinds:
+        for tensor in tensors_in(slots.slot(index)):
+            tensor.fill_(1)
 
 
-@both
-def test_shared_slots_are_written_by_another_process(options: dict[str, Any]) -> None:
-    slots = make_shape(**options).allocate(2)
-    for tensor in tensors_in(slots):
+def test_shared_slots_are_written_by_another_process() -> None:
+    kinds = [make_shape(**options).allocate(2) for options in (VECTORS_WITH_MEMORY, DICTS_WITHOUT)]
+    for tensor in tensors_in(kinds):
         tensor.share_memory_()
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=write_slot, args=(slots, 1), daemon=True)
+    process = context.Process(target=write_slots, args=(kinds, 1), daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    for tensor in tensors_in(slots.slot(1)):
-        assert (tensor == 1).all()
-    assert slots.slot(0).rewards.isnan().all()
+    for slots in kinds:
+        for tensor in tensors_in(slots.slot(1)):
+            assert (tensor == 1).all()
+        assert slots.slot(0).rewards.isnan().all()
 
 
 def columns(tensor: Tensor, place: int) -> Tensor:

@@ -71,15 +71,6 @@ def test_the_noise_of_gsde_is_that_of_the_exported_weights(tmp_path: Path) -> No
     assert torch.equal(before, torch.get_rng_state()), "reading draws nothing"
 
 
-def test_the_noise_of_gsde_is_that_of_the_learnt_weights() -> None:
-    """Also where workers have drawn it for themselves."""
-    options: dict[str, Any] = {"n_envs": 1, "n_steps": 5, "learning_rate": 1e-9, "seed": 0}
-    model = A3C("MlpPolicy", "Pendulum-v1", use_sde=True, device="cpu", n_workers=1, **options)
-    with torch.no_grad():
-        model.policy.log_std.fill_(-8)
-    assert 0 < noise(model.learn(10)) < 0.01
-
-
 @pytest.mark.parametrize("name", ["orth_coef", "balance_coef"])
 def test_coefficients_are_arguments_of_a3c_itself(name: str) -> None:
     """Its loss has the terms already: as arguments of the policy they would do nothing."""

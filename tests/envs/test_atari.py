@@ -1,10 +1,7 @@
 """`ncrl.envs.atari`: names, protocols, seeds, scores of whole games, what SB3 asks of a VecEnv."""
 
 import pickle
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNormalize
 
-import ncrl.envs
 from ncrl.envs import AtariFactory, AtariVecEnv, atari, game_name
 
 # Random play loses a game of Asterix (three lives, rewards of 50 and more) in about 200 timesteps.
@@ -100,12 +96,6 @@ def test_options_may_be_integers_of_numpy():
     assert {type(value) for value in (factory.stack, factory.image_size)} == {int}
 
 
-def test_importing_envs_does_not_load_ale_py():
-    code = "import sys, envs; sys.exit('ale_py' in sys.modules)"
-    root = Path(ncrl.envs.__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
-
-
 def test_factory_is_frozen_and_survives_pickling():
     factory = atari("Breakout", protocol="classic", stack=2)
     copy = pickle.loads(pickle.dumps(factory))
@@ -173,10 +163,11 @@ def test_reset_continues_the_generators_and_seed_rewinds_them():
     np.testing.assert_array_equal(play(env, 100), second)
 
 
-@pytest.mark.parametrize("seed", [np.int64(5), np.uint32(5), 5 + 2**31, 5 - 2**31])
-def test_any_integer_is_a_seed(seed):
+def test_any_integer_is_a_seed():
     factory = atari("Breakout")
-    np.testing.assert_array_equal(play(factory(1, seed), 40), play(factory(1, 5), 40))
+    expected = play(factory(1, 5), 40)
+    for seed in (np.int64(5), np.uint32(5), 5 + 2**31, 5 - 2**31):
+        np.testing.assert_array_equal(play(factory(1, seed), 40), expected)
 
 
 def test_machado_actions_are_sticky():
@@ -186,14 +177,14 @@ def test_machado_actions_are_sticky():
 
 
 def test_classic_is_deterministic_after_equal_starts():
-    env = atari("Pong", protocol="classic")(16, 0)
+    env = atari("Pong", protocol="classic")(12, 0)
     runs = play(env, 60)
     starts = [info["episode_frame_number"] for info in env.reset_infos]
     assert len(set(starts)) > 8  # no-ops are drawn from 0 to 30
     rows: dict[int, int] = {}
     for i, start in enumerate(starts):
         np.testing.assert_array_equal(runs[:, i], runs[:, rows.setdefault(start, i)])
-    assert len(rows) < 16  # or no two starts were compared
+    assert len(rows) < 12  # or no two starts were compared
 
 
 @pytest.mark.parametrize("protocol", ["machado", "classic"])

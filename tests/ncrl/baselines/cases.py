@@ -92,16 +92,6 @@ def make_layer(case: Case, seed: int = 0, **options: Any) -> nn.Module:
     return layer
 
 
-def random_input(*shape: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def copies(layer: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, as tensors with gradients of their own."""
-    return {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
-
-
 def used(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the output depends on."""
     return {name: p for name, p in layer.named_parameters() if not name.startswith("unused.")}

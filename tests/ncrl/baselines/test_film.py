@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from ncrl.baselines import FiLMLinear
-from tests.ncrl.baselines.cases import Case, cases_of, count, random_input
+from tests.ncrl.baselines.cases import Case, cases_of, count
+from tests.ncrl.layers import random_input
 
 
 @cases_of(FiLMLinear)

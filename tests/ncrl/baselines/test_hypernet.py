@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ncrl.baselines import HyperNetLinear
-from tests.ncrl.baselines.cases import Case, cases_of, count, random_input
+from tests.ncrl.baselines.cases import Case, cases_of, count
+from tests.ncrl.layers import random_input
 
 all_hypernets = cases_of(HyperNetLinear)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.baselines.moe import Gating, cv_squared, first_largest
 from tests.ncrl.baselines import reference
-from tests.ncrl.baselines.cases import Case, cases_of, copies, make_layer, random_input
+from tests.ncrl.baselines.cases import Case, cases_of, make_layer
+from tests.ncrl.layers import parameters_of, random_input
 
 all_mixtures = cases_of(MoELinear)
 
@@ -51,7 +52,7 @@ def test_noise_only_in_training() -> None:
     layer.train()
     assert not torch.equal(layer(x), layer(x))
     scale = layer.gate(x).noise_scale
-    expected = torch.stack([reference.moe_noise_scale(copies(layer), row) for row in x])
+    expected = torch.stack([reference.moe_noise_scale(parameters_of(layer), row) for row in x])
     torch.testing.assert_close(scale, expected)
 
 
@@ -66,7 +67,7 @@ def test_with_noise_value_and_gradients_equal_the_literal_reading(case: Case) ->
     y = layer(x)
     (y * weights).sum().backward()
 
-    parameters, same_x = copies(layer), x.detach().clone().requires_grad_()
+    parameters, same_x = parameters_of(layer), x.detach().clone().requires_grad_()
     rows = [
         reference.moe(parameters, row, top_k=layer.top_k, noise=n)
         for row, n in zip(same_x, noise, strict=True)
@@ -149,9 +150,11 @@ def test_importance_and_load_equal_the_literal_reading(case: Case) -> None:
     (decision,) = gates[""]
     importance, load = [0.0] * layer.num_experts, [0.0] * layer.num_experts
     for row, n in zip(x, noise, strict=True):
-        for expert, gate in reference.moe_gates(copies(layer), row, n, layer.top_k).items():
+        for expert, gate in reference.moe_gates(parameters_of(layer), row, n, layer.top_k).items():
             importance[expert] += gate.item()
-        for expert, chance in enumerate(reference.moe_load(copies(layer), row, n, layer.top_k)):
+        for expert, chance in enumerate(
+            reference.moe_load(parameters_of(layer), row, n, layer.top_k)
+        ):
             load[expert] += chance
     assert decision.importance().tolist() == pytest.approx(importance)
     assert decision.load().tolist() == pytest.approx(load)

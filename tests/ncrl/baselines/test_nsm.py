@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ncrl.baselines import NSMLinear
 from tests.ncrl.baselines import reference
-from tests.ncrl.baselines.cases import Case, cases_of, copies, count, make_layer, random_input
+from tests.ncrl.baselines.cases import Case, cases_of, count, make_layer
+from tests.ncrl.layers import parameters_of, random_input
 
 
 @cases_of(NSMLinear)
@@ -20,7 +21,7 @@ def test_attention_equals_the_literal_reading(case: Case) -> None:
     assert attention.shape == (2, 3, layer.num_slots)
     for row, weights in zip(x.flatten(0, 1), attention.flatten(0, 1), strict=True):
         expected = reference.nsm_attention(
-            copies(layer),
+            parameters_of(layer),
             row,
             key_dim=layer.key_dim,
             official_cosine=layer.cosine == "official",

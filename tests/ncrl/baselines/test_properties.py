@@ -12,15 +12,8 @@ from torch import Tensor, nn
 from ncrl.baselines import MoELinear
 from ncrl.layers import LAYERS
 from ncrl.layers import make_layer as make_by_name
-from tests.ncrl.baselines.cases import (
-    CASES,
-    Case,
-    all_cases,
-    copies,
-    make_layer,
-    random_input,
-    used,
-)
+from tests.ncrl.baselines.cases import CASES, Case, all_cases, make_layer, used
+from tests.ncrl.layers import parameters_of, random_input
 
 
 def reference_output(case: Case, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -37,7 +30,7 @@ def test_value_and_gradients_equal_the_literal_reading(case: Case) -> None:
     weights = random_input(5, case.sizes[1], seed=2)
     (layer(x) * weights).sum().backward()
 
-    parameters, same_x = copies(layer), x.detach().clone().requires_grad_()
+    parameters, same_x = parameters_of(layer), x.detach().clone().requires_grad_()
     expected = reference_output(case, parameters, same_x)
     (expected * weights).sum().backward()
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
@@ -201,7 +194,7 @@ def test_pickle_deepcopy_and_state_dict(case: Case) -> None:
 def test_forward_keeps_nothing(case: Case) -> None:
     layer = make_layer(case).train()
     before = copy.deepcopy(layer.__dict__)
-    buffers, parameters = list(layer.buffers()), copies(layer)
+    buffers, parameters = list(layer.buffers()), parameters_of(layer)
     for _ in range(2):
         layer(random_input(3, case.sizes[0]))
     for module in layer.modules():

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -270,13 +271,20 @@ def test_tables_with_other_settings_show_their_rows(tmp_path: Path, capsys: Any)
     assert f"| {first} - {second} - - |" in text
 
 
-def test_processes_share_the_runs(tmp_path: Path) -> None:
-    words = small(tmp_path, "--layer", "linear", "--method", "adam", "l2", "si")
+def test_processes_share_the_runs(tmp_path: Path, capsys: Any) -> None:
+    """Another one, and this one, which begins while the other is at its first run."""
+    assert main(small(tmp_path / "before", "--method", "adam", "--layer", "linear")) == 0
+    capsys.readouterr()  # all that takes long is imported
+    words = small(tmp_path / "shared", "--method", "adam", "l2", "si", "--layer", "linear")
+    words += ["--epochs", "10"]
     command = [sys.executable, "-m", "ncrl.tasks.split_mnist", *words, "--threads", "1"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=600)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    rows = read_results(tmp_path)
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("shared/**/.lock")) and other.poll() is None:
+        time.sleep(0.01)
+    assert main(words) == 0
+    said = [other.communicate(timeout=600)[0], capsys.readouterr().out]
+    assert other.returncode == 0
+    rows = read_results(tmp_path / "shared")
     assert len(rows) == 3
     assert all(row.name in text for row in rows for text in said)
     assert "".join(said).count("finished before") == 3
