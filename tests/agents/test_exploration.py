@@ -981,11 +981,11 @@ def solves(intrinsic_reward: str | None, seed: int, timesteps: int, n_workers: i
 
 
 def test_a_key_and_a_door_are_found_with_a_bonus() -> None:
-    assert all(solves("rnd", seed, 100_000) for seed in range(3))
+    assert sum(solves("rnd", seed, 100_000) for seed in range(5)) >= 4
 
 
 def test_a_key_and_a_door_are_not_found_without() -> None:
-    assert not any(solves(None, seed, 40_000) for seed in range(3))
+    assert sum(solves(None, seed, 40_000) for seed in range(5)) == 0
 
 
 def test_a_key_and_a_door_are_found_through_a_worker() -> None:
