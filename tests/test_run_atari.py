@@ -1302,8 +1302,8 @@ def has_curves(path: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("workers", "number", "code"),
-    [("1", signal.SIGINT, 130), ("0", signal.SIGTERM, 143), ("1", signal.SIGHUP, 129)],
-    ids=["F8 SIGINT, a worker", "F9 SIGTERM, serial", "closed terminal, a worker"],
+    [("2", signal.SIGINT, 130), ("0", signal.SIGTERM, 143), ("1", signal.SIGHUP, 129)],
+    ids=["F8 SIGINT, workers", "F9 SIGTERM, serial", "closed terminal, a worker"],
 )
 def test_a_signal_ends_the_run_with_a_checkpoint(
     workers: str,
