@@ -1,12 +1,14 @@
-"""What intrinsic rewards see on MontezumaRevenge, and how well a run imitates what it kept.
+"""What intrinsic rewards see on MontezumaRevenge, and what a run does and imitates there.
 
 python benchmarks/exploration.py places          # bonus of places that chance never reaches
 python benchmarks/exploration.py kept runs/MontezumaRevenge-1
+python benchmarks/exploration.py rooms runs/MontezumaRevenge-1 --games 6
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from gymnasium import spaces
 from torch import Tensor
 
 from ncrl.agents import A3C
+from ncrl.agents.atari.config import make_factory, stored_config
+from ncrl.agents.atari.evaluate import UNPLAYED, play
 from ncrl.agents.learning.intrinsic import SOURCES, make_source
 from ncrl.agents.runs.checkpoints import newest_checkpoint
 from ncrl.envs import AtariPlayer, atari
@@ -47,11 +51,17 @@ def main() -> None:
     kept = commands.add_parser("kept", help="likelihood of the kept actions under the last weights")
     kept.add_argument("run", type=Path)
     commands.add_parser("places", help="bonus of places, in that of the usual ones")
+    rooms = commands.add_parser("rooms", help="entropy and bonus in the rooms that a run plays in")
+    rooms.add_argument("run", type=Path)
+    rooms.add_argument("--games", type=int, default=6)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.command == "places":
         print_places()
-    else:
+    elif options.command == "kept":
         print_kept(options.run)
+    else:
+        print_rooms(options.run, options.games)
 
 
 def print_places() -> None:
@@ -100,6 +110,31 @@ def print_kept(run: Path) -> None:
         means = torch.cat(rows).mean(0).tolist()
         timesteps = sum(map(len, rows))
         print_row(depth, len(rows), timesteps, *(f"{mean:.2f}" for mean in means))
+
+
+def print_rooms(run: Path, games: int) -> None:
+    """Play games that training has not played with the newest checkpoint. For each score and room:
+    in how many games, for how many timesteps, and the means of the policy's entropy and the bonus.
+
+    An entropy of log 18 = 2.89 is chance. ValueError for a run without a bonus.
+    """
+    model = A3C.load(newest_checkpoint(run / "checkpoints").path, device="cpu")
+    if model.exploration is None:
+        raise ValueError(f"{run} has no bonus")
+    config = stored_config(run)
+    seen: dict[tuple[float, int], list[tuple[int, float, float]]] = defaultdict(list)
+    for game in range(games):
+        player = AtariPlayer(make_factory(config), config.seed + UNPLAYED + game)
+        for decision in play(model, player, deterministic=False):
+            entropy = decision.distribution.entropy()
+            assert entropy is not None
+            bonus = model.exploration.source.score(decision.images)
+            seen[player.score, player.room()].append((game, float(entropy), float(bonus)))
+    print_header("score", "room", "games", "timesteps", "entropy", "bonus")
+    for (score, room), timesteps in sorted(seen.items()):
+        played, entropies, bonuses = zip(*timesteps, strict=True)
+        means = f"{np.mean(entropies):.2f}", f"{np.mean(bonuses):.3f}"
+        print_row(f"{score:g}", room, len(set(played)), len(timesteps), *means)
 
 
 def random_play() -> Tensor:

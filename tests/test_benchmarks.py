@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import run_atari
 from ncrl.agents.playing.sizes import Sizes, available_cores, default_workers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +165,16 @@ def test_layer_prints_ratios(run_here: Callable[..., str]) -> None:
     told = run_here("layer", "--seconds", "0", "--batch", "2", "3")
     rows = table_rows(told, "3072 -> 512") + table_rows(told, "784 -> 400, P")
     assert [row.split(" | ")[0][-7:] for row in rows] == ["batch 2", "batch 3"] * 2
+
+
+def test_exploration_tells_the_rooms_of_a_run(run_here: Callable[..., str], tmp_path: Path) -> None:
+    words = "--env MontezumaRevenge --frames 80 --workers 0 --games 2 --lstm-hidden-size 8"
+    words += " --layer linear --device cpu --game-frames 400"
+    assert run_atari.main([*words.split(), "--logdir", str(tmp_path)]) == 0
+    told = run_here("exploration", "rooms", str(tmp_path / "MontezumaRevenge-1"), "--games", "2")
+    (row,) = table_rows(told, "0 | 1 | 2 |")
+    timesteps, entropy, bonus = (float(cell) for cell in row.strip(" |").split(" | ")[3:])
+    assert timesteps == 200 and 2.5 < entropy < 2.9 and bonus > 0
 
 
 TINY_GPU = ("--device", "cpu", "--seconds", "0", "--play-seconds", "1", "--tables")
