@@ -1208,7 +1208,7 @@ def worker_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_run_with_a_worker(worker_run: Run) -> None:
     path, output = worker_run
-    assert "playing    1 workers of 4 games, 10 timesteps per rollout\n" in output
+    assert "playing    1 worker of 4 games, 10 timesteps per rollout\n" in output
     assert f" -m tensorboard.main --logdir {path.parent}\n" in output
     assert "1,616 / 1,616 frames" in output and f"--resume {path} --frames 3232\n" in output
     assert not CONTROL.search(output)

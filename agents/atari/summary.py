@@ -44,7 +44,8 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
     played = f", {model.num_timesteps * FRAMES_PER_TIMESTEP:,} played" if model._n_updates else ""
     workers = f"serial, {model.n_envs} games in this process"
     if model.n_workers:
-        workers = f"{model.n_workers} workers of {model.n_envs // model.n_workers} games"
+        workers = "1 worker" if model.n_workers == 1 else f"{model.n_workers} workers"
+        workers += f" of {model.n_envs // model.n_workers} games"
         workers += f" on the Ray cluster {config.cluster}" if config.cluster is not None else ""
     lines = [
         f"game       {camel_case(factory.game)}, {config.frames:,} frames{played}",
