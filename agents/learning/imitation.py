@@ -36,7 +36,7 @@ class Kept(NamedTuple):
     obs: Tensor  # [T + 1, K, ...]
     episode_start: Tensor  # [T + 1, K] bool
     actions: Tensor  # [T, K, ...]
-    returns: Tensor  # [T, K] discounted rewards up to the score that they led to; 0 after it
+    returns: Tensor  # [T, K] what came of it, see `cut_demonstration`; 0 after the score
     lstm_h: Tensor  # [L, K, h] hidden state before row 0
     lstm_c: Tensor  # [L, K, h] cell state before row 0
 
@@ -69,13 +69,26 @@ def returns_to_end(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     return torch.from_numpy(returns)
 
 
-def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstration | None:
+def cut_demonstration(
+    rollouts: Sequence[Rollout], gamma: float, values: Tensor
+) -> Demonstration | None:
     """What led to the last score of successive rollouts of one environment; None if losses outweigh
     the score.
+
+    The return of a timestep is that of its rewards up to the score, and of the value of the
+    observation behind it. Values expect what comes after the score too: without it they would be
+    above the return wherever games go on to a second score, and the way to the first would not be
+    imitated however seldom it is still found.
 
     The demonstration is made of whole windows of T + 1 observations, one at least, and loses its
     first timesteps for that. If there are too few for one window, timesteps before or after them
     fill it up, which teach nothing: their returns are not positive.
+
+    Args:
+        rollouts: the oldest first.
+        gamma: discount of the returns.
+        values: of the observations of the last rollout, [T + 1]; what a score in an earlier one
+            led to counts nothing.
     """
     rewards = torch.cat([rollout.rewards[:, 0] for rollout in rollouts])
     actions = torch.cat([rollout.actions[:, 0] for rollout in rollouts])
@@ -95,6 +108,10 @@ def cut_demonstration(rollouts: Sequence[Rollout], gamma: float) -> Demonstratio
     returns[: int(ends[-1]) + 1 if len(ends) else 0] = 0  # an earlier game has its own
     # Rows of observations; the last one was seen after the score.
     first, last = int((returns > 0).nonzero()[0]), int(led[-1]) + 1
+    row = last - len(rewards) + len(values) - 1  # of the last rollout
+    if row > 0 and not starts[last]:
+        ahead = torch.arange(last - first, 0, -1)
+        returns[first:last] += float(values[row].clamp(min=0)) * gamma**ahead
     last = min(len(returns), max(last, first + width - 1))
     first = min(first, last + 1 - width)
     first += (last + 1 - first) % width
@@ -135,13 +152,16 @@ class DemonstrationMemory:
         """Demonstrations that are kept."""
         return sum(map(len, self._kept.values()))
 
-    def watch(self, batch: Rollout, games: Sequence[int], rewards: Tensor) -> None:
+    def watch(
+        self, batch: Rollout, games: Sequence[int], rewards: Tensor, values: Tensor
+    ) -> None:
         """Take in a batch of rollouts on the host.
 
         Args:
             batch: [T, B, ...].
             games: which game each column is; rollouts of one game come in the order of play.
             rewards: as the loss sees them, [T, B].
+            values: of the observations, [T + 1, B]; read where a game scored.
         """
         for column, game in enumerate(games):
             rollout = map_tensors(lambda x, i=column: x[:, i : i + 1].clone(), batch)  # type: ignore[misc]
@@ -154,7 +174,7 @@ class DemonstrationMemory:
             depth = min(self._count_rewards(game, rollout), MAX_DEPTH)
             found = None
             if bool((rollout.rewards > 0).any()):
-                found = cut_demonstration(list(recent), self.gamma)
+                found = cut_demonstration(list(recent), self.gamma, values[:, column])
             if found is not None:
                 self._kept.setdefault(depth, deque(maxlen=self.capacity)).append(_pack(found))
             if bool(rollout.episode_start[1:].any()):

@@ -61,12 +61,12 @@ class Learner:
         self, batch: Batch, objective: Objective, max_grad_norm: float, *, num_parts: int
     ) -> Iterator[Update]:
         """Learn from a batch in `num_parts` updates; each is yielded as soon as it is made."""
-        self.policy.set_training_mode(True)
         rollout = batch.rollout
         if self.graphed.reason is not None:
             # The LSTM has to know where episodes begin, and would wait for the device to say so.
             rollout = rollout._replace(episode_start=batch.host.episode_start)
         rewards = self._score(batch, objective)
+        self.policy.set_training_mode(True)
         with self._exploring(batch.rollout):
             for i, part in enumerate(split_envs(rollout, num_parts)):
                 lesson = self._lesson(part, rewards, i, imitates=objective.imitation_coef > 0)
@@ -118,11 +118,25 @@ class Learner:
         with self.stopwatch.phase("exploration"):
             if objective.imitation_coef and len(batch.host.rewards) == self.n_steps:
                 clipped = rewards_in_loss(batch.host.rewards, objective)
-                self.exploration.memory.watch(batch.host, batch.games, clipped)
+                values = self._values_of_scorers(batch.rollout, clipped)
+                self.exploration.memory.watch(batch.host, batch.games, clipped, values)
             else:  # without imitation, or for the last batch of a training, which can be shorter
                 self.exploration.memory.forget_recent()
             rewards, self.explored = self.exploration.intrinsic_rewards(batch.rollout)
         return rewards if objective.int_coef else None
+
+    @torch.no_grad()
+    def _values_of_scorers(self, rollout: Rollout, rewards: Tensor) -> Tensor:
+        """V(x_t) of the columns in which a game scored, [T + 1, B] on the host; 0 in all others."""
+        values = torch.zeros(rollout.episode_start.shape)
+        scored = (rewards > 0).any(0)
+        if scored.any():
+            self.policy.set_training_mode(False)
+            columns = map_tensors(lambda x: x[:, scored.to(x.device)], rollout)
+            state = columns.lstm_h, columns.lstm_c
+            latent, _ = self.policy.unroll(columns.obs, state, columns.episode_start)
+            values[:, scored] = self.policy.values(latent).squeeze(-1).cpu()
+        return values
 
     def _lesson(
         self, part: Rollout, rewards: Tensor | None, index: int, *, imitates: bool
