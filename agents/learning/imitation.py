@@ -152,9 +152,7 @@ class DemonstrationMemory:
         """Demonstrations that are kept."""
         return sum(map(len, self._kept.values()))
 
-    def watch(
-        self, batch: Rollout, games: Sequence[int], rewards: Tensor, values: Tensor
-    ) -> None:
+    def watch(self, batch: Rollout, games: Sequence[int], rewards: Tensor, values: Tensor) -> None:
         """Take in a batch of rollouts on the host.
 
         Args:

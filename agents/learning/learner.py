@@ -19,7 +19,7 @@ from ncrl.agents.learning.objective import (
     rewards_in_loss,
 )
 from ncrl.agents.learning.update import Update, apply_gradient
-from ncrl.agents.playing.buffers import Batch, Rollout, split_envs
+from ncrl.agents.playing.buffers import Batch, Rollout, split_envs, values_of
 from ncrl.agents.profiling import Stopwatch
 from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_tensors
@@ -125,17 +125,13 @@ class Learner:
             rewards, self.explored = self.exploration.intrinsic_rewards(batch.rollout)
         return rewards if objective.int_coef else None
 
-    @torch.no_grad()
     def _values_of_scorers(self, rollout: Rollout, rewards: Tensor) -> Tensor:
         """V(x_t) of the columns in which a game scored, [T + 1, B] on the host; 0 in all others."""
         values = torch.zeros(rollout.episode_start.shape)
         scored = (rewards > 0).any(0)
         if scored.any():
-            self.policy.set_training_mode(False)
             columns = map_tensors(lambda x: x[:, scored.to(x.device)], rollout)
-            state = columns.lstm_h, columns.lstm_c
-            latent, _ = self.policy.unroll(columns.obs, state, columns.episode_start)
-            values[:, scored] = self.policy.values(latent).squeeze(-1).cpu()
+            values[:, scored] = values_of(self.policy, columns).cpu()
         return values
 
     def _lesson(

@@ -161,13 +161,19 @@ class RolloutView:
     @property
     def values(self) -> np.ndarray:
         """V(x_t) under the weights of now, computed when asked for."""
-        rollout = self._rollout
-        self._policy.set_training_mode(False)
-        with torch.no_grad():
-            state = rollout.lstm_h, rollout.lstm_c
-            latent, _ = self._policy.unroll(rollout.obs, state, rollout.episode_start)
-            values = self._policy.values(latent)
-        return values[:-1].squeeze(-1).cpu().numpy()
+        return values_of(self._policy, self._rollout)[:-1].cpu().numpy()
+
+
+@torch.no_grad()
+def values_of(policy: EnginePolicy, rollout: Rollout) -> Tensor:
+    """V(x_t) of every observation of a rollout under the weights of now, [T + 1, B].
+
+    Leaves the policy in evaluation mode.
+    """
+    policy.set_training_mode(False)
+    state = rollout.lstm_h, rollout.lstm_c
+    latent, _ = policy.unroll(rollout.obs, state, rollout.episode_start)
+    return policy.values(latent).squeeze(-1)
 
 
 def first_rows(rollout: Rollout, n_steps: int) -> Rollout:

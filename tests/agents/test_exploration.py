@@ -30,7 +30,7 @@ from ncrl.agents.learning.intrinsic import RND
 from ncrl.agents.learning.losses import imitation_loss
 from ncrl.agents.learning.objective import Bonus, Lesson, actor_critic_loss
 from ncrl.agents.learning.update import apply_gradient, update_on_device
-from ncrl.agents.playing.buffers import Rollout
+from ncrl.agents.playing.buffers import Batch, Rollout
 from ncrl.agents.playing.players import WorkersPlayer
 from ncrl.agents.playing.supervision import Delivery, Limits, PoolSpec
 from ncrl.agents.playing.weights import SharedWeights
@@ -560,6 +560,25 @@ def test_each_part_of_a_batch_is_learnt_from_with_the_bonus_of_its_own_games(
     model.learn(20)
     assert [part.shape for part in learnt] == [(5, 2), (5, 2)]
     assert torch.equal(torch.cat(learnt, 1), scored[0][0])
+
+
+@pytest.mark.parametrize("policy", ["MlpLstmPolicy", "MlpPolicy"])
+def test_scores_are_kept_with_the_values_of_what_followed_them(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(policy=policy)
+    assert scene.model.exploration is not None
+    learner, memory = scene.model.learner, scene.model.exploration.memory
+    seen: list[Tensor] = []
+    monkeypatch.setattr(memory, "watch", lambda *arguments: seen.append(arguments[-1]))
+    rewards = torch.zeros(8, 4)
+    rewards[3, 1], rewards[7, 2], rewards[2, 0] = 1, 0.5, -1
+    rollout = scene.batch._replace(rewards=rewards)
+    values = scene.loss(rollout).evaluation.values.detach()
+    batch = Batch(rollout, rollout, games=[0, 1, 2, 3], lags=[0])
+    (update,) = learner.learn(batch, scene.objective, 1.0, num_parts=1)
+    assert update.stepped
+    torch.testing.assert_close(seen, [values * torch.tensor([0.0, 1.0, 1.0, 0.0])])
 
 
 def test_demonstrations_are_worth_what_the_loss_makes_of_their_rewards() -> None:

@@ -80,9 +80,16 @@ def memory_of(**options: Any) -> DemonstrationMemory:
     return DemonstrationMemory(**(defaults | options))
 
 
-def play(memory: DemonstrationMemory, *rollouts: Rollout, game: int = 0) -> None:
+def watch(
+    memory: DemonstrationMemory, batch: Rollout, games: Sequence[int], value: float = 0
+) -> None:
+    """A batch whose observations all have one value."""
+    memory.watch(batch, games, batch.rewards, torch.full(batch.episode_start.shape, value))
+
+
+def play(memory: DemonstrationMemory, *rollouts: Rollout, game: int = 0, value: float = 0) -> None:
     for rollout in rollouts:
-        memory.watch(rollout, [game], rollout.rewards)
+        watch(memory, rollout, [game], value)
 
 
 def state_of(count: int, value: float = 0.0) -> LstmState:
@@ -131,13 +138,18 @@ def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
         starts = bool(rollouts and rollouts[-1].episode_start[-1])
         rollouts.append(rollout_of(name, rewards, ends, starts=starts))
     rollouts[-1].rewards[draw(T)] = 1
-    kept = cut_demonstration(rollouts, 0.5)
+    values = torch.tensor([(draw(8) - 2) / 4 for _ in range(T + 1)])
+    kept = cut_demonstration(rollouts, 0.5, values)
     assert kept is not None
     rewards = [r for rollout in rollouts for r in rollout.rewards[:, 0].tolist()]
     dones = [d for rollout in rollouts for d in rollout.episode_start[1:, 0].tolist()]
     returns = returns_reference(rewards, dones, 0.5)
     last = max(t for t in range(len(returns)) if returns[t] > 0)
     returns = [0.0 if any(dones[t:last]) else returns[t] for t in range(len(returns))]
+    if not dones[last]:  # what comes after the score counts like a reward
+        value = max(0.0, float(values[last + 1 - len(returns) + T]))
+        for t in range(last + 1):
+            returns[t] += 0.5 ** (last + 1 - t) * value if returns[t] > 0 else 0
     led = [t for t in range(len(returns)) if returns[t] > 0]
     count = max(1, (led[-1] - led[0] + 2) // (T + 1)) * (T + 1) - 1
     assert len(kept.obs) == len(kept.episode_start) == count + 1
@@ -163,7 +175,9 @@ def test_a_score_right_after_the_end_of_a_game_lies_in_its_one_window(at: int) -
     ends = [[at - 1] if 0 <= at - 1 < T else [], [at - 1 - T] if at > T else []]
     first, second = rewards[:T].tolist(), rewards[T:].tolist()
     kept = cut_demonstration(
-        [rollout_of(0, first, ends[0]), rollout_of(1, second, ends[1], starts=at == T)], 0.5
+        [rollout_of(0, first, ends[0]), rollout_of(1, second, ends[1], starts=at == T)],
+        0.5,
+        torch.zeros(T + 1),
     )
     assert kept is not None and len(kept.returns) == T
     row = at - kept.returns.tolist().index(1)
@@ -212,6 +226,19 @@ def test_a_score_and_an_end_in_one_rollout_are_no_part_of_the_next_game() -> Non
     assert later.returns.tolist() == [0.5**k for k in range(8, -1, -1)]
 
 
+def test_what_a_score_led_to_counts_in_what_it_is_worth() -> None:
+    """As a reward right after it would; below 0 it counts nothing, nor where the score ended the
+    game."""
+    memory = memory_of()
+    play(memory, rollout_of(1, starts=True), rollout_of(2, SCORE), value=0.5)
+    (kept,) = kept_by(memory)
+    assert kept.returns.tolist() == [1.25 * 0.5**k for k in range(len(kept.returns) - 1, -1, -1)]
+    for value, ends in ((-0.5, []), (0.5, [2])):
+        memory = memory_of()
+        play(memory, rollout_of(1, starts=True), rollout_of(2, SCORE, ends), value=value)
+        assert float(kept_by(memory)[0].returns[-1]) == 1
+
+
 def test_games_that_start_anew_lead_to_nothing() -> None:
     """A worker that died ends no game: its next rollout begins with another."""
     memory = memory_of()
@@ -231,9 +258,9 @@ def test_games_that_start_anew_lead_to_nothing() -> None:
 def test_columns_are_told_apart_by_their_game_and_one_game_may_come_twice() -> None:
     memory = memory_of()
     first = side_by_side(rollout_of(1, starts=True), rollout_of(2, starts=True))
-    memory.watch(first, [7, 5], first.rewards)
+    watch(memory, first, [7, 5])
     second = side_by_side(rollout_of(3), rollout_of(4, SCORE))  # both of game 5, in this order
-    memory.watch(second, [5, 5], second.rewards)
+    watch(memory, second, [5, 5])
     (kept,) = kept_by(memory)
     assert names_of(kept) == [2, 3, 4]
 
@@ -245,14 +272,14 @@ def test_a_score_of_one_game_keeps_nothing_of_another() -> None:
         (rollout_of(3), rollout_of(4, SCORE)),
     ):
         batch = side_by_side(*rollouts)
-        memory.watch(batch, [0, 1], batch.rewards)
+        watch(memory, batch, [0, 1])
     assert [names_of(kept) for kept in kept_by(memory)] == [[1], [2, 4]]
 
 
 def test_rewards_are_those_of_the_loss() -> None:
     memory = memory_of()
     rollout = rollout_of(1, (0, 0, 500, 0), starts=True)
-    memory.watch(rollout, [0], rollout.rewards.clamp(max=1))
+    memory.watch(rollout, [0], rollout.rewards.clamp(max=1), torch.zeros(T + 1, 1))
     read = memory.read(T, state_of(1))
     assert read is not None and read.returns[:, 0].tolist() == [0.25, 0.5, 1, 0]
 
