@@ -13,6 +13,7 @@ N timesteps of a demonstration.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Sequence
@@ -28,6 +29,13 @@ from ncrl.sb3.engine import map_tensors
 
 MAX_DEPTH = 8
 """Demonstrations are sorted by how many rewards their game had had by then, up to this many."""
+
+SURPLUS_WINDOWS = 50
+"""The surplus of a number of rewards is a running mean over about so many windows."""
+
+LEAST_SHARE = 0.1
+"""A number of rewards is read at least so often as the one with the largest surplus is, times this:
+what play does by itself may be forgotten again."""
 
 
 class Kept(NamedTuple):
@@ -50,8 +58,19 @@ class Demonstration(NamedTuple):
     returns: Tensor  # [N]
 
 
-Reader = tuple[Demonstration, int]
-"""One of the K demonstrations that are being read, and the row that comes next."""
+class Recall(NamedTuple):
+    """What the present weights make of windows that were read."""
+
+    lstm_state: LstmState  # after their last observation, [L, K, h] twice
+    surplus: Tensor  # [K] mean of (return - value)+, see `imitation_surplus`
+
+
+class Reader(NamedTuple):
+    """One of the K demonstrations that are being read."""
+
+    demonstration: Demonstration
+    depth: int  # number of rewards that it is kept under
+    row: int  # the next to read
 
 
 def returns_to_end(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
@@ -125,7 +144,9 @@ class DemonstrationMemory:
 
     Memory is bounded: `reach` rollouts for each game, and `capacity` demonstrations for each number
     of rewards; images are compressed. So a game that went on to its second reward is remembered
-    beside the many that had one, and is read as often as they are together.
+    beside the many that had one. Which number of rewards is read next is drawn in proportion to its
+    surplus, as self-imitation prefers what has a large one: what play reaches by itself is hardly
+    read any more, and what was reached last is read most.
 
     Args:
         gamma: discount of the returns.
@@ -145,6 +166,7 @@ class DemonstrationMemory:
         self._recent: dict[int, deque[Rollout]] = {}
         self._num_rewards: dict[int, int] = {}
         self._kept: dict[int, deque[dict[str, Any]]] = {}
+        self._surplus: dict[int, float] = {}
         self._readers: list[Reader] = []
         self._state: LstmState | None = None
 
@@ -193,8 +215,7 @@ class DemonstrationMemory:
     def read(self, n_steps: int, initial_state: LstmState) -> Kept | None:
         """The next window of each of K demonstrations; None if nothing is kept.
 
-        One that is at its end makes room for another, every number of rewards equally likely. Call
-        `carry` after the update.
+        One that is at its end makes room for another. Call `carry` after the update.
 
         Args:
             n_steps: T of the rollouts.
@@ -207,11 +228,12 @@ class DemonstrationMemory:
         if len(self._readers) != count or self._state is None:
             self._readers, self._state = [self._choose() for _ in range(count)], initial_state
         windows = []
-        for i, (demonstration, row) in enumerate(self._readers):
-            if row == len(demonstration.obs):
-                demonstration, row = self._choose()
+        for i, reader in enumerate(self._readers):
+            if reader.row == len(reader.demonstration.obs):
+                reader = self._choose()
+            demonstration, _, row = reader
             after = row + n_steps + 1
-            self._readers[i] = demonstration, after
+            self._readers[i] = reader._replace(row=after)
             rows, steps = slice(row, after), slice(row, after - 1)
             windows.append(
                 (
@@ -224,13 +246,16 @@ class DemonstrationMemory:
         )
         return Kept(obs, starts, actions, returns, *self._state)
 
-    def carry(self, lstm_state: LstmState) -> None:
-        """Take the state after the windows that were read last, under the present weights.
+    def carry(self, recall: Recall) -> None:
+        """Take what the present weights make of the windows that were read last.
 
-        After an update that was not made there is none: the next windows then begin with the state
-        that the last ones began with.
+        After an update that was not made there is nothing to take: the next windows then begin with
+        the state that the last ones began with.
         """
-        self._state = lstm_state
+        self._state = recall.lstm_state
+        for reader, surplus in zip(self._readers, recall.surplus.tolist(), strict=True):
+            known = self._surplus.get(reader.depth, surplus)
+            self._surplus[reader.depth] = known + (surplus - known) / SURPLUS_WINDOWS
 
     def demonstrations(self) -> dict[int, list[Demonstration]]:
         """All that is kept, by number of rewards, the oldest first."""
@@ -241,8 +266,13 @@ class DemonstrationMemory:
 
     def _choose(self) -> Reader:
         depths = sorted(self._kept)
-        kept = self._kept[depths[self._random(len(depths))]]
-        return Demonstration(*_unpack(kept[self._random(len(kept))])), 0
+        largest = max(self._surplus.values(), default=0.0) or 1.0
+        # What was never read is as good as the best.
+        surpluses = torch.tensor([self._surplus.get(depth, largest) for depth in depths])
+        shares = surpluses.clamp(min=LEAST_SHARE * largest)
+        depth = depths[int(torch.multinomial(shares, 1, generator=self.generator))]
+        kept = self._kept[depth]
+        return Reader(Demonstration(*_unpack(kept[self._random(len(kept))])), depth, 0)
 
     def _random(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self.generator))
@@ -263,7 +293,8 @@ class DemonstrationMemory:
             },
             "num_rewards": dict(self._num_rewards) if self.games_go_on else {},
             "kept": {depth: list(kept) for depth, kept in self._kept.items()},
-            "readers": [(_pack(demonstration), row) for demonstration, row in self._readers],
+            "surplus": dict(self._surplus),
+            "readers": [(_pack(reading), *others) for reading, *others in self._readers],
             "lstm_state": None if self._state is None else [part.cpu() for part in self._state],
         }
 
@@ -287,10 +318,14 @@ class DemonstrationMemory:
             for kept in self._kept.values():
                 for packed in kept:
                     Demonstration(*_unpack(packed))
+            surplus = state.get("surplus", {})
+            self._surplus = {int(depth): float(x) for depth, x in surplus.items()}
+            if not all(0 <= x < math.inf for x in self._surplus.values()):
+                raise ValueError(f"surpluses {self._surplus}")
             self._readers = [
-                (Demonstration(*_unpack(_on_host(packed))), int(row))
-                for packed, row in state["readers"]
-            ]
+                Reader(Demonstration(*_unpack(_on_host(packed))), int(depth), int(row))
+                for packed, depth, row in (state["readers"] if "surplus" in state else ())
+            ]  # files of earlier versions know no surplus: their reading begins anew
             self._state = None
             if state["lstm_state"] is not None:
                 hidden, cells = state["lstm_state"]

@@ -107,8 +107,8 @@ class Learner:
         if self.exploration is not None and update.stepped:
             if lesson.bonus is not None:
                 self.exploration.observe_advantages(update.scalars["int_advantage_std"])
-            if update.kept_state is not None:
-                self.exploration.memory.carry(update.kept_state)
+            if update.recall is not None:
+                self.exploration.memory.carry(update.recall)
         return update
 
     def _score(self, batch: Batch, objective: Objective) -> Tensor | None:

@@ -101,8 +101,22 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     return (values - returns.detach()).square().mean()
 
 
-def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> Tensor:
-    """-mean(log pi(a_t | x_t) (return - V(x_t))+), a scalar: self-imitation (Oh et al. 2018).
+def imitation_surplus(values: Tensor, returns: Tensor) -> Tensor:
+    """(return - V(x_t))+, [T, B], without gradient: how much more was reached than is expected.
+
+    Args:
+        values: V(x_t) of now, [T, B].
+        returns: what was reached then, [T, B]; timesteps with 0 are left out.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
+    _check_shapes(values, returns=returns)
+    return torch.where(returns > 0, (returns - values).clamp(min=0), 0.0).detach()
+
+
+def imitation_loss(log_probs: Tensor, surplus: Tensor) -> Tensor:
+    """-mean(surplus_t log pi(a_t | x_t)), a scalar: self-imitation (Oh et al. 2018).
 
     A timestep counts only where more was reached than its value expects. Other than in the paper,
     the values learn nothing from it: at the few timesteps that are repeated they would soon equal
@@ -110,14 +124,12 @@ def imitation_loss(log_probs: Tensor, values: Tensor, returns: Tensor) -> Tensor
 
     Args:
         log_probs: of the actions that were taken then, under the policy of now, [T, B].
-        values: V(x_t) of now, [T, B]; constants to the gradient.
-        returns: what was reached then, [T, B]; timesteps with 0 are left out.
+        surplus: of `imitation_surplus`, [T, B].
 
     Raises:
         ValueError: if shapes differ.
     """
-    _check_shapes(values, log_probs=log_probs, returns=returns)
-    surplus = torch.where(returns > 0, (returns - values).clamp(min=0), 0.0).detach()
+    _check_shapes(surplus, log_probs=log_probs)
     return -(log_probs * surplus).mean()
 
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ncrl.agents.learning.imitation import Recall
 from ncrl.agents.learning.objective import Lesson, Loss, Objective, actor_critic_loss
 from ncrl.agents.learning.optim import scaled_step
 from ncrl.agents.profiling import OFF, Stopwatch
-from ncrl.networks import LstmState, static_unroll
+from ncrl.networks import static_unroll
 from ncrl.sb3 import EnginePolicy, Latent
 from ncrl.sb3.engine import map_tensors
 
@@ -29,7 +30,7 @@ class Update(NamedTuple):
     latent: Latent
     """What actor and critic read, [T + 1, B, ...]."""
 
-    kept_state: LstmState | None
+    recall: Recall | None
     """The same as in `Loss`."""
 
 
@@ -56,15 +57,15 @@ class Measured(NamedTuple):
 
     scalars: dict[str, Tensor]
     latent: Latent
-    kept_state: LstmState | None
+    recall: Recall | None
 
     def on_host(self) -> Update:
         """Wait for the values."""
         scalars = on_host(self.scalars)
-        kept = self.kept_state
-        if kept is not None:  # the next launch of a graph overwrites it
-            kept = kept[0].clone(), kept[1].clone()
-        return Update(math.isfinite(scalars["grad_norm"]), scalars, self.latent, kept)
+        recall = self.recall
+        if recall is not None:  # the next launch of a graph overwrites it
+            recall = map_tensors(Tensor.clone, recall)
+        return Update(math.isfinite(scalars["grad_norm"]), scalars, self.latent, recall)
 
 
 def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
@@ -106,7 +107,7 @@ def _backward(policy: EnginePolicy, loss: Loss) -> Tensor:
 
 def _measured(loss: Loss, norm: Tensor) -> Measured:
     known = loss.scalars | {"grad_norm": norm}, loss.evaluation.latent
-    return Measured(*map_tensors(Tensor.detach, known), loss.kept_state)
+    return Measured(*map_tensors(Tensor.detach, known), loss.recall)
 
 
 def _excess(norm: Tensor, limit: float) -> Tensor:

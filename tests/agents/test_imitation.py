@@ -16,10 +16,11 @@ from ncrl.agents.learning.imitation import (
     MAX_DEPTH,
     Demonstration,
     DemonstrationMemory,
+    Recall,
     cut_demonstration,
     returns_to_end,
 )
-from ncrl.agents.learning.losses import imitation_loss
+from ncrl.agents.learning.losses import imitation_loss, imitation_surplus
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import LstmState
 from ncrl.shell.tensors import tensors_in
@@ -94,6 +95,12 @@ def play(memory: DemonstrationMemory, *rollouts: Rollout, game: int = 0, value: 
 
 def state_of(count: int, value: float = 0.0) -> LstmState:
     return torch.full((1, count, 3), value), torch.full((1, count, 3), -value)
+
+
+def recall_of(count: int, value: float = 0.0, surplus: Sequence[float] | None = None) -> Recall:
+    return Recall(
+        state_of(count, value), torch.tensor([0.0] * count if surplus is None else surplus)
+    )
 
 
 def kept_by(memory: DemonstrationMemory) -> list[Demonstration]:
@@ -331,18 +338,73 @@ def test_what_is_kept_is_bounded_by_depth_and_the_oldest_makes_room() -> None:
     assert [names_of(kept) for kept in kept_by(memory)] == [[7], [8], [9], [10]]
 
 
-def test_depths_are_read_equally_often() -> None:
+def shares_of(memory: DemonstrationMemory, count: int = 4000) -> dict[int, float]:
+    """By observation, how often the readers of `count` new demonstrations begin with it."""
+    memory._readers = []
+    read = memory.read(T, state_of(count))
+    assert read is not None
+    names, counts = read.obs[0, :, 0].unique(return_counts=True)
+    return dict(zip(names.tolist(), (counts / count).tolist(), strict=True))
+
+
+def test_depths_are_read_equally_often_before_anything_is_known_of_them() -> None:
     memory = memory_of(reach=1)
     for name in range(20):
         play(memory, rollout_of(name, SCORE, starts=True))
     play(memory, rollout_of(99, SCORE))
-    read = memory.read(T, state_of(400))
-    assert read is not None
-    deep = (read.obs[0, :, 0] == 99).sum()
-    assert 150 < deep < 250, "one of the 21, but one of two depths"
+    shares = shares_of(memory)
+    assert shares[99] == pytest.approx(0.5, abs=0.05), "one of the 21, but one of two depths"
     for name in range(20):
-        shallow = (read.obs[0, :, 0] == name).sum()
-        assert 0 < shallow < 30, "one of twenty, equally often"
+        assert shares[name] == pytest.approx(0.025, abs=0.015), "one of twenty, equally often"
+
+
+def test_depths_are_read_in_proportion_to_their_surplus() -> None:
+    """Against a literal running mean; a depth that was never read counts as the largest one, and
+    one without surplus as a tenth of it."""
+    memory = memory_of(reach=1)
+    play(memory, *(rollout_of(name, SCORE, starts=name == 1) for name in (1, 2, 3)))
+    known: dict[int, float] = {}
+    for turn in range(100):
+        read = memory.read(T, state_of(6))
+        assert read is not None
+        depths = read.obs[0, :, 0].tolist()
+        surpluses = [{1: 0.0, 2: 0.2 + 0.1 * (turn % 2), 3: 0.5}[depth] for depth in depths]
+        memory.carry(recall_of(6, surplus=surpluses))
+        for depth, surplus in zip(depths, surpluses, strict=True):
+            known[depth] = known.get(depth, surplus)
+            known[depth] = 0.98 * known[depth] + 0.02 * surplus
+    assert memory.state_dict()["surplus"] == pytest.approx(known)
+    assert known[3] == pytest.approx(0.5) and known[2] == pytest.approx(0.25, abs=0.05)
+    expected = {1: 0.05, 2: known[2], 3: 0.5}
+    shares = shares_of(memory)
+    for depth, surplus in expected.items():
+        assert shares[depth] == pytest.approx(surplus / sum(expected.values()), abs=0.03)
+    play(memory, rollout_of(4, SCORE))
+    shares = shares_of(memory)
+    assert shares[4] == pytest.approx(shares[3], abs=0.03)
+
+
+def test_where_nothing_is_left_to_imitate_depths_are_read_equally_often() -> None:
+    memory = memory_of(reach=1)
+    play(memory, rollout_of(1, SCORE, starts=True), rollout_of(2, SCORE))
+    for _ in range(20):
+        memory.read(T, state_of(6))
+        memory.carry(recall_of(6))
+    assert shares_of(memory)[1] == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_memory_of_earlier_versions_is_read_anew() -> None:
+    """Its readers told no depth, and it knew no surplus."""
+    memory, other = memory_of(), memory_of()
+    play(memory, *scenes())
+    memory.read(T, state_of(3))
+    state = filed(memory.state_dict())
+    del state["surplus"]
+    state["readers"] = [(packed, row) for packed, _, row in state["readers"]]
+    other.load_state_dict(state)
+    assert depths_of(other) == depths_of(memory)
+    read = other.read(T, state_of(3))
+    assert read is not None and read.episode_start[0].all()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
@@ -368,7 +430,7 @@ def test_a_demonstration_is_read_to_its_end_window_by_window(dtype: torch.dtype)
             assert bool(read.episode_start[0, column]) == (turn % 3 == 0)
         for found, expected in zip(read[-2:], state_of(2, turn), strict=True):
             assert torch.equal(found, expected)
-        memory.carry(state_of(2, turn + 1.0))
+        memory.carry(recall_of(2, turn + 1.0))
 
 
 @pytest.mark.parametrize("rewards", [(0, 0, 0, 1), (0,) * T])
@@ -392,7 +454,7 @@ def test_another_number_of_readers_begins_with_other_demonstrations() -> None:
         read = memory.read(T, state_of(count))
         assert read is not None and read.obs.shape[1] == count
         assert read.episode_start[0].all() and not read.lstm_h.any()
-        memory.carry(state_of(count, 5.0))
+        memory.carry(recall_of(count, 5.0))
 
 
 class Blank(gym.Env[np.ndarray, int]):
@@ -455,8 +517,8 @@ def test_a_memory_goes_on_where_it_was_saved(cut: int) -> None:
     whole = memory_of()
     play(whole, *scenes()[:cut])
     for turn in range(cut):
-        whole.read(T, state_of(3))
-        whole.carry(state_of(3, turn))
+        if whole.read(T, state_of(3)) is not None:
+            whole.carry(recall_of(3, turn, [0.5, 0.25, turn]))
     other = memory_of(seed=9)
     other.load_state_dict(filed(whole.state_dict()))
     assert all(kept.maxlen == 50 for kept in other._kept.values())
@@ -504,7 +566,10 @@ DAMAGES: dict[str, Any] = {
     "a tensor less": lambda s: s["kept"][1][0]["others"].pop(),
     "no state": lambda s: s.pop("lstm_state"),
     "a state of one part": lambda s: s.update(lstm_state=[torch.zeros(1, 3, 3)]),
-    "a reader of nothing": lambda s: s["readers"].append((5, 0)),
+    "a reader of nothing": lambda s: s["readers"].append((5, 1, 0)),
+    "a reader less": lambda s: s["readers"].append(s["readers"][0][:2]),
+    "a surplus below 0": lambda s: s.update(surplus={1: -0.5}),
+    "a surplus that is no number": lambda s: s.update(surplus={1: float("nan")}),
     "damaged recent": lambda s: s["recent"][0][0].update(obs=torch.zeros(3, dtype=torch.uint8)),
 }
 
@@ -544,7 +609,7 @@ def test_imitation_loss_value_and_gradient_by_hand() -> None:
     log_probs = torch.tensor([[-0.5], [-1.0], [-2.0], [-0.1]], requires_grad=True)
     values = torch.tensor([[1.0], [2.0], [-7.0], [1.0]], requires_grad=True)
     returns = torch.tensor([[2.0], [1.0], [0.0], [4.0]], requires_grad=True)
-    loss = imitation_loss(log_probs, values, returns)
+    loss = imitation_loss(log_probs, imitation_surplus(values, returns))
     assert loss.item() == pytest.approx((0.5 * 1 + 0.1 * 3) / 4)
     loss.backward()
     assert log_probs.grad is not None
@@ -554,6 +619,6 @@ def test_imitation_loss_value_and_gradient_by_hand() -> None:
 
 def test_imitation_loss_refuses_shapes_that_would_broadcast() -> None:
     with pytest.raises(ValueError, match="returns has shape"):
-        imitation_loss(torch.zeros(5, 3), torch.zeros(5, 3), torch.zeros(5, 1))
+        imitation_surplus(torch.zeros(5, 3), torch.zeros(5, 1))
     with pytest.raises(ValueError, match="log_probs has shape"):
-        imitation_loss(torch.zeros(5, 3, 1), torch.zeros(5, 3), torch.zeros(5, 3))
+        imitation_loss(torch.zeros(5, 3, 1), torch.zeros(5, 3))
