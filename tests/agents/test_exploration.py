@@ -699,7 +699,7 @@ def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
     assert again.num_timesteps == 160 and again.best_score == 1
     assert again.exploration is not None
     readers = again.exploration.memory._readers
-    assert any(0 < row < len(kept.obs) for kept, row in readers), "in the middle of one"
+    assert any(0 < r.row < len(r.demonstration.obs) for r in readers), "in the middle of one"
     again.learn(160, reset_num_timesteps=False)
     assert difference(expected, state_of(again)) == []
 
