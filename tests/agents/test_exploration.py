@@ -690,17 +690,17 @@ def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
         )  # fmt: skip
 
     whole = make()
-    whole.learn(320, callback=SaveAt(160, tmp_path))
+    whole.learn(336, callback=SaveAt(168, tmp_path))
     assert whole.exploration is not None
     assert len(whole.exploration.memory) > 0 and whole.exploration.advantage_deviation > 0
     expected = state_of(whole)
     again = make()
     resume(again, newest_checkpoint(tmp_path))
-    assert again.num_timesteps == 160 and again.best_score == 1
+    assert again.num_timesteps == 168 and again.best_score == 1
     assert again.exploration is not None
     readers = again.exploration.memory._readers
     assert any(0 < r.row < len(r.demonstration.obs) for r in readers), "in the middle of one"
-    again.learn(160, reset_num_timesteps=False)
+    again.learn(168, reset_num_timesteps=False)
     assert difference(expected, state_of(again)) == []
 
 
