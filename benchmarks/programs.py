@@ -13,7 +13,6 @@ A finished run is not repeated. `python benchmarks/results.py pack LOGDIR` keeps
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import re
 import sys
@@ -38,14 +37,13 @@ from ncrl.layers import LAYERS, make_layer
 from ncrl.neurocoder.orthogonality import distances_from_orthonormal
 from ncrl.sb3 import MlpPolicy
 from ncrl.sb3.regularise import with_gradient_of
-from ncrl.shell.hardware import hardware, versions
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import in_one_line
 from ncrl.tasks.data import Images, load_mnist
 from ncrl.tasks.experiment import evaluating, mutual_information
 from ncrl.tasks.polynomial.experiment import count_pairs
 from ncrl.tasks.recipes import Recipe, count_parameters
-from ncrl.tasks.results import Result, command_line, write_result
+from ncrl.tasks.results import Result, provenance, write_result
 from ncrl.tasks.training import Run, train
 
 TASKS = {
@@ -264,8 +262,7 @@ def learn_actions(run: Run, setting: Setting) -> Result:
         {"accuracy": float(parts.mean()), "last": float(parts[-1]), **measured}, "18 observations",
         model._n_updates, round(time.monotonic() - began, 2),
         {"timesteps": TIMESTEPS, "learning_rate": rate}, {"setting": setting._asdict()},
-        curve=curve, command=command_line(), hardware=hardware(run.device), versions=versions(),
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        curve=curve, **provenance(run.device),
     )  # fmt: skip
     write_result(run.folder, result)
     return result

@@ -9,12 +9,16 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from ncrl.files import read_bytes, write_atomically
 from ncrl.settings import is_ncrl
+from ncrl.shell.hardware import hardware, versions
 
 RESULT_FILE = "result.json"
 
@@ -192,6 +196,16 @@ def results_table(
 def program(task: str) -> str:
     """The name that a task's command was started under."""
     return f"ncrl task {task}" if is_ncrl() else f"python -m ncrl.tasks.{task}"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """The fields of a row that say where it comes from, for a run that ends now."""
+    return {
+        "command": command_line(),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def command_line() -> str:

@@ -7,7 +7,6 @@ that nothing about the data has to be stored: `random_stream` makes random strea
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import os
 import time
@@ -25,7 +24,7 @@ from ncrl import orthogonal_loss
 from ncrl.baselines import balance_loss, record_gates
 from ncrl.optimizer_state import check_optimizer_state
 from ncrl.shell.events import CurveWriter
-from ncrl.shell.hardware import hardware, random_state, set_random_state, versions
+from ncrl.shell.hardware import random_state, set_random_state
 from ncrl.shell.screen import Progress
 from ncrl.shell.signals import Stopped, StopSignals, stop_signals
 from ncrl.shell.tensors import read_tensors, size_of, write_tensors
@@ -34,8 +33,8 @@ from ncrl.tasks.recipes import OPTIMIZERS, Recipe, count_parameters
 from ncrl.tasks.results import (
     RESULT_FILE,
     Result,
-    command_line,
     fingerprint,
+    provenance,
     read_result,
     write_result,
 )
@@ -238,10 +237,7 @@ class Training:
             details=details,
             labels=dict(run.labels),
             curve=self.curve,
-            command=command_line(),
-            hardware=hardware(run.device),
-            versions=versions(),
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **provenance(run.device),
         )
         write_tensors(run.folder / WEIGHTS_FILE, self.model.state_dict())
         write_result(run.folder, result)

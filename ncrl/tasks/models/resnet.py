@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from ncrl.tasks.models.mlp import PLAIN, Coded, SplitMlp
 
+HIDDEN = (500, 500, 500)
+"""Widths of the classifier behind the backbone (paper, section 4.4)."""
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (He et al., CVPR 2016, figure 2)."""
@@ -87,7 +90,7 @@ class ResNet18(nn.Module):
 def resnet_mlp(
     num_outputs: int = 2,
     *,
-    hidden: Sequence[int] = (500, 500, 500),
+    hidden: Sequence[int] = HIDDEN,
     num_tasks: int = 1,
     hidden_rank: int | None = None,
     context: bool = False,
