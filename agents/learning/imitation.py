@@ -31,11 +31,12 @@ MAX_DEPTH = 8
 """Demonstrations are sorted by how many rewards their game had had by then, up to this many."""
 
 SURPLUS_WINDOWS = 50
-"""The surplus of a number of rewards is a running mean over about so many windows."""
+"""The surplus of a number of rewards is a running mean over about its latest 50 windows. Before so
+many are read it counts as the largest one."""
 
 LEAST_SHARE = 0.1
-"""A number of rewards is read at least so often as the one with the largest surplus is, times this:
-what play does by itself may be forgotten again."""
+"""The least share of a number of rewards in what is read, as a part of the largest share. What play
+does by itself may be forgotten again."""
 
 
 class Kept(NamedTuple):
@@ -44,7 +45,7 @@ class Kept(NamedTuple):
     obs: Tensor  # [T + 1, K, ...]
     episode_start: Tensor  # [T + 1, K] bool
     actions: Tensor  # [T, K, ...]
-    returns: Tensor  # [T, K] what came of it, see `cut_demonstration`; 0 after the score
+    returns: Tensor  # [T, K] what came of it, see `cut_demonstration`; 0 or less after the score
     lstm_h: Tensor  # [L, K, h] hidden state before row 0
     lstm_c: Tensor  # [L, K, h] cell state before row 0
 
@@ -58,11 +59,11 @@ class Demonstration(NamedTuple):
     returns: Tensor  # [N]
 
 
-class Recall(NamedTuple):
-    """What the present weights make of windows that were read."""
+class KeptEvaluation(NamedTuple):
+    """What the present weights make of the windows of K demonstrations."""
 
-    lstm_state: LstmState  # after their last observation, [L, K, h] twice
-    surplus: Tensor  # [K] mean of (return - value)+, see `imitation_surplus`
+    lstm_state: LstmState  # after the last row, [L, K, h] twice
+    surplus: Tensor  # [K] mean over a window of `imitation_surplus`
 
 
 class Reader(NamedTuple):
@@ -94,10 +95,10 @@ def cut_demonstration(
     """What led to the last score of successive rollouts of one environment; None if losses outweigh
     the score.
 
-    The return of a timestep is that of its rewards up to the score, and of the value of the
-    observation behind it. Values expect what comes after the score too: without it they would be
-    above the return wherever games go on to a second score, and the way to the first would not be
-    imitated however seldom it is still found.
+    The return of a timestep is the discounted sum of its rewards up to the score, and of the value
+    of the observation behind the score. Without it values would lie above returns wherever games go
+    on to a second score. The way to the first would then not be imitated, however seldom it is
+    still found.
 
     The demonstration is made of whole windows of T + 1 observations, one at least, and loses its
     first timesteps for that. If there are too few for one window, timesteps before or after them
@@ -106,8 +107,9 @@ def cut_demonstration(
     Args:
         rollouts: the oldest first.
         gamma: discount of the returns.
-        values: of the observations of the last rollout, [T + 1]; what a score in an earlier one
-            led to counts nothing.
+        values: of the observations of the last rollout under the policy of now, [T + 1]. One below
+            0 counts as 0, since the score is to be imitated whatever follows. Nothing is added for
+            a score in an earlier rollout, or with which the episode ended.
     """
     rewards = torch.cat([rollout.rewards[:, 0] for rollout in rollouts])
     actions = torch.cat([rollout.actions[:, 0] for rollout in rollouts])
@@ -128,9 +130,9 @@ def cut_demonstration(
     # Rows of observations; the last one was seen after the score.
     first, last = int((returns > 0).nonzero()[0]), int(led[-1]) + 1
     row = last - len(rewards) + len(values) - 1  # of the last rollout
-    if row > 0 and not starts[last]:
-        ahead = torch.arange(last - first, 0, -1)
-        returns[first:last] += float(values[row].clamp(min=0)) * gamma**ahead
+    value = float(values[row]) if row >= 0 and not starts[last] else 0.0
+    rewards[last - 1] += gamma * value if 0 < value < math.inf else 0.0
+    returns[first:last] = returns_to_end(rewards[first:last], starts[first + 1 : last + 1], gamma)
     last = min(len(returns), max(last, first + width - 1))
     first = min(first, last + 1 - width)
     first += (last + 1 - first) % width
@@ -144,9 +146,9 @@ class DemonstrationMemory:
 
     Memory is bounded: `reach` rollouts for each game, and `capacity` demonstrations for each number
     of rewards; images are compressed. So a game that went on to its second reward is remembered
-    beside the many that had one. Which number of rewards is read next is drawn in proportion to its
-    surplus, as self-imitation prefers what has a large one: what play reaches by itself is hardly
-    read any more, and what was reached last is read most.
+    beside the many that had one. Each demonstration that is read is drawn anew, first its number of
+    rewards, in proportion to the surplus (Oh et al. draw single timesteps so). What play reaches by
+    itself is read least.
 
     Args:
         gamma: discount of the returns.
@@ -166,7 +168,7 @@ class DemonstrationMemory:
         self._recent: dict[int, deque[Rollout]] = {}
         self._num_rewards: dict[int, int] = {}
         self._kept: dict[int, deque[dict[str, Any]]] = {}
-        self._surplus: dict[int, float] = {}
+        self._surplus: dict[int, tuple[int, float]] = {}  # windows read, and their running mean
         self._readers: list[Reader] = []
         self._state: LstmState | None = None
 
@@ -181,7 +183,8 @@ class DemonstrationMemory:
             batch: [T, B, ...].
             games: which game each column is; rollouts of one game come in the order of play.
             rewards: as the loss sees them, [T, B].
-            values: of the observations, [T + 1, B]; read where a game scored.
+            values: of the observations under the policy of now, [T + 1, B]; those of games that
+                did not score are not read.
         """
         for column, game in enumerate(games):
             rollout = map_tensors(lambda x, i=column: x[:, i : i + 1].clone(), batch)  # type: ignore[misc]
@@ -246,16 +249,17 @@ class DemonstrationMemory:
         )
         return Kept(obs, starts, actions, returns, *self._state)
 
-    def carry(self, recall: Recall) -> None:
+    def carry(self, evaluation: KeptEvaluation) -> None:
         """Take what the present weights make of the windows that were read last.
 
         After an update that was not made there is nothing to take: the next windows then begin with
         the state that the last ones began with.
         """
-        self._state = recall.lstm_state
-        for reader, surplus in zip(self._readers, recall.surplus.tolist(), strict=True):
-            known = self._surplus.get(reader.depth, surplus)
-            self._surplus[reader.depth] = known + (surplus - known) / SURPLUS_WINDOWS
+        for reader, surplus in zip(self._readers, evaluation.surplus.tolist(), strict=True):
+            windows, mean = self._surplus.get(reader.depth, (0, 0.0))
+            windows = min(windows + 1, SURPLUS_WINDOWS)
+            self._surplus[reader.depth] = windows, mean + (surplus - mean) / windows
+        self._state = evaluation.lstm_state
 
     def demonstrations(self) -> dict[int, list[Demonstration]]:
         """All that is kept, by number of rewards, the oldest first."""
@@ -266,10 +270,14 @@ class DemonstrationMemory:
 
     def _choose(self) -> Reader:
         depths = sorted(self._kept)
-        largest = max(self._surplus.values(), default=0.0) or 1.0
-        # What was never read is as good as the best.
-        surpluses = torch.tensor([self._surplus.get(depth, largest) for depth in depths])
-        shares = surpluses.clamp(min=LEAST_SHARE * largest)
+        seen = {
+            depth: mean
+            for depth, (windows, mean) in self._surplus.items()
+            if windows == SURPLUS_WINDOWS
+        }
+        largest = max(seen.values(), default=0.0) or 1.0
+        shares = torch.tensor([seen.get(depth, largest) / largest for depth in depths])
+        shares = shares.clamp(min=LEAST_SHARE)
         depth = depths[int(torch.multinomial(shares, 1, generator=self.generator))]
         kept = self._kept[depth]
         return Reader(Demonstration(*_unpack(kept[self._random(len(kept))])), depth, 0)
@@ -318,14 +326,16 @@ class DemonstrationMemory:
             for kept in self._kept.values():
                 for packed in kept:
                     Demonstration(*_unpack(packed))
-            surplus = state.get("surplus", {})
-            self._surplus = {int(depth): float(x) for depth, x in surplus.items()}
-            if not all(0 <= x < math.inf for x in self._surplus.values()):
+            self._surplus = {
+                int(depth): (int(windows), float(mean))
+                for depth, (windows, mean) in state.get("surplus", {}).items()
+            }
+            if not all(n >= 0 and 0 <= mean < math.inf for n, mean in self._surplus.values()):
                 raise ValueError(f"surpluses {self._surplus}")
             self._readers = [
                 Reader(Demonstration(*_unpack(_on_host(packed))), int(depth), int(row))
                 for packed, depth, row in (state["readers"] if "surplus" in state else ())
-            ]  # files of earlier versions know no surplus: their reading begins anew
+            ]  # files of earlier versions know no surplus: reading begins anew
             self._state = None
             if state["lstm_state"] is not None:
                 hidden, cells = state["lstm_state"]

@@ -107,8 +107,8 @@ class Learner:
         if self.exploration is not None and update.stepped:
             if lesson.bonus is not None:
                 self.exploration.observe_advantages(update.scalars["int_advantage_std"])
-            if update.recall is not None:
-                self.exploration.memory.carry(update.recall)
+            if update.kept is not None:
+                self.exploration.memory.carry(update.kept)
         return update
 
     def _score(self, batch: Batch, objective: Objective) -> Tensor | None:
@@ -118,19 +118,21 @@ class Learner:
         with self.stopwatch.phase("exploration"):
             if objective.imitation_coef and len(batch.host.rewards) == self.n_steps:
                 clipped = rewards_in_loss(batch.host.rewards, objective)
-                values = self._values_of_scorers(batch.rollout, clipped)
+                values = self._values_of_scorers(batch, clipped)
                 self.exploration.memory.watch(batch.host, batch.games, clipped, values)
             else:  # without imitation, or for the last batch of a training, which can be shorter
                 self.exploration.memory.forget_recent()
             rewards, self.explored = self.exploration.intrinsic_rewards(batch.rollout)
         return rewards if objective.int_coef else None
 
-    def _values_of_scorers(self, rollout: Rollout, rewards: Tensor) -> Tensor:
+    def _values_of_scorers(self, batch: Batch, rewards: Tensor) -> Tensor:
         """V(x_t) of the columns in which a game scored, [T + 1, B] on the host; 0 in all others."""
-        values = torch.zeros(rollout.episode_start.shape)
+        values = torch.zeros(batch.host.episode_start.shape)
         scored = (rewards > 0).any(0)
         if scored.any():
-            columns = map_tensors(lambda x: x[:, scored.to(x.device)], rollout)
+            columns = map_tensors(lambda x: x[:, scored.to(x.device)], batch.rollout)
+            # The LSTM has to know where episodes begin, and would wait for the device to say so.
+            columns = columns._replace(episode_start=batch.host.episode_start[:, scored])
             values[:, scored] = values_of(self.policy, columns).cpu()
         return values
 

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 from ncrl import orthogonal_loss
 from ncrl.agents.learning import losses
-from ncrl.agents.learning.imitation import Kept, Recall
+from ncrl.agents.learning.imitation import Kept, KeptEvaluation
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.baselines import balance_loss, record_gates
 from ncrl.sb3 import EnginePolicy, RolloutEvaluation
@@ -92,8 +92,8 @@ class Loss(NamedTuple):
     scalars: dict[str, Tensor]
     """What is worth a curve, by its name: the terms of the total, and how good the values are."""
     evaluation: RolloutEvaluation
-    recall: Recall | None
-    """What was made of the windows of kept demonstrations, without gradient."""
+    kept: KeptEvaluation | None
+    """Of the windows of demonstrations, without gradient."""
 
 
 def actor_critic_loss(policy: EnginePolicy, lesson: Lesson, objective: Objective) -> Loss:
@@ -117,14 +117,16 @@ def actor_critic_loss(policy: EnginePolicy, lesson: Lesson, objective: Objective
     if bonus is not None:
         advantages, exploration = _with_bonus(advantages, rollout, evaluation, bonus, objective)
         exploration["ext_advantage_std"] = returns.advantages.std(correction=0)
-    kept_share, recall = 0.0, None
+    kept_share, kept_evaluation = 0.0, None
     if kept is not None:
         # Its loss is a sum over its own timesteps, not over those of the rollout.
         kept_share = kept.returns.numel() / values.numel()
         remembered = joint.narrow(num_envs, kept.returns.shape[1])
         surplus = losses.imitation_surplus(remembered.values[:-1], kept.returns.to(values.device))
         exploration["imitation_loss"] = losses.imitation_loss(remembered.log_prob, surplus)
-        recall = Recall(map_tensors(Tensor.detach, remembered.lstm_state), surplus.mean(0))
+        kept_evaluation = KeptEvaluation(
+            map_tensors(Tensor.detach, remembered.lstm_state), surplus.mean(0)
+        )
     zero = values.new_zeros(())
     terms = {
         "policy_loss": losses.policy_gradient_loss(evaluation.log_prob, advantages),
@@ -148,7 +150,7 @@ def actor_critic_loss(policy: EnginePolicy, lesson: Lesson, objective: Objective
         + objective.imitation_coef * kept_share * exploration.get("imitation_loss", zero)
     ) + objective.orth_coef * terms.get("orthogonality_loss", zero)
     explained = {"explained_variance": losses.explained_variance(values.detach(), returns.returns)}
-    return Loss(total, exploration | terms | explained, evaluation, recall)
+    return Loss(total, exploration | terms | explained, evaluation, kept_evaluation)
 
 
 def _evaluate(policy: EnginePolicy, rollout: Rollout, kept: Kept | None) -> RolloutEvaluation:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ncrl.agents.learning.imitation import Recall
+from ncrl.agents.learning.imitation import KeptEvaluation
 from ncrl.agents.learning.objective import Lesson, Loss, Objective, actor_critic_loss
 from ncrl.agents.learning.optim import scaled_step
 from ncrl.agents.profiling import OFF, Stopwatch
@@ -30,7 +30,7 @@ class Update(NamedTuple):
     latent: Latent
     """What actor and critic read, [T + 1, B, ...]."""
 
-    recall: Recall | None
+    kept: KeptEvaluation | None
     """The same as in `Loss`."""
 
 
@@ -57,15 +57,15 @@ class Measured(NamedTuple):
 
     scalars: dict[str, Tensor]
     latent: Latent
-    recall: Recall | None
+    kept: KeptEvaluation | None
 
     def on_host(self) -> Update:
         """Wait for the values."""
         scalars = on_host(self.scalars)
-        recall = self.recall
-        if recall is not None:  # the next launch of a graph overwrites it
-            recall = map_tensors(Tensor.clone, recall)
-        return Update(math.isfinite(scalars["grad_norm"]), scalars, self.latent, recall)
+        kept = self.kept
+        if kept is not None:  # the next launch of a graph overwrites it
+            kept = map_tensors(Tensor.clone, kept)
+        return Update(math.isfinite(scalars["grad_norm"]), scalars, self.latent, kept)
 
 
 def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
@@ -107,7 +107,7 @@ def _backward(policy: EnginePolicy, loss: Loss) -> Tensor:
 
 def _measured(loss: Loss, norm: Tensor) -> Measured:
     known = loss.scalars | {"grad_norm": norm}, loss.evaluation.latent
-    return Measured(*map_tensors(Tensor.detach, known), loss.recall)
+    return Measured(*map_tensors(Tensor.detach, known), loss.kept)
 
 
 def _excess(norm: Tensor, limit: float) -> Tensor:

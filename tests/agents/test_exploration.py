@@ -25,11 +25,11 @@ from ncrl.agents.learning.exploration import (
     discounted_sums,
     make_exploration,
 )
-from ncrl.agents.learning.imitation import Kept, Recall
+from ncrl.agents.learning.imitation import Kept, KeptEvaluation
 from ncrl.agents.learning.intrinsic import RND
 from ncrl.agents.learning.losses import imitation_loss, imitation_surplus
 from ncrl.agents.learning.objective import Bonus, Lesson, actor_critic_loss
-from ncrl.agents.learning.update import apply_gradient, update_on_device
+from ncrl.agents.learning.update import Measured, apply_gradient, update_on_device
 from ncrl.agents.playing.buffers import Batch, Rollout
 from ncrl.agents.playing.players import WorkersPlayer
 from ncrl.agents.playing.supervision import Delivery, Limits, PoolSpec
@@ -42,6 +42,7 @@ from ncrl.agents.runs.checkpoints import (
     save_checkpoint,
 )
 from ncrl.envs import key_and_door
+from ncrl.sb3 import Latent
 from ncrl.sb3.engine import map_tensors
 from ncrl.shell.tensors import tensors_in
 from tests.agents.conftest import assert_bit_equal, normal
@@ -480,9 +481,9 @@ def test_kept_demonstrations_change_none_of_the_terms_of_the_batch(head: str) ->
         kept.obs, kept.actions, (kept.lstm_h, kept.lstm_c), kept.episode_start
     )
     surplus = imitation_surplus(evaluation.values[:-1], kept.returns)
-    assert beside.recall is not None
-    torch.testing.assert_close(beside.recall, Recall(evaluation.lstm_state, surplus.mean(0)))
-    assert not any(tensor.requires_grad for tensor in tensors_in(beside.recall))
+    assert beside.kept is not None
+    torch.testing.assert_close(beside.kept, KeptEvaluation(evaluation.lstm_state, surplus.mean(0)))
+    assert not any(tensor.requires_grad for tensor in tensors_in(beside.kept))
     loss = imitation_loss(evaluation.log_prob, surplus)
     assert loss > 0
     added = 0.3 * 24 * loss  # a sum over the 24 kept timesteps
@@ -506,8 +507,8 @@ def test_an_update_on_the_device_learns_from_the_bonus_and_from_what_was_kept(li
     lesson = Lesson(other.batch, other.bonus, kept)
     measured = update_on_device(policy, lesson, other.objective, limit)
     assert measured.on_host().scalars == pytest.approx(update.scalars, rel=1e-4, abs=1e-5)
-    assert measured.recall is not None
-    torch.testing.assert_close(measured.recall, loss.recall)
+    assert measured.kept is not None
+    torch.testing.assert_close(measured.kept, loss.kept)
     for mine, theirs in zip(policy.parameters(), eager.model.policy.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
 
@@ -522,16 +523,36 @@ def test_an_update_that_was_not_made_leaves_exploration_as_it_was() -> None:
         *(part[:, :1] for part in (scene.batch.lstm_h, scene.batch.lstm_c)),
     )  # fmt: skip
 
-    def known() -> tuple[float, int, bool]:
-        carried = exploration.memory.state_dict()["lstm_state"] is not None
-        return exploration.advantage_deviation, exploration.num_updates, carried
+    def known() -> dict[str, Any]:
+        memory = exploration.memory.state_dict()
+        return flat(
+            {
+                "advantages": (exploration.advantage_deviation, exploration.num_updates),
+                "carried": (memory["lstm_state"], memory["surplus"]),
+            }
+        )
 
     before = known()
     for value in (float("nan"), 1.0):
         bonus = scene.bonus._replace(rewards=value * scene.bonus.rewards)
         update = learner.update(Lesson(scene.batch, bonus, kept), scene.objective, 1.0)
         assert update.stepped == math.isfinite(value)
-        assert (known() == before) == (not update.stepped)
+        changed = set(difference(before, known()))
+        if update.stepped:
+            assert {"/advantages/1", "/carried/0/0", "/carried/0/1", "/carried/1/1/1"} <= changed
+        else:
+            assert not changed
+
+
+def test_what_an_update_made_of_demonstrations_outlives_the_next_one() -> None:
+    """A captured update writes into the tensors of the one before."""
+    nothing = torch.zeros(())
+    kept = KeptEvaluation((normal(1, 2, 3), normal(1, 2, 3, seed=1)), torch.ones(2))
+    update = Measured({"grad_norm": nothing}, Latent(nothing, nothing), kept).on_host()
+    expected = map_tensors(Tensor.clone, kept)
+    for tensor in tensors_in(kept):
+        tensor.fill_(9)
+    torch.testing.assert_close(update.kept, expected, rtol=0, atol=0)
 
 
 # A3C.
@@ -575,8 +596,13 @@ def test_scores_are_kept_with_the_values_of_what_followed_them(
     rollout = scene.batch._replace(rewards=rewards)
     values = scene.loss(rollout).evaluation.values.detach()
     batch = Batch(rollout, rollout, games=[0, 1, 2, 3], lags=[0])
-    (update,) = learner.learn(batch, scene.objective, 1.0, num_parts=1)
-    assert update.stepped
+    modes: list[bool] = []
+    update = learner.update
+    monkeypatch.setattr(
+        learner, "update", lambda *lesson: modes.append(learner.policy.training) or update(*lesson)
+    )
+    assert all(made.stepped for made in learner.learn(batch, scene.objective, 1.0, num_parts=1))
+    assert modes == [True], "values are those of play, and what is learnt is not"
     torch.testing.assert_close(seen, [values * torch.tensor([0.0, 1.0, 1.0, 0.0])])
 
 

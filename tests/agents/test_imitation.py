@@ -14,9 +14,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from ncrl.agents import A3C
 from ncrl.agents.learning.imitation import (
     MAX_DEPTH,
+    SURPLUS_WINDOWS,
     Demonstration,
     DemonstrationMemory,
-    Recall,
+    KeptEvaluation,
     cut_demonstration,
     returns_to_end,
 )
@@ -82,13 +83,15 @@ def memory_of(**options: Any) -> DemonstrationMemory:
 
 
 def watch(
-    memory: DemonstrationMemory, batch: Rollout, games: Sequence[int], value: float = 0
+    memory: DemonstrationMemory, batch: Rollout, games: Sequence[int], value: float = 0.0
 ) -> None:
     """A batch whose observations all have one value."""
     memory.watch(batch, games, batch.rewards, torch.full(batch.episode_start.shape, value))
 
 
-def play(memory: DemonstrationMemory, *rollouts: Rollout, game: int = 0, value: float = 0) -> None:
+def play(
+    memory: DemonstrationMemory, *rollouts: Rollout, game: int = 0, value: float = 0.0
+) -> None:
     for rollout in rollouts:
         watch(memory, rollout, [game], value)
 
@@ -97,10 +100,11 @@ def state_of(count: int, value: float = 0.0) -> LstmState:
     return torch.full((1, count, 3), value), torch.full((1, count, 3), -value)
 
 
-def recall_of(count: int, value: float = 0.0, surplus: Sequence[float] | None = None) -> Recall:
-    return Recall(
-        state_of(count, value), torch.tensor([0.0] * count if surplus is None else surplus)
-    )
+def evaluation_of(
+    count: int, value: float = 0.0, surplus: Sequence[float] | None = None
+) -> KeptEvaluation:
+    surpluses = torch.tensor([0.0] * count if surplus is None else surplus)
+    return KeptEvaluation(state_of(count, value), surpluses)
 
 
 def kept_by(memory: DemonstrationMemory) -> list[Demonstration]:
@@ -140,7 +144,7 @@ def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
 
     rollouts: list[Rollout] = []
     for name in range(1 + draw(4)):
-        rewards = [float(draw(8) == 0) for _ in range(T)]
+        rewards = [float(draw(8) == 0) - 0.5 * (draw(12) == 0) for _ in range(T)]
         ends = [t for t in range(T) if draw(9) == 0]
         starts = bool(rollouts and rollouts[-1].episode_start[-1])
         rollouts.append(rollout_of(name, rewards, ends, starts=starts))
@@ -153,21 +157,22 @@ def test_windows_are_whole_and_returns_are_those_of_the_game(seed: int) -> None:
     returns = returns_reference(rewards, dones, 0.5)
     last = max(t for t in range(len(returns)) if returns[t] > 0)
     returns = [0.0 if any(dones[t:last]) else returns[t] for t in range(len(returns))]
-    if not dones[last]:  # what comes after the score counts like a reward
-        value = max(0.0, float(values[last + 1 - len(returns) + T]))
-        for t in range(last + 1):
-            returns[t] += 0.5 ** (last + 1 - t) * value if returns[t] > 0 else 0
-    led = [t for t in range(len(returns)) if returns[t] > 0]
-    count = max(1, (led[-1] - led[0] + 2) // (T + 1)) * (T + 1) - 1
+    begin = min(t for t in range(len(returns)) if returns[t] > 0)
+    row = last + 1 - len(returns) + T  # of the last rollout, whose values are known
+    value = 0.0 if dones[last] or row < 0 else max(0.0, float(values[row]))
+    for t in range(begin, last + 1):
+        ahead = [0.5 ** (k - t) * rewards[k] for k in range(t, last + 1)]
+        returns[t] = sum(ahead) + 0.5 ** (last + 1 - t) * value
+    count = max(1, (last - begin + 2) // (T + 1)) * (T + 1) - 1
     assert len(kept.obs) == len(kept.episode_start) == count + 1
     assert len(kept.actions) == len(kept.returns) == count
-    first = max(0, min(led[-1] + 1 - count, len(returns) - count))
-    if led[-1] - led[0] + 1 < T:
+    first = max(0, min(last + 1 - count, len(returns) - count))
+    if last - begin + 1 < T:
         starts = [
             t for t in range(len(returns) - T + 1) if returns[t : t + T] == kept.returns.tolist()
         ]
         assert starts, "one window of the game"
-        assert kept.returns.max() == max(returns[led[0] : led[-1] + 1])
+        assert kept.returns.max() == max(returns[begin : last + 1])
     else:
         assert kept.returns.tolist() == returns[first : first + count]
         assert kept.actions.tolist() == [t % T for t in range(first, first + count)]
@@ -347,6 +352,15 @@ def shares_of(memory: DemonstrationMemory, count: int = 4000) -> dict[int, float
     return dict(zip(names.tolist(), (counts / count).tolist(), strict=True))
 
 
+def measure(memory: DemonstrationMemory, surpluses: dict[int, Sequence[float]]) -> None:
+    """As if a window of each depth were read for each of its surpluses."""
+    some = memory._choose()
+    for depth, series in surpluses.items():
+        memory._readers = [some._replace(depth=depth)]
+        for surplus in series:
+            memory.carry(evaluation_of(1, surplus=[surplus]))
+
+
 def test_depths_are_read_equally_often_before_anything_is_known_of_them() -> None:
     memory = memory_of(reach=1)
     for name in range(20):
@@ -359,37 +373,40 @@ def test_depths_are_read_equally_often_before_anything_is_known_of_them() -> Non
 
 
 def test_depths_are_read_in_proportion_to_their_surplus() -> None:
-    """Against a literal running mean; a depth that was never read counts as the largest one, and
-    one without surplus as a tenth of it."""
+    """One without surplus is read a tenth as often as the one with the largest; one of which few
+    windows were read, as often as that."""
     memory = memory_of(reach=1)
-    play(memory, *(rollout_of(name, SCORE, starts=name == 1) for name in (1, 2, 3)))
-    known: dict[int, float] = {}
-    for turn in range(100):
-        read = memory.read(T, state_of(6))
-        assert read is not None
-        depths = read.obs[0, :, 0].tolist()
-        surpluses = [{1: 0.0, 2: 0.2 + 0.1 * (turn % 2), 3: 0.5}[depth] for depth in depths]
-        memory.carry(recall_of(6, surplus=surpluses))
-        for depth, surplus in zip(depths, surpluses, strict=True):
-            known[depth] = known.get(depth, surplus)
-            known[depth] = 0.98 * known[depth] + 0.02 * surplus
-    assert memory.state_dict()["surplus"] == pytest.approx(known)
-    assert known[3] == pytest.approx(0.5) and known[2] == pytest.approx(0.25, abs=0.05)
-    expected = {1: 0.05, 2: known[2], 3: 0.5}
+    play(memory, *(rollout_of(name, SCORE, starts=name == 1) for name in (1, 2, 3, 4)))
+    many = SURPLUS_WINDOWS
+    measure(memory, {1: [0] * many, 2: [0.2] * many, 3: [0.5] * many, 4: [0.1] * (many - 1)})
     shares = shares_of(memory)
-    for depth, surplus in expected.items():
-        assert shares[depth] == pytest.approx(surplus / sum(expected.values()), abs=0.03)
-    play(memory, rollout_of(4, SCORE))
+    for depth, share in {1: 0.1, 2: 0.4, 3: 1.0, 4: 1.0}.items():
+        assert shares[depth] == pytest.approx(share / 2.5, abs=0.03)
+    measure(memory, {4: [0.1]})
     shares = shares_of(memory)
-    assert shares[4] == pytest.approx(shares[3], abs=0.03)
+    for depth, share in {1: 0.1, 2: 0.4, 3: 1.0, 4: 0.2}.items():
+        assert shares[depth] == pytest.approx(share / 1.7, abs=0.03)
 
 
-def test_where_nothing_is_left_to_imitate_depths_are_read_equally_often() -> None:
+def test_a_surplus_is_the_mean_of_all_windows_and_then_of_the_latest() -> None:
+    memory = memory_of(reach=1)
+    play(memory, rollout_of(1, SCORE, starts=True))
+    series = [0.01 * k for k in range(SURPLUS_WINDOWS)]
+    measure(memory, {1: series})
+    windows, mean = memory.state_dict()["surplus"][1]
+    assert windows == SURPLUS_WINDOWS and mean == pytest.approx(sum(series) / len(series))
+    measure(memory, {1: [2.0]})
+    windows, after = memory.state_dict()["surplus"][1]
+    assert windows == SURPLUS_WINDOWS and after == pytest.approx(mean + (2 - mean) / windows)
+
+
+@pytest.mark.parametrize("surplus", [0.0, 5e-324, 1e300])
+def test_no_surplus_is_too_small_or_too_large_to_be_drawn_by(surplus: float) -> None:
+    """Where nothing is left to imitate, a running mean fades until no float holds it."""
     memory = memory_of(reach=1)
     play(memory, rollout_of(1, SCORE, starts=True), rollout_of(2, SCORE))
-    for _ in range(20):
-        memory.read(T, state_of(6))
-        memory.carry(recall_of(6))
+    state = memory.state_dict()
+    memory.load_state_dict(state | {"surplus": {1: (50, surplus), 2: (50, surplus)}})
     assert shares_of(memory)[1] == pytest.approx(0.5, abs=0.03)
 
 
@@ -430,7 +447,7 @@ def test_a_demonstration_is_read_to_its_end_window_by_window(dtype: torch.dtype)
             assert bool(read.episode_start[0, column]) == (turn % 3 == 0)
         for found, expected in zip(read[-2:], state_of(2, turn), strict=True):
             assert torch.equal(found, expected)
-        memory.carry(recall_of(2, turn + 1.0))
+        memory.carry(evaluation_of(2, turn + 1.0))
 
 
 @pytest.mark.parametrize("rewards", [(0, 0, 0, 1), (0,) * T])
@@ -454,7 +471,7 @@ def test_another_number_of_readers_begins_with_other_demonstrations() -> None:
         read = memory.read(T, state_of(count))
         assert read is not None and read.obs.shape[1] == count
         assert read.episode_start[0].all() and not read.lstm_h.any()
-        memory.carry(recall_of(count, 5.0))
+        memory.carry(evaluation_of(count, 5.0))
 
 
 class Blank(gym.Env[np.ndarray, int]):
@@ -518,7 +535,7 @@ def test_a_memory_goes_on_where_it_was_saved(cut: int) -> None:
     play(whole, *scenes()[:cut])
     for turn in range(cut):
         if whole.read(T, state_of(3)) is not None:
-            whole.carry(recall_of(3, turn, [0.5, 0.25, turn]))
+            whole.carry(evaluation_of(3, turn, [0.5, 0.25, turn]))
     other = memory_of(seed=9)
     other.load_state_dict(filed(whole.state_dict()))
     assert all(kept.maxlen == 50 for kept in other._kept.values())
@@ -567,9 +584,11 @@ DAMAGES: dict[str, Any] = {
     "no state": lambda s: s.pop("lstm_state"),
     "a state of one part": lambda s: s.update(lstm_state=[torch.zeros(1, 3, 3)]),
     "a reader of nothing": lambda s: s["readers"].append((5, 1, 0)),
-    "a reader less": lambda s: s["readers"].append(s["readers"][0][:2]),
-    "a surplus below 0": lambda s: s.update(surplus={1: -0.5}),
-    "a surplus that is no number": lambda s: s.update(surplus={1: float("nan")}),
+    "a reader without its row": lambda s: s["readers"].append(s["readers"][0][:2]),
+    "a surplus below 0": lambda s: s.update(surplus={1: (5, -0.5)}),
+    "a surplus without its windows": lambda s: s.update(surplus={1: 0.5}),
+    "a negative number of windows": lambda s: s.update(surplus={1: (-1, 0.5)}),
+    "a surplus that is no number": lambda s: s.update(surplus={1: (5, float("nan"))}),
     "damaged recent": lambda s: s["recent"][0][0].update(obs=torch.zeros(3, dtype=torch.uint8)),
 }
 

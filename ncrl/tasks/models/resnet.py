@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ncrl.tasks.models.mlp import PLAIN, Coded, SplitMlp
 
-HIDDEN = (500, 500, 500)
+CLASSIFIER_WIDTHS = (500, 500, 500)
 """Widths of the classifier behind the backbone (paper, section 4.4)."""
 
 
@@ -90,7 +90,7 @@ class ResNet18(nn.Module):
 def resnet_mlp(
     num_outputs: int = 2,
     *,
-    hidden: Sequence[int] = HIDDEN,
+    hidden: Sequence[int] = CLASSIFIER_WIDTHS,
     num_tasks: int = 1,
     hidden_rank: int | None = None,
     context: bool = False,

@@ -27,7 +27,7 @@ from ncrl.tasks.continual.split import (
 )
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.formats import CIFAR_SIDE
-from ncrl.tasks.models.resnet import HIDDEN, ResNet18
+from ncrl.tasks.models.resnet import CLASSIFIER_WIDTHS, ResNet18
 from ncrl.tasks.recipes import MOST_EPOCHS, ContinualRecipe, Recipe, outline_network, read_recipes
 from ncrl.tasks.results import results_table
 from ncrl.tasks.split_cifar.backbone import (
@@ -185,7 +185,7 @@ def classifier_recipe(
         changes["epochs"] = epochs
     per_task = CLASSES_PER_TASK[num_classes]
     options = {
-        "hidden": HIDDEN,
+        "hidden": CLASSIFIER_WIDTHS,
         **base.recipe.network_options,
         "in_features": num_features,
         "num_outputs": per_task,
