@@ -35,7 +35,7 @@ SURPLUS_WINDOWS = 50
 many are read it counts as the largest one."""
 
 LEAST_SHARE = 0.1
-"""The least share of a number of rewards in what is read, as a part of the largest share. What play
+"""The least weight of a demonstration among those that are drawn, as a part of the largest. What play
 does by itself may be forgotten again."""
 
 
@@ -146,8 +146,8 @@ class DemonstrationMemory:
 
     Memory is bounded: `reach` rollouts for each game, and `capacity` demonstrations for each number
     of rewards; images are compressed. So a game that went on to its second reward is remembered
-    beside the many that had one. Each demonstration that is read is drawn anew, first its number of
-    rewards, in proportion to the surplus (Oh et al. draw single timesteps so). What play reaches by
+    beside the many that had one. What is read is drawn from all demonstrations, each weighed by the
+    surplus of its number of rewards (Oh et al. weigh single timesteps so). What play reaches by
     itself is read least.
 
     Args:
@@ -276,8 +276,9 @@ class DemonstrationMemory:
             if windows == SURPLUS_WINDOWS
         }
         largest = max(seen.values(), default=0.0) or 1.0
-        shares = torch.tensor([seen.get(depth, largest) / largest for depth in depths])
-        shares = shares.clamp(min=LEAST_SHARE)
+        weights = torch.tensor([seen.get(depth, largest) / largest for depth in depths])
+        counts = torch.tensor([len(self._kept[depth]) for depth in depths])
+        shares = weights.clamp(min=LEAST_SHARE) * counts
         depth = depths[int(torch.multinomial(shares, 1, generator=self.generator))]
         kept = self._kept[depth]
         return Reader(Demonstration(*_unpack(kept[self._random(len(kept))])), depth, 0)
