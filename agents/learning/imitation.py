@@ -35,8 +35,8 @@ SURPLUS_WINDOWS = 50
 many are read it counts as the largest one."""
 
 LEAST_SHARE = 0.1
-"""The least weight of a demonstration among those that are drawn, as a part of the largest. What play
-does by itself may be forgotten again."""
+"""The least weight of a demonstration when one is drawn, as a part of the largest weight. Play may
+forget again what it does by itself."""
 
 
 class Kept(NamedTuple):

@@ -59,7 +59,7 @@ class Objective:
     int_gamma: float = setting(0.99, "bonus: discount of its return", low=0, high=1)
     """No end of a game cuts that return."""
     imitation_coef: float = setting(
-        2.0, "bonus: weight of what led to a score, learnt from again", low=0
+        5.0, "bonus: weight of what led to a score, learnt from again", low=0
     )
 
 
