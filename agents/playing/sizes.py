@@ -130,8 +130,8 @@ def check_shared_memory(needed: int) -> None:
     if os.path.isdir(SHM) and needed > (free := shutil.disk_usage(SHM).free):
         raise ValueError(
             f"the workers need {needed / 1e6:.0f} MB of shared memory but {SHM} has "
-            f"{free / 1e6:.0f} MB free; lower n_envs or n_steps, or give the container a larger "
-            "one (docker run --shm-size)"
+            f"{free / 1e6:.0f} MB free; lower n_envs (--games) or n_steps, or give the container a "
+            "larger one (docker run --shm-size)"
         )
 
 
@@ -143,7 +143,7 @@ def check_memory(needed: int) -> None:
         if needed > 1024 * available:
             raise ValueError(
                 f"rollouts need {needed / 1e6:,.0f} MB of memory and {available / 1e3:,.0f} MB are "
-                "free; lower n_envs or n_steps"
+                "free; lower n_envs (--games) or n_steps"
             )
 
 

@@ -551,7 +551,8 @@ def test_f25_shared_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     started = []
     monkeypatch.setattr(ncrl.agents.playing.pool.WorkerPool, "_start", lambda *a: started.append(a))
-    with pytest.raises(ValueError, match=r"need (\d+) MB .*/dev/shm has 4 MB.*n_envs or n_steps"):
+    said = r"need (\d+) MB .*/dev/shm has 4 MB.*lower n_envs \(--games\) or n_steps"
+    with pytest.raises(ValueError, match=said):
         model.learn(100)
     assert asked == ["/dev/shm"] and started == []
 
