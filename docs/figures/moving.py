@@ -1,7 +1,8 @@
-"""Turn some seconds of a film into the moving picture of the README.
+r"""Turn some seconds of a film into the moving picture of the README.
 
-ncrl watch runs/MontezumaRevenge-1 montezuma.mp4
-python docs/figures/moving.py montezuma.mp4 docs/figures/montezuma.webp --first 444 --quality 22
+ncrl evaluate runs/MontezumaRevenge-1 --episodes 0 --video montezuma.mp4 --seed 26
+python docs/figures/moving.py montezuma.mp4 docs/figures/montezuma.webp \
+    --first 556 --pictures 95 --quality 18
 """
 
 from __future__ import annotations
