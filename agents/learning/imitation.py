@@ -34,7 +34,7 @@ SURPLUS_WINDOWS = 50
 """The surplus of a number of rewards is a running mean over about its latest 50 windows. Before so
 many are read it counts as the largest one."""
 
-LEAST_SHARE = 0.1
+LEAST_WEIGHT = 0.1
 """The least weight of a demonstration when one is drawn, as a part of the largest weight. Play may
 forget again what it does by itself."""
 
@@ -278,7 +278,7 @@ class DemonstrationMemory:
         largest = max(seen.values(), default=0.0) or 1.0
         weights = torch.tensor([seen.get(depth, largest) / largest for depth in depths])
         counts = torch.tensor([len(self._kept[depth]) for depth in depths])
-        shares = weights.clamp(min=LEAST_SHARE) * counts
+        shares = weights.clamp(min=LEAST_WEIGHT) * counts
         depth = depths[int(torch.multinomial(shares, 1, generator=self.generator))]
         kept = self._kept[depth]
         return Reader(Demonstration(*_unpack(kept[self._random(len(kept))])), depth, 0)

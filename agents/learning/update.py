@@ -39,7 +39,8 @@ def apply_gradient(
 ) -> Update:
     """One step of the policy's optimiser, unless the gradient is not finite.
 
-    All that the host has to know comes from the device at once, in the only wait of an update.
+    All scalars come from the device at once, in the only wait of an update. The surplus of
+    demonstrations is there by then, and is copied later.
     """
     with stopwatch.phase("backward"):
         norm = _backward(policy, loss)
