@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
 import time
@@ -21,7 +22,7 @@ from ncrl.agents import A3C
 from ncrl.agents.atari.config import camel_case
 from ncrl.agents.playing.sizes import available_cores
 from ncrl.envs import AtariFactory, atari
-from ncrl.shell.hardware import cpu_name
+from ncrl.shell.hardware import choose_device, cpu_name
 
 NEUROCODER = {"num_slots": 80, "num_heads": 15, "num_least_used": 5, "controller_size": 8}
 """The paper's Atari heads (Table 8)."""
@@ -35,6 +36,14 @@ STACK = 4  # frames that a peer sees at once, where they are stacked
 WARM_UP = 3  # calls that are not timed
 
 _barrier: Barrier  # of a process of `played_alone`
+
+
+def device_name(name: str) -> str:
+    """Type of an argument `--device`: the name of a device that is there."""
+    try:
+        return choose_device(name).type
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def build_a3c(factory: AtariFactory, head: str, encoder: str, **options: Any) -> A3C:

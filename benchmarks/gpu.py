@@ -26,6 +26,7 @@ from common import (
     HEADS,
     N_STEPS,
     build_a3c,
+    device_name,
     machine,
     medians,
     played_alone,
@@ -60,13 +61,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--device", type=device_name, default="cuda", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=1.5, help="per row")
     parser.add_argument("--play-seconds", type=float, default=60.0, help="of the plain command")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("device cuda is not available on this machine; nearest: --device cpu")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     began = time.monotonic()

@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from common import NEUROCODER, machine, medians, print_header, print_row
+from common import NEUROCODER, device_name, machine, medians, print_header, print_row
 from torch import Tensor, nn
 from torch.profiler import profile
 
@@ -39,7 +39,7 @@ Step = Callable[[], None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[128], help="of the rows beside nn.Linear"
     )
@@ -48,8 +48,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("device cuda is not available on this machine; nearest: --device cpu")
     print(
         f"{machine()}, one thread, {arguments.device}, median of {arguments.seconds:g} s a row, "
         "ours and reference in turn"

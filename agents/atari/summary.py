@@ -72,7 +72,7 @@ def summary(model: A3C, config: RunConfig, run: RunDirectory) -> list[str]:
                 f"these games for {machine_sizes(config).reason}",
             )
     lines = [part for line in lines for part in wrapped(line)]
-    curves = command_line("-m", "tensorboard.main", "--logdir", str(run.path.parent))
+    curves = shell_command("-m", "tensorboard.main", "--logdir", str(run.path.parent))
     lines += [f"run        {run.path}", f"curves     {curves}"]  # to be pasted, so never wrapped
     if hard := HARD_GAMES.get(factory.game):
         reached = EXPLORED.get(factory.game, f"no run of ours with a bonus yet; without, {hard}")
@@ -90,11 +90,11 @@ def wrapped(line: str) -> list[str]:
 def resume_line(run: Path, *flags: str) -> str:
     """What goes on with a run, to be pasted."""
     if SCRIPT.is_file():
-        return command_line(shown_path(str(SCRIPT)), "--resume", str(run), *flags)
-    return command_line("-m", "ncrl", "resume", str(run), *flags)
+        return shell_command(shown_path(str(SCRIPT)), "--resume", str(run), *flags)
+    return shell_command("-m", "ncrl", "resume", str(run), *flags)
 
 
-def command_line(*words: str) -> str:
+def shell_command(*words: str) -> str:
     """What to paste into the shell: this Python with these words."""
     return shlex.join([shown_path(sys.executable or "python"), *words])
 
