@@ -44,11 +44,7 @@ class _Captured(NamedTuple):
 
 
 class GraphedUpdates:
-    """Makes the updates of one model, by a CUDA graph where that is possible.
-
-    Args:
-        device: of the learner.
-    """
+    """Makes the updates of one model, by a CUDA graph where that is possible."""
 
     reason: str | None
     """Why updates are not captured; None where they are."""

@@ -69,11 +69,7 @@ class IntrinsicReward(nn.Module, ABC):
 class ObservationView:
     """What a source sees of an observation: the newest frame of images, else a flat vector.
 
-    Args:
-        space: of the observations.
-
-    Raises:
-        ValueError: for Dict observations.
+    ValueError for Dict observations.
     """
 
     def __init__(self, space: spaces.Space[Any]) -> None:
@@ -109,12 +105,8 @@ def refuse_dicts(space: spaces.Space[Any]) -> None:
 class RunningMoments(nn.Module):
     """Mean and variance of everything seen, number by number (Chan et al. 1979)."""
 
-    mean: Tensor
-    """[...], float64."""
-
-    squares: Tensor
-    """Sum of squared distances from the mean, [...], float64."""
-
+    mean: Tensor  # [...], float64
+    squares: Tensor  # sum of squared distances from the mean, [...], float64
     count: Tensor
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -262,20 +254,14 @@ class PseudoCount(IntrinsicReward):
 
     The density is a product of one histogram per number. Images are shrunk to 42x42 pixels, as in
     Itsukara's A3C; a vector's numbers are squashed into -1 .. 1. Both have `LEVELS` levels.
-
-    Args:
-        space: of the observations: images or vectors.
-
-    Raises:
-        ValueError: for Dict observations.
+    ValueError for Dict observations.
     """
 
     LEVELS = 128
     SIDE = 42
     FLOOR = 0.01
 
-    counts: Tensor
-    """How often each number had each level, [P, LEVELS]."""
+    counts: Tensor  # how often each number had each level, [P, LEVELS]
 
     def __init__(self, space: spaces.Space[Any]) -> None:
         super().__init__()

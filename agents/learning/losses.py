@@ -2,7 +2,8 @@
 
 Time-major shapes: T timesteps, B environments. Row t of `rewards` and `discounts` belongs to the
 action taken at t; `discounts[t]` is gamma, or 0 where that action ended the episode, so no `done`
-appears in the formulas. Targets and advantages are constants to the gradient.
+appears in the formulas. Targets and advantages are constants to the gradient. Shapes that differ
+raise ValueError: they would broadcast to nonsense.
 """
 
 from __future__ import annotations
@@ -24,11 +25,8 @@ SMALLEST_DEVIATION = 1e-8
 class Returns(NamedTuple):
     """What the losses need of a rollout."""
 
-    returns: Tensor
-    """Value targets, [T, B]."""
-
-    advantages: Tensor
-    """Advantages of the actions taken, [T, B]."""
+    returns: Tensor  # value targets, [T, B]
+    advantages: Tensor  # of the actions taken, [T, B]
 
 
 @torch.no_grad()
@@ -55,9 +53,6 @@ def vtrace(
 
     With `log_rhos` all zero this is generalised advantage estimation (Schulman et al. 2016), and
     with `gae_lambda=1` beside it n-step returns.
-
-    Raises:
-        ValueError: if shapes differ.
     """
     _check_shapes(values, bootstrap_value, log_rhos=log_rhos, discounts=discounts, rewards=rewards)
     rhos = log_rhos.exp().clamp(max=1.0)
@@ -107,9 +102,6 @@ def imitation_surplus(values: Tensor, returns: Tensor) -> Tensor:
     Args:
         values: V(x_t) of now, [T, B].
         returns: what was reached then, [T, B]; timesteps with 0 are left out.
-
-    Raises:
-        ValueError: if shapes differ.
     """
     _check_shapes(values, returns=returns)
     return torch.where(returns > 0, (returns - values).clamp(min=0), 0.0).detach()
@@ -125,9 +117,6 @@ def imitation_loss(log_probs: Tensor, surplus: Tensor) -> Tensor:
     Args:
         log_probs: of the actions that were taken then, under the policy of now, [T, B].
         surplus: of `imitation_surplus`, [T, B].
-
-    Raises:
-        ValueError: if shapes differ.
     """
     _check_shapes(surplus, log_probs=log_probs)
     return -(log_probs * surplus).mean()
@@ -139,9 +128,7 @@ def entropy_loss(entropy: Tensor) -> Tensor:
 
 
 def entropy_floor_loss(mean_entropy: Tensor, floor: float, *, fades: bool) -> Tensor:
-    """Squared distance of the mean entropy H below a floor, a scalar; 0 if the floor is 0 (none).
-
-    Entropies are in nats.
+    """Squared distance of the mean entropy H (nats) below a floor; 0 if the floor is 0 (none).
 
     Args:
         mean_entropy: H, a scalar.

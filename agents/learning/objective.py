@@ -66,34 +66,25 @@ class Objective:
 class Bonus(NamedTuple):
     """What exploration adds to the rollout of an update."""
 
-    rewards: Tensor
-    """Normalised intrinsic rewards, [T, B]."""
-
-    advantage_deviation: Tensor
-    """What their advantages are divided by, a scalar, unless their own deviation is larger."""
+    rewards: Tensor  # normalised intrinsic rewards, [T, B]
+    advantage_deviation: Tensor  # divides their advantages, unless their own is larger; a scalar
 
 
 class Lesson(NamedTuple):
     """What one update learns from."""
 
-    rollout: Rollout
-    """What B environments played."""
-    bonus: Bonus | None = None
-    """Intrinsic rewards of the rollout; the policy then needs a head for their value."""
-    kept: Kept | None = None
-    """Windows of demonstrations to learn from again, as further environments."""
+    rollout: Rollout  # what B environments played
+    bonus: Bonus | None = None  # if there is one, the policy needs a head for its value
+    kept: Kept | None = None  # windows of demonstrations, learnt from as further environments
 
 
 class Loss(NamedTuple):
     """What is minimised, and what became known on the way."""
 
-    total: Tensor
-    """A scalar."""
-    scalars: dict[str, Tensor]
-    """What is worth a curve, by its name: the terms of the total, and how good the values are."""
+    total: Tensor  # a scalar
+    scalars: dict[str, Tensor]  # the terms of the total and how good values are, by curve
     evaluation: RolloutEvaluation
-    kept: KeptEvaluation | None
-    """Of the windows of demonstrations, without gradient."""
+    kept: KeptEvaluation | None  # of the windows of demonstrations, without gradient
 
 
 def actor_critic_loss(policy: EnginePolicy, lesson: Lesson, objective: Objective) -> Loss:

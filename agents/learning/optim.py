@@ -110,11 +110,8 @@ def can_scale(optimizer: torch.optim.Optimizer) -> bool:
 def scaled_step(optimizer: torch.optim.Optimizer, scale: Tensor, found_inf: Tensor) -> None:
     """One step along the gradients divided by `scale`, by the means of torch's `GradScaler`.
 
-    Args:
-        optimizer: one that `can_scale`.
-        scale: a scalar on the weights' device.
-        found_inf: likewise; if it is 1, weights and state of the optimiser stay as they are,
-            without the host knowing.
+    If `found_inf` is 1, weights and state of the optimiser stay as they are, without the host
+    knowing. Both are scalars on the weights' device; the optimiser is one that `can_scale`.
     """
     fused: Any = optimizer
     fused.grad_scale, fused.found_inf = scale, found_inf
@@ -127,13 +124,7 @@ def scaled_step(optimizer: torch.optim.Optimizer, scale: Tensor, found_inf: Tens
 def optimizer_options(
     policy_kwargs: Mapping[str, Any], *, use_rms_prop: bool, rms_prop_eps: float
 ) -> dict[str, Any]:
-    """`optimizer_class` and `optimizer_kwargs` of a policy, where its arguments name none.
-
-    Args:
-        policy_kwargs: arguments of the policy.
-        use_rms_prop: `SharedRMSProp`; False takes Adam.
-        rms_prop_eps: epsilon of RMSProp.
-    """
+    """`optimizer_class` and `optimizer_kwargs` of a policy, where its arguments name none."""
     kind, chosen = policy_kwargs.get("optimizer_class"), policy_kwargs.get("optimizer_kwargs")
     if use_rms_prop and kind is None:
         options = {"alpha": 0.99, "eps": rms_prop_eps} | (chosen or {})

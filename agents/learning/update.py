@@ -21,17 +21,10 @@ from ncrl.sb3.engine import map_tensors
 class Update(NamedTuple):
     """What one step of the optimiser was made of."""
 
-    stepped: bool
-    """Whether there was a step: none is made along a gradient that is not finite."""
-
-    scalars: dict[str, float]
-    """The loss's scalars, and `grad_norm`, the gradient's norm before its limit."""
-
-    latent: Latent
-    """What actor and critic read, [T + 1, B, ...]."""
-
-    kept: KeptEvaluation | None
-    """The same as in `Loss`."""
+    stepped: bool  # no step is made along a gradient that is not finite
+    scalars: dict[str, float]  # those of the loss, and `grad_norm`, before the gradient's limit
+    latent: Latent  # what actor and critic read, [T + 1, B, ...]
+    kept: KeptEvaluation | None  # as in `Loss`
 
 
 def apply_gradient(
@@ -81,13 +74,8 @@ def update_on_device(
     """`apply_gradient` where the device finds out by itself whether the gradient is finite.
 
     The host waits for nothing, and what it asks for does not depend on data: always the same
-    operations, which can be captured as a CUDA graph. The weights are the same to rounding.
-
-    Args:
-        policy: what learns, with an optimiser that `can_scale`.
-        lesson: on the policy's device, `episode_start` too.
-        objective: what is minimised.
-        max_grad_norm: limit on the gradient's norm.
+    operations, which can be captured as a CUDA graph. The weights are the same to rounding. The
+    optimiser must be one that `can_scale`, and all of the lesson lie on the policy's device.
     """
     with static_unroll():
         loss = actor_critic_loss(policy, lesson, objective)
