@@ -69,12 +69,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**POLICIES}
 
     intrinsic_reward: str | IntrinsicReward | None
-    int_coef: float
     int_gamma: float
-    imitation_coef: float
     intrinsic_kwargs: dict[str, Any]
-    use_rms_prop: bool
-    rms_prop_eps: float
     batch_size: int | None
     n_workers: int
     cluster: str | None

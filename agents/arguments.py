@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -161,13 +161,13 @@ def with_head_options(
     kind = getattr(sb3, policy, None) if isinstance(policy, str) else policy
     if options.get("head", getattr(kind, "head", None)) == "neurocoder":
         given = options.get("head_kwargs") or {}
-        taken: Iterable[str] = ("sharpness", "residual_gate")
-        if not given:
-            taken = defaults
-        elif "config" in given:
-            taken = ()
+        taken = list(defaults)
+        if "config" in given:
+            taken = []
         elif given.get("preset") == "official":
-            taken = ("sharpness",)
+            taken = ["sharpness"]
+        elif given:
+            taken = ["sharpness", "residual_gate"]
         options["head_kwargs"] = {name: defaults[name] for name in taken} | given
     return options
 

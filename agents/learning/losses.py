@@ -8,6 +8,7 @@ raise ValueError: they would broadcast to nonsense.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -151,10 +152,8 @@ def entropy_floor_loss(mean_entropy: Tensor, floor: float, *, fades: bool) -> Te
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns), a scalar; NaN where the returns are constant."""
     _check_shapes(values, returns=returns)
-    variance = returns.var(correction=0)
-    unexplained = (returns - values).var(correction=0)
-    nan = torch.full_like(variance, float("nan"))
-    return torch.where(variance > 0, 1 - unexplained / variance, nan)
+    variance, unexplained = returns.var(correction=0), (returns - values).var(correction=0)
+    return (1 - unexplained / variance).where(variance > 0, math.nan)
 
 
 def _check_shapes(values: Tensor, bootstrap_value: Tensor | None = None, **others: Tensor) -> None:
