@@ -55,7 +55,7 @@ FORGOTTEN_AFTER = 10
 NOT_SAVED = (
     *("env_factory", "learner", "collector", "profile", "time_spent", "cluster"),
     *("_batch", "_pool", "_stateless_predictions", "_warned_of_state", "_started"),
-    "_warns_of_frequencies",
+    *("_warns_of_frequencies", "_built_from"),
 )
 """Attributes that `_setup_model` makes anew, or that no file should hold."""
 
@@ -88,6 +88,8 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     """Whether to call `warn_of_frequencies`: for users who leave the number of environments to A3C,
     but not where a model is loaded."""
     _small_updates: bool
+    _built_from: PolicySpec
+    """What the policy was built from, and workers build theirs from."""
     _stateless_predictions: int
     _warned_of_state: bool
 
@@ -137,16 +139,13 @@ class EngineAlgorithm(OnPolicyAlgorithm):
             options=self.intrinsic_kwargs,
         ).to(self.device)
 
-    def _policy_spec(self, *, of_learner: bool = False) -> PolicySpec:
-        """What the policy is built from. Workers need no head for intrinsic values."""
-        options = policy_options(vars(self))
-        if not of_learner:
-            options.pop("int_value", None)
+    def _policy_spec(self) -> PolicySpec:
+        """What the policy is built from."""
         return PolicySpec(
             self.policy_class,  # type: ignore[arg-type]
             self.observation_space,
             self.action_space,
-            options,
+            policy_options(vars(self)),
             self.sde_sample_freq,
         )
 

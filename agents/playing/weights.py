@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 VERSIONS = 2  # copies kept: the writer fills one while readers copy the other
-LEARNER_ONLY = "value_net_int"  # part of a policy that acting does not need: it is not shared
 
 
 class SharedWeights:
@@ -78,20 +77,12 @@ def fill(module: nn.Module, flat: Tensor) -> None:
 def layout(module: nn.Module) -> list[tuple[str, torch.Size | None]]:
     """Names and shapes of what is shared, and the kinds of all parts: equal where one module can
     have the weights of another. A compiled module counts as what it was made of."""
-    shapes = [(name.replace("_orig_mod.", ""), tensor.shape) for name, tensor in _shared(module)]
-    kinds = [
-        type(part).__qualname__
-        for name, part in module.named_modules()
-        if not hasattr(part, "_orig_mod") and LEARNER_ONLY not in name.split(".")
-    ]
-    return [*shapes, *((kind, None) for kind in kinds)]
-
-
-def _shared(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if LEARNER_ONLY not in name.split("."):
-            yield name, tensor
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    shapes = [(name.replace("_orig_mod.", ""), tensor.shape) for name, tensor in tensors]
+    parts = [part for part in module.modules() if not hasattr(part, "_orig_mod")]
+    return [*shapes, *((type(part).__qualname__, None) for part in parts)]
 
 
 def _floats(module: nn.Module) -> Iterator[Tensor]:
-    return (tensor for _, tensor in _shared(module) if tensor.is_floating_point())
+    tensors = (*module.parameters(), *module.buffers())
+    return (tensor for tensor in tensors if tensor.is_floating_point())

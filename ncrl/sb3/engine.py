@@ -88,7 +88,7 @@ class EnginePolicy(ActorCriticPolicy):
     """
 
     value_net_int: nn.Module
-    """Head for the value of the intrinsic reward, if there is one; workers never have it."""
+    """Head for the value of the intrinsic reward, if there is one."""
 
     @property
     def state_shape(self) -> tuple[int, int]:

@@ -937,16 +937,10 @@ def test_exploration_is_a_phase_of_its_own_where_there_is_any(name: str | None) 
 # Workers.
 
 
-def test_workers_are_not_sent_the_second_head() -> None:
-    bonus, plain = (
-        make_model(intrinsic_reward=name, policy="NeurocoderMlpLstmPolicy")
-        for name in ("rnd", None)
-    )
-    assert hasattr(bonus.policy, "value_net_int")
+def test_workers_are_sent_all_weights() -> None:
+    bonus = make_model(intrinsic_reward="rnd", policy="NeurocoderMlpLstmPolicy")
     weights = SharedWeights(bonus.policy)
-    assert SharedWeights.bytes_for(bonus.policy) == SharedWeights.bytes_for(plain.policy)
     worker = bonus._policy_spec().build()
-    assert not hasattr(worker, "value_net_int")
     bonus._policy_spec().check_like(bonus.policy)
     with torch.no_grad():
         for parameter in bonus.policy.parameters():
