@@ -143,10 +143,8 @@ def _what_is_fixed(
     """What a captured update cannot follow: settings, shapes, and where everything lies."""
     optimizer = policy.optimizer
     weights: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [state for p in weights for state in optimizer.state.get(p, {}).values()]
-    addresses = [
-        t.data_ptr() for t in (*weights, *policy.buffers(), *kept) if isinstance(t, Tensor)
-    ]
+    kept = tensors_in(optimizer.state)
+    addresses = [tensor.data_ptr() for tensor in (*weights, *policy.buffers(), *kept)]
     settings = [
         {k: v for k, v in group.items() if k not in ("params", "lr")}
         for group in optimizer.param_groups

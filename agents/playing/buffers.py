@@ -61,20 +61,19 @@ class RolloutShape(NamedTuple):
             action_dtype = torch.float32  # what a Gaussian draws, before it is made to fit
 
         def poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-            value = 1 if dtype == torch.bool else float("nan")
-            if dtype != torch.bool and not dtype.is_floating_point:
-                value = torch.iinfo(dtype).max
+            value = float("nan")
+            if not dtype.is_floating_point:
+                value = 1 if dtype == torch.bool else torch.iinfo(dtype).max
             return torch.full((*leading, *shape), value, dtype=dtype)
 
-        def poisoned_obs(space: spaces.Space[Any]) -> Tensor:
+        def poisoned_obs(space: spaces.Space[Any]) -> Any:
+            if isinstance(space, spaces.Dict):
+                return {name: poisoned_obs(entry) for name, entry in space.items()}
             shape, dtype = _layout(space)
             return poisoned((steps + 1, envs, *shape), dtype)
 
-        space = self.observation_space
         return Rollout(
-            obs={name: poisoned_obs(entry) for name, entry in space.items()}
-            if isinstance(space, spaces.Dict)
-            else poisoned_obs(space),
+            obs=poisoned_obs(self.observation_space),
             episode_start=poisoned((steps + 1, envs), torch.bool),
             actions=poisoned((steps, envs, *action_shape), action_dtype),
             log_prob=poisoned((steps, envs)),
@@ -119,14 +118,9 @@ class RolloutBatch:
         """
         if self._arrived is not None:
             self._arrived.synchronize()  # the copy of the batch before may still read pinned memory
-        column = 0
-        for rollout in rollouts:
-            width = rollout.rewards.shape[1]
-            for target, source in zip(tensors_in(self.host), tensors_in(rollout), strict=True):
-                # Not by torch, whose threads would fight those of the workers for their cores.
-                target.numpy()[:, column : column + width] = source.numpy()
-            column += width
-        assert column == self.host.rewards.shape[1], "the rollouts of a batch fill its columns"
+        for target, *parts in zip(*map(tensors_in, (self.host, *rollouts)), strict=True):
+            # Not by torch, whose threads would fight those of the workers for their cores.
+            np.concatenate([part.numpy() for part in parts], axis=1, out=target.numpy())
         if self._arrived is not None:
             for target, source in zip(tensors_in(self.batch), tensors_in(self.host), strict=True):
                 target.copy_(source, non_blocking=True)

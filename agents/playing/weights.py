@@ -67,11 +67,11 @@ def flatten(module: nn.Module) -> Tensor:
 
 def fill(module: nn.Module, flat: Tensor) -> None:
     """Set what is shared of a module, in place, to what `flatten` made of another."""
-    offset = 0
+    tensors = list(_floats(module))
+    parts = flat.split([tensor.numel() for tensor in tensors])
     with torch.no_grad():
-        for tensor in _floats(module):
-            tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
-            offset += tensor.numel()
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def layout(module: nn.Module) -> list[tuple[str, torch.Size | None]]:
