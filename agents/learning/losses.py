@@ -55,7 +55,8 @@ def vtrace(
     With `log_rhos` all zero this is generalised advantage estimation (Schulman et al. 2016), and
     with `gae_lambda=1` beside it n-step returns.
     """
-    _check_shapes(values, bootstrap_value, log_rhos=log_rhos, discounts=discounts, rewards=rewards)
+    _check_shapes(values.shape, log_rhos=log_rhos, discounts=discounts, rewards=rewards)
+    _check_shapes(values.shape[1:], bootstrap_value=bootstrap_value)
     rhos = log_rhos.exp().clamp(max=1.0)
     traces = gae_lambda * rhos
     values_next = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])  # V(x_{t+1})
@@ -87,13 +88,13 @@ def standardised(advantages: Tensor) -> Tensor:
 
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     """-mean(log pi(a_t | x_t) A_t), a scalar; no gradient flows into the advantages."""
-    _check_shapes(log_probs, advantages=advantages)
+    _check_shapes(log_probs.shape, advantages=advantages)
     return -(log_probs * advantages.detach()).mean()
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """Mean squared distance of the values from their targets, a scalar."""
-    _check_shapes(values, returns=returns)
+    _check_shapes(values.shape, returns=returns)
     return (values - returns.detach()).square().mean()
 
 
@@ -104,7 +105,7 @@ def imitation_surplus(values: Tensor, returns: Tensor) -> Tensor:
         values: V(x_t) of now, [T, B].
         returns: what was reached then, [T, B]; timesteps with 0 are left out.
     """
-    _check_shapes(values, returns=returns)
+    _check_shapes(values.shape, returns=returns)
     return torch.where(returns > 0, (returns - values).clamp(min=0), 0.0).detach()
 
 
@@ -119,7 +120,7 @@ def imitation_loss(log_probs: Tensor, surplus: Tensor) -> Tensor:
         log_probs: of the actions that were taken then, under the policy of now, [T, B].
         surplus: of `imitation_surplus`, [T, B].
     """
-    _check_shapes(surplus, log_probs=log_probs)
+    _check_shapes(surplus.shape, log_probs=log_probs)
     return -(log_probs * surplus).mean()
 
 
@@ -151,19 +152,12 @@ def entropy_floor_loss(mean_entropy: Tensor, floor: float, *, fades: bool) -> Te
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns), a scalar; NaN where the returns are constant."""
-    _check_shapes(values, returns=returns)
+    _check_shapes(values.shape, returns=returns)
     variance, unexplained = returns.var(correction=0), (returns - values).var(correction=0)
     return (1 - unexplained / variance).where(variance > 0, math.nan)
 
 
-def _check_shapes(values: Tensor, bootstrap_value: Tensor | None = None, **others: Tensor) -> None:
-    for name, tensor in others.items():
-        if tensor.shape != values.shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, expected {list(values.shape)}"
-            )
-    if bootstrap_value is not None and bootstrap_value.shape != values.shape[1:]:
-        raise ValueError(
-            f"bootstrap_value has shape {list(bootstrap_value.shape)}, "
-            f"expected {list(values.shape[1:])}"
-        )
+def _check_shapes(shape: torch.Size, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")

@@ -69,7 +69,10 @@ class SharedRMSProp(torch.optim.Optimizer):
             if not params:
                 continue
             gradients: list[Tensor] = [p.grad for p in params]
-            averages = [self._average(p, group["initial_average"]) for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["square_avg"] = torch.full_like(p, group["initial_average"])
+            averages: list[Tensor] = [self.state[p]["square_avg"] for p in params]
             lr, alpha = group["lr"], group["alpha"]
             if scale is not None:
                 gradients = list(torch._foreach_div(gradients, scale))
@@ -88,13 +91,6 @@ class SharedRMSProp(torch.optim.Optimizer):
             else:
                 torch._foreach_addcdiv_(params, gradients, roots, -lr)
         return loss
-
-    def _average(self, param: Tensor, initial: float) -> Tensor:
-        state = self.state[param]
-        if not state:
-            state["square_avg"] = torch.full_like(param, initial)
-        average: Tensor = state["square_avg"]
-        return average
 
 
 def can_scale(optimizer: torch.optim.Optimizer) -> bool:

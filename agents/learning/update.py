@@ -56,9 +56,7 @@ class Measured(NamedTuple):
     def on_host(self) -> Update:
         """Wait for the values."""
         scalars = on_host(self.scalars)
-        kept = self.kept
-        if kept is not None:  # the next launch of a graph overwrites it
-            kept = map_tensors(Tensor.clone, kept)
+        kept = map_tensors(Tensor.clone, self.kept)  # the next launch of a graph overwrites it
         return Update(math.isfinite(scalars["grad_norm"]), scalars, self.latent, kept)
 
 
