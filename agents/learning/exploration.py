@@ -59,12 +59,9 @@ class RunningScale(nn.Module):
     mean: Tensor
     """Running mean of the bonus; float64, since rounding errors of a constant bonus are divided by
     a deviation close to 0."""
-    square: Tensor
-    """Mean squared return of all play so far."""
-    latest: Tensor
-    """Running mean of squared returns over about `LATEST_TIMESTEPS`."""
-    weight: Tensor
-    """Number of timesteps so far."""
+    square: Tensor  # mean squared return of all play so far
+    latest: Tensor  # running mean of squared returns over about `LATEST_TIMESTEPS`
+    weight: Tensor  # number of timesteps so far
 
     def __init__(self, gamma: float) -> None:
         super().__init__()

@@ -30,20 +30,13 @@ what they cost in time; how much they count is a setting, `imitation_coef`."""
 
 
 class Learner:
-    """Updates the policy, by the optimiser `policy.optimizer`, and the exploration.
-
-    Args:
-        policy: what learns, on the learner's device.
-        n_steps: T of whole rollouts; the last batch of a training may be shorter.
-        exploration: the intrinsic reward and what belongs to it, if there is one.
-        stopwatch: of this process; `OFF` measures nothing.
-    """
+    """Updates the policy, by the optimiser `policy.optimizer`, and the exploration."""
 
     def __init__(
         self,
         policy: EnginePolicy,
         *,
-        n_steps: int,
+        n_steps: int,  # T of whole rollouts; the last batch of a training may be shorter
         exploration: Exploration | None,
         stopwatch: Stopwatch,
     ) -> None:
