@@ -225,9 +225,8 @@ class A3C(EngineAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.time_spent = Profile(stopwatch_for(self.device)) if self.profile else None
-        self._built_from = self._policy_spec()
         self.learner = Learner(
-            self._built_from.build(self.lr_schedule).to(self.device),
+            self._policy_spec().build(self.lr_schedule).to(self.device),
             n_steps=self.n_steps,
             exploration=self._make_exploration(),
             stopwatch=OFF if self.time_spent is None else self.time_spent.stopwatch,
@@ -372,7 +371,7 @@ class A3C(EngineAlgorithm):
         self.check_machine()
         spec = PoolSpec(
             self.env_factory,
-            self._built_from,
+            self._policy_spec(),
             self._rollout_shape(self.n_envs // self.n_workers),
             self.n_workers,
             seed=self.next_games_seed,

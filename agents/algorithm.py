@@ -55,7 +55,7 @@ FORGOTTEN_AFTER = 10
 NOT_SAVED = (
     *("env_factory", "learner", "collector", "profile", "time_spent", "cluster"),
     *("_batch", "_pool", "_stateless_predictions", "_warned_of_state", "_started"),
-    *("_warns_of_frequencies", "_built_from"),
+    "_warns_of_frequencies",
 )
 """Attributes that `_setup_model` makes anew, or that no file should hold."""
 
@@ -69,6 +69,7 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {**POLICIES}
 
     intrinsic_reward: str | IntrinsicReward | None
+    int_coef: float
     int_gamma: float
     intrinsic_kwargs: dict[str, Any]
     batch_size: int | None
@@ -88,8 +89,6 @@ class EngineAlgorithm(OnPolicyAlgorithm):
     """Whether to call `warn_of_frequencies`: for users who leave the number of environments to A3C,
     but not where a model is loaded."""
     _small_updates: bool
-    _built_from: PolicySpec
-    """What the policy was built from, and workers build theirs from."""
     _stateless_predictions: int
     _warned_of_state: bool
 
@@ -370,6 +369,13 @@ class EngineAlgorithm(OnPolicyAlgorithm):
         if self.env is None:
             raise ValueError(
                 "there is no environment to learn in: give one to load(path, env=...) or set_env"
+            )
+        has_head = hasattr(self.policy, "value_net_int")
+        if self.exploration is not None and bool(self.int_coef) != has_head:
+            raise ValueError(
+                f"int_coef was set to {self.int_coef:g}, but the policy was made "
+                f"{'with' if has_head else 'without'} a value head for the bonus; "
+                "give int_coef to A3C(...)"
             )
         is_remote = isinstance(self.env, RemoteEnvs) and self.n_workers
         with self.env.resting() if is_remote else nullcontext():  # type: ignore[attr-defined]

@@ -625,6 +625,14 @@ def test_none_is_no_bonus_and_without_coefficients_a_bonus_changes_nothing() -> 
     assert not torch.equal(other.policy.value_net.weight, plain.policy.value_net.weight)
 
 
+@pytest.mark.parametrize(("made", "later"), [(0, 0.5), (0.5, 0)])
+def test_a_bonus_cannot_be_switched_on_or_off_later(made: float, later: float) -> None:
+    model = make_model(int_coef=made)
+    model.int_coef = later
+    with pytest.raises(ValueError, match=f"int_coef was set to {later}, .*A3C"):
+        model.learn(100)
+
+
 def test_everything_else_starts_from_the_same_numbers() -> None:
     plain, bonus = make_model(intrinsic_reward=None), make_model()
     assert_bit_equal(plain, bonus)
