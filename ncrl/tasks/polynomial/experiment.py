@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,26 +162,18 @@ def flattest_highest(y: Tensor, chunk: Tensor) -> int:
 
 def information(attention: Tensor, chunk: Tensor) -> dict[str, Any]:
     """What the most attended slot of w^u [T, N, R, P] says about the chunk [T] of every timestep:
-    in bits, the mean over sequences.
+    in bits, the mean over sequences, for the first component, which figures show.
 
-    `bits` of the first component, which figures show, stand beside the bits that the same slots
-    give in a random order, which is what chance gives in so short a sequence; then the best one's.
+    `bits` stand beside those that the same slots give in a random order, which is what chance gives
+    in so short a sequence, and the most that there can be.
     """
-    slots = attention.argmax(3).permute(2, 1, 0)  # [R, N, T]
+    slots = attention[:, :, 0].argmax(2).T  # [N, T]
     order = torch.randperm(len(chunk), generator=random_stream(0, "order", 0)).to(chunk.device)
-    true, chance = (
-        mutual_information(count_pairs(labels.expand(slots.shape), slots)).mean(1)
+    bits, chance = (
+        float(mutual_information(count_pairs(labels.expand(slots.shape), slots)).mean())
         for labels in (chunk, chunk[order])
     )
-    best = int((true - chance).argmax())
-    found = {
-        "bits": float(true[0]),
-        "chance": float(chance[0]),
-        "best_component": best + 1,
-        "best_bits": float(true[best]),
-        "best_chance": float(chance[best]),
-        "most": math.log2(int(chunk.max()) + 1),
-    }
+    found = {"bits": bits, "chance": chance, "most": math.log2(int(chunk.max()) + 1)}
     return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -226,10 +219,7 @@ def work(session: Session) -> None:
         named._replace(name=" ".join([named.name, *said]))
         for named in session.recipes(CONFIG, default_variants=VARIANTS)
     ]
-
-    def make(recipe: Recipe, seed: int, device: torch.device) -> Polynomials:
-        return Polynomials(recipe, seed, device, num_chunks=chunks, noise=noise)
-
+    make = partial(Polynomials, num_chunks=chunks, noise=noise)
     rows = session.run(wanted, make)
     say(table(rows, chunk_error(noise)))
     if session.figure is not None and rows:
