@@ -2,7 +2,6 @@
 
 python benchmarks/tasks.py                            # every row, one thread, 10 seconds each
 python benchmarks/tasks.py --only mlp lenet           # rows whose name contains one of these
-python benchmarks/tasks.py --all                      # the other layers as well
 
 A step is what `ncrl.tasks` does between two evaluations: batch, forward, all losses, backward,
 optimiser. All layers' steps are taken in turn and their CPU time is counted, so that others may be
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from common import machine, medians, print_header, print_row
 
-from ncrl.layers import LAYERS
 from ncrl.shell.hardware import keep_freed_memory
 from ncrl.tasks.algorithms.experiment import MultiAlgorithm
 from ncrl.tasks.classification import Classification
@@ -30,7 +28,6 @@ from ncrl.tasks.data import Images
 from ncrl.tasks.experiment import Experiment
 from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
-from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.experiment import recipe_of
 from ncrl.tasks.split_mnist.tables import Cell
 from ncrl.tasks.training import Run, Training
@@ -38,7 +35,6 @@ from ncrl.tasks.training import Run, Training
 CPU = torch.device("cpu")
 SPLIT_MNIST = "split MNIST"
 TASK_SIZES = (12665, 12089, 11263, 12183, 11800)  # training images of the five tasks of MNIST
-PLAIN, CODED = ("linear", "mlp"), ("neurocoder", "paper", "official")  # layers that are compared
 
 
 class Row(NamedTuple):
@@ -51,13 +47,13 @@ class Row(NamedTuple):
     variant: str = "base"  # of the coded network
 
     def recipes(self) -> dict[str, Recipe]:
-        """The recipes by the layer's name."""
+        """The recipes by the layer's name, the plain one first."""
         if self.name == SPLIT_MNIST:
-            cells = [Cell("domain", "adam", layer) for layer in tables.LAYERS]
+            cells = [Cell("domain", "adam", layer) for layer in ("mlp", "official", "paper")]
             return {cell.layer: recipe_of(cell, {}).recipe for cell in cells}
-        variants = {layer: "base" for layer in LAYERS} | {"neurocoder": self.variant}
-        flags = {layer: {"layer": [layer], "variant": [v]} for layer, v in variants.items()}
-        return {layer: named_recipes(own, self.config)[0].recipe for layer, own in flags.items()}
+        variants = {"linear": "linear", "neurocoder": self.variant}
+        named = named_recipes({"variant": list(variants.values())}, self.config)
+        return {layer: one.recipe for layer, one in zip(variants, named, strict=True)}
 
 
 def cifar(recipe: Recipe, seed: int, _device: torch.device) -> Experiment:
@@ -92,7 +88,6 @@ def main() -> None:
     add = parser.add_argument
     add("--seconds", type=float, default=10.0, help="per row")
     add("--only", nargs="+", default=[""], help="parts of names of rows")
-    add("--all", action="store_true", help="the other layers as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as the commands do
@@ -104,25 +99,21 @@ def main() -> None:
     print(f"{machine()}, one thread, CPU time, median of {arguments.seconds:g} s a row\n")
     print_header("training step", "batch", "layer", "ms", "beside plain", "wanted")
     for row in chosen:
-        measure(row, arguments)
+        measure(row, arguments.seconds)
 
 
-def measure(row: Row, arguments: argparse.Namespace) -> None:
+def measure(row: Row, seconds: float) -> None:
     """Print the time of every layer's step."""
-    steps, batches = {}, {}
-    for layer, recipe in row.recipes().items():
-        if arguments.all or layer in (*PLAIN, *CODED):
-            torch.manual_seed(0)
-            experiment = row.make(recipe, 0, CPU)
-            experiment.model.train()
-            steps[layer] = Training(Run("", "", recipe, 0, CPU, Path()), experiment).step
-            batches[layer] = recipe.batch_size
-    measured = medians(arguments.seconds, *steps.values(), clock=time.process_time)
-    times = dict(zip(steps, measured, strict=True))
-    plain = next(times[layer] for layer in PLAIN if layer in times)
-    for layer, ms in times.items():
-        wanted = f"<= {row.most:.2f}" if layer in CODED else ""
-        print_row(row.name, batches[layer], layer, f"{ms:.3g}", f"{ms / plain:.2f}", wanted)
+    recipes, steps = row.recipes(), []
+    for recipe in recipes.values():
+        torch.manual_seed(0)
+        experiment = row.make(recipe, 0, CPU)
+        experiment.model.train()
+        steps.append(Training(Run("", "", recipe, 0, CPU, Path()), experiment).step)
+    plain, *_ = times = medians(seconds, *steps, clock=time.process_time)
+    for (layer, recipe), ms in zip(recipes.items(), times, strict=True):
+        wanted = "" if layer in ("linear", "mlp") else f"<= {row.most:.2f}"
+        print_row(row.name, recipe.batch_size, layer, f"{ms:.3g}", f"{ms / plain:.2f}", wanted)
 
 
 if __name__ == "__main__":
