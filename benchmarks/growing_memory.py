@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,23 +191,6 @@ def at_once(tasks: list[Task]) -> list[Task]:
     return [Task(*(torch.cat(parts) for parts in zip(*tasks, strict=True)))]
 
 
-ARRANGED: dict[str, Callable[[list[Task]], list[Task]]] = {
-    "replay": with_replay,
-    "all at once": at_once,
-    "returning": returning,
-}
-CHANGES = {"turned": turned, "permuted": permuted}
-
-
-def tasks_of(name: str, data: Images, count: int | None = None) -> list[Task]:
-    """The tasks of a run, with the first `count` images of each."""
-    last = name.rpartition(", ")[2]
-    tasks = ten_tasks(data, CHANGES[last]) if last in CHANGES else split_tasks(data)
-    if count is not None:
-        tasks = fewer(tasks, count)
-    return ARRANGED[last](tasks) if last in ARRANGED else tasks
-
-
 def changed(variant: str, num_outputs: int, **changes: Any) -> ContinualRecipe:
     """A variant of split MNIST's recipe with other outputs and settings."""
     recipe = RECIPES[variant]
@@ -222,50 +205,61 @@ def grow(num_slots: int = 100, num_outputs: int = 2, **changes: Any) -> Continua
     return changed("grow", num_outputs, layer_options=options, **changes)
 
 
-def plain(num_outputs: int = 2, **changes: Any) -> ContinualRecipe:
+def plain(num_outputs: int = 2) -> ContinualRecipe:
     """The MLP's recipe."""
-    return changed("linear_400", num_outputs, method="adam", **changes)
+    return changed("linear_400", num_outputs, method="adam")
 
 
-ROUTED = "rank 10 for each task, 100 keys"
+class Study(NamedTuple):
+    """What one of the runs learns, and how."""
 
-RUNS: dict[str, ContinualRecipe] = {
-    "grow": grow(),
-    **{f"grow, {size} slots": grow(size) for size in SIZES},
-    "grow, no pull": grow(penalty_coef=0.0),
-    "one memory, 100 slots": grow(100),
-    "routed": plain(note=ROUTED),
-    "mlp, replay": plain(note=f"replay of {REPLAYED}"),
-    "mlp, all at once": plain(note="one task"),
-    "grow, 20 slots, returning": grow(20),
-    "routed, returning": plain(note=ROUTED),
+    recipe: ContinualRecipe
+    method: type[Method] | None = None  # in place of the recipe's; `Route` brings its network
+    arrange: Callable[[list[Task]], list[Task]] = list  # what is done to the tasks
+    change: Callable[[Tensor, int], Tensor] | None = None  # of ten tasks; None: tasks of two digits
+
+
+CHANGES = {"turned": turned, "permuted": permuted}
+
+RUNS: dict[str, Study] = {
+    "grow": Study(grow()),
+    **{f"grow, {size} slots": Study(grow(size)) for size in SIZES},
+    "grow, no pull": Study(grow(penalty_coef=0.0)),
+    "one memory, 100 slots": Study(grow(100), OneMemory),
+    "routed": Study(plain(), Route),
+    "mlp, replay": Study(plain(), arrange=with_replay),
+    "mlp, all at once": Study(plain(), arrange=at_once),
+    "grow, 20 slots, returning": Study(grow(20), arrange=returning),
+    "routed, returning": Study(plain(), Route, returning),
     **{
-        f"{run}, {change}": recipe
-        for change in CHANGES
-        for run, recipe in (
-            ("grow, 20 slots", grow(20, 10)),
-            ("routed", plain(10, note=ROUTED)),
-            ("one memory, 40 slots", grow(40, 10)),
-            ("one memory, 200 slots", grow(200, 10)),  # as many as `grow` has in the end
+        f"{run}, {said}": Study(recipe, method, change=change)
+        for said, change in CHANGES.items()
+        for run, recipe, method in (
+            ("grow, 20 slots", grow(20, 10), None),
+            ("routed", plain(10), Route),
+            ("one memory, 40 slots", grow(40, 10), OneMemory),
+            ("one memory, 200 slots", grow(200, 10), OneMemory),  # as `grow` has in the end
         )
     },
 }
-"""By name, which ends with what is done to the tasks of two digits, or with a change of ten."""
 
 
-def make(name: str, recipe: ContinualRecipe, tasks: list[Task], seed: int) -> SplitLearning:
+def tasks_of(study: Study, data: Images, count: int | None = None) -> list[Task]:
+    """The tasks of a run, with the first `count` images of each."""
+    tasks = split_tasks(data) if study.change is None else ten_tasks(data, study.change)
+    return study.arrange(tasks if count is None else fewer(tasks, count))
+
+
+def make(name: str, study: Study, tasks: list[Task], seed: int) -> SplitLearning:
     """The experiment of a run, its weights from the seed."""
     torch.manual_seed(seed)
-    kind = Returning if name.endswith("returning") else SplitLearning
-    experiment = kind(recipe, tasks, "MNIST", seed, {"run": name})
-    if name.startswith("one memory"):
-        experiment.method = OneMemory(experiment.model, 1.0)
-    elif name.startswith("routed"):
-        experiment.model = model = Routed(len(tasks), experiment.num_classes)
-        experiment.method = Route(model)
-    else:
-        return experiment
-    experiment.method.begin_task(tasks[0].images, None)
+    kind = Returning if study.arrange is returning else SplitLearning
+    experiment = kind(study.recipe, tasks, "MNIST", seed, {"run": name})
+    if study.method is Route:
+        experiment.model = Routed(len(tasks), experiment.num_classes)
+    if study.method is not None:
+        experiment.method = study.method(experiment.model, 1.0)
+        experiment.method.begin_task(tasks[0].images, None)
     return experiment
 
 
@@ -281,18 +275,19 @@ def main() -> None:
     data = load_mnist(flags.data_dir)
     for seed in flags.seeds:
         for name in flags.only:
-            recipe, title = RUNS[name], name
+            study, title = RUNS[name], name
             if flags.images:
                 title += f", {flags.images} images"
-                updates = -(-flags.images // recipe.batch_size)
-                recipe = replace(recipe, epochs=-(-FEW_UPDATES // updates))
+                updates = -(-flags.images // study.recipe.batch_size)
+                recipe = replace(study.recipe, epochs=-(-FEW_UPDATES // updates))
+                study = study._replace(recipe=recipe)
             folder = flags.logdir / "growing_memory" / title.replace(", ", "-") / f"seed-{seed}"
             folder.mkdir(parents=True, exist_ok=True)
-            run = Run("growing_memory", title, recipe, seed, torch.device("cpu"), folder)
+            run = Run("growing_memory", title, study.recipe, seed, torch.device("cpu"), folder)
             row = run.result
             if row is None:
-                tasks = tasks_of(name, data, flags.images)
-                row = train(run, make(name, recipe, tasks, seed))
+                tasks = tasks_of(study, data, flags.images)
+                row = train(run, make(name, study, tasks, seed))
             print(row.line(), flush=True)
 
 

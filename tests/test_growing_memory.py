@@ -40,7 +40,7 @@ def test_replay_is_half_of_the_images_and_of_earlier_tasks_alone() -> None:
 
 def test_an_image_gets_the_network_of_its_task() -> None:
     given = tasks()
-    experiment = study.make("routed", study.plain(), given, 0)
+    experiment = study.make("routed", study.RUNS["routed"], given, 0)
     model = experiment.model
     assert isinstance(model, study.Routed)
     for task in given[1:]:
@@ -56,6 +56,7 @@ def test_an_image_gets_the_network_of_its_task() -> None:
 
 def test_a_routed_run_that_was_killed_goes_on_with_the_network_of_its_task(tmp_path: Path) -> None:
     recipe = replace(study.plain(), epochs=1)
+    routed = study.Study(recipe, study.Route)
     given = [t._replace(labels=(t.images[:, 0] > t.images[:, 1]).long()) for t in tasks()]
     rows = []
     for stop in (None, 3):  # two updates for each of three tasks
@@ -63,16 +64,17 @@ def test_a_routed_run_that_was_killed_goes_on_with_the_network_of_its_task(tmp_p
         folder.mkdir()
         run = Run("growing_memory", "routed", recipe, 0, torch.device("cpu"), folder)
         if stop is not None:
-            experiment = study.make("routed", recipe, given, 0)
+            experiment = study.make("routed", routed, given, 0)
             stop_after(experiment, stop)
             with pytest.raises(KeyboardInterrupt):
                 train(run, experiment)
-        rows.append(train(run, study.make("routed", recipe, given, 0)))
+        rows.append(train(run, study.make("routed", routed, given, 0)))
     assert rows[0].metrics == rows[1].metrics and rows[0].details == rows[1].details
 
 
 def test_one_memory_does_not_grow() -> None:
-    experiment = study.make("one memory, 100 slots", study.grow(20), tasks(), 0)
+    one = study.Study(study.grow(20), study.OneMemory)
+    experiment = study.make("one memory, 20 slots", one, tasks(), 0)
     before = [p.clone() for p in experiment.model.parameters()]
     experiment.method.begin_task(tasks()[1].images, None)
     after = list(experiment.model.parameters())
@@ -84,8 +86,9 @@ def test_a_memory_that_does_not_grow_is_offered_in_the_size_of_the_one_that_has_
         grown = study.RUNS[f"grow, 20 slots, {change}"]
         slots = 20 * study.NUM_CHANGES
         one = study.RUNS[f"one memory, {slots} slots, {change}"]
-        options = {**grown.layer_options, "num_slots": slots}
-        assert one == replace(grown, layer_options=options)
+        options = {**grown.recipe.layer_options, "num_slots": slots}
+        assert one.recipe == replace(grown.recipe, layer_options=options)
+        assert one.method is study.OneMemory and one.change is grown.change
 
 
 def ten_digits() -> Images:
@@ -99,7 +102,7 @@ def test_turned_tasks_share_no_image_and_the_first_is_upright(
 ) -> None:
     monkeypatch.setattr(study, "STEP", 90.0)
     data = ten_digits()
-    first, second, *_ = study.tasks_of("routed, turned", data)
+    first, second, *_ = study.tasks_of(study.RUNS["routed, turned"], data)
     assert torch.equal(first.labels, data.train_labels[:4])
     assert torch.equal(second.labels, data.train_labels[4:8])
     assert torch.equal(second.test_labels, data.test_labels[2:4])
@@ -110,8 +113,8 @@ def test_turned_tasks_share_no_image_and_the_first_is_upright(
 
 def test_permuted_tasks_have_one_order_of_pixels_each() -> None:
     data = ten_digits()
-    tasks = study.tasks_of("routed, permuted", data)
-    again = study.tasks_of("routed, permuted", data)
+    tasks = study.tasks_of(study.RUNS["routed, permuted"], data)
+    again = study.tasks_of(study.RUNS["routed, permuted"], data)
     orders = set()
     for number, (task, same) in enumerate(zip(tasks, again, strict=True)):
         assert torch.equal(task.images, same.images)
@@ -129,9 +132,9 @@ def test_permuted_tasks_have_one_order_of_pixels_each() -> None:
 def test_few_images_are_taken_before_tasks_are_arranged() -> None:
     data = ten_digits()._replace(train_labels=torch.arange(40) % 10, num_classes=10)
     data = data._replace(test_labels=data.train_labels[:20])
-    few = study.tasks_of("routed", data, 3)
+    few = study.tasks_of(study.RUNS["routed"], data, 3)
     assert [len(task.images) for task in few] == [3] * 5
-    returned = study.tasks_of("routed, returning", data, 3)
+    returned = study.tasks_of(study.RUNS["routed, returning"], data, 3)
     assert [len(task.images) for task in returned] == [3] * 5 + [3 * study.TIMES] * 2
 
 
@@ -141,7 +144,7 @@ def test_two_tasks_come_back_with_few_images_and_are_measured_before_and_after()
     assert torch.equal(given[4].images[-100:], given[1].images[:100])
     assert torch.equal(given[4].labels[-100:], given[1].labels[:100])
     assert len(given[4].images.unique(dim=0)) == 100
-    experiment = study.make("routed, returning", study.plain(), given, 0)
+    experiment = study.make("routed, returning", study.RUNS["routed, returning"], given, 0)
     accuracy = torch.full((5, 5), torch.nan, dtype=torch.float64)
     accuracy[2] = torch.tensor([90, 80, 70, 90, 80])  # the last before they come back
     accuracy[4] = torch.tensor([60, 50, 65, 60, 50])
