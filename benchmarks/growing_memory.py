@@ -33,8 +33,6 @@ REPLAYED = 200
 """Images that the control with replay keeps of all tasks together."""
 
 RECIPES = read_recipes(CONFIGS / "split_mnist.yaml")
-SIZES = (5, 20, 50)
-"""Slots for each task, beside the recipe's 100."""
 
 NUM_CHANGES = 10
 """Tasks of all digits, each changed in its own way."""
@@ -223,7 +221,7 @@ CHANGES = {"turned": turned, "permuted": permuted}
 
 RUNS: dict[str, Study] = {
     "grow": Study(grow()),
-    **{f"grow, {size} slots": Study(grow(size)) for size in SIZES},
+    **{f"grow, {size} slots": Study(grow(size)) for size in (5, 20, 50)},
     "grow, no pull": Study(grow(penalty_coef=0.0)),
     "one memory, 100 slots": Study(grow(100), OneMemory),
     "routed": Study(plain(), Route),
