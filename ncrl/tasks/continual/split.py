@@ -36,6 +36,8 @@ ADAGRAD = {"optimizer": "adagrad", "learning_rate": 1e-2}  # what the method of 
 CLASSES_PER_TASK = 2
 PADDED_SIDE = 32
 MEAN, STD = 0.1000, 0.2752  # Hsu et al.'s normalisation, of pixels from 0 to 1 and the padding, too
+# What `SplitLearning` measures, in the order of tables.
+METRICS = ("accuracy", "learn", "failed_tasks", "forgetting", "transfer", "rank", "attention")
 # Test images of each task on which weights and attention are measured at the end.
 DESCRIBED_IMAGES = 50
 

@@ -20,6 +20,7 @@ from ncrl.tasks.command import NamedRecipe, Session, chosen, find_config, run_co
 from ncrl.tasks.continual.methods import METHODS, make_method
 from ncrl.tasks.continual.split import (
     COEFS,
+    METRICS,
     check_penalty_coef,
     class_tasks,
     method_changes,
@@ -55,10 +56,6 @@ TRAINED_SIDE = 64
 # On the embedded digits, where an epoch of a task has 3 updates.
 DIGITS_EPOCHS, DIGITS_BACKBONE_EPOCHS = 10, 5
 HELD_OUT_EVERY = 5  # with --validate, one of so many training images is measured on
-METRICS = (
-    *("accuracy", "learn", "failed_tasks", "forgetting", "transfer"),
-    *("rank", "attention", "slot_information"),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +119,8 @@ def work(session: Session) -> None:
         draw_accuracy(session.figure, rows)
         if any("top_slots" in row.details for row in rows):
             draw_slots(slots_figure(session.figure), rows)
-    say(f"\n{results_table(rows, METRICS)}\n\nbackbone: {backbone.title}; data: {features.name}")
+    shown = results_table(rows, [*METRICS, "slot_information"])
+    say(f"\n{shown}\n\nbackbone: {backbone.title}; data: {features.name}")
 
 
 # From flags to recipes

@@ -29,6 +29,7 @@ from ncrl.tasks.command import (
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.continual.split import (
     COEFS,
+    METRICS,
     SplitLearning,
     check_penalty_coef,
     method_changes,
@@ -64,7 +65,6 @@ QUIRKS = ("fisher_orthogonality", "double_orth_coef")
 # On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task.
 DIGITS_EPOCHS = 40
 MOST_REPEATS = 1000
-METRICS = ("accuracy", "learn", "failed_tasks", "forgetting", "transfer", "rank", "attention")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
