@@ -137,7 +137,7 @@ def check_shared_memory(needed: int) -> None:
 
 def check_memory(needed: int) -> None:
     """Raise ValueError where fewer bytes are free: the system would end the process silently."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StopIteration):  # where Linux does not tell
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
         if needed > 1024 * available:

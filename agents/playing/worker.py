@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -36,7 +37,6 @@ from ncrl.shell.hardware import keep_freed_memory
 EXIT_NO_GUARD = 78  # of a process about to start a training while it imports its parent's script
 FROM_TERMINAL = {signal.SIGINT, signal.SIGHUP}  # Ctrl-C, and that it is closed
 MESSAGE_BYTES = 8_000  # most infos in one message; a pipe takes twice that in one write
-ENTRY_BYTES = 400  # largest entry of an info over `MESSAGE_BYTES`; SB3 reads smaller ones only
 
 Info = tuple[int, int, dict[str, Any]]  # (row, environment, info) of what was reported
 
@@ -290,13 +290,13 @@ def tail_of_traceback() -> str:
 def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
     """Parts of at most `MESSAGE_BYTES`, each of which is one write to the pipe: a worker that is
     stopped between two writes would leave the parent waiting. Of an info that is larger, or cannot
-    be pickled, only the small entries are sent."""
+    be pickled, only as many entries are sent, the smallest first: Stable-Baselines3 reads those."""
     part: list[Info] = []
     size = 0.0
     for row, i, info in infos:
         length = _pickled_bytes(info)
         if length > MESSAGE_BYTES:
-            info = {k: v for k, v in info.items() if _pickled_bytes(v) <= ENTRY_BYTES}
+            info = _smallest_entries(info)
             length = _pickled_bytes(info)
         if part and size + length > MESSAGE_BYTES:
             yield part
@@ -305,6 +305,15 @@ def _in_small_parts(infos: list[Info]) -> Iterator[list[Info]]:
         size += length
     if part:
         yield part
+
+
+def _smallest_entries(info: dict[str, Any]) -> dict[str, Any]:
+    """The score of an ended game, and other entries as long as `MESSAGE_BYTES` allow."""
+    sizes = {entry: _pickled_bytes((entry, value)) for entry, value in info.items()}
+    entries = sorted(sizes, key=lambda entry: (entry != "episode", sizes[entry]))
+    totals = accumulate(sizes[entry] for entry in entries)
+    fits = {e for e, total in zip(entries, totals, strict=True) if total <= MESSAGE_BYTES}
+    return {entry: value for entry, value in info.items() if entry in fits}
 
 
 def picklable(info: dict[str, Any]) -> dict[str, Any]:

@@ -140,3 +140,12 @@ def test_infos_come_in_parts_that_a_pipe_takes_in_one_write() -> None:
     sizes = [sum(len(cloudpickle.dumps(info)) for _, _, info in part) for part in parts]
     assert max(sizes) <= MESSAGE_BYTES and min(sizes[:-1]) > MESSAGE_BYTES / 2
     assert max(len(cloudpickle.dumps(part)) for part in parts) < 2 * MESSAGE_BYTES
+
+
+def test_of_an_info_with_many_entries_those_are_sent_that_fit_and_the_score() -> None:
+    score = {"r": 1.0, "l": 3}
+    many = {f"joint {i}": f"{i:100}" for i in range(300)}
+    [[(row, i, sent)]] = _in_small_parts([(2, 1, {**many, "episode": score})])
+    assert (row, i, sent["episode"]) == (2, 1, score)
+    assert sent.items() <= (many | {"episode": score}).items() and len(sent) > 40
+    assert len(cloudpickle.dumps([(row, i, sent)])) <= MESSAGE_BYTES
