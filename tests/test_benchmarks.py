@@ -142,7 +142,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_soak_prints_samples_and_their_medians_early_and_late(run_here: Callable[..., str]) -> None:
-    tiny = ("--minutes", "0.01", "--interval", "0.1", "--n-envs", "2", "--workers", "1")
+    tiny = ("--minutes", "0.02", "--interval", "0", "--n-envs", "2", "--workers", "1")
     told = run_here("soak", *tiny, "--device", "cpu")
     assert len(table_rows(told, "0.")) >= 2
     for part in ("first third", "last third"):
