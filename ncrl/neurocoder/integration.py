@@ -45,46 +45,27 @@ class Composed(NamedTuple):
     known, which is later than composition where programs are composed from a context."""
 
 
-class Integration(nn.Module):
-    """The residual program Rho and its gate: the base of the paper's and of the authors' form."""
+class IntegrationNetwork(nn.Module):
+    """The residual program Rho, whole or in two factors, and its gate (Eq. 7).
 
-    residual: nn.Parameter
-    """Rho, [in, out]; absent where Rho is stored as two factors, or where there is no Rho."""
-
-    gate: LinearWeights | None
-    """Gate of the residual program, where it is linear in the input."""
-
-    def reset_parameters(self) -> None:
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def start_from(self, matrix: Tensor) -> None:
-        """Set Rho to `matrix` [in, out]."""
-        self.residual.copy_(matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x Rho, [B, out], for x [B, in]."""
-        return x @ self.residual
-
-    def matrix(self) -> Tensor:
-        """Rho, [in, out]."""
-        return self.residual
-
-
-class IntegrationNetwork(Integration):
-    """The residual program, whole or in two factors, and its gate, if it has one (Eq. 7)."""
+    There is no gate without `gate_features`, and no Rho where `config.residual` is False.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, config: NeurocoderConfig, gate_features: int
+        self,
+        in_features: int,
+        out_features: int,
+        config: NeurocoderConfig,
+        gate_features: int | None,
     ) -> None:
         super().__init__()
         self.rank = config.residual_rank
-        if self.rank is None:
-            self.residual = nn.Parameter(torch.empty(in_features, out_features))
-        else:
+        if self.rank is not None:
             self.left = nn.Parameter(torch.empty(in_features, self.rank))  # [in, r]
             self.right = nn.Parameter(torch.empty(self.rank, out_features))  # [r, out]
-        self.gate = LinearWeights(gate_features, 1) if config.residual_gate else None
+        elif config.residual:
+            self.residual = nn.Parameter(torch.empty(in_features, out_features))
+        self.gate = None if gate_features is None else LinearWeights(gate_features, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,7 +84,7 @@ class IntegrationNetwork(Integration):
         they are and the rows of `right` that they meet are zero, so that they can still learn.
         """
         if self.rank is None:
-            super().start_from(matrix)
+            self.residual.copy_(matrix)
             return
         # There is no SVD in half precision.
         exact = torch.promote_types(matrix.dtype, torch.float32)
@@ -115,16 +96,20 @@ class IntegrationNetwork(Integration):
         self.right[rank:] = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """x Rho, [B, out], for x [B, in]."""
         for matrix in self._factors():
             x = x @ matrix
         return x
 
     def matrix(self) -> Tensor:
+        """Rho, [in, out]."""
         first, *rest = self._factors()
         return first @ rest[0] if rest else first
 
     def _factors(self) -> tuple[Tensor, ...]:
-        return (self.residual,) if self.rank is None else (self.left, self.right)
+        """Matrices whose product is Rho; none without it."""
+        names = ("residual", "left", "right")
+        return tuple(getattr(self, name) for name in names if hasattr(self, name))
 
 
 def read_memory(weights: Tensor, rows: Tensor) -> Tensor:

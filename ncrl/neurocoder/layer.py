@@ -20,7 +20,6 @@ from ncrl.neurocoder.config import NeurocoderConfig, configured
 from ncrl.neurocoder.integration import (
     Attention,
     Composed,
-    Integration,
     IntegrationNetwork,
     active_program,
     mix_slots,
@@ -60,7 +59,7 @@ class NeurocoderLinear(LinearSeat):
 
     memory: SlotMemory
     composition: Composition
-    integration: Integration | None
+    integration: IntegrationNetwork | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -104,11 +103,10 @@ class NeurocoderLinear(LinearSeat):
         projects = self.config.controller == "projection"
         composition = ProjectionNetwork if projects else CompositionNetwork
         self.composition = composition(source_features, self.config)
-        self.integration = (
-            IntegrationNetwork(*sizes, self.config, gate_features=source_features)
-            if self.config.residual
-            else None
-        )
+        self.integration = None
+        if self.config.residual:
+            gate_features = source_features if self.config.residual_gate else None
+            self.integration = IntegrationNetwork(*sizes, self.config, gate_features)
         self.bias = nn.Parameter(torch.empty(self.out_features)) if self.adds_bias else None
 
     @classmethod
@@ -167,7 +165,7 @@ class NeurocoderLinear(LinearSeat):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _parts(self) -> Iterator[SlotMemory | Composition | Integration]:
+    def _parts(self) -> Iterator[SlotMemory | Composition | IntegrationNetwork]:
         yield self.memory
         yield self.composition
         if self.integration is not None:
@@ -306,7 +304,7 @@ class NeurocoderLinear(LinearSeat):
         return program.view(*x.shape[:-1], self.in_features, self.out_features)
 
     def _add_residual(
-        self, active: Tensor, composed: Composed, unscaled: Callable[[Integration], Tensor]
+        self, active: Tensor, composed: Composed, unscaled: Callable[[IntegrationNetwork], Tensor]
     ) -> Tensor:
         """The sum of active and residual program (Eq. 7), or of their outputs, [B, ...].
 

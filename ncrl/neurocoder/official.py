@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ncrl.neurocoder.attention import kth_smallest
 from ncrl.neurocoder.composition import Composition
 from ncrl.neurocoder.config import NeurocoderConfig
-from ncrl.neurocoder.integration import Attention, Composed, Integration, increments
+from ncrl.neurocoder.integration import Attention, Composed, IntegrationNetwork, increments
 from ncrl.neurocoder.layer import NeurocoderLinear
 from ncrl.neurocoder.memory import SlotMemory
 from ncrl.neurocoder.weights import LinearWeights, LstmWeights
@@ -75,9 +75,11 @@ class OfficialNeurocoderLinear(NeurocoderLinear):
                 f"context_features={self.context_features}"
             )
         self.memory = OfficialMemory(*sizes, self.config)
-        form = OfficialSingleStep if is_single_step(self.config) else OfficialRecurrent
+        is_single = is_single_step(self.config)
+        form = OfficialSingleStep if is_single else OfficialRecurrent
         self.composition = form(self.in_features, self.config)
-        self.integration = OfficialIntegration(*sizes, self.config)
+        gate_features = self.in_features if is_single else None
+        self.integration = OfficialIntegration(*sizes, self.config, gate_features)
         self.bias = nn.Parameter(torch.empty(self.out_features))
 
     def _reset_bias(self) -> None:
@@ -177,20 +179,13 @@ class OfficialMemory(SlotMemory):
         return torch.cat([columns["u"], self.u], dim=1), torch.cat([columns["v"], self.v], dim=1)
 
 
-class OfficialIntegration(Integration):
-    """The residual program Rho, and in single-step form its gate, which without Rho is dead, but
-    counts as a parameter. In the LSTM form the controller's state is the gate."""
-
-    def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
-        super().__init__()
-        if config.residual:
-            self.residual = nn.Parameter(torch.empty(in_features, out_features))
-        self.gate = LinearWeights(in_features, 1) if is_single_step(config) else None
-        self.reset_parameters()
+class OfficialIntegration(IntegrationNetwork):
+    """The residual program, and in single-step form its gate, which without Rho is dead, but counts
+    as a parameter. In the LSTM form the controller's state is the gate."""
 
     def reset_parameters(self) -> None:
-        if hasattr(self, "residual"):
-            nn.init.xavier_uniform_(self.residual)
+        for matrix in self._factors():
+            nn.init.xavier_uniform_(matrix)
         if self.gate is not None:
             _reset_as_authors(self.gate)
 
