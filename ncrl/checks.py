@@ -31,11 +31,6 @@ def require_range(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name} must lie in {low:.12g} .. {high:.12g}, got {shown(value)}")
 
 
-def require_positive(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is an integer of at least 1."""
-    whole_number(name, value)
-
-
 def whole_number(name: str, value: Any, *, least: int = 1) -> int:
     """An integer of any kind as an `int`; ValueError for anything else, or less."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ncrl.checks import require_choice, require_positive, shown
+from ncrl.checks import require_choice, shown, whole_number
 
 NORM_FLOOR = 1e-6
 """Smallest norm that a vector, such as a key or a query, is divided by."""
@@ -86,7 +86,7 @@ class LinearSeat(nn.Module):
             if name in self.CHOICES:
                 require_choice(name, value, self.CHOICES[name])
             else:
-                require_positive(name, value)
+                whole_number(name, value)
             setattr(self, name, value)
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-from ncrl.checks import nearest, require_choice, require_positive, require_switch
+from ncrl.checks import nearest, require_choice, require_switch, whole_number
 
 CHOICES = {
     "preset": ("paper", "official"),
@@ -123,14 +123,13 @@ class NeurocoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "key_dim", "num_heads", "num_steps", "controller_size"):
-            require_positive(name, getattr(self, name))
+            whole_number(name, getattr(self, name))
         if self.residual_rank is not None:
-            require_positive("residual_rank", self.residual_rank)
-        least = self.num_least_used
-        is_integer = isinstance(least, Integral) and not isinstance(least, bool)
-        if not (is_integer and 0 <= least < self.num_slots):
+            whole_number("residual_rank", self.residual_rank)
+        whole_number("num_least_used", self.num_least_used, least=0)
+        if self.num_least_used >= self.num_slots:
             raise ValueError(
-                f"num_least_used must be an integer in 0 .. num_slots - 1, got "
+                "num_least_used must be less than num_slots, got "
                 f"num_least_used={self.num_least_used} with num_slots={self.num_slots}"
             )
         sharp = self.sharpness

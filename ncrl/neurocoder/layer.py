@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ncrl.checks import require_positive
+from ncrl.checks import whole_number
 from ncrl.neurocoder.composition import Composition, CompositionNetwork, ProjectionNetwork
 from ncrl.neurocoder.config import NeurocoderConfig, configured
 from ncrl.neurocoder.integration import (
@@ -76,7 +76,7 @@ class NeurocoderLinear(LinearSeat):
     ) -> None:
         super().__init__(in_features, out_features, dtype=dtype)
         if context_features is not None:
-            require_positive("context_features", context_features)
+            whole_number("context_features", context_features)
         self.context_features = context_features
         self.config = configured(config, self.PRESET, options)
         if self.config.preset != self.PRESET:
@@ -220,7 +220,7 @@ class NeurocoderLinear(LinearSeat):
             >>> layer.memory.stored("u").shape
             torch.Size([15, 8])
         """
-        require_positive("num_slots", num_slots)
+        whole_number("num_slots", num_slots)
         self._growing_memory().grow(num_slots, optimizer)
         self.composition.grow(num_slots, optimizer)
         self.config = replace(self.config, num_slots=self.config.num_slots + num_slots)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ncrl.checks import require_positive, require_switch, suggest
+from ncrl.checks import require_switch, suggest, whole_number
 from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
 from ncrl.neurocoder.memory import SlotMemory
@@ -151,9 +151,9 @@ def check_options(field_name: str, options: Any, types: Mapping[str, str]) -> No
             if isinstance(value, (int, float)) and not abs(value) <= LARGEST_OPTION:
                 raise ValueError(f"{name} must be at most {LARGEST_OPTION:,}, got {value}")
             if types[name] == "Sequence[int]":
-                require_positive(f"{name}: width", value)
+                whole_number(f"{name}: width", value)
         if types[name] == "int":
-            require_positive(name, option)
+            whole_number(name, option)
         if types[name] == "bool":
             require_switch(name, option)
 
