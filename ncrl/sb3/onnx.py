@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,16 +47,39 @@ def export_onnx(model: BaseAlgorithm | EnginePolicy, path: str | PathLike[str]) 
         )
     if policy.use_sde:
         raise ValueError("a policy with use_sde=True has no ONNX form: its noise has a state")
+    space, device = policy.observation_space, policy.device
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
+    inputs = [*parts]
+    is_box = isinstance(policy.action_space, spaces.Box)
+    outputs = ["mean", "log_std", "values"] if is_box else ["logits", "values"]
+    # Zeros: a sample would move the random stream of a space that may be the environment's.
+    obs = {
+        name: torch.from_numpy(np.zeros((EXAMPLES, *(part.shape or ())), part.dtype)).to(device)
+        for name, part in parts.items()
+    }
+    state: list[Tensor] = []
+    if policy.state_shape[0]:
+        if taken := set(STATE) & set(parts):
+            raise ValueError(
+                f"the entry {min(taken)!r} of the observation has the name of an input of the "
+                f"state, one of {', '.join(STATE)}; give it another name"
+            )
+        starts = torch.zeros(EXAMPLES, dtype=torch.bool, device=device)
+        state = [*policy.initial_state(EXAMPLES), starts]
+        inputs += STATE
+        outputs += ["next_h", "next_c"]
+    batch = torch.export.Dim("batch")
+    axes_of_state = [{1: batch}, {1: batch}, {0: batch}] if state else []
     step = _Step(policy)
     # A tracer takes a number of environments for constant that could be another size.
     with eval_mode(step), torch.no_grad(), static_unroll():
         torch.onnx.export(
             step,
-            step.example(EXAMPLES),
+            (obs, state),
             str(path),
-            input_names=step.inputs,
-            output_names=step.outputs,
-            dynamic_shapes=(step.free_axes(),),
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=({name: {0: batch} for name in parts}, axes_of_state),
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -70,52 +92,20 @@ class _Step(nn.Module):
     def __init__(self, policy: EnginePolicy) -> None:
         super().__init__()
         self.policy = policy
-        space = policy.observation_space
-        self.parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
-        self.is_recurrent = policy.state_shape[0] > 0
-        if self.is_recurrent and (taken := set(STATE) & set(self.parts)):
-            raise ValueError(
-                f"the entry {min(taken)!r} of the observation has the name of an input of the "
-                f"state, one of {', '.join(STATE)}; give it another name"
-            )
-        self.inputs = [*self.parts, *(STATE if self.is_recurrent else ())]
-        is_box = isinstance(policy.action_space, spaces.Box)
-        self.outputs = ["mean", "log_std", "values"] if is_box else ["logits", "values"]
-        if self.is_recurrent:
-            self.outputs += ["next_h", "next_c"]
 
-    def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
+    def forward(self, parts: dict[str, Tensor], state: list[Tensor]) -> Sequence[Tensor]:
+        """From observations by name, and the inputs of `STATE`, if there is a state."""
         policy = self.policy
-        tensors = dict(zip(self.inputs, inputs, strict=True))
-        obs: Any = {name: tensors[name] for name in self.parts}
-        if not isinstance(policy.observation_space, spaces.Dict):
-            obs = tensors["obs"]
-        if self.is_recurrent:
-            state, start = (tensors["h"], tensors["c"]), tensors["episode_start"]
+        obs = parts if isinstance(policy.observation_space, spaces.Dict) else parts["obs"]
+        if state:
+            h, c, start = state
         else:
-            batch, device = inputs[0].shape[0], inputs[0].device
-            state = policy.initial_state(batch)
-            start = torch.zeros(batch, dtype=torch.bool, device=device)
-        latent, next_state = policy.encode(obs, state, start)
+            rows = next(iter(parts.values()))
+            h, c = policy.initial_state(rows.shape[0])
+            start = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
+        latent, next_state = policy.encode(obs, (h, c), start)
         outputs = [policy.action_net(policy.mlp_extractor.forward_actor(latent.actor))]
-        if "log_std" in self.outputs:
+        if isinstance(policy.action_space, spaces.Box):
             outputs.append(policy.log_std.expand_as(outputs[0]))
         outputs.append(policy.values(latent).squeeze(-1))
-        return [*outputs, *next_state] if self.is_recurrent else outputs
-
-    def example(self, batch: int) -> tuple[Tensor, ...]:
-        """Inputs for `batch` environments, zeros: a sample would move the random stream of a space
-        that may be the environment's."""
-        found = [
-            torch.from_numpy(np.zeros((batch, *(part.shape or ())), part.dtype))
-            for part in self.parts.values()
-        ]
-        if self.is_recurrent:
-            found += [*self.policy.initial_state(batch), torch.zeros(batch, dtype=torch.bool)]
-        return tuple(tensor.to(self.policy.device) for tensor in found)
-
-    def free_axes(self) -> tuple[dict[int, Any], ...]:
-        """The axis of the environments in each input."""
-        batch = torch.export.Dim("batch")
-        axes = [0] * len(self.parts) + ([1, 1, 0] if self.is_recurrent else [])
-        return tuple({axis: batch} for axis in axes)
+        return [*outputs, *next_state] if state else outputs
