@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -22,15 +23,13 @@ class Screen:
     """
 
     def __init__(self, stream: IO[str] | None) -> None:
-        self.stream = stream
+        self.stream = io.StringIO() if stream is None else stream
         self.open = stream is not None and not stream.closed
 
     @property
     def is_terminal(self) -> bool:
         """Whether cursor movements and redrawing make sense."""
-        if self.stream is None or not self.open:
-            return False
-        return self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        return self.open and self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
     def line(self, text: str) -> None:
         """Write one line."""
@@ -38,7 +37,7 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Write text; also what tqdm calls."""
-        if self.stream is None or not self.open:
+        if not self.open:
             return
         try:
             self.stream.write(text)
@@ -54,8 +53,6 @@ class Screen:
 
     def fileno(self) -> int:
         """The stream's; tqdm asks it for the width of the terminal."""
-        if self.stream is None:
-            raise OSError("no stream")
         return self.stream.fileno()
 
     @property
