@@ -96,43 +96,39 @@ class CompositionNetwork(Composition):
     def forward(
         self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
+        config = self.config
+        is_linear = config.controller == "linear"
+        # Read once: the LSTM meets the same x at every step.
+        controller = self.linear.weight if is_linear else self.lstm.weight_ih  # [h or 4h, in]
         # Everything that x is multiplied with is stacked: one product, and one for its gradient.
-        weights = [rows, self._input_weight(), None if gate is None else gate.weight]
+        weights = [rows, controller, None if gate is None else gate.weight]
         readers = [weight for weight in weights if weight is not None]
         read = torch.split(F.linear(x, torch.cat(readers)), [len(part) for part in readers], dim=1)
         from_input = read[0 if rows is None else 1]
-        attention = self._attend(self._control(from_input), memory.keys())
+        if is_linear:
+            states = (from_input + self.linear.bias).unsqueeze(1)  # [B, J, h]
+        else:
+            states = self.lstm(from_input, config.num_steps)
+        attention = self._attend(states, memory.keys())
         sigma = singular_values(attention.s, memory.stored("s"))
         scale = None
-        if self.config.residual:
+        if config.residual:
             scale = residual_scale(None if gate is None else read[-1] + gate.bias, sigma)
         return Composed(attention, sigma, scale, None if rows is None else read[0])
-
-    def _input_weight(self) -> Tensor:
-        """What x is multiplied with, [4h or h, in]: the LSTM reads the same x at every step."""
-        return self.linear.weight if self.config.controller == "linear" else self.lstm.weight_ih
-
-    def _control(self, from_input: Tensor) -> Tensor:
-        """States of the controller, [B, J, h], from `_input_weight` x, [B, 4h or h]."""
-        if self.config.controller == "linear":
-            return (from_input + self.linear.bias).unsqueeze(1)
-        states: Tensor = self.lstm(from_input, self.config.num_steps)
-        return states
 
     def _attend(self, states: Tensor, keys: Tensor) -> Attention:
         """w^u, w^v and w^s, [B, R, P] each, for states [B, J, h] and keys [3, P, K]."""
         config = self.config
         queries, gates = split_head(self.head(states), config)  # [B, J, 3, H, K or P]
         queries = queries.permute(2, 0, 1, 3, 4)  # [3, B, J, H, K]
-        content = content_attention(queries.flatten(1, 3), keys, self._sharpness())
+        learned = self.log_sharpness
+        sharpness = config.sharpness if learned is None else learned.exp()
+        content = content_attention(queries.flatten(1, 3), keys, sharpness)
         content = content.view(*queries.shape[:4], config.num_slots)
         if gates is not None:
             gates = gates.permute(2, 0, 1, 3, 4)
         weights = compose_attention(content, gates, config.num_least_used, config.detach_usage)
         return Attention(*weights.flatten(2, 3).unbind())
-
-    def _sharpness(self) -> float | Tensor:
-        return self.config.sharpness if self.log_sharpness is None else self.log_sharpness.exp()
 
 
 class ProjectionNetwork(Composition):

@@ -113,16 +113,14 @@ class ProgramMemory(SlotMemory):
     def keys(self) -> Tensor:
         """Keys of the three memories, [3, P, K], whose gradient reaches `key_net` only; or stored
         keys for each head, [H, P, K]."""
-        trained = self._trained_keys()
-        return trained if self.frozen_keys is None else torch.cat([self.frozen_keys, trained], 1)
-
-    def _trained_keys(self) -> Tensor:
+        keys: Tensor
         if "key" in self.parts:
-            heads = self.config.num_heads, self.config.key_dim
-            return self.key.view(len(self.key), *heads).transpose(0, 1)
-        slots = torch.cat([self.u, self.v, self.s], dim=1).detach()  # [slots, in + out + 1]
-        keys: Tensor = self.key_net(slots)
-        return keys.view(len(slots), 3, self.config.key_dim).transpose(0, 1)
+            keys, groups = self.key, self.config.num_heads
+        else:
+            slots = torch.cat([self.u, self.v, self.s], dim=1).detach()  # [slots, in + out + 1]
+            keys, groups = self.key_net(slots), 3
+        keys = keys.view(len(keys), groups, self.config.key_dim).transpose(0, 1)
+        return keys if self.frozen_keys is None else torch.cat([self.frozen_keys, keys], 1)
 
     @torch.no_grad()
     def freeze(self, count: int, optimizer: Optimizer | None = None) -> None:

@@ -63,19 +63,10 @@ class LstmWeights(nn.Module):
         states = []
         for _ in range(num_steps):
             gates = from_input + torch.addmm(bias, hidden, self.weight_hh.T)
-            hidden, cell = lstm_step(gates, cell)
+            i, f, g, o = gates.chunk(4, dim=1)
+            new = i.sigmoid() * g.tanh()
+            # Of a cell of zeros there is nothing to forget.
+            cell = new if cell is None else torch.addcmul(new, f.sigmoid(), cell)
+            hidden = o.sigmoid() * cell.tanh()
             states.append(hidden)
         return torch.stack(states, dim=1)
-
-
-def lstm_step(gates: Tensor, cell: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Next hidden state and cell, [B, h], from gates [B, 4h] before their nonlinearity.
-
-    Args:
-        gates: in the order i, f, g, o.
-        cell: before the step; None for zeros, of which there is nothing to forget.
-    """
-    i, f, g, o = gates.chunk(4, dim=1)
-    new = i.sigmoid() * g.tanh()
-    cell = new if cell is None else torch.addcmul(new, f.sigmoid(), cell)
-    return o.sigmoid() * cell.tanh(), cell
