@@ -157,19 +157,15 @@ class NeurocoderLinear(LinearSeat):
 
     def reset_parameters(self) -> None:
         """Initialise every parameter afresh from torch's global random stream."""
-        for part in self._parts():
-            part.reset_parameters()
+        self.memory.reset_parameters()
+        self.composition.reset_parameters()
+        if self.integration is not None:
+            self.integration.reset_parameters()
         self._reset_bias()
 
     def _reset_bias(self) -> None:
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def _parts(self) -> Iterator[SlotMemory | Composition | IntegrationNetwork]:
-        yield self.memory
-        yield self.composition
-        if self.integration is not None:
-            yield self.integration
 
     def _controller(self) -> Iterator[nn.Module]:
         """What decides about attention: composition network, key networks and residual gate."""
