@@ -26,7 +26,7 @@ from ncrl.neurocoder.attention import (
 from ncrl.neurocoder.config import NeurocoderConfig
 from ncrl.neurocoder.growth import replace_parameter
 from ncrl.neurocoder.integration import Attention, Composed, residual_scale, singular_values
-from ncrl.neurocoder.memory import SlotMemory
+from ncrl.neurocoder.memory import ProgramMemory
 from ncrl.neurocoder.weights import LinearWeights, LstmWeights
 
 
@@ -42,7 +42,7 @@ class Composition(nn.Module):
         """Make room for more slots; `config` still has the old number."""
 
     def forward(
-        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+        self, x: Tensor, memory: ProgramMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
         """Compose a program for each input.
 
@@ -94,7 +94,7 @@ class CompositionNetwork(Composition):
         self.head.out_features = len(self.head.bias)
 
     def forward(
-        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+        self, x: Tensor, memory: ProgramMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
         config = self.config
         is_linear = config.controller == "linear"
@@ -162,7 +162,7 @@ class ProjectionNetwork(Composition):
         return queries.view(x.shape[0], self.config.num_heads, self.config.key_dim)
 
     def forward(
-        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+        self, x: Tensor, memory: ProgramMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
         queries = self.queries(x).transpose(0, 1)
         logits = content_logits(queries, memory.keys(), self.config.sharpness)

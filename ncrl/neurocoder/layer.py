@@ -24,7 +24,7 @@ from ncrl.neurocoder.integration import (
     active_program,
     mix_slots,
 )
-from ncrl.neurocoder.memory import ProgramMemory, SlotMemory
+from ncrl.neurocoder.memory import ProgramMemory
 from ncrl.seat import LinearSeat, flatten, total, without_autocast
 
 Layer = TypeVar("Layer", bound="NeurocoderLinear")
@@ -57,7 +57,7 @@ class NeurocoderLinear(LinearSeat):
     PRESET: ClassVar[str] = "paper"
     """The only `config.preset` whose equations this class has."""
 
-    memory: SlotMemory
+    memory: ProgramMemory
     composition: Composition
     integration: IntegrationNetwork | None
     bias: nn.Parameter | None
@@ -223,7 +223,7 @@ class NeurocoderLinear(LinearSeat):
         self.memory.config = self.composition.config = self.config
 
     def _growing_memory(self) -> ProgramMemory:
-        if not isinstance(self.memory, ProgramMemory):
+        if self.config.preset == "official":
             raise ValueError(
                 f"slots of preset={self.PRESET!r} can neither be frozen nor grow; use "
                 "preset='paper'"

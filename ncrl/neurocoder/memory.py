@@ -19,11 +19,13 @@ from ncrl.neurocoder.orthogonality import (
 )
 
 
-class SlotMemory(nn.Module):
+class ProgramMemory(nn.Module):
     """P slots, each a left singular vector, a right singular vector and a singular value.
 
     `u`, `v` and `s` are the paper's M_U, M_V and M_S (section 2.1), of the slots that are trained.
-    Frozen slots are buffers, which no optimiser moves; `stored` has both.
+    Frozen slots are buffers, which no optimiser moves; `stored` has both. The keys of all three
+    parts come from one key network, which reads the parts but does not train them. With
+    `controller="projection"` keys are parameters instead.
     """
 
     frozen_keys: Tensor | None
@@ -41,6 +43,19 @@ class SlotMemory(nn.Module):
         for name in ("u", "v", "s", "keys", "groups"):
             self.register_buffer(f"frozen_{name}", None)
         self._groups: list[int] = []  # `frozen_groups`, without a look at the device
+        self.parts = ["u", "v", "s"]
+        self._build_keys(in_features, out_features)
+        self.reset_parameters()
+
+    def _build_keys(self, in_features: int, out_features: int) -> None:
+        """Create what `keys` are made from."""
+        config = self.config
+        if config.controller == "projection":
+            width = config.num_heads * config.key_dim
+            self.key = nn.Parameter(torch.empty(config.num_slots, width))
+            self.parts.append("key")
+        else:
+            self.key_net = nn.Linear(in_features + out_features + 1, 3 * config.key_dim)
 
     def stored(self, name: str) -> Tensor:
         """All rows of M_U (`u`), M_V (`v`) or M_S (`s`), [P, ...]; frozen slots come first."""
@@ -51,47 +66,6 @@ class SlotMemory(nn.Module):
     def groups(self) -> list[int]:
         """How many slots were frozen each time, in order, and last how many are trained."""
         return [count for count in (*self._groups, len(self.s)) if count]
-
-    def reset_parameters(self) -> None:
-        raise NotImplementedError
-
-    def keys(self) -> Tensor:
-        """Keys of the three memories, of any length, [3, P, K]; or of each head, [H, P, K]."""
-        raise NotImplementedError
-
-    def orthogonality(self, squared: bool = False) -> Tensor:
-        """L_o = |M_U M_U^T - I| + |M_V M_V^T - I| in Frobenius norms, a scalar (section 2.3).
-
-        Args:
-            squared: square both norms.
-        """
-        distances = distances_from_orthonormal(self._rows())
-        return (distances.square() if squared else distances).sum()
-
-    def orthogonality_floor(self) -> float:
-        """The least value L_o can take: P rows of width d < P cannot all be orthonormal."""
-        return sum(orthonormality_floor(rows) for rows in self._rows())
-
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """The rows that the orthogonality loss wants orthonormal."""
-        return self.stored("u"), self.stored("v")
-
-
-class ProgramMemory(SlotMemory):
-    """The paper's memory: the keys of all three parts come from one key network, which reads the
-    parts but does not train them. With `controller="projection"` keys are parameters instead."""
-
-    def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
-        super().__init__(in_features, out_features, config)
-        self.parts = ["u", "v", "s"]
-        if config.controller == "projection":
-            self.key = nn.Parameter(
-                torch.empty(config.num_slots, config.num_heads * config.key_dim)
-            )
-            self.parts.append("key")
-        else:
-            self.key_net = nn.Linear(in_features + out_features + 1, 3 * config.key_dim)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Memories as `config.memory_init` says; the key network as torch initialises a Linear."""
@@ -121,6 +95,23 @@ class ProgramMemory(SlotMemory):
             keys, groups = self.key_net(slots), 3
         keys = keys.view(len(keys), groups, self.config.key_dim).transpose(0, 1)
         return keys if self.frozen_keys is None else torch.cat([self.frozen_keys, keys], 1)
+
+    def orthogonality(self, squared: bool = False) -> Tensor:
+        """L_o = |M_U M_U^T - I| + |M_V M_V^T - I| in Frobenius norms, a scalar (section 2.3).
+
+        Args:
+            squared: square both norms.
+        """
+        distances = distances_from_orthonormal(self._rows())
+        return (distances.square() if squared else distances).sum()
+
+    def orthogonality_floor(self) -> float:
+        """The least value L_o can take: P rows of width d < P cannot all be orthonormal."""
+        return sum(orthonormality_floor(rows) for rows in self._rows())
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The rows that the orthogonality loss wants orthonormal."""
+        return self.stored("u"), self.stored("v")
 
     @torch.no_grad()
     def freeze(self, count: int, optimizer: Optimizer | None = None) -> None:

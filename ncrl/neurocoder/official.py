@@ -21,7 +21,7 @@ from ncrl.neurocoder.composition import Composition
 from ncrl.neurocoder.config import NeurocoderConfig
 from ncrl.neurocoder.integration import Attention, Composed, IntegrationNetwork, increments
 from ncrl.neurocoder.layer import NeurocoderLinear
-from ncrl.neurocoder.memory import SlotMemory
+from ncrl.neurocoder.memory import ProgramMemory
 from ncrl.neurocoder.weights import LinearWeights, LstmWeights
 
 MEMORIES = ("u", "v", "s")
@@ -137,7 +137,7 @@ def layer_class(preset: str) -> type[NeurocoderLinear]:
     return OfficialNeurocoderLinear if is_official else NeurocoderLinear
 
 
-class OfficialMemory(SlotMemory):
+class OfficialMemory(ProgramMemory):
     """P slots with K key columns beside each stored vector.
 
     The key columns are the keys of all memories in mode `lk`, of memory s alone in mode `cb`, where
@@ -145,16 +145,14 @@ class OfficialMemory(SlotMemory):
     as part of the rows that the orthogonality loss wants orthonormal.
     """
 
-    def __init__(self, in_features: int, out_features: int, config: NeurocoderConfig) -> None:
-        super().__init__(in_features, out_features, config)
-        slots, key_dim = config.num_slots, config.key_dim
+    def _build_keys(self, in_features: int, out_features: int) -> None:
+        slots, key_dim = self.config.num_slots, self.config.key_dim
         self.key_columns = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(slots, key_dim)) for name in MEMORIES}  # [P, K]
         )
-        computed = config.key_mode == "cb"
+        computed = self.config.key_mode == "cb"
         self.key_net_u = nn.Linear(in_features, key_dim) if computed else None
         self.key_net_v = nn.Linear(out_features, key_dim) if computed else None
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform stored rows, key columns included; key networks as torch does."""
@@ -208,7 +206,7 @@ class OfficialSingleStep(Composition):
             _reset_as_authors(linear)
 
     def forward(
-        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+        self, x: Tensor, memory: ProgramMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
         config = self.config
         queries = torch.stack([linear(x) for linear in self.query.values()])  # [3, B, HK]
@@ -271,7 +269,7 @@ class OfficialRecurrent(Composition):
             self.gate.reset_parameters()
 
     def forward(
-        self, x: Tensor, memory: SlotMemory, gate: LinearWeights | None, rows: Tensor | None
+        self, x: Tensor, memory: ProgramMemory, gate: LinearWeights | None, rows: Tensor | None
     ) -> Composed:
         config = self.config
         states = self.lstm(F.linear(x, self.lstm.weight_ih), config.num_steps)  # [B, J, 3HK + 1]

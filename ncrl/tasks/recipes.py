@@ -19,7 +19,7 @@ from torch import nn
 from ncrl.checks import require_switch, suggest, whole_number
 from ncrl.layers import LAYERS
 from ncrl.neurocoder import NeurocoderConfig
-from ncrl.neurocoder.memory import SlotMemory
+from ncrl.neurocoder.memory import ProgramMemory
 from ncrl.settings import check, setting, typed_values
 from ncrl.tasks.continual.methods import METHODS
 from ncrl.tasks.models import NETWORKS
@@ -219,7 +219,7 @@ def outline_network(recipe: Recipe) -> nn.Module:
 
 def count_parameters(model: nn.Module) -> int:
     """Frozen ones and frozen slots included, other buffers not."""
-    memories = [module for module in model.modules() if isinstance(module, SlotMemory)]
+    memories = [module for module in model.modules() if isinstance(module, ProgramMemory)]
     buffers = [buffer for memory in memories for buffer in memory.buffers()]
     frozen = sum(buffer.numel() for buffer in buffers if buffer.is_floating_point())
     return frozen + sum(parameter.numel() for parameter in model.parameters())
