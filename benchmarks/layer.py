@@ -87,8 +87,13 @@ def print_rows(
             ours, materialised = peak_memory(batches[0])
             name = "784 -> 400, peak memory, beside W built"
             print_ratio(name, ours, materialised, 1 / 50, "MiB")
-        for name, layer in others_of_784().items() if everything else ():
-            beside_linear(name, layer, batches[0])
+        if not everything:
+            return
+        for name, changes in VARIANTS.items():
+            beside_linear(name, neurocoder(784, 400, **(MIDDLE | changes)), batches[0])
+        for name in LAYERS:
+            if name not in ("linear", "neurocoder"):
+                beside_linear(name, make_layer(name, 784, 400), batches[0])
 
 
 def print_ratio(
@@ -98,16 +103,6 @@ def print_ratio(
     ratio = ours / reference
     verdict = ("", "") if target is None else (f"{target:g}", "yes" if ratio <= target else "no")
     print_row(name, f"{ours:.3g} {unit}", f"{reference:.3g} {unit}", f"{ratio:.3f}", *verdict)
-
-
-def others_of_784() -> dict[str, nn.Module]:
-    """The other layers, and those that options make."""
-    layers = {
-        name: make_layer("neurocoder", 784, 400, **(MIDDLE | changes))
-        for name, changes in VARIANTS.items()
-    }
-    names = [name for name in LAYERS if name not in ("linear", "neurocoder")]
-    return layers | {name: make_layer(name, 784, 400) for name in names}
 
 
 def training_step(module: nn.Module, x: Tensor) -> Step:
