@@ -44,9 +44,9 @@ class Screen:
             self.stream.flush()
         except (OSError, ValueError):
             self.open = False
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 # What is held back is flushed once more when the stream is closed.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def flush(self) -> None:
         """Nothing is held back."""
