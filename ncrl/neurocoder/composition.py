@@ -69,7 +69,7 @@ class CompositionNetwork(Composition):
             self.linear = LinearWeights(in_features, width)
         else:
             self.lstm = LstmWeights(in_features, width)
-            self.lstm.reset_parameters()
+            self.lstm.reset_parameters()  # and again below: what seeds give stays what it was
         self.head = nn.Linear(width, head_size(config))
         self.log_sharpness = nn.Parameter(torch.empty(())) if config.learned_sharpness else None
         self.reset_parameters()
