@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from ncrl.agents import arguments
 from ncrl.agents.algorithm import EngineAlgorithm
-from ncrl.agents.defaults import IMAGES, MAX_GRAD_NORM, defaults_for, image_heads
+from ncrl.agents.defaults import IMAGES, MAX_GRAD_NORM, RMS_PROP_EPS, defaults_for, image_heads
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
 from ncrl.agents.learning.objective import Objective
@@ -131,7 +131,7 @@ class A3C(EngineAlgorithm):
         ent_coef: float = Objective.ent_coef,
         vf_coef: float = Objective.vf_coef,
         max_grad_norm: float = MAX_GRAD_NORM,
-        rms_prop_eps: float = 0.1,
+        rms_prop_eps: float = RMS_PROP_EPS,
         use_rms_prop: bool | None = None,
         normalize_advantage: bool = False,
         orth_coef: float = Objective.orth_coef,

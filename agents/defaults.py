@@ -13,6 +13,15 @@ DEFAULT_ENVS = 16
 MAX_GRAD_NORM = 40.0
 """Limit on the gradient's norm."""
 
+RMS_PROP_EPS = 0.1
+"""Epsilon of RMSProp, inside the square root."""
+
+BONUS_LEARNING_RATE = 1e-4
+"""Of the networks behind an intrinsic reward."""
+
+BONUS_WARMUP = 100_000
+"""Timesteps of play from which an intrinsic reward gathers statistics before it counts."""
+
 FEW_ENVS = 4
 """Fewer environments than this in this process count as few."""
 

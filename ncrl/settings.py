@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ncrl.checks import LONGEST_VALUE, nearest, require_choice, require_range, shortened, shown
 
-EXIT_USAGE, EXIT_SIGINT = 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_SIGINT = 1, 2, 130
 
 LONGEST_MESSAGE = 600
 """Characters of a message."""

@@ -11,7 +11,16 @@ import torch
 
 from ncrl import NeurocoderConfig
 from ncrl.agents.arguments import check_batch
-from ncrl.agents.defaults import DEFAULT_ENVS, IMAGE_HEADS, IMAGES, MAX_GRAD_NORM, image_heads
+from ncrl.agents.defaults import (
+    BONUS_LEARNING_RATE,
+    BONUS_WARMUP,
+    DEFAULT_ENVS,
+    IMAGE_HEADS,
+    IMAGES,
+    MAX_GRAD_NORM,
+    RMS_PROP_EPS,
+    image_heads,
+)
 from ncrl.agents.learning.intrinsic import SOURCES
 from ncrl.agents.learning.objective import Objective
 from ncrl.agents.playing.sizes import Sizes, available_cores, choose_sizes, worker_cores
@@ -134,7 +143,7 @@ class RunConfig:
     entropy_floor: float = same_as(Objective, "entropy_floor")
     vf_coef: float = same_as(Objective, "vf_coef")
     max_grad_norm: float = setting(MAX_GRAD_NORM, "limit on the gradient's norm", low=0)
-    rms_prop_eps: float = setting(0.1, "rmsprop: epsilon, inside the root", low=0)
+    rms_prop_eps: float = setting(RMS_PROP_EPS, "rmsprop: epsilon, inside the root", low=0)
     orth_coef: float = same_as(Objective, "orth_coef")
     balance_coef: float = same_as(Objective, "balance_coef")
     correction: str = same_as(Objective, "correction")
@@ -151,7 +160,9 @@ class RunConfig:
     bonus_encoder: str = setting(
         "a3c", "rnd and snd: size of target and predictor", choices=("a3c", "nature")
     )
-    bonus_learning_rate: float = setting(1e-4, "rnd and snd: learning rate", low=1e-9)
+    bonus_learning_rate: float = setting(
+        BONUS_LEARNING_RATE, "rnd and snd: learning rate", low=1e-9
+    )
     update_proportion: float | None = setting(
         None,
         "rnd and snd: share of timesteps learnt from (default: all; half with over 32 games)",
@@ -159,7 +170,7 @@ class RunConfig:
         high=1,
     )
     bonus_warmup: int = setting(
-        100_000, "bonus: timesteps to gather statistics", low=0, high=10**12
+        BONUS_WARMUP, "bonus: timesteps to gather statistics", low=0, high=10**12
     )
     # What is written.
     log_every: int = setting(

@@ -31,12 +31,10 @@ from ncrl.agents.runs.checkpoints import CheckpointError, newest_checkpoint, res
 from ncrl.agents.runs.directory import RunDirectory, SaveCheckpoints, cannot_write
 from ncrl.agents.runs.progress import Progress
 from ncrl.files import given_path
+from ncrl.settings import EXIT_FAILED
 from ncrl.shell.hardware import choose_device, is_lack_of_memory
 from ncrl.shell.screen import Screen
 from ncrl.shell.signals import StopSignals
-
-EXIT_FAILED = 1
-
 
 Job = tuple[A3C, RunConfig, RunDirectory]
 """Everything that training needs, checked."""

@@ -17,6 +17,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from ncrl.agents.defaults import BONUS_WARMUP
 from ncrl.agents.learning.imitation import DemonstrationMemory
 from ncrl.agents.learning.intrinsic import RND, SOURCES, IntrinsicReward, make_source, refuse_dicts
 from ncrl.agents.learning.losses import SMALLEST_DEVIATION
@@ -141,7 +142,7 @@ class Exploration(nn.Module):
         gamma: float,
         n_steps: int,
         seed: int,
-        warmup_timesteps: int = 100_000,
+        warmup_timesteps: int = BONUS_WARMUP,
         reach: int = 320,
         capacity: int = 10_000,
     ) -> None:

@@ -21,6 +21,7 @@ from stable_baselines3.common.preprocessing import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncrl.agents.defaults import BONUS_LEARNING_RATE
 from ncrl.checks import require_range, suggest
 from ncrl.networks import trunk
 from ncrl.optimizer_state import check_optimizer_state
@@ -162,7 +163,7 @@ class RND(IntrinsicReward):
         space: spaces.Space[Any],
         *,
         encoder: str = "a3c",
-        learning_rate: float = 1e-4,
+        learning_rate: float = BONUS_LEARNING_RATE,
         update_proportion: float = 1.0,
     ) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncrl.agents.defaults import RMS_PROP_EPS
+
 ADAM_EPS = 1e-5
 """Epsilon of Adam, as in SB3."""
 
@@ -43,7 +45,7 @@ class SharedRMSProp(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float = 7e-4,
         alpha: float = 0.99,
-        eps: float = 0.1,
+        eps: float = RMS_PROP_EPS,
         initial_average: float = 1.0,
     ) -> None:
         finite = all(0 <= number < math.inf for number in (lr, eps, initial_average))

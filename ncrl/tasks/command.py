@@ -23,7 +23,7 @@ import torch
 from ncrl.checks import require_choice, require_range, suggest
 from ncrl.files import given_path, read_bytes, remove_unfinished, write_atomically
 from ncrl.layers import LAYERS
-from ncrl.settings import EXIT_SIGINT, add_flags, make_parser, parse, usage_error
+from ncrl.settings import EXIT_FAILED, EXIT_SIGINT, add_flags, make_parser, parse, usage_error
 from ncrl.shell.hardware import choose_device, is_lack_of_memory, keep_freed_memory
 from ncrl.shell.lock import locked
 from ncrl.shell.screen import say
@@ -42,8 +42,6 @@ from ncrl.tasks.recipes import (
 from ncrl.tasks.results import Result, fingerprint, program
 from ncrl.tasks.training import RECIPE_FILE, NonFiniteError, Run, identity, load_weights, train
 from ncrl.yaml_files import parse_yaml
-
-EXIT_FAILED = 1
 
 # In the folder of a run whose loss was not finite: the same run would end there again.
 DIVERGED_FILE = "diverged.txt"
