@@ -14,25 +14,18 @@ from torch.nn import functional as F
 
 from ncrl.seat import NORM_FLOOR
 
-SHORT_ROW = 16
-"""Numbers in a vector register of a CPU (AVX-512, float32). Shorter rows leave it partly empty in
-torch's softmax. Columns fill it, which is worth two copies."""
-
 
 def content_attention(queries: Tensor, keys: Tensor, sharpness: float | Tensor) -> Tensor:
     """Softmax of `content_logits` over slots (Eq. 5): sums to 1 over P."""
-    logits = content_logits(queries, keys, sharpness)
-    if logits.is_cuda or logits.shape[2] >= SHORT_ROW:
-        return logits.softmax(dim=2)
-    return logits.transpose(1, 2).contiguous().softmax(dim=1).transpose(1, 2).contiguous()
+    return content_logits(queries, keys, sharpness).softmax(dim=2)
 
 
 def content_logits(queries: Tensor, keys: Tensor, sharpness: float | Tensor) -> Tensor:
     """Cosine between query and key, times the sharpness (the exponent of Eq. 5).
 
     Args:
-        queries: [3, N, K], of any length; with keys for each head [H, N, K].
-        keys: [3, P, K] or [H, P, K], of any length.
+        queries: N vectors of any length, [3, N, K]; with keys for each head [H, N, K].
+        keys: of any length, [3, P, K] or [H, P, K].
         sharpness: beta.
 
     Returns:

@@ -100,21 +100,18 @@ class CompositionNetwork(Composition):
         is_linear = config.controller == "linear"
         # Read once: the LSTM meets the same x at every step.
         controller = self.linear.weight if is_linear else self.lstm.weight_ih  # [h or 4h, in]
-        # Everything that x is multiplied with is stacked: one product, and one for its gradient.
-        weights = [rows, controller, None if gate is None else gate.weight]
-        readers = [weight for weight in weights if weight is not None]
-        read = torch.split(F.linear(x, torch.cat(readers)), [len(part) for part in readers], dim=1)
-        from_input = read[0 if rows is None else 1]
+        gate_weight = None if gate is None else gate.weight
+        read = products(x, memory=rows, controller=controller, gate=gate_weight)
         if is_linear:
-            states = (from_input + self.linear.bias).unsqueeze(1)  # [B, J, h]
+            states = (read["controller"] + self.linear.bias).unsqueeze(1)  # [B, J, h]
         else:
-            states = self.lstm(from_input, config.num_steps)
+            states = self.lstm(read["controller"], config.num_steps)
         attention = self._attend(states, memory.keys())
-        sigma = singular_values(attention.s, memory.stored("s"))
+        sigma = singular_values(attention.s, memory.stored("s"))  # [B, R]
         scale = None
         if config.residual:
-            scale = residual_scale(None if gate is None else read[-1] + gate.bias, sigma)
-        return Composed(attention, sigma, scale, None if rows is None else read[0])
+            scale = residual_scale(None if gate is None else read["gate"] + gate.bias, sigma)
+        return Composed(attention, sigma, scale, read.get("memory"))
 
     def _attend(self, states: Tensor, keys: Tensor) -> Attention:
         """w^u, w^v and w^s, [B, R, P] each, for states [B, J, h] and keys [3, P, K]."""
@@ -174,6 +171,17 @@ class ProjectionNetwork(Composition):
             scale = residual_scale(from_input, sigma)
         projection = None if rows is None else x @ rows.T
         return Composed(Attention(weights, weights, weights), sigma, scale, projection)
+
+
+def products(x: Tensor, **weights: Tensor | None) -> dict[str, Tensor]:
+    """x W^T, [B, rows], by the name of each weight W [rows, in], for inputs [B, in].
+
+    The weights are stacked: one product, and one for its gradient.
+    """
+    given = {name: weight for name, weight in weights.items() if weight is not None}
+    stacked = F.linear(x, torch.cat([*given.values()]))
+    parts = torch.split(stacked, [len(weight) for weight in given.values()], dim=1)
+    return dict(zip(given, parts, strict=True))
 
 
 def head_size(config: NeurocoderConfig) -> int:

@@ -10,6 +10,7 @@ from ncrl.neurocoder.attention import (
     compose_attention,
     content_attention,
     kth_smallest,
+    two_level_attention,
     usage_attention,
 )
 from ncrl.seat import NORM_FLOOR
@@ -115,3 +116,28 @@ def test_of_equal_weights_of_a_slot_the_latest_counts_as_its_usage() -> None:
     expected = torch.tensor([[0.0, -1.0], [1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     assert content.grad is not None
     torch.testing.assert_close(content.grad[:, 0, :, 0], expected.expand(3, -1, -1))
+
+
+def test_attention_of_two_levels_slot_by_slot() -> None:
+    """A group's share by its largest logit, summed over heads; within it, each head by itself."""
+    logits, sizes = 3 * random_input(2, 5, 7), (4, 1, 2)
+    found = two_level_attention(logits, sizes)
+    heads, inputs, _ = logits.shape
+    for b in range(inputs):
+        groups = [
+            [
+                [logits[h, b, p].item() for p in range(sum(sizes[:g]), sum(sizes[: g + 1]))]
+                for g in range(3)
+            ]
+            for h in range(heads)
+        ]
+        evidence = [math.exp(sum(max(groups[h][g]) for h in range(heads))) for g in range(3)]
+        for h in range(heads):
+            expected = [
+                math.exp(logit) / sum(map(math.exp, group)) * own / sum(evidence)
+                for group, own in zip(groups[h], evidence, strict=True)
+                for logit in group
+            ]
+            assert found[h, b].tolist() == pytest.approx(expected, rel=1e-9), (h, b)
+    one = two_level_attention(logits, (7,))
+    torch.testing.assert_close(one, logits.softmax(dim=2))

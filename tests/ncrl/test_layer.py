@@ -18,12 +18,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ncrl import Attention, NeurocoderConfig, NeurocoderLinear
 from ncrl.layers import make_layer as make_named_layer
-from ncrl.neurocoder.integration import Composed, active_program, mix_slots, singular_values
+from ncrl.neurocoder.integration import (
+    Composed,
+    active_program,
+    mix_slots,
+    read_memory,
+    singular_values,
+    sum_components,
+)
 from tests.ncrl.layers import (
     CASES,
     Case,
     all_cases,
     assert_gradients_equal_those_of,
+    close,
     empty_layer,
     make_layer,
     parameters_of,
@@ -130,6 +138,23 @@ def test_singular_values_of_very_negative_memory_in_float32() -> None:
         sigma = layer.singular_values(x)
         assert (sigma >= 0).all()
         assert (sigma[:, 1:] <= sigma[:, :-1]).all()
+
+
+def test_vectors_are_read_slot_by_slot_and_components_summed_one_by_one() -> None:
+    """Equations 3 and 1 as they are written."""
+    weights, u, v = (random_input(*shape) for shape in ((2, 3, 5), (5, 4), (5, 6)))
+    left, right = read_memory(weights, u), read_memory(weights, v)
+    sigma = random_input(2, 3)
+    program = sum_components(sigma, left, right)
+    assert program.shape == (2, 4, 6)
+    for b in range(2):
+        expected = torch.zeros(4, 6, dtype=torch.float64)
+        for n in range(3):
+            u_n = sum(weights[b, n, p] * u[p] for p in range(5))
+            v_n = sum(weights[b, n, p] * v[p] for p in range(5))
+            close(left[b, n], u_n)
+            expected += sigma[b, n] * torch.outer(u_n, v_n)
+        close(program[b], expected)
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), [(6, 4), (3, 7), (5, 5), (4, 1)])
