@@ -208,4 +208,4 @@ def test_unusable_options_are_refused(make, options):
 
 def test_options_may_be_integers_of_numpy():
     for factory in (masked_cartpole(max_steps=np.int64(3)), light(n_actions=np.int64(2))):
-        play(factory(2, 0), 5)
+        assert len(play(factory(2, 0), 5)[0]) == 6

@@ -523,6 +523,8 @@ def test_a_reader_who_has_gone_is_no_reason_to_stop() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", encoding="utf-8") as stream:
+        with pytest.raises(BrokenPipeError):
+            os.write(writer, b"what any other writer meets")
         say("nobody reads this", stream)
         say("nor this", stream)
-    # Closing flushes what is left, which must not fail either.
+    assert stream.closed, "closing flushes what is left, which must not fail either"
