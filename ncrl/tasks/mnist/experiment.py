@@ -131,6 +131,9 @@ def work(session: Session) -> None:
         if maps:
             firsts = [int((data.test_labels == d).nonzero()[0]) for d in range(data.num_classes)]
             draw(session.figure, rows, maps, data.test_images[firsts, 0])
+        else:
+            names = " and ".join(named.name for named in shown)
+            say(f"no figure: the runs whose attention it shows, {names}, are not finished")
     say(results_table(rows, ["error", "best_error"]))
 
 

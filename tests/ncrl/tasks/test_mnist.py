@@ -71,6 +71,18 @@ def test_the_command_draws_its_figure_from_its_runs(
     assert figure.read_bytes() == before
 
 
+def test_a_figure_without_finished_maps_is_said_to_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = tmp_path / "mnist.png"
+    words = ["--variant", "linear", "--epochs", "1", "--device", "cpu"]
+    words += ["--logdir", str(tmp_path / "runs")]
+    assert main(words) == 0
+    assert main([*words, "--finished", "--figure", str(figure)]) == 0
+    assert "no figure: the runs whose attention it shows, " in capsys.readouterr().out
+    assert not figure.exists()
+
+
 @pytest.mark.parametrize(
     "words",
     [
