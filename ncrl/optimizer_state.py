@@ -65,9 +65,8 @@ def _check_groups(groups: list[Any], ours: list[dict[str, Any]]) -> None:
     for group, own in zip(groups, ours, strict=True):
         indices = own.pop("params")
         if not isinstance(group, Mapping) or group.get("params") != indices:
-            raise ValueError(
-                f"the optimiser's groups must hold parameters {indices[0]} to {indices[-1]}"
-            )
+            held = f"{indices[0]} to {indices[-1]}" if indices else "none"
+            raise ValueError(f"the optimiser's groups must hold parameters {held}")
         for name in own.keys() & group.keys():
             check_like(group[name], own[name], f"the optimiser's {name!r}")
 

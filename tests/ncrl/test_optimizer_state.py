@@ -80,3 +80,13 @@ def test_a_setting_that_is_not_finite_is_refused(value: float) -> None:
     state["param_groups"][0]["eps"] = value
     with pytest.raises(ValueError, match="'eps' must be like"):
         check_optimizer_state(trained("adam"), state)
+
+
+def test_a_group_without_parameters_is_compared_like_any_other() -> None:
+    one = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([{"params": [one]}, {"params": []}])
+    state = optimizer.state_dict()
+    check_optimizer_state(optimizer, state)
+    state["param_groups"][1]["params"] = [0]
+    with pytest.raises(ValueError, match="must hold parameters none"):
+        check_optimizer_state(optimizer, state)
