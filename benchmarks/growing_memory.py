@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from ncrl.shell.lock import locked
 from ncrl.tasks.command import in_one_line
 from ncrl.tasks.continual.methods import Grow, Method
 from ncrl.tasks.continual.split import SplitLearning, Task, prepare, split_tasks
@@ -280,12 +281,12 @@ def main() -> None:
                 recipe = replace(study.recipe, epochs=-(-FEW_UPDATES // updates))
                 study = study._replace(recipe=recipe)
             folder = flags.logdir / "growing_memory" / title.replace(", ", "-") / f"seed-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
             run = Run("growing_memory", title, study.recipe, seed, torch.device("cpu"), folder)
-            row = run.result
-            if row is None:
-                tasks = tasks_of(study, data, flags.images)
-                row = train(run, make(name, study, tasks, seed))
+            with locked(folder, wait=True):
+                row = run.result
+                if row is None:
+                    tasks = tasks_of(study, data, flags.images)
+                    row = train(run, make(name, study, tasks, seed))
             print(row.line(), flush=True)
 
 

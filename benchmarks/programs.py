@@ -37,6 +37,7 @@ from ncrl.layers import LAYERS, make_layer
 from ncrl.neurocoder.orthogonality import distances_from_orthonormal
 from ncrl.sb3 import MlpPolicy
 from ncrl.sb3.regularise import with_gradient_of
+from ncrl.shell.lock import locked
 from ncrl.tasks.classification import Classification
 from ncrl.tasks.command import in_one_line
 from ncrl.tasks.data import Images, load_mnist
@@ -281,15 +282,15 @@ def main() -> None:
     for seed, task, name in itertools.product(flags.seeds, flags.tasks, flags.only):
         setting, said = SETTINGS[name], f"{task}: {name}"
         folder = flags.logdir / "programs" / re.sub(r"\W+", "-", said) / f"seed-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
         recipe = recipe_of(setting, TASKS[task])
         run = Run("programs", said, recipe, seed, torch.device("cpu"), folder)
-        torch.manual_seed(seed)
-        row = run.result
-        if row is None and task.startswith("digits"):
-            row = train(run, Digits(setting, recipe, images, seed))
-        elif row is None:
-            row = learn_actions(run, setting)
+        with locked(folder, wait=True):
+            torch.manual_seed(seed)
+            row = run.result
+            if row is None and task.startswith("digits"):
+                row = train(run, Digits(setting, recipe, images, seed))
+            elif row is None:
+                row = learn_actions(run, setting)
         print(row.line(), flush=True)
 
 
