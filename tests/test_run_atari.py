@@ -644,7 +644,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     arguments = ["--env", "montezuma_revenge", "--frames", "640", "--workers", "0", *SMALL]
     arguments += ["--bonus-warmup", "40", "--envs-per-worker", "2"]
     output = run_here(*arguments, "--logdir", str(tmp_path))
-    assert "nine runs then took the key" in " ".join(output.split())
+    assert "ten runs then took the key" in " ".join(output.split())
     assert re.search(
         r"^bonus +snd, weight 0\.5 beside 10 .* after 40 timesteps$", output, re.MULTILINE
     )
