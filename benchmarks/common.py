@@ -41,9 +41,10 @@ _barrier: Barrier  # of a process of `played_alone`
 def device_name(name: str) -> str:
     """Type of an argument `--device`: the name of a device that is there."""
     try:
-        return choose_device(name).type
+        choose_device(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def build_a3c(factory: AtariFactory, head: str, encoder: str, **options: Any) -> A3C:

@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", type=device_name, default="cuda", help="cpu or cuda")
+    parser.add_argument("--device", type=device_name, default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=1.5, help="per row")
     parser.add_argument("--play-seconds", type=float, default=60.0, help="of the plain command")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))

@@ -39,7 +39,7 @@ Step = Callable[[], None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=device_name, default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[128], help="of the rows beside nn.Linear"
     )
