@@ -1,7 +1,8 @@
-"""The best model of a run: weights are judged by games that began after they were learnt.
+"""The best model of a run: the weights in the middle of the games that scored best.
 
-The mean score of the last games was earned by earlier weights. Where games are long, it peaks when
-the policy has already forgotten how a game begins.
+The mean score of the last games was earned by weights from before the first of them to the last.
+Where games are long, those of the end have perhaps forgotten how a game begins, and those of the
+beginning had yet to learn how it goes on.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ FEWEST_GAMES = 10
 """How many are enough while there is no best model."""
 
 WAITING = 4
-"""Weights that wait to be judged at a time; with fewer, the best would be older than needed."""
+"""Weights that wait at a time; with fewer, those in the middle would be less close to it."""
 
 
 class Candidate(NamedTuple):
-    """Weights that wait to be judged."""
+    """Weights, and the games that began after them."""
 
     model: bytes  # as SB3 saves it
     timesteps: int
-    scores: list[float]  # of games that began after them
+    scores: list[float]
 
 
 class BestModel:
-    """Keeps weights in memory until they are judged, and the best of them in `folder`:
+    """Keeps weights in memory while games are played, and the best of them in `folder`:
     `best_model.zip`, and `best_model.json` with the score that it was kept for.
 
     Up to five models are in memory, each with its optimiser and its exploration.
@@ -61,7 +62,7 @@ class BestModel:
                     candidate.scores.append(float(game["r"]))
 
     def compare(self, model: A3C) -> None:
-        """Judge weights that enough games began after, and keep those of now to be judged.
+        """Judge the weights in the middle of enough games, and keep those of now.
 
         Raises:
             CheckpointError: if a number of the model is not finite.
@@ -77,8 +78,10 @@ class BestModel:
                 break
             score = float(safe_mean(oldest.scores[:enough]))
             if math.isfinite(score) and score > best:
-                note = {"score": score, "games": enough, "timesteps": oldest.timesteps}
-                write_atomically(self.path, oldest.model)
+                when = (oldest.timesteps + now) / 2
+                middle = min(self._candidates, key=lambda waiting: abs(waiting.timesteps - when))
+                note = {"score": score, "games": enough, "timesteps": middle.timesteps}
+                write_atomically(self.path, middle.model)
                 write_atomically(self.note, json.dumps(note).encode())
             del self._candidates[0]
         if not self._candidates or len(self._candidates[-1].scores) >= usual // WAITING:

@@ -447,11 +447,8 @@ def test_what_is_written_are_the_weights_that_were_judged(tmp_path: Path) -> Non
     torch.testing.assert_close(kept.policy.state_dict(), before, rtol=0, atol=0)
 
 
-def test_several_weights_wait_to_be_judged(tmp_path: Path) -> None:
-    """Each is judged by the games after it, which the others share.
-
-    Scores rise by 1 a game; weights are looked at after every game.
-    """
+def test_the_weights_in_the_middle_of_the_games_are_kept(tmp_path: Path) -> None:
+    """Scores rise by 1 a game; weights are looked at after every game."""
     model, best = make_model(), BestModel(tmp_path)
     best.note.write_text('{"score": -1}')
     best.compare(model)
@@ -459,13 +456,28 @@ def test_several_weights_wait_to_be_judged(tmp_path: Path) -> None:
         end_game(best, model, float(game), length=1)
         best.compare(model)
         assert len(best._candidates) <= WAITING
-    first = 100 - GAMES  # game after the weights that were judged last
-    score = first + (GAMES - 1) / 2
+    first = 100 - GAMES
+    middle = 100 - GAMES // 2
     assert judged(best) == {
-        "score": score,
+        "score": first + (GAMES - 1) / 2,
         "games": GAMES,
-        "timesteps": first * model.n_envs,
+        "timesteps": middle * model.n_envs,
     }
+
+
+def test_the_weights_in_the_middle_of_long_games_are_kept(tmp_path: Path) -> None:
+    """They last for 100 timesteps; in turn, each of 50 environments ends one and begins another."""
+    model, best = make_model(), BestModel(tmp_path)
+    best.note.write_text('{"score": -1}')
+    model.n_envs = 50
+    best.compare(model)
+    while judged(best)["score"] < 0:
+        end_game(best, model, 7.0, length=100)
+        model.num_timesteps += model.n_envs  # a timestep in which no game ends
+        best.compare(model)
+    assert judged(best)["games"] == 100
+    played = model.num_timesteps  # from the first game's begin to the last one's end
+    assert judged(best)["timesteps"] == pytest.approx(played / 2, rel=0.1)
 
 
 def test_only_a_better_mean_of_enough_games_replaces_it(tmp_path: Path) -> None:
