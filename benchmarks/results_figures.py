@@ -43,7 +43,7 @@ def draw_split_mnist() -> None:
     specs = [spec for spec in table_specs(RESULTS / "split_mnist.md") if "grid" in spec]
     kept = read_csv("split_mnist")
     rows = [
-        result(row, labels=cell._asdict())
+        result(row, labels=cell.labels)
         for number, spec in zip((7, 6), specs, strict=True)
         for cell in tables.cells(number)
         for row in chosen(kept, cell.name, spec)

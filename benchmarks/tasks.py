@@ -29,7 +29,7 @@ from ncrl.tasks.experiment import Experiment
 from ncrl.tasks.polynomial.experiment import Polynomials
 from ncrl.tasks.recipes import Recipe
 from ncrl.tasks.split_mnist.experiment import recipe_of
-from ncrl.tasks.split_mnist.tables import Cell
+from ncrl.tasks.split_mnist.tables import LAYERS, Cell
 from ncrl.tasks.training import Run, Training
 
 CPU = torch.device("cpu")
@@ -49,8 +49,8 @@ class Row(NamedTuple):
     def recipes(self) -> dict[str, Recipe]:
         """The recipes by the layer's name, the plain one first."""
         if self.name == SPLIT_MNIST:
-            cells = [Cell("domain", "adam", layer) for layer in ("mlp", "official", "paper")]
-            return {cell.layer: recipe_of(cell, {}).recipe for cell in cells}
+            layers = [LAYERS[name] for name in ("mlp", "official", "paper")]
+            return {one.name: recipe_of(Cell("domain", "adam", one), {}).recipe for one in layers}
         variants = {"linear": "linear", "neurocoder": self.variant}
         named = named_recipes({"variant": list(variants.values())}, self.config)
         return {layer: one.recipe for layer, one in zip(variants, named, strict=True)}

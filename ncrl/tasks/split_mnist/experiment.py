@@ -40,19 +40,10 @@ from ncrl.tasks.data import load_mnist
 from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, results_table
 from ncrl.tasks.split_mnist import tables
-from ncrl.tasks.split_mnist.tables import Cell
+from ncrl.tasks.split_mnist.tables import Cell, Layers, static_rank
 
 CONFIG = "split_mnist.yaml"
 
-# Variant of the recipe by what a table calls its layers; a static rank changes that of the MLP.
-RECIPES = {
-    "mlp": "linear_400",
-    "nsm": "nsm_400",
-    "paper": "tuned",
-    "paper residual": "tuned_residual",
-    "official": "official_logs",
-    "official residual": "official_logs_residual",
-}
 LAYERS = ("linear", "lowrank", "nsm", "neurocoder")
 VARIANTS = ("paper", "official")
 
@@ -61,6 +52,7 @@ ONLY |= {"rank": "lowrank"}
 """The layer that a flag is for."""
 
 QUIRKS = ("fisher_orthogonality", "double_orth_coef")
+OFFICIAL = ("official", "official residual")  # whose
 
 # On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task.
 DIGITS_EPOCHS = 40
@@ -173,16 +165,16 @@ def cells(flags: Mapping[str, Any]) -> list[Cell]:
         if name in flags and ("official" not in variants or "neurocoder" not in layers):
             raise ValueError(f"--{name.replace('_', '-')} needs --variant official")
     check_penalty_coef(flags, methods)
-    every: list[str] = []
+    every: list[Layers] = []
     for layer in layers:
         if layer == "neurocoder":
             residual = " residual" if flags.get("residual") else ""
-            every += [f"{variant}{residual}" for variant in variants]
+            every += [tables.LAYERS[f"{variant}{residual}"] for variant in variants]
         elif layer == "lowrank":
-            every += [f"rank {rank}" for rank in dict.fromkeys(flags.get("rank", [1]))]
+            every += map(static_rank, dict.fromkeys(flags.get("rank", [1])))
         else:
-            every.append("mlp" if layer == "linear" else layer)
-    if "grow" in methods and every != ["paper"]:
+            every.append(tables.LAYERS["mlp" if layer == "linear" else layer])
+    if "grow" in methods and every != [tables.LAYERS["paper"]]:
         raise ValueError("--method grow needs --layer neurocoder --variant paper --no-residual")
     return [Cell(*which) for which in product(scenarios, methods, every)]
 
@@ -207,7 +199,7 @@ def chosen_tables(flags: Mapping[str, Any]) -> list[int]:
 
 def variant_of(cell: Cell) -> str:
     """The variant of the recipe that a cell begins with."""
-    return "grow" if cell.method == "grow" else RECIPES.get(cell.layer, RECIPES["mlp"])
+    return "grow" if cell.method == "grow" else cell.layers.variant
 
 
 def recipe_of(
@@ -230,16 +222,16 @@ def recipe_of(
     network_options = dict(recipe.network_options)
     if cell.scenario == "task":
         network_options.setdefault("num_tasks", 5)
-    if cell.layer not in RECIPES:
-        network_options["hidden_rank"] = int(cell.layer.removeprefix("rank "))
+    if cell.layers.rank is not None:
+        network_options["hidden_rank"] = cell.layers.rank
     if recipe.layer == "neurocoder" and "sharpness" in flags:
         changes["layer_options"] = {**recipe.layer_options, "sharpness": flags["sharpness"]}
         said += f" sharpness={flags['sharpness']:g}"
-    for name in QUIRKS if cell.layer.startswith("official") else ():
+    for name in QUIRKS if cell.layers.name in OFFICIAL else ():
         changes[name] = flags.get(name, getattr(recipe, name))
         if not changes[name]:
             said += f" {name}=False"
-    labels = {**cell._asdict(), "changes": said.strip(), "coef": coef_said}
+    labels = {**cell.labels, "changes": said.strip(), "coef": coef_said}
     name = " ".join(filter(None, (cell.name, changes_of(labels))))
     recipe = dataclasses.replace(recipe, network_options=network_options, **changes)
     return NamedRecipe(name, recipe, labels)

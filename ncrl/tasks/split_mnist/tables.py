@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -22,36 +22,56 @@ SCENARIO = {1: "domain", 6: "task", 7: "domain"}  # by number of the table
 REPEATS = {"domain": 5, "task": 3}  # of every cell; the paper has 10
 
 
+class Layers(NamedTuple):
+    """What all layers of a network are."""
+
+    name: str  # in tables and rows
+    variant: str  # of the recipe
+    rank: int | None = None  # of hidden layers that have a static one
+
+
+def static_rank(rank: int) -> Layers:
+    """A control: a plain network whose hidden layers have a low rank whatever the input."""
+    return Layers(f"rank {rank}", "linear_400", rank)
+
+
+_LAYERS = (
+    *(Layers("mlp", "linear_400"), Layers("official", "official_logs"), Layers("paper", "tuned")),
+    *(static_rank(1), static_rank(50), Layers("paper residual", "tuned_residual")),
+    *(Layers("official residual", "official_logs_residual"), Layers("nsm", "nsm_400")),
+)
+LAYERS = {layers.name: layers for layers in _LAYERS}
+"""The paper's, and the static controls. Table 1 has the first five: without residual, and what
+explains them."""
+
+
 class Cell(NamedTuple):
-    """A place in a table, and the labels of the rows that fill it."""
+    """A place in a table."""
 
     scenario: str
     method: str
-    layer: str  # of `LAYERS`, or `rank N` for any N
+    layers: Layers
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Those of the rows that fill it."""
+        return {"scenario": self.scenario, "method": self.method, "layer": self.layers.name}
 
     @property
     def name(self) -> str:
         """The name of the runs that fill it."""
-        return " ".join(self)
+        return " ".join(self.labels.values())
 
 
-LAYERS = (
-    *("mlp", "official", "paper", "rank 1", "rank 50"),
-    *("paper residual", "official residual", "nsm"),
-)
-"""What all layers of the network are: the paper's, and the static controls, networks of the same
-shape whose hidden layers have low rank whatever the input. Table 1 has the first five: without
-residual, and what explains them."""
-
-
-def layers_of(number: int) -> Sequence[str]:
+def layers_of(number: int) -> list[str]:
     """The layers of a table."""
-    return LAYERS[:5] if number == 1 else LAYERS
+    return list(LAYERS)[: 5 if number == 1 else None]
 
 
 def cells(number: int) -> list[Cell]:
     """All cells of a table, those that say most first."""
-    return [Cell(SCENARIO[number], m, layer) for layer in layers_of(number) for m in METHODS]
+    found = product(layers_of(number), METHODS)
+    return [Cell(SCENARIO[number], method, LAYERS[layer]) for layer, method in found]
 
 
 PRINTED: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -108,13 +128,18 @@ def printed(scenario: str, method: str, layer: str) -> str | None:
 
 
 def by_cell(rows: Iterable[Result], *, changes: bool = False) -> Groups:
-    """Rows by scenario, method and layer, and with what flags changed in the layer's name."""
+    """Rows by scenario, method and layer, or the layer with what flags changed."""
     groups: Groups = defaultdict(list)
     for row in rows:
         labels = row.labels
-        said = [labels["layer"], labels.get("changes") if changes else None]
-        groups[labels["scenario"], labels["method"], " ".join(filter(None, said))].append(row)
+        layer = changed_layer(row) if changes else labels["layer"]
+        groups[labels["scenario"], labels["method"], layer].append(row)
     return groups
+
+
+def changed_layer(row: Result) -> str:
+    """The layer of a row, and behind it what flags changed."""
+    return " ".join(filter(None, (row.labels["layer"], row.labels.get("changes"))))
 
 
 def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
@@ -123,9 +148,9 @@ def table(number: int, rows: Sequence[Result], changed: str = "") -> str:
     scenario = SCENARIO[number]
     repeats = REPEATS[scenario]
     found = by_cell(rows)
-    wanted = cells(number)
-    seeds = sorted({*range(repeats), *(row.seed for cell in wanted for row in found[cell])})
-    filled = sum(set(range(repeats)) <= {row.seed for row in found[cell]} for cell in wanted)
+    wanted = [found[cell.scenario, cell.method, cell.layers.name] for cell in cells(number)]
+    seeds = sorted({*range(repeats), *(row.seed for group in wanted for row in group)})
+    filled = sum(set(range(repeats)) <= {row.seed for row in group} for group in wanted)
     said = [changed.strip()] if changed else []
     if filled < len(wanted):
         said.append(f"{filled} of {len(wanted)} cells have all {repeats} seeds")
@@ -168,10 +193,11 @@ def _measured(group: Sequence[Result], seeds: Sequence[int]) -> list[str | None]
 
 NAMES = {
     **{"mlp": "plain MLP", "nsm": "NSM"},
-    **{"official": "authors' layer", "paper": "the paper's equations"},
+    **{"official": "authors' layer", "official residual": "authors' layer, residual"},
+    **{"paper": "the paper's equations", "paper residual": "the paper's equations, residual"},
 }
-LAYER_AND_CHANGES = re.compile(r"(rank \d+|\w+)( residual)?(.*)")
-COLORS = {"official": "C0", "paper": "C2"}  # with and without residual
+COLORS = {"official": "C0", "official residual": "C0", "paper": "C2", "paper residual": "C2"}
+WITH_RESIDUAL = ("paper residual", "official residual", "nsm")
 
 
 def draw(path: Path, rows: Sequence[Result]) -> None:
@@ -183,8 +209,9 @@ def draw(path: Path, rows: Sequence[Result]) -> None:
     found = by_cell(rows, changes=True)
     scenarios = [s for s in REPEATS if any(scenario == s for scenario, _, _ in found)]
     methods = _in_order((method for _, method, _ in found), METHODS)
-    layers = [layer for layer in _in_order((x for _, _, x in found), LAYERS) if layer != "mlp"]
-    with_residual = [layer for layer in layers if "residual" in layer or layer == "nsm"]
+    kinds = {changed_layer(row): row.labels["layer"] for row in rows}
+    layers = [layer for layer in _in_order(kinds, LAYERS) if layer != "mlp"]
+    with_residual = [layer for layer in layers if kinds[layer] in WITH_RESIDUAL]
     without = [layer for layer in layers if layer not in with_residual]
     panels = {"without residual": without, "with residual, and NSM": with_residual}
     panels = {title: names for title, names in panels.items() if names} or {"MLP": []}
@@ -226,9 +253,8 @@ def _draw_layer(
     }
     if not summaries:
         return
-    kind, residual, changes = LAYER_AND_CHANGES.findall(layer)[0]
-    name = NAMES.get(kind, kind.replace("rank", "static rank"))
-    label = f"{name}{', residual' if residual else ''}{changes}"
+    kind = next(row for group in groups.values() for row in group).labels["layer"]
+    label = NAMES.get(kind, f"static {kind}") + layer.removeprefix(kind)
     at = np.array([*summaries])
     mean = np.array([summary.mean for summary in summaries.values()])
     std = np.array([summary.std for summary in summaries.values()])

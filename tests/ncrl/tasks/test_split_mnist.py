@@ -14,8 +14,8 @@ from ncrl.tasks.continual.split import COEFS
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
 from ncrl.tasks.results import Result, read_results
 from ncrl.tasks.split_mnist import tables
-from ncrl.tasks.split_mnist.experiment import RECIPES, cells, main, recipe_of
-from ncrl.tasks.split_mnist.tables import LAYERS, Cell
+from ncrl.tasks.split_mnist.experiment import cells, main, recipe_of
+from ncrl.tasks.split_mnist.tables import LAYERS, Cell, static_rank
 from ncrl.tasks.training import count_parameters
 from tests.ncrl.tasks.refusals import assert_refused
 
@@ -56,14 +56,14 @@ PARAMETERS = {
 
 @pytest.mark.parametrize(("scenario", "name"), PARAMETERS)
 def test_networks_of_the_tables_have_the_sizes_they_should(scenario: str, name: str) -> None:
-    network = build_network(recipe(Cell(scenario, "adam", name)))
+    network = build_network(recipe(Cell(scenario, "adam", LAYERS[name])))
     assert count_parameters(network) == PARAMETERS[scenario, name]
 
 
 def test_the_protocol_is_that_of_hsu_et_al() -> None:
     for scenario in ("domain", "task"):
         for method in tables.METHODS:
-            found = recipe(Cell(scenario, method, "mlp"))
+            found = recipe(Cell(scenario, method, LAYERS["mlp"]))
             assert (found.epochs, found.batch_size, found.schedule) == (4, 128, "constant")
             rate = ("adagrad", 1e-2) if method == "adagrad" else ("adam", 1e-3)
             assert (found.optimizer, found.learning_rate) == rate
@@ -75,10 +75,10 @@ def test_the_protocol_is_that_of_hsu_et_al() -> None:
 
 def test_quirks_belong_to_the_official_variant() -> None:
     for layer in LAYERS:
-        found = recipe(Cell("domain", "ewc", layer))
+        found = recipe(Cell("domain", "ewc", LAYERS[layer]))
         official = layer in ("official", "official residual")
         assert found.fisher_orthogonality == found.double_orth_coef == official
-    cell = Cell("domain", "ewc", "official")
+    cell = Cell("domain", "ewc", LAYERS["official"])
     without = recipe_of(cell, {"fisher_orthogonality": False})
     assert without.name == "domain ewc official fisher_orthogonality=False"
     assert not vars(without.recipe)["fisher_orthogonality"]
@@ -92,10 +92,10 @@ def test_quirks_can_stand_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(text)
     for layer, doubles in (("official", False), ("paper", True), ("paper residual", False)):
-        cell = Cell("domain", "ewc", layer)
+        cell = Cell("domain", "ewc", LAYERS[layer])
         assert recipe(cell, config=str(path)).double_orth_coef is doubles
     assert recipe(
-        cell._replace(layer="official"), config=str(path), double_orth_coef=True
+        cell._replace(layers=LAYERS["official"]), config=str(path), double_orth_coef=True
     ).double_orth_coef
 
 
@@ -119,7 +119,7 @@ def test_method_and_coefficient_can_stand_in_the_file(tmp_path: Path) -> None:
 
 
 def test_flags_change_the_recipe_and_its_name() -> None:
-    cell = Cell("task", "adagrad", "paper")
+    cell = Cell("task", "adagrad", LAYERS["paper"])
     changed = recipe_of(cell, {"sharpness": 3.0, "epochs": 2, "orth_coef": 7.0}, coef=5.0)
     assert changed.recipe.layer_options["sharpness"] == 3
     found = changed.recipe
@@ -127,18 +127,18 @@ def test_flags_change_the_recipe_and_its_name() -> None:
     assert vars(found)["penalty_coef"] == 5
     for said in ("sharpness=3", "penalty_coef=5", "epochs=2", "orth_coef=7"):
         assert said in changed.name
-    ewc = Cell("domain", "ewc", "mlp")
+    ewc = Cell("domain", "ewc", LAYERS["mlp"])
     assert recipe_of(ewc, {}, coef=100.0) == recipe_of(ewc, {}), (
         "the coefficient that it has anyway"
     )
     kept = recipe_of(cell, {"learning_rate": 0.5}).recipe
     assert (kept.optimizer, kept.learning_rate) == ("adagrad", 0.5)
-    assert recipe_of(Cell("domain", "si", "rank 7"), {}).name == "domain si rank 7"
-    assert {layer for layer in LAYERS if "rank" not in layer} == set(RECIPES)
+    assert recipe_of(Cell("domain", "si", static_rank(7)), {}).name == "domain si rank 7"
 
 
 def test_options_change_the_cells_whose_layer_has_them() -> None:
-    every = [Cell("domain", "ewc", layer) for layer in ("mlp", "rank 3", "paper")]
+    layers = LAYERS["mlp"], static_rank(3), LAYERS["paper"]
+    every = [Cell("domain", "ewc", which) for which in layers]
     flags = {"layer_options": ["num_slots=7"]}
     plain, low, coded = (recipe_of(cell, flags, beside=every) for cell in every)
     assert plain == recipe_of(every[0], {}) and low == recipe_of(every[1], {})
@@ -318,7 +318,7 @@ def test_a_sweep_trains_with_every_coefficient(tmp_path: Path) -> None:
 
 
 def test_points_are_means_over_seeds_in_the_order_of_the_coefficient() -> None:
-    cell = Cell("domain", "ewc", "rank 1")
+    cell = Cell("domain", "ewc", static_rank(1))
 
     def row(coef: float, seed: int, learn: float, accuracy: float, said: str = "") -> Result:
         made = made_up(cell, seed, accuracy, learn=learn)
@@ -342,19 +342,19 @@ def test_points_are_means_over_seeds_in_the_order_of_the_coefficient() -> None:
 def made_up(cell: Cell, seed: int, accuracy: float, **metrics: float) -> Result:
     values = {"accuracy": accuracy, "learn": 99.0, "failed_tasks": 0.0, "forgetting": 1.0}
     return Result(
-        *("split_mnist", cell.name, seed, cell.layer, 1234),
+        *("split_mnist", cell.name, seed, cell.layers.name, 1234),
         {**values, "transfer": -1.0, "rank": 3.0, **metrics},
         *("MNIST", 10, 1.0, {}),
-        labels=cell._asdict(),
+        labels=cell.labels,
     )
 
 
 def test_tables_hold_every_cell_beside_the_printed_number() -> None:
-    cell = Cell("domain", "online-ewc", "official")
+    cell = Cell("domain", "online-ewc", LAYERS["official"])
     rows = [
         made_up(cell, 0, 70.0, attention=0.025),
         made_up(cell, 2, 74.0, attention=0.025, failed_tasks=2.0),
-        made_up(Cell("task", "adam", "mlp"), 0, 90.0),
+        made_up(Cell("task", "adam", LAYERS["mlp"]), 0, 90.0),
     ]
     text = tables.table(7, rows)
     assert text.startswith("Table 7, incremental domain; 0 of 48 cells have all 5 seeds\n")
@@ -389,9 +389,9 @@ def test_every_cell_is_wanted_once_and_known_to_the_paper() -> None:
 
 
 def test_grow_has_a_recipe_of_its_own_and_no_other_column() -> None:
-    found = recipe(Cell("domain", "grow", "paper"))
+    found = recipe(Cell("domain", "grow", LAYERS["paper"]))
     assert found.layer_options["controller"] == "projection" and found.penalty_coef == 1
     (cell,) = cells({"method": ["grow"]})
-    assert cell == Cell("domain", "grow", "paper")
+    assert cell == Cell("domain", "grow", LAYERS["paper"])
     with pytest.raises(ValueError, match="--method grow needs --layer neurocoder"):
         cells({"method": ["grow"], "layer": ["linear"]})
