@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import LinearSchedule
 
-from ncrl.agents import arguments
+from ncrl.agents import arguments, curves
 from ncrl.agents.algorithm import EngineAlgorithm
 from ncrl.agents.defaults import IMAGES, MAX_GRAD_NORM, RMS_PROP_EPS, defaults_for, image_heads
 from ncrl.agents.learning.intrinsic import IntrinsicReward
@@ -29,7 +29,6 @@ from ncrl.agents.playing.env_sources import EnvFactory
 from ncrl.agents.playing.players import Player, SerialPlayer, played_by_workers
 from ncrl.agents.playing.supervision import Limits, PoolSpec
 from ncrl.agents.profiling import OFF, Profile, stopwatch_for
-from ncrl.agents.runs import curves
 from ncrl.checks import whole_number
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.engine import SUPPORTED

@@ -23,6 +23,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
+from ncrl.agents import curves
 from ncrl.agents.arguments import (
     check_serial,
     check_workers,
@@ -34,6 +35,7 @@ from ncrl.agents.defaults import DEFAULT_ENVS
 from ncrl.agents.learning.exploration import Exploration, make_exploration
 from ncrl.agents.learning.intrinsic import IntrinsicReward
 from ncrl.agents.learning.learner import Learner
+from ncrl.agents.loading import load_model, write_model
 from ncrl.agents.playing import env_sources, sizes
 from ncrl.agents.playing.buffers import Batch, RolloutShape
 from ncrl.agents.playing.collector import Collector, Outcome
@@ -43,8 +45,6 @@ from ncrl.agents.playing.supervision import Pool
 from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import PolicySpec
 from ncrl.agents.profiling import Profile
-from ncrl.agents.runs import curves
-from ncrl.agents.runs.loading import load_model, write_model
 from ncrl.checks import suggest, whole_number
 from ncrl.sb3 import EnginePolicy
 from ncrl.sb3.registry import POLICIES

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import torch
 
-from ncrl.agents.runs.curves import coded_heads
+from ncrl.agents.curves import coded_heads
 from ncrl.sb3 import EnginePolicy, Latent
 
 CODECS = {".mp4": "mp4v", ".webm": "VP90"}

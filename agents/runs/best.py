@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from stable_baselines3.common.utils import safe_mean
 
 from ncrl.agents.a3c import A3C
+from ncrl.agents.curves import ended_games
 from ncrl.agents.runs.checkpoints import model_bytes
-from ncrl.agents.runs.curves import ended_games
 from ncrl.files import read_bytes, write_atomically
 
 GAMES = 40

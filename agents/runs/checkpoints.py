@@ -21,9 +21,9 @@ import torch
 from stable_baselines3.common.vec_env import unwrap_vec_wrapper
 
 from ncrl.agents.a3c import A3C
+from ncrl.agents.loading import read_member, unpacked_limit
 from ncrl.agents.playing.collector import Collector
 from ncrl.agents.playing.env_sources import RecordedEnv
-from ncrl.agents.runs.loading import read_member, unpacked_limit
 from ncrl.checks import shown
 from ncrl.files import read_bytes, write_atomically
 from ncrl.optimizer_state import check_optimizer_state

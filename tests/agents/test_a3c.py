@@ -37,10 +37,10 @@ from stable_baselines3.common.vec_env import (
 
 import ncrl.agents.a3c
 from ncrl.agents import A3C, WorkerError
+from ncrl.agents.curves import record_heads, record_lag, record_means
 from ncrl.agents.playing.env_sources import RemoteEnvs
 from ncrl.agents.playing.supervision import PoolSpec
 from ncrl.agents.playing.weights import layout
-from ncrl.agents.runs.curves import record_heads, record_lag, record_means
 from ncrl.envs import light, masked_cartpole
 from ncrl.sb3 import Latent
 from tests.agents.conftest import assert_bit_equal, weights
