@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ncrl.checks import shown
-from ncrl.files import read_bytes
+from ncrl.checks import shown, suggest
+from ncrl.files import given_path, read_bytes
 
 LARGEST_YAML = 1 << 17
 """Bytes of a file of settings."""
+
+
+def find_config(name: str, folder: Path) -> Path:
+    """A file of settings, by its path or by its name in a folder; ValueError if there is none."""
+    path = given_path(name)
+    for found in (path, folder / name, folder / f"{name}.yaml"):
+        if found.is_file():
+            return found
+    if os.path.lexists(path):
+        return path  # who reads it says what is wrong with it
+    known = [path.stem for path in folder.glob("*.yaml")]
+    raise ValueError(f"there is no config {name!r}; {suggest(Path(name).stem, known)}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -154,6 +154,7 @@ REFUSED = {
     "--config nothing.yaml": ["nothing.yaml"],
     "--config binary.yaml": ["binary.yaml"],
     "--config absent.yaml": ["absent.yaml"],
+    "--config pnog": ["'pnog'", "nearest: pong"],
     "--config plain": ["plain"],
     "--config bomb.yaml": ["bomb.yaml", "by an alias"],
     "--config deep.yaml": ["deep.yaml", "nested"],
@@ -572,6 +573,12 @@ def test_what_was_asked_for_comes_before_the_defaults_of_a_bonus(tmp_path: Path)
     assert config.games == 2
     (tmp_path / "run.yaml").write_text("env: MontezumaRevenge\nintrinsic_reward: none\n")
     assert settings(chosen(f"--config {tmp_path / 'run.yaml'}")) == ORDINARY
+
+
+def test_settings_of_ours_are_found_by_name() -> None:
+    pong = chosen("--config pong --frames 4000")
+    assert (pong.env, pong.protocol, pong.frames) == ("Pong", "classic", 4000)
+    assert chosen("--config a3c --env Seaquest").optimizer == "rmsprop"
 
 
 @pytest.mark.parametrize(

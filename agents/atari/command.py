@@ -19,7 +19,7 @@ from ncrl.shell.screen import Screen
 from ncrl.shell.signals import leave_at_once, stop_signals
 
 MODES: dict[str, tuple[type, str]] = {
-    "config": (str, "YAML file of settings; flags win over it"),
+    "config": (str, "file of settings in YAML, or pong or a3c; flags win over it"),
     "resume": (str, "go on with a run exactly"),
     "profile": (bool, "where the time of each process goes: a table at the end, and curves"),
     "evaluate": (str, "play whole games with a trained run"),

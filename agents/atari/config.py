@@ -30,9 +30,12 @@ from ncrl.envs import AtariFactory, atari
 from ncrl.files import given_path
 from ncrl.layers import LAYERS
 from ncrl.settings import configure, same_as, setting
-from ncrl.yaml_files import read_yaml
+from ncrl.yaml_files import find_config, read_yaml
 
 FRAMES_PER_TIMESTEP = 4
+
+CONFIGS = (Path(__file__).parent / "configs").resolve()
+"""The settings of this package: a link to `configs/atari/` in a clone, a folder once installed."""
 
 EXPLORING_ENVS = 64
 """About so many games with an intrinsic reward. More than 16 find more, and many more than 64 learn
@@ -133,7 +136,7 @@ class RunConfig:
         high=10**9,
     )
     optimizer: str = setting(
-        "adam", "adam, or rmsprop as in A3C (configs/a3c.yaml)", choices=("adam", "rmsprop")
+        "adam", "adam, or rmsprop as in A3C (--config a3c)", choices=("adam", "rmsprop")
     )
     learning_rate: float = setting(IMAGES.learning_rate, "learning rate at the start", low=0)
     anneal: bool = setting(True, "whether the learning rate falls linearly to 0")
@@ -228,7 +231,7 @@ def choose_config(
     """The configuration of the run, and its directory if it exists already."""
     if modes["resume"] is None:
         file = modes["config"]
-        values = {} if file is None else read_yaml(given_path(file))
+        values = {} if file is None else read_yaml(find_config(file, CONFIGS))
 
         def chosen(base: RunConfig) -> RunConfig:
             return with_game(with_flags(configure(values, base, str(file)), flags))

@@ -41,7 +41,7 @@ from ncrl.tasks.recipes import (
 )
 from ncrl.tasks.results import Result, fingerprint, program
 from ncrl.tasks.training import RECIPE_FILE, NonFiniteError, Run, identity, load_weights, train
-from ncrl.yaml_files import parse_yaml
+from ncrl.yaml_files import find_config, parse_yaml
 
 # In the folder of a run whose loss was not finite: the same run would end there again.
 DIVERGED_FILE = "diverged.txt"
@@ -323,7 +323,7 @@ def named_recipes(flags: Mapping[str, Any], default_config: str) -> list[NamedRe
     the file has one; else the recipe's own layer is replaced by one with default options. Options
     change those recipes whose layer or network has them; ValueError for one that none has.
     """
-    path = find_config(flags.get("config", default_config))
+    path = find_config(flags.get("config", default_config), CONFIGS)
     recipes = read_recipes(path)
     wanted: dict[str, NamedRecipe] = {}
     for variant in flags.get("variant", [BASE]):
@@ -402,12 +402,3 @@ def chosen(
     for name in names:
         require_choice(f"--{flag}", name, choices)
     return list(dict.fromkeys(names))
-
-
-def find_config(name: str) -> Path:
-    """A file of recipes, by its path or by its name in `CONFIGS`."""
-    for path in (given_path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = [path.stem for path in CONFIGS.glob("*.yaml")]
-    raise ValueError(f"there is no config {name!r}; {suggest(Path(name).stem, known)}")

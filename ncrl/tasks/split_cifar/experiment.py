@@ -16,7 +16,7 @@ import torch
 from ncrl.checks import require_range
 from ncrl.files import given_path
 from ncrl.shell.screen import say
-from ncrl.tasks.command import NamedRecipe, Session, chosen, find_config, run_command, task_parser
+from ncrl.tasks.command import NamedRecipe, Session, chosen, run_command, task_parser
 from ncrl.tasks.continual.methods import METHODS, make_method
 from ncrl.tasks.continual.split import (
     COEFS,
@@ -29,7 +29,14 @@ from ncrl.tasks.continual.split import (
 from ncrl.tasks.data import Images, load_cifar
 from ncrl.tasks.formats import CIFAR_SIDE
 from ncrl.tasks.models.resnet import CLASSIFIER_WIDTHS, ResNet18
-from ncrl.tasks.recipes import MOST_EPOCHS, ContinualRecipe, Recipe, outline_network, read_recipes
+from ncrl.tasks.recipes import (
+    CONFIGS,
+    MOST_EPOCHS,
+    ContinualRecipe,
+    Recipe,
+    outline_network,
+    read_recipes,
+)
 from ncrl.tasks.results import results_table
 from ncrl.tasks.split_cifar.backbone import (
     IMAGENET_SIDE,
@@ -42,6 +49,7 @@ from ncrl.tasks.split_cifar.backbone import (
     pixel_statistics,
 )
 from ncrl.tasks.split_cifar.features import SplitFeatures, draw_accuracy, draw_slots, slots_figure
+from ncrl.yaml_files import find_config
 
 CONFIG = "split_cifar.yaml"
 
@@ -139,7 +147,7 @@ def backbone_recipe(flags: Mapping[str, Any]) -> Recipe | None:
         return None
     if epochs is not None:
         require_range("--backbone-epochs", epochs, 0, MOST_EPOCHS)
-    config = find_config(flags.get("config", CONFIG))
+    config = find_config(flags.get("config", CONFIG), CONFIGS)
     recipe = read_recipes(config).get(BACKBONE)
     if recipe is None:
         raise ValueError(f"{config} has no variant {BACKBONE!r}; give --backbone FILE")

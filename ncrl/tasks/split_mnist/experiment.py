@@ -21,7 +21,6 @@ from ncrl.tasks.command import (
     NamedRecipe,
     Session,
     chosen,
-    find_config,
     named_recipes,
     run_command,
     task_parser,
@@ -37,10 +36,11 @@ from ncrl.tasks.continual.split import (
     split_tasks,
 )
 from ncrl.tasks.data import load_mnist
-from ncrl.tasks.recipes import SCENARIOS, ContinualRecipe, read_recipes
+from ncrl.tasks.recipes import CONFIGS, SCENARIOS, ContinualRecipe, read_recipes
 from ncrl.tasks.results import Result, results_table
 from ncrl.tasks.split_mnist import tables
 from ncrl.tasks.split_mnist.tables import Cell, Layers, static_rank
+from ncrl.yaml_files import find_config
 
 CONFIG = "split_mnist.yaml"
 
@@ -150,7 +150,7 @@ def seeds(session: Session, repeats: int | None) -> list[int]:
 
 def cells(flags: Mapping[str, Any]) -> list[Cell]:
     """All combinations that the flags name."""
-    path = find_config(flags.get("config", CONFIG))
+    path = find_config(flags.get("config", CONFIG), CONFIGS)
     top = read_recipes(path)[""]
     if not isinstance(top, ContinualRecipe):
         raise ValueError(f"{path} is for network {top.network}, expected split_mlp")

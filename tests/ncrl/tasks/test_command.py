@@ -26,7 +26,6 @@ from ncrl.tasks.command import (
     Session,
     check_figure,
     choose_device,
-    find_config,
     locked,
     named_recipes,
     run_command,
@@ -35,6 +34,7 @@ from ncrl.tasks.command import (
 from ncrl.tasks.experiment import Experiment, random_stream
 from ncrl.tasks.polynomial import experiment as polynomial
 from ncrl.tasks.recipes import CONFIGS, Recipe
+from ncrl.yaml_files import find_config
 from tests.ncrl.tasks.files import read_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -141,10 +141,15 @@ def test_options_change_the_recipes_whose_layer_or_network_has_them() -> None:
 
 
 def test_configs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
-    assert find_config("mnist") == find_config("mnist.yaml") == CONFIGS / "mnist.yaml"
+    assert (
+        find_config("mnist", CONFIGS)
+        == find_config("mnist.yaml", CONFIGS)
+        == CONFIGS / "mnist.yaml"
+    )
     own = tmp_path / "own.yaml"
     own.write_text("task: mnist\nnetwork: gru\n")
     assert list(named("--config", str(own))) == ["own"]
+    assert find_config(str(tmp_path), CONFIGS) == tmp_path, "whoever reads it says what it is"
 
 
 REFUSED: list[tuple[Sequence[str], str]] = [
@@ -408,12 +413,16 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_configs_belong_to_the_package_and_are_those_of_the_repository() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"ncrl.tasks" = ["configs/*.yaml"]' in project
-    ours, theirs = (
-        {path.name: path.read_text("utf-8") for path in folder.glob("*.yaml")}
-        for folder in (CONFIGS, ROOT / "configs" / "tasks")
-    )
-    assert ours == theirs and "mnist.yaml" in ours
+    for package, folder, some in (
+        ("ncrl.tasks", "tasks", "mnist.yaml"),
+        ("ncrl.agents.atari", "atari", "pong.yaml"),
+    ):
+        assert f'"{package}" = ["configs/*.yaml"]' in project
+        ours, theirs = (
+            {path.name: path.read_text("utf-8") for path in where.glob("*.yaml")}
+            for where in (ROOT / package.replace(".", "/") / "configs", ROOT / "configs" / folder)
+        )
+        assert ours == theirs and some in ours
 
 
 KEEPING = """
