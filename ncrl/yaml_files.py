@@ -20,7 +20,7 @@ def find_config(name: str, folder: Path) -> Path:
     """A file of settings, by its path or by its name in a folder; ValueError if there is none."""
     path = given_path(name)
     for found in (path, folder / name, folder / f"{name}.yaml"):
-        if found.is_file():
+        if os.path.isfile(found):  # false also for a name that is too long
             return found
     if os.path.lexists(path):
         return path  # who reads it says what is wrong with it

@@ -155,6 +155,7 @@ REFUSED = {
     "--config binary.yaml": ["binary.yaml"],
     "--config absent.yaml": ["absent.yaml"],
     "--config pnog": ["'pnog'", "nearest: pong"],
+    f"--config {'a' * 5000}": ["there is no config"],
     "--config plain": ["plain"],
     "--config bomb.yaml": ["bomb.yaml", "by an alias"],
     "--config deep.yaml": ["deep.yaml", "nested"],
@@ -176,6 +177,7 @@ REFUSED = {
     "--evaluate empty_run --episodes x": ["--episodes", "x"],
     # F13, F17: runs that are none, or cannot go on that way
     "--resume absent": ["absent", "config.yaml"],
+    f"--resume {'a' * 5000}": ["is no run directory"],
     "--resume file": ["file"],
     "--resume plain": ["plain", "config.yaml"],
     "--resume empty_run": ["empty_run", "no checkpoint"],

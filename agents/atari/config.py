@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -262,7 +263,7 @@ def with_flags(config: RunConfig, flags: dict[str, Any]) -> RunConfig:
 def stored_config(run: Path) -> RunConfig:
     """The configuration in a run directory."""
     path = run / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # false also for a name that is too long
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
     # What settings were before there were flags for them: no bonus, and a gate.
     earlier = replace(RunConfig(), intrinsic_reward="none", residual_gate=True)
