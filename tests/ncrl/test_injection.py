@@ -318,6 +318,8 @@ def test_keeps_modes(host: Host, training: bool) -> None:
     assert {module.training for module in model.modules()} == {training}
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (not outside(host.names, name)), name
+    eject(model.train(not training))
+    assert {module.training for module in model.modules()} == {not training}
 
 
 @all_hosts
@@ -409,14 +411,7 @@ def test_eject_restores_the_host(host: Host) -> None:
     assert_same_state(state, model.state_dict())
     assert torch.equal(host.output(model, host.input()), output)
     assert eject(model) == []
-
-
-@all_hosts
-def test_injects_again_by_the_names_returned(host: Host) -> None:
-    model = host.make()
-    names = inject(model, CONFIG, host.targets)
-    eject(model)
-    assert inject(model, CONFIG, names) == names
+    assert inject(model, CONFIG, host.names) == host.names
 
 
 def deep_copied(model: nn.Module) -> Any:
@@ -486,15 +481,6 @@ def test_originals_follow_to_another_device(host: Host) -> None:
     model = host.injected().to("meta")
     eject(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-
-
-@all_hosts
-def test_eject_keeps_the_mode(host: Host) -> None:
-    model = host.make()
-    inject(model.train(), CONFIG, host.targets)
-    model.eval()
-    eject(model)
-    assert {module.training for module in model.modules()} == {False}
 
 
 # What targets mean
