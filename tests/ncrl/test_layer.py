@@ -101,30 +101,6 @@ def test_input_need_not_be_contiguous() -> None:
     assert relative_error(layer(x), layer(x.contiguous())) < 1e-12
 
 
-def test_samples_do_not_see_each_other() -> None:
-    case = CASES["five-steps"]
-    layer = make_layer(case)
-    x = random_input(4, case.in_features)
-    others = random_input(4, case.in_features, seed=9)
-    others[2] = x[2]
-    first, second = layer.attend(x), layer.attend(others)
-    for before, after in [
-        (first.u, second.u),
-        (first.v, second.v),
-        (first.s, second.s),
-        (layer(x), layer(others)),
-    ]:
-        torch.testing.assert_close(before[2], after[2], rtol=1e-12, atol=1e-13)
-        assert not torch.allclose(before[1], after[1])
-
-
-@all_cases
-def test_singular_values_decrease_and_are_positive(case: Case) -> None:
-    sigma = make_layer(case).singular_values(random_input(5, case.in_features))
-    assert (sigma > 0).all()
-    assert (sigma[:, 1:] < sigma[:, :-1]).all()
-
-
 def test_singular_values_of_very_negative_memory_in_float32() -> None:
     """softplus(-80) = 1.8e-35 is a float32; softplus(-200) is 0 there, and sigma may be 0 too."""
     layer = empty_layer(CASES["sharp-without-usage"], torch.float32)
@@ -220,33 +196,6 @@ def test_largest_possible_attention_by_hand(sharpness: float, num_slots: int) ->
         torch.testing.assert_close(weights, expected, rtol=1e-9, atol=0.0)
 
 
-@all_cases
-def test_attention_lies_between_zero_and_the_bound(case: Case) -> None:
-    layer = make_layer(case)
-    with torch.no_grad():
-        layer.composition.head.weight.mul_(100)
-        layer.memory.key_net.weight.mul_(100)
-    b, P = case.sharpness, case.num_slots
-    bound = math.exp(b) / (math.exp(b) + (P - 1) * math.exp(-b))
-    attention = layer.attend(10 * random_input(20, case.in_features))
-    for weights in (attention.u, attention.v, attention.s):
-        assert (weights >= 0).all()
-        assert weights.max() <= bound + 1e-12
-
-
-def test_first_step_has_no_usage_term() -> None:
-    """At j = 1 w = sig(g) * c: closed gates leave nothing, and l_I makes no difference."""
-    closed = Case(num_steps=1, num_least_used=2)
-    layer = make_layer(closed)
-    constant_head(layer, closed, [1.0, 0.5, -0.3], [-1000.0] * closed.num_slots)
-    assert not layer.attend(random_input(2, closed.in_features)).u.any()
-
-    two, four = make_layer(closed), make_layer(closed._replace(num_least_used=4))
-    x = random_input(2, closed.in_features)
-    assert torch.equal(two.attend(x).u, four.attend(x).u)
-    assert torch.equal(two(x), four(x))
-
-
 @pytest.mark.parametrize("num_least_used", [1, 2, 4])
 def test_second_step_adds_the_least_used_slots_by_hand(num_least_used: int) -> None:
     """Gates of 1/2 and one constant query: w_1 = m = c/2 and w_2 = c/2 + (max m - m)/2.
@@ -281,19 +230,6 @@ def test_ties_at_the_threshold_are_all_selected() -> None:
         torch.testing.assert_close(second, first[0].expand_as(second), rtol=1e-9, atol=0.0)
         # Now all slots are used alike, up to rounding: the usage term is gone again.
         torch.testing.assert_close(third, first, rtol=1e-9, atol=1e-12)
-
-
-def test_zero_query_attends_to_all_slots_alike() -> None:
-    case = Case(num_least_used=0)
-    layer = make_layer(case)
-    constant_head(layer, case, [0.0] * case.key_dim, [])
-    x = random_input(2, case.in_features)
-    attention = layer.attend(x)
-    torch.testing.assert_close(attention.u, torch.full_like(attention.u, 1 / 7))
-    layer(x).sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("length", [1e-9, 3e-7, 1e-5])
@@ -352,37 +288,6 @@ def test_gradients_equal_those_of_the_reference(name: str) -> None:
         return neurocoder_reference(state, case.sizes, x)["output"]
 
     assert_gradients_equal_those_of(reference, make_layer(case), random_input(2, case.in_features))
-
-
-@all_cases
-def test_each_parameter_receives_a_gradient(case: Case) -> None:
-    """At J = 1 the recurrent weight multiplies h_0 = 0: its gradient is exactly zero, not None."""
-    layer = make_layer(case)
-    weights = random_input(6, case.out_features, seed=4)
-    layer(random_input(6, case.in_features)).mul(weights).sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None, name
-        inert = case.num_steps == 1 and name == "composition.lstm.weight_hh"
-        # One key dimension leaves only the sign of a query or a key: its gradient is zero, too.
-        flat = case.key_dim == 1 and name.startswith(("memory.key_net", "composition"))
-        if inert:
-            assert not parameter.grad.any(), name
-        elif not flat:
-            assert parameter.grad.any(), name
-
-
-def test_no_gradient_reaches_the_memories_through_the_keys() -> None:
-    """Attention depends on the memories through the keys alone."""
-    layer = make_layer(CASES["default"])
-    attention = layer.attend(random_input(3, 5))
-    weights = random_input(*attention.u.shape, seed=6)
-    loss = (attention.u + 2 * attention.v + 3 * attention.s).mul(weights).sum()
-    loss.backward()
-    for name, parameter in layer.memory.named_parameters():
-        if name.startswith("key_net"):
-            assert parameter.grad is not None and parameter.grad.any(), name
-        else:
-            assert parameter.grad is None or not parameter.grad.any(), name
 
 
 # State
