@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ncrl import Attention, NeurocoderConfig, NeurocoderLinear
 from ncrl.layers import make_layer as make_named_layer
@@ -91,14 +90,6 @@ def test_backward_of_an_empty_batch() -> None:
     layer(torch.zeros(0, 5, dtype=torch.float64)).sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is None or not parameter.grad.any(), name
-
-
-def test_input_need_not_be_contiguous() -> None:
-    case = CASES["default"]
-    layer = make_layer(case)
-    x = random_input(case.in_features, 6).T
-    assert not x.is_contiguous()
-    assert relative_error(layer(x), layer(x.contiguous())) < 1e-12
 
 
 def test_singular_values_of_very_negative_memory_in_float32() -> None:
@@ -364,35 +355,24 @@ def test_float32_is_close_to_float64(name: str) -> None:
     assert relative_error(y.double(), layer(x)) < 1e-4
 
 
-AUTOCAST_CASES = ["default", "one-step", "without-usage", "bare"]
-
-
-@pytest.mark.parametrize("name", AUTOCAST_CASES)
-def test_autocast_is_finite_and_close(name: str) -> None:
-    case = CASES[name]
-    layer = make_layer(case).float()
-    x = random_input(16, case.in_features).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert relative_error(y.float(), layer(x)) < 0.1
-    y.float().square().sum().backward()
-    for parameter_name, parameter in layer.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert parameter.grad.isfinite().all(), parameter_name
-
-
-@pytest.mark.parametrize("name", AUTOCAST_CASES)
-def test_autocast_leaves_attention_and_cumulative_sums_in_float32(name: str) -> None:
+@pytest.mark.parametrize("name", ["default", "one-step", "without-usage", "bare"])
+def test_autocast_is_close_and_leaves_attention_and_cumulative_sums_in_float32(name: str) -> None:
     """Eight bits cannot hold usage, whose ties matter, nor a sum that must strictly decrease."""
     case = CASES[name]
     layer = make_layer(case).float()
     x = random_input(16, case.in_features).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
         attention = layer.attend(x)
         sigma = layer.singular_values(x)
+    assert relative_error(y.float(), layer(x)) < 0.1
     for label, tensor in [*attention._asdict().items(), ("sigma", sigma)]:
         assert tensor.dtype == torch.float32, label
     assert (sigma[:, 1:] < sigma[:, :-1]).all()
+    y.float().square().sum().backward()
+    for parameter_name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
 
 
 class LargestTensor(TorchDispatchMode):
@@ -441,16 +421,6 @@ def test_the_residual_is_applied_to_the_output() -> None:
     assert seen.largest <= WIDE.in_features * WIDE.out_features
 
 
-def test_cost_grows_with_the_sum_of_the_widths() -> None:
-    def flops(width: int) -> int:
-        layer = make_layer(WIDE._replace(in_features=width, out_features=width))
-        with FlopCounterMode(display=False) as counter:
-            layer(random_input(8, width))
-        return counter.get_total_flops()
-
-    assert 0 < flops(256) <= 2 * flops(128)
-
-
 # Construction
 
 
@@ -458,22 +428,16 @@ BAD_SIZES: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_slots": 4, "num_least_used": 4}, ["num_least_used", "4"]),
     ({"num_slots": 4, "num_least_used": 9}, ["num_least_used", "4", "9"]),
     ({"num_least_used": -1}, ["num_least_used", "-1"]),
-    ({"num_slots": 0, "num_least_used": 0}, ["num_slots", "0"]),
-    ({"num_slots": -3, "num_least_used": 0}, ["num_slots", "-3"]),
-    ({"num_heads": 0}, ["num_heads", "0"]),
-    ({"num_heads": -2}, ["num_heads", "-2"]),
-    ({"num_steps": 0}, ["num_steps", "0"]),
-    ({"num_steps": -5}, ["num_steps", "-5"]),
-    ({"key_dim": 0}, ["key_dim", "0"]),
-    ({"key_dim": -1}, ["key_dim", "-1"]),
-    ({"controller_size": 0}, ["controller_size", "0"]),
-    ({"controller_size": -8}, ["controller_size", "-8"]),
-    ({"in_features": -6}, ["in_features", "-6"]),
-    ({"out_features": -6}, ["out_features", "-6"]),
-    ({"sharpness": 0.0}, ["sharpness", "0"]),
-    ({"sharpness": -1.0}, ["sharpness", "-1"]),
-    ({"sharpness": math.nan}, ["sharpness", "nan"]),
-    ({"sharpness": math.inf}, ["sharpness", "inf"]),
+    *[
+        ({name: value, "num_least_used": 0}, [name, str(value)])
+        for name in ("num_slots", "num_heads", "num_steps", "key_dim", "controller_size")
+        for value in (0, -3)
+    ],
+    *[({name: -6}, [name, "-6"]) for name in ("in_features", "out_features")],
+    *[
+        ({"sharpness": value}, ["sharpness", str(value)])
+        for value in (0.0, -1.0, math.nan, math.inf)
+    ],
 ]
 
 
@@ -495,8 +459,6 @@ def test_a_config_is_the_same_as_its_fields() -> None:
     layer.load_state_dict(full.state_dict())
     x = random_input(2, i)
     assert torch.equal(layer(x), full(x))
-    with pytest.raises(TypeError, match="num_head"):
-        NeurocoderLinear(i, o, num_head=3)
 
 
 CONFIG_FIELDS = set(Case._fields) - {"in_features", "out_features", "bias"}
@@ -542,10 +504,3 @@ def test_initial_values(reset: bool) -> None:
     residual = dict(layer.named_parameters())["integration.residual"]
     limit = 1 / math.sqrt(case.in_features)
     assert 0.8 * limit < residual.abs().max().item() <= limit
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_and_device_arguments(dtype: torch.dtype) -> None:
-    layer = NeurocoderLinear(**Case()._asdict(), device="cpu", dtype=dtype)
-    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
-    assert layer(torch.zeros(2, 5, dtype=dtype)).dtype == dtype
