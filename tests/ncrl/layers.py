@@ -3,12 +3,13 @@
 Shape letters: B batch, P slots, K key, H heads, J steps, R = J*H components.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncrl import NeurocoderLinear
 from tests.reference import Sizes, neurocoder_reference
@@ -101,6 +102,26 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
     assert actual.shape == expected.shape
     if actual.numel():
         assert relative_error(actual, expected) < tolerance
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for item in result:
+            yield from tensors_in(item)
 
 
 def parameters_of(layer: nn.Module) -> dict[str, Tensor]:

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncrl import NeurocoderConfig, NeurocoderConv2d, orthogonal_loss
-from tests.ncrl.layers import parameters_of, random_input, relative_error
+from tests.ncrl.layers import LargestTensor, parameters_of, random_input, relative_error
 from tests.reference import (
     Sizes,
     attention_reference,
@@ -161,25 +160,11 @@ def test_images_one_by_one_in_vmap(channels_last: bool) -> None:
     assert relative_error(found, layer(images.flatten(0, 1)).unflatten(0, (3, 2))) < 1e-12
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most numbers of any tensor that is made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor):
-            self.numel = max(self.numel, made.numel())
-        return made
-
-
 def test_no_image_gets_a_kernel_of_its_own() -> None:
     layer = NeurocoderConv2d(64, 64, 3, num_slots=4, num_heads=2, num_least_used=0)
-    with LargestTensor() as largest, torch.no_grad():
+    with LargestTensor() as seen, torch.no_grad():
         layer(torch.zeros(16, 64, 4, 4))
-    assert largest.numel < 16 * layer.memory.u.shape[1] * 64 / 4
+    assert seen.largest < 16 * layer.memory.u.shape[1] * 64 / 4
 
 
 @all_cases

@@ -7,13 +7,12 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncrl import Attention, NeurocoderConfig, NeurocoderLinear
 from ncrl.layers import make_layer as make_named_layer
@@ -28,6 +27,7 @@ from ncrl.neurocoder.integration import (
 from tests.ncrl.layers import (
     CASES,
     Case,
+    LargestTensor,
     all_cases,
     assert_gradients_equal_those_of,
     close,
@@ -373,26 +373,6 @@ def test_autocast_is_close_and_leaves_attention_and_cumulative_sums_in_float32(n
     for parameter_name, parameter in layer.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            self.largest = max(self.largest, tensor.numel())
-        return result
-
-
-def tensors_in(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for item in result:
-            yield from tensors_in(item)
 
 
 WIDE = Case(160, 160, 4, 3, 2, 2, 1, 4, residual=False)
