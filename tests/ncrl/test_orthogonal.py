@@ -48,10 +48,6 @@ def memories(layer: NeurocoderLinear) -> tuple[Tensor, Tensor]:
     return u.detach().clone().requires_grad_(), v.detach().clone().requires_grad_()
 
 
-def test_a_model_without_such_layers_has_no_loss() -> None:
-    assert float(orthogonal_loss(nn.Linear(3, 2))) == 0.0
-
-
 def test_floor_is_reported_by_the_memory() -> None:
     """L_o is always reported minus its floor; slots that fit their width have none."""
     assert make_layer(3, 5, 7).memory.orthogonality_floor() == pytest.approx(2 + math.sqrt(2))
@@ -75,14 +71,6 @@ def test_value_and_gradient_equal_the_definition(widths: tuple[int, int, int]) -
         assert memory.grad is not None
         assert reference.grad is not None
         torch.testing.assert_close(memory.grad, reference.grad, rtol=1e-9, atol=1e-10)
-
-
-def test_only_the_memories_of_vectors_receive_a_gradient() -> None:
-    layer = make_layer(5, 4, 3)
-    orthogonal_loss(layer).backward()
-    for name, parameter in layer.named_parameters():
-        touched = parameter.grad is not None and bool(parameter.grad.any())
-        assert touched == (name in ("memory.u", "memory.v")), name
 
 
 def test_loss_of_a_model_is_the_sum_over_its_layers() -> None:
