@@ -95,8 +95,3 @@ def make_layer(case: Case, seed: int = 0, **options: Any) -> nn.Module:
 def used(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the output depends on."""
     return {name: p for name, p in layer.named_parameters() if not name.startswith("unused.")}
-
-
-def count(*modules: nn.Module) -> int:
-    """Parameters of all `modules` together."""
-    return sum(p.numel() for module in modules for p in module.parameters())

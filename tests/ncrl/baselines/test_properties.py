@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ncrl.baselines import MoELinear
 from ncrl.layers import LAYERS
 from ncrl.layers import make_layer as make_by_name
-from tests.ncrl.baselines.cases import CASES, Case, all_cases, make_layer, used
+from tests.ncrl.baselines.cases import Case, all_cases, make_layer, used
 from tests.ncrl.layers import parameters_of, random_input
 
 
@@ -203,28 +203,3 @@ def test_forward_keeps_nothing(case: Case) -> None:
     assert list(layer.buffers()) == buffers == []
     after = dict(layer.named_parameters())
     assert all(torch.equal(p, after[name]) for name, p in parameters.items())
-
-
-def used_in_eval(layer: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in used(layer).items() if name != "gate.noise_weight"]
-
-
-@pytest.mark.parametrize("name", ["hypernet", "hypernet-per-output", "film", "moe", "nsm"])
-def test_training_lowers_a_loss(name: str) -> None:
-    torch.manual_seed(0)
-    layer = CASES[name].make(torch.float32)
-    x = torch.randn(64, CASES[name].sizes[0])
-    # A different linear map on each side of x_0 = 0: more than one matrix can do.
-    maps = torch.randn(2, *CASES[name].sizes)
-    target = torch.where(x[:, :1] > 0, x @ maps[0], x @ maps[1])
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)
-    losses = []
-    for _ in range(300):
-        optimizer.zero_grad()
-        loss = (layer(x) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    ones = torch.cat([x, torch.ones(64, 1)], dim=1)
-    best_linear = (ones @ torch.linalg.lstsq(ones, target).solution - target).square().mean()
-    assert losses[-1] < 0.7 * best_linear < losses[0]
