@@ -19,20 +19,10 @@ from ncrl.networks import (
     static_unroll,
     unroll_lstm,
 )
-from ncrl.sb3 import CnnLstmPolicy, NeurocoderCnnLstmPolicy
 from tests.reference import lstm_over_time_reference
 
 SIZES = [(1, 1, 1), (1, 5, 2), (2, 3, 1), (7, 1, 1), (9, 4, 1), (6, 3, 3)]  # T, B, L
 INPUTS, HIDDEN = 3, 4
-PAPER_HEADS = {
-    "num_slots": 80,
-    "num_steps": 1,
-    "num_heads": 15,
-    "key_dim": 3,
-    "num_least_used": 5,
-    "controller_size": 8,
-    "residual": True,
-}
 
 
 def images(*shape: int) -> spaces.Box:
@@ -96,48 +86,22 @@ def test_unroll_equals_the_loop_in_values_and_gradients(
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("num_times", [1, 6])
 @pytest.mark.parametrize("options", [{"proj_size": 2}, {"dropout": 0.5, "num_layers": 2}])
-def test_lstms_that_are_more_than_cells_unroll_by_steps(options: dict) -> None:
+def test_lstms_that_are_more_than_cells_unroll_by_steps(options: dict, num_times: int) -> None:
     lstm = nn.LSTM(INPUTS, HIDDEN, **options).double().eval()
     torch.manual_seed(0)
-    inputs = torch.randn(6, 3, INPUTS, dtype=torch.float64)
+    inputs = torch.randn(num_times, 3, INPUTS, dtype=torch.float64)
     width = lstm.proj_size or HIDDEN
     state = tuple(torch.randn(lstm.num_layers, 3, n, dtype=torch.float64) for n in (width, HIDDEN))
-    starts = random_starts(6, 3, 0.3, torch.Generator().manual_seed(1))
+    starts = random_starts(num_times, 3, 0.3, torch.Generator().manual_seed(1))
     torch.testing.assert_close(
         unroll_by_steps(lstm, inputs, state, starts), unroll_lstm(lstm, inputs, state, starts)
     )
     lstm.train()
-    outputs = [unroll_by_steps(lstm, inputs, state, starts)[0] for _ in range(2)]
-    assert torch.equal(*outputs) == (not lstm.dropout), "dropout is drawn anew"
-
-
-def test_no_gradient_and_no_state_crosses_an_episode_start() -> None:
-    lstm = nn.LSTM(INPUTS, HIDDEN).double()
-    inputs = torch.randn(4, 2, INPUTS, dtype=torch.float64, requires_grad=True)
-    state = (torch.ones(1, 2, HIDDEN).double(), torch.ones(1, 2, HIDDEN).double())
-    starts = torch.zeros(4, 2, dtype=torch.bool)
-    starts[2, 0] = True
-    outputs, _ = unroll_lstm(lstm, inputs, state, starts)
-    (gradient,) = torch.autograd.grad(outputs[2:].sum(), inputs)
-    assert (gradient[:2, 0] == 0).all() and (gradient[:2, 1] != 0).all()
-    alone, _ = unroll_lstm(
-        lstm, inputs[2:, :1], (torch.zeros(1, 1, HIDDEN).double(),) * 2, starts[:2, :1]
-    )
-    torch.testing.assert_close(outputs[2:, :1], alone)
-
-
-def test_a_rollout_in_two_parts_equals_the_whole() -> None:
-    generator = torch.Generator().manual_seed(3)
-    lstm = nn.LSTM(INPUTS, HIDDEN, 2).double()
-    inputs = torch.randn(8, 3, INPUTS, dtype=torch.float64, generator=generator)
-    starts = random_starts(8, 3, 0.3, generator)
-    zero = (torch.zeros(2, 3, HIDDEN).double(), torch.zeros(2, 3, HIDDEN).double())
-    whole, last = unroll_lstm(lstm, inputs, zero, starts)
-    first, state = unroll_lstm(lstm, inputs[:5], zero, starts[:5])
-    second, state = unroll_lstm(lstm, inputs[5:], state, starts[5:])
-    torch.testing.assert_close(torch.cat([first, second]), whole)
-    torch.testing.assert_close(state, last)
+    for unroll in (unroll_by_steps, unroll_lstm):
+        outputs = [unroll(lstm, inputs, state, starts)[0] for _ in range(2)]
+        assert torch.equal(*outputs) == (not lstm.dropout), "dropout is drawn anew"
 
 
 def test_the_lstm_is_called_once_per_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,29 +177,6 @@ def test_parameters_of_the_encoders(encoder: str, count: int) -> None:
     assert sum(p.numel() for p in network.parameters()) == count
 
 
-@pytest.mark.parametrize(
-    ("policy", "head_kwargs", "count"),
-    [
-        (CnnLstmPolicy, None, 3_255_795),
-        # The paper counts no biases on the two Neurocoder heads: 18 actions and 1 value.
-        (NeurocoderCnnLstmPolicy, PAPER_HEADS, 3_450_463 + 19),
-        (NeurocoderCnnLstmPolicy, PAPER_HEADS | {"bias": False}, 3_450_463),
-    ],
-)
-def test_parameters_of_the_papers_networks(
-    policy: type[CnnLstmPolicy], head_kwargs: dict | None, count: int
-) -> None:
-    network = policy(
-        images(1, 80, 80),
-        spaces.Discrete(18),
-        lambda _: 0.0,
-        encoder="paper",
-        lstm_hidden_size=512,
-        head_kwargs=head_kwargs,
-    )
-    assert sum(p.numel() for p in network.parameters()) == count
-
-
 @pytest.mark.parametrize("encoder", list(ENCODERS))
 def test_images_that_are_too_small_are_refused(encoder: str) -> None:
     with pytest.raises(ValueError, match=rf"\(1, 8, 8\).*{encoder}"):
@@ -247,19 +188,6 @@ def test_an_unknown_encoder_offers_the_nearest_name() -> None:
         AtariEncoder(images(4, 84, 84), "natur")
     with pytest.raises(ValueError, match="a3c, nature, paper"):
         AtariEncoder(images(4, 84, 84), "zzz")
-
-
-def test_dropout_between_layers_is_not_left_out() -> None:
-    """Where the LSTM is more than a stack of cells, it computes single timesteps itself."""
-    torch.manual_seed(0)
-    lstm = nn.LSTM(5, 64, num_layers=2, dropout=0.5)
-    inputs, state = torch.randn(1, 3, 5), (torch.zeros(2, 3, 64), torch.zeros(2, 3, 64))
-    start = torch.zeros(1, 3, dtype=torch.bool)
-    outputs = [unroll_lstm(lstm, inputs, state, start)[0] for _ in range(2)]
-    assert not torch.equal(*outputs)
-    lstm.eval()
-    outputs = [unroll_lstm(lstm, inputs, state, start)[0] for _ in range(2)]
-    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("encoder_name", ENCODERS)
