@@ -585,13 +585,6 @@ def test_nearest_looks_at_the_ends_of_names() -> None:
         inject(model, CONFIG, "gates")
 
 
-def test_hundreds_of_candidates_are_shortened() -> None:
-    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(300)])
-    with pytest.raises(ValueError, match=r"candidates: 0, 1, 2.* \(300 in all\)") as error:
-        inject(model, CONFIG, "head")
-    assert len(str(error.value)) < 400
-
-
 @pytest.mark.parametrize("excess", [0, 1])
 def test_as_many_candidates_as_fit_are_listed(excess: int) -> None:
     model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(MAX_LISTED + excess)])
@@ -599,11 +592,6 @@ def test_as_many_candidates_as_fit_are_listed(excess: int) -> None:
     rest = f", ... ({MAX_LISTED + 1} in all)" if excess else ""
     with pytest.raises(ValueError, match=re.escape(f"candidates: {listed}{rest}") + "$"):
         inject(model, CONFIG, "head")
-
-
-def test_nothing_to_replace() -> None:
-    with pytest.raises(ValueError, match="none that can be replaced"):
-        inject(nn.Sequential(nn.Tanh()), CONFIG, "fc")
 
 
 def test_no_targets() -> None:
@@ -834,7 +822,7 @@ def injected_a2c(targets: list[str]) -> A2C:
 @pytest.mark.parametrize(
     "targets", [["action_net", "value_net"], ["mlp_extractor.*", "action_net"]]
 )
-def test_a2c_learns_with_injected_layers(targets: list[str]) -> None:
+def test_a2c_learns_with_injected_layers(targets: list[str], tmp_path: Path) -> None:
     model = injected_a2c(targets)
     policy = model.policy
     before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
@@ -845,17 +833,11 @@ def test_a2c_learns_with_injected_layers(targets: list[str]) -> None:
     assert moved == set(before) - inert
     action, _ = model.predict(model.observation_space.sample())
     assert model.action_space.contains(int(action))
-
-
-def test_a2c_reads_a_checkpoint_with_injected_layers(tmp_path: Path) -> None:
-    targets = ["action_net", "value_net"]
-    trained = injected_a2c(targets)
-    trained.learn(10)
-    trained.save(tmp_path / "model")
-    model = injected_a2c(targets)
-    model.set_parameters(tmp_path / "model")
-    assert_same_state(trained.policy.state_dict(), model.policy.state_dict())
-    model.learn(10)
+    model.save(tmp_path / "model")
+    other = injected_a2c(targets)
+    other.set_parameters(tmp_path / "model")
+    assert_same_state(model.policy.state_dict(), other.policy.state_dict())
+    other.learn(10)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -878,10 +860,10 @@ def test_torch_encoder_layer_computes_the_same_in_every_mode(
         torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("targets", [["linear1"], ["linear2"], ["layers.0.linear1"]])
-def test_torch_encoder_with_padding_computes_the_same_in_every_mode(targets: list[str]) -> None:
+@pytest.mark.parametrize("target", ["linear1", "linear2", "layers.0.linear1", "self_attn.q_proj"])
+def test_torch_encoder_with_padding_computes_the_same_in_every_mode(target: str) -> None:
     model = make_encoder()
-    inject(model, CONFIG, targets)
+    inject(model, CONFIG, target)
     x = HOSTS["torch-encoder"].x
     padding = torch.tensor([[False, False, True], [False, False, False]])
     expected = model.train()(x, src_key_padding_mask=padding)
@@ -908,19 +890,8 @@ def test_from_linear_takes_everything_but_the_weight(bias: bool, dtype: torch.dt
     assert not torch.equal(layer.integration.matrix(), linear.weight.T)
 
 
-@pytest.mark.parametrize("width", [2, 3])
-def test_from_linear_keeps_the_weight(width: int) -> None:
-    linear = nn.Linear(3, width)
-    layer = NeurocoderLinear.from_linear(linear, CONFIG, keep_weight=True)
-    assert layer.integration is not None
-    assert torch.equal(layer.integration.matrix(), linear.weight.T)
-    with torch.no_grad():
-        linear.weight.zero_()
-    assert layer.integration.matrix().any()
-
-
 @pytest.mark.parametrize("rank", [1, 2, 3, 5])
-@pytest.mark.parametrize("shape", [(3, 6), (6, 3)])
+@pytest.mark.parametrize("shape", [(3, 6), (6, 3), (4, 4)])
 def test_from_linear_keeps_the_best_weight_of_a_rank(shape: tuple[int, int], rank: int) -> None:
     """Eckart-Young: the error is the norm of the singular values left out."""
     linear = nn.Linear(*shape, dtype=torch.float64)
@@ -946,11 +917,6 @@ def test_from_linear_keeps_a_low_rank_weight_in_half_precision() -> None:
     layer = NeurocoderLinear.from_linear(linear, CONFIG, keep_weight=True, residual_rank=3)
     assert layer.integration is not None
     torch.testing.assert_close(layer.integration.matrix(), linear.weight.T, rtol=0.05, atol=0.01)
-
-
-def test_keep_weight_needs_a_residual() -> None:
-    with pytest.raises(ValueError, match="residual=False"):
-        NeurocoderLinear.from_linear(nn.Linear(2, 2), CONFIG, keep_weight=True, residual=False)
 
 
 def test_from_linear_sized_by_numpy_integers() -> None:
