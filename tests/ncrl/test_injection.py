@@ -53,47 +53,6 @@ class Net(nn.Module):
         return out
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        out: Tensor = self.out((q @ k.transpose(-1, -2)).softmax(-1) @ v)
-        return out
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attn = Attention(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        out: Tensor = x + self.mlp(x)
-        return out
-
-
-class Transformer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 4)
-        self.blocks = nn.ModuleList([Block(4), Block(4)])
-        self.head = nn.Linear(4, 11)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.head(x)
-        return out
-
-
 class Tied(nn.Module):
     """A language model whose output weight is its embedding."""
 
@@ -206,12 +165,6 @@ HOSTS = {
         ["mlp_extractor.policy_net.0", "mlp_extractor.value_net.0"],
         VECTORS[:, :4],
         policy_output,
-    ),
-    "transformer": Host(
-        Transformer,
-        ["blocks.*.mlp.*", "attn.out"],
-        [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.out", "mlp.0", "mlp.2")],
-        TOKENS,
     ),
     "torch-encoder": Host(
         make_encoder,
