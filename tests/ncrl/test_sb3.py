@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from torch import Tensor
@@ -218,25 +218,6 @@ def test_predicted_actions_depend_on_the_carried_state() -> None:
     np.testing.assert_allclose(carried[1], fresh[1], rtol=1e-5)
 
 
-class Toy(gym.Env):
-    """Random observations of a space; an episode ends after 5 steps."""
-
-    def __init__(self, observation_space: spaces.Box) -> None:
-        self.observation_space = observation_space
-        self.action_space = spaces.Discrete(2)
-        self.time = 0
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
-        super().reset(seed=seed)
-        self.observation_space.seed(seed)
-        self.time = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: int) -> tuple:
-        self.time += 1
-        return self.observation_space.sample(), float(action), self.time == 5, False, {}
-
-
 @pytest.mark.parametrize(
     "actions", [spaces.MultiBinary(2), spaces.MultiDiscrete([2, 3]), spaces.Box(-1, 1, (2, 2))]
 )
@@ -258,11 +239,13 @@ def test_every_action_space_trains_inside_recurrent_ppo(actions: spaces.Space) -
 @pytest.mark.parametrize("policy_class", POLICIES)
 def test_trains_saves_and_loads_inside_recurrent_ppo(policy_class: type, tmp_path: Path) -> None:
     space = observations_of(policy_class)
+    space.seed(0)
+    env = TimeLimit(Still(space), 5)
     kwargs: dict[str, Any] = {"lstm_hidden_size": 8}
     if "Neurocoder" in policy_class.__name__:
         kwargs["head_kwargs"] = SMALL_HEADS
     model = RecurrentPPO(
-        policy_class, Toy(space), n_steps=8, batch_size=8, n_epochs=1, policy_kwargs=kwargs, seed=0
+        policy_class, env, n_steps=8, batch_size=8, n_epochs=1, policy_kwargs=kwargs, seed=0
     )
     before = {name: p.clone() for name, p in model.policy.named_parameters()}
     model.learn(16)
@@ -271,7 +254,7 @@ def test_trains_saves_and_loads_inside_recurrent_ppo(policy_class: type, tmp_pat
         assert unchanged == []
     assert len(unchanged) < len(before) / 2
     model.save(tmp_path / "model")
-    loaded = RecurrentPPO.load(tmp_path / "model", env=Toy(space))
+    loaded = RecurrentPPO.load(tmp_path / "model", env=env)
     obs = random_observations(space, 2).numpy()
     for actual, expected in zip(
         loaded.predict(obs, deterministic=True)[1],
@@ -284,30 +267,31 @@ def test_trains_saves_and_loads_inside_recurrent_ppo(policy_class: type, tmp_pat
     loaded.learn(8)
 
 
-@pytest.mark.parametrize("policy_class", POLICIES)
-def test_a_saved_policy_is_built_as_it_was(policy_class: type, tmp_path: Path) -> None:
-    head_kwargs = SMALL_HEADS | {"num_slots": 7} if "Neuro" in policy_class.__name__ else None
-    policy = make_policy(
-        policy_class, lstm_hidden_size=9, n_lstm_layers=2, head_kwargs=head_kwargs, net_arch=[5]
-    )
+SEVEN_SLOTS = SMALL_HEADS | {"num_slots": 7}
+
+
+@pytest.mark.parametrize(
+    ("policy_class", "options"),
+    [
+        (MlpLstmPolicy, {}),
+        (CnnLstmPolicy, {}),
+        (NeurocoderMlpLstmPolicy, {"head_kwargs": SEVEN_SLOTS}),
+        (NeurocoderCnnLstmPolicy, {"head_kwargs": SEVEN_SLOTS}),
+        (CnnLstmPolicy, {"encoder": "paper", "head": "neurocoder", "head_kwargs": SEVEN_SLOTS}),
+    ],
+)
+def test_a_saved_policy_is_built_as_it_was(
+    policy_class: type, options: dict, tmp_path: Path
+) -> None:
+    policy = make_policy(policy_class, lstm_hidden_size=9, n_lstm_layers=2, net_arch=[5], **options)
     policy.save(tmp_path / "policy")
     loaded = policy_class.load(tmp_path / "policy")
     assert loaded.lstm_hidden_state_shape == (2, 1, 9)
     assert loaded.head == policy.head and loaded.head_kwargs == policy.head_kwargs
-    if head_kwargs:
+    if "head_kwargs" in options:
         assert loaded.action_net.config == policy.action_net.config
         assert loaded.action_net.config.num_slots == 7
     assert str(loaded) == str(policy)
-    for name, value in policy.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name]), name
-
-
-def test_a_saved_policy_keeps_encoder_and_head(tmp_path: Path) -> None:
-    policy = make_policy(CnnLstmPolicy, encoder="paper", head="neurocoder", head_kwargs=SMALL_HEADS)
-    policy.save(tmp_path / "policy")
-    loaded = CnnLstmPolicy.load(tmp_path / "policy")
-    assert loaded.features_extractor.features_dim == 1024
-    assert isinstance(loaded.action_net, NeurocoderLinear)
     for name, value in policy.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
 
