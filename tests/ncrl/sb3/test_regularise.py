@@ -5,11 +5,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit, TransformObservation
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3 import A2C, PPO
@@ -20,6 +20,7 @@ from torch import Tensor
 from ncrl.baselines import balance_loss, record_gates
 from ncrl.sb3 import CnnLstmPolicy, MlpLstmPolicy, NeurocoderMlpLstmPolicy, NeurocoderMlpPolicy
 from ncrl.sb3.regularise import with_gradient_of
+from tests.ncrl.sb3.environments import Still
 
 HEAD = {"num_slots": 6, "num_heads": 2}
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], type, dict[str, Any]]] = {
@@ -145,28 +146,15 @@ def test_values_and_log_probabilities_are_what_they_were() -> None:
         assert with_gradient_of(loss.square().sum(), x) is x
 
 
-class White(gym.Env[Any, Any]):
-    """White pictures, in games of five timesteps."""
-
-    observation_space = spaces.Box(0, 255, (1, 20, 20), np.uint8)
-    action_space = spaces.Discrete(2)
-    picture = np.full((1, 20, 20), 255, np.uint8)
-
-    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self.steps = 0
-        return self.picture, {}
-
-    def step(self, action: Any) -> Any:
-        self.steps += 1
-        return self.picture, 1.0, self.steps == 5, False, {}
+IMAGES = spaces.Box(0, 255, (1, 20, 20), np.uint8)
 
 
 def test_no_padding_is_in_the_mean_image() -> None:
     """RecurrentPPO fills sequences up to the length of the longest with zeros."""
+    white = TransformObservation(Still(IMAGES), lambda image: np.full_like(image, 255), IMAGES)
     model = RecurrentPPO(
-        CnnLstmPolicy, White(), n_steps=16, batch_size=8, n_epochs=1, device="cpu", seed=0,
-        policy_kwargs={"lstm_hidden_size": 8},
+        CnnLstmPolicy, TimeLimit(white, 5), n_steps=16, batch_size=8, n_epochs=1, device="cpu",
+        seed=0, policy_kwargs={"lstm_hidden_size": 8},
     )  # fmt: skip
     background = model.policy.features_extractor.background
     model.learn(16)
@@ -176,8 +164,7 @@ def test_no_padding_is_in_the_mean_image() -> None:
 
 def test_what_is_not_trained_on_is_not_in_the_mean_image() -> None:
     """As where log-probabilities are only looked at."""
-    images = spaces.Box(0, 255, (1, 20, 20), np.uint8)
-    policy = CnnLstmPolicy(images, spaces.Discrete(2), lambda _: 1e-3, lstm_hidden_size=8)
+    policy = CnnLstmPolicy(IMAGES, spaces.Discrete(2), lambda _: 1e-3, lstm_hidden_size=8)
     background, state = policy.features_extractor.background, policy.initial_state(3)
     obs, starts = torch.full((3, 1, 20, 20), 255, dtype=torch.uint8), torch.zeros(3)
     arguments: Any = (obs, torch.zeros(3), RNNStates(state, state), starts)
