@@ -12,8 +12,8 @@ import growing_memory as study
 
 from ncrl.tasks.continual.split import Task, prepare
 from ncrl.tasks.data import Images
-from ncrl.tasks.training import Run, make_optimizer, train
-from tests.ncrl.tasks.continual.test_split import stop_after
+from ncrl.tasks.training import make_optimizer
+from tests.ncrl.tasks.continual.test_split import assert_goes_on_exactly
 
 
 def tasks(count: int = 3, images: int = 250) -> list[Task]:
@@ -58,18 +58,8 @@ def test_a_routed_run_that_was_killed_goes_on_with_the_network_of_its_task(tmp_p
     recipe = replace(study.plain(), epochs=1)
     routed = study.Study(recipe, study.Route)
     given = [t._replace(labels=(t.images[:, 0] > t.images[:, 1]).long()) for t in tasks()]
-    rows = []
-    for stop in (None, 3):  # two updates for each of three tasks
-        folder = tmp_path / str(stop)
-        folder.mkdir()
-        run = Run("growing_memory", "routed", recipe, 0, torch.device("cpu"), folder)
-        if stop is not None:
-            experiment = study.make("routed", routed, given, 0)
-            stop_after(experiment, stop)
-            with pytest.raises(KeyboardInterrupt):
-                train(run, experiment)
-        rows.append(train(run, study.make("routed", routed, given, 0)))
-    assert rows[0].metrics == rows[1].metrics and rows[0].details == rows[1].details
+    # Two updates for each of three tasks.
+    assert_goes_on_exactly(lambda: study.make("routed", routed, given, 0), recipe, tmp_path, 3)
 
 
 def test_one_memory_does_not_grow() -> None:

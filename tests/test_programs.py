@@ -17,8 +17,8 @@ from ncrl import NeurocoderLinear
 from ncrl.tasks.data import Images
 from ncrl.tasks.recipes import count_parameters
 from ncrl.tasks.results import read_result
-from ncrl.tasks.training import Run, train
-from tests.ncrl.tasks.continual.test_split import stop_after
+from ncrl.tasks.training import Run
+from tests.ncrl.tasks.continual.test_split import assert_goes_on_exactly
 
 
 def head(**levers: Any) -> study.Head:
@@ -139,18 +139,7 @@ def test_a_run_that_was_killed_goes_on_with_the_sharpness_of_then(tmp_path: Path
         torch.manual_seed(0)
         return study.Digits(setting, recipe, data, 0)
 
-    rows = []
-    for stop in (None, 5):
-        folder = tmp_path / str(stop)
-        folder.mkdir()
-        run = Run("programs", "digits", recipe, 0, torch.device("cpu"), folder)
-        if stop is not None:
-            experiment: Any = digits()
-            stop_after(experiment, stop)
-            with pytest.raises(KeyboardInterrupt):
-                train(run, experiment)
-        rows.append(train(run, digits()))
-    assert rows[0].metrics == rows[1].metrics
+    assert_goes_on_exactly(digits, recipe, tmp_path, 5)
 
 
 def test_a_row_of_actions_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ from ncrl.tasks.split_cifar.features import (
     hidden_attention,
     watched_updates,
 )
-from ncrl.tasks.training import CHECKPOINT_FILE, Run, train
-from tests.ncrl.tasks.continual.test_split import stop_after
+from ncrl.tasks.training import Run, train
+from tests.ncrl.tasks.continual.test_split import assert_goes_on_exactly
 from tests.ncrl.tasks.refusals import assert_refused
 
 SMALL_LAYER = {"num_slots": 6, "num_heads": 2, "key_dim": 2, "num_least_used": 2}
@@ -231,18 +231,8 @@ def test_attention_of_hidden_layers_is_the_mean_over_components() -> None:
 
 
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = make(small_recipe())
-    expected = run(whole, tmp_path / "whole")
-    half, folder = make(small_recipe()), tmp_path / "half"
-    stop_after(half, update=9)
-    with pytest.raises(KeyboardInterrupt):
-        run(half, folder)
-    assert (folder / CHECKPOINT_FILE).is_file()
-    resumed = make(small_recipe())
-    found = run(resumed, folder)
-    assert found.metrics == expected.metrics and found.details == expected.details
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    recipe = small_recipe()
+    assert_goes_on_exactly(lambda: make(recipe), recipe, tmp_path, 9)
 
 
 # Recipes

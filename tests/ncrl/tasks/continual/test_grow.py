@@ -14,8 +14,7 @@ from ncrl import NeurocoderLinear
 from ncrl.neurocoder.composition import ProjectionNetwork
 from ncrl.tasks.continual.methods import Grow, make_method
 from ncrl.tasks.models.mlp import Coded, SplitMlp
-from ncrl.tasks.recipes import count_parameters
-from tests.ncrl.tasks.continual.test_split import make, recipe, run, stop_after
+from tests.ncrl.tasks.continual.test_split import assert_goes_on_exactly, make, recipe, run
 from tests.reference import cosine
 
 LAYER: dict[str, Any] = dict(
@@ -134,17 +133,10 @@ def test_an_output_layer_of_one_task_has_the_slots_of_that_task_alone(tmp_path: 
 @pytest.mark.parametrize("update", [5, 10, 13, 17], ids=["first", "border", "second", "third"])
 def test_a_run_that_was_killed_goes_on_exactly(update: int, scenario: str, tmp_path: Path) -> None:
     changed = growing(scenario)
-    whole = make(changed)
-    expected = run(whole, tmp_path / "whole")
+    row = assert_goes_on_exactly(lambda: make(changed), changed, tmp_path, update)
     if scenario == "domain":
-        assert expected.parameters == count_parameters(whole.model) == 12 * (6 + 5 + 7 + 5 + 2 + 7)
-        assert torch.tensor(expected.details["slots"]).shape == (3, 2, 3)
-    stopped = make(changed)
-    stop_after(stopped, update)
-    with pytest.raises(KeyboardInterrupt):
-        run(stopped, tmp_path / "killed")
-    found = run(make(changed), tmp_path / "killed")
-    assert found.metrics == expected.metrics and found.details == expected.details
+        assert row.parameters == 12 * (6 + 5 + 7 + 5 + 2 + 7)
+        assert torch.tensor(row.details["slots"]).shape == (3, 2, 3)
 
 
 def test_models_with_more_than_slots_are_refused() -> None:

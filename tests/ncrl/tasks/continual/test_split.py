@@ -1,5 +1,6 @@
 """The protocol: tasks, order of the images, what happens at a task's end, resuming."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from ncrl.tasks.continual.split import (
     split_tasks,
 )
 from ncrl.tasks.data import Images, load_digits
-from ncrl.tasks.recipes import ContinualRecipe
+from ncrl.tasks.recipes import ContinualRecipe, Recipe
+from ncrl.tasks.results import Result
 from ncrl.tasks.training import CHECKPOINT_FILE, Run, train
 from tests.ncrl.tasks.continual.test_gradients import NEUROCODER
 
@@ -235,23 +237,33 @@ def test_fisher_information_of_a_network_without_a_memory_has_no_orthogonality()
 @pytest.mark.parametrize("method", ["si", "ewc", "l2"])
 def test_a_stopped_run_ends_as_if_it_had_not_been(method: str, tmp_path: Path) -> None:
     changed = recipe("task", method=method, penalty_coef=10.0)
-    whole = make(changed)
-    expected = run(whole, tmp_path / "whole")
-    half = make(changed)
-    folder = tmp_path / "half"
-    stop_after(half, update=12)
-    with pytest.raises(KeyboardInterrupt):
-        run(half, folder)
-    assert (folder / CHECKPOINT_FILE).is_file()
-    resumed = make(changed)
-    found = run(resumed, folder)
+    assert_goes_on_exactly(lambda: make(changed), changed, tmp_path, 12)
+
+
+def assert_goes_on_exactly(
+    make: Callable[[], Any], recipe: Recipe, folder: Path, update: int
+) -> Result:
+    """A run that is killed after an update, and then goes on, ends as one that was not killed."""
+    ended = []
+    for is_killed in (False, True):
+        run = Run("x", "x", recipe, 0, torch.device("cpu"), folder / f"killed={is_killed}")
+        run.folder.mkdir()
+        if is_killed:
+            with pytest.raises(KeyboardInterrupt):
+                train(run, killed_after(make(), update))
+            assert (run.folder / CHECKPOINT_FILE).is_file()
+        experiment = make()
+        ended.append((train(run, experiment), experiment.model.state_dict()))
+    (expected, weights), (found, weights_found) = ended
     assert found.metrics == expected.metrics and found.details == expected.details
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert weights.keys() == weights_found.keys()
+    assert all(torch.equal(weights_found[name], tensor) for name, tensor in weights.items())
+    return expected
 
 
-def stop_after(experiment: SplitLearning, update: int) -> None:
-    """Let training write a checkpoint after an update, and be killed two updates later."""
+def killed_after(experiment: Any, update: int) -> Any:
+    """The experiment, whose training writes a checkpoint after an update, and is killed two updates
+    later."""
     loss, seconds = experiment.loss, training.CHECKPOINT_SECONDS
 
     def killed(number: int) -> Tensor:
@@ -260,7 +272,8 @@ def stop_after(experiment: SplitLearning, update: int) -> None:
             raise KeyboardInterrupt
         return loss(number)
 
-    experiment.loss = killed  # type: ignore[method-assign]
+    experiment.loss = killed
+    return experiment
 
 
 def test_recipes_that_do_not_fit_are_refused() -> None:
