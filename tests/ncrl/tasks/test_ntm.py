@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ncrl.tasks.models import Ntm
-from ncrl.tasks.models.recurrent import content_weights, sharpened, shifted, write
+from ncrl.tasks.models.recurrent import content_weights, sharpened
 from ncrl.tasks.recipes import Recipe
 from tests.reference import cosine, dot, lstm_cell, sigmoid, softplus
 
@@ -96,16 +96,6 @@ def test_values_and_gradients_equal_a_literal_reading() -> None:
             torch.testing.assert_close(actual, slow, rtol=1e-8, atol=1e-10)
 
 
-def test_a_strong_key_finds_its_row() -> None:
-    torch.manual_seed(1)
-    memory = torch.randn(1, N, M)
-    keys = torch.stack([3 * memory[:, 2], memory[:, 4]], dim=1)  # [1, 2, M]
-    weights = content_weights(memory, keys, torch.full((1, 2, 1), 500.0))
-    assert weights[0, 0, 2] > 0.99 and weights[0, 1, 4] > 0.99
-    even = content_weights(memory, keys, torch.zeros(1, 2, 1))
-    torch.testing.assert_close(even, torch.full((1, 2, N), 1 / N))
-
-
 def test_an_empty_memory_and_key_have_finite_gradients() -> None:
     memory = torch.zeros(1, N, M, requires_grad=True)
     key = torch.zeros(1, 1, M, requires_grad=True)
@@ -116,12 +106,6 @@ def test_an_empty_memory_and_key_have_finite_gradients() -> None:
     assert key.grad is not None and key.grad.isfinite().all()
 
 
-def test_shifts_are_circular() -> None:
-    weights = torch.eye(N)[[N - 1]]
-    for shift, row in (([1, 0, 0], 0), ([0, 1, 0], N - 1), ([0, 0, 1], N - 2)):
-        assert torch.equal(shifted(weights, torch.tensor([shift]).float()), torch.eye(N)[[row]])
-
-
 def test_sharpening_is_finite_where_weights_are_zero() -> None:
     weights = torch.zeros(1, N, requires_grad=True)
     exponent = torch.full((1, 1), 1.5, requires_grad=True)
@@ -130,24 +114,6 @@ def test_sharpening_is_finite_where_weights_are_zero() -> None:
     sharp.sum().backward()
     assert weights.grad is not None and weights.grad.isfinite().all()
     assert exponent.grad is not None and exponent.grad.isfinite().all()
-
-
-def test_a_full_erase_and_add_replaces_the_row() -> None:
-    memory = torch.randn(1, N, M)
-    add = torch.randn(1, M)
-    new = write(memory, torch.eye(N)[[1]], torch.ones(1, M), add)
-    torch.testing.assert_close(new[:, 1], add)
-    assert torch.equal(new[:, [0, 2, 3, 4]], memory[:, [0, 2, 3, 4]])
-
-
-def test_sequences_of_a_batch_do_not_mix() -> None:
-    network = make()
-    inputs = torch.randn(4, 3, 2, dtype=torch.float64)
-    before = network(inputs)[0]
-    inputs[:, 1] += 1
-    after = network(inputs)[0]
-    assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
-    assert not torch.equal(after[:, 1], before[:, 1])
 
 
 def test_the_start_is_saved() -> None:
