@@ -146,15 +146,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert run.result == result == read_result(run.folder / "result.json")
 
 
-def test_runs_with_the_same_seed_are_equal_and_with_another_are_not(tmp_path: Path) -> None:
-    recipe = toy_recipe()
-    rows = [
-        train(make_run(tmp_path / str(index), recipe, seed), Toy(recipe, seed))
-        for index, seed in enumerate((3, 3, 4))
-    ]
-    assert rows[0].curve == rows[1].curve != rows[2].curve
-
-
 @pytest.mark.parametrize("layer", ["neurocoder", "moe", "linear"])
 def test_an_update_is_the_gradient_of_all_losses(tmp_path: Path, layer: str) -> None:
     """One step of plain SGD, computed apart: task + a L_o + balance, limited, and decayed."""
@@ -228,16 +219,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path: Pat
     with pytest.raises(NonFiniteError, match=r"toy, seed 0: the loss of update \d+ is (nan|inf)"):
         train(run, Toy(recipe))
     assert not (tmp_path / CHECKPOINT_FILE).exists() and run.result is None
-
-
-def test_a_stop_beside_a_broken_loss_saves_nothing(tmp_path: Path) -> None:
-    recipe = toy_recipe(optimizer="sgd", learning_rate=1e30, orth_coef=0.0, iterations=60)
-    experiment = Toy(recipe)
-    experiment.evaluate_every = 100
-    experiment.after = stop_after(15)
-    with pytest.raises(NonFiniteError):
-        train(make_run(tmp_path, recipe), experiment)
-    assert not (tmp_path / CHECKPOINT_FILE).exists()
 
 
 @pytest.mark.parametrize("stops", [False, True])
@@ -378,8 +359,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.Monkey
             return Path.touch, (Path("canary"),)
 
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Malicious()}, tmp_path / CHECKPOINT_FILE)
-    with pytest.raises(ValueError, match=r"cannot read .*checkpoint.pt"):
+    write_tensors(tmp_path / CHECKPOINT_FILE, {"model": Malicious()})
+    with pytest.raises(ValueError, match=r"cannot read .*checkpoint.pt.*more than tensors"):
         train(make_run(tmp_path, toy_recipe()), Toy(toy_recipe()))
     assert not (tmp_path / "canary").exists()
 
@@ -396,13 +377,9 @@ def test_checkpoints_are_written_now_and_then(
     assert seen == [False] + [True] * (UPDATES - 1)
 
 
-def test_weights_of_a_finished_run_are_loaded(tmp_path: Path) -> None:
-    recipe = toy_recipe()
-    run, experiment, fresh = make_run(tmp_path, recipe), Toy(recipe), Toy(recipe, 5)
-    train(run, experiment)
-    load_weights(run, fresh.model)
-    loaded = weights(fresh)
-    assert all(torch.equal(value, loaded[name]) for name, value in weights(experiment).items())
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, toy_recipe())
+    train(run, Toy(run.recipe))
     with pytest.raises(ValueError, match=r"model.pt does not fit"):
         load_weights(run, nn.Linear(2, 2))
 
