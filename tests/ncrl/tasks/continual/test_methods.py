@@ -89,41 +89,30 @@ def two_tasks(method: Method) -> list[tuple[list[Tensor], list[Tensor]]]:
     return terms
 
 
-def test_ewc_has_a_term_for_every_task() -> None:
+def test_ewc_has_a_term_for_every_task_but_for_a_constant() -> None:
     model = network()
     method = Ewc(model, COEF)
     terms = two_tasks(method)
-    ours, theirs = (model(inputs(3)).square().mean() for _ in range(2))
-    assert_same_gradients(model, method.loss(ours), theirs + penalty(model, terms))
-
-
-def test_ewc_differs_by_a_constant_only() -> None:
-    model = network()
-    method = Ewc(model, COEF)
-    terms = two_tasks(method)
-    differences = []
+    constants = []
     for _ in range(3):
         move(model, 0.3)
-        differences.append((method.penalty() - penalty(model, terms)).item())
-    assert differences == pytest.approx([differences[0]] * 3, abs=1e-9)
+        ours, theirs = (model(inputs(3)).square().mean() for _ in range(2))
+        assert_same_gradients(model, method.loss(ours), theirs + penalty(model, terms))
+        constants.append((method.penalty() - penalty(model, terms)).item())
+    assert constants == pytest.approx([constants[0]] * 3, abs=1e-9)
 
 
-def test_online_ewc_sums_information_and_has_one_anchor() -> None:
+@pytest.mark.parametrize("kind", [OnlineEwc, L2])
+def test_there_is_one_anchor_with_summed_information_or_with_all_weights_alike(
+    kind: type[Quadratic],
+) -> None:
     model = network()
-    method = OnlineEwc(model, COEF)
-    terms = two_tasks(method)
-    summed = [a + b for a, b in zip(terms[0][0], terms[1][0], strict=True)]
-    expected = penalty(model, [(summed, terms[1][1])])
-    torch.testing.assert_close(method.penalty(), expected)
-    assert_same_gradients(model, method.penalty(), expected)
-
-
-def test_l2_holds_all_weights_alike_to_the_last_task() -> None:
-    model = network()
-    method = L2(model, COEF)
-    terms = two_tasks(method)
-    ones = [torch.ones_like(p) for p in model.parameters()]
-    expected = penalty(model, [(ones, terms[1][1])])
+    method = kind(model, COEF)
+    (first, _), (second, anchor) = two_tasks(method)
+    importance = [a + b for a, b in zip(first, second, strict=True)]
+    if kind is L2:
+        importance = [torch.ones_like(p) for p in model.parameters()]
+    expected = penalty(model, [(importance, anchor)])
     torch.testing.assert_close(method.penalty(), expected)
     assert_same_gradients(model, method.penalty(), expected)
 
@@ -149,13 +138,8 @@ def test_extra_loss_is_in_every_samples_gradient() -> None:
     def extra() -> Tensor:
         return 0.7 * orthogonal_loss(model)
 
-    parameters = list(model.parameters())
-    expected = [torch.zeros_like(p) for p in parameters]
-    for index in range(len(x)):
-        loss = own_label_loss(model, x[index : index + 1]) + extra()
-        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        for total, gradient in zip(expected, found, strict=True):
-            total += gradient**2 / len(x)
+    sums = loop(model, lambda call, sample: own_label_loss(call, sample) + extra(), x)
+    expected = [total / len(x) for total in sums.squares.values()]
     method = OnlineEwc(model, COEF)
     method.extra_loss = extra
     ours = method.fisher(x, own_label_loss)
@@ -191,22 +175,6 @@ def test_synaptic_intelligence_follows_the_path() -> None:
     torch.testing.assert_close(list(method.importance.values()), importance)
     move(model, 0.1)
     assert_same_gradients(model, method.penalty(), penalty(model, [(importance, anchor)]))
-
-
-def test_importance_is_never_negative() -> None:
-    """A step uphill must not make the penalty unbounded below."""
-    model = network()
-    method = SynapticIntelligence(model, COEF)
-    x = inputs(0)
-    loss = model(x).square().mean()
-    method.loss(loss).backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            assert parameter.grad is not None
-            parameter += parameter.grad
-    method.after_update()
-    method.end_task(x, own_label_loss)
-    assert all(float(omega.min()) >= 0 for omega in method.importance.values())
 
 
 def test_heads_of_other_tasks_have_no_information() -> None:
