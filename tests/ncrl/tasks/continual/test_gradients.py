@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from ncrl.baselines import FiLMLinear, HyperNetLinear, NSMLinear
 from ncrl.baselines.lowrank import LowRankLinear
-from ncrl.neurocoder import NeurocoderLinear
 from ncrl.tasks.continual import gradients as gradients_module
 from ncrl.tasks.continual.gradients import CHUNK, SampleGradients, SampleLoss, Sums
 from ncrl.tasks.continual.methods import own_label_loss
@@ -120,6 +119,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "official": lambda: split("neurocoder", preset="official", residual=False, **NEUROCODER),
     "official, residual": lambda: split("neurocoder", preset="official", **NEUROCODER),
     "nsm": lambda: split("nsm", num_slots=3, key_dim=2),
+    "nsm, biases": lambda: NSMLinear(IN, OUT, num_slots=2, key_dim=2, bias=True),
     "film": lambda: nn.Sequential(nn.Linear(IN, 4), nn.ReLU(), FiLMLinear(4, OUT, hidden=3)),
     "hypernet": lambda: HyperNetLinear(IN, OUT, hidden=3),
 }
@@ -231,16 +231,3 @@ def test_weights_may_change_between_calls() -> None:
         for tensor in (*model.parameters(), model[1].running_mean, model[1].running_var):
             tensor += torch.rand_like(tensor)
     assert_same(gradients.sums(x[:3]), loop(model, own_label_loss, x[:3]))
-
-
-def test_layers_whose_weights_depend_on_the_input() -> None:
-    torch.manual_seed(0)
-    model = NSMLinear(IN, OUT, num_slots=2, key_dim=2, bias=True).double()
-    x = torch.randn(4, IN, dtype=torch.float64)
-    assert_same(gradient_sums(model, own_label_loss, x), loop(model, own_label_loss, x))
-    weights = model.program(x)
-    torch.testing.assert_close(
-        torch.einsum("bi,bio->bo", x, weights) + model.attend(x) @ model._parts()[2], model(x)
-    )
-    coded = NeurocoderLinear(IN, OUT, **NEUROCODER).double()
-    assert_same(gradient_sums(coded, own_label_loss, x), loop(coded, own_label_loss, x))
