@@ -31,6 +31,15 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Images in folders of their classes, which lie packed in `tmp_path`."""
+    folder = tmp_path / "tree"
+    files.write_tree(folder)
+    files.write_archive(tmp_path, folder)
+    return folder
+
+
 @pytest.mark.parametrize("gz", [True, False])
 @pytest.mark.parametrize("place", ["", "mnist", "MNIST/raw"])
 def test_mnist_is_read_from_its_four_files(tmp_path: Path, gz: bool, place: str) -> None:
@@ -201,10 +210,9 @@ def test_image_files_are_read_in_order_of_classes(tmp_path: Path) -> None:
     assert difference.mean() < 3, "channels or images in another order"
 
 
-def test_a_decoded_archive_is_kept_and_a_broken_copy_is_not_used(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    files.write_tree(tree)
-    files.write_archive(tmp_path, tree)
+def test_a_decoded_archive_is_kept_and_a_broken_copy_is_not_used(
+    tree: Path, tmp_path: Path
+) -> None:
     first = load_cifar(tmp_path)
     (cached,) = cache_folder().glob("*.npz")
     assert cache_folder().is_relative_to(tmp_path)
@@ -223,12 +231,10 @@ def test_a_decoded_archive_is_kept_and_a_broken_copy_is_not_used(tmp_path: Path)
         load_cifar(tmp_path)
 
 
+@pytest.mark.usefixtures("tree")
 def test_an_unwritable_cache_is_no_reason_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = tmp_path / "tree"
-    files.write_tree(tree)
-    files.write_archive(tmp_path, tree)
     (tmp_path / "blocked").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
     assert len(load_cifar(tmp_path).train_images) == 10
@@ -325,19 +331,15 @@ WRONG_IMAGES = [
 
 @pytest.mark.parametrize(("data", "message"), WRONG_IMAGES)
 def test_a_wrong_image_is_named_before_it_is_decoded(
-    tmp_path: Path, data: bytes, message: str
+    tree: Path, tmp_path: Path, data: bytes, message: str
 ) -> None:
-    tree = tmp_path / "tree"
-    files.write_tree(tree)
     (tree / "train" / "cat" / "0000.jpg").write_bytes(data)
     files.write_archive(tmp_path, tree)
     with pytest.raises(ValueError, match=rf"train/cat/0000.jpg.* {message}"):
         load_cifar(tmp_path)
 
 
-def test_wrong_classes_of_images_are_named(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    files.write_tree(tree)
+def test_wrong_classes_of_images_are_named(tree: Path, tmp_path: Path) -> None:
     for part in ("train", "test"):
         shutil.rmtree(tree / part / "dog")
     files.write_archive(tmp_path, tree)
@@ -361,29 +363,25 @@ def test_a_file_that_is_no_file_is_not_read(tmp_path: Path) -> None:
         load_mnist(tmp_path)
 
 
+@pytest.mark.usefixtures("tree")
 def test_a_full_disk_leaves_nothing_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    files.write_tree(tmp_path / "tree")
-    files.write_archive(tmp_path, tmp_path / "tree")
     monkeypatch.setattr(os, "fsync", full)
     assert len(load_cifar(tmp_path).train_images) == 10
     assert "not cached" in capsys.readouterr().err and not list(cache_folder().iterdir())
 
 
+@pytest.mark.usefixtures("tree")
 def test_a_broken_archive_is_named_and_not_cached(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    files.write_tree(tree)
-    path = files.write_archive(tmp_path, tree)
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r"cannot read .*cifar10_jpeg.tar.xz"):
-        load_cifar(tmp_path)
-    path.write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"cannot read .*cifar10_jpeg.tar.xz"):
-        load_cifar(tmp_path)
+    path = tmp_path / "cifar10_jpeg.tar.xz"
+    for content in (path.read_bytes()[:-500], b"no archive"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot read .*cifar10_jpeg.tar.xz"):
+            load_cifar(tmp_path)
     assert not cache_folder().exists()
 
 
@@ -391,12 +389,8 @@ def cut_off(content: bytes, place: int) -> bytes:
     return content[:place]
 
 
-def with_a_flipped_bit(content: bytes, place: int) -> bytes:
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
 @pytest.mark.parametrize("after", [0, 100])
-@pytest.mark.parametrize("damage", [cut_off, with_a_flipped_bit])
+@pytest.mark.parametrize("damage", [cut_off, flipped])
 def test_an_archive_without_compression_is_read_to_its_end_or_refused(
     tmp_path: Path, damage: Callable[[bytes, int], bytes], after: int
 ) -> None:
