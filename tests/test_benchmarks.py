@@ -16,6 +16,9 @@ from ncrl.agents.playing.sizes import Sizes, available_cores, default_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import against_sample_factory as peer  # noqa: E402
+import gpu  # noqa: E402
+import throughput  # noqa: E402
 from curves import COLUMNS, SETTINGS, read_rows  # noqa: E402
 
 
@@ -91,7 +94,7 @@ def table_rows(output: str, first_cell: str) -> list[str]:
 def test_throughput_prints_rates(
     peers: bool, run_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("throughput"), "HEADS", ("plain",))
+    monkeypatch.setattr(throughput, "HEADS", ("plain",))
     tiny = ("--encoder", "a3c", "--n-envs", "2", "--seconds", "0.05", "--rounds", "1")
     told = run_here("throughput", *tiny, "--device", "cpu", "--peers" if peers else "--no-peers")
     (row,) = table_rows(told, f"A3C, {default_workers(2)} workers, 2 games")
@@ -105,7 +108,6 @@ def test_throughput_prints_rates(
 
 
 def test_throughput_has_rows_for_both_heads_and_for_chosen_numbers_of_workers() -> None:
-    throughput = importlib.import_module("throughput")
     chosen = argparse.Namespace(device="cpu", n_envs=[2], workers=[1, 2])
     rows = [*throughput.our_rows(chosen, "a3c")]
     for part in ("games + acting alone", "learning alone", "A3C, 1 workers, 2 games", "A3C serial"):
@@ -117,7 +119,6 @@ def test_throughput_has_rows_for_both_heads_and_for_chosen_numbers_of_workers() 
 
 
 def test_a_row_is_measured_on_as_many_cores_as_it_may_use() -> None:
-    throughput = importlib.import_module("throughput")
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the fixture sets it back
     cores = available_cores()
     with throughput.on_cores(1):
@@ -131,13 +132,11 @@ def test_the_ceiling_shares_the_cores_between_play_and_learning(
 ) -> None:
     """Two cores play 100 timesteps in a second, one learns from 50: 100 take a second of both cores
     and two of one, which both share."""
-    throughput = importlib.import_module("throughput")
     monkeypatch.setattr(throughput, "available_cores", lambda: 2)
     assert throughput.ceiling("cpu", 100.0, 50.0) == pytest.approx(100 / (1 + 2 / 2))
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    throughput = importlib.import_module("throughput")
     assert throughput.median_ratio([2.0, 9.0, 40.0], [1.0, 3.0, 10.0]) == 3.0
 
 
@@ -184,7 +183,7 @@ def test_gpu_prints_its_tables_also_without_one(
     run_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = Sizes(workers=1, games=2, reason="quick to build")
-    monkeypatch.setattr(importlib.import_module("gpu"), "choose_sizes", lambda *_: few)
+    monkeypatch.setattr(gpu, "choose_sizes", lambda *_: few)
     told = run_here("gpu", *TINY_GPU, "correctness", "acting", "pong")
     assert "Traceback" not in told
     assert len(table_rows(told, "Neurocoder J")) == 3
@@ -205,8 +204,6 @@ def test_gpu_says_that_there_is_none(refusal: Callable[..., str]) -> None:
 
 
 def test_gpu_says_why_an_update_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    gpu = importlib.import_module("gpu")
     rows: list[tuple[object, ...]] = []
     monkeypatch.setattr(gpu, "print_row", lambda *cells: rows.append(cells))
     monkeypatch.setattr(gpu, "UPDATES", (1,))
@@ -231,11 +228,7 @@ def fake_python(folder: Path, script: str) -> Path:
     return path
 
 
-def test_a_peer_is_stopped_once_its_reports_gave_a_rate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    peer = importlib.import_module("against_sample_factory")
+def test_a_peer_is_stopped_once_its_reports_gave_a_rate(tmp_path: Path) -> None:
     reports = "for n in 0 400 800 4000; do echo Total num frames: $n. Lag: 1; sleep 0.1; done"
     python = fake_python(tmp_path, f"echo $$ > {tmp_path}/pid; {reports}; sleep 600")
     assert peer.sample_factory(python, 4, 0.15) > 0
@@ -243,10 +236,6 @@ def test_a_peer_is_stopped_once_its_reports_gave_a_rate(
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_peer_that_ends_without_a_rate_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    peer = importlib.import_module("against_sample_factory")
+def test_a_peer_that_ends_without_a_rate_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="No module named"):
         peer.sample_factory(fake_python(tmp_path, "echo No module named sf_examples"), 4, 0.1)
