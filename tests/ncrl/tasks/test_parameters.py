@@ -93,13 +93,6 @@ TABLE_9 = [
     12.6e6,
 ]
 
-# Hidden width 400, that of the authors' published runs.
-NOT_PRINTED = {
-    ("split_mnist", "linear_400"): 570_402,
-    ("split_mnist", "nsm_400"): 3_833_984,
-    ("split_mnist", "official_logs_task_incremental"): 757_431,
-}
-
 
 @pytest.fixture(scope="module")
 def counts() -> dict[tuple[str, str], ParameterCount]:
@@ -140,12 +133,11 @@ def test_the_whole_of_table_9_is_there(counts: dict[tuple[str, str], ParameterCo
     assert {key for key, row in counts.items() if row.recipe.paper_parameters} == expected
 
 
-@pytest.mark.parametrize(("key", "count"), NOT_PRINTED.items())
-def test_counts_that_the_paper_does_not_print(
-    counts: dict[tuple[str, str], ParameterCount], key: tuple[str, str], count: int
+def test_a_count_that_the_paper_does_not_print(
+    counts: dict[tuple[str, str], ParameterCount],
 ) -> None:
-    row = counts[key]
-    assert row.parameters == count
+    row = counts["split_mnist", "official_logs_task_incremental"]
+    assert row.parameters == 757_431
     assert row.difference is None and row.reached
 
 
@@ -197,16 +189,21 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_ends_with_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command says which ends with exit code 2."""
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
-    assert re.search(message, printed.err)
+    return printed.err
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_ends_with_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert re.search(message, refusal(arguments, capsys))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +224,5 @@ def test_impossible_sizes_name_the_file(
 ) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"task: mnist\nnetwork: projected_linear\n{text}\n")
-    with pytest.raises(SystemExit) as stop:
-        main([str(path)])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "mine.yaml" in error and error.count("\n") == 1
-    assert message in error
+    error = refusal([str(path)], capsys)
+    assert "mine.yaml" in error and message in error
