@@ -17,6 +17,7 @@ from ncrl.tasks.polynomial.experiment import count_pairs, information, updates_u
 from ncrl.tasks.recipes import CONFIGS
 from ncrl.tasks.results import Result, read_results
 from tests.ncrl.tasks.files import read_recipe
+from tests.ncrl.tasks.refusals import assert_refused
 
 
 def slow_lengths(points: int, chunks: int) -> list[int]:
@@ -180,21 +181,12 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return [*SMALL, "--logdir", str(tmp_path / "runs")]
 
 
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    try:
-        code = polynomial.main(arguments)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    output = capsys.readouterr()
-    return code, output.out, output.err
-
-
 def test_the_command_writes_rows_table_and_figure(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figure = tmp_path / "polynomial.png"
-    code, out, _ = run([*small, "--noise", "0.3", "--figure", str(figure)], capsys)
-    assert code == 0
+    assert polynomial.main([*small, "--noise", "0.3", "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
     rows = read_results(tmp_path / "runs", "polynomial")
     names = {" ".join(word for word in row.name.split() if "=" not in word) for row in rows}
     variants = ("", " linear", " hypernet", " film", " j1", " no_usage")
@@ -210,18 +202,17 @@ def test_the_command_writes_rows_table_and_figure(
         assert f"| {row.name} |" in out
     assert "| clean_chunk_mse |" in out
     assert figure.stat().st_size > 10_000
-    again, out, _ = run([*small, "--noise", "0.3", "--variant", "j1"], capsys)
-    assert again == 0 and "finished before" in out
-    assert "| bits of chunk (chance) |" in out
-    _, out, _ = run([*small, "--noise", "0.3", "--variant", "linear"], capsys)
+    assert polynomial.main([*small, "--noise", "0.3", "--variant", "j1"]) == 0
+    out = capsys.readouterr().out
+    assert "finished before" in out and "| bits of chunk (chance) |" in out
+    assert polynomial.main([*small, "--noise", "0.3", "--variant", "linear"]) == 0
+    out = capsys.readouterr().out
     assert "| polynomial linear " in out and "bits of chunk" not in out, "it has no attention"
 
 
-def test_chunks_change_the_data_and_the_name(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chunks_change_the_data_and_the_name(small: list[str], tmp_path: Path) -> None:
     for chunks in ("4", "5"):
-        assert run([*small, "--variant", "linear", "--chunks", chunks], capsys)[0] == 0
+        assert polynomial.main([*small, "--variant", "linear", "--chunks", chunks]) == 0
     rows = {row.data: row for row in read_results(tmp_path / "runs")}
     assert set(rows) == {f"polynomials, {c} chunks, noise 0" for c in (4, 5)}
     assert rows["polynomials, 5 chunks, noise 0"].name.endswith("chunks=5")
@@ -242,16 +233,14 @@ def test_chunks_change_the_data_and_the_name(
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    flags: list[str], said: str, small: list[str], capsys: pytest.CaptureFixture[str]
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "--epochs" in flags:
-        small = small[2:]
-    code, _, err = run([*small, *flags], capsys)
-    assert code == 2 and said in err and len(err.splitlines()) == 1
+    small = SMALL[2:] if "--epochs" in flags else SMALL
+    assert_refused(polynomial.main, [*small, *flags], said, tmp_path, capsys)
 
 
 def test_all_recipes_are_checked_before_the_first_is_trained(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--variant", "linear", "base", "--network-options", "hidden_size=0"]
     figure = tmp_path / "folder.png"
@@ -260,8 +249,7 @@ def test_all_recipes_are_checked_before_the_first_is_trained(
         (options, "hidden_size must be an integer of at least 1, got 0"),
         (["--variant", "linear", "--figure", str(figure)], f"{figure} is a folder"),
     ):
-        code, _, err = run([*small, *flags], capsys)
-        assert code == 2 and said in err
+        assert_refused(polynomial.main, [*SMALL, *flags], said, tmp_path / "runs", capsys)
         assert not (tmp_path / "runs").exists()
 
 
