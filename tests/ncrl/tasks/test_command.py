@@ -118,16 +118,8 @@ def test_flags_change_the_recipe_and_its_name() -> None:
 
 
 def test_options_change_the_recipes_whose_layer_or_network_has_them() -> None:
-    words = [
-        "--layer",
-        "linear",
-        "neurocoder",
-        "nsm",
-        "--layer-options",
-        "num_slots=7",
-        "gate=head",
-    ]
-    found = named(*words)
+    words = ["--layer", "linear", "neurocoder", "nsm", "--layer-options", "num_slots=7"]
+    found = named(*words, "gate=head")
     assert list(found) == [
         "cifar_mlp linear",
         "cifar_mlp num_slots=7 gate=head",
@@ -210,11 +202,6 @@ def session(tmp_path: Path, *words: str) -> Session:
 TOY = NamedRecipe("toy", Recipe())
 
 
-def test_recipes_of_another_task_are_refused() -> None:
-    with pytest.raises(ValueError, match="'atari' is a recipe for atari, not for mnist"):
-        Session("mnist", given("--config", "atari")).recipes("mnist")
-
-
 def test_a_finished_run_is_not_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +243,7 @@ def test_a_recipe_with_many_changes_has_a_folder_of_its_own(tmp_path: Path) -> N
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
-def test_the_trained_network_can_be_had_again(tmp_path: Path) -> None:
+def test_the_trained_network_can_be_had_again_unless_it_is_damaged(tmp_path: Path) -> None:
     work = session(tmp_path)
     (row,) = work.run([TOY], Constant)
     experiment = work.experiment(TOY, 0, Constant)
@@ -265,11 +252,6 @@ def test_the_trained_network_can_be_had_again(tmp_path: Path) -> None:
         assert experiment.evaluate()["mse"] == row.metrics["mse"]
     with pytest.raises(ValueError, match=r"cannot read .*model.pt"):
         work.experiment(TOY, 1, Constant)
-
-
-def test_a_damaged_network_is_not_used(tmp_path: Path) -> None:
-    work = session(tmp_path)
-    work.run([TOY], Constant)
     (path,) = tmp_path.rglob("model.pt")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -395,8 +377,6 @@ def test_figures_are_checked_before_anything_is_trained(
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="cannot be written to"):
         patch.setattr(os, "access", lambda *_: False)  # a disk that is mounted for reading only
         check_figure(tmp_path / "x.svg")
-    with pytest.raises(ValueError, match="must end in"):
-        check_figure(tmp_path / "x")
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
