@@ -233,7 +233,9 @@ def test_bad_input_ends_in_one_line(name: str, tmp_path: Path, capsys: Any) -> N
     assert_refused(main, *BAD_INPUT[name], tmp_path, capsys)
 
 
-def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, capsys: Any) -> None:
+def test_a_run_that_diverges_does_not_stop_the_others_and_is_not_tried_again(
+    tmp_path: Path, capsys: Any
+) -> None:
     words = ("--layer", "linear", "lowrank", "--method", "adam", "--learning-rate", "1e38")
     assert main(small(tmp_path, *words)) == 1
     output = capsys.readouterr()
@@ -241,22 +243,17 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, capsys: An
     assert "2 run(s) diverged, and have no row above" in output.err
     assert "| recipe |" in output.out
     assert not read_results(tmp_path)
+    marks = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("diverged.txt")}
+    assert len(marks) == 2 and main(small(tmp_path, *words)) == 1
+    said = capsys.readouterr().err
+    for mark, when in marks.items():
+        assert f"(found before; delete {mark} to try again)" in said
+        assert mark.stat().st_mtime_ns == when
 
 
-def test_a_run_that_diverged_is_not_tried_again(tmp_path: Path, capsys: Any) -> None:
-    words = small(tmp_path, "--layer", "linear", "--method", "adam", "--learning-rate", "1e38")
-    assert main(words) == 1
-    (mark,) = tmp_path.rglob("diverged.txt")
-    when = mark.stat().st_mtime_ns
-    capsys.readouterr()
-    assert main(words) == 1
-    assert f"(found before; delete {mark} to try again)" in capsys.readouterr().err
-    assert mark.stat().st_mtime_ns == when
-
-
-def test_a_rank_that_is_named_twice_is_one_run(tmp_path: Path) -> None:
-    assert main(small(tmp_path, "--layer", "lowrank", "--rank", "1", "1")) == 0
-    assert len(read_results(tmp_path)) == 1
+def test_a_rank_that_is_named_twice_is_one_cell() -> None:
+    (cell,) = cells({"layer": ["lowrank"], "rank": [1, 1]})
+    assert cell.layers == static_rank(1)
 
 
 def test_tables_with_other_settings_show_their_rows(tmp_path: Path, capsys: Any) -> None:
