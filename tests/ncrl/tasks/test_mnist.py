@@ -12,6 +12,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from ncrl.settings import parse
+from ncrl.tasks.command import Session, task_parser
 from ncrl.tasks.mnist import experiment
 from ncrl.tasks.mnist.experiment import (
     attention_patterns,
@@ -187,10 +189,10 @@ def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(read_results(tmp_path / "runs")) == 1
 
 
-def test_the_same_number_of_steps_twice_is_one_run(tmp_path: Path) -> None:
-    words = ["--num-steps", "2", "2", "--layer", "neurocoder", "--iterations", "1"]
-    assert main([*words, "--device", "cpu", "--logdir", str(tmp_path)]) == 0
-    assert len(read_results(tmp_path)) == 1
+def test_the_same_number_of_steps_twice_is_one_recipe() -> None:
+    flags = parse(task_parser("mnist", "MNIST."), ["--layer", "neurocoder"])
+    (named,) = experiment.wanted_recipes(Session("mnist", flags | {"num_steps": [2, 2]}))
+    assert named.recipe.layer_options["num_steps"] == 2
 
 
 def test_steps_of_no_layer_are_refused(tmp_path: Path, capsys: Any) -> None:
