@@ -100,29 +100,20 @@ def test_the_first_batch_waits_for_everybody_and_the_oldest_come_first() -> None
     assert looks["number"] == 6, "what is there is taken at once"
 
 
-def test_a_worker_without_work_owes_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = WorkerPool(make_spec(heartbeat_timeout=5), torch.nn.Linear(1, 1))
-    worker = pool._workers[0]
-    worker.process, worker.building = SimpleNamespace(), False  # type: ignore[assignment]
-    given_up: list[int] = []
-    monkeypatch.setattr(pool, "_give_up_on", lambda worker, what: given_up.append(worker.index))
-    monkeypatch.setattr(pool, "_deaf_for", lambda: 0.0)
-    for slots, expected in (([], []), ([0], [0])):
-        worker.slots.extend(slots)
-        worker.last_sign = -1e9
-        pool._check_silence()
-        assert given_up == expected
-
-
-@pytest.mark.parametrize(("deaf_for", "expected"), [(0.0, [0]), (100.0, [])])
-def test_while_nobody_could_hear_a_worker_it_was_not_silent(
-    deaf_for: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("slots", "deaf_for", "expected"),
+    [([], 0.0, []), ([0], 0.0, [0]), ([0], 100.0, [])],
+    ids=["nothing to play", "silent", "silent while nobody could hear it"],
+)
+def test_a_worker_that_has_work_and_is_heard_owes_signs_of_life(
+    slots: list[int], deaf_for: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the whole group of processes was stopped, so that it played nothing either."""
+    """Nobody could hear it where the whole group of processes was stopped, so that it played
+    nothing either."""
     pool = WorkerPool(make_spec(heartbeat_timeout=50), torch.nn.Linear(1, 1))
     worker = pool._workers[0]
     worker.process, worker.building = SimpleNamespace(), False  # type: ignore[assignment]
-    worker.slots.append(0)
+    worker.slots.extend(slots)
     worker.last_sign = time.monotonic() - 101
     given_up: list[int] = []
     monkeypatch.setattr(pool, "_give_up_on", lambda worker, what: given_up.append(worker.index))
