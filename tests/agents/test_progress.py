@@ -31,9 +31,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def train(
-    screen: Screen, timesteps: int = 40, total_frames: int = 40, *before: BaseCallback
-) -> A3C:
+def train(screen: Screen, total_frames: int = 40, *before: BaseCallback) -> A3C:
     """Games of 5 timesteps with rewards 1 to 5, 6 to 10, ... in each of 2 environments."""
     model = A3C(
         "MlpLstmPolicy",
@@ -45,7 +43,16 @@ def train(
         device="cpu",
         policy_kwargs={"lstm_hidden_size": 8},
     )
-    return model.learn(timesteps, callback=[*before, Progress(total_frames, screen)])
+    return model.learn(40, callback=[*before, Progress(total_frames, screen)])
+
+
+def lines_of_training(total_frames: int = 40, *before: BaseCallback) -> list[str]:
+    """What is shown where there is no terminal."""
+    stream = io.StringIO()
+    train(Screen(stream), total_frames, *before)
+    text = stream.getvalue()
+    assert not CONTROL.search(text) and text.isascii()
+    return text.splitlines()
 
 
 @pytest.fixture
@@ -56,11 +63,7 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("every_step")
 def test_plain_lines_when_not_in_a_terminal() -> None:
-    stream = io.StringIO()
-    train(Screen(stream))
-    text = stream.getvalue()
-    assert not CONTROL.search(text) and text.isascii()
-    lines = text.splitlines()
+    lines = lines_of_training()
     assert len(lines) == 21, "one for each row of 2 timesteps and one at the end"
     for number, line in enumerate(lines[:20], start=1):
         assert re.match(rf"{2 * number} / 40 frames, [\d,]+ frames/s, ", line), line
@@ -72,16 +75,12 @@ def test_plain_lines_when_not_in_a_terminal() -> None:
 
 
 def test_lines_are_rare() -> None:
-    stream = io.StringIO()
-    train(Screen(stream))
-    assert len(stream.getvalue().splitlines()) <= 1 + 40 / ncrl.agents.runs.progress.LINE_SECONDS
+    assert len(lines_of_training()) <= 1 + 40 / ncrl.agents.runs.progress.LINE_SECONDS
 
 
 @pytest.mark.usefixtures("every_step")
 def test_frames_do_not_exceed_the_total() -> None:
-    stream = io.StringIO()
-    train(Screen(stream), timesteps=40, total_frames=39)
-    assert stream.getvalue().splitlines()[-1].startswith("39 / 39 frames")
+    assert lines_of_training(39)[-1].startswith("39 / 39 frames")
 
 
 @pytest.mark.usefixtures("every_step")
@@ -116,15 +115,6 @@ def test_the_bar_stays_on_one_line_of_80_columns(monkeypatch: pytest.MonkeyPatch
     assert "score 52.50" in pictures[-1]
 
 
-@pytest.mark.usefixtures("every_step")
-def test_speed_and_time_left_are_without_the_start() -> None:
-    stream = io.StringIO()
-    train(Screen(stream))
-    lines = stream.getvalue().splitlines()
-    assert all(" 0 frames/s, " in line and line.endswith("starting") for line in lines[:5])
-    assert all(line.endswith(" left") for line in lines[5:])
-
-
 class Clock(BaseCallback):
     """Ahead of each row of the first rollout 100 seconds pass, of all others 2."""
 
@@ -143,10 +133,12 @@ def test_speed_and_time_left_are_those_of_all_rollouts_but_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """2 frames a row: one frame a second, and as many seconds left as frames."""
-    clock, stream = Clock(), io.StringIO()
+    clock = Clock()
     monkeypatch.setattr(ncrl.agents.runs.progress, "time", clock)
-    train(Screen(stream), 40, 40, clock)
-    for row, line in enumerate(stream.getvalue().splitlines()[5:20], start=6):
+    lines = lines_of_training(40, clock)
+    assert all(" 0 frames/s, " in line and line.endswith("starting") for line in lines[:5])
+    assert all(line.endswith(" left") for line in lines[5:])
+    for row, line in enumerate(lines[5:20], start=6):
         assert " 1 frames/s, " in line and line.endswith(f", 00:{40 - 2 * row:02} left"), line
 
 
