@@ -141,7 +141,21 @@ def save_steps(folder: Path, steps: list[int], **options: Any) -> A3C:
     return model
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """The only one in the folder, of a model that has learned a little."""
+    save_steps(tmp_path, [20])
+    return newest_checkpoint(tmp_path)
+
+
 # Exactness.
+
+
+def assert_goes_on(expected: dict[str, Any], model: A3C, folder: Path, timesteps: int) -> None:
+    """A new model resumes the newest checkpoint, trains on, and is then what was expected."""
+    resume(model, newest_checkpoint(folder))
+    model.learn(timesteps, reset_num_timesteps=False)
+    assert difference(expected, everything(model)) == []
 
 
 def continue_elsewhere(folder: str, total: int, out: str) -> None:
@@ -259,11 +273,7 @@ def test_f16_a_run_is_resumed_twice(tmp_path: Path) -> None:
     second = make_model()
     resume(second, newest_checkpoint(tmp_path))
     second.learn(60, callback=SaveAt(60, tmp_path), reset_num_timesteps=False)
-    third = make_model()
-    resume(third, newest_checkpoint(tmp_path))
-    assert third.num_timesteps == 60
-    third.learn(30, reset_num_timesteps=False)
-    assert difference(everything(second), everything(third)) == []
+    assert_goes_on(everything(second), make_model(), tmp_path, 30)
 
 
 def test_random_numbers_go_on_on_the_gpu_that_drew_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,10 +311,7 @@ def test_f16_playing_again_draws_nothing_from_the_streams_that_go_on(tmp_path: P
 
     whole = make_model(factory)
     whole.learn(90, callback=SaveAt(60, tmp_path))
-    again = make_model(factory)
-    resume(again, newest_checkpoint(tmp_path))
-    again.learn(30, reset_num_timesteps=False)
-    assert difference(everything(whole), everything(again)) == []
+    assert_goes_on(everything(whole), make_model(factory), tmp_path, 30)
 
 
 @pytest.mark.parametrize("later", [None, 7])
@@ -314,11 +321,7 @@ def test_f16_a_model_without_a_seed_goes_on_with_the_games_that_were_saved(
     whole = make_model(seed=None)
     whole.set_random_seed(later)
     whole.learn(90, callback=SaveAt(60, tmp_path))
-    again = make_model(seed=None)
-    resume(again, newest_checkpoint(tmp_path))
-    again.learn(30, reset_num_timesteps=False)
-    assert again.games_seed == whole.games_seed
-    assert difference(everything(whole), everything(again)) == []
+    assert_goes_on(everything(whole), make_model(seed=None), tmp_path, 30)
 
 
 @pytest.mark.parametrize("n_envs", [2, 4])
@@ -361,10 +364,7 @@ def test_games_that_start_anew_do_not_repeat_those_of_the_beginning(tmp_path: Pa
     assert recorded is not None
     [(seed, _)] = recorded.history()
     assert seed == model.games_seed + 7_919 * model._n_updates and model._n_updates
-    again = make_model(n_envs=2)
-    resume(again, newest_checkpoint(tmp_path))
-    again.learn(10, reset_num_timesteps=False)
-    assert difference(everything(other), everything(again)) == []
+    assert_goes_on(everything(other), make_model(n_envs=2), tmp_path, 10)
     assert not np.array_equal(begin, masked_cartpole()(2, seed).reset())
 
 
@@ -375,10 +375,7 @@ def test_f16_a_model_that_was_seeded_between_two_trainings(tmp_path: Path) -> No
     whole.learn(20)
     whole.set_random_seed(98)
     whole.learn(60, callback=SaveAt(30, tmp_path))
-    again = make_model()
-    resume(again, newest_checkpoint(tmp_path))
-    again.learn(30, reset_num_timesteps=False)
-    assert difference(everything(whole), everything(again)) == []
+    assert_goes_on(everything(whole), make_model(), tmp_path, 30)
 
 
 def test_games_that_do_not_replay_are_reported(tmp_path: Path) -> None:
@@ -392,11 +389,9 @@ def test_games_that_do_not_replay_are_reported(tmp_path: Path) -> None:
         resume(make_model(TickingFactory(length=3), **plain), checkpoint)
 
 
-def test_games_of_a_factory_do_not_fit_an_environment_object(tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
-    other = make_model(masked_cartpole()(2, 1))
+def test_games_of_a_factory_do_not_fit_an_environment_object(checkpoint: Checkpoint) -> None:
     with pytest.raises(CheckpointError):
-        resume(other, newest_checkpoint(tmp_path))
+        resume(make_model(masked_cartpole()(2, 1)), checkpoint)
 
 
 # Damage.
@@ -487,9 +482,9 @@ def rewrite(
 
 @pytest.mark.parametrize("raw", [False, True], ids=["torch", "plain pickle"])
 @pytest.mark.parametrize("where", ["policy.pth", "policy.optimizer.pth", STATE])
-def test_f14_a_malicious_pickle_is_refused(where: str, raw: bool, tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
-    checkpoint = newest_checkpoint(tmp_path)
+def test_f14_a_malicious_pickle_is_refused(
+    where: str, raw: bool, tmp_path: Path, checkpoint: Checkpoint
+) -> None:
     canary = tmp_path / "canary"
     evil = {"evil": Malicious(canary)}
     data = pickle.dumps(evil, protocol=2) if raw else torch_bytes(evil)
@@ -528,19 +523,18 @@ def test_f14_the_pickles_of_sb3_are_not_read(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
-def test_f15_another_networks_weights_are_refused_by_name(tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
+def test_f15_another_networks_weights_are_refused_by_name(checkpoint: Checkpoint) -> None:
     wide = make_model(policy_kwargs={"lstm_hidden_size": 16, "head_kwargs": PROGRAMS})
     for optimizer in (True, False):
         with pytest.raises(CheckpointError, match="lstm") as error:
-            load_weights(wide, newest_checkpoint(tmp_path).path, optimizer=optimizer)
+            load_weights(wide, checkpoint.path, optimizer=optimizer)
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("change", ["unknown key", "missing key", "not a dict", "no tensor"])
-def test_f15_weights_of_another_form_are_refused(change: str, tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
-    checkpoint = newest_checkpoint(tmp_path)
+def test_f15_weights_of_another_form_are_refused(
+    change: str, tmp_path: Path, checkpoint: Checkpoint
+) -> None:
     weights: Any = dict(tensors_of(checkpoint))
     name = "action_net.bias"
     if change == "unknown key":
@@ -558,9 +552,10 @@ def test_f15_weights_of_another_form_are_refused(change: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth"])
-def test_f15_a_zip_without_a_member_is_refused(member: str, tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
-    rewrite(newest_checkpoint(tmp_path), {member: None})
+def test_f15_a_zip_without_a_member_is_refused(
+    member: str, tmp_path: Path, checkpoint: Checkpoint
+) -> None:
+    rewrite(checkpoint, {member: None})
     with pytest.raises(CheckpointError, match=re.escape(member)):
         resume(make_model(), newest_checkpoint(tmp_path))
 
@@ -578,9 +573,9 @@ def change_state(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], None
         *((COUNTERS[0], value) for value in (True, 20.0, "20", None, 2**70, [20])),
     ],
 )
-def test_f15_counters_that_count_nothing(name: str, value: Any, tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
-    checkpoint = newest_checkpoint(tmp_path)
+def test_f15_counters_that_count_nothing(
+    name: str, value: Any, tmp_path: Path, checkpoint: Checkpoint
+) -> None:
     change_state(checkpoint, lambda state: state["counters"].update({name: value}))
     with pytest.raises(CheckpointError, match=name):
         newest_checkpoint(tmp_path)
@@ -598,17 +593,13 @@ def nested_bomb(state: dict[str, Any]) -> None:
         (nested_bomb, False),
     ],
 )
-def test_f15_a_small_state_costs_little(change: Any, refused: bool, tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
-    checkpoint = newest_checkpoint(tmp_path)
+def test_f15_a_small_state_costs_little(change: Any, refused: bool, checkpoint: Checkpoint) -> None:
     change_state(checkpoint, change)
     with pytest.raises(CheckpointError) if refused else contextlib.nullcontext():
         resume(make_model(), checkpoint)
 
 
-def test_f15_a_compressed_state_is_not_unpacked(tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
-    checkpoint = newest_checkpoint(tmp_path)
+def test_f15_a_compressed_state_is_not_unpacked(tmp_path: Path, checkpoint: Checkpoint) -> None:
     state = tensors_of(checkpoint, STATE) | {"more": torch.zeros(20_000_000)}
     buffer = io.BytesIO()
     with (
@@ -653,9 +644,9 @@ def test_f13_an_optimiser_that_does_not_fit(
 
 
 @pytest.mark.parametrize("key", ["counters", "random", "games"])
-def test_f15_a_state_without_an_entry_is_refused(key: str, tmp_path: Path) -> None:
-    save_steps(tmp_path, [20])
-    checkpoint = newest_checkpoint(tmp_path)
+def test_f15_a_state_without_an_entry_is_refused(
+    key: str, tmp_path: Path, checkpoint: Checkpoint
+) -> None:
     change_state(checkpoint, lambda state: state.pop(key))
     with pytest.raises(CheckpointError, match=key) as error:
         resume(make_model(), newest_checkpoint(tmp_path))
@@ -671,10 +662,8 @@ def test_f15_nothing_is_written_outside(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_f15_a_bomb_costs_little_memory(tmp_path: Path) -> None:
+def test_f15_a_bomb_costs_little_memory(tmp_path: Path, checkpoint: Checkpoint) -> None:
     """Its own size bounds what a checkpoint may unpack to."""
-    save_steps(tmp_path, [20])
-    checkpoint = newest_checkpoint(tmp_path)
     rewrite(checkpoint, {"policy.pth": bytes(100 << 20)}, zipfile.ZIP_DEFLATED)
     assert checkpoint.path.stat().st_size < 1 << 20
     model = make_model()
