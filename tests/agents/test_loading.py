@@ -298,7 +298,13 @@ def pickled(canary: Path) -> dict[str, str]:
     }
 
 
-def changed_json(zipped: bytes, member: str, change: Callable[[dict[str, Any]], None]) -> bytes:
+def described(zipped: bytes, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """The zip with a change of what ncrl wrote about the model."""
+    changes = {"ncrl.json": changed_json(zipped, "ncrl.json", change)}
+    return rewritten(zipped, folder / "model.zip", changes)
+
+
+def changed_json(zipped: bytes, member: str, change: Callable[[dict[str, Any]], Any]) -> bytes:
     content = json.loads(members(zipped)[member])
     change(content)
     return json.dumps(content).encode()
@@ -386,8 +392,7 @@ def test_descriptions_name_nothing_that_acts(
     saved: bytes, name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    new = changed_json(saved, "ncrl.json", lambda d: d["fields"].update({name: value}))
-    refusal(rewritten(saved, tmp_path / "model.zip", {"ncrl.json": new}))
+    refusal(described(saved, tmp_path, lambda d: d["fields"].update({name: value})))
     assert [path.name for path in tmp_path.iterdir()] == ["model.zip"]
 
 
@@ -418,9 +423,7 @@ def test_plain_values_that_do_not_fit(
 
 
 def test_a_foreign_version_is_told(saved: bytes, tmp_path: Path) -> None:
-    new = changed_json(saved, "ncrl.json", lambda d: d.update(version=2))
-    path = rewritten(saved, tmp_path / "model.zip", {"ncrl.json": new})
-    assert "version 2" in refusal(path)
+    assert "version 2" in refusal(described(saved, tmp_path, lambda d: d.update(version=2)))
 
 
 @pytest.mark.parametrize("name", ["../outside", "/absolute", "..\\outside", "folder/policy.pth"])
@@ -476,29 +479,21 @@ def test_bombs_cost_little_memory(
         tracemalloc.stop()
 
 
-def test_sizes_that_no_weight_has_ask_for_no_memory(saved: bytes, tmp_path: Path) -> None:
-    """A policy of 40 terabytes would end the process."""
-    new = changed_json(
-        saved,
-        "ncrl.json",
-        lambda d: d["fields"]["policy_kwargs"].update(lstm_hidden_size=10**6),
-    )
-    path = rewritten(saved, tmp_path / "model.zip", {"ncrl.json": new})
-    assert "of shape" in refusal(path)
-
-
 @pytest.mark.parametrize(
-    "options", [{"n_lstm_layers": 10**9}, {"net_arch": [8] * 10_000}], ids=lambda o: next(iter(o))
+    ("options", "message"),
+    [
+        ({"lstm_hidden_size": 10**6}, "of shape"),
+        ({"n_lstm_layers": 10**9}, "more than"),
+        ({"net_arch": [8] * 10_000}, "more than"),
+    ],
+    ids=["size", "n_lstm_layers", "net_arch"],
 )
-def test_numbers_of_layers_that_no_file_has_keep_nobody_busy(
-    saved: bytes, options: dict[str, Any], tmp_path: Path
+def test_sizes_that_no_file_has_ask_for_no_memory_and_keep_nobody_busy(
+    saved: bytes, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    def change(description: dict[str, Any]) -> None:
-        description["fields"]["policy_kwargs"].update(options)
-
-    new = changed_json(saved, "ncrl.json", change)
-    path = rewritten(saved, tmp_path / "model.zip", {"ncrl.json": new})
-    assert "more than" in refusal(path)
+    """A policy of 40 terabytes would end the process."""
+    path = described(saved, tmp_path, lambda d: d["fields"]["policy_kwargs"].update(options))
+    assert message in refusal(path)
 
 
 def test_damaged_files_are_told(saved: bytes, tmp_path: Path) -> None:
