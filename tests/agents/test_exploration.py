@@ -66,6 +66,11 @@ def make_model(env: Any = None, policy: str = "MlpLstmPolicy", **options: Any) -
     return A3C(policy, env or SHORT, device="cpu", **(defaults | options))
 
 
+def exploration_of(model: A3C) -> Exploration:
+    assert model.exploration is not None
+    return model.exploration
+
+
 # The scale.
 
 
@@ -149,7 +154,8 @@ def random_batch(seed: int, steps: int = 5) -> Rollout:
 
 
 def test_while_it_warms_up_statistics_move_and_nothing_else() -> None:
-    """Half of it the inputs' alone, then the bonus's too; 20 timesteps a batch."""
+    """Half of it the inputs' alone, then the bonus's too; 20 timesteps a batch. Then a timestep is
+    rewarded for what it led to."""
     torch.manual_seed(0)
     exploration = explored(warmup_timesteps=80)
     source = exploration.source
@@ -163,13 +169,14 @@ def test_while_it_warms_up_statistics_move_and_nothing_else() -> None:
         assert bool(exploration.scale.weight > 0) == (i >= 2)
     assert all(map(torch.equal, predictor, source.predictor.parameters()))
     rewards, scalars = exploration.intrinsic_rewards(random_batch(5))
-    assert rewards is not None and rewards.shape == (5, 4) and torch.isfinite(rewards).all()
+    assert rewards is not None and torch.isfinite(rewards).all()
     bonus = torch.stack([source.score(obs) for obs in random_batch(5).obs[1:]])  # type: ignore[index]
     expected = {
         "int_reward_raw": bonus.mean(), "int_reward": rewards.mean(),
         "int_reward_max": rewards.max(), "int_return_std": exploration.scale.deviation,
     }  # fmt: skip
     torch.testing.assert_close(scalars, expected)
+    torch.testing.assert_close(rewards, exploration.scale.normalise(bonus))
     assert "predictor_loss" in exploration.learn(random_batch(5))
     assert not all(map(torch.equal, predictor, source.predictor.parameters()))
 
@@ -209,18 +216,6 @@ def test_a_source_learns_from_inputs_standardised_as_they_were_scored() -> None:
     assert [name for name, _ in source.told] == ["learn", "learn", "watch", "watch"]
     seen = torch.cat([obs for name, obs in source.told if name == "watch"])
     assert torch.equal(seen, batch.obs[1:].flatten(0, 1))  # type: ignore[index]
-
-
-def test_a_timestep_is_rewarded_for_what_it_led_to() -> None:
-    torch.manual_seed(0)
-    exploration = explored(warmup_timesteps=0)
-    batch = random_batch(0)
-    exploration.learn(batch)
-    rewards, scalars = exploration.intrinsic_rewards(batch)
-    assert rewards is not None
-    bonus = torch.stack([exploration.source.score(obs) for obs in batch.obs[1:]])  # type: ignore[index]
-    torch.testing.assert_close(rewards, exploration.scale.normalise(bonus))
-    assert scalars["int_reward_raw"].item() == pytest.approx(bonus.mean().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
@@ -328,6 +323,14 @@ class Scene:
         self.objective = replace(self.model._objective(), reward_scale=2.0, reward_clip=0.9)
         self.bonus = Bonus(normal(8, 4, seed=2), torch.tensor(0.0))
 
+    def kept(self) -> Kept:
+        """Windows of three demonstrations."""
+        again = map_tensors(lambda tensor: tensor[:, [2, 0, 2]].clone(), self.batch)
+        return Kept(
+            normal(9, 3, 4, seed=7), again.episode_start, again.actions,
+            normal(8, 3, seed=8).abs(), again.lstm_h, again.lstm_c,
+        )  # fmt: skip
+
     def loss(self, batch: Rollout | None = None, **options: Any) -> Any:
         arguments = {"bonus": self.bonus, "kept": None} | options
         lesson = Lesson(batch or self.batch, **arguments)
@@ -407,15 +410,6 @@ def test_the_games_advantages_are_standardised_before_the_bonus_is_added() -> No
     assert logged == pytest.approx([advantages.std(correction=0).item()] * 2, rel=1e-4)
 
 
-def test_the_orthogonality_loss_does_not_grow_with_the_batch() -> None:
-    scene = Scene("neurocoder")
-    loss = scene.loss()
-    scene.objective = replace(scene.objective, orth_coef=0.0)
-    assert loss.scalars["orthogonality_loss"].item() > 0.01
-    added = loss.total.item() - scene.loss().total.item()
-    assert added == pytest.approx(0.1 * loss.scalars["orthogonality_loss"].item(), rel=1e-2)
-
-
 def test_a_floor_adds_the_squared_distance_below_it() -> None:
     scene = Scene()
     before = scene.loss().total.item()
@@ -456,8 +450,7 @@ def test_no_gradient_reaches_the_source_of_the_bonus() -> None:
     deviation = torch.tensor(0.5, requires_grad=True)
     scene.loss(bonus=Bonus(rewards, deviation)).total.backward()
     assert rewards.grad is None and deviation.grad is None
-    assert scene.model.exploration is not None
-    source = scene.model.exploration.source
+    source = exploration_of(scene.model).source
     assert isinstance(source, RND)
     assert not source.score(scene.batch.obs[0]).requires_grad  # type: ignore[index]
     assert all(p.grad is not None for p in scene.model.policy.value_net_int.parameters())
@@ -466,11 +459,7 @@ def test_no_gradient_reaches_the_source_of_the_bonus() -> None:
 @pytest.mark.parametrize("head", ["linear", "neurocoder"])
 def test_kept_demonstrations_change_none_of_the_terms_of_the_batch(head: str) -> None:
     scene = Scene(head)
-    again = map_tensors(lambda tensor: tensor[:, [2, 0, 2]].clone(), scene.batch)
-    kept = Kept(
-        normal(9, 3, 4, seed=7), again.episode_start, again.actions, normal(8, 3, seed=8).abs(),
-        again.lstm_h, again.lstm_c,
-    )  # fmt: skip
+    kept = scene.kept()
     alone, beside = scene.loss(), scene.loss(kept=kept)
     for name, value in alone.scalars.items():
         torch.testing.assert_close(beside.scalars[name], value)
@@ -493,11 +482,7 @@ def test_kept_demonstrations_change_none_of_the_terms_of_the_batch(head: str) ->
 @pytest.mark.parametrize("limit", [1.0, 1e6])
 def test_an_update_on_the_device_learns_from_the_bonus_and_from_what_was_kept(limit: float) -> None:
     eager, other = Scene(), Scene()
-    again = map_tensors(lambda tensor: tensor[:, [2, 0, 2]].clone(), eager.batch)
-    kept = Kept(
-        normal(9, 3, 4, seed=7), again.episode_start, again.actions, normal(8, 3, seed=8).abs(),
-        again.lstm_h, again.lstm_c,
-    )  # fmt: skip
+    kept = eager.kept()
     for scene in (eager, other):
         scene.model.policy.optimizer.param_groups[0]["lr"] = 0.01
     loss = eager.loss(kept=kept)
@@ -515,13 +500,8 @@ def test_an_update_on_the_device_learns_from_the_bonus_and_from_what_was_kept(li
 
 def test_an_update_that_was_not_made_leaves_exploration_as_it_was() -> None:
     scene = Scene()
-    learner, exploration = scene.model.learner, scene.model.exploration
-    assert exploration is not None
-    kept = Kept(
-        *(part[:, :1] for part in (scene.batch.obs, scene.batch.episode_start)),  # type: ignore[index]
-        scene.batch.actions[:, :1], normal(8, 1).abs(),
-        *(part[:, :1] for part in (scene.batch.lstm_h, scene.batch.lstm_c)),
-    )  # fmt: skip
+    learner, exploration = scene.model.learner, exploration_of(scene.model)
+    kept = Kept(*(part[:, :1] for part in scene.kept()))  # one is read at a time
 
     def known() -> dict[str, Any]:
         memory = exploration.memory.state_dict()
@@ -562,9 +542,8 @@ def test_each_part_of_a_batch_is_learnt_from_with_the_bonus_of_its_own_games(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make_model(batch_size=10)
-    assert model.exploration is not None
     scored, learnt = [], []
-    score, update = model.exploration.intrinsic_rewards, model.learner.update
+    score, update = exploration_of(model).intrinsic_rewards, model.learner.update
 
     def watched_score(batch: Rollout) -> Any:
         scored.append(score(batch))
@@ -575,7 +554,7 @@ def test_each_part_of_a_batch_is_learnt_from_with_the_bonus_of_its_own_games(
         learnt.append(lesson.bonus.rewards)
         return update(lesson, *others)
 
-    monkeypatch.setattr(model.exploration, "intrinsic_rewards", watched_score)
+    monkeypatch.setattr(exploration_of(model), "intrinsic_rewards", watched_score)
     monkeypatch.setattr(model.learner, "update", watched_update)
     model.learn(20)
     assert [part.shape for part in learnt] == [(5, 2), (5, 2)]
@@ -587,8 +566,7 @@ def test_scores_are_kept_with_the_values_of_what_followed_them(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(policy=policy)
-    assert scene.model.exploration is not None
-    learner, memory = scene.model.learner, scene.model.exploration.memory
+    learner, memory = scene.model.learner, exploration_of(scene.model).memory
     seen: list[Tensor] = []
     monkeypatch.setattr(memory, "watch", lambda *arguments: seen.append(arguments[-1]))
     rewards = torch.zeros(8, 4)
@@ -608,8 +586,7 @@ def test_scores_are_kept_with_the_values_of_what_followed_them(
 
 def test_demonstrations_are_worth_what_the_loss_makes_of_their_rewards() -> None:
     model = make_model(reward_scale=3.0, reward_clip=2.0).learn(1000)
-    assert model.exploration is not None
-    kept = model.exploration.memory.demonstrations()
+    kept = exploration_of(model).memory.demonstrations()
     assert kept and {one.returns.max().item() for all_of in kept.values() for one in all_of} == {2}
 
 
@@ -673,10 +650,9 @@ def test_a_bonus_that_is_not_finite_names_its_source(bonus: float, warmup_timest
 
 
 def state_of(model: A3C) -> dict[str, Any]:
-    assert model.exploration is not None
     return everything(model) | flat(
         {
-            "exploration": model.exploration.state_dict(),
+            "exploration": exploration_of(model).state_dict(),
             "scores": (model.best_score, model.first_scored_at),
         }
     )
@@ -725,14 +701,13 @@ def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
 
     whole = make()
     whole.learn(336, callback=SaveAt(168, tmp_path))
-    assert whole.exploration is not None
-    assert len(whole.exploration.memory) > 0 and whole.exploration.advantage_deviation > 0
+    learnt = exploration_of(whole)
+    assert len(learnt.memory) > 0 and learnt.advantage_deviation > 0
     expected = state_of(whole)
     again = make()
     resume(again, newest_checkpoint(tmp_path))
     assert again.num_timesteps == 168 and again.best_score == 1
-    assert again.exploration is not None
-    readers = again.exploration.memory._readers
+    readers = exploration_of(again).memory._readers
     assert any(0 < r.row < len(r.demonstration.obs) for r in readers), "in the middle of one"
     again.learn(168, reset_num_timesteps=False)
     assert difference(expected, state_of(again)) == []
@@ -740,8 +715,7 @@ def test_n_and_n_updates_are_2_n(name: str, tmp_path: Path) -> None:
 
 def test_an_intrinsic_reward_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     model = make_model()
-    assert model.exploration is not None
-    next(model.exploration.source.parameters()).data.fill_(math.nan)
+    next(exploration_of(model).source.parameters()).data.fill_(math.nan)
     with pytest.raises(CheckpointError, match="intrinsic reward is not finite"):
         save_checkpoint(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -753,11 +727,11 @@ def test_a_resumed_run_may_have_longer_rollouts_or_no_memory(tmp_path: Path) -> 
     for options in ({"n_steps": 8}, {"imitation_coef": 0}, {"n_envs": 2}):
         model = make_model(**options)
         resume(model, newest_checkpoint(tmp_path))
-        assert model.exploration is not None and model.exploration.num_timesteps == 160
-        kept = len(model.exploration.memory)
+        assert exploration_of(model).num_timesteps == 160
+        kept = len(exploration_of(model).memory)
         model.learn(160, reset_num_timesteps=False)
         if not model.imitation_coef:
-            assert len(model.exploration.memory) == kept, "nothing is added"
+            assert len(exploration_of(model).memory) == kept, "nothing is added"
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
@@ -765,15 +739,13 @@ def test_only_games_that_go_on_keep_what_led_there(n_workers: int, tmp_path: Pat
     make_model().learn(200, callback=SaveAt(160, tmp_path))
     model = make_model(n_workers=n_workers)
     resume(model, newest_checkpoint(tmp_path))
-    assert model.exploration is not None
-    assert bool(model.exploration.memory._recent) == (n_workers == 0)
+    assert bool(exploration_of(model).memory._recent) == (n_workers == 0)
 
 
 def test_a_last_batch_that_is_shorter(tmp_path: Path) -> None:
     """No demonstration fits beside it, and what follows does not follow what was before."""
     model = make_model()
-    memory = model.exploration and model.exploration.memory
-    assert memory is not None
+    memory = exploration_of(model).memory
     model.learn(400)
     assert len(memory) and memory.state_dict()["recent"]
     model.learn(12, reset_num_timesteps=False)  # 3 rows
@@ -788,8 +760,7 @@ def test_a_rollout_that_is_broken_off_is_missing_from_what_led_to_a_score() -> N
             return self.n_calls < 42
 
     model = make_model()
-    memory = model.exploration and model.exploration.memory
-    assert memory is not None
+    memory = exploration_of(model).memory
     model.learn(400, callback=Stop())
     assert len(memory) and not memory.state_dict()["recent"]
 
@@ -799,8 +770,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     model = make_model(intrinsic_reward=name).learn(200)
     model.save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", env=SHORT, device="cpu")
-    assert model.exploration is not None and loaded.exploration is not None
-    one, other = flat(model.exploration.state_dict()), flat(loaded.exploration.state_dict())
+    one, other = (flat(exploration_of(each).state_dict()) for each in (model, loaded))
     assert difference(one, other) == []
     assert_bit_equal(model, loaded)
     assert (loaded.best_score, loaded.first_scored_at) == (1, model.first_scored_at)
@@ -818,9 +788,8 @@ def test_a_source_of_ones_own_is_saved_and_given_again(tmp_path: Path) -> None:
     loaded = A3C.load(
         tmp_path / "model", env=SHORT, device="cpu", custom_objects={"intrinsic_reward": own}
     )
-    assert model.exploration is not None and loaded.exploration is not None
-    assert loaded.exploration.source is own and own.visits.sum() > 0
-    assert torch.equal(own.visits, model.exploration.source.visits)  # type: ignore[arg-type]
+    assert exploration_of(loaded).source is own and own.visits.sum() > 0
+    assert torch.equal(own.visits, exploration_of(model).source.visits)  # type: ignore[arg-type]
     loaded.learn(40)
 
 
