@@ -74,6 +74,12 @@ def graphed(*arguments: Any) -> A3C:
     return model
 
 
+def update(model: A3C) -> None:
+    """From the batch that it played last."""
+    assert model._batch is not None
+    model.learner.update(Lesson(model._batch.rollout), model._objective(), model.max_grad_norm)
+
+
 def assert_close(one: A3C, other: A3C) -> None:
     for mine, theirs in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
@@ -105,7 +111,6 @@ def test_capturing_changes_nothing_and_leaves_the_optimiser_as_it_was(
     use_rms_prop: bool, captures: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = graphed("linear", use_rms_prop)
-    assert model._batch is not None
     before = copy.deepcopy((model.policy.state_dict(), model.policy.optimizer.state_dict()))
     record = ncrl.agents.learning.graph.record
 
@@ -113,7 +118,7 @@ def test_capturing_changes_nothing_and_leaves_the_optimiser_as_it_was(
         return (lambda: None), record(run)[1]
 
     monkeypatch.setattr(ncrl.agents.learning.graph, "record", nothing)
-    model.learner.update(Lesson(model._batch.rollout), model._objective(), model.max_grad_norm)
+    update(model)
     after = (model.policy.state_dict(), model.policy.optimizer.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert captures == [1]
@@ -185,9 +190,7 @@ def test_what_a_captured_update_cannot_follow_is_captured_anew(
             if changed:
                 CHANGES[change](model)
             for _ in range(2):
-                assert model._batch is not None
-                lesson = Lesson(model._batch.rollout)
-                model.learner.update(lesson, model._objective(), model.max_grad_norm)
+                update(model)
             assert captures == [1] * (model is replayed) * (1 + changed)
     assert_close(eager, replayed)
 
@@ -203,8 +206,7 @@ def test_the_first_update_of_all_is_captured_once(use_rms_prop: bool, captures: 
         groups = [{"params": [first], "lr": 1e-2}, {"params": others}]
         policy.optimizer = type(policy.optimizer)(groups, **options)
         for _ in range(3):
-            assert model._batch is not None
-            model.learner.update(Lesson(model._batch.rollout), model._objective(), 40.0)
+            update(model)
     assert captures == [1]
     assert_close(eager, replayed)
 
@@ -221,8 +223,7 @@ def test_a_capture_that_fails_leaves_the_optimiser_as_it_was(
     monkeypatch.setattr(ncrl.agents.learning.graph, "record", fail)
     eager, failed = trained("linear", use_rms_prop), graphed("linear", use_rms_prop)
     for model in (eager, failed):
-        assert model._batch is not None
-        model.learner.update(Lesson(model._batch.rollout), model._objective(), 40.0)
+        update(model)
     assert failed.learner.graphed.reason == f"RuntimeError: {message.partition(chr(10))[0]}"
     one, other = eager.policy.optimizer, failed.policy.optimizer
     assert one.param_groups[0].keys() == other.param_groups[0].keys()

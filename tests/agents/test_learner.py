@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncrl.agents import A3C
-from ncrl.agents.learning.objective import Lesson, actor_critic_loss
+from ncrl.agents.learning.objective import Lesson, Loss, actor_critic_loss
 from ncrl.agents.learning.update import apply_gradient, update_on_device
 from ncrl.agents.playing.buffers import Rollout
 from ncrl.networks import static_unroll
@@ -41,6 +41,16 @@ def trained(head: str, use_rms_prop: bool = True) -> A3C:
     model.learn(160)
     model.policy.optimizer.param_groups[0]["lr"] = 7e-4  # a training ends at 0
     return model
+
+
+def batch_of(model: A3C) -> Rollout:
+    assert model._batch is not None
+    return model._batch.rollout
+
+
+def loss_of(model: A3C, batch: Rollout | None = None) -> Loss:
+    """Of a batch, or of that which the model played last."""
+    return actor_critic_loss(model.policy, Lesson(batch or batch_of(model)), model._objective())
 
 
 class Waits(TorchDispatchMode):
@@ -72,7 +82,7 @@ class Waits(TorchDispatchMode):
 def test_an_update_waits_for_the_device_once(head: str) -> None:
     """Once is the list of all scalars, which asks for no value by itself."""
     model = trained(head)
-    assert model._batch is not None and model._batch.rollout.episode_start[1:].any()
+    assert batch_of(model).episode_start[1:].any()
     with Waits() as waits:
         model.train()
     assert not waits.places
@@ -91,13 +101,12 @@ def test_the_counter_of_waits_counts() -> None:
 def test_episode_starts_may_lie_on_the_host(head: str) -> None:
     """As those of eager updates on a GPU do. Tensors on `meta` refuse those of the host as well."""
     model = trained(head)
-    assert model._batch is not None
-    host = model._batch.rollout
+    host = batch_of(model)
     rollout = map_tensors(lambda tensor: tensor.to("meta"), host)
     rollout = rollout._replace(episode_start=host.episode_start)
-    policy = model.policy.to("meta")
+    model.policy.to("meta")
     with Waits() as waits:
-        loss = actor_critic_loss(policy, Lesson(rollout), model._objective())
+        loss = loss_of(model, rollout)
         loss.total.backward()
     assert all(scalar.is_meta for scalar in loss.scalars.values())
     assert not waits.places
@@ -105,8 +114,7 @@ def test_episode_starts_may_lie_on_the_host(head: str) -> None:
 
 def test_scalars_are_the_terms_of_the_loss() -> None:
     model = trained("linear")
-    assert model._batch is not None
-    loss = actor_critic_loss(model.policy, Lesson(model._batch.rollout), model._objective())
+    loss = loss_of(model)
     gradients = torch.autograd.grad(loss.total, list(model.policy.parameters()), retain_graph=True)
     norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
     update = apply_gradient(model.policy, loss, 1e-3)
@@ -121,15 +129,13 @@ def test_scalars_are_the_terms_of_the_loss() -> None:
 
 def test_normalised_advantages_do_not_depend_on_the_scale_of_rewards() -> None:
     model = trained("linear")
-    assert model._batch is not None
     with torch.no_grad():  # values of 0, so that advantages are made of rewards alone
         for parameter in model.policy.value_net.parameters():
             parameter.zero_()
-    batch, losses = model._batch.rollout, []
+    losses = []
     for normalize, scale in ((False, 1.0), (False, 3.0), (True, 1.0), (True, 3.0)):
         model.normalize_advantage, model.reward_scale = normalize, scale
-        loss = actor_critic_loss(model.policy, Lesson(batch), model._objective())
-        losses.append(loss.scalars["policy_loss"].item())
+        losses.append(loss_of(model).scalars["policy_loss"].item())
     assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4)
     assert losses[3] == pytest.approx(losses[2], abs=1e-6)
     assert losses[2] != pytest.approx(losses[0], abs=1e-2)
@@ -137,12 +143,10 @@ def test_normalised_advantages_do_not_depend_on_the_scale_of_rewards() -> None:
 
 def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
     model = trained("linear")
-    assert model._batch is not None
     with torch.no_grad():
         next(iter(model.policy.action_net.parameters())).fill_(float("nan"))
     before = [p.clone() for p in model.policy.parameters()]
-    loss = actor_critic_loss(model.policy, Lesson(model._batch.rollout), model._objective())
-    update = apply_gradient(model.policy, loss, 40.0)
+    update = apply_gradient(model.policy, loss_of(model), 40.0)
     assert not update.stepped
     for now, then in zip(model.policy.parameters(), before, strict=True):
         torch.testing.assert_close(now, then, equal_nan=True, rtol=0, atol=0)
@@ -151,12 +155,10 @@ def test_weights_that_are_not_finite_make_no_step_and_no_exception() -> None:
 def test_a_gradient_too_long_to_be_measured_makes_no_step() -> None:
     """All its numbers are finite, but the sum of their squares is not."""
     eager, other = trained("linear"), trained("linear")
-    assert eager._batch is not None
-    batch = eager._batch.rollout._replace(rewards=eager._batch.rollout.rewards * 1e25)
+    batch = batch_of(eager)._replace(rewards=batch_of(eager).rewards * 1e25)
     before = [p.clone() for p in eager.policy.parameters()]
-    loss = actor_critic_loss(eager.policy, Lesson(batch), eager._objective())
     updates = [
-        apply_gradient(eager.policy, loss, 40.0),
+        apply_gradient(eager.policy, loss_of(eager, batch), 40.0),
         update_device(other, batch).on_host(),
     ]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in eager.policy.parameters())
@@ -169,8 +171,7 @@ def test_distributions_elsewhere_are_validated_as_before(monkeypatch: pytest.Mon
     # torch.compile, called by any earlier test, ends validation in the whole process.
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     model = trained("linear")
-    assert model._batch is not None
-    actor_critic_loss(model.policy, Lesson(model._batch.rollout), model._objective())
+    loss_of(model)
     with pytest.raises(ValueError, match="logits"):
         Categorical(logits=torch.tensor([float("nan")]))
 
@@ -181,20 +182,19 @@ static_heads = pytest.mark.parametrize("head", ["linear", "neurocoder"])
 
 def other_batch(model: A3C) -> Rollout:
     """Like the batch of the model, but episodes start elsewhere and actions differ."""
-    assert model._batch is not None
+    batch = batch_of(model)
     starts = torch.rand(21, 4, generator=torch.Generator().manual_seed(5)) < 0.4
-    assert not torch.equal(starts.any(1), model._batch.rollout.episode_start.any(1))
-    return model._batch.rollout._replace(
+    assert not torch.equal(starts.any(1), batch.episode_start.any(1))
+    return batch._replace(
         episode_start=starts,
-        actions=1 - model._batch.rollout.actions,
-        rewards=model._batch.rollout.rewards * 3,
-        obs=model._batch.rollout.obs.flip(0),  # type: ignore[union-attr]
+        actions=1 - batch.actions,
+        rewards=batch.rewards * 3,
+        obs=batch.obs.flip(0),  # type: ignore[union-attr]
     )
 
 
 def update_device(model: A3C, batch: Rollout, limit: float = 40.0) -> Any:
-    policy = model.policy
-    return update_on_device(policy, Lesson(batch), model._objective(), limit)
+    return update_on_device(model.policy, Lesson(batch), model._objective(), limit)
 
 
 @both_optimisers
@@ -202,9 +202,8 @@ def update_device(model: A3C, batch: Rollout, limit: float = 40.0) -> Any:
 @pytest.mark.parametrize("limit", [1e-2, 40.0, float("inf"), 0.0])
 def test_an_update_on_the_device_is_the_update(head: str, limit: float, use_rms_prop: bool) -> None:
     one, other = trained(head, use_rms_prop), trained(head, use_rms_prop)
-    for batch in (one._batch.rollout, other_batch(one)):
-        assert batch is not None
-        loss = actor_critic_loss(one.policy, Lesson(batch), one._objective())
+    for batch in (batch_of(one), other_batch(one)):
+        loss = loss_of(one, batch)
         update = apply_gradient(one.policy, loss, limit)
         measured = update_device(other, batch, limit)
         assert measured.on_host().stepped and update.stepped
@@ -220,20 +219,19 @@ def test_an_update_on_the_device_is_the_update(head: str, limit: float, use_rms_
 @both_optimisers
 def test_the_device_leaves_out_a_step_that_is_not_finite(use_rms_prop: bool) -> None:
     model = trained("neurocoder", use_rms_prop)
-    assert model._batch is not None
-    rewards = model._batch.rollout.rewards.clone()
+    rewards = batch_of(model).rewards.clone()
     rewards[3, 1] = float("nan")
     before = copy.deepcopy(
         (list(model.policy.parameters()), model.policy.optimizer.state_dict()["state"])
     )
-    update = update_device(model, model._batch.rollout._replace(rewards=rewards)).on_host()
+    update = update_device(model, batch_of(model)._replace(rewards=rewards)).on_host()
     assert not update.stepped and math.isnan(update.scalars["grad_norm"])
     for now, then in zip(model.policy.parameters(), before[0], strict=True):
         assert torch.equal(now, then)
     torch.testing.assert_close(
         model.policy.optimizer.state_dict()["state"], before[1], rtol=0, atol=0
     )
-    assert update_device(model, model._batch.rollout).on_host().stepped
+    assert update_device(model, batch_of(model)).on_host().stepped
 
 
 class Operations(TorchDispatchMode):
@@ -254,8 +252,7 @@ class Operations(TorchDispatchMode):
 def test_an_update_on_the_device_never_depends_on_data(head: str, use_rms_prop: bool) -> None:
     """The same operations for other starts of episodes, and for a gradient that is not finite."""
     model = trained(head, use_rms_prop)
-    batch = model._batch.rollout
-    assert batch is not None
+    batch = batch_of(model)
     seen = []
     for given in (batch, other_batch(model), batch._replace(rewards=batch.rewards * float("nan"))):
         with Waits() as waits, Operations() as operations:
@@ -269,18 +266,17 @@ def test_an_update_on_the_device_never_depends_on_data(head: str, use_rms_prop: 
 @static_heads
 def test_a_trace_with_one_batch_is_right_for_another(head: str) -> None:
     model = trained(head)
-    first, second = model._batch.rollout, other_batch(model)
-    assert first is not None
+    first, second = batch_of(model), other_batch(model)
     weights = list(model.policy.parameters())
 
     def gradients(*tensors: torch.Tensor) -> list[torch.Tensor]:
         with static_unroll():
-            loss = actor_critic_loss(model.policy, Lesson(Rollout(*tensors)), model._objective())
+            loss = loss_of(model, Rollout(*tensors))
         return [loss.total, *torch.autograd.grad(loss.total, weights)]
 
     traced = make_fx(gradients)(*first)
     for batch in (first, second):
-        loss = actor_critic_loss(model.policy, Lesson(batch), model._objective())
+        loss = loss_of(model, batch)
         expected = [loss.total, *torch.autograd.grad(loss.total, weights)]
         with torch.no_grad():  # the trace holds the backward pass as well
             found = traced(*batch)
