@@ -45,22 +45,6 @@ def test_equals_the_loop(alpha: float, eps: float, initial: float) -> None:
     assert parameter.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_by_hand() -> None:
-    """m = .5*0 + .5*4 = 2, step 2 / sqrt(2 + 2) = 1; then m = 1, step 0; then m = 1.5, -1/sqrt."""
-    options = {"lr": 0.5, "alpha": 0.5, "eps": 2.0}
-    assert run([1.0], [[2.0]], **options)[0].tolist() == [0.5]
-    assert run([1.0], [[2.0], [0.0]], **options)[0].tolist() == [0.5]
-    third = 0.5 + 0.5 * math.sqrt(2) / math.sqrt(1.5 + 2)
-    parameter, _ = run([1.0], [[2.0], [0.0], [-math.sqrt(2)]], **options)
-    assert parameter.item() == pytest.approx(third, rel=1e-14)
-
-
-def test_epsilon_limits_a_small_gradient_and_the_root_a_large_one() -> None:
-    """With eps = .1 a gradient of 1e-6 moves by lr * 1e-6 / sqrt(.1), not by about lr."""
-    parameter, _ = run([0.0, 0.0], [[1e-6, 1e6]], lr=1.0, alpha=0.99, eps=0.1)
-    assert parameter.tolist() == pytest.approx([-1e-6 / math.sqrt(0.1), -10.0], rel=1e-6)
-
-
 def test_unless_told_otherwise_it_is_that_of_a3c_with_an_average_from_1() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = SharedRMSProp([parameter])
@@ -254,6 +238,7 @@ Adam, AdamW = torch.optim.Adam, torch.optim.AdamW
     [
         (True, {}, SharedRMSProp, {"alpha": 0.99, "eps": 0.3}),
         (True, {"optimizer_kwargs": {"eps": 0.2}}, SharedRMSProp, {"alpha": 0.99, "eps": 0.2}),
+        (True, {"optimizer_kwargs": {"alpha": 0.5}}, SharedRMSProp, {"alpha": 0.5, "eps": 0.3}),
         (True, {"optimizer_class": Adam}, Adam, {"eps": 1e-5, "fused": True}),
         (True, {"optimizer_class": AdamW}, AdamW, {"eps": 1e-8, "fused": None}),
         (False, {}, Adam, {"eps": 1e-5, "fused": True}),
