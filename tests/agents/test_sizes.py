@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import ncrl.agents.playing.sizes
-from ncrl.agents import A3C
-from ncrl.agents.playing.buffers import RolloutBatch, RolloutShape
+from ncrl.agents.playing.buffers import RolloutBatch
 from ncrl.agents.playing.sizes import (
     available_cores,
     choose_sizes,
@@ -16,8 +15,6 @@ from ncrl.agents.playing.sizes import (
     envs_per_update,
     learner_threads,
 )
-from ncrl.agents.playing.weights import SharedWeights
-from ncrl.envs import masked_cartpole
 from tests.agents.test_buffers import CPU, make_shape, numbered
 
 
@@ -106,18 +103,6 @@ def test_only_cores_that_this_process_may_use_count() -> None:
         assert available_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-
-
-def test_shared_memory_holds_three_rollouts_of_every_worker(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(ncrl.agents.playing.sizes, "check_shared_memory", asked.append)
-    model = A3C("MlpLstmPolicy", masked_cartpole(), n_workers=4, n_envs=8, n_steps=5)
-    model.check_machine()
-    space = model.observation_space, model.action_space
-    rollout = RolloutShape(5, 2, *space, *model.policy.state_shape).nbytes
-    assert asked == [3 * 4 * rollout + SharedWeights.bytes_for(model.policy)]
 
 
 def test_gathering_starts_no_threads() -> None:
