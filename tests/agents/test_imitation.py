@@ -19,7 +19,6 @@ from ncrl.agents.learning.imitation import (
     DemonstrationMemory,
     KeptEvaluation,
     cut_demonstration,
-    returns_to_end,
 )
 from ncrl.agents.learning.losses import imitation_loss, imitation_surplus
 from ncrl.agents.playing.buffers import Rollout
@@ -40,14 +39,6 @@ def returns_reference(rewards: list[float], dones: list[bool], gamma: float) -> 
                 break
         found.append(total)
     return found
-
-
-def test_returns_to_the_last_score_are_sums_over_the_rest_of_the_game() -> None:
-    rewards = [0.0, 0.0, 1.0, 0.0, 0.0, -0.5, 2.0, 0.0, 0.0]
-    dones = [False, False, False, False, True, False, False, False, False]
-    found = returns_to_end(torch.tensor(rewards, dtype=torch.float64), torch.tensor(dones), 0.9)
-    assert found.tolist() == pytest.approx(returns_reference(rewards, dones, 0.9))
-    assert found.tolist()[3:5] == [0, 0] and found.tolist()[7:] == [0, 0]
 
 
 def rollout_of(
@@ -199,14 +190,12 @@ def test_a_score_right_after_the_end_of_a_game_lies_in_its_one_window(at: int) -
     assert kept.returns.count_nonzero() == 1
 
 
-def test_nothing_is_kept_without_a_score_or_for_a_loss() -> None:
-    memory = memory_of()
-    play(memory, rollout_of(1, starts=True), rollout_of(2, (0, -1, 0, 0)))
-    assert memory.read(T, state_of(3)) is None and len(memory) == 0
-
-
-@pytest.mark.parametrize("rewards", [(0, 1, -1, -1), (1, 0, 0, -1), (1, -1, 1, -2)])
-def test_a_score_that_losses_outweigh_is_not_kept(rewards: Sequence[float]) -> None:
+@pytest.mark.parametrize(
+    "rewards", [(0, 0, 0, 0), (0, -1, 0, 0), (0, 1, -1, -1), (1, 0, 0, -1), (1, -1, 1, -2)]
+)
+def test_nothing_is_kept_without_a_score_or_where_losses_outweigh_it(
+    rewards: Sequence[float],
+) -> None:
     memory = memory_of(gamma=1.0)
     play(memory, rollout_of(1, starts=True), rollout_of(2, rewards))
     assert memory.read(T, state_of(3)) is None and len(memory) == 0

@@ -107,20 +107,13 @@ def test_noise_of_gsde_is_drawn_as_often_as_asked(frequency: int, rows_alike: bo
     assert bool((changes < 0.02).all()) == rows_alike
 
 
-def test_environments_are_closed_before_they_are_built_anew() -> None:
+def test_environments_are_closed_and_do_not_repeat_their_games_when_they_are_built_anew() -> None:
     factory = Factory()
     games = make_games(factory)
-    first = factory.made[-1]
-    games.start()
-    assert factory.closed == [first] and factory.made[-1] is not first
-
-
-def test_environments_that_are_built_anew_do_not_repeat_their_games() -> None:
-    factory = Factory()
-    games = make_games(factory)
-    games.start()
-    games.start()
-    _, *seeds = factory.seeds  # the first environment is for its spaces alone
+    for _ in range(2):
+        games.start()
+        assert factory.closed == factory.made[1:-1]  # the first one is for its spaces alone
+    _, *seeds = factory.seeds
     assert len(set(seeds)) == 3
 
 
