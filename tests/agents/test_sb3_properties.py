@@ -41,7 +41,7 @@ from stable_baselines3.common.vec_env import (
 
 from ncrl.agents import A3C
 from tests.agents.conftest import weights
-from tests.agents.environments import Ticking, TickingFactory, Trouble
+from tests.agents.environments import TickingFactory
 
 VECTORS = spaces.Box(-1, 1, (3,), np.float32)
 IMAGES = spaces.Box(0, 255, (1, 36, 36), np.uint8)
@@ -270,12 +270,6 @@ def test_networks_and_optimisers_of_choice(policy: str, tmp_path: Path) -> None:
     assert equal(weights(model), weights(loaded))
 
 
-def test_half_named_optimisers_keep_the_rest_of_the_default() -> None:
-    model = make_model("MlpPolicy", sampled(VECTORS), {"optimizer_kwargs": {"alpha": 0.5}})
-    assert model.policy.optimizer.defaults["alpha"] == 0.5
-    assert model.policy.optimizer.defaults["eps"] == model.rms_prop_eps == 0.1
-
-
 @pytest.mark.parametrize("policy", ["CnnPolicy", "CnnLstmPolicy"])
 def test_images_that_are_normalised_already(policy: str) -> None:
     space = spaces.Box(0, 1, (1, 36, 36), np.float32)
@@ -295,19 +289,22 @@ def test_images_with_their_channels_last_are_turned() -> None:
     assert actions[0] == actions[1] == actions[2][0]
 
 
-@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize(("squash", "every"), [(False, 4), (True, 4), (False, None)])
 @pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
-def test_noise_that_depends_on_the_state(policy: str, squash: bool, log_rhos: list) -> None:
+def test_noise_that_depends_on_the_state(
+    policy: str, squash: bool, every: int | None, log_rhos: list
+) -> None:
+    """New in every rollout, and after so many timesteps where that is asked for."""
     env = sampled(VECTORS, spaces.Box(-2, 2, (2,), np.float32))
     model = make_model(
         policy, env, {"squash_output": squash, "log_std_init": -1.0}, use_sde=True,
-        sde_sample_freq=4, learning_rate=0.0,
+        learning_rate=0.0, **({"sde_sample_freq": every} if every else {}),
     )  # fmt: skip
     drawn = []
     reset_noise = model.policy.reset_noise
     model.policy.reset_noise = lambda n_envs=1: (drawn.append(n_envs), reset_noise(n_envs))
     model.learn(24)
-    assert drawn == [2, 2] * 2, "at timesteps 0 and 4 of each rollout of 6"
+    assert drawn == ([2, 2] if every else [2]) * 2, "at timesteps 0 and 4 of each rollout of 6"
     assert all(log_rho.abs().max() < 1e-3 for log_rho in log_rhos)
     stored, played = model._batch.rollout.actions, np.stack(env.envs[0].unwrapped.actions[6:])
     rollout = model._batch.rollout
@@ -320,16 +317,6 @@ def test_noise_that_depends_on_the_state(policy: str, squash: bool, log_rhos: li
         np.testing.assert_allclose(played, 2 * stored[:, 0], rtol=1e-5)
     else:
         np.testing.assert_array_equal(played, stored[:, 0].clamp(-2, 2))
-
-
-def test_noise_that_depends_on_the_state_is_new_in_every_rollout_by_default() -> None:
-    env = sampled(VECTORS, spaces.Box(-2, 2, (2,), np.float32))
-    model = make_model("MlpPolicy", env, use_sde=True, learning_rate=0.0)
-    drawn = []
-    reset_noise = model.policy.reset_noise
-    model.policy.reset_noise = lambda n_envs=1: (drawn.append(n_envs), reset_noise(n_envs))
-    model.learn(36)
-    assert drawn == [2] * 3
 
 
 def test_noise_of_a_policy_that_workers_play_is_that_of_its_present_weights() -> None:
@@ -628,14 +615,6 @@ class DictTicking(gym.ObservationWrapper):
         return {"tick": np.array([tick], np.float32), "action": int(action), "pixels": grey}
 
 
-class DictFactory(TickingFactory):
-    def __call__(self, n_envs: int, seed: int) -> VecEnv:
-        def make() -> gym.Env:
-            return DictTicking(Ticking(self.length, self.truncate, Trouble("none"), seed, 0.0))
-
-        return VecMonitor(DummyVecEnv([make] * n_envs))
-
-
 class Honest(Count):
     """What `Ticking` shows, pays and reports must fit together in every row."""
 
@@ -659,7 +638,10 @@ class Honest(Count):
 
 
 def test_dict_observations_of_workers(log_rhos: list) -> None:
-    env = DictFactory(length=4, truncate=True)
+    def env(n_envs: int, seed: int) -> VecEnv:
+        games = TickingFactory(length=4, truncate=True)
+        return VecMonitor(DummyVecEnv([lambda: DictTicking(games.make(seed))] * n_envs))
+
     policy = "NeurocoderMultiInputLstmPolicy"
     model = make_model(policy, env, n_workers=2, n_envs=4, learning_rate=0.0)
     honest = Honest()
