@@ -476,19 +476,17 @@ def test_defaults_follow_the_number_of_environments() -> None:
     assert defaults(one, n_steps=20, learning_rate=7e-4) == many
 
 
-DISCRETE = (IdentityEnv, IdentityEnvMultiDiscrete, IdentityEnvMultiBinary)
-
-
-@pytest.mark.parametrize("env", DISCRETE, ids=lambda env: env.__name__)
-def test_identity_is_learned_with_the_defaults(env: Any) -> None:
+@pytest.mark.parametrize(
+    ("env", "timesteps", "options"),
+    [
+        (IdentityEnv(4), 2500, {"gamma": 0.4, "seed": 3}),
+        (IdentityEnvMultiDiscrete(4), 2500, {"gamma": 0.4, "seed": 3}),
+        (IdentityEnvMultiBinary(4), 2500, {"gamma": 0.4, "seed": 3}),
+        (IdentityEnvBox(eps=0.5), 2000, {"gamma": 0.95, "policy_kwargs": {"net_arch": [64, 64]}}),
+    ],
+    ids=lambda given: type(given).__name__ if isinstance(given, gym.Env) else "",
+)
+def test_identity_is_learned_with_the_defaults(env: Any, timesteps: int, options: dict) -> None:
     """SB3's own test of its algorithms, with its budget and its seed."""
-    model = A3C("MlpPolicy", env(4), gamma=0.4, seed=3, device="cpu").learn(2500)
-    assert evaluate_policy(model, model.get_env(), n_eval_episodes=20, warn=False)[0] > 90
-
-
-def test_identity_of_numbers_is_learned_with_the_defaults() -> None:
-    env = IdentityEnvBox(eps=0.5)
-    layers = {"net_arch": [64, 64]}
-    model = A3C("MlpPolicy", env, gamma=0.95, policy_kwargs=layers, seed=0, device="cpu")
-    model.learn(2000)
+    model = A3C("MlpPolicy", env, device="cpu", **({"seed": 0} | options)).learn(timesteps)
     assert evaluate_policy(model, model.get_env(), n_eval_episodes=20, warn=False)[0] > 90

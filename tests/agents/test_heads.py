@@ -17,6 +17,7 @@ from ncrl.baselines import MoELinear, balance_loss, record_gates
 from ncrl.envs import masked_cartpole
 from ncrl.layers import LAYERS, make_layer
 from ncrl.sb3 import MlpLstmPolicy
+from tests.agents.conftest import assert_bit_equal
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -44,7 +45,7 @@ def trained(head: str, **options: Any) -> A3C:
 
 
 @heads
-def test_every_head_trains_in_a3c(head: str) -> None:
+def test_every_head_trains_in_a3c_and_one_seed_gives_bit_equal_weights(head: str) -> None:
     model = make_model(head)
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     model.learn(20)
@@ -57,12 +58,7 @@ def test_every_head_trains_in_a3c(head: str) -> None:
             if name.startswith(net) and not torch.equal(value, before[name])
         ]
         assert moved, f"{net} learns"
-
-
-@heads
-def test_one_seed_gives_bit_equal_weights(head: str) -> None:
-    one, same = (trained(head).policy.state_dict() for _ in range(2))
-    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert_bit_equal(model, make_model(head).learn(20))
 
 
 @pytest.mark.parametrize("head", ["moe", "nsm"])
