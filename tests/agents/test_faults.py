@@ -1,5 +1,6 @@
 """What the engine must survive (rows F1 to F31): real processes, really killed."""
 
+import math
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from tests.agents.conftest import (
     shared_memory_of,
     wait_until,
     warnings_of,
+    weights,
     worker_pids,
 )
 from tests.agents.environments import THREAD_VARIABLES, TickingFactory, Trouble, in_worker
@@ -461,18 +464,23 @@ def test_f19_a_learning_rate_of_a_million(n_workers: int) -> None:
     assert torch.isfinite(model.policy.optimizer.state_dict()["state"][0]["square_avg"]).all()
 
 
+def poison(monkeypatch: pytest.MonkeyPatch, factor: Callable[[], float]) -> None:
+    """The loss of every update is multiplied by what `factor` returns then."""
+    loss = ncrl.agents.learning.learner.actor_critic_loss
+
+    def poisoned(*arguments: Any) -> Any:
+        result = loss(*arguments)
+        return result._replace(total=result.total * factor())
+
+    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", poisoned)
+
+
 def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_model(TickingFactory(), n_workers=0)
-    loss = ncrl.agents.learning.learner.actor_critic_loss
-    bad = {2: float("nan"), 3: float("inf"), 5: float("nan")}
-
-    def poisoned(*arguments: Any) -> Any:
-        result = loss(*arguments)
-        return result._replace(total=result.total * bad.get(model._n_updates + 1, 1.0))
-
-    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", poisoned)
+    bad = {2: math.nan, 3: math.inf, 5: math.nan}
+    poison(monkeypatch, lambda: bad.get(model._n_updates + 1, 1.0))
     changed = []
 
     class Watch(BaseCallback):
@@ -497,14 +505,9 @@ def test_f19_a_gradient_that_is_not_finite_is_skipped_and_counted(
 def test_f19_ten_skipped_updates_in_a_row_end_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loss = ncrl.agents.learning.learner.actor_critic_loss
-    monkeypatch.setattr(
-        ncrl.agents.learning.learner,
-        "actor_critic_loss",
-        lambda *a: loss(*a)._replace(total=loss(*a).total / 0),
-    )
+    poison(monkeypatch, lambda: math.inf)
     model = make_model(TickingFactory(), n_workers=0)
-    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    before = weights(model)
     with pytest.raises(NonFiniteError, match="10 updates in a row"):
         model.learn(10**6)
     assert model._n_updates == 10
@@ -516,13 +519,7 @@ def test_f19_skipped_updates_with_others_between_them_do_not_end_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make_model(TickingFactory(), n_workers=0)
-    loss = ncrl.agents.learning.learner.actor_critic_loss
-
-    def poisoned(*arguments: Any) -> Any:
-        result = loss(*arguments)
-        return result._replace(total=result.total / (model._n_updates % 4 == 0))
-
-    monkeypatch.setattr(ncrl.agents.learning.learner, "actor_critic_loss", poisoned)
+    poison(monkeypatch, lambda: math.inf if model._n_updates % 4 else 1.0)
     model.learn(200)
     assert (model._n_updates, model._skipped_updates) == (20, 15)
 
