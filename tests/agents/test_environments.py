@@ -113,8 +113,9 @@ def test_what_a_game_means_is_said_at_the_start(capsys: pytest.CaptureFixture[st
     assert "ALE/Pong-v5 is played as game='pong'" in capsys.readouterr().out
 
 
-def test_other_ids_are_gymnasiums() -> None:
-    factory = as_factory("CartPole")
+@pytest.mark.parametrize("env_id", ["CartPole", "gymnasium.envs.classic_control:CartPole-v1"])
+def test_other_ids_are_gymnasiums(env_id: str) -> None:
+    factory = as_factory(env_id)
     assert isinstance(factory, RegisteredFactory) and factory.spec.id == "CartPole-v1"
     env = factory(2, 5)
     np.testing.assert_array_equal(env.reset(), gym_reset("CartPole-v1", (5, 6)))

@@ -69,12 +69,3 @@ def test_the_noise_of_gsde_is_that_of_the_exported_weights(tmp_path: Path) -> No
     loaded = load_policy(export_policy(model, tmp_path), "cpu")
     assert 0 < noise(loaded) < 0.01
     assert torch.equal(before, torch.get_rng_state()), "reading draws nothing"
-
-
-@pytest.mark.parametrize("name", ["orth_coef", "balance_coef"])
-def test_coefficients_are_arguments_of_a3c_itself(name: str) -> None:
-    """Its loss has the terms already: as arguments of the policy they would do nothing."""
-    with pytest.raises(
-        ValueError, match=rf"{name} is an argument of A3C itself.*A3C\(.*{name}=0.5"
-    ):
-        A3C("MlpPolicy", masked_cartpole(), n_workers=0, policy_kwargs={name: 0.5})

@@ -169,9 +169,6 @@ def test_a_removed_run_leaves_nothing_open(tmp_path: Path) -> None:
     assert not run.path.exists() and not is_open(run.path)
 
 
-# Configuration.
-
-
 # Curves.
 
 
