@@ -33,7 +33,6 @@ from ncrl.agents.learning.update import Measured, apply_gradient, update_on_devi
 from ncrl.agents.playing.buffers import Batch, Rollout
 from ncrl.agents.playing.players import WorkersPlayer
 from ncrl.agents.playing.supervision import Delivery, Limits, PoolSpec
-from ncrl.agents.playing.weights import SharedWeights
 from ncrl.agents.playing.worker import Played
 from ncrl.agents.runs.checkpoints import (
     CheckpointError,
@@ -912,20 +911,6 @@ def test_exploration_is_a_phase_of_its_own_where_there_is_any(name: str | None) 
 
 
 # Workers.
-
-
-def test_workers_are_sent_all_weights() -> None:
-    bonus = make_model(intrinsic_reward="rnd", policy="NeurocoderMlpLstmPolicy")
-    weights = SharedWeights(bonus.policy)
-    worker = bonus._policy_spec().build()
-    bonus._policy_spec().check_like(bonus.policy)
-    with torch.no_grad():
-        for parameter in bonus.policy.parameters():
-            parameter.add_(1)
-    weights.publish(bonus.policy, 0)
-    weights.read_into(worker)
-    for name, value in worker.state_dict().items():
-        assert torch.equal(value, bonus.policy.state_dict()[name]), name
 
 
 class FakePool:
