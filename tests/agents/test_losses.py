@@ -85,6 +85,23 @@ def column(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)[:, None]
 
 
+def test_vtrace_by_hand() -> None:
+    """Ratios 2 (cut to 1) and .5, deltas 1 and 3 as above.
+
+    v_1 = 4 + .5*3 = 5.5; v_0 = 2 + 1*1 + .5*1*(.5*3) = 3.75;
+    A_1 = .5*(3 + .5*8 - 4) = 1.5; A_0 = 1*(1 + .5*5.5 - 2) = 1.75.
+    """
+    actual = vtrace(
+        column(math.log(2.0), math.log(0.5)),
+        column(0.5, 0.5),
+        column(1.0, 3.0),
+        column(2.0, 4.0),
+        torch.tensor([8.0], dtype=torch.float64),
+    )
+    assert_equal(actual.returns, column(3.75, 5.5))
+    assert_equal(actual.advantages, column(1.75, 1.5))
+
+
 @pytest.mark.parametrize("with_lag", [False, True])
 def test_nothing_after_the_end_of_an_episode_counts(with_lag: bool) -> None:
     rollouts = make_rollouts(6, 1, seed=5)

@@ -45,6 +45,16 @@ def test_equals_the_loop(alpha: float, eps: float, initial: float) -> None:
     assert parameter.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_by_hand() -> None:
+    """m = .5*0 + .5*4 = 2, step 2 / sqrt(2 + 2) = 1; then m = 1, step 0; then m = 1.5, -1/sqrt."""
+    options = {"lr": 0.5, "alpha": 0.5, "eps": 2.0}
+    assert run([1.0], [[2.0]], **options)[0].tolist() == [0.5]
+    assert run([1.0], [[2.0], [0.0]], **options)[0].tolist() == [0.5]
+    third = 0.5 + 0.5 * math.sqrt(2) / math.sqrt(1.5 + 2)
+    parameter, _ = run([1.0], [[2.0], [0.0], [-math.sqrt(2)]], **options)
+    assert parameter.item() == pytest.approx(third, rel=1e-14)
+
+
 def test_unless_told_otherwise_it_is_that_of_a3c_with_an_average_from_1() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = SharedRMSProp([parameter])
