@@ -237,7 +237,7 @@ def test_phases_of_a_run(n_workers: int, looks: list[float]) -> None:
     assert shares_in(table)[-1] == [100.0] * (2 if n_workers else 1)
 
 
-def test_a_second_training_adds_to_the_first(looks: list[float]) -> None:
+def test_a_second_training_adds_to_the_first() -> None:
     model = make_model(0)
     profile = model.learn(20).time_spent
     assert profile is not None

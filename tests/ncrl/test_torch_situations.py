@@ -251,6 +251,9 @@ def test_hooks_and_pruning_of_inner_linear_layers_take_part(name: str) -> None:
         optimizer.zero_grad()
         layer(x).square().mean().backward()
         optimizer.step()
+    for part, _ in prunable:
+        gradient = part.get_parameter("weight_orig").grad
+        assert gradient is None or not gradient[part.get_buffer("weight_mask") == 0].any()
 
 
 @pytest.mark.parametrize("name", ["neurocoder", "neurocoder-official", "hypernet", "nsm"])

@@ -304,13 +304,14 @@ def test_the_examples_of_the_documentation_run() -> None:
 # What a penalty's weight trades
 
 
-def test_a_sweep_trains_with_every_coefficient(tmp_path: Path) -> None:
+def test_a_sweep_trains_with_every_coefficient(tmp_path: Path, capsys: Any) -> None:
     figure = tmp_path / "figure.png"
     words = ("--layer", "lowrank", "--method", "l2", "adam", "--penalty-coef", "0", "1e3", "1e3")
     assert main(small(tmp_path, *words, "--figure", str(figure))) == 0
     rows = read_results(tmp_path)
     trained = sorted((row.recipe["method"], row.recipe["penalty_coef"]) for row in rows)
     assert trained == [("adam", 0), ("l2", 0), ("l2", 1000)]
+    assert "finished before" not in capsys.readouterr().out, "one that is named twice is one run"
     assert figure.is_file()
 
 
