@@ -24,8 +24,8 @@ def find_config(name: str, folder: Path) -> Path:
             return found
     if os.path.lexists(path):
         return path  # who reads it says what is wrong with it
-    known = [path.stem for path in folder.glob("*.yaml")]
-    raise ValueError(f"there is no config {name!r}; {suggest(Path(name).stem, known)}")
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    raise ValueError(f"there is no config {shown(name)}; {suggest(Path(name).stem, known)}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

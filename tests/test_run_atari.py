@@ -653,7 +653,7 @@ def test_a_run_with_a_bonus_is_resumed_and_evaluated_with_it(
     arguments = ["--env", "montezuma_revenge", "--frames", "640", "--workers", "0", *SMALL]
     arguments += ["--bonus-warmup", "40", "--envs-per-worker", "2"]
     output = run_here(*arguments, "--logdir", str(tmp_path))
-    assert "ten runs then took the key" in " ".join(output.split())
+    assert "most runs then took the key" in " ".join(output.split())
     assert re.search(
         r"^bonus +snd, weight 0\.5 beside 10 .* after 40 timesteps$", output, re.MULTILINE
     )
@@ -1338,9 +1338,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     assert len(list((path / "checkpoints").iterdir())) == 1
 
 
-def test_f8_sigint_twice_leaves_at_once(
-    run: Run, start: Callable[..., Process], tmp_path: Path
-) -> None:
+def test_f8_sigint_twice_leaves_at_once(run: Run, start: Callable[..., Process]) -> None:
     """The update it is in takes much longer than the test."""
     before = {p: p.read_bytes() for p in (run.path / "checkpoints").iterdir()}
     long = ["--frames", "100_000_000", "--envs-per-worker", "1"]

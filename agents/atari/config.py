@@ -57,7 +57,7 @@ HARD_GAMES = {
 (results/atari.md has two of them)."""
 
 EXPLORED = {
-    "montezuma_revenge": "0 for 2 to 13 million frames; ten runs then took the key in most "
+    "montezuma_revenge": "0 for 2 to 13 million frames; most runs then took the key in most "
     "games, and had 143 to 475 points a game at 10 to 12 million; with today's defaults one had "
     "1,047 at 20 million and, gone on with, 1,850 at 36 (results/montezuma.md)",
 }

@@ -25,10 +25,12 @@ GAMES = 40
 games end first."""
 
 FEWEST_GAMES = 10
-"""How many are enough while there is no best model."""
+"""How many are enough while there is no best model. They judge the weights before them, the only
+ones that wait by then."""
 
 WAITING = 4
-"""Weights that wait at a time; with fewer, those in the middle would be less close to it."""
+"""Weights that wait at a time where games are short; with fewer, those in the middle would be less
+close to it. Where games are long two wait: a third would when some games have begun after them."""
 
 
 class Candidate(NamedTuple):

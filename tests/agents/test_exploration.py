@@ -741,7 +741,7 @@ def test_only_games_that_go_on_keep_what_led_there(n_workers: int, tmp_path: Pat
     assert bool(exploration_of(model).memory._recent) == (n_workers == 0)
 
 
-def test_a_last_batch_that_is_shorter(tmp_path: Path) -> None:
+def test_a_last_batch_that_is_shorter() -> None:
     """No demonstration fits beside it, and what follows does not follow what was before."""
     model = make_model()
     memory = exploration_of(model).memory

@@ -304,7 +304,7 @@ def test_noise_that_depends_on_the_state(
     reset_noise = model.policy.reset_noise
     model.policy.reset_noise = lambda n_envs=1: (drawn.append(n_envs), reset_noise(n_envs))
     model.learn(24)
-    assert drawn == ([2, 2] if every else [2]) * 2, "at timesteps 0 and 4 of each rollout of 6"
+    assert drawn == ([2, 2] if every else [2]) * 2, "in rollouts of 6"
     assert all(log_rho.abs().max() < 1e-3 for log_rho in log_rhos)
     stored, played = model._batch.rollout.actions, np.stack(env.envs[0].unwrapped.actions[6:])
     rollout = model._batch.rollout

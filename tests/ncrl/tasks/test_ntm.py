@@ -1,4 +1,4 @@
-"""The Neural Turing machine against a slow, literal reading, and the parts of its addressing."""
+"""The Neural Turing machine against a literal reading, and where its addressing meets zeros."""
 
 import pytest
 import torch

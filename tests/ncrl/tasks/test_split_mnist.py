@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from ncrl.tasks.continual.split import COEFS
 from ncrl.tasks.recipes import CONFIGS, ContinualRecipe, build_network
@@ -345,6 +346,27 @@ def made_up(cell: Cell, seed: int, accuracy: float, **metrics: float) -> Result:
         *("MNIST", 10, 1.0, {}),
         labels=cell.labels,
     )
+
+
+def test_the_figure_says_what_each_layer_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(tables, "save_figure", lambda figure, _: figures.append(figure))
+    rows = [
+        made_up(Cell("domain", "adam", layers), 0, 60.0)
+        for layers in (*LAYERS.values(), static_rank(7))
+    ]
+    changed = made_up(Cell("domain", "adam", LAYERS["official residual"]), 0, 60.0)
+    labels = {**changed.labels, "changes": "sharpness=3"}
+    tables.draw(Path("unused.png"), [*rows, dataclasses.replace(changed, labels=labels)])
+    legends = [axes.get_legend() for axes in figures[0].axes]
+    said = [{text.get_text() for text in legend.get_texts()} for legend in legends if legend]
+    beside = {"plain MLP", "hollow: what the paper prints"}
+    without = {"authors' layer", "the paper's equations"}
+    residual = {f"{name}, residual" for name in without}
+    assert said == [
+        beside | without | {"static rank 1", "static rank 50", "static rank 7"},
+        beside | residual | {"authors' layer, residual sharpness=3", "NSM"},
+    ]
 
 
 def test_tables_hold_every_cell_beside_the_printed_number() -> None:
