@@ -29,8 +29,8 @@ FEWEST_GAMES = 10
 ones that wait by then."""
 
 WAITING = 4
-"""Weights that wait at a time where games are short; with fewer, those in the middle would be less
-close to it. Where games are long two wait: a third would when some games have begun after them."""
+"""Weights that wait at a time; with fewer, those in the middle would be less close to it. Where
+games are long, fewer do: the next wait once some games have begun, and ended, after the last."""
 
 
 class Candidate(NamedTuple):

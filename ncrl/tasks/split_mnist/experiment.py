@@ -52,7 +52,8 @@ ONLY |= {"rank": "lowrank"}
 """The layer that a flag is for."""
 
 QUIRKS = ("fisher_orthogonality", "double_orth_coef")
-OFFICIAL = ("official", "official residual")  # whose
+OFFICIAL = ("official", "official residual")
+"""The layers that have quirks."""
 
 # On the embedded digits, where the protocol's 4 epochs would be 12 updates for a task.
 DIGITS_EPOCHS = 40
